@@ -1,0 +1,23 @@
+"""Names of variable collections and leaves, each written once.
+
+A variables dictionary of this library has three collections::
+
+    {"frozen": W0 (every base weight),
+     "lora":   lora_a, lora_b, at the paths of the kernels they adapt,
+     "params": ordinary parameters trained in full (a new head, say)}
+"""
+
+FROZEN = "frozen"
+LORA = "lora"
+PARAMS = "params"
+TRAINABLE = (LORA, PARAMS)
+
+LORA_A = "lora_a"
+LORA_B = "lora_b"
+ADAPTER_LEAVES = (LORA_A, LORA_B)
+
+KERNEL = "kernel"
+BIAS = "bias"
+EMBEDDING = "embedding"
+
+DROPOUT = "dropout"  # the PRNG stream that adapter dropout draws from
