@@ -1,0 +1,295 @@
+"""LoRAConfig: every choice about an adapter, validated at once.
+
+One config drives a whole model: each layer asks it, by its own path
+(``"encoder/layer_0/attention/query"``), whether it is a target, with which rank,
+alpha and scaling. Nothing else in the library decides these things.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+ALL_LINEAR = "all-linear"
+INITS = ("uniform", "gaussian")
+BIASES = ("none", "lora_only", "all")
+
+Patterns = str | Sequence[str]
+PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt, and how: the single truth about rank, alpha and targets.
+
+    Immutable and hashable (lists and mappings given are kept as tuples), so it can be
+    an attribute of a Linen module.
+
+    A *path* is a module's place in the parameter tree, joined by ``/``. ``targets``,
+    ``exclude`` and ``train`` take either a list of suffixes (``"query"`` matches
+    ``"query"`` and ``"block_0/attn/query"``, not ``"subquery"``), or one string that is
+    a regular expression for the full path. ``exclude`` and ``train`` win over
+    ``targets``.
+
+    Attributes:
+      rank: ``r``, the inner dimension of ``A B``; at least 1.
+      alpha: numerator of the scaling; above 0.
+      targets: layers to adapt; ``"all-linear"`` is every ``Dense``, ``DenseGeneral``
+        and ``Einsum`` that is neither excluded nor trained in full.
+      exclude: layers never adapted.
+      rank_pattern: ``{pattern: rank}`` for layers that differ; a pattern is a regular
+        expression for the end of a path, and the first match wins.
+      alpha_pattern: ``{pattern: alpha}``, looked up independently of the rank.
+      layers: indices of the layers to adapt, or None for all; a layer's index is the
+        first number that ends a segment of its path (``3`` in ``"layer_3/mlp/up"``).
+      dropout_rate: probability of zeroing an element of the adapter's input.
+      rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+      init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
+        N(0, 1/rank²). B is zero in both.
+      train: layers or leaves of the base that are trained in full and live in the
+        ``params`` collection (a new head, say).
+      bias: biases trained in full: ``"none"``, those of adapted layers
+        (``"lora_only"``), or ``"all"``.
+
+    Raises:
+      ValueError: naming every field that is out of range, at once.
+      TypeError: naming every field that has the wrong type, at once.
+
+    Example:
+      >>> config = LoRAConfig(rank=8, alpha=16, rank_pattern={"layer_0/.*": 4})
+      >>> config.scaling_for("layer_1/query"), config.scaling_for("layer_0/query")
+      (2.0, 4.0)
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, sections 4.1 and 4.2;
+      rsLoRA: Kalajdzievski, https://arxiv.org/abs/2312.03732, section 4.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Patterns = ALL_LINEAR
+    exclude: Patterns = ()
+    rank_pattern: PatternValues = ()
+    alpha_pattern: PatternValues = ()
+    layers: Sequence[int] | None = None
+    dropout_rate: float = 0.0
+    rslora: bool = False
+    init: Literal["uniform", "gaussian"] = "uniform"
+    train: Patterns = ()
+    bias: Literal["none", "lora_only", "all"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "train", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            pairs = value.items() if isinstance(value, Mapping) else value
+            if isinstance(pairs, str) or not all(
+                isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+            ):
+                raise TypeError(
+                    f"{name} must map patterns to values, like {{'query': 4}}; "
+                    f"got {value!r}."
+                )
+            object.__setattr__(self, name, tuple((k, v) for k, v in pairs))
+        type_faults, value_faults = _faults(self)
+        if type_faults:
+            raise TypeError(_report(type_faults + value_faults))
+        if value_faults:
+            raise ValueError(_report(value_faults))
+
+    def rank_for(self, path: str) -> int:
+        """Returns the rank of the layer at ``path``."""
+        return _first_match(self.rank_pattern, path, self.rank)
+
+    def alpha_for(self, path: str) -> float:
+        """Returns alpha for the layer at ``path``."""
+        return float(_first_match(self.alpha_pattern, path, self.alpha))
+
+    def scaling_for(self, path: str) -> float:
+        """Returns the factor before ``A B``: ``alpha / rank`` or ``alpha / √rank``."""
+        rank = self.rank_for(path)
+        return self.alpha_for(path) / (rank**0.5 if self.rslora else rank)
+
+    def is_target(self, path: str, *, is_linear: bool = True) -> bool:
+        """Says whether the layer at ``path`` gets an adapter.
+
+        Args:
+          path: the layer's place in the parameter tree.
+          is_linear: whether ``"all-linear"`` covers it (embeddings and convolutions
+            have to be named).
+
+        Returns:
+          True if a target pattern matches, its layer index is among ``layers``, and
+          neither ``exclude`` nor ``train`` matches.
+        """
+        if self.targets == ALL_LINEAR:
+            named = is_linear
+        else:
+            named = matches(self.targets, path)
+        return (
+            named
+            and not matches(self.exclude, path)
+            and not matches(self.train, path)
+            and (self.layers is None or layer_index(path) in self.layers)
+        )
+
+    def is_trained(self, path: str) -> bool:
+        """Says whether the base leaf at ``path`` is trained in full.
+
+        Args:
+          path: of a leaf, ``"classifier/kernel"``; ``train`` may name the leaf itself
+            or any module above it.
+
+        Returns:
+          True for leaves that ``train`` names and for the biases that ``bias`` asks
+          for (``"lora_only"`` looks at the layer that owns the bias, as ``is_target``
+          does for a linear layer).
+        """
+        owner, _, leaf = path.rpartition("/")
+        if leaf == "bias" and self.bias != "none":
+            return self.bias == "all" or self.is_target(owner)
+        parts = path.split("/")
+        return any(
+            matches(self.train, "/".join(parts[: i + 1])) for i in range(len(parts))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values; `from_dict` takes them back."""
+        fields = dataclasses.asdict(self)
+        for name in ("rank_pattern", "alpha_pattern"):
+            fields[name] = dict(fields[name])
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LoRAConfig":
+        """Builds a config from `to_dict`'s result.
+
+        Args:
+          fields: values by field name; absent ones keep their defaults.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: if a key is not a field; names all of them.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(
+                f"LoRAConfig has no field {', '.join(unknown)}; "
+                f"its fields are {', '.join(known)}."
+            )
+        return cls(**fields)
+
+
+def matches(patterns: Patterns, path: str) -> bool:
+    """Says whether ``path`` ends with a listed suffix, or fully matches a regex.
+
+    Args:
+      patterns: a list of suffixes made of whole segments, or one regular expression.
+      path: a ``/``-joined path.
+
+    Returns:
+      True if any suffix or the expression matches.
+    """
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == p or path.endswith("/" + p) for p in patterns)
+
+
+def layer_index(path: str) -> int | None:
+    """Returns the first number that ends a segment of ``path``, or None."""
+    found = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
+    return int(found.group(1)) if found else None
+
+
+def _first_match(pattern: PatternValues, path: str, default: Any) -> Any:
+    for key, value in pattern:
+        if re.match(rf"(.*/)?({key})$", path):
+            return value
+    return default
+
+
+def _report(faults: list[str]) -> str:
+    return "LoRAConfig: " + "; ".join(faults) + "."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
+    """Returns the faults of type and of value, in the order of the fields."""
+    types: list[str] = []
+    values: list[str] = []
+
+    def check(name: str, value: Any, is_type, kind: str, is_valid, wanted: str) -> None:
+        if not is_type(value):
+            types.append(f"{name} must be {kind}; got {value!r}")
+        elif not is_valid(value):
+            values.append(f"{name} must be {wanted}; got {value!r}")
+
+    def check_rank(name: str, value: Any) -> None:
+        check(name, value, _is_int, "an integer", lambda r: r >= 1, "at least 1")
+
+    def check_alpha(name: str, value: Any) -> None:
+        finite_positive = lambda a: 0 < a < float("inf")  # noqa: E731 - local predicate
+        check(name, value, _is_number, "a number", finite_positive, "above 0")
+
+    check_rank("rank", config.rank)
+    check_alpha("alpha", config.alpha)
+    for name in ("targets", "exclude", "train"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            if value != ALL_LINEAR or name != "targets":
+                values.extend(_regex_fault(name, value))
+            if value == "":
+                values.append(f"{name} must not be the empty string")
+        elif not (isinstance(value, tuple) and all(isinstance(p, str) for p in value)):
+            types.append(f"{name} must be a string or a list of strings; got {value!r}")
+        elif any(p == "" for p in value):
+            values.append(f"{name} must not hold the empty string; got {list(value)}")
+    if config.targets == ():
+        values.append("targets must name at least one layer; got an empty list")
+    for name, check_value in (
+        ("rank_pattern", check_rank),
+        ("alpha_pattern", check_alpha),
+    ):
+        for key, value in getattr(config, name):
+            values.extend(_regex_fault(name, key))
+            check_value(f"{name}[{key!r}]", value)
+    if config.layers is not None and not (
+        isinstance(config.layers, tuple) and all(map(_is_int, config.layers))
+    ):
+        types.append(f"layers must be a list of integers; got {config.layers!r}")
+    elif config.layers is not None and (
+        not config.layers or any(index < 0 for index in config.layers)
+    ):
+        values.append(
+            f"layers must be indices from 0, at least one; got {list(config.layers)}"
+        )
+    in_unit = lambda p: 0.0 <= p <= 1.0  # noqa: E731 - local predicate
+    check("dropout_rate", config.dropout_rate, _is_number, "a number", in_unit, "in [0, 1]")
+    if not isinstance(config.rslora, bool):
+        types.append(f"rslora must be true or false; got {config.rslora!r}")
+    for name, choices in (("init", INITS), ("bias", BIASES)):
+        if getattr(config, name) not in choices:
+            values.append(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
+    return types, values
+
+
+def _regex_fault(name: str, pattern: Any) -> list[str]:
+    if not isinstance(pattern, str):
+        return [f"{name} must have strings as patterns; got {pattern!r}"]
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name} is not a regular expression: {pattern!r} ({error})"]
+    return []
