@@ -125,10 +125,7 @@ class LoRAConfig:
           True if a target pattern matches, its layer index is among ``layers``, and
           neither ``exclude`` nor ``train`` matches.
         """
-        if self.targets == ALL_LINEAR:
-            named = is_linear
-        else:
-            named = matches(self.targets, path)
+        named = is_linear if self.targets == ALL_LINEAR else matches(self.targets, path)
         return (
             named
             and not matches(self.exclude, path)
@@ -276,12 +273,21 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
             f"layers must be indices from 0, at least one; got {list(config.layers)}"
         )
     in_unit = lambda p: 0.0 <= p <= 1.0  # noqa: E731 - local predicate
-    check("dropout_rate", config.dropout_rate, _is_number, "a number", in_unit, "in [0, 1]")
+    check(
+        "dropout_rate",
+        config.dropout_rate,
+        _is_number,
+        "a number",
+        in_unit,
+        "in [0, 1]",
+    )
     if not isinstance(config.rslora, bool):
         types.append(f"rslora must be true or false; got {config.rslora!r}")
     for name, choices in (("init", INITS), ("bias", BIASES)):
         if getattr(config, name) not in choices:
-            values.append(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
+            values.append(
+                f"{name} must be one of {choices}; got {getattr(config, name)!r}"
+            )
     return types, values
 
 

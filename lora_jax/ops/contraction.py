@@ -1,0 +1,142 @@
+"""Which axes of a kernel are batch, input and output.
+
+From this one description follow the shapes of A and B, A's fan-in, merging and the
+reshape for other libraries' files. Nothing is read off from sizes, so a rank that
+equals the number of heads or of layers confuses nothing.
+
+A kernel with batch axes (experts, scanned layers) holds one matrix for each batch
+element, and A and B hold one factor for each: ``lora_a`` is ``[*batch, *in, r]`` and
+``lora_b`` is ``[*batch, r, *out]``.
+"""
+
+import math
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Contraction(NamedTuple):
+    """The role of every axis of a kernel, by its number.
+
+    Attributes:
+      batch: axes of which each element is a kernel of its own.
+      inputs: axes summed over with the input.
+      outputs: axes that appear in the output.
+      groups: how many groups a convolution splits its one output axis into; above 1
+        each group is a batch element, last among them.
+
+    Example:
+      >>> heads = Contraction(inputs=(0,), outputs=(1, 2))  # [d, n, h]
+      >>> heads.factor_shapes((16, 4, 8), rank=3)
+      ((16, 3), (3, 4, 8))
+    """
+
+    batch: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (1,)
+    groups: int = 1
+
+    def split(self, kernel_shape: Shape) -> tuple[Shape, Shape, Shape]:
+        """Returns the sizes of the batch, input and output axes.
+
+        Args:
+          kernel_shape: shape of the whole kernel.
+
+        Returns:
+          Three tuples of sizes. With groups, the output is one group's, and the number
+          of groups is the last batch size.
+        """
+        batch = tuple(kernel_shape[axis] for axis in self.batch)
+        inputs = tuple(kernel_shape[axis] for axis in self.inputs)
+        outputs = tuple(kernel_shape[axis] for axis in self.outputs)
+        if self.groups > 1:
+            batch, outputs = (*batch, self.groups), (outputs[0] // self.groups,)
+        return batch, inputs, outputs
+
+    def factor_shapes(self, kernel_shape: Shape, rank: int) -> tuple[Shape, Shape]:
+        """Returns the shapes of A and B for a kernel.
+
+        Args:
+          kernel_shape: shape of the whole kernel.
+          rank: ``r``.
+
+        Returns:
+          ``[*batch, *in, r]`` and ``[*batch, r, *out]``.
+        """
+        batch, inputs, outputs = self.split(kernel_shape)
+        return (*batch, *inputs, rank), (*batch, rank, *outputs)
+
+    def matrix_size(self, kernel_shape: Shape) -> tuple[int, int]:
+        """Returns the number of inputs (the fan-in) and outputs of one matrix."""
+        _, inputs, outputs = self.split(kernel_shape)
+        return math.prod(inputs), math.prod(outputs)
+
+    def lift(self, axis: int) -> "Contraction":
+        """Returns the description after a batch axis was inserted at ``axis``.
+
+        Args:
+          axis: where the stacked kernel has its new axis (a scan's layers, say).
+
+        Returns:
+          The same roles at their new places; the new axis is the first batch axis.
+        """
+
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a + (a >= axis) for a in axes)
+
+        return self._replace(
+            batch=(axis, *moved(self.batch)),
+            inputs=moved(self.inputs),
+            outputs=moved(self.outputs),
+        )
+
+
+DENSE = Contraction()
+
+
+def check_factors(
+    kernel_shape: Shape,
+    a_shape: Shape,
+    b_shape: Shape,
+    contraction: Contraction = DENSE,
+) -> None:
+    """Raises unless A and B chain with each other and with the kernel.
+
+    Args:
+      kernel_shape: shape of ``W0``.
+      a_shape: shape of ``lora_a``, wanted ``[*batch, *in, r]``.
+      b_shape: shape of ``lora_b``, wanted ``[*batch, r, *out]``.
+      contraction: the kernel's axes.
+
+    Raises:
+      ValueError: with the shapes wanted and got.
+    """
+    axes = (*contraction.batch, *contraction.inputs, *contraction.outputs)
+    if len(kernel_shape) != len(axes):
+        raise ValueError(
+            f"kernel must have {len(axes)} axes for {contraction}; "
+            f"got shape {kernel_shape}."
+        )
+    rank = a_shape[-1] if a_shape else 0
+    wanted = contraction.factor_shapes(kernel_shape, rank)
+    if (tuple(a_shape), tuple(b_shape)) == wanted and rank > 0:
+        return
+    if contraction == DENSE:
+        i, o = kernel_shape
+        names = f"[in, rank], [rank, out] = [{i}, {rank}], [{rank}, {o}]"
+    else:
+        names = "[*batch, *in, rank], [*batch, rank, *out] = {}, {}".format(
+            *map(list, wanted)
+        )
+    swapped = contraction == DENSE and (a_shape[::-1], b_shape[::-1]) == (
+        contraction.factor_shapes(kernel_shape, a_shape[0] if a_shape else 0)
+    )
+    raise ValueError(
+        f"lora_a, lora_b must be {names} for a kernel of shape {kernel_shape}; "
+        f"got {a_shape}, {b_shape}. "
+        + (
+            "PyTorch stores these transposed: pass `weight.T`."
+            if swapped
+            else "The last axis of lora_a is the rank."
+        )
+    )

@@ -1,0 +1,106 @@
+"""LoRA's equation: ``y = x W0 + scaling * (x A) B``."""
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array_types import Bias, Inputs, Kernel, LoraA, LoraB, Outputs, PRNGKey
+from lora_jax.ops.contraction import check_factors
+from lora_jax.ops.product import check_floating, low_rank_update
+
+_LEADING = "abcdefghjklmnpqstuvwxyz"  # labels of the leading dimensions: not i, o, R
+
+
+def lora_dense(
+    x: Inputs,
+    kernel: Kernel,
+    lora_a: LoraA,
+    lora_b: LoraB,
+    *,
+    scaling: float | jax.Array,
+    bias: Bias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Outputs:
+    """Applies a frozen dense layer plus its low-rank update.
+
+    Computes ``y = x @ W0 + bias + scaling * (dropout(x) @ A) @ B`` without forming the
+    ``[i, o]`` product ``A @ B``: the update costs ``r * (i + o)`` multiply-adds a row,
+    the base ``i * o``.
+
+    The update has a backward pass of its own (`lora_jax.ops.product`), so forward-mode
+    differentiation (`jax.jvp`, `jax.jacfwd`) of it is a ``TypeError`` from JAX; reverse
+    mode, and forward or reverse over reverse, work. No gradient of ``kernel`` is formed
+    unless the caller differentiates with respect to it.
+
+    Args:
+      x: inputs ``[*b, i]``; sets the dtype of the computation and of the result.
+      kernel: frozen base weight ``W0`` ``[i, o]``.
+      lora_a: down-projection ``A`` ``[i, r]``, random at init.
+      lora_b: up-projection ``B`` ``[r, o]``, zero at init.
+      scaling: ``alpha / rank``; see `LoRAConfig.scaling_for`.
+      bias: frozen base bias ``[o]``, or None.
+      dropout_rate: probability of dropping an element of the update's input.
+      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      Outputs ``[*b, o]``, in the dtype of ``x``.
+
+    Raises:
+      ValueError: if the shapes do not chain, or the dropout rate is outside [0, 1] or
+        lacks its key.
+      TypeError: if an array is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, w0, a, b = (jnp.ones(s) for s in [(2, 3), (3, 4), (3, 1), (1, 4)])
+      >>> lora_dense(x, w0, a, b, scaling=0.5)[0].tolist()
+      [4.5, 4.5, 4.5, 4.5]
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.1. The paper multiplies
+      from the left (``W0 + B A``), we from the right: our ``lora_a`` and ``lora_b``
+      are the transposes of its ``A`` and ``B``.
+    """
+    check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    check_factors(kernel.shape, lora_a.shape, lora_b.shape)
+    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"x must be [*b, in] = [*b, {kernel.shape[0]}] for a kernel of shape "
+            f"{kernel.shape}; got {x.shape}."
+        )
+    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)  # [*b, o]
+    if bias is not None:
+        if bias.shape != kernel.shape[1:]:
+            raise ValueError(
+                f"bias must be [out] = [{kernel.shape[1]}]; got {bias.shape}."
+            )
+        y = y + bias.astype(x.dtype)
+    return y + dense_update(
+        x,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+    )
+
+
+def dense_update(x: Inputs, lora_a: LoraA, lora_b: LoraB, **options) -> Outputs:
+    """Computes ``scaling * (x @ A) @ B``, the update alone.
+
+    Args:
+      x: inputs ``[*b, i]``.
+      lora_a: ``A`` ``[i, r]``.
+      lora_b: ``B`` ``[r, o]``.
+      **options: as in `lora_jax.ops.product.low_rank_update`.
+
+    Returns:
+      The update ``[*b, o]``.
+    """
+    b = _LEADING[: x.ndim - 1]
+    return low_rank_update(
+        f"{b}i,iR->{b}R", f"{b}R,Ro->{b}o", x, lora_a, lora_b, **options
+    )

@@ -1,0 +1,196 @@
+"""LoRA on any two-operand einsum: ``y = einsum(x, W0) + scaling * (x A) B``.
+
+The labels of the kernel say all: those in the input and the output are batch (an
+expert axis), those in the input alone are summed over, those in the output alone are
+new. A takes the batch and input labels, B the batch and output labels.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.ops.contraction import Contraction, check_factors
+from lora_jax.ops.product import RANK, check_floating, low_rank_update
+
+_SPARE = "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSQPONMLKJIHGFEDCBA"
+
+
+class Equation(NamedTuple):
+    """A parsed einsum ``x,kernel->out`` without ellipsis.
+
+    Attributes:
+      x: labels of the input.
+      kernel: labels of the kernel.
+      out: labels of the output.
+    """
+
+    x: str
+    kernel: str
+    out: str
+
+    @property
+    def contraction(self) -> Contraction:
+        """The kernel's axes by role."""
+        batch, inputs, outputs = self._roles()
+        return Contraction(
+            *(tuple(map(self.kernel.index, role)) for role in (batch, inputs, outputs))
+        )
+
+    @property
+    def down(self) -> str:
+        """Equation of ``x A``."""
+        batch, inputs, _ = self._roles()
+        return f"{self.x},{batch}{inputs}{RANK}->{self._hidden()}"
+
+    @property
+    def up(self) -> str:
+        """Equation of ``h B``."""
+        batch, _, outputs = self._roles()
+        return f"{self._hidden()},{batch}{RANK}{outputs}->{self.out}"
+
+    def _hidden(self) -> str:
+        return "".join(c for c in self.x if c in self.out) + RANK
+
+    def _roles(self) -> tuple[str, str, str]:
+        in_x = [c for c in self.kernel if c in self.x]
+        batch = "".join(c for c in in_x if c in self.out)
+        inputs = "".join(c for c in in_x if c not in self.out)
+        outputs = "".join(c for c in self.kernel if c not in self.x)
+        return batch, inputs, outputs
+
+
+def parse_equation(equation: str, x_ndim: int) -> Equation:
+    """Parses ``equation`` for an input of ``x_ndim`` axes.
+
+    Args:
+      equation: such as ``"...td,dnh->...tnh"``; ``...`` in the input and the output.
+      x_ndim: number of axes of the input, which decides what ``...`` stands for.
+
+    Returns:
+      The labels of the three arrays.
+
+    Raises:
+      ValueError: if it is not an explicit einsum of two operands, repeats a label in
+        one array, or has a label that LoRA can't place.
+    """
+    compact = equation.replace(" ", "")
+    operands, arrow, out = compact.partition("->")
+    if not arrow or operands.count(",") != 1:
+        raise ValueError(
+            f"equation must be explicit with two operands, 'x,kernel->out'; "
+            f"got {equation!r}."
+        )
+    x, kernel = operands.split(",")
+    if "..." in kernel:
+        raise ValueError(
+            f"equation must name every axis of the kernel; got {equation!r}."
+        )
+    named = len(x.replace("...", ""))
+    if "..." in x:
+        free = [c for c in _SPARE if c not in compact]
+        if not 0 <= x_ndim - named <= len(free):
+            raise ValueError(
+                f"equation {equation!r} names {named} axes of x; got {x_ndim} axes."
+            )
+        dots = "".join(free[: x_ndim - named])
+        x, out = x.replace("...", dots), out.replace("...", dots)
+    if len(x) != x_ndim:
+        raise ValueError(f"x must have {len(x)} axes for {equation!r}; got {x_ndim}.")
+    faults = [
+        f"label {c!r} repeats within one array"
+        for c in sorted(set(x + kernel + out))
+        if max(x.count(c), kernel.count(c), out.count(c)) > 1
+    ]
+    faults += [
+        f"label {c!r} of the output is in no operand"
+        for c in out
+        if c not in x + kernel
+    ]
+    faults += [
+        f"label {c!r} is summed over in one operand alone"
+        for c in x + kernel
+        if (c in x) != (c in kernel) and c not in out
+    ]
+    faults += [f"label {RANK!r} is taken: it is the rank"] * (RANK in x + kernel + out)
+    faults += [
+        f"label {c!r} is not a letter" for c in x + kernel + out if not c.isalpha()
+    ]
+    parsed = Equation(x, kernel, out)
+    if not faults and not (parsed.contraction.inputs and parsed.contraction.outputs):
+        faults.append("the kernel needs an axis to sum over and an axis to add")
+    if faults:
+        raise ValueError(
+            f"equation {equation!r} can't be adapted: {'; '.join(faults)}."
+        )
+    return parsed
+
+
+def lora_einsum(
+    equation: str,
+    x: AnyFloat,
+    kernel: AnyFloat,
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    *,
+    scaling: float | jax.Array,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> AnyFloat:
+    """Applies a frozen einsum plus its low-rank update.
+
+    Computes ``einsum(equation, x, W0) + scaling * (x A) B``, equal to
+    ``einsum(equation, x, merge_kernel(W0, A, B))``. Every batch element of the kernel
+    (an expert) has an A and a B of its own.
+
+    Args:
+      equation: explicit, two operands, ``"btd,dnh->btnh"``; ``...`` allowed in ``x``
+        and the output.
+      x: first operand; sets the dtype of the computation and of the result.
+      kernel: frozen base weight ``W0``, the second operand.
+      lora_a: ``A`` ``[*batch, *in, r]``, the kernel's axes in the kernel's order.
+      lora_b: ``B`` ``[*batch, r, *out]``, likewise.
+      scaling: ``alpha / rank``.
+      dropout_rate: probability of dropping an element of the update's input.
+      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      The output of the equation, in the dtype of ``x``.
+
+    Raises:
+      ValueError: if the equation can't be adapted or shapes do not chain.
+      TypeError: if an array is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, w0 = jnp.ones((2, 3)), jnp.ones((3, 4, 5))
+      >>> a, b = jnp.ones((3, 1)), jnp.ones((1, 4, 5))
+      >>> lora_einsum("td,dnh->tnh", x, w0, a, b, scaling=0.5)[0, 0, 0].tolist()
+      4.5
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+    check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b)
+    parsed = parse_equation(equation, x.ndim)
+    if len(parsed.kernel) != kernel.ndim:
+        raise ValueError(
+            f"kernel must have {len(parsed.kernel)} axes for {equation!r}; "
+            f"got shape {kernel.shape}."
+        )
+    check_factors(kernel.shape, lora_a.shape, lora_b.shape, parsed.contraction)
+    y = jnp.einsum(equation, x, kernel.astype(x.dtype), precision=precision)
+    return y + low_rank_update(
+        parsed.down,
+        parsed.up,
+        x,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+    )

@@ -1,0 +1,93 @@
+"""Initial values of A and B, from one key and a path.
+
+``A ~ U(±1/√fan_in)`` and ``B = 0``: the layer starts as its base. The fan-in counts the
+input axes alone, never the batch (experts, scanned layers). For an embedding the input
+is one-hot, one active element, so the fan-in is 1.
+"""
+
+import math
+import warnings
+import zlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.ops.contraction import DENSE, Contraction, Shape
+
+
+def path_key(key: PRNGKey, path: str) -> PRNGKey:
+    """Returns the key of one path: stable, and independent of all other paths.
+
+    Args:
+      key: PRNG key of the whole tree.
+      path: ``/``-joined path of the layer.
+
+    Returns:
+      A key that depends on ``key`` and ``path`` only, so that adapting one more layer
+      changes no other layer's values.
+    """
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def init_adapter(
+    key: PRNGKey,
+    kernel_shape: Shape,
+    rank: int,
+    *,
+    contraction: Contraction = DENSE,
+    init: Literal["uniform", "gaussian"] = "uniform",
+    one_hot: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[AnyFloat, AnyFloat]:
+    """Draws A and zeroes B for one kernel.
+
+    Args:
+      key: PRNG key; see `path_key`.
+      kernel_shape: shape of ``W0``.
+      rank: ``r``, at least 1.
+      contraction: the kernel's axes.
+      init: ``"uniform"``: ``U(±1/√fan_in)``, variance ``1/(3 fan_in)``;
+        ``"gaussian"``: ``N(0, 1/rank²)``.
+      one_hot: whether the input is one-hot (an embedding): the fan-in is then 1.
+      dtype: of both.
+
+    Returns:
+      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, ``B`` all zero.
+
+    Raises:
+      ValueError: if the rank is below 1 or ``init`` is unknown.
+
+    Warns:
+      UserWarning: if the rank exceeds the smaller side of the kernel: A B then has
+        more parameters than the kernel and no more freedom.
+
+    Example:
+      >>> a, b = init_adapter(jax.random.key(0), (10, 8), rank=3)
+      >>> a.shape, b.shape, a.size + b.size
+      ((10, 3), (3, 8), 54)
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.1; the uniform bound is
+      that of its reference implementation (Kaiming uniform with a = √5).
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1; got {rank}.")
+    fan_in, fan_out = contraction.matrix_size(kernel_shape)
+    if rank > min(fan_in, fan_out):
+        warnings.warn(
+            f"rank {rank} exceeds the smaller side of a kernel of shape "
+            f"{kernel_shape} ({fan_in} inputs, {fan_out} outputs).",
+            stacklevel=2,
+        )
+    a_shape, b_shape = contraction.factor_shapes(kernel_shape, rank)
+    if init == "uniform":
+        bound = 1 / math.sqrt(1 if one_hot else fan_in)
+        a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+    elif init == "gaussian":
+        a = jax.random.normal(key, a_shape, dtype) / rank
+    else:
+        raise ValueError(f"init must be 'uniform' or 'gaussian'; got {init!r}.")
+    return a, jnp.zeros(b_shape, dtype)

@@ -1,0 +1,160 @@
+"""Multiplication by one thin factor, with a backward pass of its own.
+
+The update ``(x A) B`` is two products, and each has a thin side: the rank. Plain
+autodiff computes ``dA = xᵀ u`` and ``dB = hᵀ dy`` with whichever operand transposed
+comes first, and XLA:CPU then copies the *wide* array (``x`` or ``dy``, one row a token)
+into its transpose. Here the thin operand always is the transposed one:
+``dA = (uᵀ x)ᵀ`` and ``dB = hᵀ dy``. The frozen kernel takes no part, so no ``dW0`` can
+arise from an adapter.
+
+Kept for the backward pass: the operand itself and the factor. Dropout keeps its key,
+not its mask, and draws the mask again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+
+RANK = "R"  # the label of the rank axis in every product's equation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def factor_product(
+    equation: str,
+    rate: float,
+    precision: jax.lax.PrecisionLike,
+    x: AnyFloat,
+    factor: AnyFloat,
+    key: PRNGKey | None = None,
+) -> AnyFloat:
+    """Computes ``einsum(equation, dropout(x), factor)`` in the dtype of ``x``.
+
+    Args:
+      equation: an explicit two-operand einsum in which the label ``R`` is the rank.
+      rate: probability of dropping an element of ``x``; the rest is scaled up.
+      precision: as in `jax.lax.dot_general`.
+      x: what is multiplied: the layer's input (for A) or ``x A`` (for B).
+      factor: A or B, usually float32; cast to the dtype of ``x`` for the product.
+      key: PRNG key of the dropout; None where the rate is 0.
+
+    Returns:
+      The product, in the dtype of ``x``.
+    """
+    return jnp.einsum(
+        equation, dropout(x, rate, key), factor.astype(x.dtype), precision=precision
+    )
+
+
+def _forward(equation, rate, precision, x, factor, key=None):
+    y = factor_product(equation, rate, precision, x, factor, key)
+    return y, (x, factor, key)
+
+
+def _backward(equation, rate, precision, residuals, dy):
+    x, factor, key = residuals
+    operands, out = equation.split("->")
+    x_labels, factor_labels = operands.split(",")
+    einsum = functools.partial(jnp.einsum, precision=precision)
+
+    dx = einsum(f"{out},{factor_labels}->{x_labels}", dy, factor.astype(dy.dtype))
+    # The thin operand first, the rank leading: only thin arrays are transposed.
+    thin, wide = (out, x_labels) if RANK in out else (x_labels, out)
+    thin_array, wide_array = dy, dropout(x, rate, key)
+    if thin != out:
+        thin_array, wide_array = wide_array, thin_array
+    batch = "".join(c for c in factor_labels if c in thin and c in wide)
+    rest = "".join(c for c in factor_labels if c not in batch and c != RANK)
+    rank_first = einsum(
+        f"{thin},{wide}->{batch}{RANK}{rest}",
+        thin_array,
+        wide_array,
+        preferred_element_type=factor.dtype,
+    )
+    order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
+    return dropout(dx, rate, key), rank_first.transpose(order), None
+
+
+factor_product.defvjp(_forward, _backward)
+
+
+def low_rank_update(
+    down: str,
+    up: str,
+    x: AnyFloat,
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    *,
+    scaling: float | jax.Array,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
+) -> AnyFloat:
+    """Computes ``scaling * (x A) B``, the whole of what LoRA adds to a layer.
+
+    Args:
+      down: equation of ``x A``; the rank is the label ``R``.
+      up: equation of ``h B``.
+      x: input of the layer.
+      lora_a: A, as ``down`` has it.
+      lora_b: B, as ``up`` has it.
+      scaling: ``alpha / rank``; a traced scalar works too.
+      dropout_rate: probability of dropping an element of ``x``; a Python float.
+      dropout_key: PRNG key, needed where the rate is above 0.
+      precision: as in `jax.lax.dot_general`.
+      dtype: of the computation and the result; default: that of ``x``.
+
+    Returns:
+      The update, in ``dtype``.
+
+    Raises:
+      ValueError: if the rate is outside [0, 1], or above 0 without a key.
+      TypeError: if ``x``, A or B is not floating.
+    """
+    check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
+    key = check_dropout(dropout_rate, dropout_key)
+    x = x.astype(dtype or x.dtype)
+    h = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
+    h = h * jnp.asarray(scaling, h.dtype)  # the thin side is the cheap one to scale
+    return factor_product(up, 0.0, precision, h, lora_b)
+
+
+def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
+    """Zeroes elements with probability ``rate``, scaling the rest by ``1/(1-rate)``."""
+    if rate == 0.0:
+        return x
+    if rate == 1.0:
+        return jnp.zeros_like(x)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
+
+
+def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:
+    """Raises on a bad rate or a missing key; returns the key if it will be used."""
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1]; got {rate}.")
+    if rate > 0.0 and key is None:
+        raise ValueError(
+            f"dropout_key must be a PRNG key where dropout_rate > 0; got None with "
+            f"dropout_rate={rate}. Pass dropout_rate=0.0 for deterministic calls."
+        )
+    return key if 0.0 < rate < 1.0 else None
+
+
+def check_floating(**arrays: jax.Array | None) -> None:
+    """Raises a TypeError that names every array that is not floating."""
+    wrong = {
+        name: array.dtype.name
+        for name, array in arrays.items()
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating)
+    }
+    if wrong:
+        got = ", ".join(f"{name} {dtype}" for name, dtype in wrong.items())
+        raise TypeError(
+            f"{', '.join(wrong)} must be floating-point; got {got}. "
+            "Convert with `.astype(jnp.float32)`."
+        )
