@@ -44,13 +44,17 @@ def factor_product(
     Returns:
       The product, in the dtype of ``x``.
     """
-    return jnp.einsum(
-        equation, dropout(x, rate, key), factor.astype(x.dtype), precision=precision
-    )
+    return _product(equation, rate, precision, x, factor, key)
+
+
+def _product(equation, rate, precision, x, factor, key):
+    x = dropout(x, rate, key)
+    return jnp.einsum(equation, x, factor.astype(x.dtype), precision=precision)
 
 
 def _forward(equation, rate, precision, x, factor, key=None):
-    y = factor_product(equation, rate, precision, x, factor, key)
+    # The plain product, not `factor_product`: forward over reverse goes through here.
+    y = _product(equation, rate, precision, x, factor, key)
     return y, (x, factor, key)
 
 
