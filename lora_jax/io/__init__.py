@@ -1,0 +1,1 @@
+"""Files at the library's borders: weights, checkpoints, tokenizers, packages, data."""

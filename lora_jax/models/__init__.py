@@ -1,0 +1,1 @@
+"""Pretrained models as plain Linen modules; how their files are read and written."""

@@ -1,0 +1,120 @@
+"""A model's parameters back into a plain Hugging Face folder.
+
+What `load_model` read and a merge changed is written under the names, the prefix and
+the dtypes that the source folder has. Tensors that the module has no use for (BERT's
+pooler, say) are copied, so the folder still is what its ``config.json`` says, and
+transformers loads it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+
+from lora_jax.io.safetensors import SINGLE, open_tensors, write_tensors
+from lora_jax.models.load import (
+    CONFIG,
+    FAMILIES,
+    HEAD,
+    OURS,
+    bare_name,
+    read_config,
+    tensor_name,
+)
+from lora_jax.names import KERNEL
+
+# What a folder needs beside weights and config; other files are not the model's.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    *,
+    pooling: str = "mean",
+) -> Path:
+    """Writes parameters as a Hugging Face folder.
+
+    Args:
+      directory: the folder to write; made if needed, and refused if it is the source.
+      params: the module's parameters, a nested dict, such as ``adapted.merge(...)``.
+      source: the folder that the model was loaded from (`LoadedModel.path`).
+      pooling: what the head, if there is one, was trained on; kept in ``config.json``
+        for `load_model`. transformers' own heads sit on "pooler".
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if parameters are missing, unexpected, mis-shaped or not finite
+        against the source; all of them are listed and nothing is written.
+      OSError: if a file can't be written.
+    """
+    directory, source = Path(directory), Path(source)
+    if directory.exists() and directory.resolve() == source.resolve():
+        raise ValueError(
+            f"directory must be another folder than the source {source}; it is the "
+            "same. The base is never overwritten."
+        )
+    settings = read_config(source)
+    family = FAMILIES[settings["model_type"]]
+    reader = open_tensors(source)
+    names = {bare_name(name, family): name for name in reader.shapes}
+
+    flat = flax.traverse_util.flatten_dict(dict(params))
+    ours = {tensor_name(path, family): path for path in flat}
+    faults = [
+        f"missing: {name}"
+        for name in names
+        if name not in ours and not name.startswith(family.unused)
+    ]
+    tensors = {}
+    for name, path in ours.items():
+        array = np.asarray(flat[path])
+        array = array.T if path[-1] == KERNEL else array
+        head = name.startswith(f"{HEAD}.")
+        if name not in names and not head:
+            faults.append(f"unexpected: {'/'.join(path)}")
+        elif not head and array.shape != reader.shapes[names[name]]:
+            wanted = list(reader.shapes[names[name]])
+            faults.append(f"shape: {name} must be {wanted}; got {list(array.shape)}")
+        elif not np.isfinite(array).all():
+            faults.append(f"not finite: {'/'.join(path)}")
+        else:
+            tensors[names.get(name, name)] = array
+    if faults:
+        raise ValueError(
+            f"params must fit the model of {source}; {len(faults)} tensors don't, and "
+            "nothing was written.\n  " + "\n  ".join(faults)
+        )
+    for name, original in names.items():
+        stale_head = name.startswith(f"{HEAD}.")
+        if name not in ours and not stale_head:
+            tensors[original] = reader[original]
+
+    directory.mkdir(parents=True, exist_ok=True)
+    settings[OURS] = {"pooling": pooling}
+    if f"{HEAD}.weight" in ours:
+        count = tensors[names.get(f"{HEAD}.weight", f"{HEAD}.weight")].shape[0]
+        if len(settings.get("id2label") or {}) != count:
+            settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+            settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    return directory
