@@ -71,21 +71,23 @@ class Contraction(NamedTuple):
         _, inputs, outputs = self.split(kernel_shape)
         return math.prod(inputs), math.prod(outputs)
 
-    def lift(self, axis: int) -> "Contraction":
-        """Returns the description after a batch axis was inserted at ``axis``.
+    def stacked(self, axes: tuple[int, ...]) -> "Contraction":
+        """Returns the description of many such kernels stacked in one array.
 
         Args:
-          axis: where the stacked kernel has its new axis (a scan's layers, say).
+          axes: where the stacked array has its new axes (a scan's layers, say).
 
         Returns:
-          The same roles at their new places; the new axis is the first batch axis.
+          The same roles at their new places; the new axes are the first batch axes.
         """
+        ndim = len(self.batch) + len(self.inputs) + len(self.outputs) + len(axes)
+        old = [axis for axis in range(ndim) if axis not in axes]
 
-        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(a + (a >= axis) for a in axes)
+        def moved(roles: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(old[axis] for axis in roles)
 
         return self._replace(
-            batch=(axis, *moved(self.batch)),
+            batch=(*axes, *moved(self.batch)),
             inputs=moved(self.inputs),
             outputs=moved(self.outputs),
         )

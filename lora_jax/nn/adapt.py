@@ -1,0 +1,355 @@
+"""LoRA on a Linen model that was not written for it.
+
+``adapt(model, config)`` wraps a model without touching it. Outside, its variables are
+three collections; inside, the model sees the one ``params`` tree it was written for,
+with ``lora_a`` and ``lora_b`` beside the kernels they adapt, so that its own
+``nn.scan``, ``nn.remat`` or ``nn.vmap`` carry them along. Every call of a targeted
+layer gets ``scaling * (x A) B`` added to its output.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array_types import PRNGKey, PyTree
+from lora_jax.config import LoRAConfig
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS
+from lora_jax.nn.layers import (
+    LINEAR_KINDS,
+    adapter_update,
+    call_inputs,
+    init_factors,
+    layer_of,
+)
+from lora_jax.nn.trace import Example, trace_model
+from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
+from lora_jax.tree.partition import join, partition
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import Target, child, select_targets
+
+_MAPPED = (FROZEN, LORA, PARAMS)
+Method = str | Callable[..., Any] | None
+
+
+class Adapted(nn.Module):
+    """A model with LoRA: the same calls, the variables in three collections.
+
+    Made by `adapt`. A method of the model is called by name or function
+    (``adapted.apply(variables, x, method="encode")``), and inside another module as a
+    method of this one (``self.encoder.encode(x)``).
+
+    Attributes:
+      model: the wrapped model.
+      config: what is adapted, and how.
+      example: example inputs for finding the layers, or None.
+      deterministic: switches adapter dropout off (True) or on (False). None takes the
+        ``deterministic`` argument of each call, where the model has one, and False
+        otherwise. No PRNG key is needed where it is off.
+
+    Variables: ``frozen`` (the base), ``lora`` (``lora_a`` and ``lora_b`` at the paths
+    of the adapted layers), ``params`` (base leaves named by ``config.train``).
+    """
+
+    model: nn.Module
+    config: LoRAConfig
+    example: Example | None = None
+    deterministic: bool | None = None
+
+    def setup(self) -> None:
+        """Gives the model this module's scope, so that paths have no extra level."""
+        nn.share_scope(self, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model's ``__call__``."""
+        return self._run("__call__", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the model's method ``name``, run with the adapters."""
+        model = self.__dict__.get("model")
+        if callable(getattr(type(model), name, None)) and not name.startswith("_"):
+            return lambda *args, **kwargs: self._run(name, *args, **kwargs)
+        return super().__getattr__(name)
+
+    def apply(self, variables, *args, method: Method = None, **kwargs) -> Any:
+        """As `flax.linen.Module.apply`; ``method`` is one of the wrapped model's."""
+        return super().apply(variables, *args, method=_on_model(method), **kwargs)
+
+    def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
+        """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
+        return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
+
+    def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
+        """As `flax.linen.Module.init`, with fresh base and adapters."""
+        return self.init_with_output(rngs, *args, method=method, **kwargs)[1]
+
+    def targets(self, params: Mapping[str, Any] | None = None) -> list[Target]:
+        """Returns the table of adapted layers.
+
+        Args:
+          params: the model's plain parameter tree (arrays or shapes); not needed where
+            example inputs were given to `adapt`.
+
+        Returns:
+          One row a layer.
+
+        Raises:
+          ValueError: if the config names what the model has not; see `select_targets`.
+        """
+        found = trace_model(self.model, params, self.example)
+        if params is not None:
+            _check_shapes(flatten(found.params), flatten(params))
+        return select_targets(
+            found.sites,
+            self.config,
+            weights=flatten(found.params),
+            unknown=found.unknown,
+        )
+
+    def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
+        """Puts fresh adapters beside pretrained parameters.
+
+        Args:
+          params: the model's own tree, as ``model.apply({"params": params}, x)`` takes
+            it; its arrays are used as they are, uncopied.
+          key: PRNG key of the adapters; each layer folds in its path.
+
+        Returns:
+          ``{"frozen": ..., "lora": ..., "params": ...}``; the output is bit-equal to
+          the base's until an adapter is trained.
+
+        Raises:
+          ValueError: if ``params`` are not those of the model, hold a NaN, or the
+            config names what is not there.
+        """
+        params = nn.meta.unbox(params)
+        targets = self.targets(params)
+        _check_finite(params, targets)
+        adapters = {}
+        for target in targets:
+            a, b = target.init(key, self.config.init)
+            adapters[child(target.path, LORA_A)] = a
+            adapters[child(target.path, LORA_B)] = b
+        return {**partition(params, self.config), LORA: unflatten(adapters)}
+
+    def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Returns the base alone, as a plain tree: `attach` undone, bit for bit."""
+        return join(variables[FROZEN], variables.get(PARAMS, {}))
+
+    def merge(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Folds the adapters in.
+
+        Args:
+          variables: the three collections; left as they are.
+
+        Returns:
+          A plain tree for ``model.apply({"params": tree}, x)``.
+
+        Raises:
+          ValueError: if an adapter is missing, left over, or not finite.
+        """
+        base = self.detach(variables)
+        return merge_params(base, variables[LORA], self.targets(base))
+
+    def unmerge(
+        self, merged: Mapping[str, Any], variables: Mapping[str, PyTree]
+    ) -> dict[str, PyTree]:
+        """Takes the adapters out of a merged tree: W0 bit for bit, never a difference.
+
+        Args:
+          merged: the result of `merge`.
+          variables: the collections it was made of.
+
+        Returns:
+          A plain tree with the base's kernels.
+        """
+        base = self.detach(variables)
+        return unmerge_params(merged, base, self.targets(base))
+
+    def merge_errors(self, variables: Mapping[str, PyTree]) -> list[MergeError]:
+        """Measures what merging loses by rounding to the base's dtype.
+
+        Args:
+          variables: the three collections.
+
+        Returns:
+          One row an adapted layer.
+        """
+        base = self.detach(variables)
+        targets = self.targets(base)
+        merged = merge_params(base, variables[LORA], targets)
+        return merge_errors(base, merged, variables[LORA], targets)
+
+    def _run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a method of the model on the joined tree, with every layer watched."""
+        deterministic = self.deterministic
+        if deterministic is None:
+            deterministic = kwargs.get("deterministic")
+        intercept = self._interceptor(bool(deterministic), self.is_initializing())
+
+        def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            bound = (
+                getattr(model, method)
+                if isinstance(method, str)
+                else lambda *a, **k: method(model, *a, **k)
+            )
+            with nn.intercept_methods(intercept):
+                return bound(*args, **kwargs)
+
+        run = nn.map_variables(
+            call,
+            _MAPPED,
+            trans_in_fn=lambda v: {PARAMS: join(*(v.get(c, {}) for c in _MAPPED))},
+            trans_out_fn=lambda v: partition(v.get(PARAMS, {}), self.config),
+            mutable=any(self.is_mutable_collection(c) for c in _MAPPED),
+        )
+        return run(self.model, *args, **kwargs)
+
+    def _interceptor(self, deterministic: bool, initializing: bool):
+        config, root = self.config, len(self.scope.path) if self.scope else 0
+
+        def intercept(next_fun, args, kwargs, context):
+            y = next_fun(*args, **kwargs)
+            module, scope = context.module, context.module.scope
+            layer = layer_of(module)
+            if layer is None or context.method_name not in layer.methods:
+                return y
+            path = "/".join(scope.path[root:])
+            is_target = config.is_target(path, is_linear=layer.kind in LINEAR_KINDS)
+            inputs = call_inputs(args, kwargs)
+            if initializing and is_target and not scope.has_variable(PARAMS, LORA_A):
+                a, b = init_factors(module, inputs, config, path)
+                scope.put_variable(PARAMS, LORA_A, a)
+                scope.put_variable(PARAMS, LORA_B, b)
+            if scope.has_variable(PARAMS, LORA_A) != is_target:
+                raise ValueError(
+                    f"the collection {LORA!r} must have {child(path, LORA_A)!r} if and "
+                    f"only if the config targets {path!r}; got "
+                    f"{'no adapter for a target' if is_target else 'one too many'}. "
+                    "Make the variables with `attach`, or load them for this config."
+                )
+            if not is_target:
+                return y
+            return y + adapter_update(
+                module,
+                context.method_name,
+                inputs,
+                scope.get_variable(PARAMS, LORA_A),
+                scope.get_variable(PARAMS, LORA_B),
+                config=config,
+                path=path,
+                deterministic=deterministic,
+                dtype=y.dtype,
+            )
+
+        return intercept
+
+
+def adapt(
+    model: nn.Module,
+    config: LoRAConfig,
+    *example_args: Any,
+    deterministic: bool | None = None,
+    example_method: str = "__call__",
+    **example_kwargs: Any,
+) -> Adapted:
+    """Adds LoRA to any Linen model, unchanged.
+
+    Args:
+      model: an unbound module, in ``setup`` or ``compact`` style, with or without
+        lifted transforms.
+      config: what to adapt, and how.
+      *example_args: example inputs (arrays or `jax.ShapeDtypeStruct`), used for shapes
+        alone. Optional: without them plausible inputs are tried.
+      deterministic: see `Adapted`.
+      example_method: method the example inputs are for.
+      **example_kwargs: example keyword arguments.
+
+    Returns:
+      A Linen module with the same call signature and methods.
+
+    Raises:
+      TypeError: if ``model`` is not a Linen module or ``config`` not a `LoRAConfig`.
+
+    Example:
+      >>> model = nn.Dense(4)
+      >>> x = jnp.ones((2, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> adapted = adapt(model, LoRAConfig(rank=2, alpha=4, targets=".*"))
+      >>> variables = adapted.attach(params, jax.random.key(1))
+      >>> base = model.apply({"params": params}, x)
+      >>> bool((adapted.apply(variables, x) == base).all())
+      True
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a flax.linen Module; got {type(model).__name__}."
+        )
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig; got {type(config).__name__}.")
+    example = None
+    if example_args or example_kwargs:
+        example = Example.of(*example_args, method=example_method, **example_kwargs)
+    return Adapted(model, config, example, deterministic)
+
+
+def find_targets(
+    model: nn.Module,
+    params: Mapping[str, Any] | None,
+    config: LoRAConfig,
+    *example_args: Any,
+    **example_kwargs: Any,
+) -> list[Target]:
+    """Returns the table of layers that ``config`` adapts in ``model``.
+
+    Args:
+      model: any Linen module.
+      params: its parameter tree, arrays or shapes; None if example inputs are given.
+      config: what to adapt.
+      *example_args: example inputs, as in `adapt`.
+      **example_kwargs: example keyword arguments.
+
+    Returns:
+      One `Target` a layer: path, kind, kernel shape, rank, alpha, scaling, trainable.
+
+    Raises:
+      ValueError: naming every pattern without a match and every target that can't be
+        adapted.
+    """
+    return adapt(model, config, *example_args, **example_kwargs).targets(params)
+
+
+def _on_model(method: Method) -> Callable[..., Any]:
+    return lambda adapted, *args, **kwargs: adapted._run(
+        method or "__call__", *args, **kwargs
+    )
+
+
+def _check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    faults = [f"{path} is missing" for path in wanted if path not in got]
+    faults += [f"{path} is not in the model" for path in got if path not in wanted]
+    faults += [
+        f"{path} must be {wanted[path].shape}; got {jnp.shape(got[path])}"
+        for path in wanted
+        if path in got and wanted[path].shape != jnp.shape(got[path])
+    ]
+    if faults:
+        raise ValueError(f"params do not fit the model: {'; '.join(faults)}.")
+
+
+def _check_finite(params: Mapping[str, Any], targets: list[Target]) -> None:
+    flat = flatten(params)
+    bad = [
+        target.weight_path
+        for target in targets
+        if isinstance(flat[target.weight_path], jax.Array)
+        and not isinstance(flat[target.weight_path], jax.core.Tracer)
+        and not bool(jnp.isfinite(flat[target.weight_path]).all())
+    ]
+    if bad:
+        raise ValueError(f"kernels must be finite; {', '.join(bad)} hold NaN or inf.")

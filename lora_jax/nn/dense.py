@@ -1,0 +1,151 @@
+"""Twins of Linen's linear layers, embeddings and convolutions.
+
+Each takes the arguments of its `flax.linen` twin plus ``lora``, loads the twin's
+parameters into ``frozen`` as they are, and is bit-equal to it until A and B are
+trained.
+"""
+
+import flax.linen as nn
+import jax
+
+from lora_jax.config import LoRAConfig
+from lora_jax.nn.base import LoRALayer
+
+
+class LoRADense(LoRALayer, nn.Dense):
+    """`flax.linen.Dense` with LoRA: ``y = x W0 + bias + scaling * (x A) B``.
+
+    Attributes:
+      lora: what to adapt, and how; the layer looks itself up by its path.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+
+    Variables: ``frozen`` (``kernel`` ``[i, o]``, ``bias`` ``[o]``), ``lora``
+    (``lora_a`` ``[i, r]``, ``lora_b`` ``[r, o]``).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer = LoRADense(8, use_bias=False, lora=LoRAConfig(rank=3))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 10)))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["lora"]))
+      54
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """Applies the layer to ``[*b, i]``; see `flax.linen.Dense`."""
+        y = super().__call__(inputs)
+        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+
+
+class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
+    """`flax.linen.DenseGeneral` with LoRA, over any axes.
+
+    Attributes:
+      lora: what to adapt, and how; the layer looks itself up by its path.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+
+    Variables: ``frozen`` (``kernel`` ``[*batch, *in, *out]``, ``bias``), ``lora``
+    (``lora_a`` ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """Applies the layer; see `flax.linen.DenseGeneral`."""
+        y = super().__call__(inputs)
+        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+
+
+class LoRAEinsum(LoRALayer, nn.Einsum):
+    """`flax.linen.Einsum` with LoRA; labels shared by all three arrays are batch.
+
+    Attributes:
+      lora: what to adapt, and how; the layer looks itself up by its path.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+
+    Variables: ``frozen`` (``kernel``, ``bias``), ``lora`` (``lora_a``
+    ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        einsum_str: str | None = None,
+        deterministic: bool | None = None,
+    ) -> jax.Array:
+        """Applies the equation; see `flax.linen.Einsum`."""
+        y = super().__call__(inputs, einsum_str)
+        call = (inputs, einsum_str)
+        return self._updated(y, self._factors(*call), call, deterministic)
+
+
+class LoRAConv(LoRALayer, nn.Conv):
+    """`flax.linen.Conv` with LoRA: a thin convolution to the rank, then 1 × 1.
+
+    A masked convolution can't be adapted.
+
+    Attributes:
+      lora: what to adapt, and how; ``"all-linear"`` leaves convolutions out.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+
+    Variables: ``frozen`` (``kernel`` ``[*k, i/groups, o]``, ``bias`` ``[o]``), ``lora``
+    (``lora_a`` ``[*k, i, r]``, ``lora_b`` ``[r, o]``, both led by the groups if there
+    are several).
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """Applies the convolution to ``[*b, *spatial, i]``; see `flax.linen.Conv`."""
+        y = super().__call__(inputs)
+        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+
+
+class LoRAEmbed(LoRALayer, nn.Embed):
+    """`flax.linen.Embed` with LoRA, for lookup and `attend` (a tied head) alike.
+
+    Attributes:
+      lora: what to adapt, and how; ``"all-linear"`` leaves embeddings out. Its dropout
+        acts in `attend` alone: a lookup's input is one-hot.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+
+    Variables: ``frozen`` (``embedding`` ``[v, d]``), ``lora`` (``lora_a`` ``[v, r]``,
+    ``lora_b`` ``[r, d]``).
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    def setup(self) -> None:
+        """Declares the table, A and B."""
+        super().setup()
+        self.factors = self._factors()
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Looks up rows ``[*b]`` of the table; see `flax.linen.Embed`."""
+        return self._updated(super().__call__(inputs), self.factors, (inputs,), True)
+
+    def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Multiplies ``[*b, d]`` by the transposed table; see `flax.linen.Embed`."""
+        y = super().attend(query)
+        return self._updated(y, self.factors, (query,), deterministic, "attend")

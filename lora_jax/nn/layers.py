@@ -1,0 +1,262 @@
+"""How LoRA meets each type of Linen layer: one registry for all of `lora_jax.nn`.
+
+A `Layer` says which weight of a module is adapted, what role its axes have, and what
+the update is. The base layer itself is never rewritten: its output, whatever it does
+about bias, padding or dtype, gets ``scaling * (x A) B`` added. So an adapter with
+``B = 0`` is bit-equal to the base by construction.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+
+from lora_jax.array_types import AnyFloat
+from lora_jax.config import LoRAConfig
+from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, PARAMS
+from lora_jax.ops.contraction import DENSE, Contraction
+from lora_jax.ops.conv import conv_contraction, conv_update
+from lora_jax.ops.einsum import Equation, parse_equation
+from lora_jax.ops.embed import attend_update, embed_update
+from lora_jax.ops.init import init_adapter
+from lora_jax.ops.product import low_rank_update
+
+CALL = "__call__"
+
+
+LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
+
+
+class Layer(NamedTuple):
+    """What LoRA has to know about a type of layer.
+
+    Attributes:
+      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      weight: name of the adapted parameter.
+      methods: methods whose output gets the update.
+      contraction: ``(module, x, *args) -> Contraction`` of the weight.
+      update: ``(module, method, inputs, lora_a, lora_b, **options) -> array``.
+    """
+
+    kind: str
+    weight: str
+    methods: tuple[str, ...]
+    contraction: Callable[..., Contraction]
+    update: Callable[..., AnyFloat]
+
+
+def einsum_layer(
+    kind: str, equation: Callable[..., str], weight: str = KERNEL
+) -> Layer:
+    """Makes the `Layer` of a module that is one einsum of its input and a kernel.
+
+    Args:
+      kind: name in the table of targets.
+      equation: ``(module, x, *args) -> "...i,io->...o"``.
+      weight: name of the kernel.
+
+    Returns:
+      The description.
+    """
+
+    def parse(module: nn.Module, x: jax.Array, *args: Any) -> Equation:
+        return parse_equation(equation(module, x, *args), x.ndim)
+
+    def update(module, method, inputs, lora_a, lora_b, **options) -> AnyFloat:
+        del method
+        parsed = parse(module, *inputs)
+        options.setdefault("precision", getattr(module, "precision", None))
+        return low_rank_update(
+            parsed.down, parsed.up, inputs[0], lora_a, lora_b, **options
+        )
+
+    return Layer(kind, weight, (CALL,), lambda *args: parse(*args).contraction, update)
+
+
+def register_layer(
+    module_type: type[nn.Module],
+    equation: str | Callable[..., str],
+    *,
+    weight: str = KERNEL,
+) -> None:
+    """Teaches LoRA a layer of your own: any module that is an einsum with a kernel.
+
+    Args:
+      module_type: the Linen class; its subclasses are covered too.
+      equation: of its ``__call__``, ``"...i,io->...o"``, or a function
+        ``(module, x, *args) -> equation``.
+      weight: name of the kernel parameter.
+
+    Raises:
+      TypeError: if ``module_type`` is not a Linen module class.
+
+    Example:
+      >>> class Transposed(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         w = self.param("w", nn.initializers.lecun_normal(), (4, x.shape[-1]))
+      ...         return x @ w.T
+      >>> register_layer(Transposed, "...i,oi->...o", weight="w")
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(
+            f"module_type must be a Linen module class; got {module_type!r}."
+        )
+    as_function = equation if callable(equation) else lambda *_: equation
+    _LAYERS[module_type] = einsum_layer("einsum", as_function, weight)
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """Returns the description of a module's type, or None if LoRA can't adapt it."""
+    if getattr(module, "mask", None) is not None and isinstance(module, nn.Conv):
+        return None  # a masked kernel is not the kernel the tree holds
+    for cls in type(module).__mro__:
+        if cls in _LAYERS:
+            return _LAYERS[cls]
+    return None
+
+
+def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns a layer's inputs in order, however they were passed."""
+    return (*args, *kwargs.values())
+
+
+def adapter_update(
+    module: nn.Module,
+    method: str,
+    inputs: tuple[Any, ...],
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    *,
+    config: LoRAConfig,
+    path: str,
+    deterministic: bool,
+    dtype: DTypeLike,
+) -> AnyFloat:
+    """Computes what the adapter at ``path`` adds to the output of ``module``.
+
+    Args:
+      module: a bound layer whose type is registered.
+      method: the method that was called.
+      inputs: its arguments.
+      lora_a: A of this layer.
+      lora_b: B of this layer.
+      config: gives scaling and dropout rate.
+      path: of the layer, as the config's patterns see it.
+      deterministic: switches dropout off; no PRNG key is needed then.
+      dtype: of the base layer's output, and so of the update.
+
+    Returns:
+      ``scaling * (dropout(x) A) B``.
+    """
+    layer = layer_of(module)
+    assert layer is not None, path
+    rate = 0.0 if deterministic else config.dropout_rate
+    return layer.update(
+        module,
+        method,
+        inputs,
+        lora_a,
+        lora_b,
+        scaling=config.scaling_for(path),
+        dropout_rate=rate,
+        dropout_key=module.make_rng(DROPOUT) if rate else None,
+        dtype=dtype,
+    )
+
+
+def init_factors(
+    module: nn.Module, inputs: tuple[Any, ...], config: LoRAConfig, path: str
+) -> tuple[AnyFloat, AnyFloat]:
+    """Draws A and zeroes B for a bound layer, from its own ``params`` stream.
+
+    Args:
+      module: a bound layer whose type is registered and whose weight exists.
+      inputs: the arguments of its call.
+      config: gives rank and distribution.
+      path: of the layer, as the config's patterns see it.
+
+    Returns:
+      ``lora_a`` and ``lora_b``.
+    """
+    layer = layer_of(module)
+    assert layer is not None, path
+    assert module.scope is not None, path
+    weights = (module.scope.get_variable(c, layer.weight) for c in (PARAMS, FROZEN))
+    weight = next(w for w in weights if w is not None)
+    return init_adapter(
+        module.make_rng(PARAMS),
+        nn.meta.unbox(weight).shape,
+        config.rank_for(path),
+        contraction=layer.contraction(module, *inputs),
+        init=config.init,
+        one_hot=layer.kind == "embed",
+    )
+
+
+def _dense_general_equation(module: nn.DenseGeneral, x: jax.Array, *_: Any) -> str:
+    def axes(value) -> list[int]:
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return [axis % x.ndim for axis in values]
+
+    features = module.features
+    new = len(features) if isinstance(features, (tuple, list)) else 1
+    x_labels = "abcdefghijklm"[: x.ndim]
+    out_labels = "nopqstuvwxyz"[:new]
+    contracted, batch = axes(module.axis), axes(module.batch_dims)
+    free = [i for i in range(x.ndim) if i not in contracted and i not in batch]
+    pick = lambda indices: "".join(x_labels[i] for i in indices)  # noqa: E731 - local
+    kernel = pick(batch) + pick(contracted) + out_labels
+    return f"{x_labels},{kernel}->{pick(batch)}{pick(free)}{out_labels}"
+
+
+def _einsum_equation(module: nn.Einsum, x: jax.Array, *args: Any) -> str:
+    del x
+    equation = args[0] if args and args[0] is not None else module.einsum_str
+    return str(equation)
+
+
+def _embed_update(
+    module, method, inputs, lora_a, lora_b, *, dropout_rate=0.0, **options
+):
+    options.pop("dropout_key", None)  # a lookup's input is one-hot: nothing to drop
+    del dropout_rate
+    if method == "attend":
+        return attend_update(inputs[0], lora_a, lora_b, **options)
+    return embed_update(inputs[0], lora_a, lora_b, **options)
+
+
+def _window(module: nn.Conv) -> dict[str, Any]:
+    return {
+        "strides": module.strides,
+        "padding": module.padding,
+        "input_dilation": module.input_dilation,
+        "kernel_dilation": module.kernel_dilation,
+        "groups": module.feature_group_count,
+        "precision": module.precision,
+    }
+
+
+def _conv_contraction(module: nn.Conv, *_: Any) -> Contraction:
+    size = module.kernel_size
+    spatial = 1 if isinstance(size, int) else len(size)
+    return conv_contraction(spatial, module.feature_group_count)
+
+
+def _conv_update(module, method, inputs, lora_a, lora_b, *, dtype, **options):
+    del method
+    x = inputs[0].astype(dtype)
+    return conv_update(x, lora_a, lora_b, **_window(module), **options)
+
+
+_LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Dense: einsum_layer("dense", lambda *_: "...i,io->...o"),
+    nn.DenseGeneral: einsum_layer("dense", _dense_general_equation),
+    nn.Einsum: einsum_layer("einsum", _einsum_equation),
+    nn.Embed: Layer(
+        "embed", EMBEDDING, (CALL, "attend"), lambda *_: DENSE, _embed_update
+    ),
+    nn.Conv: Layer("conv", KERNEL, (CALL,), _conv_contraction, _conv_update),
+}

@@ -1,0 +1,1 @@
+"""Parameter trees: paths, targets, collections, merging. Needs JAX alone."""

@@ -1,0 +1,67 @@
+"""Nested dictionaries as flat ones, keyed by ``/``-joined paths."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings by path.
+
+    Args:
+      tree: nested mappings with string keys; anything else is a leaf.
+      prefix: path put before every key.
+
+    Returns:
+      ``{"block_0/query/kernel": leaf, ...}`` in the order of the tree. Empty mappings
+      leave no trace.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, path))
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dictionaries that `flatten` came from.
+
+    Args:
+      flat: leaves by path.
+
+    Returns:
+      Nested plain dictionaries.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the known path most like ``name``, and how many more end like it.
+
+    Args:
+      name: what was asked for, a path or the end of one.
+      known: the paths there are.
+
+    Returns:
+      ``"block_0/attn/q_proj (+23)"``; the empty string if nothing is known.
+    """
+    known = list(known)
+    depth = name.count("/") + 1
+    ends: dict[str, list[str]] = {}
+    for path in known:
+        ends.setdefault("/".join(path.split("/")[-depth:]), []).append(path)
+    close = difflib.get_close_matches(name, ends, n=1, cutoff=0.0)
+    if not close:
+        return ""
+    first, *others = ends[close[0]]
+    return f"{first} (+{len(others)})" if others else first

@@ -1,0 +1,214 @@
+"""Which layers of a model get an adapter, and of what shape.
+
+A model is looked at once, by tracing, which gives a `Site` for every layer that LoRA
+knows how to adapt. The config chooses among them, and whatever it names that is not
+there is an error.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.config import ALL_LINEAR, LoRAConfig, Patterns, layer_index, matches
+from lora_jax.ops.contraction import Contraction, Shape
+from lora_jax.ops.init import init_adapter, path_key
+from lora_jax.tree.paths import nearest
+
+
+class Site(NamedTuple):
+    """A layer that can be adapted.
+
+    Attributes:
+      path: of the layer in the parameter tree.
+      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      weight: name of its weight, ``"kernel"`` or ``"embedding"``.
+      kernel_shape: shape of the weight in the tree, scanned axes included.
+      contraction: the roles of its axes.
+      scanned_a: where the scanned axes stand in the tree's ``lora_a``.
+      scanned_b: where the scanned axes stand in the tree's ``lora_b``.
+    """
+
+    path: str
+    kind: str
+    weight: str
+    kernel_shape: Shape
+    contraction: Contraction
+    scanned_a: tuple[int, ...] = ()
+    scanned_b: tuple[int, ...] = ()
+
+
+class Target(NamedTuple):
+    """An adapted layer: one row of the table.
+
+    Attributes:
+      path: of the layer in the parameter tree.
+      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      kernel_shape: shape of ``W0`` in the tree.
+      rank: ``r``.
+      alpha: numerator of the scaling.
+      scaling: the factor before ``A B``.
+      trainable: number of elements of A and B together.
+      site: the layer as it was found.
+    """
+
+    path: str
+    kind: str
+    kernel_shape: Shape
+    rank: int
+    alpha: float
+    scaling: float
+    trainable: int
+    site: Site
+
+    @property
+    def weight_path(self) -> str:
+        """Path of ``W0`` itself."""
+        return child(self.path, self.site.weight)
+
+    def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
+        """Draws ``lora_a`` and zeroes ``lora_b``.
+
+        Args:
+          key: PRNG key of the whole tree; the path is folded in.
+          init: distribution of A, see `LoRAConfig`.
+
+        Returns:
+          Both as the parameter tree has them.
+        """
+        a, b = init_adapter(
+            path_key(key, self.path),
+            self.kernel_shape,
+            self.rank,
+            contraction=self.site.contraction,
+            init=init,  # pyright: ignore[reportArgumentType] - LoRAConfig checked it
+            one_hot=self.kind == "embed",
+        )
+        site = self.site
+        return (
+            jnp.moveaxis(a, range(len(site.scanned_a)), site.scanned_a),
+            jnp.moveaxis(b, range(len(site.scanned_b)), site.scanned_b),
+        )
+
+    def batch_first(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
+        """Returns the tree's A and B with the scanned axes in front, as ops want."""
+        site = self.site
+        return (
+            jnp.moveaxis(a, site.scanned_a, range(len(site.scanned_a))),
+            jnp.moveaxis(b, site.scanned_b, range(len(site.scanned_b))),
+        )
+
+
+def child(path: str, name: str) -> str:
+    """Joins a path, which may be empty (the root), and a name."""
+    return f"{path}/{name}" if path else name
+
+
+def select_targets(
+    sites: Sequence[Site],
+    config: LoRAConfig,
+    *,
+    weights: Iterable[str] = (),
+    unknown: Mapping[str, str] | None = None,
+) -> list[Target]:
+    """Chooses the layers that ``config`` adapts.
+
+    Args:
+      sites: every layer that can be adapted.
+      config: the choice.
+      weights: paths of all leaves of the base, for ``train`` and ``exclude``.
+      unknown: layers that own a weight but can't be adapted, ``{path: type}``.
+
+    Returns:
+      One `Target` for each adapted layer, in the order of ``sites``.
+
+    Raises:
+      ValueError: naming every pattern that matches nothing (with the nearest path),
+        every target that can't be adapted, or that no layer is left.
+    """
+    unknown = unknown or {}
+    paths = [site.path for site in sites]
+    faults = [
+        *_unmatched("targets", config.targets, [*paths, *unknown], "kernels"),
+        *_unmatched("exclude", config.exclude, [*paths, *unknown], "kernels"),
+        *_unmatched("train", config.train, _ancestors(weights, paths), "parameters"),
+    ]
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, name):
+            faults += _unmatched(name, f"(.*/)?({pattern})", paths, "kernels", pattern)
+    if config.targets != ALL_LINEAR:
+        faults += [
+            f"targets name {path!r}, a {kind}, which can't be adapted. Teach it with "
+            "`register_layer`, or exclude it."
+            for path, kind in unknown.items()
+            if config.is_target(path)
+        ]
+    if config.layers is not None:
+        faults += [
+            f"layers={list(config.layers)} can't choose inside {site.path!r}: its "
+            "layers are stacked in one array (nn.scan) and have no index in the path."
+            for site in sites
+            if site.scanned_a and layer_index(site.path) is None
+        ][:1]
+    chosen = [
+        _target(site, config)
+        for site in sites
+        if config.is_target(site.path, is_linear=site.kind in ("dense", "einsum"))
+    ]
+    if not chosen and not faults:
+        faults.append(
+            f"targets={config.targets!r}, exclude={config.exclude!r}, "
+            f"layers={config.layers} leave 0 of {len(sites)} layers to adapt."
+        )
+    if faults:
+        raise ValueError(" ".join(faults))
+    return chosen
+
+
+def _target(site: Site, config: LoRAConfig) -> Target:
+    rank = config.rank_for(site.path)
+    a, b = site.contraction.factor_shapes(site.kernel_shape, rank)
+    return Target(
+        path=site.path,
+        kind=site.kind,
+        kernel_shape=site.kernel_shape,
+        rank=rank,
+        alpha=config.alpha_for(site.path),
+        scaling=config.scaling_for(site.path),
+        trainable=math.prod(a) + math.prod(b),
+        site=site,
+    )
+
+
+def _unmatched(
+    field: str,
+    patterns: Patterns,
+    paths: Sequence[str],
+    what: str,
+    shown: str | None = None,
+) -> list[str]:
+    """Returns a sentence for each pattern that matches none of ``paths``."""
+    if patterns == ALL_LINEAR:
+        return []
+    faults = []
+    for pattern in [patterns] if isinstance(patterns, str) else [[p] for p in patterns]:
+        if any(matches(pattern, path) for path in paths):
+            continue
+        name = shown or (pattern if isinstance(pattern, str) else pattern[0])
+        hint = nearest(name, paths)
+        faults.append(
+            f"{field}={name if shown else pattern!r} matched 0 of {len(paths)} {what}."
+            + (f" Did you mean: {hint}?" if hint else "")
+        )
+    return faults
+
+
+def _ancestors(weights: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """Returns every leaf and every module above one: what ``train`` may name."""
+    found: dict[str, None] = dict.fromkeys(paths)
+    for weight in weights:
+        parts = weight.split("/")
+        found.update(("/".join(parts[: i + 1]), None) for i in range(len(parts)))
+    return list(found)
