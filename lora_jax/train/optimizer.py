@@ -1,0 +1,331 @@
+"""Optimizers for adapters: one recipe, and a wrapper that confines any other.
+
+Where the trainable collections are a tree of their own (`TrainState`), `lora_optimizer`
+is all there is to it. For whoever holds one tree with everything in it, `adapters_only`
+confines a transform to the adapters. What is inside the wrapper sees adapters only;
+that is where clipping, decay and accumulation belong. (``optax.masked`` alone hands
+the raw gradient of W0 through as its update: gradient *ascent*.)
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.array_types import PyTree
+from lora_jax.config import Patterns, matches
+from lora_jax.names import ADAPTER_LEAVES, LORA_A, LORA_B
+from lora_jax.tree.paths import nearest
+
+ADAPTER = "adapter"
+REST = "rest"
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def lora_optimizer(
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "linear",
+    clip_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    lora_b_ratio: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW for adapters: clip, Adam, decay, LoRA+ ratio, scheduled learning rate.
+
+    Computes ``p ← p - lr(t) · ratio(p) · (adam(clip(g)) + weight_decay(p) · p)``, where
+    ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 for all else.
+
+    Decay policy: ``lora_b`` and other arrays of 2 or more dimensions decay; ``lora_a``
+    and arrays of fewer dimensions (biases, norms) never do. ``A B`` shrinks with B
+    alone, while decaying A before B has moved only shrinks the first gradients.
+
+    Args:
+      learning_rate: the peak.
+      total_steps: optimizer steps in the run, warmup included.
+      warmup_steps: steps of the linear rise; none of them has a rate of zero.
+      schedule: ``"linear"`` or ``"cosine"`` to zero at ``total_steps``, or
+        ``"constant"``.
+      clip_norm: largest global norm of the gradient, or None for no clipping.
+      weight_decay: decoupled decay.
+      b1: Adam's decay of the first moment.
+      b2: Adam's decay of the second moment.
+      eps: Adam's epsilon.
+      lora_b_ratio: learning rate of B over that of A.
+
+    Returns:
+      An optax transform over a tree of trainables.
+
+    Raises:
+      ValueError: naming every argument that is out of range, at once.
+
+    Example:
+      >>> tx = lora_optimizer(1e-3, total_steps=100, warmup_steps=10)
+      >>> params = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> f"{updates['lora_a'][0, 0]:.6f}"  # a tenth of the peak: warmup
+      '-0.000100'
+
+    References:
+      AdamW: https://arxiv.org/abs/1711.05101; LoRA+: https://arxiv.org/abs/2402.12354,
+      section 4 (it suggests a ratio of 16 with a lower base rate).
+    """
+    rate = learning_rate_schedule(
+        learning_rate,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+    )
+    _raise_faults(
+        "lora_optimizer",
+        [
+            (clip_norm is None or clip_norm > 0, "clip_norm", "above 0", clip_norm),
+            (_in(weight_decay, 0), "weight_decay", "at least 0", weight_decay),
+            (0 <= b1 < 1, "b1", "in [0, 1)", b1),
+            (0 <= b2 < 1, "b2", "in [0, 1)", b2),
+            (_in(eps, 0) and eps > 0, "eps", "above 0", eps),
+            (
+                _in(lora_b_ratio, 0) and lora_b_ratio > 0,
+                "lora_b_ratio",
+                "above 0",
+                lora_b_ratio,
+            ),
+        ],
+    )
+    transforms = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    if clip_norm is not None:
+        transforms.insert(0, optax.clip_by_global_norm(clip_norm))
+    if weight_decay:
+        transforms.append(optax.add_decayed_weights(weight_decay, decay_mask))
+    if lora_b_ratio != 1.0:
+        transforms.append(optax.masked(optax.scale(lora_b_ratio), _lora_b_mask))
+    return optax.chain(*transforms, optax.scale_by_learning_rate(rate))
+
+
+def learning_rate_schedule(
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "linear",
+) -> optax.Schedule:
+    """Linear warmup, then constant or down to zero.
+
+    Computes ``lr · min(1, (t + 1) / warmup) · d((t - warmup) / (total - warmup))`` for
+    steps ``t`` from 0, with ``d(x) = 1 - x`` (linear), ``(1 + cos πx) / 2`` (cosine) or
+    1. The rate is zero at ``t = total_steps``, one past the last step.
+
+    Args:
+      learning_rate: the peak.
+      total_steps: steps in the run, warmup included.
+      warmup_steps: steps of the rise.
+      schedule: ``"linear"``, ``"cosine"`` or ``"constant"``.
+
+    Returns:
+      A function from the step to the rate.
+
+    Raises:
+      ValueError: naming every argument that is out of range, at once.
+
+    Example:
+      >>> rate = learning_rate_schedule(1.0, total_steps=6, warmup_steps=2)
+      >>> [float(rate(t)) for t in range(7)]
+      [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    _raise_faults(
+        "learning_rate_schedule",
+        [
+            (
+                _in(learning_rate, 0) and learning_rate > 0,
+                "learning_rate",
+                "above 0",
+                learning_rate,
+            ),
+            (total_steps >= 1, "total_steps", "at least 1", total_steps),
+            (
+                0 <= warmup_steps <= total_steps,
+                "warmup_steps",
+                f"in [0, total_steps] = [0, {total_steps}]",
+                warmup_steps,
+            ),
+            (schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", schedule),
+        ],
+    )
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def rate(step):
+        warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+        x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        decay = {
+            "linear": lambda: 1 - x,
+            "cosine": lambda: (1 + jnp.cos(jnp.pi * x)) / 2,
+            "constant": lambda: 1.0,
+        }[schedule]()
+        return learning_rate * warmup * decay
+
+    return rate
+
+
+def adapters_only(
+    tx: optax.GradientTransformation, *, train: Patterns = ()
+) -> optax.GradientTransformationExtraArgs:
+    """Confines a transform to the adapters of a tree with everything in it.
+
+    Adapter leaves get ``tx``'s updates and state; every other leaf gets an update of
+    zero and no state. ``tx`` sees the adapters only, so clip, decay and accumulate
+    *inside*: ``adapters_only(optax.chain(clip, adam))``. A clip outside would make XLA
+    compute the gradient of every base kernel, and clip by the wrong norm.
+
+    Args:
+      tx: any optax transform, ``optax.MultiSteps`` included.
+      train: other leaves to train, as in `adapter_mask`.
+
+    Returns:
+      A transform over the mixed tree.
+
+    Raises:
+      ValueError: when initialised, if the tree holds no adapter leaf, or a pattern of
+        ``train`` matches nothing.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((3, 2)), "lora_b": jnp.zeros((1, 2))}
+      >>> tx = adapters_only(optax.adam(0.1))
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> float(updates["kernel"].sum()), f"{updates['lora_b'][0, 0]:.3f}"
+      (0.0, '-0.100')
+    """
+    return optax.partition(
+        {ADAPTER: tx, REST: optax.set_to_zero()},
+        lambda tree: adapter_labels(tree, train=train),
+    )
+
+
+def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
+    """Marks the leaves that are trained: adapters, and those that ``train`` names.
+
+    Args:
+      tree: a tree of parameters; adapters are known by their names, ``lora_a`` and
+        ``lora_b``.
+      train: other leaves to train: suffixes of the paths of leaves or modules
+        (``["classifier"]``), or one regular expression.
+
+    Returns:
+      The same tree with True or False at each leaf.
+
+    Raises:
+      ValueError: if the tree holds no adapter leaf, or a pattern matches nothing.
+
+    Example:
+      >>> adapter_mask({"up": {"kernel": 1.0, "lora_a": 1.0, "lora_b": 1.0}})
+      {'up': {'kernel': False, 'lora_a': True, 'lora_b': True}}
+    """
+    # Masked-out parts of a tree are no leaves, so what an outer mask hid stays hidden.
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if not any(map(_is_adapter, paths)):
+        raise ValueError(
+            f"the tree must hold adapter leaves, named {' or '.join(ADAPTER_LEAVES)}; "
+            f"got 0 among {len(paths)} leaves. "
+            "`adapt(model, config).attach(params, key)` adds adapters."
+        )
+    for pattern in (train,) if isinstance(train, str) else train:
+        as_given = pattern if isinstance(train, str) else (pattern,)
+        if not any(_is_named(as_given, path) for path in paths):
+            names = sorted({name for path in paths for name in _prefixes(path)})
+            raise ValueError(
+                f"train={pattern!r} matched 0 of {len(paths)} leaves. "
+                f"Did you mean: {nearest(pattern, names)}?"
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _is_adapter(p := _path(path)) or _is_named(train, p), tree
+    )
+
+
+def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
+    """Labels leaves ``"adapter"`` or ``"rest"``, for ``optax.partition``.
+
+    Args:
+      tree: a tree of parameters.
+      train: as in `adapter_mask`.
+
+    Returns:
+      The same tree with a label at each leaf.
+
+    Raises:
+      ValueError: as `adapter_mask`.
+
+    Example:
+      >>> adapter_labels({"up": {"kernel": 1.0, "lora_b": 1.0}})
+      {'up': {'kernel': 'rest', 'lora_b': 'adapter'}}
+    """
+    mask = adapter_mask(tree, train=train)
+    return jax.tree.map(lambda is_trained: ADAPTER if is_trained else REST, mask)
+
+
+def decay_mask(tree: PyTree) -> PyTree:
+    """Marks the leaves that decay: ``lora_b``, and others of 2 or more dimensions.
+
+    Args:
+      tree: a tree of trainable leaves.
+
+    Returns:
+      The same tree with True or False at each leaf; False at every ``lora_a``.
+
+    Example:
+      >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
+      {'lora_a': False, 'lora_b': True}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.ndim(leaf) >= 2 and LORA_A not in _path(path).split("/"),
+        tree,
+    )
+
+
+def _lora_b_mask(tree: PyTree) -> PyTree:
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: LORA_B in _path(path).split("/"), tree
+    )
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
+            f"{len(jax.tree.leaves(mask))} leaves. Leave it at 1 without adapters."
+        )
+    return mask
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_adapter(path: str) -> bool:
+    # A leaf in a metadata box (nn.Partitioned) is one level below its name.
+    return not set(path.split("/")[-2:]).isdisjoint(ADAPTER_LEAVES)
+
+
+def _is_named(patterns: Patterns, path: str) -> bool:
+    return any(matches(patterns, prefix) for prefix in _prefixes(path))
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _in(value: float, low: float) -> bool:
+    return low <= value < math.inf
+
+
+def _raise_faults(name: str, checks: list[tuple[bool, str, str, Any]]) -> None:
+    faults = [
+        f"{argument} must be {wanted}; got {value!r}"
+        for is_valid, argument, wanted, value in checks
+        if not is_valid
+    ]
+    if faults:
+        raise ValueError(f"{name}: {'; '.join(faults)}.")

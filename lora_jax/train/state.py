@@ -1,0 +1,122 @@
+"""TrainState: what a step changes, and what it only reads.
+
+The trainable collections and the optimizer's state are small and change each step; the
+frozen base is large and never does. They are separate fields, so that a step can
+donate the first and merely read the second.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import TRAINABLE
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a training run is, between two steps.
+
+    Attributes:
+      step: int32 scalar, batches consumed so far, skipped ones included: the position
+        in the data.
+      trainable: ``{"lora": ..., "params": ...}``, the collections that are trained.
+      frozen: every other collection, ``{"frozen": ..., ...}``; read, never changed.
+      opt_state: the optimizer's state, for trainable leaves only.
+      rng: PRNG key of the run; never consumed, folded with the step number instead.
+      skipped: int32 scalar, steps that were skipped as not finite.
+
+    Example:
+      >>> lora = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> variables = {"frozen": {"kernel": jnp.ones((3, 2))}, "lora": lora}
+      >>> state = TrainState.create(variables, optax.adam(1e-3), jax.random.key(0))
+      >>> sorted(state.trainable), sorted(state.frozen), sorted(state.variables)
+      (['lora'], ['frozen'], ['frozen', 'lora'])
+    """
+
+    step: jax.Array
+    trainable: dict[str, PyTree]
+    frozen: dict[str, PyTree]
+    opt_state: PyTree
+    rng: jax.Array
+    skipped: jax.Array
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """All collections joined, as ``Module.apply`` takes them."""
+        return {**self.frozen, **self.trainable}
+
+    @classmethod
+    def create(
+        cls,
+        variables: Mapping[str, PyTree],
+        tx: optax.GradientTransformation,
+        rng: jax.Array,
+    ) -> "TrainState":
+        """Splits variables into trained and frozen, and starts the optimizer.
+
+        The trainable leaves and the key are copied, because the training step donates
+        them: ``variables`` stays usable.
+
+        Args:
+          variables: ``{"frozen": ..., "lora": ..., "params": ...}`` and any others.
+          tx: the optimizer; sees the trainable collections only.
+          rng: a PRNG key.
+
+        Returns:
+          The state before the first step.
+
+        Raises:
+          ValueError: if there is no trainable leaf.
+          TypeError: if a trainable leaf is not floating; names all of them.
+        """
+        trainable = {name: variables[name] for name in TRAINABLE if name in variables}
+        check_trainable(trainable)
+        frozen = {k: v for k, v in variables.items() if k not in trainable}
+        trainable = jax.tree.map(_owned, trainable)
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            frozen=jax.tree.map(jnp.asarray, frozen),
+            opt_state=jax.tree.map(_owned, tx.init(trainable)),
+            rng=jnp.array(rng, copy=True),
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+
+def check_trainable(trainable: Mapping[str, PyTree]) -> None:
+    """Raises unless there is something to train and all of it is floating.
+
+    Args:
+      trainable: ``{"lora": ..., "params": ...}``.
+
+    Raises:
+      ValueError: if there is no leaf.
+      TypeError: if a leaf is not floating; names all of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    if not leaves:
+        raise ValueError(
+            f"variables must have leaves in {' or '.join(map(repr, TRAINABLE))} to "
+            f"train; got {dict.fromkeys(trainable, 0)} leaves. "
+            "`adapt(model, config).attach(params, key)` adds adapters."
+        )
+    wrong = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({dtype})"
+        for path, leaf in leaves
+        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating)
+    ]
+    if wrong:
+        raise TypeError(
+            f"trainable leaves must be floating; got {len(wrong)} that are not: "
+            f"{', '.join(wrong)}. Keep such arrays in another collection."
+        )
+
+
+def _owned(leaf: Any) -> jax.Array:
+    """Copies a leaf, with a strong dtype so that a second step compiles nothing."""
+    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)

@@ -1,0 +1,297 @@
+"""The training step: gradients of the trainable collections, and nothing else.
+
+W0 is an argument of the compiled function: never a closure constant, never
+differentiated, never donated, never returned. What is donated (adapters, optimizer
+state, counters) comes back in the same buffers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import DROPOUT
+from lora_jax.train.state import TrainState
+
+Batch = PyTree
+Metrics = dict[str, jax.Array]
+LossFn = Callable[..., tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]]
+
+OWN_METRICS = ("loss", "weight", "grad_norm", "is_skipped")
+
+
+class TrainStep:
+    """A compiled training step; made by `make_train_step`.
+
+    Attributes:
+      update: the jitted function ``(own, frozen, batch) -> (own, metrics)`` beneath,
+        where ``own`` is the donated part of the state.
+    """
+
+    def __init__(self, update: Any) -> None:
+        self.update = update
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Runs one step; ``state`` is consumed, all but its frozen part."""
+        own, metrics = self.update(_own(state), state.frozen, batch)
+        return TrainState(frozen=state.frozen, **own), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """Lowers without running; arrays may be ``jax.ShapeDtypeStruct``.
+
+        Args:
+          state: of the shapes to compile for.
+          batch: likewise.
+
+        Returns:
+          A ``jax.stages.Lowered``: ``.compile().cost_analysis()`` and the like.
+        """
+        return self.update.lower(_own(state), state.frozen, batch)
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1
+) -> TrainStep:
+    """Builds the compiled step ``(state, batch) -> (state, metrics)``.
+
+    With the batch cut into microbatches ``k``, the gradient is
+    ``Σ_k ∇ loss_sum_k / Σ_k weight_k``, added up in float32: equal to that of the whole
+    batch however unevenly the weights lie. A step whose loss or gradient norm is not
+    finite (one of weight 0 included) leaves adapters and optimizer as they were and is
+    counted in ``state.skipped``. Nothing is copied to the host.
+
+    Collections other than ``lora`` and ``params`` (``batch_stats``, say) are read and
+    never updated.
+
+    Args:
+      loss_fn: ``(variables, batch, rngs) -> (loss_sum, weight, metrics)``; ``metrics``
+        maps names to sums over the same weights; ``rngs`` is ``{"dropout": key}``, a
+        different key for each step and microbatch.
+      tx: the optimizer that `TrainState.create` was given.
+      accumulate: number of microbatches; microbatch ``k`` holds rows ``k``,
+        ``k + accumulate``, ... of every leaf of the batch.
+
+    Returns:
+      The step. Its metrics are device scalars: ``loss`` (mean), ``weight``,
+      ``grad_norm``, ``is_skipped`` (0 or 1), and the mean of each of ``loss_fn``'s.
+
+    Raises:
+      ValueError: if ``accumulate`` is below 1; and when the step is first called for a
+        shape: if the batch doesn't divide by it, or ``loss_fn`` returns other things.
+
+    Example:
+      >>> def loss_fn(variables, batch, rngs):
+      ...     w, ab = variables["frozen"]["kernel"], variables["lora"]
+      ...     y = batch["x"] @ w + (batch["x"] @ ab["lora_a"]) @ ab["lora_b"]
+      ...     return jnp.sum((y - batch["y"]) ** 2), jnp.float32(y.size), {}
+      >>> lora = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> variables = {"frozen": {"kernel": jnp.ones((3, 2))}, "lora": lora}
+      >>> tx = optax.adam(1e-2)
+      >>> step = make_train_step(loss_fn, tx, accumulate=2)
+      >>> state = TrainState.create(variables, tx, jax.random.key(0))
+      >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.zeros((4, 2))}
+      >>> state, metrics = step(state, batch)
+      >>> int(state.step), float(metrics["loss"])
+      (1, 9.0)
+    """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise TypeError(f"accumulate must be an integer; got {accumulate!r}.")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
+
+    def gradients(trainable, frozen, batch, key):
+        def loss(trainable):
+            rngs = {DROPOUT: key}
+            result = loss_fn({**frozen, **trainable}, batch, rngs)
+            loss_sum, weight, metrics = check_loss(result)
+            return loss_sum, {"weight": weight, "metrics": metrics}
+
+        (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return grads, {"loss": loss_sum, **sums}
+
+    def accumulated(trainable, frozen, batch, key):
+        def body(total, xs):
+            microbatch, index = xs
+            step_key = jax.random.fold_in(key, index)
+            grads, sums = gradients(trainable, frozen, microbatch, step_key)
+            return jax.tree.map(jnp.add, total, grads), sums
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+        microbatches = split_batch(batch, accumulate)
+        grads, sums = jax.lax.scan(body, zeros, (microbatches, jnp.arange(accumulate)))
+        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    def update(own, frozen, batch):
+        trainable, opt_state = own["trainable"], own["opt_state"]
+        key = jax.random.fold_in(own["rng"], own["step"])
+        if accumulate == 1:
+            key = jax.random.fold_in(key, 0)
+            grads, sums = gradients(trainable, frozen, batch, key)
+        else:
+            grads, sums = accumulated(trainable, frozen, batch, key)
+        weight = sums["weight"]
+        mean = lambda x: x / weight  # noqa: E731 - one formula, used on two trees
+        grads = jax.tree.map(mean, grads)
+        loss, norm = mean(sums["loss"]), optax.tree.norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable)
+        updates, new_opt_state = tx.update(grads, opt_state, trainable)
+        new = (optax.apply_updates(trainable, updates), new_opt_state)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old).astype(old.dtype),
+            new,
+            (trainable, opt_state),
+        )
+        is_skipped = 1 - is_finite.astype(jnp.int32)
+        own = {
+            "step": own["step"] + 1,
+            "trainable": trainable,
+            "opt_state": opt_state,
+            "rng": own["rng"],
+            "skipped": own["skipped"] + is_skipped,
+        }
+        metrics = {
+            "loss": loss,
+            "weight": weight,
+            "grad_norm": norm,
+            "is_skipped": is_skipped,
+            **jax.tree.map(mean, sums["metrics"]),
+        }
+        return own, metrics
+
+    return TrainStep(jax.jit(update, donate_argnums=0))
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
+    """Builds the compiled ``(variables, batch) -> sums`` of an evaluation.
+
+    Add the sums of all batches and divide by ``weight`` once, at the end.
+
+    Args:
+      loss_fn: as for `make_train_step`; here ``rngs`` is ``{}``, which says that the
+        call is deterministic.
+
+    Returns:
+      A function of variables and batch that returns float32 sums: ``loss``, ``weight``
+      and each of ``loss_fn``'s metrics.
+
+    Example:
+      >>> def loss_fn(variables, batch, rngs):
+      ...     return jnp.sum(batch * variables["params"]), jnp.float32(len(batch)), {}
+      >>> sums = make_eval_step(loss_fn)({"params": 2.0}, jnp.arange(3.0))
+      >>> float(sums["loss"] / sums["weight"])
+      2.0
+    """
+
+    def evaluate(variables, batch):
+        loss_sum, weight, metrics = check_loss(loss_fn(variables, batch, {}))
+        return {"loss": loss_sum, "weight": weight, **metrics}
+
+    return jax.jit(evaluate)
+
+
+def split_batch(batch: Batch, accumulate: int) -> Batch:
+    """Cuts every leaf ``[b, ...]`` into microbatches ``[accumulate, b/accumulate, ...]``.
+
+    Rows are dealt out in turn, so that a batch sharded over devices along its rows
+    stays where it is.
+
+    Args:
+      batch: leaves that share their first dimension.
+      accumulate: number of microbatches.
+
+    Returns:
+      The tree with a leading axis of microbatches.
+
+    Raises:
+      ValueError: if a leaf has no rows, rows differ between leaves, or their number
+        doesn't divide by ``accumulate``; names the leaves.
+
+    Example:
+      >>> split_batch({"x": jnp.arange(4)}, 2)["x"].tolist()
+      [[0, 2], [1, 3]]
+    """
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    rows = {shape[0] if shape else 0 for shape in shapes.values()}
+    if len(rows) != 1 or 0 in rows:
+        raise ValueError(
+            f"batch leaves must share their first dimension, the rows; got {shapes}."
+        )
+    (b,) = rows
+    if b % accumulate:
+        raise ValueError(
+            f"the batch must divide into accumulate = {accumulate} microbatches; got "
+            f"{b} rows. Take a batch size of {b - b % accumulate or accumulate} or "
+            f"{b - b % accumulate + accumulate}."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(b // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+        batch,
+    )
+
+
+def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Returns a loss function's three results as float32 scalars, or raises.
+
+    Args:
+      result: what ``loss_fn`` returned.
+
+    Returns:
+      ``(loss_sum, weight, metrics)``.
+
+    Raises:
+      TypeError: if it isn't such a triple, or metrics is no mapping.
+      ValueError: if a value is not a real scalar, or a metric has a reserved name;
+        names all of them.
+    """
+    if not isinstance(result, tuple) or len(result) != 3:
+        kind = type(result).__name__
+        size = f" of {len(result)}" if isinstance(result, tuple) else ""
+        raise TypeError(
+            "loss_fn must return a tuple of 3, (loss_sum, weight, metrics); got "
+            f"{kind}{size}. Return `loss_sum, weight, {{}}` if there are no metrics."
+        )
+    loss_sum, weight, metrics = result
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            "loss_fn must return metrics as a mapping from names to sums; got "
+            f"{type(metrics).__name__}."
+        )
+    named = {"loss_sum": loss_sum, "weight": weight, **metrics}
+    faults = [f"{k} is reserved" for k in metrics if k in OWN_METRICS]
+    for name, value in named.items():
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape or jnp.issubdtype(dtype, jnp.complexfloating):
+            faults.append(f"{name} has shape {shape}, dtype {dtype}")
+    if not jnp.issubdtype(jnp.result_type(loss_sum), jnp.floating):
+        faults.append(f"loss_sum has dtype {jnp.result_type(loss_sum)}")
+    if faults:
+        raise ValueError(
+            "loss_fn must return real scalars: sums over the batch, a floating "
+            f"loss_sum first; got: {'; '.join(faults)}."
+        )
+    as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731 - used three times
+    return (
+        as_float(loss_sum),
+        as_float(weight),
+        {k: as_float(metrics[k]) for k in metrics},
+    )
+
+
+def _own(state: TrainState) -> dict[str, Any]:
+    """The part of the state that a step donates and gives back."""
+    return {
+        "step": state.step,
+        "trainable": state.trainable,
+        "opt_state": state.opt_state,
+        "rng": state.rng,
+        "skipped": state.skipped,
+    }

@@ -1,0 +1,57 @@
+"""A fingerprint of the base, so that an adapter knows whose it is."""
+
+import hashlib
+
+import jax
+import numpy as np
+
+from lora_jax.array_types import PyTree
+
+SAMPLES = 1024
+_VERSION = "1"
+
+
+def fingerprint(tree: PyTree) -> str:
+    """Names a tree of arrays by its paths, shapes, dtypes and a sample of its values.
+
+    Reads at most about 1,024 evenly spaced elements of each leaf, so it costs next to
+    nothing on a base of any size. It tells bases apart; it is no checksum: a change to
+    an element between two samples goes unseen.
+
+    Args:
+      tree: the frozen base, as the model uses it; arrays of NumPy or JAX. The order of
+        keys, and the device, don't matter.
+
+    Returns:
+      A short string, ``"1-"`` and 32 hexadecimal digits; the 1 is the rule's version.
+
+    Raises:
+      ValueError: if the tree has no leaf.
+
+    Example:
+      >>> a = fingerprint({"kernel": np.ones((3, 2), np.float32)})
+      >>> a == fingerprint({"kernel": jax.numpy.ones((3, 2))})
+      True
+      >>> a == fingerprint({"kernel": np.zeros((3, 2), np.float32)})
+      False
+    """
+    leaves = sorted(
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    )
+    if not leaves:
+        raise ValueError("fingerprint needs a tree with at least 1 leaf; got 0.")
+    digest = hashlib.sha256()
+    for path, leaf in leaves:
+        digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+        digest.update(_sample(leaf).tobytes())
+    return f"{_VERSION}-{digest.hexdigest()[:32]}"
+
+
+def _sample(leaf: np.ndarray | jax.Array) -> np.ndarray:
+    """Returns every n-th element, n odd so that it walks through the columns."""
+    stride = (leaf.size // SAMPLES) | 1
+    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform == "cpu":
+        leaf = np.asarray(leaf)  # a view: nothing is copied, nothing compiled
+    sample = np.asarray(leaf.reshape(-1)[::stride])
+    return sample.astype(sample.dtype.newbyteorder("<"), copy=False)
