@@ -7,7 +7,7 @@ alpha and scaling. Nothing else in the library decides these things.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 ALL_LINEAR = "all-linear"
@@ -81,12 +81,12 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "train", "layers"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple, range)):
                 object.__setattr__(self, name, tuple(value))
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             pairs = value.items() if isinstance(value, Mapping) else value
-            if isinstance(pairs, str) or not all(
+            if not isinstance(pairs, Iterable) or not all(
                 isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
             ):
                 raise TypeError(
@@ -146,8 +146,10 @@ class LoRAConfig:
           does for a linear layer).
         """
         owner, _, leaf = path.rpartition("/")
-        if leaf == "bias" and self.bias != "none":
-            return self.bias == "all" or self.is_target(owner)
+        if leaf == "bias" and (
+            self.bias == "all" or (self.bias == "lora_only" and self.is_target(owner))
+        ):
+            return True
         parts = path.split("/")
         return any(
             matches(self.train, "/".join(parts[: i + 1])) for i in range(len(parts))

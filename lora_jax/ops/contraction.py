@@ -12,6 +12,8 @@ element, and A and B hold one factor for each: ``lora_a`` is ``[*batch, *in, r]`
 import math
 from typing import NamedTuple
 
+from lora_jax.array_types import AnyFloat
+
 Shape = tuple[int, ...]
 
 
@@ -45,11 +47,26 @@ class Contraction(NamedTuple):
         Returns:
           Three tuples of sizes. With groups, the output is one group's, and the number
           of groups is the last batch size.
+
+        Raises:
+          ValueError: unless every axis of the kernel has one role, and the groups
+            divide its outputs.
         """
+        axes = (*self.batch, *self.inputs, *self.outputs)
+        if sorted(axes) != list(range(len(kernel_shape))):
+            raise ValueError(
+                f"kernel must have {len(axes)} axes for {self}; "
+                f"got shape {kernel_shape}."
+            )
         batch = tuple(kernel_shape[axis] for axis in self.batch)
         inputs = tuple(kernel_shape[axis] for axis in self.inputs)
         outputs = tuple(kernel_shape[axis] for axis in self.outputs)
         if self.groups > 1:
+            if outputs[0] % self.groups:
+                raise ValueError(
+                    f"groups must divide the {outputs[0]} outputs of a kernel of shape "
+                    f"{kernel_shape}; got {self.groups}."
+                )
             batch, outputs = (*batch, self.groups), (outputs[0] // self.groups,)
         return batch, inputs, outputs
 
@@ -113,12 +130,6 @@ def check_factors(
     Raises:
       ValueError: with the shapes wanted and got.
     """
-    axes = (*contraction.batch, *contraction.inputs, *contraction.outputs)
-    if len(kernel_shape) != len(axes):
-        raise ValueError(
-            f"kernel must have {len(axes)} axes for {contraction}; "
-            f"got shape {kernel_shape}."
-        )
     rank = a_shape[-1] if a_shape else 0
     wanted = contraction.factor_shapes(kernel_shape, rank)
     if (tuple(a_shape), tuple(b_shape)) == wanted and rank > 0:
@@ -142,3 +153,12 @@ def check_factors(
             else "The last axis of lora_a is the rank."
         )
     )
+
+
+def check_bias(bias: AnyFloat | None, kernel_shape: Shape) -> None:
+    """Raises unless the bias, where there is one, has an element for each output."""
+    if bias is not None and bias.shape != kernel_shape[-1:]:
+        raise ValueError(
+            f"bias must be [out] = [{kernel_shape[-1]}] for a kernel of shape "
+            f"{kernel_shape}; got {bias.shape}."
+        )

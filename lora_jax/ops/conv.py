@@ -1,12 +1,13 @@
 """LoRA on convolutions: a thin convolution down to the rank, a pointwise one up."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat, Bias, PRNGKey
-from lora_jax.ops.contraction import Contraction, check_factors
+from lora_jax.ops.contraction import Contraction, check_bias, check_factors
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -89,6 +90,8 @@ def lora_conv(
             f"x, kernel must be [*b, *spatial, i], [*k, i/groups, o] with 1 to 3 "
             f"spatial axes; got {x.shape}, {kernel.shape}."
         )
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}.")
     if x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
         raise ValueError(
             f"x, kernel must have {groups} x i/groups and a multiple of {groups} "
@@ -97,6 +100,7 @@ def lora_conv(
     check_factors(
         kernel.shape, lora_a.shape, lora_b.shape, conv_contraction(spatial, groups)
     )
+    check_bias(bias, kernel.shape)
     window = {
         "strides": strides,
         "padding": padding,
@@ -105,10 +109,7 @@ def lora_conv(
         "groups": groups,
         "precision": precision,
     }
-    y = _conv(x, kernel, **window)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
-    return y + conv_update(
+    update = conv_update(
         x,
         lora_a,
         lora_b,
@@ -117,6 +118,10 @@ def lora_conv(
         dropout_key=dropout_key,
         **window,
     )
+    y = _conv(x, kernel, **window)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y + update
 
 
 def conv_update(
@@ -147,11 +152,19 @@ def conv_update(
     Returns:
       The update ``[*b, *spatial', o]``.
     """
-    x = dropout(x, dropout_rate, check_dropout(dropout_rate, dropout_key))
+    check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
+    key = check_dropout(dropout_rate, dropout_key)
     if groups > 1:  # [g, *k, i, r] -> [*k, i, g * r], the layout of a grouped kernel
         lora_a = jnp.moveaxis(lora_a, 0, -2)
         lora_a = lora_a.reshape(*lora_a.shape[:-2], -1)
-    h = _conv(x, lora_a, groups=groups, precision=precision, **window)
+
+    def down(x, lora_a, key):
+        x = dropout(x, dropout_rate, key)
+        return _conv(x, lora_a, groups=groups, precision=precision, **window)
+
+    if key is not None:  # keep the key for the backward pass, and draw the mask again
+        down = jax.checkpoint(down)
+    h = down(x, lora_a, key)
     h = h * jnp.asarray(scaling, h.dtype)
     b = _LEADING[: h.ndim - 1]
     if groups == 1:
@@ -175,7 +188,7 @@ def _conv(
     """Convolves ``[*b, *spatial, i]`` with ``[*k, i/groups, o]``, as `nn.Conv` does."""
     spatial = kernel.ndim - 2
     leading = x.shape[: x.ndim - spatial - 1]
-    x = x.reshape(-1, *x.shape[len(leading) :])
+    x = x.reshape(math.prod(leading), *x.shape[len(leading) :])
     dilation = _per_axis(kernel_dilation, spatial)
     x, padding = _pad(x, padding, kernel.shape[:spatial], dilation)
     letters = "DHW"[3 - spatial :]

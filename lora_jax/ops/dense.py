@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.array_types import Bias, Inputs, Kernel, LoraA, LoraB, Outputs, PRNGKey
-from lora_jax.ops.contraction import check_factors
+from lora_jax.ops.contraction import check_bias, check_factors
 from lora_jax.ops.product import check_floating, low_rank_update
 
 _LEADING = "abcdefghjklmnpqstuvwxyz"  # labels of the leading dimensions: not i, o, R
@@ -70,14 +70,8 @@ def lora_dense(
             f"x must be [*b, in] = [*b, {kernel.shape[0]}] for a kernel of shape "
             f"{kernel.shape}; got {x.shape}."
         )
-    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)  # [*b, o]
-    if bias is not None:
-        if bias.shape != kernel.shape[1:]:
-            raise ValueError(
-                f"bias must be [out] = [{kernel.shape[1]}]; got {bias.shape}."
-            )
-        y = y + bias.astype(x.dtype)
-    return y + dense_update(
+    check_bias(bias, kernel.shape)
+    update = dense_update(
         x,
         lora_a,
         lora_b,
@@ -86,6 +80,10 @@ def lora_dense(
         dropout_key=dropout_key,
         precision=precision,
     )
+    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)  # [*b, o]
+    if bias is not None:
+        y = y + bias.astype(x.dtype)
+    return y + update
 
 
 def dense_update(x: Inputs, lora_a: LoraA, lora_b: LoraB, **options) -> Outputs:

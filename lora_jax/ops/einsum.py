@@ -89,6 +89,10 @@ def parse_equation(equation: str, x_ndim: int) -> Equation:
         )
     named = len(x.replace("...", ""))
     if "..." in x:
+        if "..." not in out:
+            raise ValueError(
+                f"equation must have '...' in the output as well; got {equation!r}."
+            )
         free = [c for c in _SPARE if c not in compact]
         if not 0 <= x_ndim - named <= len(free):
             raise ValueError(
@@ -96,6 +100,8 @@ def parse_equation(equation: str, x_ndim: int) -> Equation:
             )
         dots = "".join(free[: x_ndim - named])
         x, out = x.replace("...", dots), out.replace("...", dots)
+    elif "..." in out:
+        raise ValueError(f"equation must have '...' in x as well; got {equation!r}.")
     if len(x) != x_ndim:
         raise ValueError(f"x must have {len(x)} axes for {equation!r}; got {x_ndim}.")
     faults = [
@@ -181,9 +187,18 @@ def lora_einsum(
             f"kernel must have {len(parsed.kernel)} axes for {equation!r}; "
             f"got shape {kernel.shape}."
         )
+    clashes = [
+        f"{c!r} is {x.shape[parsed.x.index(c)]} in x, {size} in the kernel"
+        for c, size in zip(parsed.kernel, kernel.shape, strict=True)
+        if c in parsed.x and x.shape[parsed.x.index(c)] != size
+    ]
+    if clashes:
+        raise ValueError(
+            f"x, kernel must agree on every label of {equation!r}; got {x.shape}, "
+            f"{kernel.shape}: {'; '.join(clashes)}."
+        )
     check_factors(kernel.shape, lora_a.shape, lora_b.shape, parsed.contraction)
-    y = jnp.einsum(equation, x, kernel.astype(x.dtype), precision=precision)
-    return y + low_rank_update(
+    update = low_rank_update(
         parsed.down,
         parsed.up,
         x,
@@ -194,3 +209,5 @@ def lora_einsum(
         dropout_key=dropout_key,
         precision=precision,
     )
+    y = jnp.einsum(equation, x, kernel.astype(x.dtype), precision=precision)
+    return y + update
