@@ -86,15 +86,14 @@ def load_model(
     family = FAMILIES[settings["model_type"]]
     config = family.read_config(settings)
     tensors = open_tensors(folder)
-    names = {bare_name(name, family): name for name in tensors.shapes}
+    names = bare_names(tensors, family)
 
     own_pooling = _own_pooling(settings, names)
     pooling = own_pooling if pooling is None else pooling
     head_shape = tensors.shapes.get(names.get(f"{HEAD}.weight", ""))
-    has_head = pooling == own_pooling and bool(head_shape)
-    if num_labels is None and has_head:
-        num_labels = head_shape[0]
-    new_head = num_labels is not None and not (has_head and head_shape[0] == num_labels)
+    own_labels = head_shape[0] if head_shape and pooling == own_pooling else None
+    num_labels = own_labels if num_labels is None else num_labels
+    new_head = num_labels != own_labels
 
     module = family.module(config, num_labels=num_labels, pooling=pooling, dtype=dtype)
     expected = param_shapes(module)
@@ -186,14 +185,38 @@ def tensor_name(path: tuple[str, ...], family: Family) -> str:
     return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
 
 
-def bare_name(name: str, family: Family) -> str:
-    """A file's tensor name without prefix, and with today's words for LayerNorm."""
-    name = name.removeprefix(family.prefix)
-    return re.sub(
-        r"LayerNorm\.(gamma|beta)$",
-        lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]],
-        name,
-    )
+def bare_names(tensors: TensorReader, family: Family) -> dict[str, str]:
+    """Maps bare tensor names to a file's own.
+
+    A bare name has no prefix of the family, and today's words for LayerNorm's weights.
+
+    Args:
+      tensors: the file.
+      family: the model's family.
+
+    Returns:
+      The file's name of each tensor, by its bare name.
+
+    Raises:
+      ValueError: if two tensors have one bare name.
+    """
+    words = {"gamma": "weight", "beta": "bias"}
+    names: dict[str, str] = {}
+    faults = []
+    for name in sorted(tensors.shapes):
+        bare = name.removeprefix(family.prefix)
+        old = re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare)
+        bare = old[1] + words[old[2]] if old else bare
+        if bare in names:
+            faults.append(f"twice: {names[bare]} and {name}")
+        names[bare] = name
+    if faults:
+        raise ValueError(
+            f"{tensors.files[0].parent} must hold each tensor once; it has "
+            + "; ".join(faults)
+            + "."
+        )
+    return names
 
 
 def _own_pooling(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from lora_jax.models.load import (
     FAMILIES,
     HEAD,
     OURS,
-    bare_name,
+    bare_names,
     read_config,
     tensor_name,
 )
@@ -71,7 +71,7 @@ def save_model(
     settings = read_config(source)
     family = FAMILIES[settings["model_type"]]
     reader = open_tensors(source)
-    names = {bare_name(name, family): name for name in reader.shapes}
+    names = bare_names(reader, family)
 
     flat = flax.traverse_util.flatten_dict(dict(params))
     ours = {tensor_name(path, family): path for path in flat}

@@ -1,0 +1,89 @@
+"""A saved folder is the source's folder with other values in it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lora_jax.models.load import load_model
+from lora_jax.models.save import save_model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
+
+
+def test_saving_what_was_loaded_gives_the_file_that_transformers_wrote(tmp_path):
+    loaded = load_model(GOLDEN)
+    save_model(tmp_path / "out", loaded.params, GOLDEN, pooling="pooler")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(GOLDEN / "model.safetensors")
+    assert written.keys() == original.keys()
+    for name, tensor in original.items():
+        assert written[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((GOLDEN / "config.json").read_text())
+    assert config == original | {"lora_jax": {"pooling": "pooler"}}
+
+
+def test_changed_values_and_a_new_head_come_back(tmp_path):
+    loaded = load_model(GOLDEN, num_labels=2, pooling="mean", key=jax.random.key(0))
+    params = jax.tree.map(lambda x: 2 * x, loaded.params)
+    save_model(tmp_path / "out", params, loaded.path)
+    again = load_model(tmp_path / "out")
+    assert (again.module.num_labels, again.module.pooling) == (2, "mean")
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: bool((x == y).all()), params, again.params)
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    # The pooler was not loaded, and is still in the folder.
+    assert "bert.pooler.dense.weight" in again.unused
+
+
+def test_without_a_head_the_files_old_head_is_left_out(tmp_path):
+    loaded = load_model(GOLDEN, pooling="mean")
+    save_model(tmp_path / "out", loaded.params, loaded.path)
+    assert load_model(tmp_path / "out").module.num_labels is None
+
+
+def test_tokenizer_files_are_copied_and_others_are_not(tmp_path):
+    source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+    (source / "vocab.txt").write_text("[PAD]\n")
+    (source / "notes.md").write_text("mine\n")
+    loaded = load_model(source)
+    save_model(tmp_path / "out", loaded.params, source, pooling="pooler")
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert files == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+def test_one_error_lists_all_tensors_that_dont_fit_and_nothing_is_written(tmp_path):
+    flat = flax.traverse_util.flatten_dict(load_model(GOLDEN).params)
+    flat = dict(flat)
+    layer = ("encoder", "layer_0")
+    del flat[(*layer, "mlp", "up", "bias")]
+    flat[(*layer, "mlp", "down", "kernel")] = np.zeros((21, 37), np.float32)
+    flat[(*layer, "mlp_norm", "scale")] = np.full(21, np.inf, np.float32)
+    flat[("encoder", "layer_2", "mlp_norm", "scale")] = np.ones(21, np.float32)
+    params = flax.traverse_util.unflatten_dict(flat)
+    with pytest.raises(ValueError, match="4 tensors don't") as error:
+        save_model(tmp_path / "out", params, GOLDEN)
+    message = str(error.value)
+    assert "missing: encoder.layer.0.intermediate.dense.bias" in message
+    assert "encoder.layer.0.output.dense.weight must be [21, 37]; got [37, 21]" in (
+        message
+    )
+    assert "not finite: encoder/layer_0/mlp_norm/scale" in message
+    assert "unexpected: encoder/layer_2/mlp_norm/scale" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_source_folder_is_never_overwritten(tmp_path):
+    source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+    loaded = load_model(source)
+    with pytest.raises(ValueError, match=r"another folder than the source"):
+        save_model(source, loaded.params, source)
