@@ -45,10 +45,17 @@ class TensorReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.metadata: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
+        owners: dict[str, str] = {}
         for file in files:
             try:
                 handle = library.safe_open(file, framework="np")
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    if name in self.shapes:
+                        raise ValueError(
+                            f"{file}: tensor {name!r} must be in one shard; another "
+                            f"has it too: {owners[name]}."
+                        )
+                    owners[name] = file.name
                     self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                     self._handles[name] = handle
                 self.metadata |= handle.metadata() or {}
@@ -111,7 +118,9 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
             f"file names; it can't be read: {error!r}."
         ) from error
-    outside = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+    outside = [
+        n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."
+    ]
     if outside:
         raise ValueError(
             f"{folder / INDEX} must name files in its own folder; got {outside}."
@@ -148,7 +157,7 @@ def write_tensors(
       OSError: if it can't be written (no space, no permission).
     """
     library, path = _safetensors(), Path(path)
-    arrays = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
+    arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

@@ -95,7 +95,7 @@ class Tokenizer:
         truncated = 0
         if max_length is not None:
             truncated = sum(len(e) > max_length for e in encodings)
-        if truncated:
+        if max_length is not None and truncated:
             # Cut by the package, which knows which special tokens come after the text.
             self._tokenizer.enable_truncation(max_length)
             try:

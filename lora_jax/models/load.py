@@ -151,7 +151,7 @@ def param_shapes(module: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of a model's parameters by path, from tracing; nothing is computed."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    flat = flax.traverse_util.flatten_dict(params)
+    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(params)
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
