@@ -1,0 +1,4 @@
+"""Benchmarks: named shapes, one harness, one file a comparison, one report.
+
+``python -m benchmarks`` lists them; ``python -m benchmarks lora_vs_full`` runs one.
+"""

@@ -1,0 +1,142 @@
+"""Timing by alternation: A B A B ... in one process, every sample kept.
+
+Machines are shared and noisy, so what counts is the ratio of two contenders that were
+timed turn by turn; absolute times are told beside it.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Contender(NamedTuple):
+    """One way to do the work.
+
+    Attributes:
+      run: does it once and returns device arrays to wait for.
+      compile_seconds: what compiling it took.
+      flops: by XLA's cost analysis, or None where the backend gives none.
+      temp_bytes: XLA's temporaries, or None.
+      facts: anything else to record (optimizer bytes, parameters).
+    """
+
+    run: Callable[[], Any]
+    compile_seconds: float
+    flops: float | None
+    temp_bytes: int | None
+    facts: dict[str, Any]
+
+
+def measured(lowered: Any, run: Callable[[], Any], **facts: Any) -> Contender:
+    """Compiles, keeps what XLA says of the program, and warms up.
+
+    Args:
+      lowered: a ``jax.stages.Lowered`` of the same program that ``run`` calls.
+      run: does the work once.
+      **facts: recorded as they are.
+
+    Returns:
+      The contender, ready to be timed.
+    """
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    for _ in range(2):
+        jax.block_until_ready(run())
+    return Contender(
+        run,
+        seconds,
+        cost.get("flops"),
+        getattr(memory, "temp_size_in_bytes", None),
+        facts,
+    )
+
+
+def alternate(
+    contenders: Mapping[str, Contender], rounds: int, calls: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Times all contenders turn by turn.
+
+    Args:
+      contenders: by name.
+      rounds: samples of each.
+      calls: calls in one sample, waited for together.
+
+    Returns:
+      For each name its samples in milliseconds a call, median, quartiles, and what XLA
+      said.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = contender.run()
+            jax.block_until_ready(result)
+            samples[name].append((time.perf_counter() - start) / calls * 1e3)
+    return {
+        name: {
+            "ms": [round(ms, 3) for ms in samples[name]],
+            "median_ms": round(float(np.median(samples[name])), 3),
+            "quartiles_ms": np.percentile(samples[name], [25, 75]).round(3).tolist(),
+            "compile_seconds": round(contender.compile_seconds, 2),
+            "flops": contender.flops,
+            "temp_bytes": contender.temp_bytes,
+            **contender.facts,
+        }
+        for name, contender in contenders.items()
+    }
+
+
+def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
+    """Writes one results file: device, versions, commit, date, all samples.
+
+    Args:
+      name: of the comparison.
+      rows: its measurements.
+      command: that made them.
+
+    Returns:
+      The file.
+    """
+    device = jax.devices()[0]
+    record = {
+        "comparison": name,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "commit": _commit(),
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{device.platform}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
