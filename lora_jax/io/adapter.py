@@ -136,7 +136,7 @@ def load_adapter(
     if fingerprint is not None and fingerprint != meta["base"]:
         raise ValueError(
             f"the adapter in {directory} was trained on the base {meta['base']}; this "
-            f"base is {fingerprint}. Load the base it was trained on, in the same dtype."
+            f"base is {fingerprint}. Load the base it was trained on, in its dtype."
         )
     reader = open_tensors(directory / TENSORS)
     arrays = {path: reader[path] for path in reader.shapes}
@@ -210,7 +210,9 @@ def _flat(trees: Mapping[str, PyTree]) -> dict[str, Any]:
     }
 
 
-def _compare(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> list[str]:
+def _compare(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]
+) -> list[str]:
     """Returns what is missing, unexpected, or of another shape or dtype."""
     faults = [f"{path} is missing" for path in expected if path not in arrays]
     for path, array in arrays.items():

@@ -9,11 +9,12 @@ donates their buffers; writing happens behind the training. Each leaf's CRC-32 i
 so that a damaged checkpoint is noticed, and the one before it is taken.
 """
 
+import contextlib
 import logging
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,16 +71,6 @@ class Checkpoints:
             )
         import orbax.checkpoint as ocp  # heavy, and needed by nobody who only computes
 
-        policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep)]
-        if best_metric is not None:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics[best_metric],
-                reverse=best_mode == "min",  # the last of the sorted are kept
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            kept.append(best)  # type: ignore[arg-type] - both are policies
         self.directory = Path(directory).absolute()
         self._identity = {
             "config": _as_json(config),
@@ -89,12 +80,13 @@ class Checkpoints:
         self._best_metric, self._best_mode = best_metric, best_mode
         self._args = ocp.args
         self._damaged: list[int] = []
+        self._scores: dict[int, float] = {}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                    preservation_policy=_LastAndBest(keep, self._scores),
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),
@@ -104,6 +96,9 @@ class Checkpoints:
                 f"checkpoints can't be written to {self.directory}: {error}. Choose a "
                 "directory that exists or can be made, on a disk with free space."
             ) from error
+        for step in self.all_steps():
+            with contextlib.suppress(_DamagedError):
+                self._note(step, self._restore(step, meta=self._args.JsonRestore()))
 
     def save(
         self, state: TrainState, metrics: Mapping[str, float] | None = None
@@ -137,11 +132,16 @@ class Checkpoints:
                     f"metrics must hold {self._best_metric!r}, by which the best is "
                     f"kept; got {sorted(metrics)}."
                 )
-            if not math.isfinite(metrics.get(self._best_metric or "", 0.0)):
-                metrics = None  # a NaN is never the best
         leaves = _leaves(state)
         facts = {path: _facts(leaf) for path, leaf in leaves.items()}
-        meta = {"format": FORMAT, "version": VERSION, **self._identity, "leaves": facts}
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            **self._identity,
+            "metrics": metrics or {},
+            "leaves": facts,
+        }
+        self._note(step, meta)
         size = sum(leaf.nbytes for leaf in leaves.values())
         with _writing(f"the checkpoint of step {step} ({size} bytes)", self.directory):
             self._manager.save(
@@ -150,7 +150,6 @@ class Checkpoints:
                     state=self._args.StandardSave(leaves),
                     meta=self._args.JsonSave(meta),
                 ),
-                metrics=metrics,
             )
 
     def restore(self, state: TrainState, *, step: int | None = None) -> TrainState:
@@ -205,13 +204,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step that is best by ``best_metric``, or None."""
-        sign = 1 if self._best_mode == "min" else -1
-        scores = []
-        for step in self.all_steps():
-            metrics = self._manager.metrics(step) or {}
-            if self._best_metric in metrics:
-                scores.append((sign * metrics[self._best_metric], step))
-        return min(scores)[1] if scores else None
+        return _best(self._scores, self.all_steps())
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -246,6 +239,12 @@ class Checkpoints:
             if error is None:  # else the first error is the one to tell
                 raise
 
+    def _note(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Remembers a step's metric, lower is better; a NaN is never the best."""
+        score = meta.get("metrics", {}).get(self._best_metric, math.nan)
+        if math.isfinite(score):
+            self._scores[step] = score if self._best_mode == "min" else -score
+
     def _read(self, step: int, state: TrainState) -> TrainState:
         args = self._args
         meta = self._restore(step, meta=args.JsonRestore())
@@ -257,7 +256,7 @@ class Checkpoints:
         for path, leaf in saved.items():
             if _facts(leaf) != meta["leaves"][path]:
                 raise _DamagedError(f"{path} is not what was saved")
-        paths, structure = jax.tree_util.tree_flatten_with_path(_own(state))
+        paths, structure = jax.tree_util.tree_flatten_with_path(state.changing)
         restored = [_place(saved[_name(path)], like) for path, like in paths]
         own = jax.tree.unflatten(structure, restored)
         return TrainState(frozen=state.frozen, **own)
@@ -315,6 +314,18 @@ class Checkpoints:
             self._manager.reload()
 
 
+class _LastAndBest:
+    """Which checkpoints Orbax keeps: the last ``keep`` and the best."""
+
+    def __init__(self, keep: int, scores: Mapping[int, float]) -> None:
+        self.keep, self.scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], _best(self.scores, steps)}
+        return [step in kept for step in steps]
+
+
 class _DamagedError(Exception):
     """A checkpoint that can't be read back as it was written."""
 
@@ -336,14 +347,9 @@ class _writing:
             ) from error
 
 
-def _own(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "trainable": state.trainable,
-        "opt_state": state.opt_state,
-        "rng": state.rng,
-        "skipped": state.skipped,
-    }
+def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
+    scored = [(scores[step], step) for step in steps if step in scores]
+    return min(scored)[1] if scored else None
 
 
 def _name(path: Any) -> str:
@@ -352,7 +358,7 @@ def _name(path: Any) -> str:
 
 def _leaves(state: TrainState, *, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns all leaves but the frozen ones, by path, on the host."""
-    leaves = jax.tree_util.tree_leaves_with_path(_own(state))
+    leaves = jax.tree_util.tree_leaves_with_path(state.changing)
     return {
         # A copy: on CPU, NumPy would see the very buffer that the next step donates.
         _name(path): (np.array if copy else np.asarray)(
@@ -379,8 +385,7 @@ def _is_key(leaf: Any) -> bool:
 
 def _facts(leaf: np.ndarray) -> list[Any]:
     """Returns shape, dtype and CRC-32 of a leaf, as JSON."""
-    data = np.ascontiguousarray(leaf).view(np.uint8)
-    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(data)]
+    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(leaf.tobytes())]
 
 
 def _as_json(value: Any) -> Any:

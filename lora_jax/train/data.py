@@ -1,4 +1,4 @@
-"""Data: JSONL in, batches of few shapes out, in an order that is a pure function.
+"""Batches of few shapes, in an order that is a pure function.
 
 The order of a whole run follows from the lengths, the seed and the epoch alone. So the
 position in the data is the step number, and a resumed run sees what the uninterrupted
@@ -11,140 +11,20 @@ filler rows (weight 0).
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-MAX_FAULTS = 20
+from lora_jax.train.examples import MAX_FAULTS
+from lora_jax.train.examples import encode_labels as encode_labels
+from lora_jax.train.examples import label_vocabulary as label_vocabulary
+from lora_jax.train.examples import read_jsonl as read_jsonl
+
 BUCKETS = 4
 BUCKET_MULTIPLE = 8
 
 Batch = dict[str, np.ndarray]
-
-
-def read_jsonl(
-    path: str | os.PathLike[str],
-    *,
-    fields: Mapping[str, tuple[type, ...]] | None = None,
-) -> list[dict[str, Any]]:
-    """Reads a JSONL file, strictly.
-
-    Args:
-      path: a UTF-8 file with one JSON object a line; blank lines are skipped.
-      fields: the keys each object must have and the types of their values;
-        ``{"text": (str,), "label": (str, int)}`` if None. Strings must hold more than
-        white space; true and false are no integers.
-
-    Returns:
-      The objects, other keys included.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: naming file, line and reason for each bad line, up to 20; or if there
-        is no line at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} must exist; there is no such file.")
-    fields = {"text": (str,), "label": (str, int)} if fields is None else fields
-    records, faults = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            faults.append(f"{path}:{number}: not UTF-8 at byte {error.start}")
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON: {error.msg} at {error.colno}")
-        else:
-            if fault := _record_fault(record, fields):
-                faults.append(f"{path}:{number}: {fault}")
-            records.append(record)
-    if faults:
-        shown = "\n  ".join(faults[:MAX_FAULTS])
-        more = len(faults) - MAX_FAULTS
-        raise ValueError(
-            f"{path} has {len(faults)} bad lines:\n  {shown}"
-            + (f"\n  and {more} more" if more > 0 else "")
-        )
-    if not records:
-        raise ValueError(f"{path} must hold at least 1 example; it has 0 lines.")
-    return records
-
-
-def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
-    """Returns the distinct labels in order; a class is its place in the list.
-
-    Args:
-      labels: of the training data, all strings or all integers.
-
-    Returns:
-      Sorted labels. Integers give every class from 0 to the largest, seen or not.
-
-    Raises:
-      ValueError: if there are fewer than 2 classes or a negative number.
-      TypeError: if strings and integers are mixed, or there is anything else.
-
-    Example:
-      >>> label_vocabulary(["pos", "neg", "pos"]), label_vocabulary([2, 0])
-      (['neg', 'pos'], [0, 1, 2])
-    """
-    kinds = {type(label) for label in labels}
-    if len(kinds) > 1 or not kinds <= {str, int}:
-        raise TypeError(
-            "labels must be all strings or all integers; got "
-            f"{', '.join(sorted(kind.__name__ for kind in kinds))}."
-        )
-    known: list[str | int] = sorted(set(labels))  # type: ignore[type-var] - one kind
-    if kinds == {int}:
-        if min(known) < 0:  # type: ignore[operator]
-            raise ValueError(f"labels must be at least 0; got {known[0]}.")
-        known = list(range(int(known[-1]) + 1))
-    if len(known) < 2:
-        raise ValueError(
-            f"labels must have at least 2 classes; got {len(known)}: {known}."
-        )
-    return known
-
-
-def encode_labels(
-    labels: Sequence[str | int],
-    vocabulary: Sequence[str | int],
-    *,
-    source: str = "data",
-) -> np.ndarray:
-    """Returns the class number of each label.
-
-    Args:
-      labels: one for each example.
-      vocabulary: from `label_vocabulary`, of the training data.
-      source: what to call the data in an error.
-
-    Returns:
-      ``[n]`` int32.
-
-    Raises:
-      ValueError: naming the examples (counted from 1), up to 20, whose label is not in
-        the vocabulary.
-
-    Example:
-      >>> encode_labels(["pos", "neg"], ["neg", "pos"]).tolist()
-      [1, 0]
-    """
-    index = {label: i for i, label in enumerate(vocabulary)}
-    bad = [(i, y) for i, y in enumerate(labels, start=1) if y not in index]
-    if bad:
-        shown = ", ".join(f"{y!r} (example {i})" for i, y in bad[:MAX_FAULTS])
-        raise ValueError(
-            f"labels of {source} must be among the {len(index)} classes "
-            f"{list(vocabulary)[:MAX_FAULTS]}; got {len(bad)} that are not: {shown}."
-        )
-    return np.array([index[label] for label in labels], np.int32)
 
 
 def length_buckets(lengths: Sequence[int], count: int = BUCKETS) -> list[int]:
@@ -359,21 +239,6 @@ class Batches:
             batch["labels"] = np.zeros(self.batch_size, self._labels.dtype)
             batch["labels"][: len(members)] = self._labels[members]
         return batch
-
-
-def _record_fault(record: Any, fields: Mapping[str, tuple[type, ...]]) -> str:
-    if not isinstance(record, dict):
-        return f"must be an object {{...}}; got {type(record).__name__}"
-    for name, types in fields.items():
-        if name not in record:
-            return f"has no {name!r}; its keys are {sorted(record)}"
-        value = record[name]
-        if not isinstance(value, types) or isinstance(value, bool):
-            wanted = " or ".join(t.__name__ for t in types)
-            return f"{name!r} must be {wanted}; got {value!r}"[:200]
-        if isinstance(value, str) and not value.strip():
-            return f"{name!r} must not be empty"
-    return ""
 
 
 def _label_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

@@ -12,13 +12,13 @@ inspected under ``jit``; `encode_labels` checks them on the host.
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from lora_jax.array_types import Scalar
 
 Logits = Float[Array, "*b v"]
 Labels = Int[Array, "*b"]
-Weights = Num[Array, "*b"]
+Weights = Shaped[Array, "*b"]  # numbers, or a boolean mask
 
 
 def softmax_cross_entropy(
@@ -73,7 +73,7 @@ def softmax_cross_entropy(
             f"{logits.shape}; got {class_weights.shape}."
         )
     weights = _as_weights(weights, labels.shape)
-    labels = jnp.where(weights != 0, labels, 0)
+    labels = _clip_masked(labels, weights, v)
     class_weights = class_weights.astype(jnp.float32)
     nll = -jax.nn.log_softmax(logits.astype(jnp.float32)) * class_weights  # [*b, v]
     loss = _pick(nll, labels)
@@ -87,7 +87,7 @@ def squared_error(
     predictions: Float[Array, "*b"],
     targets: Num[Array, "*b"],
     *,
-    weights: Num[Array, "..."] | None = None,
+    weights: Shaped[Array, "..."] | None = None,
 ) -> tuple[Scalar, Scalar]:
     """Squared error for regression, summed over rows and features.
 
@@ -139,7 +139,7 @@ def contrastive(
     queries: Float[Array, "b d"],
     keys: Float[Array, "b d"],
     *,
-    weights: Num[Array, " b"] | None = None,
+    weights: Shaped[Array, " b"] | None = None,
     temperature: float = 0.05,
 ) -> tuple[Scalar, Scalar]:
     """Symmetric contrastive loss with the other rows of the batch as negatives.
@@ -197,7 +197,7 @@ def causal_lm(
     hidden: Float[Array, "b t d"],
     head_kernel: Float[Array, "d v"],
     labels: Int[Array, "b t"],
-    weights: Num[Array, "b t"] | None = None,
+    weights: Shaped[Array, "b t"] | None = None,
     *,
     chunk: int = 1024,
 ) -> tuple[Scalar, Scalar]:
@@ -242,7 +242,7 @@ def causal_lm(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
     weights = _as_weights(weights, labels.shape)
-    labels = jnp.where(weights != 0, labels, 0)
+    labels = _clip_masked(labels, weights, head_kernel.shape[1])
     tokens = labels.size
     chunk = min(chunk, max(tokens, 1))
     count = -(-tokens // chunk)
@@ -323,6 +323,11 @@ def _chunked_nll_bwd(residuals, g: Array | SymbolicZero):
 
 
 _chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd, symbolic_zeros=True)
+
+
+def _clip_masked(labels: Array, weights: Array, v: int) -> Array:
+    """Makes the labels of rows of weight 0 valid: they may hold anything."""
+    return jnp.where(weights != 0, labels, jnp.clip(labels, 0, v - 1))
 
 
 def _pick(values: Array, labels: Array) -> Array:

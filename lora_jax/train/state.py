@@ -50,6 +50,17 @@ class TrainState:
         """All collections joined, as ``Module.apply`` takes them."""
         return {**self.frozen, **self.trainable}
 
+    @property
+    def changing(self) -> dict[str, Any]:
+        """All fields but ``frozen``: what a step donates and a checkpoint holds."""
+        return {
+            "step": self.step,
+            "trainable": self.trainable,
+            "opt_state": self.opt_state,
+            "rng": self.rng,
+            "skipped": self.skipped,
+        }
+
     @classmethod
     def create(
         cls,

@@ -28,7 +28,7 @@ class TrainStep:
 
     Attributes:
       update: the jitted function ``(own, frozen, batch) -> (own, metrics)`` beneath,
-        where ``own`` is the donated part of the state.
+        where ``own`` is ``state.changing``, donated.
     """
 
     def __init__(self, update: Any) -> None:
@@ -36,7 +36,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one step; ``state`` is consumed, all but its frozen part."""
-        own, metrics = self.update(_own(state), state.frozen, batch)
+        own, metrics = self.update(state.changing, state.frozen, batch)
         return TrainState(frozen=state.frozen, **own), metrics
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
@@ -49,7 +49,7 @@ class TrainStep:
         Returns:
           A ``jax.stages.Lowered``: ``.compile().cost_analysis()`` and the like.
         """
-        return self.update.lower(_own(state), state.frozen, batch)
+        return self.update.lower(state.changing, state.frozen, batch)
 
 
 def make_train_step(
@@ -196,7 +196,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
 
 
 def split_batch(batch: Batch, accumulate: int) -> Batch:
-    """Cuts every leaf ``[b, ...]`` into microbatches ``[accumulate, b/accumulate, ...]``.
+    """Cuts every leaf ``[b, ...]`` into ``[accumulate, b / accumulate, ...]``.
 
     Rows are dealt out in turn, so that a batch sharded over devices along its rows
     stays where it is.
@@ -284,14 +284,3 @@ def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
         as_float(weight),
         {k: as_float(metrics[k]) for k in metrics},
     )
-
-
-def _own(state: TrainState) -> dict[str, Any]:
-    """The part of the state that a step donates and gives back."""
-    return {
-        "step": state.step,
-        "trainable": state.trainable,
-        "opt_state": state.opt_state,
-        "rng": state.rng,
-        "skipped": state.skipped,
-    }
