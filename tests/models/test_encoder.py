@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -26,6 +27,15 @@ TINY = EncoderConfig(
     mlp_size=5,
     max_positions=7,
 )
+
+
+@pytest.fixture
+def untyped():
+    """Lets wrong inputs reach our own checks where jaxtyping's are on."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +199,7 @@ def test_tables_that_are_not_differentiated_have_no_scatter():
     assert "scatter" in str(both)  # the test can see one
 
 
+@pytest.mark.usefixtures("untyped")
 def test_inputs_of_a_wrong_kind_are_named():
     module = SequenceClassifier(TINY)
     ids = jnp.ones((2, 3), jnp.int32)
@@ -208,7 +219,7 @@ def test_inputs_of_a_wrong_kind_are_named():
 
 def test_config_names_every_fault_at_once():
     with pytest.raises(ValueError, match=r"vocab_size .* 0; .*'swish!'; norm_eps .*-1"):
-        dataclasses.replace(TINY, vocab_size=0, activation="swish!", norm_eps=-1)
+        dataclasses.replace(TINY, vocab_size=0, activation="swish!", norm_eps=-1.0)
     with pytest.raises(ValueError, match=r"divide hidden_size = 6; got 4"):
         dataclasses.replace(TINY, num_heads=4)
 
