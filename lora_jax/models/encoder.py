@@ -36,7 +36,7 @@ def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     """Computes ``x * Phi(x)`` with the error function, as BERT was trained with.
 
     ``jax.nn.gelu(approximate=False)`` is the same through ``erfc``, which XLA evaluates
-    on the CPU by two expansions and a select; ``erf`` is one rational function.
+    by two expansions and a select; ``erf``, as PyTorch has it, is the shorter program.
 
     Args:
       x: inputs ``[*b, f]``.
@@ -45,8 +45,8 @@ def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
       Activations ``[*b, f]``, in the dtype of ``x``.
 
     Example:
-      >>> exact_gelu(jnp.array([0.0, 1.0])).round(4).tolist()
-      [0.0, 0.8413000106811523]
+      >>> [f"{y:.4f}" for y in exact_gelu(jnp.array([0.0, 1.0]))]
+      ['0.0000', '0.8413']
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
