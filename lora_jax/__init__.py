@@ -8,11 +8,13 @@ from lora_jax.config import LoRAConfig as LoRAConfig
 from lora_jax.io.adapter import load_adapter as load_adapter
 from lora_jax.io.adapter import save_adapter as save_adapter
 from lora_jax.io.checkpoint import Checkpoints as Checkpoints
+from lora_jax.io.vader import load_vader as load_vader
 from lora_jax.models.load import load_model as load_model
 from lora_jax.models.save import save_model as save_model
 from lora_jax.nn.adapt import Adapted as Adapted
 from lora_jax.nn.adapt import adapt as adapt
 from lora_jax.nn.adapt import find_targets as find_targets
+from lora_jax.nn.attention import LoRAAttention as LoRAAttention
 from lora_jax.nn.dense import LoRAConv as LoRAConv
 from lora_jax.nn.dense import LoRADense as LoRADense
 from lora_jax.nn.dense import LoRADenseGeneral as LoRADenseGeneral
@@ -28,6 +30,8 @@ from lora_jax.ops import lora_einsum as lora_einsum
 from lora_jax.ops import lora_embed as lora_embed
 from lora_jax.ops import merge_kernel as merge_kernel
 from lora_jax.train.data import Batches as Batches
+from lora_jax.train.loop import evaluate as evaluate
+from lora_jax.train.loop import fit as fit
 from lora_jax.train.losses import causal_lm as causal_lm
 from lora_jax.train.losses import contrastive as contrastive
 from lora_jax.train.losses import softmax_cross_entropy as softmax_cross_entropy
@@ -36,6 +40,8 @@ from lora_jax.train.optimizer import adapter_labels as adapter_labels
 from lora_jax.train.optimizer import adapter_mask as adapter_mask
 from lora_jax.train.optimizer import adapters_only as adapters_only
 from lora_jax.train.optimizer import lora_optimizer as lora_optimizer
+from lora_jax.train.probe import fit_probe as fit_probe
+from lora_jax.train.probe import probe_accuracy as probe_accuracy
 from lora_jax.train.state import TrainState as TrainState
 from lora_jax.train.step import make_eval_step as make_eval_step
 from lora_jax.train.step import make_train_step as make_train_step

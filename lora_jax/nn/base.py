@@ -1,7 +1,7 @@
-"""What every LoRA layer shares: W0 in ``frozen``, A and B in ``lora``."""
+"""What LoRA modules share: W0 in ``frozen``, A and B in ``lora``."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,26 +9,34 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS
 from lora_jax.nn.layers import LINEAR_KINDS, adapter_update, init_factors, layer_of
 from lora_jax.tree.targets import child
 
 
-class LoRALayer:
-    """Mixin that turns a Linen layer into its LoRA twin.
+class Factors(NamedTuple):
+    """A and B of one layer.
 
-    Put before the Linen class. The twin runs the Linen class's own code for the base;
-    its parameters are declared in ``frozen``, or in ``params`` if the config trains
-    them in full. Which rank, alpha and scaling apply, and whether the layer is adapted
-    at all, is asked of ``lora`` with the module's path.
+    Attributes:
+      lora_a: ``A`` ``[*batch, *in, r]``.
+      lora_b: ``B`` ``[*batch, r, *out]``.
+    """
+
+    lora_a: AnyFloat
+    lora_b: AnyFloat
+
+
+class FrozenLayer:
+    """Mixin that keeps a Linen layer's parameters out of training.
+
+    Put before the Linen class, whose own code runs: its parameters are declared in
+    ``frozen``, or in ``params`` if the config trains them in full.
 
     Attributes:
       lora: the config, one for the whole model.
-      deterministic: switches adapter dropout off; may be given at the call instead.
     """
 
     lora: LoRAConfig
-    deterministic: bool | None
     scope: Any
     variable: Callable[..., nn.Variable]
     make_rng: Callable[[str], jax.Array]
@@ -52,26 +60,60 @@ class LoRALayer:
         path = child(self._lora_path(), name)
         if self.lora.is_trained(path):
             return super().param(name, init_fn, *args, unbox=unbox, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
+        self._require(FROZEN, name)
         value = self.variable(
-            FROZEN, name, lambda: init_fn(self.make_rng("params"), *args, **kwargs)
+            FROZEN,
+            name,
+            lambda: init_fn(self.make_rng(PARAMS), *args, **kwargs),
+            unbox=False,
         ).value
+        plain = nn.meta.unbox(value)
         wanted = jax.eval_shape(lambda: init_fn(jax.random.key(0), *args, **kwargs))
-        if jnp.shape(nn.meta.unbox(value)) != nn.meta.unbox(wanted).shape:
+        wanted = nn.meta.unbox(wanted).shape
+        if jnp.shape(plain) != wanted:
+            raise ValueError(f"{path} must be {wanted}; got {jnp.shape(plain)}.")
+        return plain if unbox else value
+
+    def _require(self, collection: str, name: str) -> None:
+        """Raises if a variable is neither given nor can be made here."""
+        if self.scope.has_variable(collection, name):
+            return
+        if not self.scope.is_mutable_collection(collection):
+            path = child(self._lora_path(), name)
             raise ValueError(
-                f"{path} must be {nn.meta.unbox(wanted).shape}; "
-                f"got {jnp.shape(nn.meta.unbox(value))}."
+                f"variables[{collection!r}] must have {path!r}; got none. A layer's "
+                f"Linen parameters belong in {FROZEN!r}, its adapter in {LORA!r}."
             )
-        return nn.meta.unbox(value) if unbox else value
 
     def _lora_path(self) -> str:
         return "/".join(self.scope.path)
 
-    def _factors(self, *inputs: Any) -> tuple[AnyFloat, AnyFloat] | None:
+
+class LoRALayer(FrozenLayer):
+    """Mixin that turns a Linen layer into its LoRA twin.
+
+    The twin runs the Linen class's own code for the base. Which rank, alpha and scaling
+    apply, and whether the layer is adapted at all, is asked of ``lora`` with the
+    module's path.
+
+    Attributes:
+      lora: the config, one for the whole model.
+      deterministic: switches adapter dropout off; may be given at the call instead.
+    """
+
+    deterministic: bool | None
+
+    def _factors(self, *inputs: Any) -> Factors | None:
         """Declares A and B, or returns None if this layer is no target."""
         layer = layer_of(self)  # pyright: ignore[reportArgumentType] - a module
         assert layer is not None
         path = self._lora_path()
         if not self.lora.is_target(path, is_linear=layer.kind in LINEAR_KINDS):
+            if self.scope.has_variable(LORA, LORA_A):
+                raise ValueError(
+                    f"variables[{LORA!r}] has {child(path, LORA_A)!r}, but the config "
+                    f"does not target {path!r}. Load the adapter with its own config."
+                )
             return None
         drawn: list[tuple[AnyFloat, AnyFloat]] = []
 
@@ -80,15 +122,31 @@ class LoRALayer:
                 drawn.append(init_factors(self, inputs, self.lora, path))  # pyright: ignore[reportArgumentType] - a module
             return drawn[0][index]
 
-        return (
-            self.variable(LORA, LORA_A, draw, 0).value,
-            self.variable(LORA, LORA_B, draw, 1).value,
-        )
+        values = []
+        for index, name in enumerate((LORA_A, LORA_B)):
+            self._require(LORA, name)
+            values.append(self.variable(LORA, name, draw, index).value)
+        factors = Factors(*values)
+        rank = self.lora.rank_for(path)
+        shape = self._weight_shape(layer.weight)
+        contraction = layer.contraction(self, *inputs)
+        wanted = contraction.factor_shapes(shape, rank)
+        if (jnp.shape(factors.lora_a), jnp.shape(factors.lora_b)) != wanted:
+            raise ValueError(
+                f"lora_a, lora_b of {path!r} must be {wanted[0]}, {wanted[1]} for rank "
+                f"{rank} and a kernel of shape {shape}; got "
+                f"{jnp.shape(factors.lora_a)}, {jnp.shape(factors.lora_b)}."
+            )
+        return factors
+
+    def _weight_shape(self, name: str) -> tuple[int, ...]:
+        held = PARAMS if self.scope.has_variable(PARAMS, name) else FROZEN
+        return jnp.shape(nn.meta.unbox(self.scope.get_variable(held, name)))
 
     def _updated(
         self,
         y: AnyFloat,
-        factors: tuple[AnyFloat, AnyFloat] | None,
+        factors: Factors | None,
         inputs: tuple[Any, ...],
         deterministic: bool | None = None,
         method: str = "__call__",

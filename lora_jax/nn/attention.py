@@ -1,0 +1,353 @@
+"""LoRAAttention: multi-head attention of which any projection may be adapted."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.config import LoRAConfig
+from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer
+from lora_jax.nn.dense import LoRADenseGeneral
+from lora_jax.ops.attention import (
+    Implementation,
+    attention,
+    check_attention,
+    shared_updates,
+)
+from lora_jax.ops.product import check_floating
+
+CACHE = "cache"
+
+
+class _Projected(NamedTuple):
+    """The base output of a projection, and what its update is made of."""
+
+    y: AnyFloat  # [*b, t, n, h]
+    factors: Factors | None
+    scaling: float
+
+
+class _Projection(LoRALayer, nn.DenseGeneral):
+    """A `LoRADenseGeneral` that leaves adding its update to the caller.
+
+    So that layers of one input can share one product ``x @ [A1 | A2 | ...]``.
+    """
+
+    lora: LoRAConfig = LoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> _Projected:
+        y = super().__call__(inputs)
+        factors = self._factors(inputs)
+        return _Projected(y, factors, self.lora.scaling_for(self._lora_path()))
+
+
+class _FrozenLayerNorm(FrozenLayer, nn.LayerNorm):
+    lora: LoRAConfig = LoRAConfig()
+
+
+class LoRAAttention(nn.Module):
+    """Multi-head dot-product attention with LoRA on any of its projections.
+
+    Computes ``softmax(q kᵀ / √h) v`` for each head, with
+    ``q = x Wq + scaling * (x Aq) Bq`` and likewise k, v and the output projection.
+
+    A drop-in for `flax.linen.MultiHeadDotProductAttention`: the same arguments and
+    decode cache, and its parameters load into ``frozen`` as they are. Projections of
+    one input share one product ``x @ [Aq | Ak | Av]`` and one adapter dropout mask: all
+    three in self-attention, key and value in cross-attention.
+
+    The softmax is in float32. Without attention dropout
+    `jax.nn.dot_product_attention` runs, which keeps no weights where cuDNN takes it.
+    With it, with ``sow_weights`` or with a ``precision``,
+    `flax.linen.dot_product_attention` does: the same values, the weights in memory.
+
+    Attributes:
+      num_heads: number of query heads ``n``.
+      num_kv_heads: number of key and value heads ``k``, a divisor of ``n``; default
+        ``n``. Query head ``j`` attends to key head ``j // (n / k)``.
+      qkv_features: ``n * h``; default: the features of the input.
+      out_features: features of the output; default: those of the input.
+      use_bias: whether the projections have a bias.
+      is_causal: whether position ``t`` attends to positions ``0 ... t`` only.
+      dropout_rate: of the attention weights; not the adapters', see ``lora``.
+      broadcast_dropout: whether one mask of the weights serves all heads and rows.
+      deterministic: switches both dropouts off; may be given at the call instead, and
+        must be given once if either rate is above 0.
+      normalize_qk: whether query and key get a layer norm (``query_ln``, ``key_ln``).
+      decode: whether keys and values are cached: `init` on a whole sequence makes the
+        cache, then each call adds its positions (one or more) and attends to all so
+        far.
+      dtype: of the computation; default: that of inputs and parameters.
+      param_dtype: of the parameters.
+      precision: as in `jax.lax.dot_general`.
+      kernel_init: initialiser of the kernels.
+      out_kernel_init: of the output kernel; default ``kernel_init``.
+      bias_init: initialiser of the biases.
+      out_bias_init: of the output bias; default ``bias_init``.
+      implementation: ``"xla"`` or ``"cudnn"``; default: by platform and arrays, see
+        `lora_jax.ops.attention.choose_implementation`.
+      lora: what to adapt; the projections are ``query``, ``key``, ``value``, ``out``.
+
+    Variables: ``frozen`` (``{query,key,value}/{kernel,bias}`` ``[d, n, h]`` and
+    ``[n, h]``, ``out/{kernel,bias}`` ``[n, h, d]`` and ``[d]``), ``lora``
+    (``query/lora_a`` ``[d, r]``, ``query/lora_b`` ``[r, n, h]`` and so on,
+    ``out/lora_a`` ``[n, h, r]``, ``out/lora_b`` ``[r, d]``), ``cache`` with ``decode``
+    (``cached_key``, ``cached_value`` ``[*b, s, k, h]``, ``cache_index``).
+
+    Example:
+      >>> config = LoRAConfig(rank=2, targets=["query", "value"])
+      >>> layer = LoRAAttention(num_heads=4, num_kv_heads=2, lora=config)
+      >>> x = jnp.ones((1, 5, 16))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape, sorted(variables["lora"])
+      ((1, 5, 16), ['query', 'value'])
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.2; grouped queries:
+      Ainslie et al., https://arxiv.org/abs/2305.13245.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    qkv_features: int | None = None
+    out_features: int | None = None
+    use_bias: bool = True
+    is_causal: bool = False
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
+    normalize_qk: bool = False
+    decode: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    out_kernel_init: Initializer | None = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+    out_bias_init: Initializer | None = None
+    implementation: Implementation = None
+    lora: LoRAConfig = LoRAConfig()
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: AnyFloat,
+        inputs_k: AnyFloat | None = None,
+        inputs_v: AnyFloat | None = None,
+        *,
+        bias: AnyFloat | None = None,
+        mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: PRNGKey | None = None,
+        sow_weights: bool = False,
+    ) -> AnyFloat:
+        """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``.
+
+        Args:
+          inputs_q: ``[*b, t, d]``.
+          inputs_k: ``[*b, s, d]``; default ``inputs_q`` (self-attention).
+          inputs_v: ``[*b, s, d]``; default ``inputs_k``.
+          bias: added to the logits, broadcastable to ``[*b, n, t, s]``.
+          mask: true where a query may attend, broadcastable to ``[*b, n, t, s]``; in
+            `decode`, ``s`` is the length of the cache.
+          deterministic: switches both dropouts off.
+          dropout_rng: key of the attention dropout; default: the ``dropout`` stream.
+          sow_weights: whether the weights are sown into ``intermediates``.
+
+        Returns:
+          ``[*b, t, out_features]``.
+
+        Raises:
+          ValueError: if sizes, masks or the cache do not fit, or the dropout has no
+            ``deterministic``.
+          TypeError: if an input is not floating.
+        """
+        if inputs_k is None and inputs_v is not None:
+            raise ValueError(
+                "inputs_k must be given where inputs_v is; got None. To use one array "
+                "for both pass it as inputs_k."
+            )
+        inputs_k = inputs_q if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        check_floating(inputs_q=inputs_q, inputs_k=inputs_k, inputs_v=inputs_v)
+        if self.dropout_rate > 0.0 or self.lora.dropout_rate > 0.0:
+            deterministic = nn.merge_param(
+                "deterministic", self.deterministic, deterministic
+            )
+        else:
+            deterministic = True
+        drops = self.dropout_rate > 0.0 and not deterministic
+        if drops and dropout_rng is None:
+            dropout_rng = self._dropout_key(f"dropout_rate={self.dropout_rate}")
+
+        query, key, value = self._project(
+            {"query": inputs_q, "key": inputs_k, "value": inputs_v}, deterministic
+        )
+        if self.normalize_qk:
+            norm = functools.partial(
+                _FrozenLayerNorm,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                lora=self.lora,
+            )
+            query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
+        seen, is_causal = None, self.is_causal
+        if self.decode:
+            key, value, seen = self._cached(query, key, value)
+            is_causal = is_causal and seen is None
+        check_attention(query, key, value, bias=bias, mask=mask, is_causal=is_causal)
+        mask = _both(mask, seen)
+
+        if drops or sow_weights or self.precision is not None:
+            if is_causal:
+                t = query.shape[-3]
+                mask = _both(mask, jnp.tri(t, dtype=bool).reshape(*_ones(query), t, t))
+            groups = query.shape[-2] // key.shape[-2]
+            y = nn.dot_product_attention(
+                query,
+                jnp.repeat(key, groups, axis=-2),  # [*b, s, n, h]
+                jnp.repeat(value, groups, axis=-2),
+                bias=bias,
+                mask=mask,
+                dropout_rng=dropout_rng,
+                dropout_rate=self.dropout_rate,
+                broadcast_dropout=self.broadcast_dropout,
+                deterministic=not drops,
+                precision=self.precision,
+                force_fp32_for_softmax=True,
+                module=self if sow_weights else None,
+            ).astype(query.dtype)
+        else:
+            y = attention(
+                query,
+                key,
+                value,
+                bias=bias,
+                mask=mask,
+                is_causal=is_causal,
+                implementation=self.implementation,
+            )
+        return LoRADenseGeneral(
+            self.out_features or inputs_q.shape[-1],
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            name="out",
+            **self._shared_fields(),
+        )(y, deterministic)
+
+    def _shared_fields(self) -> dict[str, Any]:
+        return {
+            "use_bias": self.use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+            "lora": self.lora,
+        }
+
+    def _project(
+        self, inputs: dict[str, AnyFloat], deterministic: bool
+    ) -> list[AnyFloat]:
+        """Returns query, key and value heads ``[*b, t, n, h]``, updates included."""
+        features = self.qkv_features or inputs["query"].shape[-1]
+        n, k = self.num_heads, self.num_kv_heads or self.num_heads
+        if features % n:
+            raise ValueError(
+                f"qkv_features must be a multiple of num_heads = {n}; got {features}."
+            )
+        if n % k:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {k}; got {n}."
+            )
+        projected = {
+            name: _Projection(
+                (n if name == "query" else k, features // n),
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=name,
+                **self._shared_fields(),
+            )(x)
+            for name, x in inputs.items()
+        }
+        heads = {name: part.y for name, part in projected.items()}
+        for x in {id(x): x for x in inputs.values()}.values():
+            adapted = {
+                name: part.factors
+                for name, part in projected.items()
+                if inputs[name] is x and part.factors is not None
+            }
+            if not adapted:
+                continue
+            rate = 0.0 if deterministic else self.lora.dropout_rate
+            updates = shared_updates(
+                x,
+                list(adapted.values()),
+                scalings=[projected[name].scaling for name in adapted],
+                dropout_rate=rate,
+                dropout_key=self._dropout_key(f"lora.dropout_rate={rate}")
+                if rate
+                else None,
+                precision=self.precision,
+                dtype=heads[next(iter(adapted))].dtype,
+            )
+            for name, update in zip(adapted, updates, strict=True):
+                heads[name] = heads[name] + update.astype(heads[name].dtype)
+        return list(heads.values())
+
+    def _dropout_key(self, what: str) -> PRNGKey:
+        if not (self.has_rng(DROPOUT) or self.has_rng(PARAMS)):
+            raise ValueError(
+                f"rngs must have {DROPOUT!r} for {what}; got none. Pass "
+                f"`rngs={{{DROPOUT!r}: key}}` or `deterministic=True`."
+            )
+        return self.make_rng(DROPOUT)
+
+    def _cached(
+        self, query: AnyFloat, key: AnyFloat, value: AnyFloat
+    ) -> tuple[AnyFloat, AnyFloat, jax.Array | None]:
+        """Appends to the cache; returns all keys and values, and who sees which."""
+        is_initialized = self.has_variable(CACHE, "cached_key")
+        cached_key = self.variable(CACHE, "cached_key", jnp.zeros_like, key)
+        cached_value = self.variable(CACHE, "cached_value", jnp.zeros_like, value)
+        index = self.variable(CACHE, "cache_index", jnp.zeros, (), jnp.int32)
+        if not is_initialized:
+            return key, value, None
+        *batch, s, k, h = cached_key.value.shape
+        t = query.shape[-3]
+        if key.shape != (*batch, t, k, h) or t > s:
+            raise ValueError(
+                f"decode takes t new positions, t up to the {s} of its cache: queries "
+                f"and keys [*b, t, heads, h] with *b = {batch}; got {query.shape} and "
+                f"{key.shape}."
+            )
+
+        def append(cache: nn.Variable, new: AnyFloat) -> AnyFloat:
+            at = (*[0] * len(batch), index.value, 0, 0)
+            cache.value = jax.lax.dynamic_update_slice(
+                cache.value, new.astype(cache.value.dtype), at
+            )
+            return cache.value
+
+        key, value = append(cached_key, key), append(cached_value, value)
+        position = index.value + jnp.arange(t)[:, None]  # [t, 1]
+        index.value = index.value + t
+        seen = jnp.arange(s) <= position  # [t, s]
+        return key, value, seen.reshape(*_ones(query), t, s)
+
+
+def _ones(query: AnyFloat) -> tuple[int, ...]:
+    """Sizes of a mask's batch and head axes, where it is the same for all."""
+    return (1,) * (query.ndim - 2)
+
+
+def _both(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
+    masks = [m for m in (mask, other) if m is not None]
+    return jnp.logical_and(*masks) if len(masks) == 2 else (masks or [None])[0]

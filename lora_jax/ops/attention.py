@@ -1,0 +1,269 @@
+"""Attention's own mathematics: heads attending, and updates that share one read of x.
+
+Query, key and value are three kernels on one input. Their adapters need one product
+``x @ [Aq | Ak | Av]`` between them, so the wide ``x`` is read once for all three.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax.array_types import AnyFloat, Inputs, PRNGKey
+from lora_jax.ops.product import check_dropout, check_floating, factor_product
+
+Implementation = Literal["xla", "cudnn"] | None
+_BATCH, _OUT = "abcdefghjklm", "nopqstuvwxyz"  # labels; i is the input, R the rank
+
+
+def shared_updates(
+    x: Inputs,
+    factors: Sequence[tuple[AnyFloat, AnyFloat]],
+    *,
+    scalings: Sequence[float | jax.Array],
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
+) -> list[AnyFloat]:
+    """Computes ``scaling * (x A) B`` for several adapters of one input.
+
+    Computes ``h = dropout(x) @ [A1 | A2 | ...]`` in one product, then ``h_j @ B_j`` for
+    each. One dropout mask serves all of them.
+
+    Args:
+      x: the input of all layers ``[*b, i]``.
+      factors: ``(A, B)`` of each layer, ``[i, r]`` and ``[r, *o]``; ranks may differ.
+      scalings: ``alpha / rank`` of each layer.
+      dropout_rate: probability of dropping an element of ``x``.
+      dropout_key: PRNG key, needed where the rate is above 0.
+      precision: as in `jax.lax.dot_general`.
+      dtype: of the computation and the results; default: that of ``x``.
+
+    Returns:
+      The update of each layer, ``[*b, *o]``.
+
+    Raises:
+      ValueError: if the shapes do not chain, naming every layer at fault; or if the
+        dropout rate is outside [0, 1] or lacks its key.
+      TypeError: if an array is not floating.
+
+    Example:
+      >>> x, a, b = jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones((1, 4))
+      >>> q, k = shared_updates(x, [(a, b), (a, 2 * b)], scalings=[1.0, 0.5])
+      >>> q[0, 0].item(), k[0, 0].item()
+      (3.0, 3.0)
+
+    References:
+      Hu et al., https://arxiv.org/abs/2106.09685, section 4.2.
+    """
+    check_floating(x=x)
+    faults = []
+    for j, (a, b) in enumerate(factors):
+        check_floating(**{f"lora_a[{j}]": a, f"lora_b[{j}]": b})
+        if a.ndim != 2 or a.shape[0] != x.shape[-1] or b.shape[:1] != a.shape[1:]:
+            faults.append(
+                f"lora_a[{j}], lora_b[{j}] must be [in, rank], [rank, *out] with in = "
+                f"{x.shape[-1]}; got {a.shape}, {b.shape}."
+            )
+    if faults:
+        raise ValueError(" ".join(faults))
+    if not factors:
+        return []
+    key = check_dropout(dropout_rate, dropout_key)
+    x = x.astype(dtype or x.dtype)
+    rows = _BATCH[: x.ndim - 1]
+    down = jnp.concatenate([a for a, _ in factors], axis=-1)  # [i, sum of ranks]
+    equation = f"{rows}i,iR->{rows}R"
+    h: jax.Array = factor_product(equation, dropout_rate, precision, x, down, key)
+    ends = list(itertools.accumulate(a.shape[1] for a, _ in factors))
+    parts = jnp.split(h, ends[:-1], axis=-1)  # each [*b, r]
+    updates = []
+    for part, (_, b), scaling in zip(parts, factors, scalings, strict=True):
+        out = _OUT[: b.ndim - 1]
+        up = f"{rows}R,R{out}->{rows}{out}"
+        part = part * jnp.asarray(scaling, part.dtype)
+        updates.append(factor_product(up, 0.0, precision, part, b))
+    return updates
+
+
+def attention(
+    query: AnyFloat,
+    key: AnyFloat,
+    value: AnyFloat,
+    *,
+    bias: AnyFloat | None = None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    implementation: Implementation = None,
+) -> AnyFloat:
+    """Computes ``softmax(query keyᵀ / √h + bias) value`` for each head.
+
+    `jax.nn.dot_product_attention` with any number of batch dimensions. Query head ``j``
+    attends to key head ``j // (n / k)``. The softmax is in float32. A query that may
+    attend to nothing gets the mean of all values.
+
+    Args:
+      query: ``[*b, t, n, h]``.
+      key: ``[*b, s, k, h]``, where ``k`` divides ``n``.
+      value: ``[*b, s, k, h]``.
+      bias: added to the logits, broadcastable to ``[*b, n, t, s]``.
+      mask: true where a query may attend, broadcastable to ``[*b, n, t, s]`` with all
+        its axes; a padding mask ``[b, s]`` is passed as ``mask[:, None, None, :]``.
+      is_causal: whether query ``t`` attends to keys ``0 ... t`` only.
+      implementation: ``"xla"``, ``"cudnn"``, or None for `choose_implementation`.
+
+    Returns:
+      ``[*b, t, n, h]``, in the dtype of ``query``.
+
+    Raises:
+      ValueError: naming every array that does not fit, or an unknown implementation.
+      TypeError: if an array is not floating.
+
+    References:
+      Vaswani et al., https://arxiv.org/abs/1706.03762, section 3.2; grouped queries:
+      Ainslie et al., https://arxiv.org/abs/2305.13245, section 2.2.
+    """
+    check_attention(query, key, value, bias=bias, mask=mask, is_causal=is_causal)
+    if implementation not in ("xla", "cudnn", None):
+        raise ValueError(
+            f"implementation must be 'xla', 'cudnn' or None; got {implementation!r}."
+        )
+    batch, (t, _, _), s = query.shape[:-3], query.shape[-3:], key.shape[-3]
+    rows = math.prod(batch)
+    implementation = implementation or choose_implementation(
+        query, key, bias=bias, mask=mask
+    )
+
+    def flat(array):  # one batch dimension, which may stay 1
+        if array is None:
+            return None
+        last = array.shape[-3:]
+        if implementation == "cudnn":  # takes no broadcast axes of time
+            last = (last[0], t, s)
+        lead = (1,) * len(batch) if set(array.shape[:-3]) <= {1} else batch
+        return jnp.broadcast_to(array, (*lead, *last)).reshape(math.prod(lead), *last)
+
+    y = jax.nn.dot_product_attention(
+        query.reshape(rows, *query.shape[-3:]),
+        key.reshape(rows, *key.shape[-3:]),
+        value.reshape(rows, *value.shape[-3:]),
+        bias=flat(bias),
+        mask=None if mask is None else flat(mask.astype(bool)),
+        is_causal=is_causal,
+        implementation=implementation,
+    )
+    return y.reshape(query.shape)
+
+
+def choose_implementation(
+    query: AnyFloat,
+    key: AnyFloat,
+    *,
+    bias: AnyFloat | None = None,
+    mask: jax.Array | None = None,
+) -> Literal["xla", "cudnn"]:
+    """Returns the attention kernel for the default platform and these arrays.
+
+    cuDNN's fused kernel where it can take them: an NVIDIA GPU from Ampere on, bfloat16
+    or float16, heads of a multiple of 8 up to 128, no bias, and with a mask even
+    lengths. XLA's otherwise, and on every CPU and TPU.
+
+    Args:
+      query: ``[*b, t, n, h]``.
+      key: ``[*b, s, k, h]``.
+      bias: of the logits, or None.
+      mask: of the logits, or None.
+
+    Returns:
+      ``"cudnn"`` or ``"xla"``.
+    """
+    t, s, h = query.shape[-3], key.shape[-3], query.shape[-1]
+    fits = (
+        query.dtype in (jnp.bfloat16, jnp.float16)
+        and h % 8 == 0
+        and h <= 128
+        and bias is None
+        and (mask is None or (t % 2 == 0 and s % 2 == 0))
+    )
+    return "cudnn" if fits and _has_cudnn() else "xla"
+
+
+def _has_cudnn() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    return (
+        "cuda" in device.client.platform_version.lower()
+        and float(getattr(device, "compute_capability", "0")) >= 8.0
+    )
+
+
+def check_attention(
+    query: AnyFloat,
+    key: AnyFloat,
+    value: AnyFloat,
+    *,
+    bias: AnyFloat | None = None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+) -> None:
+    """Raises unless the arrays of `attention` fit each other.
+
+    Args:
+      query: ``[*b, t, n, h]``.
+      key: ``[*b, s, k, h]``.
+      value: ``[*b, s, k, h]``.
+      bias: broadcastable to ``[*b, n, t, s]``, or None.
+      mask: broadcastable to ``[*b, n, t, s]``, or None.
+      is_causal: whether the mask is causal besides.
+
+    Raises:
+      ValueError: naming every array that does not fit.
+      TypeError: if an array is not floating.
+    """
+    check_floating(query=query, key=key, value=value, bias=bias)
+    if not query.ndim == key.ndim == value.ndim >= 3:
+        raise ValueError(
+            "query, key, value must be [*b, t, n, h], [*b, s, k, h], [*b, s, k, h]; "
+            f"got {query.shape}, {key.shape}, {value.shape}."
+        )
+    *batch, t, n, h = query.shape
+    *_, s, k, _ = key.shape
+    faults = []
+    if key.shape != (*batch, s, k, h) or value.shape != key.shape:
+        faults.append(
+            f"key, value must be [*b, s, k, h] with *b = {batch}, h = {h} for a query "
+            f"of shape {query.shape}; got {key.shape}, {value.shape}."
+        )
+    if n % k:
+        faults.append(f"the {k} key and value heads must divide the {n} query heads.")
+    if is_causal and t != s:
+        faults.append(
+            f"is_causal needs as many queries as keys; got {t} and {s}. Pass a mask."
+        )
+    logits = (*batch, n, t, s)
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is not None and not (
+            array.ndim == len(logits)
+            and all(a in (1, b) for a, b in zip(array.shape, logits, strict=True))
+        ):
+            faults.append(
+                f"{name} must be broadcastable to [*b, n, t, s] = {list(logits)}, with "
+                f"all {len(logits)} axes; got {array.shape}."
+                + _padding_hint(name, array.shape, (*batch, s))
+            )
+    if faults:
+        raise ValueError(" ".join(faults))
+
+
+def _padding_hint(
+    name: str, shape: tuple[int, ...], padding_shape: tuple[int, ...]
+) -> str:
+    if shape != padding_shape:
+        return ""
+    return f" For padding pass {name}[..., None, None, :]."
