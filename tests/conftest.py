@@ -1,0 +1,32 @@
+"""What every test runs under: the CPU, and shapes checked in the pure functions."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from jaxtyping import config, install_import_hook
+
+# Before anything imports lora_jax.ops: its annotations are then checked on every call.
+install_import_hook("lora_jax.ops", "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the shape checker off, to see the library's own errors."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(7)
