@@ -11,24 +11,35 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS
+from lora_jax.nn.checks import (
+    check_adapter,
+    check_kernels,
+    check_shapes,
+    is_deterministic,
+)
 from lora_jax.nn.layers import (
-    LINEAR_KINDS,
     adapter_update,
     call_inputs,
     init_factors,
-    layer_of,
+    layer_of_call,
 )
-from lora_jax.nn.trace import Example, trace_model
+from lora_jax.nn.trace import (
+    Example,
+    Trace,
+    bound_method,
+    find_contraction,
+    flag_scope,
+    shapes_of,
+    trace_model,
+)
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.targets import LINEAR_KINDS, Target, child, select_targets
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
@@ -45,9 +56,10 @@ class Adapted(nn.Module):
       model: the wrapped model.
       config: what is adapted, and how.
       example: example inputs for finding the layers, or None.
-      deterministic: switches adapter dropout off (True) or on (False). None takes the
-        ``deterministic`` argument of each call, where the model has one, and False
-        otherwise. No PRNG key is needed where it is off.
+      deterministic: switches adapter dropout off (True) or on (False). None takes it
+        from each call: the method's argument ``deterministic`` (or ``train``,
+        ``training``, ``is_training``, negated), given or by default; then the model's
+        attribute of that name; then False. No PRNG key is needed where it is off.
 
     Variables: ``frozen`` (the base), ``lora`` (``lora_a`` and ``lora_b`` at the paths
     of the adapted layers), ``params`` (base leaves named by ``config.train``).
@@ -79,6 +91,8 @@ class Adapted(nn.Module):
 
     def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
+        example = Example.of(*args, method=method or "__call__", **kwargs)
+        self._select(trace_model(self.model, None, example))
         return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
 
     def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
@@ -100,13 +114,8 @@ class Adapted(nn.Module):
         """
         found = trace_model(self.model, params, self.example)
         if params is not None:
-            _check_shapes(flatten(found.params), flatten(params))
-        return select_targets(
-            found.sites,
-            self.config,
-            weights=flatten(found.params),
-            unknown=found.unknown,
-        )
+            check_shapes(shapes_of(found.params), shapes_of(params))
+        return self._select(found)
 
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
         """Puts fresh adapters beside pretrained parameters.
@@ -126,7 +135,7 @@ class Adapted(nn.Module):
         """
         params = nn.meta.unbox(params)
         targets = self.targets(params)
-        _check_finite(params, targets)
+        check_kernels(params, targets)
         adapters = {}
         for target in targets:
             a, b = target.init(key, self.config.init)
@@ -150,7 +159,7 @@ class Adapted(nn.Module):
         Raises:
           ValueError: if an adapter is missing, left over, or not finite.
         """
-        base = self.detach(variables)
+        base = nn.meta.unbox(self.detach(variables))
         return merge_params(base, variables[LORA], self.targets(base))
 
     def unmerge(
@@ -165,7 +174,7 @@ class Adapted(nn.Module):
         Returns:
           A plain tree with the base's kernels.
         """
-        base = self.detach(variables)
+        base = nn.meta.unbox(self.detach(variables))
         return unmerge_params(merged, base, self.targets(base))
 
     def merge_errors(self, variables: Mapping[str, PyTree]) -> list[MergeError]:
@@ -177,26 +186,32 @@ class Adapted(nn.Module):
         Returns:
           One row an adapted layer.
         """
-        base = self.detach(variables)
+        base = nn.meta.unbox(self.detach(variables))
         targets = self.targets(base)
         merged = merge_params(base, variables[LORA], targets)
         return merge_errors(base, merged, variables[LORA], targets)
 
+    def _select(self, found: Trace) -> list[Target]:
+        return select_targets(
+            found.sites,
+            self.config,
+            weights=flatten(found.params),
+            unknown=found.unknown,
+        )
+
     def _run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the model on the joined tree, with every layer watched."""
+        initializing = self.is_initializing()
         deterministic = self.deterministic
         if deterministic is None:
-            deterministic = kwargs.get("deterministic")
-        intercept = self._interceptor(bool(deterministic), self.is_initializing())
+            deterministic = is_deterministic(self.model, method, args, kwargs)
+        deterministic = deterministic or initializing
+        flag_scope(self.scope, (self.config, deterministic))
+        intercept = self._interceptor(deterministic, initializing)
 
         def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            bound = (
-                getattr(model, method)
-                if isinstance(method, str)
-                else lambda *a, **k: method(model, *a, **k)
-            )
             with nn.intercept_methods(intercept):
-                return bound(*args, **kwargs)
+                return bound_method(model, method)(*args, **kwargs)
 
         run = nn.map_variables(
             call,
@@ -213,31 +228,29 @@ class Adapted(nn.Module):
         def intercept(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             module, scope = context.module, context.module.scope
-            layer = layer_of(module)
-            if layer is None or context.method_name not in layer.methods:
+            layer = layer_of_call(context)
+            if layer is None:
                 return y
             path = "/".join(scope.path[root:])
             is_target = config.is_target(path, is_linear=layer.kind in LINEAR_KINDS)
-            inputs = call_inputs(args, kwargs)
+            if not is_target and not scope.has_variable(PARAMS, LORA_A):
+                return y
+            inputs = call_inputs(context.orig_method, args, kwargs)
             if initializing and is_target and not scope.has_variable(PARAMS, LORA_A):
                 a, b = init_factors(module, inputs, config, path)
                 scope.put_variable(PARAMS, LORA_A, a)
                 scope.put_variable(PARAMS, LORA_B, b)
-            if scope.has_variable(PARAMS, LORA_A) != is_target:
-                raise ValueError(
-                    f"the collection {LORA!r} must have {child(path, LORA_A)!r} if and "
-                    f"only if the config targets {path!r}; got "
-                    f"{'no adapter for a target' if is_target else 'one too many'}. "
-                    "Make the variables with `attach`, or load them for this config."
-                )
-            if not is_target:
-                return y
+            a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
+            contraction = find_contraction(layer, module, context.method_name, inputs)
+            if isinstance(contraction, str):
+                raise ValueError(f"{path!r} can't be adapted: {contraction}")
+            check_adapter(path, layer, scope, contraction, config, is_target)
             return y + adapter_update(
                 module,
                 context.method_name,
                 inputs,
-                scope.get_variable(PARAMS, LORA_A),
-                scope.get_variable(PARAMS, LORA_B),
+                a,
+                b,
                 config=config,
                 path=path,
                 deterministic=deterministic,
@@ -274,6 +287,7 @@ def adapt(
       TypeError: if ``model`` is not a Linen module or ``config`` not a `LoRAConfig`.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> model = nn.Dense(4)
       >>> x = jnp.ones((2, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
@@ -328,28 +342,3 @@ def _on_model(method: Method) -> Callable[..., Any]:
     return lambda adapted, *args, **kwargs: adapted._run(
         method or "__call__", *args, **kwargs
     )
-
-
-def _check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    faults = [f"{path} is missing" for path in wanted if path not in got]
-    faults += [f"{path} is not in the model" for path in got if path not in wanted]
-    faults += [
-        f"{path} must be {wanted[path].shape}; got {jnp.shape(got[path])}"
-        for path in wanted
-        if path in got and wanted[path].shape != jnp.shape(got[path])
-    ]
-    if faults:
-        raise ValueError(f"params do not fit the model: {'; '.join(faults)}.")
-
-
-def _check_finite(params: Mapping[str, Any], targets: list[Target]) -> None:
-    flat = flatten(params)
-    bad = [
-        target.weight_path
-        for target in targets
-        if isinstance(flat[target.weight_path], jax.Array)
-        and not isinstance(flat[target.weight_path], jax.core.Tracer)
-        and not bool(jnp.isfinite(flat[target.weight_path]).all())
-    ]
-    if bad:
-        raise ValueError(f"kernels must be finite; {', '.join(bad)} hold NaN or inf.")

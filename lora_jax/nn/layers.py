@@ -6,7 +6,8 @@ about bias, padding or dtype, gets ``scaling * (x A) B`` added. So an adapter wi
 ``B = 0`` is bit-equal to the base by construction.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,11 +23,9 @@ from lora_jax.ops.einsum import Equation, parse_equation
 from lora_jax.ops.embed import attend_update, embed_update
 from lora_jax.ops.init import init_adapter
 from lora_jax.ops.product import low_rank_update
+from lora_jax.tree.targets import LINEAR_KINDS as LINEAR_KINDS
 
 CALL = "__call__"
-
-
-LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
 
 
 class Layer(NamedTuple):
@@ -110,17 +109,42 @@ def register_layer(
 
 def layer_of(module: nn.Module) -> Layer | None:
     """Returns the description of a module's type, or None if LoRA can't adapt it."""
+    cls = _registered(module)
+    return None if cls is None else _LAYERS[cls]
+
+
+def layer_of_call(context: nn.module.InterceptorContext) -> Layer | None:
+    """Returns the layer whose own method is being called, or None.
+
+    A subclass that calls ``super().__call__`` is seen twice for one call: the layer's
+    own method is the one that multiplies by the kernel. A subclass that does its own
+    arithmetic is not that layer.
+
+    Args:
+      context: of the intercepted call.
+
+    Returns:
+      The description, if ``context`` is a call of a registered class's method.
+    """
+    cls = _registered(context.module)
+    name = context.method_name
+    if cls is None or name not in _LAYERS[cls].methods:
+        return None
+    called = getattr(context.orig_method, "func", None)  # a partial of the method
+    return _LAYERS[cls] if called is inspect.unwrap(getattr(cls, name)) else None
+
+
+def call_inputs(
+    method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Returns the arguments of a call of ``method`` in order, however passed."""
+    return inspect.signature(method).bind(*args, **kwargs).args
+
+
+def _registered(module: nn.Module) -> type[nn.Module] | None:
     if getattr(module, "mask", None) is not None and isinstance(module, nn.Conv):
         return None  # a masked kernel is not the kernel the tree holds
-    for cls in type(module).__mro__:
-        if cls in _LAYERS:
-            return _LAYERS[cls]
-    return None
-
-
-def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns a layer's inputs in order, however they were passed."""
-    return (*args, *kwargs.values())
+    return next((cls for cls in type(module).__mro__ if cls in _LAYERS), None)
 
 
 def adapter_update(
@@ -154,6 +178,13 @@ def adapter_update(
     layer = layer_of(module)
     assert layer is not None, path
     rate = 0.0 if deterministic else config.dropout_rate
+    if rate and not (module.has_rng(DROPOUT) or module.has_rng(PARAMS)):
+        raise ValueError(
+            f"rngs must have {DROPOUT!r} for dropout_rate={rate} of the adapter at "
+            f"{path!r}; got none there. Pass `rngs={{{DROPOUT!r}: key}}` or "
+            f"`deterministic=True`; nn.scan and nn.vmap need split_rngs={{{DROPOUT!r}: "
+            "True}."
+        )
     return layer.update(
         module,
         method,
@@ -199,7 +230,7 @@ def init_factors(
 def _dense_general_equation(module: nn.DenseGeneral, x: jax.Array, *_: Any) -> str:
     def axes(value) -> list[int]:
         values = value if isinstance(value, (tuple, list)) else (value,)
-        return [axis % x.ndim for axis in values]
+        return sorted(axis % x.ndim for axis in values)
 
     features = module.features
     new = len(features) if isinstance(features, (tuple, list)) else 1

@@ -12,23 +12,42 @@ makes for every parameter let only a fitting one through, and which one it is ma
 difference to the kernels.
 """
 
+import functools
 import inspect
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import core
+from flax.core import freeze
+from flax.core.scope import Scope
 
-from lora_jax.names import EMBEDDING, KERNEL, PARAMS
-from lora_jax.nn.layers import call_inputs, layer_of
+from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.nn.layers import Layer, call_inputs, layer_of_call
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import Site, child
+from lora_jax.tree.targets import LINEAR_KINDS, Site, Unknown, child
 
 _MARKERS = ("__kernel_marker", "__a_marker", "__b_marker")
 _ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
+_FLAG = "lora_jax"
+_TRACES = itertools.count()
+
+# Flags of a call and their values at inference.
+DETERMINISTIC_FLAGS = {
+    "deterministic": True,
+    "train": False,
+    "training": False,
+    "is_training": False,
+}
+
+
+class AlreadyAdaptedError(ValueError):
+    """A model that has LoRA layers of its own."""
 
 
 class Example(NamedTuple):
@@ -37,15 +56,17 @@ class Example(NamedTuple):
     Attributes:
       leaves: flattened positional and keyword arguments.
       treedef: their structure.
-      method: name of the method they are for.
+      method: the method they are for, by name or as a function of the model.
     """
 
     leaves: tuple[Any, ...]
     treedef: Any
-    method: str = "__call__"
+    method: str | Callable[..., Any] = "__call__"
 
     @classmethod
-    def of(cls, *args: Any, method: str = "__call__", **kwargs: Any) -> "Example":
+    def of(
+        cls, *args: Any, method: str | Callable[..., Any] = "__call__", **kwargs: Any
+    ) -> "Example":
         """Makes an example of a call's arguments; arrays are kept as shapes only."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
         shaped = [
@@ -60,13 +81,20 @@ class Trace(NamedTuple):
 
     Attributes:
       sites: layers that can be adapted.
-      unknown: layers that own a weight but can't be, ``{path: type}``.
+      unknown: weights that can't be, by path.
       params: shapes of the model's parameters.
     """
 
     sites: list[Site]
-    unknown: dict[str, str]
+    unknown: dict[str, Unknown]
     params: dict[str, Any]
+
+
+def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the shape of every leaf by path; arrays, numbers or shapes will do."""
+    flat = flatten(nn.meta.unbox(params))
+    shape = lambda leaf: tuple(getattr(leaf, "shape", ()))  # noqa: E731 - local
+    return {path: jax.tree.map(shape, leaf) for path, leaf in flat.items()}
 
 
 def trace_model(
@@ -87,16 +115,17 @@ def trace_model(
     """
     if example is not None:
         return _trace(model, example)
-    shapes = {path: jnp.shape(leaf) for path, leaf in flatten(params or {}).items()}
+    shapes = shapes_of(params or {})
     tried = []
     for candidate in _plausible_examples(model, shapes):
         try:
             found = _trace(model, candidate)
+        except AlreadyAdaptedError:
+            raise
         except Exception as error:  # whatever a wrong input provokes
             tried.append(f"{_describe(candidate)}: {type(error).__name__}")
             continue
-        got = {path: leaf.shape for path, leaf in flatten(found.params).items()}
-        if got == shapes:
+        if shapes_of(found.params) == shapes:
             return found
         tried.append(f"{_describe(candidate)}: other parameters")
     raise ValueError(
@@ -106,35 +135,69 @@ def trace_model(
     )
 
 
+def flag_scope(scope: Scope, value: Any) -> None:
+    """Marks a scope and all below it, so that ``nn.jit`` inside tells calls apart.
+
+    ``nn.jit`` caches by module and scope, and knows nothing of interceptors: without
+    the mark it would reuse a compilation made for other adapters, or for none.
+
+    Args:
+      scope: of the model.
+      value: hashable; calls with equal values share compilations.
+    """
+    scope.flags = freeze({**scope.flags, _FLAG: value})
+
+
+def bound_method(
+    model: nn.Module, method: str | Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns a method of a bound model, given by name or as a function."""
+    if isinstance(method, str):
+        return getattr(model, method)
+    return functools.partial(method, model)
+
+
+def find_contraction(
+    layer: Layer, module: nn.Module, method: str, inputs: tuple[Any, ...]
+) -> Contraction | str:
+    """Returns the roles of the axes of a layer's weight, or why it has none."""
+    try:
+        if method != "__call__":  # a lookup's weight needs no inputs
+            return layer.contraction(module)
+        return layer.contraction(module, *inputs)
+    except ValueError as error:
+        return str(error)
+
+
 def _trace(model: nn.Module, example: Example) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
-    found: dict[str, tuple[str, str, Shape, Contraction]] = {}
-    unknown: dict[str, str] = {}
+    found: dict[str, tuple[str, str, Contraction]] = {}
+    unknown: dict[str, Unknown] = {}
 
     def watch(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
         module = context.module
-        layer = layer_of(module)
         path = "/".join(module.scope.path) if module.scope else ""
-        if layer is None:
-            own = module.variables.get(PARAMS, {})
-            if any(
-                not isinstance(v, Mapping) and jnp.ndim(v) > 1 for v in own.values()
-            ):
-                unknown[path] = type(module).__name__
-        elif context.method_name in layer.methods and not module.scope.has_variable(
-            PARAMS, _MARKERS[0]
-        ):
-            if context.method_name == "__call__":
-                contraction = layer.contraction(module, *call_inputs(args, kwargs))
-            else:  # a lookup's weight needs no inputs
-                contraction = layer.contraction(module)
-            kernel = nn.meta.unbox(module.scope.get_variable(PARAMS, layer.weight))
-            found[path] = (layer.kind, layer.weight, kernel.shape, contraction)
-            factors = contraction.factor_shapes(kernel.shape, 1)
-            for name, shape in zip(_MARKERS, (kernel.shape, *factors), strict=True):
-                marker = jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8)
-                module.scope.put_variable(PARAMS, name, marker)
+        layer = layer_of_call(context)
+        why = ""
+        if layer is not None and path not in found:
+            inputs = call_inputs(context.orig_method, args, kwargs)
+            contraction = find_contraction(layer, module, context.method_name, inputs)
+            if isinstance(contraction, str):
+                why = contraction
+            else:
+                found[path] = (layer.kind, layer.weight, contraction)
+                kernel = nn.meta.unbox(module.scope.get_variable(PARAMS, layer.weight))
+                _put_markers(module.scope, contraction, kernel.shape)
+        own = {} if path in found else module.variables.get(PARAMS, {})
+        for name, value in own.items():
+            leaf = nn.meta.unbox(value)
+            if name == BIAS or isinstance(leaf, Mapping):
+                continue
+            if max(map(jnp.ndim, jax.tree.leaves(leaf)), default=0) > 1:
+                is_linear = layer is not None and layer.kind in LINEAR_KINDS
+                kind = type(module).__name__
+                unknown.setdefault(child(path, name), Unknown(kind, is_linear, why))
         return y
 
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]
@@ -143,14 +206,25 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         arrays = iter(dynamic)
         leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in example.leaves]
         args, kwargs = jax.tree.unflatten(example.treedef, leaves)
-        with nn.intercept_methods(watch):
-            return model.init(key, *args, method=example.method, **kwargs)
+
+        def run(scope: Scope) -> None:
+            bound = model.clone(parent=scope, _deep_clone=True)
+            with nn.intercept_methods(watch):
+                bound_method(bound, example.method)(*args, **kwargs)
+
+        flags = {_FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
+        return core.init(run, flags=flags)({PARAMS: key})[1]
 
     variables = jax.eval_shape(init, jax.random.key(0), dynamic)
-    flat = flatten(nn.meta.unbox(variables[PARAMS]))
+    if FROZEN in variables or LORA in variables:
+        raise AlreadyAdaptedError(
+            f"{type(model).__name__} has LoRA layers of its own (a collection "
+            f"{FROZEN!r} or {LORA!r}); use it as it is, without `adapt`."
+        )
+    flat = flatten(nn.meta.unbox(variables.get(PARAMS, {})))
     markers = {path: flat.pop(path) for path in list(flat) if path.endswith(_MARKERS)}
     sites = []
-    for path, (kind, weight, _, contraction) in found.items():
+    for path, (kind, weight, contraction) in found.items():
         in_kernel, in_a, in_b = (
             tuple(
                 axis
@@ -165,6 +239,14 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     return Trace(sites, unknown, unflatten(flat))
 
 
+def _put_markers(scope: Scope, contraction: Contraction, kernel: Shape) -> None:
+    """Writes arrays with the axes of kernel, A and B, of a size found nowhere else."""
+    for name, shape in zip(
+        _MARKERS, (kernel, *contraction.factor_shapes(kernel, 1)), strict=True
+    ):
+        scope.put_variable(PARAMS, name, jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8))
+
+
 def _plausible_examples(
     model: nn.Module, shapes: Mapping[str, Shape]
 ) -> Iterator[Example]:
@@ -176,18 +258,23 @@ def _plausible_examples(
         if p.default is p.empty
         and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    flags = {
+    flags: dict[str, Any] = {
         name: value
-        for name, value in (("deterministic", True), ("train", False))
+        for name, value in DETERMINISTIC_FLAGS.items()
         if name in signature.parameters
     }
     others = [p for p in required if p.name not in flags]
     for shape, dtype in _plausible_shapes(shapes):
-        # Further required arguments are masks or ids of the same shape.
-        args = [jax.ShapeDtypeStruct(shape, dtype)]
-        args += [jax.ShapeDtypeStruct(shape[:2], jnp.int32) for _ in others[1:]]
-        named = {p.name: arg for p, arg in zip(others, args, strict=False)}
-        yield Example.of(**named, **flags)
+        first = jax.ShapeDtypeStruct(shape, dtype)
+        # Further required arguments are masks or ids, or inputs like the first.
+        for second in dict.fromkeys(
+            [jax.ShapeDtypeStruct(shape[:2], jnp.int32), first]
+            if others[1:]
+            else [first]
+        ):
+            args = [first, *(second for _ in others[1:])]
+            named = {p.name: arg for p, arg in zip(others, args, strict=False)}
+            yield Example.of(**named, **flags)
 
 
 def _plausible_shapes(shapes: Mapping[str, Shape]) -> Iterator[tuple[Shape, Any]]:
@@ -198,7 +285,8 @@ def _plausible_shapes(shapes: Mapping[str, Shape]) -> Iterator[tuple[Shape, Any]
     for kernel in kernels:
         if len(kernel) == 4:  # an image for the first convolution: [k, k, i, o]
             sides = {224, 32, 64, 28}
-            for table in shapes.values():  # a learned position table tells the side
+            tables = (t for t in shapes.values() if all(isinstance(n, int) for n in t))
+            for table in tables:  # a learned position table tells the side
                 tokens = table[-2] if len(table) in (2, 3) else 0
                 sides |= {
                     math.isqrt(n) * kernel[0] for n in (tokens, tokens - 1) if n > 0

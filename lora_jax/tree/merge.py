@@ -7,9 +7,9 @@ ever subtracted.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.names import LORA_A, LORA_B
 from lora_jax.ops.merge import delta_kernel, merge_kernel
@@ -48,21 +48,28 @@ def merge_params(
       A plain tree for the plain model.
 
     Raises:
-      ValueError: naming every adapter with a NaN or an infinity, or missing; then
-        nothing is merged.
+      ValueError: naming every adapter that is missing, has another shape or a NaN or
+        an infinity, and every merged kernel with one; then nothing is merged.
     """
     flat, adapters = flatten(params), flatten(lora)
     check_adapters(adapters, targets)
+    merged = {}
     for target in targets:
         a, b = target.batch_first(*_factors(adapters, target))
-        flat[target.weight_path] = merge_kernel(
+        merged[target.weight_path] = merge_kernel(
             flat[target.weight_path],
             a,
             b,
             scaling=target.scaling,
             contraction=target.site.contraction,
         )
-    return unflatten(flat)
+    bad = [path for path, kernel in merged.items() if not _is_finite(kernel)]
+    if bad:
+        raise ValueError(
+            f"merged kernels must be finite; {', '.join(bad)} hold NaN or inf, from "
+            "the base itself or from a sum too large for its dtype. Nothing is merged."
+        )
+    return unflatten({**flat, **merged})
 
 
 def unmerge_params(
@@ -123,26 +130,42 @@ def merge_errors(
 
 
 def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Raises unless every target has a finite A and B.
+    """Raises unless every target has a finite A and B of its shapes.
 
     Args:
       adapters: leaves of the adapter tree by path.
       targets: the adapted layers.
 
     Raises:
-      ValueError: naming every leaf that is missing, left over, or not finite.
+      ValueError: naming every leaf that is missing, left over, mis-shaped, or not
+        finite.
     """
-    wanted = {child(t.path, leaf) for t in targets for leaf in (LORA_A, LORA_B)}
+    shapes = {
+        child(target.path, leaf): shape
+        for target in targets
+        for leaf, shape in zip((LORA_A, LORA_B), target.factor_shapes, strict=True)
+    }
+    wanted = set(shapes)
     faults = [f"{path} is missing" for path in sorted(wanted - set(adapters))]
     faults += [f"{path} has no target" for path in sorted(set(adapters) - wanted)]
+    there = sorted(wanted & set(adapters))
+    faults += [
+        f"{path} must be {shapes[path]}; got {jnp.shape(adapters[path])}"
+        for path in there
+        if jnp.shape(adapters[path]) != shapes[path]
+    ]
     faults += [
         f"{path} has values that are not finite"
-        for path in sorted(wanted & set(adapters))
-        if not isinstance(adapters[path], jax.core.Tracer)
-        and not bool(jnp.isfinite(adapters[path]).all())
+        for path in there
+        if not _is_finite(adapters[path])
     ]
     if faults:
         raise ValueError(f"the adapter does not fit the model: {'; '.join(faults)}.")
+
+
+def _is_finite(array: Any) -> bool:
+    """Says whether all is finite, as far as can be known while tracing."""
+    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
 
 
 def _factors(adapters: Mapping[str, Any], target: Target) -> tuple[Any, Any]:

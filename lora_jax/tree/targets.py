@@ -5,6 +5,8 @@ knows how to adapt. The config chooses among them, and whatever it names that is
 there is an error.
 """
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from lora_jax.config import ALL_LINEAR, LoRAConfig, Patterns, layer_index, match
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.init import init_adapter, path_key
 from lora_jax.tree.paths import nearest
+
+LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
 
 
 class Site(NamedTuple):
@@ -38,6 +42,20 @@ class Site(NamedTuple):
     contraction: Contraction
     scanned_a: tuple[int, ...] = ()
     scanned_b: tuple[int, ...] = ()
+
+
+class Unknown(NamedTuple):
+    """A weight that can't be adapted.
+
+    Attributes:
+      kind: name of the type of the module that owns it.
+      is_linear: whether ``"all-linear"`` covers that type.
+      why: what stands in the way, where the type as such can be adapted.
+    """
+
+    kind: str
+    is_linear: bool = False
+    why: str = ""
 
 
 class Target(NamedTuple):
@@ -67,6 +85,13 @@ class Target(NamedTuple):
     def weight_path(self) -> str:
         """Path of ``W0`` itself."""
         return child(self.path, self.site.weight)
+
+    @property
+    def factor_shapes(self) -> tuple[Shape, Shape]:
+        """Shapes of ``lora_a`` and ``lora_b`` as the parameter tree has them."""
+        site = self.site
+        a, b = site.contraction.factor_shapes(self.kernel_shape, self.rank)
+        return _stacked_at(a, site.scanned_a), _stacked_at(b, site.scanned_b)
 
     def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
         """Draws ``lora_a`` and zeroes ``lora_b``.
@@ -111,7 +136,7 @@ def select_targets(
     config: LoRAConfig,
     *,
     weights: Iterable[str] = (),
-    unknown: Mapping[str, str] | None = None,
+    unknown: Mapping[str, Unknown] | None = None,
 ) -> list[Target]:
     """Chooses the layers that ``config`` adapts.
 
@@ -119,7 +144,7 @@ def select_targets(
       sites: every layer that can be adapted.
       config: the choice.
       weights: paths of all leaves of the base, for ``train`` and ``exclude``.
-      unknown: layers that own a weight but can't be adapted, ``{path: type}``.
+      unknown: weights that can't be adapted, by path.
 
     Returns:
       One `Target` for each adapted layer, in the order of ``sites``.
@@ -130,41 +155,44 @@ def select_targets(
     """
     unknown = unknown or {}
     paths = [site.path for site in sites]
+    others = [*unknown, *(_owner(path) for path in unknown)]
     faults = [
-        *_unmatched("targets", config.targets, [*paths, *unknown], "kernels"),
-        *_unmatched("exclude", config.exclude, [*paths, *unknown], "kernels"),
+        *_unmatched("targets", config.targets, paths, "kernels", others=others),
+        *_unmatched("exclude", config.exclude, paths, "kernels", others=others),
         *_unmatched("train", config.train, _ancestors(weights, paths), "parameters"),
     ]
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
-            faults += _unmatched(name, f"(.*/)?({pattern})", paths, "kernels", pattern)
-    if config.targets != ALL_LINEAR:
-        faults += [
-            f"targets name {path!r}, a {kind}, which can't be adapted. Teach it with "
-            "`register_layer`, or exclude it."
-            for path, kind in unknown.items()
-            if config.is_target(path)
-        ]
-    if config.layers is not None:
-        faults += [
-            f"layers={list(config.layers)} can't choose inside {site.path!r}: its "
-            "layers are stacked in one array (nn.scan) and have no index in the path."
-            for site in sites
-            if site.scanned_a and layer_index(site.path) is None
-        ][:1]
-    chosen = [
-        _target(site, config)
-        for site in sites
-        if config.is_target(site.path, is_linear=site.kind in ("dense", "einsum"))
+            faults += _unmatched(
+                name, f"(.*/)?({pattern})", paths, "kernels", shown=pattern
+            )
+    faults += [
+        f"targets={_shown(config.targets)} name {path!r}, a weight of {weight.kind}, "
+        f"which can't be adapted{': ' * bool(weight.why)}{weight.why.rstrip('.')}. "
+        "Teach it with `register_layer`, or exclude it."
+        for path, weight in unknown.items()
+        if config.is_target(path, is_linear=weight.is_linear)
+        or config.is_target(_owner(path), is_linear=weight.is_linear)
     ]
+    faults += _layer_faults(sites, config)
+    chosen = [_target(site, config) for site in sites if _is_chosen(site, config)]
     if not chosen and not faults:
         faults.append(
-            f"targets={config.targets!r}, exclude={config.exclude!r}, "
-            f"layers={config.layers} leave 0 of {len(sites)} layers to adapt."
+            f"targets={_shown(config.targets)}, exclude={_shown(config.exclude)}, "
+            f"train={_shown(config.train)}, layers={config.layers} leave 0 of "
+            f"{len(sites)} kernels to adapt."
         )
     if faults:
         raise ValueError(" ".join(faults))
     return chosen
+
+
+def _stacked_at(shape: Shape, axes: tuple[int, ...]) -> Shape:
+    """Moves the leading sizes of ``shape`` to ``axes``."""
+    sizes = list(shape[len(axes) :])
+    for axis, size in zip(axes, shape, strict=False):
+        sizes.insert(axis, size)
+    return tuple(sizes)
 
 
 def _target(site: Site, config: LoRAConfig) -> Target:
@@ -182,27 +210,62 @@ def _target(site: Site, config: LoRAConfig) -> Target:
     )
 
 
+def _is_chosen(site: Site, config: LoRAConfig) -> bool:
+    return config.is_target(site.path, is_linear=site.kind in LINEAR_KINDS)
+
+
+def _layer_faults(sites: Sequence[Site], config: LoRAConfig) -> list[str]:
+    """Returns what is wrong with ``config.layers``: stacked or absent layers."""
+    if config.layers is None:
+        return []
+    everywhere = dataclasses.replace(config, layers=None)
+    named = [site for site in sites if _is_chosen(site, everywhere)]
+    indices = {layer_index(site.path) for site in named}
+    known = sorted(index for index in indices if index is not None)
+    faults = [
+        f"layers={list(config.layers)} can't choose inside {site.path!r}: its layers "
+        "are stacked in one array (nn.scan) and have no index in the path."
+        for site in named
+        if site.scanned_a and layer_index(site.path) is None
+    ][:1]
+    absent = [index for index in config.layers if index not in indices]
+    if absent and not faults:
+        faults.append(f"layers={absent} matched 0 of the layers {known}.")
+    return faults
+
+
 def _unmatched(
     field: str,
     patterns: Patterns,
     paths: Sequence[str],
     what: str,
+    *,
     shown: str | None = None,
+    others: Sequence[str] = (),
 ) -> list[str]:
-    """Returns a sentence for each pattern that matches none of ``paths``."""
+    """Returns a sentence for each pattern that matches none of the paths."""
     if patterns == ALL_LINEAR:
         return []
     faults = []
     for pattern in [patterns] if isinstance(patterns, str) else [[p] for p in patterns]:
-        if any(matches(pattern, path) for path in paths):
+        if any(matches(pattern, path) for path in (*paths, *others)):
             continue
         name = shown or (pattern if isinstance(pattern, str) else pattern[0])
         hint = nearest(name, paths)
         faults.append(
-            f"{field}={name if shown else pattern!r} matched 0 of {len(paths)} {what}."
+            f"{field}={_shown(shown or pattern)} matched 0 of {len(paths)} {what}."
             + (f" Did you mean: {hint}?" if hint else "")
         )
     return faults
+
+
+def _shown(patterns: Patterns) -> str:
+    """Returns patterns as a config file would have them."""
+    return json.dumps(patterns, ensure_ascii=False)
+
+
+def _owner(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _ancestors(weights: Iterable[str], paths: Sequence[str]) -> list[str]:
