@@ -1,0 +1,177 @@
+"""What a command says, and where: people read one stream, programs the other.
+
+Without ``--json`` everything goes to stdout. With it stdout carries one JSON document
+and nothing else; all that people read goes to stderr. On a terminal there are colours
+and a live progress bar; into a file or a pipe go plain lines.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import rich.box
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class UserError(Exception):
+    """A fault that the user can mend; shown without a traceback.
+
+    Attributes:
+      code: exit code of the process: 2 for bad input, 130 for Ctrl-C, 1 for a machine
+        that could not do it (a full disk).
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+class Console:
+    """Prints for people, and for programs where ``as_json`` is set."""
+
+    def __init__(self, *, as_json: bool = False):
+        self.as_json = as_json
+        self._rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
+        self.is_live = self._rich.is_terminal
+
+    def say(self, text: str = "", *, style: str | None = None) -> None:
+        """Prints one line as it is (square brackets mean nothing)."""
+        self._rich.print(escape(text), style=style)
+
+    def heading(self, text: str) -> None:
+        """Prints a heading with an empty line above it."""
+        self.say()
+        self.say(text, style="bold")
+
+    def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Prints aligned ``name  value`` lines."""
+        width = max(len(name) for name, _ in pairs)
+        for name, value in pairs:
+            self._rich.print(f"  [dim]{escape(name):<{width}}[/]  {escape(value)}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Prints a table; numbers go to the right."""
+        table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        for i, column in enumerate(columns):
+            is_number = all(isinstance(row[i], (int, float)) for row in rows)
+            table.add_column(column, justify="right" if is_number else "left")
+        for row in rows:
+            table.add_row(*[escape(_cell(value)) for value in row])
+        # A table must not be squeezed into 80 columns when nobody's terminal is there.
+        width = None if self.is_live else 140
+        self._rich.print(table, width=width, crop=False)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Prints the result as JSON on stdout, if programs are listening."""
+        if self.as_json:
+            print(to_json(result, indent=2), flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, name: str, total: int) -> Iterator["Ticker"]:
+        """Shows progress towards ``total`` until the block ends.
+
+        Args:
+          name: what is being done.
+          total: how many units there are.
+
+        Yields:
+          A `Ticker` to be called with the units done and a few words about them.
+        """
+        if not self.is_live:
+            yield Ticker(self, name, total)
+            return
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]}"),
+        ]
+        with Progress(*columns, console=self._rich, refresh_per_second=4) as bar:
+            task = bar.add_task(name, total=total, note="")
+            yield Ticker(
+                self,
+                name,
+                total,
+                lambda n, note: bar.update(task, completed=n, note=note),
+            )
+
+
+class Ticker:
+    """Shows how far something is: a live bar, or a plain line every few seconds."""
+
+    def __init__(self, console: Console, name: str, total: int, update=None):
+        self._console, self._name, self._total = console, name, total
+        self._update = update
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, note: str = "", *, quiet: bool = False) -> None:
+        """Shows that ``done`` units are through.
+
+        Args:
+          done: how many.
+          note: a few words beside the bar.
+          quiet: moves the bar, but is not worth a line where there is no bar.
+        """
+        if self._update is not None:
+            self._update(done, note)
+            return
+        if quiet:
+            return
+        now = time.monotonic()
+        if done >= self._total or now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            self._console.say(f"  {self._name} {done}/{self._total}  {note}".rstrip())
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Returns strict JSON: NumPy scalars as numbers, NaN and infinities as null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, bool, type(None))) else str(value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes for people: ``1.5 MB`` (powers of ten)."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if count < 100 else f"{count:,.0f} {unit}"
+    raise AssertionError("unreachable: the last unit always returns")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: ``8.1 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,81 @@
+"""While a run is under way: Ctrl-C, the pace, and what the library has to say."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from lora_jax.cli.console import Console, duration
+from lora_jax.train.loop import Progress
+
+
+@contextlib.contextmanager
+def interruptible(out: Console) -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C (or SIGTERM) into a request, the second into an exception.
+
+    Args:
+      out: where to say so.
+
+    Yields:
+      A function that says whether a stop was asked for.
+    """
+    asked = threading.Event()
+
+    def handle(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        out.say("\nStopping after the steps under way (again to stop at once) ...")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread may set handlers
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in signals]
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Clock:
+    """Keeps the pace of a run and words it.
+
+    Attributes:
+      note: the last report in words, with examples a second and the time left.
+    """
+
+    def __init__(self, total_steps: int):
+        self._total, self._seconds = total_steps, 0.0
+        self.note = ""
+
+    def add(self, progress: Progress, first: int) -> None:
+        """Takes in a report.
+
+        Args:
+          progress: the report.
+          first: the step that this start of the run began at.
+        """
+        self._seconds += progress.seconds
+        left = self._total - progress.step
+        eta = self._seconds / (progress.step - first) * left
+        self.note = (
+            f"loss {progress.metrics['loss']:.3f}  accuracy "
+            f"{progress.metrics['accuracy']:.1%}  "
+            f"{progress.examples / progress.seconds:.0f} examples/s  "
+            f"ETA {duration(eta)}"
+        )
+
+
+class Relay(logging.Handler):
+    """Shows the library's warnings (a damaged checkpoint, say) to whoever watches."""
+
+    def __init__(self, out: Console):
+        super().__init__(logging.WARNING)
+        self._out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        self._out.say(record.getMessage(), style="yellow")

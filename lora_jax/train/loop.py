@@ -1,0 +1,158 @@
+"""The training loop: batches in, a trained state out, everything else by callback.
+
+Steps are only dispatched here; the host waits for the device once every ``log_every``
+steps, and before a validation or a save. The position in the data is the step number,
+so going on from a checkpoint needs no more than its state.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.train.state import TrainState
+
+Sums = Mapping[str, Any]
+
+
+class Progress(NamedTuple):
+    """Means over the steps since the last report.
+
+    Attributes:
+      step: steps done so far.
+      metrics: ``loss``, ``grad_norm`` and whatever else the step measures.
+      skipped: steps among them that were skipped as not finite.
+      seconds: spent on them, validation and saving left out.
+      examples: total weight of their examples.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    skipped: int
+    seconds: float
+    examples: float
+
+
+class Fitted(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      state: after the last step.
+      is_stopped: whether it ended early because ``should_stop`` said so.
+    """
+
+    state: TrainState
+    is_stopped: bool
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    batch_at: Callable[[int], Any],
+    *,
+    total_steps: int,
+    log_every: int = 10,
+    on_step: Callable[[int], None] = lambda step: None,
+    on_log: Callable[[Progress], None] = lambda progress: None,
+    every: Sequence[tuple[int, Callable[[TrainState], None]]] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Fitted:
+    """Trains from ``state.step`` up to ``total_steps``.
+
+    Args:
+      state: where to start; consumed.
+      step: from `make_train_step`.
+      batch_at: the batch of a step, a pure function of its number.
+      total_steps: where to end.
+      log_every: steps between two waits for the device.
+      on_step: called with the number of each step once it is done.
+      on_log: called every ``log_every`` steps and after the last.
+      every: callbacks with their periods: ``[(100, validate)]`` calls
+        ``validate(state)`` after steps 100, 200, ... and after the last. The state must
+        not be kept: the next step consumes it.
+      should_stop: asked after each dispatch; True ends the loop after the steps that
+        are under way, and what is due after them.
+
+    Returns:
+      The trained state, and whether it was stopped.
+
+    Raises:
+      ValueError: if a period is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from lora_jax.train.step import make_train_step
+      >>> loss = lambda v, x, rngs: (jnp.sum((v["lora"]["a"] - x) ** 2), len(x), {})
+      >>> tx = optax.sgd(0.5)
+      >>> variables = {"lora": {"a": jnp.ones(())}}
+      >>> state = TrainState.create(variables, tx, jax.random.key(0))
+      >>> fitted = fit(state, make_train_step(loss, tx), jnp.ones, total_steps=0)
+      >>> fitted.is_stopped
+      False
+    """
+    if wrong := [n for n in (log_every, *(n for n, _ in every)) if n < 1]:
+        raise ValueError(f"periods must be at least 1 step; got {wrong}.")
+    done, pending = int(state.step), []
+    start = time.perf_counter()
+    while done < total_steps:
+        state, metrics = step(state, batch_at(done))
+        pending.append(metrics)
+        done += 1
+        is_stopped = should_stop() and done < total_steps
+        is_last = done == total_steps
+        due = [call for n, call in every if done % n == 0 or is_last]
+        if not (is_last or is_stopped or due or done % log_every == 0):
+            continue
+        for number, values in enumerate(pending, done - len(pending) + 1):
+            jax.block_until_ready(values)
+            on_step(number)
+        on_log(_summarise(done, pending, time.perf_counter() - start))
+        pending = []
+        for call in due:
+            call(state)
+        if is_stopped:
+            return Fitted(state, True)
+        start = time.perf_counter()
+    return Fitted(state, False)
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], Sums], variables: Any, batches: Any
+) -> dict[str, float]:
+    """Averages an evaluation over batches, weighted by their examples.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      variables: all collections.
+      batches: an iterable of batches.
+
+    Returns:
+      The mean of ``loss`` and of each other metric, and their total ``weight``.
+
+    Raises:
+      ValueError: if the total weight is 0.
+    """
+    total: dict[str, float] = {}
+    for sums in jax.device_get([eval_step(variables, batch) for batch in batches]):
+        for name, value in sums.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    weight = total.pop("weight", 0.0)
+    if not weight:
+        raise ValueError("an evaluation needs examples of some weight; got weight 0.")
+    return {**{name: value / weight for name, value in total.items()}, "weight": weight}
+
+
+def _summarise(step: int, pending: list[Any], seconds: float) -> Progress:
+    rows = jax.device_get(pending)
+    kept = [row for row in rows if not int(row["is_skipped"])]
+    weight = sum(float(row["weight"]) for row in kept)
+    names = [name for name in rows[0] if name not in ("weight", "is_skipped")]
+    means = {
+        name: sum(float(row[name]) * float(row["weight"]) for row in kept) / weight
+        if weight
+        else float("nan")
+        for name in names
+    }
+    examples = sum(float(row["weight"]) for row in rows)
+    return Progress(step, means, len(rows) - len(kept), seconds, examples)
