@@ -13,16 +13,15 @@ import contextlib
 import logging
 import math
 import os
-import zlib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.io.host import facts_of, host_leaves, place
 from lora_jax.train.state import TrainState
 from lora_jax.tree.paths import flatten
 
@@ -132,8 +131,8 @@ class Checkpoints:
                     f"metrics must hold {self._best_metric!r}, by which the best is "
                     f"kept; got {sorted(metrics)}."
                 )
-        leaves = _leaves(state)
-        facts = {path: _facts(leaf) for path, leaf in leaves.items()}
+        leaves = host_leaves(state.changing)
+        facts = {path: facts_of(leaf) for path, leaf in leaves.items()}
         meta = {
             "format": FORMAT,
             "version": VERSION,
@@ -144,6 +143,8 @@ class Checkpoints:
         self._note(step, meta)
         size = sum(leaf.nbytes for leaf in leaves.values())
         with _writing(f"the checkpoint of step {step} ({size} bytes)", self.directory):
+            if (free := shutil.disk_usage(self.directory).free) < size:
+                raise OSError(f"only {free} bytes are free")
             self._manager.save(
                 step,
                 args=self._args.Composite(
@@ -250,15 +251,13 @@ class Checkpoints:
         meta = self._restore(step, meta=args.JsonRestore())
         if meta.get("format") != FORMAT or "leaves" not in meta:
             raise _DamagedError("its metadata is not that of a checkpoint")
-        here = _leaves(state, copy=False)
+        here = host_leaves(state.changing, copy=False)
         self._check(step, meta, here)
         saved = self._restore(step, state=args.StandardRestore(here))
         for path, leaf in saved.items():
-            if _facts(leaf) != meta["leaves"][path]:
+            if facts_of(leaf) != meta["leaves"][path]:
                 raise _DamagedError(f"{path} is not what was saved")
-        paths, structure = jax.tree_util.tree_flatten_with_path(state.changing)
-        restored = [_place(saved[_name(path)], like) for path, like in paths]
-        own = jax.tree.unflatten(structure, restored)
+        own = place(saved, state.changing)
         return TrainState(frozen=state.frozen, **own)
 
     def _restore(self, step: int, **item: Any) -> Any:
@@ -285,7 +284,7 @@ class Checkpoints:
                 for path in sorted(a.keys() | b.keys())
                 if a.get(path) != b.get(path)
             ]
-        shapes = {path: _facts(leaf)[:2] for path, leaf in here.items()}
+        shapes = {path: facts_of(leaf)[:2] for path, leaf in here.items()}
         saved = {path: facts[:2] for path, facts in meta["leaves"].items()}
         faults += [
             f"{path} is {shapes.get(path, 'absent')} here, "
@@ -320,7 +319,9 @@ class _LastAndBest:
     def __init__(self, keep: int, scores: Mapping[int, float]) -> None:
         self.keep, self.scores = keep, scores
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
         steps = [info.step for info in checkpoints]
         kept = {*sorted(steps)[-self.keep :], _best(self.scores, steps)}
         return [step in kept for step in steps]
@@ -350,42 +351,6 @@ class _writing:
 def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
     scored = [(scores[step], step) for step in steps if step in scores]
     return min(scored)[1] if scored else None
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _leaves(state: TrainState, *, copy: bool = True) -> dict[str, np.ndarray]:
-    """Returns all leaves but the frozen ones, by path, on the host."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.changing)
-    return {
-        # A copy: on CPU, NumPy would see the very buffer that the next step donates.
-        _name(path): (np.array if copy else np.asarray)(
-            jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        )
-        for path, leaf in leaves
-    }
-
-
-def _place(value: np.ndarray, like: jax.Array) -> jax.Array:
-    """Puts a restored leaf where its counterpart is."""
-    if _is_key(like):
-        return jax.random.wrap_key_data(
-            jnp.array(value), impl=jax.random.key_impl(like)
-        )
-    if like.committed:
-        return jax.device_put(value, like.sharding, may_alias=False)
-    return jnp.array(value)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-
-
-def _facts(leaf: np.ndarray) -> list[Any]:
-    """Returns shape, dtype and CRC-32 of a leaf, as JSON."""
-    return [list(leaf.shape), str(leaf.dtype), zlib.crc32(leaf.tobytes())]
 
 
 def _as_json(value: Any) -> Any:
