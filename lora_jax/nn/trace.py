@@ -274,7 +274,8 @@ def _plausible_examples(
         ):
             args = [first, *(second for _ in others[1:])]
             named = {p.name: arg for p, arg in zip(others, args, strict=False)}
-            yield Example.of(**named, **flags)
+            # A model that takes *args (nn.Sequential) is given the one input.
+            yield Example.of(*args[len(named) :], **named, **flags)
 
 
 def _plausible_shapes(shapes: Mapping[str, Shape]) -> Iterator[tuple[Shape, Any]]:
