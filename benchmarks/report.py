@@ -1,0 +1,33 @@
+"""Makes the tables: from results files to Markdown, and into the README."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def main() -> None:
+    """Writes a table beside each results file, and fills those the README names."""
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        module = importlib.import_module(f"benchmarks.{record['comparison']}")
+        head = (
+            f"`{record['command']}` on {record['machine']} ({record['device']}), "
+            f"{record['date']}, jax {record['versions']['jax']}, "
+            f"commit {record['commit']}:"
+        )
+        text = f"{head}\n\n{module.table(record['rows'])}\n"
+        path.with_suffix(".md").write_text(text)
+        print(text)
+    README.write_text(MARKS.sub(_table, README.read_text()))
+
+
+def _table(match: re.Match[str]) -> str:
+    path = README.parent / match.group(1)
+    text = path.read_text().strip() if path.exists() else "not measured yet"
+    return f"<!-- table: {match.group(1)} -->\n{text}\n<!-- end -->"
