@@ -15,8 +15,8 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
 
     Args:
       tree: of jax arrays.
-      copy: False may return views of the arrays' own buffers (on CPU it does), which
-        change as soon as a step that they are donated to has run.
+      copy: False may return views of the arrays' own buffers, as it does on CPU: for
+        looking at, not for keeping past the step that the arrays are donated to.
 
     Returns:
       Arrays by ``/``-joined path.
