@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 5.0
+PLAIN_WIDTH = 140
 
 
 class UserError(Exception):
@@ -41,6 +42,8 @@ class Console:
         self.as_json = as_json
         self._rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
         self.is_live = self._rich.is_terminal
+        if not self.is_live:
+            self._rich.width = PLAIN_WIDTH  # no terminal to squeeze a table into
 
     def say(self, text: str = "", *, style: str | None = None) -> None:
         """Prints one line as it is (square brackets mean nothing)."""
@@ -62,12 +65,11 @@ class Console:
         table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         for i, column in enumerate(columns):
             is_number = all(isinstance(row[i], (int, float)) for row in rows)
-            table.add_column(column, justify="right" if is_number else "left")
+            justify = "right" if is_number else "left"
+            table.add_column(column, justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*[escape(_cell(value)) for value in row])
-        # A table must not be squeezed into 80 columns when nobody's terminal is there.
-        width = None if self.is_live else 140
-        self._rich.print(table, width=width, crop=False)
+        self._rich.print(table)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Prints the result as JSON on stdout, if programs are listening."""

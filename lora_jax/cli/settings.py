@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -19,6 +18,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from lora_jax.cli.yaml_file import parse_yaml
 from lora_jax.config import LoRAConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -206,7 +206,7 @@ def load_settings(
         raise FileNotFoundError(
             f"no config file at {file}{_nearby(file)}. A config is a YAML file."
         )
-    tree = _parse(file.read_text(encoding="utf-8"), str(file))
+    tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(tree, dict):
         raise ValueError(
             f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
@@ -248,35 +248,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number and a repeated key is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from error
-
-
 def _apply(tree: dict[str, Any], override: str) -> list[str]:
     """Sets one override in ``tree``; returns its faults."""
     name, equals, text = override.partition("=")
@@ -292,7 +263,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     hint = get_type_hints(SECTIONS[section]).get(key)
     is_text = hint is str or (str in get_args(hint) and section != "lora")
     try:
-        value = text if is_text and text != "null" else _parse(text, name)
+        value = text if is_text and text != "null" else parse_yaml(text, name)
     except ValueError as error:
         return [str(error).replace("\n", " ")]
     if not isinstance(tree.get(section), dict):

@@ -367,12 +367,13 @@ class Session:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to those of a phase."""
-        start = time.perf_counter()
+        """Adds the seconds of a block to a phase, less those of phases inside it."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            inside = sum(self.seconds.values()) - before
+            spent = time.perf_counter() - start - inside
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 

@@ -1,0 +1,212 @@
+"""`lora-jax inspect`: what is in an adapter, run or model folder; damage included.
+
+The norm of an update ``scaling * A B`` comes from its factors: with ``A = Qa Ra`` and
+``Bᵀ = Qb Rb`` its singular values are those of the ``[r, r]`` matrix ``Ra Rbᵀ``, so the
+``[in, out]`` product is never formed.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.pretrained import find_adapter
+from lora_jax.config import LoRAConfig
+from lora_jax.io.adapter import TENSORS, read_adapter_config
+from lora_jax.io.safetensors import TensorReader, open_tensors
+from lora_jax.names import LORA, LORA_A, LORA_B
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Inspects a folder.
+
+    Args:
+      args: ``dir``.
+      out: where to print.
+
+    Returns:
+      Kind of the folder and a row for each layer or tensor.
+    """
+    folder = Path(args.dir)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}.")
+    if any((folder / f).is_file() for f in ("config.yaml", "adapter_config.json")):
+        return _inspect_adapter(find_adapter(folder), out)
+    if (folder / "config.json").is_file():
+        return _inspect_model(folder, out)
+    raise UserError(
+        f"{folder} is no run folder (config.yaml), adapter folder "
+        "(adapter_config.json) or model folder (config.json)."
+    )
+
+
+def singular_values(a: np.ndarray, b: np.ndarray, *, scaling: float) -> np.ndarray:
+    """Returns the singular values of ``scaling * A B`` without forming it.
+
+    Args:
+      a: ``[i, r]``.
+      b: ``[r, o]``.
+      scaling: the factor.
+
+    Returns:
+      At most ``r`` float64 values, largest first.
+
+    Example:
+      >>> a, b = np.array([[3.0], [4.0]]), np.array([[1.0, 0.0]])
+      >>> singular_values(a, b, scaling=2.0).round(6).tolist()
+      [10.0]
+    """
+    left = np.asarray(np.linalg.qr(a.astype(np.float64), mode="r"))
+    right = np.asarray(np.linalg.qr(b.astype(np.float64).T, mode="r"))
+    return abs(scaling) * np.linalg.svd(left @ right.T, compute_uv=False)
+
+
+def _inspect_adapter(folder: Path, out: Console) -> dict[str, Any]:
+    meta = read_adapter_config(folder)
+    config = LoRAConfig.from_dict(meta["lora"])
+    reader = open_tensors(folder / TENSORS)
+    suffix = f"/{LORA_A}"
+    layers = [
+        _layer(reader, name.removeprefix(f"{LORA}/").removesuffix(suffix), config)
+        for name in reader.shapes
+        if name.startswith(f"{LORA}/") and name.endswith(suffix)
+    ]
+    full = {
+        n: list(s) for n, s in reader.shapes.items() if not n.startswith(f"{LORA}/")
+    }
+    broken = _not_finite(reader)
+    out.heading(f"Adapter {folder}")
+    out.facts(
+        [
+            ("trained on", str(meta["extra"].get("model", "not said"))),
+            ("base", f"fingerprint {meta['base']}"),
+            ("targets", str(meta["lora"]["targets"])),
+            ("numbers", f"{meta['trainable']:,} in {size(_bytes(folder))}"),
+            (
+                "in full",
+                ", ".join(f"{n} {s}" for n, s in full.items()) or "nothing",
+            ),
+            ("not finite", _broken_text(broken)),
+        ]
+    )
+    layers.sort(key=lambda row: _natural(row["path"]))
+    out.table(
+        ("layer", "rank", "alpha", "norm of update", "largest singular value"),
+        [
+            (
+                r["path"],
+                r["rank"],
+                f"{r['alpha']:g}",
+                _number(r["norm"]),
+                _number(r["top"]),
+            )
+            for r in layers
+        ],
+    )
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "lora": meta["lora"],
+        "base": meta["base"],
+        "trainable": meta["trainable"],
+        "extra": meta["extra"],
+        "layers": layers,
+        "full": full,
+        "not_finite": broken,
+    }
+
+
+def _layer(reader: TensorReader, path: str, config: LoRAConfig) -> dict[str, Any]:
+    a = reader[f"{LORA}/{path}/{LORA_A}"]
+    name = f"{LORA}/{path}/{LORA_B}"
+    if name not in reader.shapes:
+        raise UserError(f"the adapter has {path}/{LORA_A} but no {path}/{LORA_B}.")
+    b = reader[name]
+    row: dict[str, Any] = {
+        "path": path,
+        "rank": config.rank_for(path),
+        "alpha": config.alpha_for(path),
+        "scaling": config.scaling_for(path),
+        "norm": None,
+        "top": None,
+    }
+    is_matrix = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    if is_matrix and np.isfinite(a).all() and np.isfinite(b).all():
+        values = singular_values(a, b, scaling=row["scaling"])
+        row["norm"], row["top"] = float(np.linalg.norm(values)), float(values[0])
+    return row
+
+
+def _inspect_model(folder: Path, out: Console) -> dict[str, Any]:
+    reader = open_tensors(folder)
+    broken = _not_finite(reader)
+    tensors = []
+    for name in sorted(reader.shapes, key=_natural):
+        array = reader[name]
+        is_float = array.dtype.kind not in "iub"
+        norm = float(np.linalg.norm(array.astype(np.float64))) if is_float else None
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "dtype": str(array.dtype),
+                "norm": norm,
+            }
+        )
+    total = sum(int(np.prod(shape)) for shape in reader.shapes.values())
+    out.heading(f"Model {folder}")
+    out.facts(
+        [
+            ("tensors", f"{len(tensors)}, {total:,} numbers, {size(_bytes(folder))}"),
+            ("not finite", _broken_text(broken)),
+        ]
+    )
+    out.table(
+        ("tensor", "shape", "dtype", "norm"),
+        [
+            (
+                t["name"],
+                " x ".join(map(str, t["shape"])),
+                t["dtype"],
+                _number(t["norm"]),
+            )
+            for t in tensors
+        ],
+    )
+    return {
+        "kind": "model",
+        "path": str(folder),
+        "parameters": total,
+        "tensors": tensors,
+        "not_finite": broken,
+    }
+
+
+def _not_finite(reader: TensorReader) -> dict[str, int]:
+    """Returns how many values are NaN or infinite, for each tensor that has any."""
+    counts = {
+        name: int(np.sum(~np.isfinite(array.astype(np.float32))))
+        for name in reader.shapes
+        if (array := reader[name]).dtype.kind not in "iub"
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _broken_text(broken: dict[str, int]) -> str:
+    return ", ".join(f"{n}: {count} values" for n, count in broken.items()) or "none"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]

@@ -1,0 +1,105 @@
+"""`lora-jax plan`: what would be trained, and what a step costs, beforehand."""
+
+import argparse
+from typing import Any
+
+import jax
+
+from lora_jax.cli import job as jobs
+from lora_jax.cli import report
+from lora_jax.cli.console import Console, size
+from lora_jax.cli.settings import load_settings
+from lora_jax.names import PARAMS
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import make_train_step
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Compiles a LoRA step and a full fine-tuning step, and compares them.
+
+    Args:
+      args: ``config`` and ``overrides``.
+      out: where to print.
+
+    Returns:
+      Targets, counts, and for each of the two the bytes and FLOPs of a step.
+    """
+    settings = load_settings(args.config, args.overrides)
+    rows = jobs.read_splits(settings.data)
+    job = jobs.build(settings, jobs.class_names(rows))
+    split = jobs.tokenize(job, rows["train"], source="train")
+    batches = jobs.training_batches(job, split)
+    report.print_loaded(out, job, {"train": split}, batches)
+    numbers = report.counts(job)
+    out.facts([("trained", report.trained_text(numbers))])
+
+    total = jobs.total_steps(settings.train, batches.steps_per_epoch)
+    tx = jobs.optimizer(settings.train, total)
+    longest = max(
+        (batches.batch_at(i) for i in range(min(total, batches.steps_per_epoch))),
+        key=lambda batch: batch["input_ids"].shape[1],
+    )
+    b, t = longest["input_ids"].shape
+    out.heading(
+        f"A training step of {b} x {t} tokens, the longest shape ({report.device()})"
+    )
+    methods = {
+        "lora": (job.adapted, job.variables),
+        "full": (job.loaded.module, {PARAMS: job.loaded.params}),
+    }
+    steps = {}
+    with out.progress("compile", len(methods)) as tick:
+        for number, (name, (module, variables)) in enumerate(methods.items(), start=1):
+            loss = jobs.classification_loss(
+                module, label_smoothing=settings.train.label_smoothing
+            )
+            key = jax.random.key(settings.train.seed)
+            state = TrainState.create(variables, tx, key)
+            step = make_train_step(loss, tx, settings.train.accumulate)
+            compiled = step.lower(state, longest).compile()
+            flops = compiled.cost_analysis().get("flops")
+            steps[name] = {**report.memory_plan(state, compiled), "flops": flops}
+            tick(number, name)
+    _print_steps(out, steps)
+    return {
+        "targets": [
+            {
+                "path": target.path,
+                "kind": target.kind,
+                "kernel_shape": list(target.kernel_shape),
+                "rank": target.rank,
+                "alpha": target.alpha,
+                "scaling": target.scaling,
+                "trainable": target.trainable,
+            }
+            for target in job.targets
+        ],
+        "parameters": numbers,
+        "shape": {"batch": b, "tokens": t},
+        "steps": {"total": total, "per_epoch": batches.steps_per_epoch},
+        "step": steps,
+        "device": report.device(),
+    }
+
+
+def _print_steps(out: Console, steps: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for label, key in (
+        ("frozen base", "base"),
+        ("trained weights", "trained"),
+        ("optimizer", "optimizer"),
+        ("activations and temporaries", "temporaries"),
+        ("memory in all", "total"),
+    ):
+        lora, full = steps["lora"][key], steps["full"][key]
+        rows.append((label, size(lora), size(full), _ratio(lora, full)))
+    lora, full = steps["lora"]["flops"], steps["full"]["flops"]
+    if lora and full:
+        shown = (f"{lora / 1e9:.1f} GFLOP", f"{full / 1e9:.1f} GFLOP")
+        rows.append(("arithmetic", *shown, _ratio(lora, full)))
+    out.table(("", "LoRA", "full fine-tuning", "ratio"), rows)
+    out.say("  (memory and arithmetic as XLA counts them for the compiled step)")
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f}" if b else "-"
