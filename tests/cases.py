@@ -1,6 +1,7 @@
 """The pure functions as cases of `tests.laws`."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -19,21 +20,22 @@ from lora_jax.ops import (
     merge_kernel,
 )
 from tests import reference
-from tests.laws import RANK, Arrays, Case
+from tests.laws import RANK, Arrays, Case, normal
 
 
 def arrays_of(
     key: jax.Array, x, kernel, contraction: Contraction = DENSE, one_hot: bool = False
 ) -> Arrays:
-    """Draws x (ids below 11 where its shape is named "ids") and W0; a fresh adapter."""
-    kx, kw, ka = jax.random.split(key, 3)
-    kind, x_shape = x if x[0] == "ids" else ("floats", x)
-    a, b = init_adapter(ka, kernel, RANK, contraction=contraction, one_hot=one_hot)
-    if kind == "ids":
-        inputs = jax.random.randint(kx, x_shape, 0, kernel[0])
+    """Draws x and W0, the same for every key, and a fresh adapter, from the key.
+
+    ``x`` is a shape, or ``("ids", shape)`` for row numbers of the kernel.
+    """
+    a, b = init_adapter(key, kernel, RANK, contraction=contraction, one_hot=one_hot)
+    if x[0] == "ids":
+        inputs = jnp.arange(math.prod(x[1])).reshape(x[1]) * 7 % kernel[0]
     else:
-        inputs = jax.random.normal(kx, x_shape)
-    return Arrays(inputs, jax.random.normal(kw, kernel), a, b)
+        inputs = normal(x, seed=2)
+    return Arrays(inputs, normal(kernel, seed=3), a, b)
 
 
 def merge_with(contraction: Contraction):

@@ -4,14 +4,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import hypothesis
+import jax
+import pytest
 from jaxtyping import config, install_import_hook
 
 # Before anything imports lora_jax.ops: its annotations are then checked on every call.
 install_import_hook("lora_jax.ops", "beartype.beartype")
-
-import hypothesis
-import jax
-import pytest
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=25

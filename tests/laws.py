@@ -63,11 +63,20 @@ class Case(NamedTuple):
     dropout: bool = True
 
 
+@functools.cache
+def compiled_init(case: Case) -> Callable[..., Arrays]:
+    return jax.jit(case.init)
+
+
 def tuned(case: Case, key: jax.Array) -> Arrays:
     """Returns the case's arrays with a B that is not zero."""
-    arrays = case.init(key)
-    b = jax.random.normal(jax.random.fold_in(key, 99), arrays.lora_b.shape)
-    return arrays._replace(lora_b=b)
+    arrays = compiled_init(case)(key)
+    return arrays._replace(lora_b=normal(arrays.lora_b.shape))
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """Draws in NumPy, which compiles nothing."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def is_float(array: jax.Array) -> bool:
@@ -80,21 +89,28 @@ def cast_base(arrays: Arrays, dtype: str) -> Arrays:
     return arrays._replace(x=x, kernel=arrays.kernel.astype(dtype))
 
 
-def loss_and_gradients(case: Case, arrays: Arrays, key: jax.Array):
-    """Returns random weights w of y's shape, and the gradients of ``sum(w * y)``.
+def out_shape(case: Case, arrays: Arrays) -> tuple[int, ...]:
+    return jax.eval_shape(lambda a: case.apply(*a, SCALING), arrays).shape
 
-    W0 is not differentiated, nor are integer inputs: their gradient is None.
-    """
-    out = jax.eval_shape(lambda arrays: case.apply(*arrays, SCALING), arrays)
-    weights = jax.random.normal(key, out.shape)
+
+def gradients(case: Case, arrays: Arrays, weights: jax.Array) -> Arrays:
+    """Differentiates ``sum(weights * y)`` by A, B and floating x; W0 gets None."""
     names = ["lora_a", "lora_b"] + ["x"] * is_float(arrays.x)
 
     def loss(trainable):
-        y = case.apply(*arrays._replace(**trainable), SCALING)
-        return jnp.sum(weights * y)
+        return jnp.sum(weights * case.apply(*arrays._replace(**trainable), SCALING))
 
     grads = jax.grad(loss)({name: getattr(arrays, name) for name in names})
-    return weights, Arrays(grads.get("x"), None, grads["lora_a"], grads["lora_b"])
+    return Arrays(grads.get("x"), None, grads["lora_a"], grads["lora_b"])
+
+
+@functools.cache
+def gradient_program(case: Case) -> tuple[Callable[..., Arrays], jax.Array]:
+    """Returns the compiled gradients of a float32 case, and their weights."""
+    arrays = jax.eval_shape(case.init, jax.random.key(0))
+    weights = normal(out_shape(case, arrays), seed=1)
+    program = jax.jit(functools.partial(gradients, case))
+    return program.lower(arrays, weights).compile(), weights
 
 
 def equations(jaxpr) -> Iterator:
@@ -114,30 +130,31 @@ def equations(jaxpr) -> Iterator:
 
 def check_silent_at_init(case: Case, key: jax.Array) -> None:
     """Law 1: with B = 0 the output is the base's bit for bit; with another B not."""
+    apply = jax.jit(functools.partial(case.apply, scaling=SCALING))
+    fresh = compiled_init(case)(key)
+    assert np.any(fresh.lora_a)
     for dtype in ("float32", "bfloat16"):
-        arrays = cast_base(case.init(key), dtype)
-        assert arrays.lora_a.any()
-        for transform in (lambda f: f, jax.jit):
-            base = transform(case.base)(arrays.x, arrays.kernel)
-            apply = transform(functools.partial(case.apply, scaling=SCALING))
-            got = apply(*arrays)
-            assert got.dtype == base.dtype == dtype
-            assert np.array_equal(np.asarray(got), np.asarray(base))
-            changed = arrays._replace(lora_b=arrays.lora_b + 1)
-            assert not np.array_equal(np.asarray(apply(*changed)), np.asarray(base))
+        arrays = cast_base(fresh, dtype)
+        base = jax.jit(case.base)(arrays.x, arrays.kernel)
+        got = apply(*arrays)
+        assert got.dtype == base.dtype == dtype
+        assert np.array_equal(got, base)
+        changed = arrays._replace(lora_b=normal(arrays.lora_b.shape))
+        assert not np.array_equal(apply(*changed), base)
 
 
 def check_first_gradient(case: Case, key: jax.Array) -> None:
     """Law 2: at B = 0, dA = 0 and dB is not."""
-    _, grads = loss_and_gradients(case, case.init(key), key)
-    assert not grads.lora_a.any()
-    assert (grads.lora_b != 0).mean() > 0.9
+    program, weights = gradient_program(case)
+    grads = program(compiled_init(case)(key), weights)
+    assert not np.any(grads.lora_a)
+    assert np.mean(np.asarray(grads.lora_b) != 0) > 0.9
 
 
 def check_variance_of_a(case: Case, key: jax.Array) -> None:
     """Law 3: A ~ U(±1/√fan_in), std·√fan_in = 0.577, whatever the shape."""
-    draw = jax.jit(lambda k: case.init(k).lora_a)
-    draws = np.stack([np.asarray(draw(k)) for k in jax.random.split(key, 40)])
+    keys = jax.random.split(key, 40)
+    draws = np.stack([np.asarray(compiled_init(case)(k).lora_a) for k in keys])
     bound = case.fan_in**-0.5
     assert 0.97 * bound < np.abs(draws).max() <= bound
     np.testing.assert_allclose(draws.std() / bound, 3**-0.5, rtol=0.05)
@@ -147,9 +164,10 @@ def check_variance_of_a(case: Case, key: jax.Array) -> None:
 def check_contraction(case: Case, key: jax.Array) -> None:
     """Laws 4, 6: the layer is the base with the merged kernel, and NumPy agrees."""
     arrays = tuned(case, key)
-    got = case.apply(*arrays, SCALING)
+    got = jax.jit(case.apply)(*arrays, SCALING)
     assert_close(got, case.reference(*arrays, SCALING))
-    assert_close(case.base(arrays.x, case.merge(*arrays[1:], SCALING)), got)
+    merged = jax.jit(case.merge)(*arrays[1:], SCALING)
+    assert_close(jax.jit(case.base)(arrays.x, merged), got)
 
 
 def check_rank(case: Case, key: jax.Array) -> None:
@@ -164,8 +182,9 @@ def check_rank(case: Case, key: jax.Array) -> None:
 def check_linear_in_scaling(case: Case, key: jax.Array) -> None:
     """Law 5: the change of the output is proportional to the scaling."""
     arrays = tuned(case, key)
-    base, once, thrice = (case.apply(*arrays, s) for s in (0.0, SCALING, 3 * SCALING))
-    assert_close(base, case.base(arrays.x, arrays.kernel))
+    apply = jax.jit(case.apply)
+    base, once, thrice = (apply(*arrays, s) for s in (0.0, SCALING, 3 * SCALING))
+    assert_close(base, jax.jit(case.base)(arrays.x, arrays.kernel))
     assert_close(thrice - base, 3 * (once - base))
 
 
@@ -181,7 +200,8 @@ def check_count(case: Case, key: jax.Array) -> None:
 def check_gradients(case: Case, key: jax.Array) -> None:
     """The output is linear in x, A and B, so NumPy's differences are exact slopes."""
     arrays = tuned(case, key)
-    weights, grads = loss_and_gradients(case, arrays, key)
+    program, weights = gradient_program(case)
+    grads = program(arrays, weights)
 
     def slope(name: str, direction: np.ndarray) -> float:
         ends = (arrays._replace(**{name: d}) for d in (direction, 0 * direction))
@@ -201,18 +221,15 @@ def check_gradients(case: Case, key: jax.Array) -> None:
 
 def check_no_base_gradient(case: Case, key: jax.Array) -> None:
     """Law 8: nothing in the gradient's program multiplies into W0's shape."""
-    arrays = tuned(case, key)
-
-    def gradients(arrays: Arrays):
-        return loss_and_gradients(case, arrays, key)[1]
-
+    arrays = compiled_init(case)(key)
+    program, weights = gradient_program(case)
     shape = sorted(arrays.kernel.shape)
-    jaxpr = jax.make_jaxpr(gradients)(arrays)
+    jaxpr = jax.make_jaxpr(functools.partial(gradients, case))(arrays, weights)
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in PRODUCTS]
     assert products
     assert not [e for e in products if sorted(e.outvars[0].aval.shape) == shape]
-    hlo = jax.jit(gradients).lower(arrays).compile().as_text()
-    made = re.findall(r"= \w+\[([\d,]*)\]\S* (?:dot|convolution|scatter)\(", hlo)
+    pattern = r"= \w+\[([\d,]*)\]\S* (?:dot|convolution|scatter)\("
+    made = re.findall(pattern, program.as_text())
     shapes = [sorted(int(n) for n in dims.split(",") if n) for dims in made]
     assert shape not in shapes
 
@@ -228,16 +245,18 @@ def check_second_derivatives(case: Case, key: jax.Array) -> None:
     merged = functools.partial(
         loss, lambda a, b: case.base(arrays.x, case.merge(arrays.kernel, a, b, SCALING))
     )
-    factors = arrays[2:]
-    forward, reverse, wanted = (
-        product(f)
-        for product, f in (
-            (lambda f: jax.jvp(jax.grad(f), (factors,), (factors,))[1], ours),
-            (lambda f: jax.vjp(jax.grad(f), factors)[1](factors)[0], ours),
-            (lambda f: jax.jvp(jax.grad(f), (factors,), (factors,))[1], merged),
-        )
-    )
-    for got in (forward, reverse):
+
+    def forward(loss, factors):
+        return jax.jvp(jax.grad(loss), (factors,), (factors,))[1]
+
+    def reverse(loss, factors):
+        return jax.vjp(jax.grad(loss), factors)[1](factors)[0]
+
+    pairs = ((forward, ours), (reverse, ours), (forward, merged))
+    once, twice, wanted = jax.jit(
+        lambda factors: [product(loss, factors) for product, loss in pairs]
+    )(arrays[2:])
+    for got in (once, twice):
         jax.tree.map(functools.partial(assert_close, rtol=1e-4), got, wanted)
 
 
@@ -247,13 +266,14 @@ def check_second_derivatives(case: Case, key: jax.Array) -> None:
 def check_bfloat16_base(case: Case, key: jax.Array) -> None:
     """Law 13: a bfloat16 layer stays so; A, B and their gradients are float32."""
     arrays = cast_base(tuned(case, key), "bfloat16")
-    got = case.apply(*arrays, SCALING)
+    got = jax.jit(case.apply)(*arrays, SCALING)
     assert got.dtype == jnp.bfloat16
     wide = cast_base(arrays, "float32")
     assert_close(got, case.reference(*wide, SCALING), "bfloat16")
     assert case.merge(*arrays[1:], SCALING).dtype == jnp.bfloat16
-    _, grads = loss_and_gradients(case, arrays, key)
-    _, wanted = loss_and_gradients(case, wide, key)
+    program, weights = gradient_program(case)
+    grads = jax.jit(functools.partial(gradients, case))(arrays, weights)
+    wanted = program(wide, weights)
     for name in ("lora_a", "lora_b"):
         assert getattr(grads, name).dtype == jnp.float32
         assert_close(getattr(grads, name), getattr(wanted, name), "bfloat16")
@@ -265,28 +285,32 @@ def check_bfloat16_base(case: Case, key: jax.Array) -> None:
 def check_dropout(case: Case, key: jax.Array) -> None:
     """Law 14: rate 0 is none, rate 1 the base; one key, one mask, both ways."""
     arrays = tuned(case, key)
+    dy = normal(out_shape(case, arrays), seed=1)
+    # This kind of key compiles in a tenth of the time.
+    one, other = (jax.random.key(seed, impl="unsafe_rbg") for seed in (0, 1))
 
-    def apply(*args, rate, key=None):
-        return case.apply(*args, SCALING, dropout_rate=rate, dropout_key=key)
+    @functools.partial(jax.jit, static_argnames="rate")
+    def apply(arrays, rate, key=None):
+        return case.apply(*arrays, SCALING, dropout_rate=rate, dropout_key=key)
 
-    base = np.asarray(case.base(arrays.x, arrays.kernel))
-    none = np.asarray(case.apply(*arrays, SCALING))
-    assert np.array_equal(apply(*arrays, rate=0.0), none)
-    assert np.array_equal(apply(*arrays, rate=1.0, key=key), base)
-    half = functools.partial(apply, rate=0.5, key=key)
-    y = half(*arrays)
-    assert np.array_equal(y, half(*arrays))
-    assert np.array_equal(y, jax.checkpoint(half)(*arrays))
-    assert not np.array_equal(y, apply(*arrays, rate=0.5, key=jax.random.key(1)))
+    @jax.jit
+    def both_ways(arrays, key):
+        y, pull = jax.vjp(lambda *args: apply(args, 0.5, key), *arrays)
+        return y, pull(dy), jax.checkpoint(apply, static_argnums=1)(arrays, 0.5, key)
+
+    base = jax.jit(case.base)(arrays.x, arrays.kernel)
+    assert np.array_equal(apply(arrays, 0.0), jax.jit(case.apply)(*arrays, SCALING))
+    assert np.array_equal(apply(arrays, 1.0, one), base)
+    y, (dx, _, da, db), rematerialised = both_ways(arrays, one)
+    assert_close(y, apply(arrays, 0.5, one))
+    assert_close(y, rematerialised)
+    assert not np.allclose(y, apply(arrays, 0.5, other))
     # By linearity <dA, A> = <dB, B> = <dy, y - base> and <dx, x> = <dy, y>, which no
     # other mask in the backward pass would give.
-    dy = jax.random.normal(key, y.shape)
-    _, pull = jax.vjp(half, *arrays)
-    dx, _, da, db = pull(dy)
-    change = jnp.vdot(dy, y - base)
-    assert_close(jnp.vdot(da, arrays.lora_a), change, rtol=1e-4)
-    assert_close(jnp.vdot(db, arrays.lora_b), change, rtol=1e-4)
-    assert_close(jnp.vdot(dx, arrays.x), jnp.vdot(dy, y), rtol=1e-4)
+    change = np.vdot(dy, y - base)
+    assert_close(np.vdot(da, arrays.lora_a), change, rtol=1e-4)
+    assert_close(np.vdot(db, arrays.lora_b), change, rtol=1e-4)
+    assert_close(np.vdot(dx, arrays.x), np.vdot(dy, y), rtol=1e-4)
 
 
 def check_dropout_keeps_no_mask(case: Case, key: jax.Array) -> None:
@@ -294,14 +318,16 @@ def check_dropout_keeps_no_mask(case: Case, key: jax.Array) -> None:
     arrays = tuned(case, key)
 
     def adapted(x, a, b):
+        rbg = jax.random.key(0, impl="unsafe_rbg")
         return case.apply(
-            x, arrays.kernel, a, b, SCALING, dropout_rate=0.5, dropout_key=key
+            x, arrays.kernel, a, b, SCALING, dropout_rate=0.5, dropout_key=rbg
         )
 
-    kept = jax.tree.leaves(jax.vjp(adapted, arrays.x, *arrays[2:])[1])
+    pull = jax.jit(lambda *args: jax.vjp(adapted, *args)[1])(arrays.x, *arrays[2:])
+    kept = jax.tree.leaves(pull)
     assert not [k for k in kept if k.dtype == bool]
-    wide = [k for k in kept if k.size == arrays.x.size]
-    assert all(np.array_equal(k.ravel(), arrays.x.ravel()) for k in wide)
+    wide = [np.asarray(k) for k in kept if k.size == arrays.x.size]
+    assert all(np.array_equal(k.ravel(), np.ravel(arrays.x)) for k in wide)
 
 
 # --- Transformations
@@ -310,24 +336,28 @@ def check_dropout_keeps_no_mask(case: Case, key: jax.Array) -> None:
 def check_transformations(case: Case, key: jax.Array) -> None:
     """Laws 16 to 18: jit, vmap, scan and remat change nothing."""
     layers = [tuned(case, k) for k in jax.random.split(key, RANK)]  # as many as ranks
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
     def apply(arrays: Arrays, scaling: float = SCALING):
         return case.apply(*arrays, scaling)
 
-    loop = jnp.stack([apply(layer) for layer in layers])
-    assert_close(jax.vmap(apply)(stacked), loop)
-    assert_close(jax.lax.scan(lambda c, s: (c, apply(s)), 0, stacked)[1], loop)
     jitted = jax.jit(apply)
-    for i, layer in enumerate(layers):
-        assert_close(jitted(layer, SCALING + i), apply(layer, SCALING + i))
+    loop = np.stack([jitted(layer, SCALING + i) for i, layer in enumerate(layers)])
     assert jitted._cache_size() == 1
+    assert_close(loop[0], apply(layers[0], SCALING))
+    scalings = np.float32(SCALING) + np.arange(len(layers), dtype=np.float32)
+    assert_close(jax.jit(jax.vmap(apply))(stacked, scalings), loop)
+    step = jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, apply(*x)), 0, xs)[1])
+    assert_close(step((stacked, scalings)), loop)
 
-    def gradients(apply):
-        f = lambda a, b: jnp.sum(apply(layers[0]._replace(lora_a=a, lora_b=b)) ** 2)
-        return jax.jit(jax.grad(f, (0, 1)))(*layers[0][2:])
+    @jax.jit
+    def remat(arrays, weights):
+        rematerialised = case._replace(apply=jax.checkpoint(case.apply))
+        return gradients(rematerialised, arrays, weights)
 
-    jax.tree.map(assert_close, gradients(jax.checkpoint(apply)), gradients(apply))
+    program, weights = gradient_program(case)
+    wanted = program(layers[0], weights)
+    jax.tree.map(assert_close, remat(layers[0], weights), wanted)
 
 
 LAWS = (

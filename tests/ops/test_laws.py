@@ -46,7 +46,7 @@ def _random_b(key, b):
 
 def _fresh_mask(x, kernel, a, b, scaling, dropout_rate=0.0, dropout_key=None):
     """Keeps the mask, as plain autodiff does."""
-    keep = jax.random.bernoulli(jax.random.key(0), 1 - dropout_rate, x.shape)
+    keep = jnp.arange(x.size).reshape(x.shape) % 2 == 0
     return x @ kernel + scaling * (jnp.where(keep, 2 * x, 0) @ a) @ b
 
 
