@@ -164,7 +164,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where, accumul
             loss = jnp.where(bad, jnp.nan, loss)
         if where == "gradient":  # sqrt(0) is finite, its derivative is not
             b = variables["lora"]["up"]["lora_b"]
-            loss += jnp.sqrt(jnp.where(bad, 0.0, jnp.sum(b**2)))
+            loss += jnp.sqrt(jnp.where(bad, 0.0, 1.0) * jnp.sum(b**2))
         if where == "weight":
             loss, weight = jnp.where(bad, 0, loss), jnp.where(bad, 0, weight)
         return loss, weight, metrics
