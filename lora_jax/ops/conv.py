@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,13 +165,13 @@ def conv_update(
 
     if key is not None:  # keep the key for the backward pass, and draw the mask again
         down = jax.checkpoint(down)
-    h = down(x, lora_a, key)
+    h: Any = down(x, lora_a, key)
     h = h * jnp.asarray(scaling, h.dtype)
     b = _LEADING[: h.ndim - 1]
     if groups == 1:
         return factor_product(f"{b}R,Ro->{b}o", 0.0, precision, h, lora_b)
     h = h.reshape(*h.shape[:-1], groups, -1)  # [..., g, r]
-    y = factor_product(f"{b}gR,gRo->{b}go", 0.0, precision, h, lora_b)
+    y: Any = factor_product(f"{b}gR,gRo->{b}go", 0.0, precision, h, lora_b)
     return y.reshape(*y.shape[:-2], -1)
 
 

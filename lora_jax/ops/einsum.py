@@ -33,10 +33,10 @@ class Equation(NamedTuple):
     @property
     def contraction(self) -> Contraction:
         """The kernel's axes by role."""
-        batch, inputs, outputs = self._roles()
-        return Contraction(
-            *(tuple(map(self.kernel.index, role)) for role in (batch, inputs, outputs))
+        batch, inputs, outputs = (
+            tuple(map(self.kernel.index, role)) for role in self._roles()
         )
+        return Contraction(batch, inputs, outputs)
 
     @property
     def down(self) -> str:

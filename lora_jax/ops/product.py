@@ -12,6 +12,7 @@ not its mask, and draws the mask again.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,17 +127,17 @@ def low_rank_update(
     check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
     key = check_dropout(dropout_rate, dropout_key)
     x = x.astype(x.dtype if dtype is None else dtype)
-    h = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
+    h: Any = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
     h = h * jnp.asarray(scaling, h.dtype)  # the thin side is the cheap one to scale
     return factor_product(up, 0.0, precision, h, lora_b)
 
 
 def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
     """Zeroes elements with probability ``rate``, scaling the rest by ``1/(1-rate)``."""
-    if rate == 0.0:
-        return x
     if rate == 1.0:
         return jnp.zeros_like(x)
+    if rate == 0.0 or key is None:
+        return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
