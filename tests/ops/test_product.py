@@ -1,0 +1,125 @@
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lora_jax.ops.product import (
+    check_dropout,
+    check_floating,
+    dropout,
+    factor_product,
+    low_rank_update,
+)
+from tests.laws import normal
+from tests.reference import assert_close
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "factor"),
+    [
+        ("bi,iR->bR", (4, 5), (5, 2)),
+        ("bR,Ro->bo", (4, 2), (2, 5)),
+        ("ebi,eiR->ebR", (3, 4, 5), (3, 5, 2)),
+        ("bnhd,nhR->bdR", (2, 3, 4, 5), (3, 4, 2)),
+        ("bR,vR->bv", (4, 2), (5, 2)),
+    ],
+)
+def test_the_backward_pass_is_the_derivative(equation, x, factor):
+    f = jax.jit(functools.partial(factor_product, equation, 0.0, None))
+    check_grads(f, (normal(x), normal(factor, 1)), order=1, modes=["rev"], rtol=1e-2)
+
+
+def test_forward_mode_is_an_error_that_says_so():
+    x, factor = normal((4, 5)), normal((5, 2))
+    f = functools.partial(factor_product, "bi,iR->bR", 0.0, None, x)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(f, (factor,), (factor,))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jacfwd(f)(factor)
+
+
+def test_the_hessian_is_that_of_plain_products():
+    x, a, b = normal((4, 5)), normal((5, 2), 1), normal((2, 3), 2)
+
+    def ours(a, b):
+        update = low_rank_update("bi,iR->bR", "bR,Ro->bo", x, a, b, scaling=1.5)
+        return jnp.sum(jnp.tanh(update))
+
+    def plain(a, b):
+        return jnp.sum(jnp.tanh(1.5 * (x @ a) @ b))
+
+    got = jax.jit(jax.hessian(ours, (0, 1)))(a, b)
+    want = jax.jit(jax.hessian(plain, (0, 1)))(a, b)
+    jax.tree.map(functools.partial(assert_close, rtol=1e-4), got, want)
+
+
+def test_the_wide_operand_is_never_transposed():
+    """Neither x nor dy may be copied into its transpose, nor multiplied from it."""
+    x, a, b, dy = normal((4, 64, 96)), normal((96, 3)), normal((3, 80)), (4, 64, 80)
+
+    def loss(x, a, b):
+        update = low_rank_update("bti,iR->btR", "btR,Ro->bto", x, a, b, scaling=1.0)
+        return jnp.vdot(update, normal(dy, 1))
+
+    hlo = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, a, b).compile().as_text()
+    moved = re.findall(r"= f32\[([\d,]*)\]\S* (?:transpose|copy)\(", hlo)
+    sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in moved]
+    assert max(sizes, default=0) < 4 * 64 * 80
+    assert re.search(r"= f32\[3,96\]\S* dot\(", hlo)  # u^T x
+    assert not re.search(r"= f32\[96,3\]\S* dot\(", hlo)  # x^T u
+
+
+def test_the_gradient_by_a_traced_scaling_is_right():
+    x, a, b = normal((4, 5)), normal((5, 2), 1), normal((2, 3), 2)
+
+    def loss(scaling):
+        args = ("bi,iR->bR", "bR,Ro->bo", x, a, b)
+        return jnp.sum(low_rank_update(*args, scaling=scaling))
+
+    assert_close(jax.grad(loss)(jnp.float32(0.5)), np.sum(np.asarray((x @ a) @ b)))
+
+
+def test_gradients_of_float32_factors_add_up_in_float32():
+    x = jnp.ones((4096, 1), jnp.bfloat16)
+    grad = jax.grad(
+        lambda a: jnp.sum(
+            factor_product("bi,iR->bR", 0.0, None, x, a).astype("float32")
+        )
+    )(jnp.ones((1, 1)))
+    assert grad.dtype == jnp.float32
+    assert grad.item() == 4096
+
+
+def test_dropout_keeps_the_mean_and_drops_at_its_rate(key):
+    dropped = np.asarray(dropout(jnp.ones((200, 200)), 0.25, key))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((dropped == 0).mean() - 0.25) < 0.01
+    assert len({row.tobytes() for row in dropped}) == 200  # each token its own mask
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_a_rate_that_is_no_probability_is_an_error(rate, key):
+    with pytest.raises(
+        ValueError, match=rf"dropout_rate must be in \[0, 1\]; got {rate}"
+    ):
+        check_dropout(rate, key)
+
+
+def test_a_key_is_needed_only_where_something_may_drop(key):
+    assert check_dropout(0.0, None) is None
+    assert check_dropout(1.0, key) is None
+    assert check_dropout(0.5, key) is key
+    with pytest.raises(ValueError, match=r"got None with dropout_rate=0\.5\. Pass"):
+        check_dropout(0.5, None)
+
+
+def test_every_integer_array_is_named():
+    ints = jnp.ones(2, jnp.int32)
+    message = r"x, kernel must be floating-point; got x int32, kernel int32\. Convert"
+    with pytest.raises(TypeError, match=message):
+        check_floating(x=ints, kernel=ints, lora_a=jnp.ones(2), bias=None)
