@@ -1,4 +1,4 @@
-"""Makes the tables: from results files to Markdown, and into the README."""
+"""Makes the tables: from results files to Markdown, and into the READMEs."""
 
 import importlib
 import json
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md")))
 MARKS = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -24,10 +25,11 @@ def main() -> None:
         text = f"{head}\n\n{module.table(record['rows'])}\n"
         path.with_suffix(".md").write_text(text)
         print(text)
-    README.write_text(MARKS.sub(_table, README.read_text()))
+    for page in PAGES:
+        page.write_text(MARKS.sub(_table, page.read_text()))
 
 
 def _table(match: re.Match[str]) -> str:
-    path = README.parent / match.group(1)
+    path = ROOT / match.group(1)
     text = path.read_text().strip() if path.exists() else "not measured yet"
     return f"<!-- table: {match.group(1)} -->\n{text}\n<!-- end -->"

