@@ -206,6 +206,7 @@ class Adapted(nn.Module):
         if deterministic is None:
             deterministic = is_deterministic(self.model, method, args, kwargs)
         deterministic = deterministic or initializing
+        assert self.scope is not None
         flag_scope(self.scope, (self.config, deterministic))
         intercept = self._interceptor(deterministic, initializing)
 

@@ -180,7 +180,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         path = "/".join(module.scope.path) if module.scope else ""
         layer = layer_of_call(context)
         why = ""
-        if layer is not None and path not in found:
+        # Not "path not in found": a lifted transform may trace a layer several times.
+        if layer is not None and not module.scope.has_variable(PARAMS, _MARKERS[0]):
             inputs = call_inputs(context.orig_method, args, kwargs)
             contraction = find_contraction(layer, module, context.method_name, inputs)
             if isinstance(contraction, str):
@@ -189,10 +190,9 @@ def _trace(model: nn.Module, example: Example) -> Trace:
                 found[path] = (layer.kind, layer.weight, contraction)
                 kernel = nn.meta.unbox(module.scope.get_variable(PARAMS, layer.weight))
                 _put_markers(module.scope, contraction, kernel.shape)
-        own = {} if path in found else module.variables.get(PARAMS, {})
-        for name, value in own.items():
+        for name, value in module.variables.get(PARAMS, {}).items():
             leaf = nn.meta.unbox(value)
-            if name == BIAS or isinstance(leaf, Mapping):
+            if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
                 continue
             if max(map(jnp.ndim, jax.tree.leaves(leaf)), default=0) > 1:
                 is_linear = layer is not None and layer.kind in LINEAR_KINDS
@@ -223,6 +223,7 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         )
     flat = flatten(nn.meta.unbox(variables.get(PARAMS, {})))
     markers = {path: flat.pop(path) for path in list(flat) if path.endswith(_MARKERS)}
+    unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
     sites = []
     for path, (kind, weight, contraction) in found.items():
         in_kernel, in_a, in_b = (
