@@ -177,6 +177,10 @@ class LoRAAttention(nn.Module):
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         check_floating(inputs_q=inputs_q, inputs_k=inputs_k, inputs_v=inputs_v)
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(
+                f"dropout_rate must be in [0, 1); got {self.dropout_rate}."
+            )
         if self.dropout_rate > 0.0 or self.lora.dropout_rate > 0.0:
             deterministic = nn.merge_param(
                 "deterministic", self.deterministic, deterministic
@@ -199,6 +203,7 @@ class LoRAAttention(nn.Module):
                 lora=self.lora,
             )
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
+        bias, mask = (None if a is None else jnp.asarray(a) for a in (bias, mask))
         seen, is_causal = None, self.is_causal
         if self.decode:
             key, value, seen = self._cached(query, key, value)
@@ -258,15 +263,23 @@ class LoRAAttention(nn.Module):
     ) -> list[AnyFloat]:
         """Returns query, key and value heads ``[*b, t, n, h]``, updates included."""
         features = self.qkv_features or inputs["query"].shape[-1]
-        n, k = self.num_heads, self.num_kv_heads or self.num_heads
-        if features % n:
-            raise ValueError(
+        n = self.num_heads
+        k = n if self.num_kv_heads is None else self.num_kv_heads
+        faults = [
+            f"{name} must be at least 1; got {size}."
+            for name, size in (("num_heads", n), ("num_kv_heads", k))
+            if size < 1
+        ]
+        if not faults and features % n:
+            faults.append(
                 f"qkv_features must be a multiple of num_heads = {n}; got {features}."
             )
-        if n % k:
-            raise ValueError(
+        if not faults and n % k:
+            faults.append(
                 f"num_heads must be a multiple of num_kv_heads = {k}; got {n}."
             )
+        if faults:
+            raise ValueError(" ".join(faults))
         projected = {
             name: _Projection(
                 (n if name == "query" else k, features // n),

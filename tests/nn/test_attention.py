@@ -1,0 +1,517 @@
+"""LoRAAttention against Linen's own attention, a NumPy reference, and the laws."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import LoRAAttention, LoRAConfig, merge_kernel
+from lora_jax.ops import Contraction
+from tests.nn.tools import equal, key, normal, shapes, tuned
+from tests.reference import assert_close
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = LoRAConfig(rank=3, alpha=7.0)
+X = normal((2, 5, 12))
+MEMORY = normal((2, 7, 10), seed=1)
+CAUSAL = nn.make_causal_mask(jnp.ones((2, 5)))
+PADDING = jnp.asarray([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])[:, None, None]
+BIASES = {"bias_init": nn.initializers.normal(0.5)}
+PROJECTIONS = ("query", "key", "value", "out")
+
+
+@functools.cache
+def initialised(layer, *shapes_of_inputs):
+    inputs = [normal(shape) for shape in shapes_of_inputs]
+    return jax.jit(layer.init)(key(1), *inputs)
+
+
+def variables_of(layer, *inputs):
+    """Initial variables, with B and biases that are not zero."""
+    return tuned(initialised(layer, *(x.shape for x in inputs)))
+
+
+def merged(variables, scaling=7.0 / 3):
+    """The plain parameters of ``softmax(q kᵀ) v`` with the adapters folded in."""
+    params = dict(variables["frozen"])
+    for name, factors in variables.get("lora", {}).items():
+        heads_in = name == "out"
+        kernel = merge_kernel(
+            params[name]["kernel"],
+            *(factors["lora_a"], factors["lora_b"]),
+            scaling=scaling,
+            contraction=Contraction((), (0, 1), (2,))
+            if heads_in
+            else Contraction((), (0,), (1, 2)),
+        )
+        params[name] = {**params[name], "kernel": kernel}
+    return params
+
+
+# --- Against flax.linen.MultiHeadDotProductAttention
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "call"),
+    [
+        pytest.param((X,), {}, {}, id="self"),
+        pytest.param((X,), {"use_bias": False}, {"mask": CAUSAL}, id="causal"),
+        pytest.param((X, MEMORY), {}, {"mask": PADDING}, id="cross_padding"),
+        pytest.param((X, MEMORY, 2 * MEMORY), {}, {}, id="three_inputs"),
+        pytest.param(
+            (X,), {"normalize_qk": True, "qkv_features": 24}, {}, id="normalize_qk"
+        ),
+        pytest.param(
+            (normal((2, 3, 4, 12)),), {"out_features": 5}, {}, id="two_batch_dims"
+        ),
+    ],
+)
+def test_linen_attention_loads_as_it_is_and_agrees(inputs, options, call):
+    linen = nn.MultiHeadDotProductAttention(num_heads=4, **BIASES, **options)
+    ours = LoRAAttention(num_heads=4, lora=CONFIG, **BIASES, **options)
+    params = initialised(linen, *(x.shape for x in inputs))["params"]
+    fresh = initialised(ours, *(x.shape for x in inputs))
+    assert equal(fresh["frozen"], params)  # also the same values for the same key
+    assert set(fresh["lora"]) == set(PROJECTIONS)
+
+    apply = jax.jit(lambda v: ours.apply(v, *inputs, **call))
+    plain = jax.jit(lambda p: linen.apply({"params": p}, *inputs, **call))
+    wanted = plain(params)
+    got = apply({"frozen": params, "lora": fresh["lora"]})
+    assert got.dtype == wanted.dtype
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+    variables = tuned(fresh)
+    changed = apply(variables)
+    assert_close(changed, plain(merged(variables)))
+    assert not np.allclose(changed, plain(dict(variables["frozen"])), atol=1e-2)
+
+
+def test_a_bfloat16_base_stays_so_and_agrees():
+    x = X.astype(jnp.bfloat16)
+    linen = nn.MultiHeadDotProductAttention(num_heads=4, force_fp32_for_softmax=True)
+    ours = LoRAAttention(num_heads=4, lora=CONFIG)
+    variables = variables_of(ours, X)
+    variables["frozen"] = jax.tree.map(
+        lambda w: w.astype(jnp.bfloat16), variables["frozen"]
+    )
+    got = jax.jit(ours.apply)(variables, x)
+    assert got.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {
+        np.dtype("float32")
+    }
+    params = {"params": merged(variables)}
+    assert_close(got, jax.jit(linen.apply)(params, x), "bfloat16")
+    grads = jax.grad(lambda a: ours.apply({**variables, "lora": a}, x).sum())
+    dtypes = jax.eval_shape(grads, variables["lora"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(dtypes)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_attention_dropout_is_linens(broadcast):
+    options = {
+        "num_heads": 4,
+        "dropout_rate": 0.4,
+        "broadcast_dropout": broadcast,
+        "deterministic": False,
+    }
+    linen = nn.MultiHeadDotProductAttention(**options)
+    ours = LoRAAttention(**options, lora=CONFIG)
+    variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
+    params, rngs = {"params": merged(variables)}, {"dropout": key(3)}
+    wanted = linen.apply(params, X, rngs=rngs)
+    got = ours.apply(variables, X, rngs=rngs)
+    assert_close(got, wanted)
+    off = ours.clone(deterministic=None)
+    given = off.apply(variables, X, deterministic=False, dropout_rng=rngs["dropout"])
+    assert not np.allclose(given, off.apply(variables, X, deterministic=True))
+
+
+def test_weights_are_sown_and_precision_changes_no_value():
+    layer = LoRAAttention(4, num_kv_heads=2, is_causal=True, lora=CONFIG)
+    variables = variables_of(layer, X)
+    wanted = jax.jit(layer.apply)(variables, X)
+    got, sown = layer.apply(variables, X, sow_weights=True, mutable="intermediates")
+    (weights,) = sown["intermediates"]["attention_weights"]
+    assert_close(got, wanted)
+    assert_close(weights.sum(-1), np.ones((2, 4, 5)))
+    assert not np.triu(weights, 1).any()
+    exact = layer.clone(precision="highest")
+    assert_close(jax.jit(exact.apply)(variables, X), wanted)
+
+
+# --- Against NumPy
+
+
+def softmax_attention(params, x, memory, *, bias=0.0, mask=True):
+    """Attention in float64, head by head; query head j uses key head j // group."""
+    params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+
+    def project(name, x):
+        kernel = params[name]["kernel"]
+        return np.einsum("btd,dnh->bnth", x, kernel) + params[name]["bias"][:, None]
+
+    q, k, v = (
+        project(name, np.asarray(inputs, np.float64))
+        for name, inputs in (("query", x), ("key", memory), ("value", memory))
+    )
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+    logits = np.einsum("bnth,bnsh->bnts", q, k) / np.sqrt(q.shape[-1])
+    logits += np.asarray(bias)
+    logits = np.where(mask, logits, -1e300)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("bnts,bnsh->btnh", weights, v)
+    return (
+        np.einsum("btnh,nhd->btd", y, params["out"]["kernel"]) + params["out"]["bias"]
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_grouped_queries_are_softmax_attention(kv_heads):
+    layer = LoRAAttention(
+        *(6, kv_heads, 24), is_causal=True, out_features=8, lora=CONFIG
+    )
+    variables = variables_of(layer, X)
+    bias = normal((2, 6, 5, 5), seed=2)
+    mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]])[:, None, None] > 0
+    got = jax.jit(functools.partial(layer.apply, bias=bias, mask=mask))(variables, X)
+    causal = np.tri(5, dtype=bool)
+    wanted = softmax_attention(merged(variables), X, X, bias=bias, mask=mask & causal)
+    assert_close(got, wanted)
+
+
+def test_grouped_cross_attention_is_softmax_attention():
+    layer = LoRAAttention(6, 2, lora=CONFIG)
+    variables = variables_of(layer, X, MEMORY)
+    got = jax.jit(functools.partial(layer.apply, mask=PADDING))(variables, X, MEMORY)
+    wanted = softmax_attention(merged(variables), X, MEMORY, mask=PADDING > 0)
+    assert_close(got, wanted)
+
+
+# --- The decode cache
+
+
+def test_the_decode_cache_is_linens_bit_for_bit():
+    options = {"num_heads": 4, "decode": True}
+    linen = nn.MultiHeadDotProductAttention(**options)
+    ours = LoRAAttention(**options, lora=CONFIG)
+    theirs, mine = initialised(linen, X.shape), initialised(ours, X.shape)
+    assert equal(theirs["cache"], mine["cache"])
+    step = functools.partial(jax.jit, static_argnums=0)(
+        lambda layer, variables, x: layer.apply(variables, x, mutable="cache")
+    )
+    for t in range(3):
+        wanted, update = step(linen, theirs, X[:, t : t + 1])
+        theirs = {**theirs, **update}
+        got, update = step(ours, mine, X[:, t : t + 1])
+        mine = {**mine, **update}
+        assert equal(theirs["cache"], mine["cache"])
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_decoding_step_by_step_is_one_causal_pass():
+    layer = LoRAAttention(6, num_kv_heads=2, is_causal=True, lora=CONFIG)
+    mask = jnp.asarray([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])[:, None, None]
+    variables = variables_of(layer, X)
+    wanted = jax.jit(functools.partial(layer.apply, mask=mask))(variables, X)
+    decoder = layer.clone(decode=True)
+    step = jax.jit(functools.partial(decoder.apply, mutable="cache", mask=mask))
+    cache = initialised(decoder, X.shape)["cache"]
+    assert shapes(cache["cached_key"]) == (2, 5, 2, 2)
+    got = []
+    for start, stop in ((0, 3), (3, 4), (4, 5)):  # a prompt, then one by one
+        y, update = step({**variables, "cache": cache}, X[:, start:stop])
+        cache = update["cache"]
+        got.append(y)
+    assert int(cache["cache_index"]) == 5
+    assert_close(jnp.concatenate(got, axis=1)[:, 1:], wanted[:, 1:])
+    assert step._cache_size() == 2  # one for each number of new positions
+
+
+def test_a_cache_that_does_not_fit_is_an_error():
+    decoder = LoRAAttention(4, decode=True, lora=CONFIG)
+    variables = initialised(decoder, (2, 5, 12))
+    decode = functools.partial(decoder.apply, variables, mutable="cache")
+    with pytest.raises(ValueError, match=r"up to the 5 of its cache.* \(2, 6, 4, 3\)"):
+        decode(normal((2, 6, 12)))
+    with pytest.raises(ValueError, match=r"\*b = \[2\].* got \(3, 1, 4, 3\)"):
+        decode(normal((3, 1, 12)))
+    with pytest.raises(ValueError, match=r"s\] = \[2, 4, 1, 5\].* got \(2, 1, 1, 4\)"):
+        decode(normal((2, 1, 12)), mask=jnp.ones((2, 1, 1, 4)))
+
+
+# --- What is adapted
+
+
+def test_the_whole_variable_tree():
+    config = LoRAConfig(
+        rank=3, targets=["query", "value", "out"], rank_pattern={"value": 2}
+    )
+    layer = LoRAAttention(6, num_kv_heads=2, use_bias=False, lora=config)
+    assert shapes(initialised(layer, X.shape)) == {
+        "frozen": {
+            "query": {"kernel": (12, 6, 2)},
+            "key": {"kernel": (12, 2, 2)},
+            "value": {"kernel": (12, 2, 2)},
+            "out": {"kernel": (6, 2, 12)},
+        },
+        "lora": {
+            "query": {"lora_a": (12, 3), "lora_b": (3, 6, 2)},
+            "value": {"lora_a": (12, 2), "lora_b": (2, 2, 2)},
+            "out": {"lora_a": (6, 2, 3), "lora_b": (3, 12)},
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["key", "out"])
+def test_each_projection_can_be_adapted_alone(name):
+    config = LoRAConfig(rank=3, alpha=7.0, targets=[name])
+    layer = LoRAAttention(4, lora=config)
+    variables = variables_of(layer, X)
+    assert set(variables["lora"]) == {name}
+    got = jax.jit(layer.apply)(variables, X)
+    linen = nn.MultiHeadDotProductAttention(4)
+    assert_close(got, jax.jit(linen.apply)({"params": merged(variables)}, X))
+
+
+def test_an_untargeted_attention_is_a_plain_frozen_layer():
+    config = LoRAConfig(targets=["mlp"], dropout_rate=0.5)
+    layer = LoRAAttention(4, deterministic=True, lora=config)
+    assert set(initialised(layer, X.shape)) == {"frozen"}
+
+
+def test_layer_norms_are_frozen_unless_trained():
+    config = LoRAConfig(targets=["query"], train=["key_ln"])
+    layer = LoRAAttention(4, normalize_qk=True, lora=config)
+    variables = initialised(layer, X.shape)
+    assert "query_ln" in variables["frozen"]
+    assert shapes(variables["params"]) == {"key_ln": {"scale": (3,)}}
+
+
+# --- One read of x
+
+
+@pytest.mark.parametrize(
+    ("inputs", "products"),
+    [((X,), ["12,9"]), ((X, MEMORY), ["12,3", "10,6"])],
+    ids=["self", "cross"],
+)
+def test_projections_of_one_input_share_one_product(inputs, products):
+    layer = LoRAAttention(4, lora=CONFIG)
+    variables = initialised(layer, *(x.shape for x in inputs))
+    jaxpr = jax.make_jaxpr(layer.apply)(variables, *inputs)
+    text = str(jaxpr)
+    down = [line for line in text.splitlines() if "concatenate" in line]
+    got = [line.split("f32[")[1].split("]")[0] for line in down]
+    wide = [p for p in products if p not in ("12,3",)]
+    assert got == wide  # one factor alone needs no concatenation
+
+
+def test_adapter_dropout_is_of_the_adapters_alone():
+    config = LoRAConfig(rank=3, alpha=7.0, dropout_rate=0.5)
+    layer = LoRAAttention(4, lora=config)
+    variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
+    apply = jax.jit(layer.apply, static_argnames="deterministic")
+    base = nn.MultiHeadDotProductAttention(4).apply({"params": variables["frozen"]}, X)
+    off = apply(variables, X, deterministic=True)
+    assert_close(off, LoRAAttention(4, lora=CONFIG).apply(variables, X))
+    one, other = ({"dropout": key(i)} for i in (0, 1))
+    on = apply(variables, X, deterministic=False, rngs=one)
+    assert np.array_equal(on, apply(variables, X, deterministic=False, rngs=one))
+    assert not np.allclose(on, off)
+    assert not np.allclose(on, apply(variables, X, deterministic=False, rngs=other))
+    all_dropped = layer.clone(lora=LoRAConfig(rank=3, alpha=7.0, dropout_rate=1.0))
+    got = all_dropped.apply(variables, X, deterministic=False, rngs=one)
+    np.testing.assert_allclose(got, base, rtol=0, atol=1e-6)
+
+
+# --- Gradients and transformations
+
+
+def test_gradients_are_those_of_the_merged_attention():
+    layer = LoRAAttention(6, num_kv_heads=2, is_causal=True, lora=CONFIG)
+    plain = LoRAAttention(
+        6, num_kv_heads=2, is_causal=True, lora=LoRAConfig(targets=["none"])
+    )
+    variables = variables_of(layer, X)
+
+    def ours(lora):
+        return jnp.sum(layer.apply({**variables, "lora": lora}, X) ** 2)
+
+    def through_merge(lora):
+        params = merged({**variables, "lora": lora})
+        return jnp.sum(plain.apply({"frozen": params}, X) ** 2)
+
+    got = jax.jit(jax.grad(ours))(variables["lora"])
+    jax.tree.map(assert_close, got, jax.jit(jax.grad(through_merge))(variables["lora"]))
+    fresh = {**variables, "lora": initialised(layer, X.shape)["lora"]}
+    first = jax.jit(jax.grad(ours))(fresh["lora"])
+    assert all(not first[name]["lora_a"].any() for name in PROJECTIONS)
+    assert all(first[name]["lora_b"].all() for name in PROJECTIONS)
+
+
+class Block(nn.Module):
+    remat: bool = False
+    config: LoRAConfig = CONFIG
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        attention = nn.remat(LoRAAttention) if self.remat else LoRAAttention
+        layer = attention(3, deterministic=deterministic, lora=self.config, name="attn")
+        return x + layer(x), None
+
+
+def stack(remat: bool, config: LoRAConfig = CONFIG):
+    """Three layers of three heads with rank 3: nothing may be told by its size."""
+    scanned = nn.scan(
+        Block,
+        variable_axes={"frozen": 0, "lora": 0, "params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=3,
+    )
+    return scanned(remat, config)
+
+
+def test_scan_stacks_layers_and_remat_changes_nothing():
+    variables = jax.jit(stack(remat=True).init, static_argnums=2)(key(0), X, None)
+    adapters = variables["lora"]["attn"]
+    assert shapes(adapters["query"]) == {"lora_a": (3, 12, 3), "lora_b": (3, 3, 3, 4)}
+    assert shapes(adapters["out"]) == {"lora_a": (3, 3, 4, 3), "lora_b": (3, 3, 12)}
+    for name in PROJECTIONS:
+        a = np.asarray(adapters[name]["lora_a"]).reshape(3, -1)
+        assert len(np.unique(a)) == a.size  # every layer draws its own
+        np.testing.assert_allclose(a.std(1) * 12**0.5, 3**-0.5, rtol=0.25)
+    variables = tuned(variables)
+
+    def loss(lora, remat):
+        y, _ = stack(remat).apply({**variables, "lora": lora}, X, None)
+        return jnp.sum(y**2), y
+
+    gradients = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    got, y = gradients(variables["lora"], True)
+    wanted, same = gradients(variables["lora"], False)
+    assert_close(y, same)
+    jax.tree.map(assert_close, got, wanted)
+    one = jax.jit(LoRAAttention(3, lora=CONFIG).apply)
+    loop = X
+    for i in range(3):
+        layer = {name: slice_of(tree["attn"], i) for name, tree in variables.items()}
+        loop = loop + one(layer, loop)
+    assert_close(y, loop)
+
+
+def slice_of(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def test_dropout_under_remat_and_scan():
+    config = LoRAConfig(rank=3, alpha=7.0, dropout_rate=0.5)
+    variables = tuned(
+        jax.jit(stack(False, config).init, static_argnums=2)(key(0), X, True)
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(lora, remat):
+        def loss(lora):
+            y, _ = stack(remat, config).apply(
+                {**variables, "lora": lora}, X, False, rngs={"dropout": key(5)}
+            )
+            return jnp.sum(y**2)
+
+        return jax.value_and_grad(loss)(lora)
+
+    jax.tree.map(
+        assert_close,
+        gradients(variables["lora"], True),
+        gradients(variables["lora"], False),
+    )
+
+
+def test_vmap_is_a_loop_and_one_shape_compiles_once():
+    layer = LoRAAttention(6, num_kv_heads=2, lora=CONFIG)
+    adapters = [variables_of(layer, X)["lora"]]
+    adapters.append(jax.tree.map(lambda w: 2 * w, adapters[0]))
+    frozen = initialised(layer, X.shape)["frozen"]
+
+    @jax.jit
+    def apply(lora, x):
+        return layer.apply({"frozen": frozen, "lora": lora}, x)
+
+    loop = jnp.stack([apply(lora, X) for lora in adapters])
+    assert apply._cache_size() == 1
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    assert_close(jax.vmap(apply, (0, None))(stacked, X), loop)
+
+
+def test_vmapped_attention_has_adapters_of_its_own():
+    vmapped = nn.vmap(
+        LoRAAttention,
+        variable_axes={"frozen": 0, "lora": 0},
+        split_rngs={"params": True},
+        axis_size=2,
+    )(3, lora=CONFIG)
+    variables = jax.jit(vmapped.init)(key(0), X)
+    a = variables["lora"]["query"]["lora_a"]
+    assert a.shape == (2, 12, 3)
+    assert not np.allclose(a[0], a[1])
+
+
+# --- Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "message"),
+    [
+        (
+            {"num_heads": 5},
+            (X,),
+            "qkv_features must be a multiple of num_heads = 5; got 12",
+        ),
+        (
+            {"num_heads": 4, "num_kv_heads": 3},
+            (X,),
+            "num_heads must be a multiple of num_kv_heads = 3; got 4",
+        ),
+        ({"num_heads": 0}, (X,), "num_heads must be at least 1; got 0"),
+        ({"dropout_rate": 1.5}, (X,), "dropout_rate must be in [0, 1); got 1.5"),
+        ({}, (X, None, X), "inputs_k must be given where inputs_v is"),
+        ({}, (X, MEMORY, X), "key, value must be [*b, s, k, h]"),
+        ({}, (X, normal((3, 7, 10))), "with *b = [2]"),
+        ({"is_causal": True}, (X, MEMORY), "is_causal needs as many queries as keys"),
+        ({"dropout_rate": 0.5}, (X,), "deterministic"),
+        (
+            {"dropout_rate": 0.5, "deterministic": False},
+            (X,),
+            "rngs must have 'dropout' for dropout_rate=0.5; got none",
+        ),
+        (
+            {"lora": LoRAConfig(rank=2, dropout_rate=0.5), "deterministic": False},
+            (X,),
+            "rngs must have 'dropout' for lora.dropout_rate=0.5; got none",
+        ),
+        ({"implementation": "flash"}, (X,), "'xla', 'cudnn' or None; got 'flash'"),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else str(value)[:30],
+)
+def test_bad_input_is_named(options, inputs, message, unchecked):
+    layer = LoRAAttention(**{"num_heads": 4, "lora": LoRAConfig(rank=2), **options})
+    good = LoRAAttention(4, lora=LoRAConfig(rank=2))
+    fitting = [jnp.ones((2, 7, x.shape[-1])) for x in inputs[1:] if x is not None]
+    variables = jax.eval_shape(good.init, key(0), X, *fitting)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked below
+        jax.eval_shape(layer.apply, variables, *inputs)
+    assert message in str(error.value)
+
+
+def test_integers_are_refused():
+    layer = LoRAAttention(4)
+    with pytest.raises(
+        TypeError, match=r"inputs_q, .* must be floating-point; .* int32"
+    ):
+        layer.init(key(0), jnp.ones((2, 5, 12), jnp.int32))
