@@ -28,6 +28,10 @@ from lora_jax.tree.targets import LINEAR_KINDS as LINEAR_KINDS
 CALL = "__call__"
 
 
+class AlreadyAdaptedError(ValueError):
+    """A model that has LoRA layers of its own."""
+
+
 class Layer(NamedTuple):
     """What LoRA has to know about a type of layer.
 
@@ -125,13 +129,24 @@ def layer_of_call(context: nn.module.InterceptorContext) -> Layer | None:
 
     Returns:
       The description, if ``context`` is a call of a registered class's method.
+
+    Raises:
+      AlreadyAdaptedError: if the layer is a twin, which adds its own update.
     """
     cls = _registered(context.module)
     name = context.method_name
     if cls is None or name not in _LAYERS[cls].methods:
         return None
     called = getattr(context.orig_method, "func", None)  # a partial of the method
-    return _LAYERS[cls] if called is inspect.unwrap(getattr(cls, name)) else None
+    if called is not inspect.unwrap(getattr(cls, name)):
+        return None
+    if isinstance(getattr(context.module, "lora", None), LoRAConfig):
+        path = "/".join(context.module.path)
+        raise AlreadyAdaptedError(
+            f"the model has LoRA layers of its own, {path!r} for one; use it as it is, "
+            "without `adapt`."
+        )
+    return _LAYERS[cls]
 
 
 def call_inputs(

@@ -27,7 +27,7 @@ from flax.core import freeze
 from flax.core.scope import Scope
 
 from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.nn.layers import Layer, call_inputs, layer_of_call
+from lora_jax.nn.layers import AlreadyAdaptedError, Layer, call_inputs, layer_of_call
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import LINEAR_KINDS, Site, Unknown, child
@@ -44,10 +44,6 @@ DETERMINISTIC_FLAGS = {
     "training": False,
     "is_training": False,
 }
-
-
-class AlreadyAdaptedError(ValueError):
-    """A model that has LoRA layers of its own."""
 
 
 class Example(NamedTuple):

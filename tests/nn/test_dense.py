@@ -1,0 +1,456 @@
+"""The twins of Linen's layers: what they hold, what they share with Linen, options."""
+
+import subprocess
+import sys
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import (
+    LoRAConfig,
+    LoRAConv,
+    LoRADense,
+    LoRADenseGeneral,
+    LoRAEinsum,
+    LoRAEmbed,
+    adapt,
+    find_targets,
+)
+from tests.nn.tools import equal, key, normal, shapes, tuned
+from tests.reference import assert_close
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ALL = LoRAConfig(rank=3, alpha=7.0, targets=".*")
+NONE = LoRAConfig(rank=3, targets=["elsewhere"])
+IDS = jnp.asarray([[1, 4, 0], [2, 2, 6]])
+X = normal((3, 4, 8))
+
+TWINS = {
+    "dense": (LoRADense, nn.Dense, (6,), {}, X),
+    "heads": (LoRADenseGeneral, nn.DenseGeneral, ((3, 2),), {}, X),
+    "two_axes": (LoRADenseGeneral, nn.DenseGeneral, (5,), {"axis": (-2, -1)}, X),
+    "batch_dims": (LoRADenseGeneral, nn.DenseGeneral, (5,), {"batch_dims": 0}, X),
+    "experts": (LoRAEinsum, nn.Einsum, ((3, 8, 5), "ebi,eio->ebo"), {}, X),
+    "conv": (LoRAConv, nn.Conv, (6, (3,)), {"strides": 2, "padding": "CAUSAL"}, X),
+    "circular": (
+        *(LoRAConv, nn.Conv, (6, (2,))),
+        {"padding": "CIRCULAR", "kernel_dilation": 2, "feature_group_count": 2},
+        X,
+    ),
+    "embed": (LoRAEmbed, nn.Embed, (7, 5), {}, IDS),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_loads_linens_parameters_and_is_bit_equal(name):
+    twin, linen, args, options, x = TWINS[name]
+    plain = linen(*args, **options)
+    layer = twin(*args, **options, lora=ALL)
+    variables = jax.jit(layer.init)(key(0), x)
+    params = jax.jit(plain.init)(key(0), x)["params"]
+    assert equal(variables["frozen"], params)
+    assert set(variables) == {"frozen", "lora"}
+    params = tuned(params)
+
+    @jax.jit
+    def both(params):
+        mine = {"frozen": params, "lora": variables["lora"]}
+        return plain.apply({"params": params}, x), layer.apply(mine, x)
+
+    assert equal(*both(params))
+    untargeted = twin(*args, **options, lora=NONE)
+    assert set(jax.eval_shape(untargeted.init, key(0), x)) == {"frozen"}
+    assert equal(jax.jit(untargeted.apply)({"frozen": params}, x), both(params)[0])
+
+
+class Model(nn.Module):
+    """A small model of every twin, driven by one config."""
+
+    lora: LoRAConfig
+
+    @nn.compact
+    def __call__(self, ids, deterministic=True):
+        embed = LoRAEmbed(7, 8, lora=self.lora, name="embed")
+        x = embed(ids)
+        x = x + LoRAConv(8, (3,), lora=self.lora, name="conv")(x, deterministic)
+        for i in range(2):
+            x = Mlp(self.lora, name=f"layer_{i}")(x, deterministic)
+        return embed.attend(x, deterministic)
+
+
+class Mlp(nn.Module):
+    lora: LoRAConfig
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        h = LoRADense(12, lora=self.lora, name="up")(x, deterministic)
+        return x + LoRADense(8, lora=self.lora, name="down")(nn.relu(h), deterministic)
+
+
+def variables_of(config):
+    return jax.eval_shape(Model(config).init, key(0), IDS)
+
+
+def leaves_of(tree):
+    return {
+        "/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(tree)
+    }
+
+
+def test_all_linear_leaves_out_embeddings_and_convolutions():
+    variables = variables_of(LoRAConfig(rank=2))
+    assert shapes(variables["lora"]) == {
+        f"layer_{i}": {
+            "up": {"lora_a": (8, 2), "lora_b": (2, 12)},
+            "down": {"lora_a": (12, 2), "lora_b": (2, 8)},
+        }
+        for i in range(2)
+    }
+    assert set(variables["frozen"]) == {"embed", "conv", "layer_0", "layer_1"}
+
+
+def test_one_config_with_patterns_drives_a_whole_model():
+    config = LoRAConfig(
+        rank=2,
+        targets=["embed", "conv", "up", "down"],
+        exclude=["layer_1/down"],
+        rank_pattern={"layer_0/.*": 3, "embed": 1},
+    )
+    assert shapes(variables_of(config)["lora"]) == {
+        "embed": {"lora_a": (7, 1), "lora_b": (1, 8)},
+        "conv": {"lora_a": (3, 8, 2), "lora_b": (2, 8)},
+        "layer_0": {
+            "up": {"lora_a": (8, 3), "lora_b": (3, 12)},
+            "down": {"lora_a": (12, 3), "lora_b": (3, 8)},
+        },
+        "layer_1": {"up": {"lora_a": (8, 2), "lora_b": (2, 12)}},
+    }
+    second = LoRAConfig(rank=2, layers=[1])
+    assert set(variables_of(second)["lora"]) == {"layer_1"}
+
+
+def test_alpha_pattern_and_rslora_set_the_scaling_of_a_layer():
+    x, layer = normal((2, 8)), LoRADense(4, lora=ALL)
+    variables = tuned(jax.jit(layer.init)(key(0), x))
+    base = layer.clone(lora=NONE).apply({"frozen": variables["frozen"]}, x)
+
+    def change(**options):
+        config = LoRAConfig(rank=3, targets=".*", **options)
+        return layer.clone(lora=config).apply(variables, x) - base
+
+    once = change(alpha=3.0)  # scaling 1
+    assert_close(change(alpha=3.0, alpha_pattern={".*": 6.0}), 2 * once, rtol=1e-4)
+    assert_close(change(alpha=3.0, rslora=True), 3**0.5 * once, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (
+            {"train": ["layer_1"]},
+            {f"layer_1/{n}/{w}" for n in ("up", "down") for w in ("kernel", "bias")},
+        ),
+        ({"train": ["conv/bias"]}, {"conv/bias"}),
+        (
+            {"targets": ["up"], "bias": "lora_only"},
+            {"layer_0/up/bias", "layer_1/up/bias"},
+        ),
+        (
+            {"targets": ["up"], "bias": "all"},
+            {"conv/bias"}
+            | {f"layer_{i}/{n}/bias" for i in (0, 1) for n in ("up", "down")},
+        ),
+    ],
+    ids=["module", "leaf", "lora_only", "all"],
+)
+def test_base_weights_trained_in_full_live_in_params(options, trained):
+    variables = variables_of(LoRAConfig(rank=2, **options))
+    assert leaves_of(variables["params"]) == trained
+    assert not leaves_of(variables["frozen"]) & trained
+    assert not any(path in trained for path in leaves_of(variables["lora"]))
+
+
+def test_adding_a_target_changes_no_other_adapter():
+    """Law 15, for modules: each draws from the stream of its own path."""
+    few, more = (
+        jax.jit(Model(LoRAConfig(rank=2, targets=t)).init)(key(0), IDS)
+        for t in (["up"], ["embed", "up", "down"])
+    )
+    assert equal(few["frozen"], more["frozen"])
+    for layer in ("layer_0", "layer_1"):
+        assert equal(few["lora"][layer]["up"], more["lora"][layer]["up"])
+    first, second = (more["lora"][layer]["up"] for layer in ("layer_0", "layer_1"))
+    assert not np.allclose(first["lora_a"], second["lora_a"])
+
+
+# --- Dropout
+
+
+DROPPING = LoRAConfig(rank=3, alpha=7.0, targets=".*", dropout_rate=0.5)
+
+
+def test_the_deterministic_switch():
+    x = normal((2, 8))
+    layer = LoRADense(4, lora=DROPPING)
+    variables = tuned(jax.jit(layer.clone(deterministic=True).init)(key(0), x))
+    plain = LoRADense(4, lora=ALL).apply(variables, x)
+    off = layer.clone(deterministic=True)
+    assert np.array_equal(layer.apply(variables, x, True), plain)  # no key needed
+    assert np.array_equal(off.apply(variables, x), plain)
+    on = layer.apply(variables, x, deterministic=False, rngs={"dropout": key(1)})
+    assert not np.allclose(on, plain)
+    with pytest.raises(
+        ValueError, match=r"rngs must have 'dropout' for dropout_rate=0.5"
+    ):
+        layer.apply(variables, x, deterministic=False)
+    with pytest.raises(ValueError, match="deterministic"):
+        layer.apply(variables, x)
+    with pytest.raises(ValueError, match="deterministic"):
+        off.apply(variables, x, deterministic=False)
+    untargeted = layer.clone(lora=LoRAConfig(targets=["no"], dropout_rate=0.5))
+    untargeted.apply({"frozen": variables["frozen"]}, x)  # nothing to drop
+
+
+def test_masks_differ_between_tokens_and_layers():
+    x = jnp.ones((1, 6, 8))
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            first, second = (
+                LoRADense(8, deterministic=False, lora=DROPPING, name=name)
+                for name in ("first", "second")
+            )
+            return first(x), second(x)
+
+    one = {
+        "frozen": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)},
+        "lora": {"lora_a": normal((8, 3)), "lora_b": normal((3, 8), seed=1)},
+    }
+    variables = {c: {"first": one[c], "second": one[c]} for c in one}
+    first, second = Twice().apply(variables, x, rngs={"dropout": key(1)})
+    assert len(np.unique(np.asarray(first)[0], axis=0)) == 6
+    assert not np.allclose(first, second)
+
+
+# --- Transformations
+
+
+def stack(remat, config=ALL):
+    """Three layers (as many as ranks), each with an expert axis of three."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic):
+            einsum = nn.remat(LoRAEinsum) if remat else LoRAEinsum
+            y = einsum(
+                *((3, 8, 8), "ebi,eio->ebo"),
+                deterministic=deterministic,
+                lora=config,
+                name="experts",
+            )(x)
+            return x + jnp.tanh(y), None
+
+    return nn.scan(
+        Layer,
+        variable_axes={"frozen": 0, "lora": 0, "params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=3,
+    )()
+
+
+def test_scan_and_remat_with_as_many_layers_as_ranks_and_experts():
+    variables = jax.jit(stack(True, DROPPING).init, static_argnums=2)(key(0), X, True)
+    adapter = variables["lora"]["experts"]
+    assert shapes(adapter) == {"lora_a": (3, 3, 8, 3), "lora_b": (3, 3, 3, 8)}
+    a = np.asarray(adapter["lora_a"]).reshape(9, -1)
+    assert len(np.unique(a)) == a.size  # each layer and expert draws its own
+    assert np.abs(a).max() <= 8**-0.5
+    np.testing.assert_allclose(a.std(1) * 8**0.5, 3**-0.5, rtol=0.35)
+    variables = tuned(variables)
+
+    def gradients(remat):
+        def loss(lora):
+            model = stack(remat, DROPPING)
+            y, _ = model.apply(
+                {**variables, "lora": lora}, X, False, rngs={"dropout": key(1)}
+            )
+            return jnp.sum(y**2)
+
+        return jax.jit(jax.value_and_grad(loss))(variables["lora"])
+
+    jax.tree.map(assert_close, gradients(True), gradients(False))
+
+
+def test_scanned_layers_are_the_loop_over_them():
+    variables = tuned(jax.jit(stack(False).init, static_argnums=2)(key(0), X, True))
+    got, _ = jax.jit(stack(False).apply, static_argnums=2)(variables, X, True)
+    layer = LoRAEinsum((3, 8, 8), "ebi,eio->ebo", lora=ALL)
+    apply = jax.jit(layer.apply)
+    x = X
+    for i in range(3):
+        one = {c: slice_of(tree["experts"], i) for c, tree in variables.items()}
+        x = x + jnp.tanh(apply(one, x))
+    assert_close(got, x)
+    assert apply._cache_size() == 1
+
+
+def slice_of(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def test_vmapped_layers_have_adapters_of_their_own():
+    vmapped = nn.vmap(
+        LoRADense,
+        variable_axes={"frozen": 0, "lora": 0},
+        split_rngs={"params": True},
+        axis_size=3,
+    )(6, lora=ALL)
+    x = normal((3, 2, 8))
+    variables = tuned(jax.jit(vmapped.init)(key(0), x))
+    assert shapes(variables["lora"]) == {"lora_a": (3, 8, 3), "lora_b": (3, 3, 6)}
+    apply = jax.jit(LoRADense(6, lora=ALL).apply)
+    loop = [apply(slice_of(variables, i), x[i]) for i in range(3)]
+    assert_close(jax.jit(vmapped.apply)(variables, x), jnp.stack(loop))
+
+
+def test_bfloat16_bases_keep_float32_adapters():
+    layer = LoRADense(6, param_dtype=jnp.bfloat16, lora=ALL)
+    x = X.astype(jnp.bfloat16)
+    variables = jax.jit(layer.init)(key(0), x)
+    dtypes = jax.tree.map(lambda leaf: str(leaf.dtype), variables)
+    assert dtypes == {
+        "frozen": {"kernel": "bfloat16", "bias": "bfloat16"},
+        "lora": {"lora_a": "float32", "lora_b": "float32"},
+    }
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    assert layer.apply(variables, X).dtype == jnp.float32  # as nn.Dense promotes
+
+
+def test_partitioning_metadata_passes_through():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    layer = LoRADense(6, kernel_init=boxed, lora=ALL)
+    variables = jax.jit(layer.init)(key(0), X)
+    assert variables["frozen"]["kernel"].names == (None, "model")
+    plain = nn.meta.unbox(variables)
+    assert np.array_equal(layer.apply(variables, X), layer.apply(plain, X))
+
+
+SHARDED = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from lora_jax import LoRAAttention, LoRAConfig, LoRADense
+    import flax.linen as nn
+
+    class Model(nn.Module):
+        lora = LoRAConfig(rank=2, alpha=3.0)
+
+        @nn.compact
+        def __call__(self, x):
+            y = x + LoRAAttention(4, is_causal=True, lora=self.lora, name="attn")(x)
+            return LoRADense(16, lora=self.lora, name="up")(y)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 16)), jnp.float32)
+    variables = jax.jit(Model().init)(jax.random.key(0), x)
+    variables["lora"] = jax.tree.map(lambda w: w + 0.1, variables["lora"])
+    wanted = np.asarray(jax.jit(Model().apply)(variables, x))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
+
+    def put(tree, rule):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: jax.device_put(w, NamedSharding(mesh, rule(path, w))), tree
+        )
+
+    def tensor_parallel(path, w):
+        out = [k.key for k in path][-2:] == ["up", "kernel"]
+        heads = path[-1].key in ("kernel", "lora_b") and w.ndim == 3
+        return P(None, "model") if out or heads else P()
+
+    assert jax.device_count() == 8
+    for rule in (lambda path, w: P(), tensor_parallel):
+        y = jax.jit(Model().apply)(put(variables, rule), put(x, lambda *_: P("data")))
+        assert len(y.sharding.device_set) == 8
+        np.testing.assert_allclose(np.asarray(y), wanted, rtol=0, atol=1e-5)
+    print("equal")
+"""
+
+
+def test_eight_devices_compute_what_one_does():
+    """Law 19: replicated and tensor-parallel weights, the batch over four devices."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED)],
+        env={
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "PATH": "/usr/bin:/bin",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.stdout == "equal\n", run.stderr
+
+
+# --- Bad input
+
+
+def test_variables_that_do_not_fit_are_named():
+    layer = LoRADense(6, lora=ALL)
+    variables = layer.init(key(0), X)
+    frozen, lora = variables["frozen"], variables["lora"]
+
+    def apply(layer=layer, **variables):
+        return jax.eval_shape(layer.apply, variables, X)
+
+    with pytest.raises(ValueError, match=r"\['frozen'\] must have 'kernel'; got none"):
+        apply(params=frozen, lora=lora)
+    with pytest.raises(ValueError, match=r"\['lora'\] must have 'lora_a'; got none"):
+        apply(frozen=frozen)
+    with pytest.raises(ValueError, match=r"\['lora'\] has 'lora_a', but .* not target"):
+        apply(layer.clone(lora=NONE), frozen=frozen, lora=lora)
+    with pytest.raises(ValueError, match=r"kernel must be \(8, 6\); got \(8, 5\)"):
+        apply(frozen={**frozen, "kernel": frozen["kernel"][:, 1:]}, lora=lora)
+    narrow = {"lora_a": lora["lora_a"][:, 1:], "lora_b": lora["lora_b"][1:]}
+    wanted = r"be \(8, 3\), \(3, 6\) for rank 3 .* got \(8, 2\), \(2, 6\)"
+    with pytest.raises(ValueError, match=wanted):
+        apply(frozen=frozen, lora=narrow)
+
+
+def test_paths_in_errors_are_of_the_whole_model():
+    variables = Model(LoRAConfig(rank=2)).init(key(0), IDS)
+    del variables["lora"]["layer_1"]["down"]
+    with pytest.raises(ValueError, match=r"\['lora'\] must have 'layer_1/down/lora_a'"):
+        Model(LoRAConfig(rank=2)).apply(variables, IDS)
+
+
+def test_integer_inputs_of_an_adapter_are_refused(unchecked):
+    layer = LoRADense(6, lora=ALL)
+    with pytest.raises(TypeError, match=r"x must be floating-point; got x int32"):
+        jax.eval_shape(layer.init, key(0), jnp.ones((2, 8), jnp.int32))
+
+
+def test_a_rank_above_the_smaller_side_is_a_warning():
+    layer = LoRADense(2, lora=ALL)
+    with pytest.warns(UserWarning, match=r"rank 3 exceeds .* \(8 inputs, 2 outputs\)"):
+        jax.eval_shape(layer.init, key(0), X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: adapt(model, ALL, IDS).init(key(0), IDS),
+        lambda model: find_targets(model, None, ALL, IDS),
+    ],
+    ids=["init", "find_targets"],
+)
+def test_adapting_a_model_that_has_lora_layers_is_an_error(call):
+    with pytest.raises(ValueError, match="LoRA layers of its own, 'embed' for one"):
+        call(Model(LoRAConfig(rank=2)))
