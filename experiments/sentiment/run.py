@@ -47,9 +47,9 @@ RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4)}
 MAIN = {"method": "lora", "rank": 8, "targets": "all-linear"}
 FULL = {"method": "full", "rank": None, "targets": None}
 SWEEP = (
-    {"method": "lora", "rank": 1, "targets": "all-linear"},
-    {"method": "lora", "rank": 32, "targets": "all-linear"},
+    {"method": "lora", "rank": 16, "targets": "all-linear"},
     {"method": "lora", "rank": 8, "targets": ["query", "value"]},
+    {"method": "lora", "rank": 1, "targets": "all-linear"},
     {"method": "lora", "rank": 8, "targets": ["up", "down"]},
 )
 HERE = Path(__file__).parent

@@ -96,7 +96,10 @@ def read_splits(data: DataSettings) -> dict[str, Rows]:
 
 def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
     """Returns the classes of the training split; the other splits must know no more."""
-    labels = label_vocabulary([row["label"] for row in splits["train"]])
+    try:
+        labels = label_vocabulary([row["label"] for row in splits["train"]])
+    except TypeError as error:  # a fault of the file, not of a caller
+        raise UserError(str(error)) from error
     for name, rows in splits.items():
         encode_labels([row["label"] for row in rows], labels, source=name)
     return labels

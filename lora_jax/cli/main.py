@@ -155,7 +155,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands = {
         name: choices.add_parser(
-            name, help=text, description=text[0].upper() + text[1:]
+            name,
+            help=text,
+            description=text[0].upper() + text[1:],
+            allow_abbrev=False,
         )
         for name, text in COMMANDS.items()
     }

@@ -101,7 +101,7 @@ def load(model: str | None, adapter: str | None) -> Pretrained:
         num_labels=None if head is None else head["kernel"].shape[-1],
         pooling=found.extra.get("pooling"),
     )
-    adapted: Adapted = adapt(loaded.module, found.config)
+    adapted: Adapted = adapt(loaded.module, found.config, deterministic=True)
     fresh = adapted.attach(loaded.params, jax.random.key(0))
     expected: Mapping[str, Any] = {name: fresh.get(name, {}) for name in TRAINABLE}
     found = load_adapter(

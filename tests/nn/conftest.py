@@ -6,7 +6,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compilation() -> Iterator[None]:
     """Leaves XLA's costly optimisations out: much compiled here, little run."""
     jax.config.update("jax_disable_most_optimizations", True)

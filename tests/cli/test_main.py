@@ -1,0 +1,73 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from lora_jax.cli import main as cli
+
+
+def test_help_imports_none_of_the_optional_packages():
+    heavy = ["pydantic", "orbax", "safetensors", "tokenizers", "matplotlib"]
+    code = (
+        "import sys; from lora_jax.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tran", "x"], "invalid choice: 'tran'"),
+        (["train"], "config"),
+        (["train", "c.yaml", "--resum"], "unknown argument '--resum'"),
+        (["train", "c.yaml", "--resume", "--overwrite"], "not allowed with"),
+        (["merge", "--adapter", "a"], "--out"),
+        (["encode", "--data", "a", "--out", "b", "--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_why(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options():
+    args = cli.parse(["train", "c.yaml", "a.b=1", "--resume", "c.d=2"])
+    assert args.overrides == ["a.b=1", "c.d=2"]
+    assert args.resume
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("rank must be"), 2, "lora-jax inspect: rank must be"),
+        (FileNotFoundError("no file x"), 2, "no file x"),
+        (OSError(errno.ENOSPC, "No space", "/x/y"), 1, "the disk is full (/x/y)"),
+        (ModuleNotFoundError("No", name="yaml"), 1, 'install "lora_jax[train]"'),
+        (KeyError("a"), 1, "This is a fault of lora_jax"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_a_message_and_an_exit_code(
+    error, code, message, monkeypatch, capsys
+):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["inspect", "x"]) == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["inspect", "/nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

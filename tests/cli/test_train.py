@@ -1,0 +1,213 @@
+"""What happens to a run: interrupted, resumed, damaged, refused, out of disk."""
+
+import errno
+import json
+import shutil
+import signal
+
+import pytest
+
+from lora_jax.cli import train
+from lora_jax.cli.main import main
+from lora_jax.train.data import Batches
+
+
+def same_adapter(a, b):
+    name = "adapter/adapter.safetensors"
+    return (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def same_numbers(a, b):
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    return all(
+        summaries[0][key] == summaries[1][key]
+        for key in ("test", "validation", "baseline", "steps", "skipped")
+    )
+
+
+@pytest.fixture
+def stopped(config, tmp_path, monkeypatch, call):
+    """A run that a Ctrl-C ended in its second epoch, and what was printed."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        batch_at = Batches.batch_at
+
+        def interrupting(self, number):
+            if self.shuffle and number == 14:
+                signal.raise_signal(signal.SIGINT)
+            return batch_at(self, number)
+
+        patch.setattr(Batches, "batch_at", interrupting)
+        code, out, err = call("train", config, f"output.dir={folder}")
+    assert code == 130
+    return folder, out + err
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(stopped, config):
+    folder, shown = stopped
+    assert "The checkpoint of step 15 is saved. Go on with" in shown
+    assert f"lora-jax train {config} output.dir={folder} --resume" in shown
+    assert "Traceback" not in shown
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
+    stopped, config, run_dir, call
+):
+    folder, _ = stopped
+    code, out, _ = call("train", config, f"output.dir={folder}", "--resume")
+    assert code == 0
+    assert "Resuming at step 15 of 24" in out
+    assert same_adapter(folder, run_dir)
+    assert same_numbers(folder, run_dir)
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [x["step"] for x in lines if x["split"] == "validation"] == [6, 12, 18, 24]
+    assert sum(x["split"] == "baseline" for x in lines) == 1
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    stopped, config, run_dir, call
+):
+    folder, _ = stopped
+    for file in (folder / "checkpoints" / "15").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(b"\0" * file.stat().st_size)
+    code, out, err = call("train", config, f"output.dir={folder}", "--resume")
+    assert code == 0, err
+    assert "The checkpoint of step 15" in out
+    assert "damaged" in out
+    assert "Resuming at step 12 of 24" in out
+    assert same_adapter(folder, run_dir)
+    assert same_numbers(folder, run_dir)
+
+
+def test_resuming_a_finished_run_tests_it_again(run_dir, config, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    code, out, _ = call("train", config, f"output.dir={folder}", "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 24
+    assert same_numbers(folder, run_dir)
+
+
+def test_a_run_that_exists_is_not_touched(run_dir, config, call):
+    before = (run_dir / "summary.json").read_bytes()
+    code, _, shown = call("train", config)
+    assert code == 2
+    assert "holds a run already (finished). Add --resume" in shown
+    assert (run_dir / "summary.json").read_bytes() == before
+
+
+def test_resume_with_other_settings_names_them(run_dir, config, call):
+    code, _, shown = call("train", config, "--resume", "lora.rank=3", "train.seed=1")
+    assert code == 2
+    assert "lora.rank: 2 -> 3" in shown
+    assert "train.seed: 0 -> 1" in shown
+
+
+def test_resume_without_a_run_says_so(config, tmp_path, call):
+    code, _, shown = call("train", config, "--resume", f"output.dir={tmp_path}/no")
+    assert code == 2
+    assert "nothing to resume" in shown
+
+
+def test_overwrite_deletes_runs_only(run_dir, config, tmp_path, call):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}")
+    assert code == 2
+    assert "is no run folder" in shown
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}/run")
+    assert code == 2
+    assert "holds more than a run (notes.txt)" in shown
+
+
+def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_start(
+    run_dir, config, tmp_path, call
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    words = [f"output.dir={folder}", "--overwrite", f"data.train={tmp_path}/no.jsonl"]
+    code, _, shown = call("train", config, *words)
+    assert code == 2
+    assert "no.jsonl must exist" in shown
+    assert (folder / "summary.json").exists()
+    code, _, _ = call("train", config, *words[:2], "train.max_steps=2")
+    assert code == 0
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a", "label": "bad"}\n{"text": "b"\n', "train.jsonl:2: not JSON"),
+        ('{"text": "a"}\n', "train.jsonl:1: has no 'label'"),
+        ('{"text": "a", "label": "bad"}\n', "at least 2 classes; got 1: ['bad']"),
+        ('{"text": "a", "label": 0}\n{"text": "b", "label": "x"}\n', "int, str"),
+        ("", "must hold at least 1 example"),
+        (
+            '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
+            "labels of validation must be among the 2 classes ['x', 'y']",
+        ),
+    ],
+)
+def test_malformed_data_is_refused_before_anything_starts(
+    content, message, config, tmp_path, call
+):
+    file = tmp_path / "train.jsonl"
+    file.write_text(content)
+    code, _, shown = call(
+        "train", config, f"data.train={file}", f"output.dir={tmp_path}/run"
+    )
+    assert code == 2
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.targets=[qurey]", "attention/query"),
+        ("lora.train=[]", "lora.train must name the head"),
+        ("model.path=/nowhere/model", "/nowhere/model"),
+        ("lora.rank=0", "rank must be at least 1; got 0"),
+        ("lora.rnak=1", "Did you mean 'rank'?"),
+    ],
+)
+def test_bad_settings_are_refused(override, message, config, tmp_path, call):
+    code, _, shown = call("train", config, override, f"output.dir={tmp_path}/run")
+    assert code == 2
+    assert message in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(
+    config, tmp_path, monkeypatch, call
+):
+    folder, save = tmp_path / "run", train.save_adapter
+
+    def full(directory, trainable, *args, extra, **kwargs):
+        if extra["step"] > 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+        return save(directory, trainable, *args, extra=extra, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", full)
+        code, _, shown = call("train", config, f"output.dir={folder}")
+    assert code == 1
+    assert "No space left on device" in shown
+    assert "The checkpoint of step 6 is saved. Go on with" in shown
+    assert (folder / "adapter" / "adapter.safetensors").exists()
+    assert main(["train", str(config), f"output.dir={folder}", "--resume"]) == 0
+
+
+def test_too_little_space_is_said_before_training(config, tmp_path, monkeypatch, call):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, _, shown = call("train", config, f"output.dir={tmp_path}/run")
+    assert code == 1
+    assert "has 1 kB free; this run needs about 4." in shown
