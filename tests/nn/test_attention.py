@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import LoRAAttention, LoRAConfig, merge_kernel
-from lora_jax.ops import Contraction
-from tests.nn.tools import equal, key, normal, shapes, tuned
+from lora_jax import LoRAAttention, LoRAConfig
+from tests.nn.tools import (
+    equal,
+    initialised,
+    key,
+    merged_attention,
+    normal,
+    shapes,
+    tuned,
+    variables_of,
+)
 from tests.reference import assert_close
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,34 +30,6 @@ CAUSAL = nn.make_causal_mask(jnp.ones((2, 5)))
 PADDING = jnp.asarray([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])[:, None, None]
 BIASES = {"bias_init": nn.initializers.normal(0.5)}
 PROJECTIONS = ("query", "key", "value", "out")
-
-
-@functools.cache
-def initialised(layer, *shapes_of_inputs):
-    inputs = [normal(shape) for shape in shapes_of_inputs]
-    return jax.jit(layer.init)(key(1), *inputs)
-
-
-def variables_of(layer, *inputs):
-    """Initial variables, with B and biases that are not zero."""
-    return tuned(initialised(layer, *(x.shape for x in inputs)))
-
-
-def merged(variables, scaling=7.0 / 3):
-    """The plain parameters of ``softmax(q kᵀ) v`` with the adapters folded in."""
-    params = dict(variables["frozen"])
-    for name, factors in variables.get("lora", {}).items():
-        heads_in = name == "out"
-        kernel = merge_kernel(
-            params[name]["kernel"],
-            *(factors["lora_a"], factors["lora_b"]),
-            scaling=scaling,
-            contraction=Contraction((), (0, 1), (2,))
-            if heads_in
-            else Contraction((), (0,), (1, 2)),
-        )
-        params[name] = {**params[name], "kernel": kernel}
-    return params
 
 
 # --- Against flax.linen.MultiHeadDotProductAttention
@@ -73,22 +53,32 @@ def merged(variables, scaling=7.0 / 3):
 def test_linen_attention_loads_as_it_is_and_agrees(inputs, options, call):
     linen = nn.MultiHeadDotProductAttention(num_heads=4, **BIASES, **options)
     ours = LoRAAttention(num_heads=4, lora=CONFIG, **BIASES, **options)
-    params = initialised(linen, *(x.shape for x in inputs))["params"]
     fresh = initialised(ours, *(x.shape for x in inputs))
-    assert equal(fresh["frozen"], params)  # also the same values for the same key
+    params = jax.eval_shape(linen.init, key(1), *inputs)["params"]
+    assert shapes(params) == shapes(fresh["frozen"])
     assert set(fresh["lora"]) == set(PROJECTIONS)
 
     apply = jax.jit(lambda v: ours.apply(v, *inputs, **call))
-    plain = jax.jit(lambda p: linen.apply({"params": p}, *inputs, **call))
-    wanted = plain(params)
-    got = apply({"frozen": params, "lora": fresh["lora"]})
+    plain = jax.jit(
+        lambda v: linen.apply({"params": merged_attention(v)}, *inputs, **call)
+    )
+    got, wanted = apply(fresh), plain(fresh)  # B = 0: the merged kernels are the base's
     assert got.dtype == wanted.dtype
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
-
     variables = tuned(fresh)
     changed = apply(variables)
-    assert_close(changed, plain(merged(variables)))
-    assert not np.allclose(changed, plain(dict(variables["frozen"])), atol=1e-2)
+    assert_close(changed, plain(variables))
+    assert not np.allclose(
+        changed, apply({**variables, "lora": fresh["lora"]}), atol=1e-2
+    )
+
+
+def test_initial_values_are_linens_for_the_same_key():
+    linen, ours = (
+        initialised(layer(num_heads=4), X.shape)
+        for layer in (nn.MultiHeadDotProductAttention, LoRAAttention)
+    )
+    assert equal(ours["frozen"], linen["params"])
 
 
 def test_a_bfloat16_base_stays_so_and_agrees():
@@ -104,8 +94,8 @@ def test_a_bfloat16_base_stays_so_and_agrees():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {
         np.dtype("float32")
     }
-    params = {"params": merged(variables)}
-    assert_close(got, jax.jit(linen.apply)(params, x), "bfloat16")
+    plain = jax.jit(lambda v: linen.apply({"params": merged_attention(v)}, x))
+    assert_close(got, plain(variables), "bfloat16")
     grads = jax.grad(lambda a: ours.apply({**variables, "lora": a}, x).sum())
     dtypes = jax.eval_shape(grads, variables["lora"])
     assert {leaf.dtype for leaf in jax.tree.leaves(dtypes)} == {np.dtype("float32")}
@@ -122,20 +112,34 @@ def test_attention_dropout_is_linens(broadcast):
     linen = nn.MultiHeadDotProductAttention(**options)
     ours = LoRAAttention(**options, lora=CONFIG)
     variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
-    params, rngs = {"params": merged(variables)}, {"dropout": key(3)}
-    wanted = linen.apply(params, X, rngs=rngs)
-    got = ours.apply(variables, X, rngs=rngs)
-    assert_close(got, wanted)
-    off = ours.clone(deterministic=None)
-    given = off.apply(variables, X, deterministic=False, dropout_rng=rngs["dropout"])
-    assert not np.allclose(given, off.apply(variables, X, deterministic=True))
+    rngs = {"dropout": key(3)}
+    plain = jax.jit(
+        lambda v: linen.apply({"params": merged_attention(v)}, X, rngs=rngs)
+    )
+    got = jax.jit(functools.partial(ours.apply, rngs=rngs))(variables, X)
+    assert_close(got, plain(variables))
+    off = jax.jit(ours.clone(deterministic=True).apply)
+    assert not np.allclose(got, off(variables, X))
+
+
+def test_a_dropout_key_may_be_given_at_the_call():
+    layer = LoRAAttention(4, dropout_rate=0.4, lora=CONFIG)
+    variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
+
+    @jax.jit
+    def apply(key):
+        return layer.apply(variables, X, deterministic=False, dropout_rng=key)
+
+    assert np.array_equal(apply(key(0)), apply(key(0)))
+    assert not np.allclose(apply(key(0)), apply(key(1)))
 
 
 def test_weights_are_sown_and_precision_changes_no_value():
     layer = LoRAAttention(4, num_kv_heads=2, is_causal=True, lora=CONFIG)
     variables = variables_of(layer, X)
     wanted = jax.jit(layer.apply)(variables, X)
-    got, sown = layer.apply(variables, X, sow_weights=True, mutable="intermediates")
+    sow = functools.partial(layer.apply, sow_weights=True, mutable="intermediates")
+    got, sown = jax.jit(sow)(variables, X)
     (weights,) = sown["intermediates"]["attention_weights"]
     assert_close(got, wanted)
     assert_close(weights.sum(-1), np.ones((2, 4, 5)))
@@ -181,7 +185,9 @@ def test_grouped_queries_are_softmax_attention(kv_heads):
     mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]])[:, None, None] > 0
     got = jax.jit(functools.partial(layer.apply, bias=bias, mask=mask))(variables, X)
     causal = np.tri(5, dtype=bool)
-    wanted = softmax_attention(merged(variables), X, X, bias=bias, mask=mask & causal)
+    wanted = softmax_attention(
+        jax.jit(merged_attention)(variables), X, X, bias=bias, mask=mask & causal
+    )
     assert_close(got, wanted)
 
 
@@ -189,7 +195,9 @@ def test_grouped_cross_attention_is_softmax_attention():
     layer = LoRAAttention(6, 2, lora=CONFIG)
     variables = variables_of(layer, X, MEMORY)
     got = jax.jit(functools.partial(layer.apply, mask=PADDING))(variables, X, MEMORY)
-    wanted = softmax_attention(merged(variables), X, MEMORY, mask=PADDING > 0)
+    wanted = softmax_attention(
+        jax.jit(merged_attention)(variables), X, MEMORY, mask=PADDING > 0
+    )
     assert_close(got, wanted)
 
 
@@ -276,7 +284,8 @@ def test_each_projection_can_be_adapted_alone(name):
     assert set(variables["lora"]) == {name}
     got = jax.jit(layer.apply)(variables, X)
     linen = nn.MultiHeadDotProductAttention(4)
-    assert_close(got, jax.jit(linen.apply)({"params": merged(variables)}, X))
+    plain = jax.jit(lambda v: linen.apply({"params": merged_attention(v)}, X))
+    assert_close(got, plain(variables))
 
 
 def test_an_untargeted_attention_is_a_plain_frozen_layer():
@@ -317,149 +326,19 @@ def test_adapter_dropout_is_of_the_adapters_alone():
     layer = LoRAAttention(4, lora=config)
     variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
     apply = jax.jit(layer.apply, static_argnames="deterministic")
-    base = nn.MultiHeadDotProductAttention(4).apply({"params": variables["frozen"]}, X)
+    linen = jax.jit(nn.MultiHeadDotProductAttention(4).apply)
+    base = linen({"params": variables["frozen"]}, X)
     off = apply(variables, X, deterministic=True)
-    assert_close(off, LoRAAttention(4, lora=CONFIG).apply(variables, X))
+    assert_close(off, jax.jit(LoRAAttention(4, lora=CONFIG).apply)(variables, X))
     one, other = ({"dropout": key(i)} for i in (0, 1))
     on = apply(variables, X, deterministic=False, rngs=one)
     assert np.array_equal(on, apply(variables, X, deterministic=False, rngs=one))
     assert not np.allclose(on, off)
     assert not np.allclose(on, apply(variables, X, deterministic=False, rngs=other))
     all_dropped = layer.clone(lora=LoRAConfig(rank=3, alpha=7.0, dropout_rate=1.0))
-    got = all_dropped.apply(variables, X, deterministic=False, rngs=one)
+    drop = functools.partial(all_dropped.apply, deterministic=False, rngs=one)
+    got = jax.jit(drop)(variables, X)
     np.testing.assert_allclose(got, base, rtol=0, atol=1e-6)
-
-
-# --- Gradients and transformations
-
-
-def test_gradients_are_those_of_the_merged_attention():
-    layer = LoRAAttention(6, num_kv_heads=2, is_causal=True, lora=CONFIG)
-    plain = LoRAAttention(
-        6, num_kv_heads=2, is_causal=True, lora=LoRAConfig(targets=["none"])
-    )
-    variables = variables_of(layer, X)
-
-    def ours(lora):
-        return jnp.sum(layer.apply({**variables, "lora": lora}, X) ** 2)
-
-    def through_merge(lora):
-        params = merged({**variables, "lora": lora})
-        return jnp.sum(plain.apply({"frozen": params}, X) ** 2)
-
-    got = jax.jit(jax.grad(ours))(variables["lora"])
-    jax.tree.map(assert_close, got, jax.jit(jax.grad(through_merge))(variables["lora"]))
-    fresh = {**variables, "lora": initialised(layer, X.shape)["lora"]}
-    first = jax.jit(jax.grad(ours))(fresh["lora"])
-    assert all(not first[name]["lora_a"].any() for name in PROJECTIONS)
-    assert all(first[name]["lora_b"].all() for name in PROJECTIONS)
-
-
-class Block(nn.Module):
-    remat: bool = False
-    config: LoRAConfig = CONFIG
-
-    @nn.compact
-    def __call__(self, x, deterministic):
-        attention = nn.remat(LoRAAttention) if self.remat else LoRAAttention
-        layer = attention(3, deterministic=deterministic, lora=self.config, name="attn")
-        return x + layer(x), None
-
-
-def stack(remat: bool, config: LoRAConfig = CONFIG):
-    """Three layers of three heads with rank 3: nothing may be told by its size."""
-    scanned = nn.scan(
-        Block,
-        variable_axes={"frozen": 0, "lora": 0, "params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=3,
-    )
-    return scanned(remat, config)
-
-
-def test_scan_stacks_layers_and_remat_changes_nothing():
-    variables = jax.jit(stack(remat=True).init, static_argnums=2)(key(0), X, None)
-    adapters = variables["lora"]["attn"]
-    assert shapes(adapters["query"]) == {"lora_a": (3, 12, 3), "lora_b": (3, 3, 3, 4)}
-    assert shapes(adapters["out"]) == {"lora_a": (3, 3, 4, 3), "lora_b": (3, 3, 12)}
-    for name in PROJECTIONS:
-        a = np.asarray(adapters[name]["lora_a"]).reshape(3, -1)
-        assert len(np.unique(a)) == a.size  # every layer draws its own
-        np.testing.assert_allclose(a.std(1) * 12**0.5, 3**-0.5, rtol=0.25)
-    variables = tuned(variables)
-
-    def loss(lora, remat):
-        y, _ = stack(remat).apply({**variables, "lora": lora}, X, None)
-        return jnp.sum(y**2), y
-
-    gradients = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    got, y = gradients(variables["lora"], True)
-    wanted, same = gradients(variables["lora"], False)
-    assert_close(y, same)
-    jax.tree.map(assert_close, got, wanted)
-    one = jax.jit(LoRAAttention(3, lora=CONFIG).apply)
-    loop = X
-    for i in range(3):
-        layer = {name: slice_of(tree["attn"], i) for name, tree in variables.items()}
-        loop = loop + one(layer, loop)
-    assert_close(y, loop)
-
-
-def slice_of(tree, i):
-    return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def test_dropout_under_remat_and_scan():
-    config = LoRAConfig(rank=3, alpha=7.0, dropout_rate=0.5)
-    variables = tuned(
-        jax.jit(stack(False, config).init, static_argnums=2)(key(0), X, True)
-    )
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def gradients(lora, remat):
-        def loss(lora):
-            y, _ = stack(remat, config).apply(
-                {**variables, "lora": lora}, X, False, rngs={"dropout": key(5)}
-            )
-            return jnp.sum(y**2)
-
-        return jax.value_and_grad(loss)(lora)
-
-    jax.tree.map(
-        assert_close,
-        gradients(variables["lora"], True),
-        gradients(variables["lora"], False),
-    )
-
-
-def test_vmap_is_a_loop_and_one_shape_compiles_once():
-    layer = LoRAAttention(6, num_kv_heads=2, lora=CONFIG)
-    adapters = [variables_of(layer, X)["lora"]]
-    adapters.append(jax.tree.map(lambda w: 2 * w, adapters[0]))
-    frozen = initialised(layer, X.shape)["frozen"]
-
-    @jax.jit
-    def apply(lora, x):
-        return layer.apply({"frozen": frozen, "lora": lora}, x)
-
-    loop = jnp.stack([apply(lora, X) for lora in adapters])
-    assert apply._cache_size() == 1
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    assert_close(jax.vmap(apply, (0, None))(stacked, X), loop)
-
-
-def test_vmapped_attention_has_adapters_of_its_own():
-    vmapped = nn.vmap(
-        LoRAAttention,
-        variable_axes={"frozen": 0, "lora": 0},
-        split_rngs={"params": True},
-        axis_size=2,
-    )(3, lora=CONFIG)
-    variables = jax.jit(vmapped.init)(key(0), X)
-    a = variables["lora"]["query"]["lora_a"]
-    assert a.shape == (2, 12, 3)
-    assert not np.allclose(a[0], a[1])
 
 
 # --- Bad input

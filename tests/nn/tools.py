@@ -1,10 +1,15 @@
 """What the tests of modules share."""
 
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lora_jax import merge_kernel
+from lora_jax.ops import Contraction
 
 
 def shapes(tree: Any) -> Any:
@@ -42,3 +47,32 @@ def equal(a: Any, b: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+@functools.cache
+def initialised(layer: nn.Module, *shapes_of_inputs: tuple[int, ...]) -> Any:
+    """Returns fresh variables for inputs of these shapes, compiled once."""
+    inputs = [normal(shape) for shape in shapes_of_inputs]
+    return jax.jit(layer.init)(key(1), *inputs)
+
+
+def variables_of(layer: nn.Module, *inputs: jax.Array) -> Any:
+    """Returns variables whose biases and B are not zero."""
+    return tuned(initialised(layer, *(x.shape for x in inputs)))
+
+
+def merged_attention(variables: dict[str, Any], scaling: float = 7.0 / 3) -> Any:
+    """The plain parameters of ``softmax(q kᵀ) v`` with the adapters folded in."""
+    params = dict(variables["frozen"])
+    for name, factors in variables.get("lora", {}).items():
+        heads_in = name == "out"
+        kernel = merge_kernel(
+            params[name]["kernel"],
+            *(factors["lora_a"], factors["lora_b"]),
+            scaling=scaling,
+            contraction=Contraction((), (0, 1), (2,))
+            if heads_in
+            else Contraction((), (0,), (1, 2)),
+        )
+        params[name] = {**params[name], "kernel": kernel}
+    return params
