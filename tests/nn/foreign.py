@@ -167,7 +167,7 @@ class EncoderDecoder(nn.Module):
     def setup(self):
         self.shared = nn.Embed(13, 16)
         self.encoder = [nn.Dense(16), nn.Dense(16)]
-        self.self_attn = nn.SelfAttention(num_heads=2)
+        self.self_attn = nn.MultiHeadDotProductAttention(num_heads=2)
         self.cross_attn = nn.MultiHeadDotProductAttention(num_heads=2)
         self.mlp = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(16)])
 
@@ -266,6 +266,7 @@ class Foreign(NamedTuple):
     targets: Any = "all-linear"
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never changed
     rank: int = 2
+    is_guessed: bool = True  # whether its inputs can be guessed
 
     def config(self, **fields) -> LoRAConfig:
         return LoRAConfig(**{**self.defaults(), **fields})
@@ -396,6 +397,7 @@ MODELS = [
         (_floats(2, 4, 6),),
         ("general", "scaled", "conv", "rematted", "einsum"),
         targets=["general", "scaled", "conv", "rematted", "einsum"],
+        is_guessed=False,
     ),
     Foreign(
         "attention_alone",
