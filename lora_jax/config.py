@@ -261,6 +261,11 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         ("rank_pattern", check_rank),
         ("alpha_pattern", check_alpha),
     ):
+        keys = [key for key, _ in getattr(config, name)]
+        values.extend(
+            f"{name} must name each pattern once; got {key!r} again"
+            for key in sorted({str(key) for key in keys if keys.count(key) > 1})
+        )
         for key, value in getattr(config, name):
             values.extend(_regex_fault(name, key))
             check_value(f"{name}[{key!r}]", value)
