@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
 MAX_ITERATIONS = 200
 
 

@@ -67,6 +67,8 @@ def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
     assert sum(x["split"] == "baseline" for x in lines) == 1
 
 
+# Orbax's threads fail where they meet the damage, and nobody collects their errors.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     stopped, config, run_dir, call
 ):
@@ -211,3 +213,23 @@ def test_too_little_space_is_said_before_training(config, tmp_path, monkeypatch,
     code, _, shown = call("train", config, f"output.dir={tmp_path}/run")
     assert code == 1
     assert "has 1 kB free; this run needs about 4." in shown
+
+
+REAL = "experiments/sentiment/config.yaml"
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_main_job_starts_on_real_weights_and_sentences(tmp_path, call):
+    code, out, shown = call(
+        *("train", REAL, "--json", f"output.dir={tmp_path}/run"),
+        *("train.max_steps=3", "train.baseline=false", "data.max_length=16"),
+    )
+    assert code == 0, shown
+    summary = json.loads(out)
+    assert summary["examples"] == {"train": 8000, "validation": 1000, "test": 1605}
+    # Rank 8: 6 layers of four 384 x 384 and two 384 x 1536 kernels.
+    assert summary["parameters"]["adapter"] == 6 * 8 * (4 * 768 + 2 * 1920)
+    assert summary["parameters"]["encoder_share"] < 0.03
+    assert summary["adapter_bytes"] < 1.1 * 4 * summary["parameters"]["trainable"]
+    assert "encoder/layer_{0..5}/attention/query" in shown
