@@ -82,6 +82,12 @@ def test_exclude_train_and_layers_beat_targets():
     assert not config.is_target("up")  # it has no index, and indices were asked for
 
 
+def test_layer_1_is_not_layer_11():
+    config = LoRAConfig(layers=[1])
+    assert config.is_target("enc/layer_1/mlp/up")
+    assert not config.is_target("enc/layer_11/mlp/up")
+
+
 def test_all_linear_takes_linear_layers_only():
     assert LoRAConfig().is_target("embed", is_linear=True)
     assert not LoRAConfig().is_target("embed", is_linear=False)
@@ -179,7 +185,19 @@ def test_bad_fields(fields, error, message):
         LoRAConfig(**fields)
 
 
-def test_every_fault_is_named_at_once():
+def test_every_value_fault_is_named_at_once():
+    with pytest.raises(ValueError, match="rank must be at least 1; got 0") as caught:
+        LoRAConfig(rank=0, alpha=-1, targets=[], dropout_rate=1.5, layers=[-1])
+    for part in (
+        "alpha must be above 0; got -1",
+        "targets must name at least one layer",
+        "dropout_rate must be in [0, 1]; got 1.5",
+        "indices from 0, at least one; got [-1]",
+    ):
+        assert part in str(caught.value)
+
+
+def test_faults_of_type_and_of_value_are_named_together():
     with pytest.raises(TypeError) as caught:
         LoRAConfig(rank=0, alpha="16", dropout_rate=2, init="zeros", layers=3)
     for name in ("rank", "alpha", "dropout_rate", "init", "layers"):

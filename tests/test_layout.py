@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import lora_jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -124,6 +126,11 @@ def test_every_public_name_is_documented(path):
     tree = ast.parse(path.read_text())
     bare = [name for name, node in documented(tree) if not ast.get_docstring(node)]
     assert bare == []
+
+
+def test_every_export_is_documented():
+    exports = {k: v for k, v in vars(lora_jax).items() if not k.startswith("_")}
+    assert [name for name, value in exports.items() if not value.__doc__] == []
 
 
 @by_module
