@@ -111,6 +111,10 @@ class Target(NamedTuple):
             init=init,  # pyright: ignore[reportArgumentType] - LoRAConfig checked it
             one_hot=self.kind == "embed",
         )
+        return self.as_stored(a, b)
+
+    def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
+        """Returns A and B with the scanned axes where the tree has them."""
         site = self.site
         return (
             jnp.moveaxis(a, range(len(site.scanned_a)), site.scanned_a),

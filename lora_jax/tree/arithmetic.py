@@ -1,0 +1,92 @@
+"""Arithmetic on whole adapters: bringing one to the shapes and scaling of another.
+
+A compiled function takes any adapter of the shapes and the scaling it was compiled for.
+So adapters of several ranks share one compilation once they are padded to the largest:
+zero columns of A and zero rows of B change no product ``A B``, Adam leaves them at
+zero, and the ratio of the scalings goes into B.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import LORA_A, LORA_B
+from lora_jax.tree.merge import check_adapters
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import Target, child
+
+
+def fit_adapter(
+    lora: Mapping[str, Any], source: Sequence[Target], target: Sequence[Target]
+) -> PyTree:
+    """Rewrites an adapter for the ranks and alphas of another config.
+
+    ``scaling' * A' B' = scaling * A B`` with ``A' = [A 0]`` and
+    ``B' = [B; 0] * scaling / scaling'``: the same function, rounded once in B where the
+    ratio of the scalings is no power of two.
+
+    Args:
+      lora: the adapter, of finite A and B; not changed.
+      source: its targets.
+      target: the targets to fit, of at least the same ranks. Layers that ``lora`` lacks
+        get zeros: no update.
+
+    Returns:
+      The adapter tree that belongs to ``target``.
+
+    Raises:
+      ValueError: if ``lora`` is not ``source``'s; naming every layer that ``target``
+        lacks, has with another kernel, or has with a smaller rank.
+
+    Example:
+      >>> from lora_jax import LoRAConfig, adapt
+      >>> import flax.linen as nn, jax
+      >>> x, model = jnp.ones((1, 3)), nn.Dense(4)
+      >>> small, large = (adapt(model, LoRAConfig(rank=r), x) for r in (1, 2))
+      >>> lora = small.init(jax.random.key(0), x)["lora"]
+      >>> fit_adapter(lora, small.targets(), large.targets())["lora_a"].shape
+      (3, 2)
+    """
+    adapters = flatten(lora)
+    check_adapters(adapters, source)
+    wanted = {row.path: row for row in target}
+    faults = []
+    for row in source:
+        other = wanted.get(row.path)
+        if other is None:
+            faults.append(f"{row.path} is no target")
+        elif other.kernel_shape != row.kernel_shape or other.site != row.site:
+            faults.append(
+                f"{row.path} must have a kernel {row.kernel_shape} of the same layout; "
+                f"got {other.kernel_shape}"
+            )
+        elif other.rank < row.rank:
+            faults.append(
+                f"{row.path} must have a rank of at least {row.rank}; got {other.rank}"
+            )
+    if faults:
+        raise ValueError(f"the adapter can't be fitted: {'; '.join(faults)}.")
+    present = {row.path: row for row in source}
+    fitted = {}
+    for path, row in wanted.items():
+        names = child(path, LORA_A), child(path, LORA_B)
+        if path in present:
+            a, b = present[path].batch_first(*(adapters[name] for name in names))
+            a, b = _padded(a, b, present[path], row)
+            factors = row.as_stored(a, b)
+        else:
+            factors = tuple(jnp.zeros(shape) for shape in row.factor_shapes)
+        fitted.update(zip(names, factors, strict=True))
+    return unflatten(fitted)
+
+
+def _padded(a, b, source: Target, target: Target):
+    """Pads the rank of A (its last axis) and B (the one after its batch axes)."""
+    more = (0, target.rank - source.rank)
+    rank_axis = len(source.site.contraction.split(source.kernel_shape)[0])
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [more])
+    sides = [(0, 0)] * b.ndim
+    sides[rank_axis] = more
+    return a, jnp.pad(b, sides) * (source.scaling / target.scaling)
