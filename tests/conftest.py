@@ -18,6 +18,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compilations():
+    """Frees a file's compiled programs: XLA aborts where they use up memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Switches the shape checker off, to see the library's own errors."""

@@ -202,6 +202,7 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         arrays = iter(dynamic)
         leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in example.leaves]
         args, kwargs = jax.tree.unflatten(example.treedef, leaves)
+        kwargs = _with_flags(model, example.method, args, kwargs)
 
         def run(scope: Scope) -> None:
             bound = model.clone(parent=scope, _deep_clone=True)
@@ -234,6 +235,24 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         stacked = contraction.stacked(in_kernel)
         sites.append(Site(path, kind, weight, shape, stacked, in_a, in_b))
     return Trace(sites, unknown, unflatten(flat))
+
+
+def _with_flags(
+    model: nn.Module, method: str | Callable[..., Any], args: tuple, kwargs: dict
+) -> dict[str, Any]:
+    """Adds the flags of inference that an example leaves open."""
+    function = getattr(type(model), method) if isinstance(method, str) else method
+    signature = inspect.signature(function)
+    given = signature.bind_partial(model, *args, **kwargs).arguments
+    unset = {
+        name: value
+        for name, value in DETERMINISTIC_FLAGS.items()
+        if name in signature.parameters
+        and name not in given
+        and getattr(model, name, None) is None
+        and signature.parameters[name].default in (inspect.Parameter.empty, None)
+    }
+    return {**kwargs, **unset}
 
 
 def _put_markers(scope: Scope, contraction: Contraction, kernel: Shape) -> None:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 
-_MIN_ROWS_FOR_BARRIER = 16
+_MIN_FOR_BARRIER = 16
 RANK = "R"  # the label of the rank axis in every product's equation
 
 
@@ -84,15 +84,13 @@ def _backward(equation, rate, precision, residuals, dy):
     order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
     if order != sorted(order):
         # Without the barrier XLA folds this transpose into the product, and is back at
-        # transposing the wide operand (8 times slower for [768, 1536], rank 8). For a
-        # few rows that costs nothing, and XLA:CPU (jaxlib 0.10.2) aborts on a batched
-        # product over 2 or 3 rows whose result goes through a barrier.
-        rows = math.prod(
-            size
-            for label, size in zip(wide, wide_array.shape, strict=True)
-            if label not in batch + rest
-        )
-        if rows >= _MIN_ROWS_FOR_BARRIER:
+        # transposing the wide operand (8 times slower for [768, 1536], rank 8). Small
+        # arrays do without: it costs nothing there, and XLA:CPU (jaxlib 0.10.2) aborts
+        # on a batched product over 2 or 3 rows or columns that goes into a barrier.
+        sizes = dict(zip(wide, wide_array.shape, strict=True))
+        columns = math.prod(sizes[label] for label in rest)
+        rows = math.prod(sizes[label] for label in wide if label not in batch + rest)
+        if min(rows, columns) >= _MIN_FOR_BARRIER:
             rank_first = jax.lax.optimization_barrier(rank_first)
         rank_first = rank_first.transpose(order)
     return dropout(dx, rate, key), rank_first, None

@@ -1,0 +1,429 @@
+"""What `adapt` promises beyond the laws: methods, flags, collections, errors."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import LoRAConfig, LoRADense, adapt, find_targets
+from lora_jax.tree.paths import flatten
+from tests.nn.foreign import MODELS, Expert, Foreign, assert_same_tree, trained
+from tests.nn.tools import key, normal
+
+CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
+X = normal((2, 6))
+EXPERT = {
+    "up": {"kernel": normal((6, 12)), "bias": normal((12,))},
+    "down": {"kernel": normal((12, 6)), "bias": normal((6,))},
+}
+
+
+def expert(**fields):
+    config = LoRAConfig(**{"rank": 2, "alpha": 6, **fields})
+    return adapt(Expert(), config, X)
+
+
+class Dropping(nn.Module):
+    rate: float = 0.5
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, deterministic: bool | None = None):
+        off = nn.merge_param("deterministic", self.deterministic, deterministic)
+        x = nn.Dropout(self.rate)(nn.Dense(12, name="up")(x), deterministic=off)
+        return nn.Dense(6, name="down")(x)
+
+
+class Trains(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Dense(6, name="up")(x)
+
+
+# --- methods and collections ---
+
+
+def test_every_way_to_name_a_method_gives_one_answer():
+    case = CASES["encoder_decoder"]
+    params = case.variables()["params"]
+    adapted = adapt(case.model, case.config(), *case.args)
+    variables = trained(adapted.attach(params, key(1)))
+    merged = {"params": adapted.merge(variables)}
+    ids = case.args[0]
+    wanted = case.model.apply(merged, ids, method="encode")
+    model_type = type(case.model)
+    for method in ("encode", model_type.encode, lambda model, x: model.encode(x)):
+        got = adapted.apply(variables, ids, method=method)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_statistics_pass_through():
+    case = CASES["resnet"]
+    made = case.variables()
+    adapted = adapt(case.model, case.config(), *case.args, train=False)
+    variables = {
+        **adapted.attach(made["params"], key(1)),
+        "batch_stats": made["batch_stats"],
+    }
+    apply = functools.partial(adapted.apply, mutable=["batch_stats"])
+    got, state = jax.jit(functools.partial(apply, train=True))(variables, *case.args)
+    base = functools.partial(case.model.apply, mutable=["batch_stats"], train=True)
+    wanted, base_state = jax.jit(base)(made, *case.args)
+    np.testing.assert_array_equal(got, wanted)
+    assert_same_tree(state, base_state)
+
+
+def test_a_decode_cache_passes_through():
+    model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
+    x = normal((1, 3, 8))
+    made = model.init(key(0), x)
+    adapted = adapt(model, LoRAConfig(rank=2), x)
+    variables = trained(adapted.attach(made["params"], key(1)))
+    merged = {"params": adapted.merge(variables)}
+    cache = base_cache = made["cache"]
+    for t in range(3):
+        token = x[:, t : t + 1]
+        got, state = adapted.apply(
+            {**variables, "cache": cache}, token, mutable=["cache"]
+        )
+        wanted, base_state = model.apply(
+            {**merged, "cache": base_cache}, token, mutable=["cache"]
+        )
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        cache, base_cache = state["cache"], base_state["cache"]
+    assert int(cache["cache_index"]) == 3
+
+
+def test_sown_and_captured_values_are_those_of_the_merged_model():
+    case = CASES["child_model"]
+    adapted = adapt(case.model, case.config(), *case.args)
+    variables = trained(adapted.attach(case.variables()["params"], key(1)))
+    options = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    _, got = adapted.apply(variables, *case.args, **options)
+    merged = {"params": adapted.merge(variables)}
+    _, wanted = case.model.apply(merged, *case.args, **options)
+    got, wanted = (flatten(tree["intermediates"]) for tree in (got, wanted))
+    assert set(got) == set(wanted)
+    for path in wanted:
+        np.testing.assert_allclose(got[path][0], wanted[path][0], rtol=1e-4, atol=1e-5)
+
+
+def test_all_collections_may_be_mutable():
+    adapted = expert()
+    variables = adapted.attach(EXPERT, key(1))
+    y, out = adapted.apply(variables, X, mutable=True)
+    np.testing.assert_array_equal(y, Expert().apply({"params": EXPERT}, X))
+    assert_same_tree(out, variables)
+
+
+class Classifier(nn.Module):
+    encoder: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(self.encoder(x))
+
+
+def test_an_adapted_model_is_a_part_of_a_bigger_one():
+    adapted = expert(train=["down/bias"])
+    made = jax.jit(Classifier(adapted).init)(key(0), X)
+    assert set(made["params"]) == {"head", "encoder"}
+    assert set(flatten(made["params"]["encoder"])) == {"down/bias"}
+    parts = adapted.attach(EXPERT, key(1))
+    variables = {name: {"encoder": part} for name, part in parts.items()}
+    variables["params"]["head"] = made["params"]["head"]
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, made)
+    merged = {"encoder": EXPERT, "head": made["params"]["head"]}
+    wanted = Classifier(Expert()).apply({"params": merged}, X)
+    np.testing.assert_array_equal(Classifier(adapted).apply(variables, X), wanted)
+
+
+class Stack(nn.Module):
+    part: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            lambda part, x, _: (x + part(x), None),
+            variable_axes={"frozen": 0, "lora": 0, "params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scan(self.part, x, None)[0]
+
+
+def test_an_adapted_model_is_scanned():
+    made = Stack(expert()).init(key(0), X)
+    assert made["lora"]["part"]["up"]["lora_a"].shape == (3, 6, 2)
+    plain = {"params": made["frozen"]}
+    np.testing.assert_array_equal(
+        Stack(expert()).apply(made, X), Stack(Expert()).apply(plain, X)
+    )
+
+
+def test_jit_inside_the_model_is_not_fooled_by_another_adapter():
+    case = CASES["jitted"]
+    params = case.variables()["params"]
+    case.model.apply({"params": params}, *case.args)  # fills nn.jit's cache
+    lora = None
+    for alpha in (2.0, 9.0):
+        adapted = adapt(case.model, case.config(alpha=alpha), *case.args)
+        variables = trained(adapted.attach(params, key(1)))
+        lora = lora or variables["lora"]
+        variables["lora"] = lora
+        got = adapted.apply(variables, *case.args)
+        wanted = case.model.apply({"params": adapted.merge(variables)}, *case.args)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_call_compiles_nothing():
+    adapted = expert()
+    variables = adapted.attach(EXPERT, key(1))
+    apply = jax.jit(adapted.apply)
+    apply(variables, X)
+    apply(trained(variables), X + 1)
+    assert apply._cache_size() == 1
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [nn.FrozenDict, lambda tree: jax.tree.map(np.asarray, tree)],
+    ids=["frozen", "numpy"],
+)
+def test_any_mapping_of_any_arrays_is_taken_as_it_is(convert):
+    params = convert(EXPERT)
+    variables = expert().attach(params, key(1))
+    assert variables["frozen"]["up"]["kernel"] is params["up"]["kernel"]
+    np.testing.assert_array_equal(
+        expert().apply(variables, X), Expert().apply({"params": EXPERT}, X)
+    )
+
+
+def test_trained_leaves_live_in_params():
+    variables = expert(targets=["up"], train=["down"]).attach(EXPERT, key(1))
+    assert set(flatten(variables["params"])) == {"down/kernel", "down/bias"}
+    assert set(flatten(variables["lora"])) == {"up/lora_a", "up/lora_b"}
+    assert_same_tree(expert(targets=["up"], train=["down"]).detach(variables), EXPERT)
+
+
+def test_adding_a_target_changes_no_other_adapter():
+    one = expert(targets=["down"]).attach(EXPERT, key(1))["lora"]
+    both = expert().attach(EXPERT, key(1))["lora"]
+    assert_same_tree(both["down"], one["down"])
+
+
+def test_merging_works_under_jit_and_keeps_bfloat16():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), EXPERT)
+    adapted = expert()
+    variables = trained(adapted.attach(half, key(1)))
+    merged = jax.jit(adapted.merge)(variables)
+    assert_same_tree(merged, adapted.merge(variables))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
+    for row in adapted.merge_errors(variables):
+        assert 0 < row.relative < 0.01  # a large update, rounded once
+
+
+def test_merging_refuses_what_is_not_finite_and_leaves_the_base_alone():
+    adapted = expert()
+    variables = adapted.attach(EXPERT, key(1))
+    variables["lora"]["up"]["lora_b"] = jnp.full((2, 12), jnp.nan)
+    variables["lora"]["down"]["lora_a"] = jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        adapted.merge(variables)
+    assert "down/lora_a must be (12, 2); got (3, 2)" in str(error.value)
+    assert "up/lora_b has values that are not finite" in str(error.value)
+    assert_same_tree(adapted.detach(variables), EXPERT)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), EXPERT)
+    variables = adapted.attach(half, key(1))
+    variables["lora"]["up"]["lora_b"] = jnp.full((2, 12), 1e6)
+    with pytest.raises(ValueError, match="merged kernels must be finite; up/kernel "):
+        adapted.merge(variables)
+
+
+# --- dropout ---
+
+
+def dropping(**fields):
+    config = LoRAConfig(rank=2, dropout_rate=0.5)
+    adapted = adapt(Dropping(**fields), config, X, deterministic=True)
+    variables = trained(adapted.attach(EXPERT, key(1)))
+    return adapted.clone(deterministic=None), variables
+
+
+@pytest.mark.parametrize("call", ["keyword", "position"])
+def test_dropout_is_off_where_the_call_is_deterministic(call):
+    adapted, variables = dropping(rate=0.0)
+    args, kwargs = (
+        ((True,), {}) if call == "position" else ((), {"deterministic": True})
+    )
+    quiet = adapted.apply(variables, X, *args, **kwargs)
+    merged = {"params": adapted.merge(variables)}
+    wanted = Dropping(0.0).apply(merged, X, True)
+    np.testing.assert_allclose(quiet, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_follows_attributes():
+    adapted, variables = dropping(rate=0.0)
+    quiet = adapted.apply(variables, X, True)
+    own = dropping(rate=0.0, deterministic=True)[0]
+    np.testing.assert_array_equal(own.apply(variables, X), quiet)
+    silenced = adapted.clone(deterministic=True)
+    np.testing.assert_array_equal(silenced.apply(variables, X, False), quiet)
+
+
+def test_dropout_follows_a_train_flag_and_its_default():
+    adapted = adapt(Trains(), LoRAConfig(rank=2, dropout_rate=0.5), X)
+    params = {"up": {"kernel": normal((6, 6)), "bias": normal((6,))}}
+    variables = trained(adapted.attach(params, key(1)))
+    quiet = adapted.apply(variables, X)
+    np.testing.assert_array_equal(adapted.apply(variables, X, train=False), quiet)
+    loud = adapted.apply(variables, X, train=True, rngs={"dropout": key(2)})
+    assert not np.array_equal(loud, quiet)
+
+
+def test_dropout_draws_from_its_stream_and_leaves_the_models_own_alone():
+    adapted, variables = dropping()
+    fresh = adapted.clone(deterministic=True).attach(EXPERT, key(1))
+    rngs = {"dropout": key(2)}
+    wanted = Dropping().apply({"params": EXPERT}, X, False, rngs=rngs)
+    np.testing.assert_array_equal(adapted.apply(fresh, X, False, rngs=rngs), wanted)
+    one = adapted.apply(variables, X, False, rngs=rngs)
+    np.testing.assert_array_equal(adapted.apply(variables, X, False, rngs=rngs), one)
+    other = adapted.apply(variables, X, False, rngs={"dropout": key(3)})
+    assert not np.array_equal(one, other)
+
+
+def test_dropout_without_a_key_says_so():
+    adapted, variables = dropping(rate=0.0)
+    message = r"rngs must have 'dropout' for dropout_rate=0.5 of the adapter at 'up'"
+    with pytest.raises(ValueError, match=message):
+        adapted.apply(variables, X, False)
+
+
+# --- errors ---
+
+
+class OwnArithmetic(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        wq, wk = (self.param(name, init, (6, 4)) for name in ("wq", "wk"))
+        y = x @ jnp.concatenate([wq, wk], axis=1)
+        return nn.Dense(3, name="out")(y)
+
+
+class TiedDense(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        shape = (self.features, inputs.shape[-1])
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        return inputs @ kernel.T
+
+
+class Unparsable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="out")(
+            nn.Einsum((6, 4), "bi,io->b", name="sum")(x)[None]
+        )
+
+
+def test_a_typo_is_answered_in_the_words_of_the_style():
+    with pytest.raises(ValueError, match="dwon") as error:
+        find_targets(Expert(), EXPERT, LoRAConfig(targets=["dwon"], exclude=["upp"]))
+    assert str(error.value) == (
+        'targets=["dwon"] matched 0 of 2 kernels. Did you mean: down? '
+        'exclude=["upp"] matched 0 of 2 kernels. Did you mean: up?'
+    )
+    with pytest.raises(ValueError, match=r"matched 0 of 2 kernels"):
+        expert(targets=["dwon"]).init(key(0), X)
+
+
+def test_a_layer_that_cannot_be_adapted_is_named():
+    for model, target, named in (
+        (OwnArithmetic(), ["wq"], "'wq', a weight of OwnArithmetic, which"),
+        (TiedDense(3), ".*", "'kernel', a weight of TiedDense, which"),
+        (Unparsable(), "all-linear", "'sum/kernel', a weight of Einsum, which"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            find_targets(model, None, LoRAConfig(targets=target), X)
+    chosen = find_targets(OwnArithmetic(), None, LoRAConfig(), X)
+    assert [target.path for target in chosen] == ["out"]
+    excluded = LoRAConfig(exclude=["sum"])
+    assert [t.path for t in find_targets(Unparsable(), None, excluded, X)] == ["out"]
+
+
+def test_layers_must_exist_and_be_apart():
+    case = CASES["vit"]
+    rows = find_targets(case.model, None, case.config(layers=[1]), *case.args)
+    assert {row.path.split("/")[0] for row in rows} == {"block_1"}
+    with pytest.raises(
+        ValueError, match=r"layers=\[7\] matched 0 of the layers \[0, 1"
+    ):
+        find_targets(case.model, None, case.config(layers=[1, 7]), *case.args)
+    case = CASES["scanned"]
+    with pytest.raises(ValueError, match="stacked in one array"):
+        find_targets(case.model, None, case.config(layers=[0]), *case.args)
+
+
+def test_params_of_another_model_are_told_leaf_by_leaf():
+    wrong = {
+        "up": {"kernel": jnp.ones((6, 13)), "bias": jnp.ones(12)},
+        "left": {"b": X},
+    }
+    with pytest.raises(ValueError, match="params do not fit the model") as error:
+        expert().attach(wrong, key(0))
+    for fault in (
+        "down/kernel is missing",
+        "left/b is not in the model",
+        "up/kernel must be (6, 12); got (6, 13)",
+    ):
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("module", [np, jnp], ids=["numpy", "jax"])
+def test_kernels_must_be_finite_floats(module):
+    def with_kernel(kernel):
+        return {**EXPERT, "up": {**EXPERT["up"], "kernel": kernel}}
+
+    with pytest.raises(ValueError, match=r"kernels must be finite; up/kernel hold NaN"):
+        expert().attach(with_kernel(module.full((6, 12), np.nan, "f4")), key(0))
+    with pytest.raises(TypeError, match="must be floating-point; up/kernel is int8"):
+        expert().attach(with_kernel(module.ones((6, 12), "i1")), key(0))
+
+
+def test_adapters_of_another_config_are_refused():
+    variables = expert().attach(EXPERT, key(1))
+    with pytest.raises(
+        ValueError, match=r"must be \(6, 3\), \(3, 12\) for rank 3; got"
+    ):
+        expert(rank=3).apply(variables, X)
+    with pytest.raises(ValueError, match="no adapter for a target"):
+        expert().apply({"frozen": EXPERT}, X)
+    with pytest.raises(ValueError, match="one too many"):
+        expert(targets=["up"]).apply(variables, X)
+
+
+def test_a_rank_above_the_smaller_side_warns():
+    with pytest.warns(UserWarning, match=r"rank 7 exceeds the smaller side"):
+        expert(rank=7).attach(EXPERT, key(1))
+
+
+def test_a_model_with_lora_of_its_own_is_refused():
+    for example in ((X,), ()):
+        adapted = adapt(LoRADense(3, lora=LoRAConfig(rank=2)), LoRAConfig(), *example)
+        with pytest.raises(ValueError, match="has LoRA layers of its own"):
+            adapted.targets({"kernel": normal((6, 3)), "bias": normal((3,))})
+
+
+def test_wrong_types_are_told():
+    with pytest.raises(TypeError, match=r"model must be a flax.linen Module; got int"):
+        adapt(3, LoRAConfig())
+    with pytest.raises(TypeError, match=r"config must be a LoRAConfig; got dict"):
+        adapt(Expert(), {"rank": 3})
