@@ -40,10 +40,10 @@ def is_deterministic(
     except TypeError:  # a wrong call: the model itself says what is wrong with it
         return False
     bound.apply_defaults()
-    given = {**vars(model), **bound.kwargs, **bound.arguments}
-    for name, value in DETERMINISTIC_FLAGS.items():
-        if given.get(name) is not None:
-            return bool(given[name]) == value
+    for given in (bound.arguments, bound.kwargs, vars(model)):
+        for name, value in DETERMINISTIC_FLAGS.items():
+            if given.get(name) is not None:
+                return bool(given[name]) == value
     return False
 
 

@@ -193,7 +193,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
             if max(map(jnp.ndim, jax.tree.leaves(leaf)), default=0) > 1:
                 is_linear = layer is not None and layer.kind in LINEAR_KINDS
                 kind = type(module).__name__
-                unknown.setdefault(child(path, name), Unknown(kind, is_linear, why))
+                if layer is not None or child(path, name) not in unknown:
+                    unknown[child(path, name)] = Unknown(kind, is_linear, why)
         return y
 
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]

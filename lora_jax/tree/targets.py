@@ -175,8 +175,7 @@ def select_targets(
         f"which can't be adapted{': ' * bool(weight.why)}{weight.why.rstrip('.')}. "
         "Teach it with `register_layer`, or exclude it."
         for path, weight in unknown.items()
-        if config.is_target(path, is_linear=weight.is_linear)
-        or config.is_target(_owner(path), is_linear=weight.is_linear)
+        if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
     chosen = [_target(site, config) for site in sites if _is_chosen(site, config)]
@@ -216,6 +215,14 @@ def _target(site: Site, config: LoRAConfig) -> Target:
 
 def _is_chosen(site: Site, config: LoRAConfig) -> bool:
     return config.is_target(site.path, is_linear=site.kind in LINEAR_KINDS)
+
+
+def _is_named(path: str, weight: Unknown, config: LoRAConfig) -> bool:
+    """Says whether the config wants a weight adapted, by its path or its layer's."""
+    paths = (path, _owner(path))
+    if any(matches(out, p) for out in (config.exclude, config.train) for p in paths):
+        return False
+    return any(config.is_target(p, is_linear=weight.is_linear) for p in paths)
 
 
 def _layer_faults(sites: Sequence[Site], config: LoRAConfig) -> list[str]:

@@ -1,0 +1,113 @@
+"""Looking at models: stacked axes, guessed inputs, what an example may be."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import LoRAConfig, adapt, find_targets
+from lora_jax.nn.trace import Example, shapes_of, trace_model
+from tests.nn.foreign import MODELS, ViT, ViTBlock
+from tests.nn.tools import normal
+
+CASES = {case.name: case for case in MODELS}
+
+
+def site_of(name: str, path: str):
+    case = CASES[name]
+    example = Example.of(*case.args, **case.kwargs)
+    sites = trace_model(case.model, None, example).sites
+    return next(site for site in sites if site.path == path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "shape", "batch", "inputs", "outputs", "scanned"),
+    [
+        ("scanned", "layers/attn/query", (4, 16, 4, 4), (0,), (1,), (2, 3), (0,)),
+        ("scanned", "layers/attn/out", (4, 4, 4, 16), (0,), (1, 2), (3,), (0,)),
+        ("scanned_axis_1", "layers/attn/out", (4, 4, 4, 16), (1,), (0, 2), (3,), (1,)),
+        ("nested_scan", "outer/inner/heads", (3, 2, 6, 2, 3), (0, 1), (2,), (3, 4),
+         (0, 1)),
+        ("broadcast_scan", "block/heads", (6, 2, 3), (), (0,), (1, 2), ()),
+        ("vmapped_experts", "experts/up", (3, 6, 12), (0,), (1,), (2,), (0,)),
+        ("einsum_moe", "up", (3, 6, 10), (0,), (1,), (2,), ()),
+        ("odds", "general", (4, 6, 2, 4), (), (0, 1), (2, 3), ()),
+    ],
+)  # fmt: skip
+def test_roles_of_axes_are_read_off(name, path, shape, batch, inputs, outputs, scanned):
+    site = site_of(name, path)
+    assert site.kernel_shape == shape
+    assert site.contraction[:3] == (batch, inputs, outputs)
+    assert site.scanned_a == site.scanned_b == scanned
+
+
+def test_an_example_is_shapes_and_plain_values():
+    example = Example.of(np.ones((2, 3)), mode="fast", scale=0.5, mask=None)
+    assert [type(leaf) for leaf in example.leaves].count(jax.ShapeDtypeStruct) == 1
+    assert {"fast", 0.5} <= set(example.leaves[1:])
+
+
+def test_shapes_will_do_as_examples_and_as_params():
+    case = CASES["vit"]
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    init = jax.eval_shape(case.model.init, jax.random.key(0), image)
+    by_example = find_targets(case.model, None, case.config(), image)
+    assert find_targets(case.model, init["params"], case.config()) == by_example
+
+
+def test_flags_that_an_example_leaves_open_are_those_of_inference():
+    rows = find_targets(ViTBlock(), None, LoRAConfig(rank=2), normal((1, 5, 16)))
+    assert len(rows) == 6
+
+
+def test_an_image_side_is_found_from_the_position_table():
+    image = jax.ShapeDtypeStruct((1, 20, 20, 3), jnp.float32)
+    params = jax.eval_shape(ViT().init, jax.random.key(0), image)["params"]
+    assert len(find_targets(ViT(), params, LoRAConfig(rank=2))) == 13
+
+
+def test_a_model_that_no_guess_fits_asks_for_inputs():
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, weights):
+            return nn.Dense(3)(x * weights["scale"])
+
+    params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=r"Odd must be traced .* Give example inputs"):
+        adapt(Odd(), LoRAConfig(rank=2)).targets(params)
+    x = {"weights": {"scale": jnp.ones(2)}}
+    rows = adapt(Odd(), LoRAConfig(rank=2), jnp.ones((1, 2)), **x).targets(params)
+    assert [row.path for row in rows] == ["Dense_0"]
+
+
+def test_params_are_needed_where_there_is_no_example():
+    with pytest.raises(ValueError, match="Dense must be traced"):
+        adapt(nn.Dense(3), LoRAConfig(rank=2)).targets()
+
+
+def test_another_method_may_be_traced():
+    case = CASES["encoder_decoder"]
+    adapted = adapt(case.model, case.config(), case.args[0], example_method="encode")
+    paths = [row.path for row in adapted.targets()]
+    assert paths == ["shared", "encoder_0", "encoder_1"]
+    with pytest.raises(ValueError, match=r"cross_attn/key/bias is not in the model.*"):
+        adapted.targets(case.variables()["params"])
+
+
+def test_shapes_of_takes_arrays_numbers_boxes_and_tuples():
+    boxed = nn.Partitioned(jnp.ones((2, 3)), ("a", "b"))
+    tree = {"a": boxed, "b": {"c": 1.0, "d": (jnp.ones(2), np.ones((3, 1)))}}
+    assert shapes_of(tree) == {"a": (2, 3), "b/c": (), "b/d": ((2,), (3, 1))}
+
+
+def test_looking_needs_no_memory():
+    class Huge(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(128_256, 16_384, name="embed")(ids)
+            return nn.Dense(53_248, use_bias=False, name="up")(x)
+
+    ids = jax.ShapeDtypeStruct((64, 8192), jnp.int32)
+    (row,) = find_targets(Huge(), None, LoRAConfig(rank=16), ids)
+    assert row.trainable == 16 * (16_384 + 53_248)
