@@ -10,6 +10,7 @@ from lora_jax.nn.trace import shapes_of
 from lora_jax.tree.partition import count
 from lora_jax.tree.paths import flatten
 from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.tools import key
 
 
 class Ready:
@@ -22,7 +23,7 @@ class Ready:
         self.params = self.base["params"]
         self.rest = {k: v for k, v in self.base.items() if k != "params"}
         self.adapted = adapt(self.model, case.config(), *case.args, **case.kwargs)
-        self.attached = self.adapted.attach(self.params, jax.random.key(1))
+        self.attached = self.adapted.attach(self.params, key(1))
         self.moved = trained(self.attached)
         self.apply = jax.jit(
             lambda v: self.adapted.apply({**v, **self.rest}, *case.args, **case.kwargs)
@@ -65,7 +66,7 @@ def test_silent_at_init_bit_for_bit(ready):
 
 def test_silent_at_init_in_bfloat16(ready):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), ready.params)
-    attached = ready.adapted.attach(half, jax.random.key(1))
+    attached = ready.adapted.attach(half, key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(attached["lora"]))
     got, wanted = ready.apply(attached), ready.base_apply(half)
     assert got.dtype == wanted.dtype
