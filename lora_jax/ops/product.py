@@ -75,24 +75,29 @@ def _backward(equation, rate, precision, residuals, dy):
         thin_array, wide_array = wide_array, thin_array
     batch = "".join(c for c in factor_labels if c in thin and c in wide)
     rest = "".join(c for c in factor_labels if c not in batch and c != RANK)
+    order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
+    is_transposed = order != sorted(order)
+    # Without a barrier XLA folds this transpose into the product, and is back at
+    # transposing the wide operand (8 times slower for [768, 1536], rank 8). Small
+    # arrays do without: it costs nothing there, and XLA:CPU (jaxlib 0.10.2) aborts on a
+    # batched product over 2 or 3 rows or columns that goes into a barrier. The folded
+    # product it can't compute from bfloat16 to float32, so that is float32 throughout.
+    sizes = dict(zip(wide, wide_array.shape, strict=True))
+    columns = math.prod(sizes[label] for label in rest)
+    rows = math.prod(sizes[label] for label in wide if label not in batch + rest)
+    is_small = min(rows, columns) < _MIN_FOR_BARRIER
+    if is_transposed and is_small:
+        thin_array = thin_array.astype(factor.dtype)
+        wide_array = wide_array.astype(factor.dtype)
     rank_first = einsum(
         f"{thin},{wide}->{batch}{RANK}{rest}",
         thin_array,
         wide_array,
         preferred_element_type=factor.dtype,
     )
-    order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
-    if order != sorted(order):
-        # Without the barrier XLA folds this transpose into the product, and is back at
-        # transposing the wide operand (8 times slower for [768, 1536], rank 8). Small
-        # arrays do without: it costs nothing there, and XLA:CPU (jaxlib 0.10.2) aborts
-        # on a batched product over 2 or 3 rows or columns that goes into a barrier.
-        sizes = dict(zip(wide, wide_array.shape, strict=True))
-        columns = math.prod(sizes[label] for label in rest)
-        rows = math.prod(sizes[label] for label in wide if label not in batch + rest)
-        if min(rows, columns) >= _MIN_FOR_BARRIER:
-            rank_first = jax.lax.optimization_barrier(rank_first)
-        rank_first = rank_first.transpose(order)
+    if is_transposed and not is_small:
+        rank_first = jax.lax.optimization_barrier(rank_first)
+    rank_first = rank_first.transpose(order)
     return dropout(dx, rate, key), rank_first, None
 
 

@@ -95,6 +95,32 @@ def test_gradients_of_float32_factors_add_up_in_float32():
     assert grad.item() == 4096
 
 
+@pytest.mark.parametrize("columns", [8, 64])
+@pytest.mark.parametrize("leading", [(1,), (5,), (2, 5), (1, 5), (8, 1), (4, 32)])
+def test_a_bfloat16_gradient_of_any_size_compiles_and_runs(leading, columns):
+    """XLA:CPU refuses some products of bfloat16 into float32, by shape."""
+    x = normal((*leading, columns)).astype("bfloat16")
+    a, b, dy = normal((columns, 3), 1), normal((3, 8), 2), normal((*leading, 8), 3)
+    letters = "tu"[: len(leading)]
+    equations = (f"{letters}i,iR->{letters}R", f"{letters}R,Ro->{letters}o")
+
+    def loss(factors, x, update):
+        return jnp.sum(dy * update(*equations, x, *factors))
+
+    ours = functools.partial(
+        loss, update=functools.partial(low_rank_update, scaling=2.0)
+    )
+
+    def plain(factors, x):
+        return jnp.sum(dy * (2 * (x @ factors[0]) @ factors[1]))
+
+    got = jax.jit(jax.grad(ours))((a, b), x)
+    want = jax.jit(jax.grad(plain))((a, b), x.astype("float32"))
+    for ours_of, plain_of in zip(got, want, strict=True):
+        assert ours_of.dtype == jnp.float32
+        assert_close(ours_of, plain_of, "bfloat16")
+
+
 def test_dropout_keeps_the_mean_and_drops_at_its_rate(key):
     dropped = np.asarray(dropout(jnp.ones((200, 200)), 0.25, key))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
