@@ -129,7 +129,7 @@ class LoRAConfig:
         return (
             named
             and not matches(self.exclude, path)
-            and not matches(self.train, path)
+            and not self._trains(path)
             and (self.layers is None or layer_index(path) in self.layers)
         )
 
@@ -150,6 +150,10 @@ class LoRAConfig:
             self.bias == "all" or (self.bias == "lora_only" and self.is_target(owner))
         ):
             return True
+        return self._trains(path)
+
+    def _trains(self, path: str) -> bool:
+        """Says whether ``train`` names ``path`` or a module above it."""
         parts = path.split("/")
         return any(
             matches(self.train, "/".join(parts[: i + 1])) for i in range(len(parts))

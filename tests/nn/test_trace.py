@@ -8,7 +8,8 @@ import pytest
 
 from lora_jax import LoRAConfig, adapt, find_targets
 from lora_jax.nn.trace import Example, shapes_of, trace_model
-from tests.nn.foreign import MODELS, ViT, ViTBlock
+from tests.nn.foreign import MODELS
+from tests.nn.foreign_modules import ViT, ViTBlock
 from tests.nn.tools import normal
 
 CASES = {case.name: case for case in MODELS}
