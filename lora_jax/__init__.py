@@ -45,6 +45,7 @@ from lora_jax.train.probe import probe_accuracy as probe_accuracy
 from lora_jax.train.state import TrainState as TrainState
 from lora_jax.train.step import make_eval_step as make_eval_step
 from lora_jax.train.step import make_train_step as make_train_step
+from lora_jax.tree.arithmetic import fit_adapter as fit_adapter
 from lora_jax.tree.fingerprint import fingerprint as fingerprint
 from lora_jax.tree.partition import count as count
 from lora_jax.tree.partition import join as join
