@@ -243,7 +243,9 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         check(name, value, _is_int, "an integer", lambda r: r >= 1, "at least 1")
 
     def check_alpha(name: str, value: Any) -> None:
-        finite_positive = lambda a: 0 < a < float("inf")  # noqa: E731 - local predicate
+        def finite_positive(a: float) -> bool:
+            return 0 < a < float("inf")
+
         check(name, value, _is_number, "a number", finite_positive, "above 0")
 
     check_rank("rank", config.rank)
@@ -283,7 +285,10 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         values.append(
             f"layers must be indices from 0, at least one; got {list(config.layers)}"
         )
-    in_unit = lambda p: 0.0 <= p <= 1.0  # noqa: E731 - local predicate
+
+    def in_unit(p: float) -> bool:
+        return 0.0 <= p <= 1.0
+
     check(
         "dropout_rate",
         config.dropout_rate,

@@ -253,7 +253,10 @@ def _dense_general_equation(module: nn.DenseGeneral, x: jax.Array, *_: Any) -> s
     out_labels = "nopqstuvwxyz"[:new]
     contracted, batch = axes(module.axis), axes(module.batch_dims)
     free = [i for i in range(x.ndim) if i not in contracted and i not in batch]
-    pick = lambda indices: "".join(x_labels[i] for i in indices)  # noqa: E731 - local
+
+    def pick(indices: list[int]) -> str:
+        return "".join(x_labels[i] for i in indices)
+
     kernel = pick(batch) + pick(contracted) + out_labels
     return f"{x_labels},{kernel}->{pick(batch)}{pick(free)}{out_labels}"
 

@@ -89,7 +89,10 @@ class Trace(NamedTuple):
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shape of every leaf by path; arrays, numbers or shapes will do."""
     flat = flatten(nn.meta.unbox(params))
-    shape = lambda leaf: tuple(getattr(leaf, "shape", ()))  # noqa: E731 - local
+
+    def shape(leaf: Any) -> Shape:
+        return tuple(getattr(leaf, "shape", ()))
+
     return {path: jax.tree.map(shape, leaf) for path, leaf in flat.items()}
 
 

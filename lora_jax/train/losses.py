@@ -318,7 +318,10 @@ def _chunked_nll_bwd(residuals, g: Array | SymbolicZero):
     if isinstance(g, SymbolicZero):
         return None, None, None, None
     d_hidden, d_kernel, nll = residuals
-    scale = lambda x: None if x is None else (g * x).astype(x.dtype)  # noqa: E731
+
+    def scale(x: Array | None) -> Array | None:
+        return None if x is None else (g * x).astype(x.dtype)
+
     return scale(d_hidden), scale(d_kernel), None, scale(nll)
 
 

@@ -134,7 +134,10 @@ def make_train_step(
         else:
             grads, sums = accumulated(trainable, frozen, batch, key)
         weight = sums["weight"]
-        mean = lambda x: x / weight  # noqa: E731 - one formula, used on two trees
+
+        def mean(x: jax.Array) -> jax.Array:
+            return x / weight
+
         grads = jax.tree.map(mean, grads)
         loss, norm = mean(sums["loss"]), optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -278,7 +281,10 @@ def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
             "loss_fn must return real scalars: sums over the batch, a floating "
             f"loss_sum first; got: {'; '.join(faults)}."
         )
-    as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731 - used three times
+
+    def as_float(x: Any) -> jax.Array:
+        return jnp.asarray(x, jnp.float32)
+
     return (
         as_float(loss_sum),
         as_float(weight),
