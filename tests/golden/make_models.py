@@ -1,0 +1,301 @@
+"""Writes ``tests/golden/<family>``: tiny random models and what PEFT makes of them.
+
+Run in an environment with torch, transformers 5 and PEFT (not needed by the tests)::
+
+    python -m tests.golden.make_models            # all families
+    python -m tests.golden.make_models llama vit  # these only
+
+A folder holds the model as transformers saves it (`config.json`, `model.safetensors`),
+one folder ``peft_<kind>`` per adapter as PEFT saves it, and `reference.npz`: the
+inputs, the `logits` and, for each adapter, the `logits_<kind>` that PEFT computes from
+the saved files. Norms and biases are far from 1 and 0. The script checks that the
+logits change when any parameter is left out and when any config field of
+`Family.toggles` is ignored. The versions it ran with are in ``versions.json``.
+"""
+
+import copy
+import json
+import pathlib
+import platform
+import re
+import shutil
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+from tests.golden.model_families import BERT, FAMILIES, Family
+
+HERE = pathlib.Path(__file__).parent
+SHOWS = 1e-2  # What leaving something out must change in the logits, at least.
+HEAD = r"(.*\.)?(pre_)?classifier(\..*)?"
+
+
+def adapters(name: str, family: Family) -> dict[str, dict]:
+    """`LoraConfig` arguments by kind; heads of classifiers get no adapter."""
+    query, value = family.attention
+    decoder = family.model.endswith(("ForCausalLM", "LMHeadModel"))
+    shared = {"task_type": "CAUSAL_LM"} if decoder else {"exclude_modules": HEAD}
+    if name == "gpt2":
+        shared["fan_in_fan_out"] = True
+    linears = {"target_modules": "all-linear", **shared}
+    saved = {"task_type": "CAUSAL_LM" if decoder else "SEQ_CLS"}
+    kinds = {
+        "plain": {"r": 3, "lora_alpha": 5, **linears},
+        "rslora": {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": [query, value, family.mlp],
+            "rank_pattern": {query: 4, family.mlp.replace(".", r"\."): 1},
+            "alpha_pattern": {value: 7, family.mlp.replace(".", r"\."): 2},
+            "layers_to_transform": [1],
+            **shared,
+        },
+        "dora": {"r": 2, "lora_alpha": 4, "use_dora": True, **linears},
+        "embed": {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": ["embed_tokens", "lm_head"],
+        },
+        "saved": {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": [query, value],
+            "modules_to_save": ["lm_head" if decoder else "classifier"],
+            **saved,
+        },
+        "conv": {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": ["projection", query, value],
+        },
+    }
+    return {kind: kinds[kind] for kind in ("plain", "rslora", "dora", *family.extra)}
+
+
+def seed(*names: str):
+    torch.manual_seed(zlib.crc32("/".join(names).encode()))
+
+
+def neutral(model, name: str) -> float:
+    """The value at which a parameter is as good as left out."""
+    norm = re.search(r"norm|ln_\w|lambda1", name.lower()) and name.endswith(
+        ("weight", "lambda1")
+    )
+    return 1.0 if norm and "gemma" not in model.config.model_type else 0.0
+
+
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        spread = 0.4 if parameter.ndim > 1 else 0.3
+        torch.nn.init.normal_(parameter, neutral(model, name), spread)
+
+
+def build(family: Family, state=None, **changes):
+    cls = getattr(transformers, family.model)
+    config = cls.config_class(
+        attn_implementation="eager", **copy.deepcopy({**family.config, **changes})
+    )
+    model = cls(config).eval()
+    if state is None:
+        randomise(model)
+    else:
+        model.load_state_dict(state)
+    return model
+
+
+def make_batch(name: str, family: Family) -> dict[str, torch.Tensor]:
+    """Random inputs; encoder texts end in padding, and one has a stray pad token."""
+    seed(name, "inputs")
+    if "image_size" in family.config:
+        size = family.config["image_size"]
+        return {
+            "pixel_values": torch.randn(3, family.config["num_channels"], size, size)
+        }
+    ids = torch.randint(3, family.config["vocab_size"], (3, 13))
+    if family.model.endswith(("ForCausalLM", "LMHeadModel")):
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    mask[2, 2:] = 0
+    pad = family.config.get("pad_token_id", 0)
+    ids[mask == 0] = pad
+    ids[0, 4] = pad
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def logits_of(model, batch) -> torch.Tensor:
+    logits = model(**batch).logits
+    if not 0.5 < logits.abs().max() < 60:
+        raise AssertionError(f"logits up to {logits.abs().max()}")
+    return logits
+
+
+def check_shows(what: str, before: torch.Tensor, after: torch.Tensor):
+    change = (before - after).abs().max().item()
+    if not change > SHOWS:
+        raise AssertionError(f"{what} changes the logits by {change} only")
+
+
+@torch.no_grad()
+def check_sensitive(family: Family, model, batch, logits: torch.Tensor):
+    """Every parameter and every toggled config field shows in the logits."""
+    for name, parameter in model.named_parameters():
+        kept = parameter.clone()
+        parameter.fill_(neutral(model, name))
+        if not re.match(family.silent, name):
+            check_shows(f"{family.model} {name}", logits, model(**batch).logits)
+        parameter.copy_(kept)
+    for toggle in family.toggles:
+        other = build(family, model.state_dict(), **toggle)
+        check_shows(f"{family.model} {toggle}", logits, other(**batch).logits)
+
+
+@torch.no_grad()
+def greedy(model, name: str) -> dict[str, torch.Tensor]:
+    """Two prompts and the 8 tokens that `generate` appends to each."""
+    seed(name, "prompts")
+    model.generation_config.eos_token_id = None
+    arrays = {}
+    for i, length in enumerate((4, 7)):
+        prompt = torch.randint(3, 43, (1, length))
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=8,
+        )
+        top = model(tokens).logits[0, length - 1 : -1].topk(2).values
+        if not (top[:, 0] - top[:, 1]).min() > 1e-3 or tokens.shape[1] != length + 8:
+            raise AssertionError(f"{name}: a near tie at prompt {i}")
+        arrays |= {f"prompt_{i}": prompt[0], f"greedy_{i}": tokens[0, length:]}
+    return arrays
+
+
+def save_adapter(folder: pathlib.Path, model, name: str, config: dict):
+    """Saves a PEFT adapter with random factors, magnitudes and saved modules."""
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**config))
+    for key, parameter in tuned.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "magnitude" in key:
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+        elif "modules_to_save" in key:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tuned.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    file = folder / "adapter_config.json"
+    written = json.loads(file.read_text())
+    written["base_model_name_or_path"] = f"tests/golden/{name}"
+    if isinstance(written["target_modules"], list):
+        written["target_modules"].sort()  # PEFT writes a set's order, which changes.
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    with torch.no_grad():
+        return tuned.eval()
+
+
+def adapted(name: str, family: Family, batch, base: torch.Tensor) -> dict:
+    """Saves each adapter; PEFT's logits with it, read back from the files."""
+    home = HERE / name
+    cls = getattr(transformers, family.model)
+    arrays = {}
+    for kind, config in adapters(name, family).items():
+        seed(name, kind)
+        folder = home / f"peft_{kind}"
+        shutil.rmtree(folder, ignore_errors=True)
+        load = {"attn_implementation": "eager"}
+        tuned = save_adapter(folder, cls.from_pretrained(home, **load), name, config)
+        model = cls.from_pretrained(home, **load)
+        loaded = peft.PeftModel.from_pretrained(model, folder).eval()
+        logits = logits_of(loaded, batch)
+        torch.testing.assert_close(logits, logits_of(tuned, batch), rtol=0, atol=0)
+        check_shows(f"{name} peft_{kind}", base, logits)
+        arrays[f"logits_{kind}"] = logits
+    return arrays
+
+
+def write(file: pathlib.Path, arrays: dict[str, torch.Tensor]):
+    np.savez_compressed(file, **{key: value.numpy() for key, value in arrays.items()})
+
+
+def write_old_config(family: Family, model, batch, logits: torch.Tensor):
+    """`config_v4.json`: the config with the keys of transformers 4, checked to load."""
+    home = pathlib.Path(model.config.name_or_path)
+    new = json.loads((home / "config.json").read_text())
+    config = {**new, **family.old}
+    config = {k: v for k, v in config.items() if v is not None or k not in family.old}
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.51.3"
+    (home / "config_v4.json").write_text(json.dumps(config, indent=2) + "\n")
+    read = type(model.config).from_json_file(home / "config_v4.json")
+    read._attn_implementation = "eager"
+    other = type(model)(read).eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits_of(other, batch), logits, rtol=0, atol=0)
+
+
+def make(name: str, family: Family):
+    seed(name, "weights")
+    home = HERE / name
+    shutil.rmtree(home, ignore_errors=True)
+    model = build(family)
+    batch = make_batch(name, family)
+    logits = logits_of(model, batch)
+    check_sensitive(family, model, batch, logits)
+    arrays = {**batch, "logits": logits}
+    if "Classification" in family.model:
+        body = getattr(model, model.base_model_prefix)
+        with torch.no_grad():
+            arrays["last_hidden_state"] = body(**batch).last_hidden_state
+    model.save_pretrained(home)
+    (home / "generation_config.json").unlink(missing_ok=True)
+    loaded = type(model).from_pretrained(home, attn_implementation="eager").eval()
+    torch.testing.assert_close(logits_of(loaded, batch), logits, rtol=0, atol=0)
+    if family.old:
+        write_old_config(family, loaded, batch, logits)
+    if family.greedy:
+        arrays |= greedy(loaded, name)
+    arrays |= adapted(name, family, batch, logits)
+    write(home / "reference.npz", arrays)
+
+
+def make_bert_adapters():
+    """Adapters on the model of ``make_bert.py``, whose folder is left as it is."""
+    with np.load(HERE / "bert" / "reference.npz") as reference:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        batch = {key: torch.from_numpy(reference[key]) for key in names}
+        logits = torch.from_numpy(reference["logits_gelu"])
+    arrays = adapted("bert", BERT, batch, logits)
+    write(HERE / "bert" / "peft_reference.npz", {**batch, **arrays})
+
+
+def main(names: list[str]):
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for name in names or [*FAMILIES, "bert"]:
+        if name == "bert":
+            make_bert_adapters()
+        else:
+            make(name, FAMILIES[name])
+    versions = {
+        "script": "tests/golden/make_models.py",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
