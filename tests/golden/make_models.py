@@ -159,11 +159,12 @@ def check_sensitive(family: Family, model, batch, logits: torch.Tensor):
 
 @torch.no_grad()
 def greedy(model, name: str) -> dict[str, torch.Tensor]:
-    """Two prompts and the 8 tokens that `generate` appends to each."""
+    """Two prompts and the 8 tokens that `generate` appends: varied, no near ties."""
     seed(name, "prompts")
     model.generation_config.eos_token_id = None
     arrays = {}
-    for i, length in enumerate((4, 7)):
+    for _ in range(1000):
+        i, length = len(arrays) // 2, (4, 7)[len(arrays) // 2]
         prompt = torch.randint(3, 43, (1, length))
         tokens = model.generate(
             prompt,
@@ -171,11 +172,13 @@ def greedy(model, name: str) -> dict[str, torch.Tensor]:
             do_sample=False,
             max_new_tokens=8,
         )
+        new = tokens[0, length:]
         top = model(tokens).logits[0, length - 1 : -1].topk(2).values
-        if not (top[:, 0] - top[:, 1]).min() > 1e-3 or tokens.shape[1] != length + 8:
-            raise AssertionError(f"{name}: a near tie at prompt {i}")
-        arrays |= {f"prompt_{i}": prompt[0], f"greedy_{i}": tokens[0, length:]}
-    return arrays
+        if len(new.unique()) >= 4 and (top[:, 0] - top[:, 1]).min() > 1e-2:
+            arrays |= {f"prompt_{i}": prompt[0], f"greedy_{i}": new}
+        if len(arrays) == 4:
+            return arrays
+    raise AssertionError(f"{name}: no varied greedy decoding")
 
 
 def save_adapter(folder: pathlib.Path, model, name: str, config: dict):
