@@ -9,7 +9,7 @@ from lora_jax.io.adapter import load_adapter as load_adapter
 from lora_jax.io.adapter import save_adapter as save_adapter
 from lora_jax.io.checkpoint import Checkpoints as Checkpoints
 from lora_jax.io.vader import load_vader as load_vader
-from lora_jax.models.load import load_model as load_model
+from lora_jax.models.pretrained import load_model as load_model
 from lora_jax.models.save import save_model as save_model
 from lora_jax.nn.adapt import Adapted as Adapted
 from lora_jax.nn.adapt import adapt as adapt

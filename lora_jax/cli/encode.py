@@ -38,8 +38,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     _check_records(records, args.data)
     model = load(args.model, args.adapter)
     max_length = args.max_length
-    if max_length is None and model.adapter is not None:
-        max_length = model.adapter.extra.get("max_length")
+    if max_length is None and model.extra is not None:
+        max_length = model.extra.get("max_length")
     sequences, cut = _token_ids(model, records, max_length, args.data)
 
     lines: list[str] = [""] * len(records)
@@ -140,7 +140,7 @@ def _encode(
     """Fills ``lines`` batch by batch, shortest first; yields how many are done."""
 
     def forward(variables, ids, mask):
-        apply = model.module.apply
+        apply = model.loaded.module.apply
         embedding = apply(variables, ids, mask, method="embed")
         return embedding, apply(variables, ids, mask) if model.has_head else None
 

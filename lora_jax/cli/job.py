@@ -17,7 +17,8 @@ from lora_jax.array_types import PyTree
 from lora_jax.cli.console import UserError
 from lora_jax.cli.settings import DataSettings, RunSettings, TrainSettings
 from lora_jax.io.vader import load_vader
-from lora_jax.models.load import HEAD, LoadedModel, load_model
+from lora_jax.models.load import HEAD, LoadedModel
+from lora_jax.models.pretrained import load_model
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.data import (

@@ -24,9 +24,9 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} exists and is not empty; name a new folder.")
     model = load(args.model, args.adapter)
-    merged = model.module.merge(model.variables)
-    errors = model.module.merge_errors(model.variables)
-    pooling = model.loaded.module.pooling
+    merged = model.loaded.module.merge(model.variables)
+    errors = model.loaded.module.merge_errors(model.variables)
+    pooling = model.loaded.module.model.pooling
     save_model(target, merged, model.loaded.path, pooling=pooling)
     worst = max(errors, key=lambda error: error.relative)
     facts = [

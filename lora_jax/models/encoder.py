@@ -63,6 +63,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_fast": tanh_gelu,
     "gelu_pytorch_tanh": tanh_gelu,
     "relu": nn.relu,
+    "silu": nn.silu,
 }
 
 

@@ -16,17 +16,9 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from lora_jax.io.safetensors import SINGLE, open_tensors, write_tensors
-from lora_jax.models.load import (
-    CONFIG,
-    FAMILIES,
-    HEAD,
-    OURS,
-    bare_names,
-    read_config,
-    tensor_name,
-)
-from lora_jax.names import KERNEL
+from lora_jax.io.safetensors import SINGLE, write_tensors
+from lora_jax.models.load import HEAD, OURS, unscanned
+from lora_jax.models.source import CONFIG, open_source
 
 # What a folder needs beside weights and config; other files are not the model's.
 TOKENIZER_FILES = (
@@ -68,30 +60,32 @@ def save_model(
             f"directory must be another folder than the source {source}; it is the "
             "same. The base is never overwritten."
         )
-    settings = read_config(source)
-    family = FAMILIES[settings["model_type"]]
-    reader = open_tensors(source)
-    names = bare_names(reader, family)
+    model = open_source(source)
+    names, family, settings = model.names, model.family, dict(model.settings)
 
-    flat = flax.traverse_util.flatten_dict(dict(params))
-    ours = {tensor_name(path, family): path for path in flat}
+    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(dict(params))
+    ours = {}  # bare name: (leaf of a layer, array of the leaf or a layer of it)
+    for leaf, array in flat.items():
+        singles = unscanned(leaf, array.shape)
+        for i, single in enumerate(singles):
+            part = array if single == leaf else array[i]
+            ours[family.tensor_name(single)] = (single, part)
     faults = [
         f"missing: {name}"
         for name in names
-        if name not in ours and not name.startswith(family.unused)
+        if name not in ours and not family.is_unused(name)
     ]
     tensors = {}
-    for name, path in ours.items():
-        array = np.asarray(flat[path])
-        array = array.T if path[-1] == KERNEL else array
+    for name, (leaf, part) in ours.items():
+        array = family.to_file(leaf[-1], np.asarray(part))
         head = name.startswith(f"{HEAD}.")
         if name not in names and not head:
-            faults.append(f"unexpected: {'/'.join(path)}")
-        elif not head and array.shape != reader.shapes[names[name]]:
-            wanted = list(reader.shapes[names[name]])
+            faults.append(f"unexpected: {'/'.join(leaf)}")
+        elif not head and array.shape != model.shape(name):
+            wanted = list(model.shape(name))
             faults.append(f"shape: {name} must be {wanted}; got {list(array.shape)}")
         elif not np.isfinite(array).all():
-            faults.append(f"not finite: {'/'.join(path)}")
+            faults.append(f"not finite: {'/'.join(leaf)}")
         else:
             tensors[names.get(name, name)] = array
     if faults:
@@ -102,7 +96,7 @@ def save_model(
     for name, original in names.items():
         stale_head = name.startswith(f"{HEAD}.")
         if name not in ours and not stale_head:
-            tensors[original] = reader[original]
+            tensors[original] = model.tensors[original]
 
     directory.mkdir(parents=True, exist_ok=True)
     settings[OURS] = {"pooling": pooling}

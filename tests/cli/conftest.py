@@ -10,8 +10,8 @@ import tokenizers
 
 from lora_jax.cli.main import main
 from lora_jax.io.safetensors import write_tensors
-from lora_jax.models.bert import BERT
-from lora_jax.models.load import param_shapes, tensor_name
+from lora_jax.models.families.bert import BERT
+from lora_jax.models.load import param_shapes
 
 GOOD = ("lovely", "superb", "moving", "funny")
 BAD = ("dull", "awful", "tedious", "flat")
@@ -50,7 +50,7 @@ def model_dir(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     module = BERT.module(BERT.read_config(settings), num_labels=None, pooling="mean")
     tensors = {}
-    for path, shape in param_shapes(module).items():
+    for path, shape in param_shapes(BERT, module).items():
         value = 0.3 * rng.standard_normal(shape).astype(np.float32)
         if path[-1] == "scale":
             value = np.ones(shape, np.float32)
@@ -59,7 +59,7 @@ def model_dir(tmp_path_factory) -> Path:
             value[[WORDS.index(word) for word in GOOD]] += feature
             value[[WORDS.index(word) for word in BAD]] -= feature
         value = value.T if path[-1] == "kernel" else value
-        tensors[tensor_name(path, BERT)] = np.ascontiguousarray(value)
+        tensors[BERT.tensor_name(path)] = np.ascontiguousarray(value)
     write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(

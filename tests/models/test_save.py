@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax.models.load import load_model
+from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"

@@ -1,0 +1,197 @@
+"""The parts of a decoder: norms, attention, MLP and the block they make."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.encoder import ACTIVATIONS
+from lora_jax.ops.causal import cached_attention, causal_attention
+from lora_jax.ops.rope import apply_rope
+
+Hidden = Float[Array, "b t d"]
+Layer = int | Int[Array, ""]
+Past = tuple[Array, Array] | None
+NO_WINDOW = 2**30
+
+
+class Place(NamedTuple):
+    """Where the tokens of a batch stand: the same for all layers.
+
+    Attributes:
+      cos: cosines of each rope table, ``[b, t, c]``.
+      sin: sines.
+      slots: ``[b, t]`` slots in the cache when decoding, else None.
+      segment_ids: ``[b, t]`` example of each token of a packed row, or None.
+    """
+
+    cos: tuple[Array, ...]
+    sin: tuple[Array, ...]
+    slots: Array | None
+    segment_ids: Array | None
+
+
+class RMSNorm(nn.Module):
+    """Computes ``x / √(mean(x²) + eps) * (offset + scale)``, in float32.
+
+    Variables: ``scale`` ``[d]``.
+    """
+
+    eps: float
+    offset: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns the normalised ``x``, in ``dtype``."""
+        ones = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+class Part(nn.Module):
+    """What the parts of a decoder share: the config, the dtype, the kind of norm."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    def norm(self, name: str) -> nn.Module:
+        """Returns the norm called ``name``."""
+        return make_norm(self.config, self.dtype, name)
+
+
+class Attention(Part):
+    """Causal self-attention, grouped, with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, place: Place, layer: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Attends.
+
+        Args:
+          x: ``[b, t, d]``.
+          place: where the tokens stand.
+          layer: number of the layer, traced if the layers are scanned.
+          past: the layer's keys and values ``[b, s, k, h]`` when decoding.
+
+        Returns:
+          ``[b, t, d]``, and the layer's keys and values with these tokens' in them.
+        """
+        cfg, (b, t, _) = self.config, x.shape
+        n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+        def dense(name: str, width: int, use_bias: bool) -> nn.Dense:
+            return nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
+
+        if cfg.is_qkv_fused:
+            qkv = dense("qkv", (n + 2 * k) * h, cfg.has_qkv_bias)(x)
+            query, key, value = jnp.split(qkv, [n * h, (n + k) * h], axis=-1)
+        else:
+            query = dense("query", n * h, cfg.has_qkv_bias)(x)
+            key = dense("key", k * h, cfg.has_qkv_bias)(x)
+            value = dense("value", k * h, cfg.has_qkv_bias)(x)
+        if cfg.qk_norm == "projection":
+            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        query = query.reshape(b, t, n, h)
+        key, value = key.reshape(b, t, k, h), value.reshape(b, t, k, h)
+        if cfg.qk_norm == "head":
+            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        rope = _of_layer(cfg.layer_ropes, layer, len(cfg.ropes))
+        if rope is not None:
+            cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+
+        window = _of_layer(cfg.layer_windows, layer, NO_WINDOW)
+        attend = functools.partial(
+            causal_attention if past is None else cached_attention,
+            scale=cfg.attention_scale,
+            softcap=cfg.attention_softcap,
+            window=window,
+        )
+        if past is None:
+            mixed = attend(query, key, value, segment_ids=place.segment_ids)
+        else:
+            rows = jnp.arange(b)[:, None]
+            key = past[0].at[rows, place.slots].set(key)
+            value = past[1].at[rows, place.slots].set(value)
+            mixed = attend(query, key, value, place.slots)
+        output = dense("output", cfg.hidden_size, cfg.has_output_bias)
+        return output(mixed.reshape(b, t, n * h)), (key, value)
+
+
+class Mlp(Part):
+    """Computes ``(act(x W_gate) * x W_up) W_down``, or ``act(x W_up) W_down``."""
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
+        cfg, act = self.config, ACTIVATIONS[self.config.activation]
+
+        def dense(name: str, width: int) -> nn.Dense:
+            return nn.Dense(
+                width, use_bias=cfg.has_mlp_bias, dtype=self.dtype, name=name
+            )
+
+        if cfg.is_gate_up_fused:
+            gate, up = jnp.split(dense("gate_up", 2 * cfg.mlp_size)(x), 2, axis=-1)
+            x = act(gate) * up  # [b, t, f]
+        elif cfg.is_gated:
+            x = act(dense("gate", cfg.mlp_size)(x)) * dense("up", cfg.mlp_size)(x)
+        else:
+            x = act(dense("up", cfg.mlp_size)(x))
+        return dense("down", cfg.hidden_size)(x)
+
+
+class Block(Part):
+    """One transformer block: ``x + post(sublayer(pre(x)))``, twice."""
+
+    def __call__(self, x: Hidden, place: Place, layer: Layer) -> tuple[Hidden, None]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``; see `Attention`."""
+        return self.run(x, place, layer)[0], None
+
+    @nn.compact
+    def run(
+        self, x: Hidden, place: Place, layer: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Returns the keys and values of the layer too, for a cache."""
+        placement = self.config.norm_placement
+
+        def pre(name: str, x: Array) -> Array:
+            return self.norm(name)(x) if placement != "post" else x
+
+        def post(name: str, y: Array) -> Array:
+            return self.norm(name)(y) if placement != "pre" else y
+
+        attention = Attention(self.config, self.dtype, name="attention")
+        mlp = Mlp(self.config, self.dtype, name="mlp")
+        y, kept = attention(pre("attention_norm", x), place, layer, past)
+        x = x + post("attention_post_norm", y)
+        x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        return x, kept
+
+
+def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
+    """Makes a norm of the config's kind."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.norm_eps, dtype=dtype, name=name)
+    return RMSNorm(config.norm_eps, config.norm_offset, dtype, name=name)
+
+
+def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
+    """A layer's entry: static where it can be, else looked up by the traced layer."""
+    if len(set(values)) == 1:
+        return values[0]
+    if isinstance(layer, int):
+        return values[layer]
+    return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _pick(tables: tuple[Array, ...], index: Any) -> Array:
+    return tables[index] if isinstance(index, int) else jnp.stack(tables)[index]

@@ -1,0 +1,248 @@
+"""A decoder as a plain Linen module, with no LoRA inside.
+
+`lora_jax.adapt` adds the adapters from outside. Every family of causal language model
+(Llama, Gemma, GPT-2, ...) is this one module under another `DecoderConfig`.
+
+The parameter tree (kernels ``[i, o]``, as Flax stores them); with ``is_scanned`` the
+blocks are one, ``layers``, with a leading layer axis::
+
+    embed/embedding                                  [v, d]
+    positions/embedding                              only with learned positions
+    layer_{i}/attention_norm/scale                   not with norm_placement "post"
+    layer_{i}/attention/{query,key,value,output}/kernel     or {qkv,output}
+    layer_{i}/attention/{query,key}_norm/scale       only with qk_norm
+    layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
+    layer_{i}/mlp_norm/scale
+    layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
+    layer_{i}/mlp_post_norm/scale
+    final_norm/scale
+    head/kernel                                      not if tied
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.block import Block, Hidden, Place, make_norm
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.ops.rope import rope_angles
+
+TokenIds = Int[Array, "b t"]
+REMATS = ("none", "block")
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; token ``p`` of a row is in slot ``p``.
+
+    Attributes:
+      keys: of each layer ``[b, s, k, h]``; one array ``[l, b, s, k, h]`` if scanned.
+      values: the same.
+    """
+
+    keys: Any
+    values: Any
+
+
+class Decoder(nn.Module):
+    """A causal language model: token ids to logits.
+
+    Attributes:
+      config: sizes, constants and variants.
+      dtype: dtype of the computation; parameters keep their own.
+      is_scanned: whether the blocks are one `nn.scan` (compiles faster; parameters have
+        a leading layer axis under ``layers``) or unrolled.
+      remat: what the backward pass computes again: ``"none"``, or each ``"block"``.
+
+    Raises:
+      ValueError: if ``remat`` is unknown.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    is_scanned: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMATS:
+            raise ValueError(f"remat must be one of {REMATS}; got {self.remat!r}.")
+        super().__post_init__()
+
+    def __call__(
+        self,
+        input_ids: TokenIds,
+        positions: TokenIds | None = None,
+        segment_ids: TokenIds | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Predicts the next token at every position.
+
+        Args:
+          input_ids: token ids ``[b, t]``; padding goes to the right.
+          positions: ``[b, t]`` of the tokens in their example; ``0 ... t-1`` if None.
+          segment_ids: ``[b, t]`` example of each token in a packed row; tokens of
+            different examples don't see each other.
+
+        Returns:
+          Logits ``[b, t, v]`` float32.
+
+        Raises:
+          ValueError: if the shapes differ or ``t`` exceeds ``config.max_positions``.
+          TypeError: if ``input_ids`` are not integers.
+        """
+        return self.logits(self.hidden(input_ids, positions, segment_ids))
+
+    def hidden(
+        self,
+        input_ids: TokenIds,
+        positions: TokenIds | None = None,
+        segment_ids: TokenIds | None = None,
+    ) -> Hidden:
+        """Returns the normalised last hidden states ``[b, t, d]``; see `__call__`."""
+        x, place = self._embed(input_ids, positions, segment_ids)
+        x, _ = self._blocks(x, place, "__call__")
+        return self.final_norm(x)
+
+    def prefill(self, input_ids: TokenIds, size: int) -> tuple[Hidden, Cache]:
+        """Reads prompts into a new cache.
+
+        Args:
+          input_ids: ``[b, t]``, padded to the right; padding is never looked at.
+          size: slots of the cache, at least ``t``.
+
+        Returns:
+          Hidden states ``[b, t, d]`` and the cache, ``size`` slots a row.
+        """
+        if size < input_ids.shape[1]:
+            raise ValueError(
+                f"the cache must have a slot for each of the {input_ids.shape[1]} "
+                f"tokens of the prompt; got size = {size}."
+            )
+        x, place = self._embed(input_ids, None, None)
+        x, (keys, values) = self._blocks(x, place, "run")
+        room = [(0, size - input_ids.shape[1]), (0, 0), (0, 0)]
+
+        def pad(array: Array) -> Array:
+            return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + room)
+
+        return self.final_norm(x), Cache(*jax.tree.map(pad, (keys, values)))
+
+    def decode(
+        self, input_ids: TokenIds, positions: TokenIds, cache: Cache
+    ) -> tuple[Hidden, Cache]:
+        """Reads the next tokens of every row.
+
+        Args:
+          input_ids: ``[b, t]``; one token a row, usually.
+          positions: ``[b, t]`` of these tokens.
+          cache: of what came before.
+
+        Returns:
+          Hidden states ``[b, t, d]`` and the cache with these tokens in it.
+        """
+        x, place = self._embed(input_ids, positions, None)
+        place = place._replace(slots=positions)
+        x, (keys, values) = self._blocks(x, place, "run", cache)
+        return self.final_norm(x), Cache(keys, values)
+
+    def logits(self, hidden: Hidden) -> Float[Array, "b t v"]:
+        """Returns ``hidden @ head`` in float32, soft-capped where the config says."""
+        head = self.embed.attend if self.config.is_tied else self.head
+        logits, cap = head(hidden).astype(jnp.float32), self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def setup(self):
+        """Creates embedding, blocks, final norm and head."""
+        cfg = self.config
+        self.embed = nn.Embed(cfg.vocab_size, cfg.hidden_size)
+        if cfg.has_learned_positions:
+            self.positions = nn.Embed(cfg.max_positions, cfg.hidden_size)
+        block = (
+            nn.remat(Block, methods=["__call__"]) if self.remat == "block" else Block
+        )
+        if self.is_scanned:
+            scan = {
+                "variable_axes": {"params": 0},
+                "split_rngs": {"params": True, "dropout": True},
+                "length": cfg.num_layers,
+            }
+            block = nn.scan(
+                block,
+                methods={
+                    "__call__": {**scan, "in_axes": (nn.broadcast, 0)},
+                    "run": {**scan, "in_axes": (nn.broadcast, 0, 0)},
+                },
+            )
+            self.layers = block(cfg, self.dtype)
+        else:
+            self.layer = [block(cfg, self.dtype) for _ in range(cfg.num_layers)]
+        self.final_norm = make_norm(cfg, self.dtype, None)
+        if not cfg.is_tied:
+            self.head = nn.Dense(cfg.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def _embed(self, input_ids, positions, segment_ids) -> tuple[Hidden, Place]:
+        """Looks the tokens up and says where they stand."""
+        cfg = self.config
+        check_tokens(input_ids, positions, segment_ids, cfg.max_positions)
+        if positions is None:
+            positions = jnp.arange(input_ids.shape[1])[None]
+        x = self.embed(input_ids).astype(self.dtype)
+        x = x * jnp.asarray(cfg.embed_scale, self.dtype)
+        if cfg.has_learned_positions:
+            x = x + self.positions(positions).astype(self.dtype)
+        cos, sin = [], []
+        for rope in cfg.ropes:
+            angles = rope_angles(positions, jnp.asarray(rope.frequencies()))
+            cos.append(jnp.cos(angles) * rope.attention_factor)
+            sin.append(jnp.sin(angles) * rope.attention_factor)
+        if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned
+            cos.append(jnp.ones_like(cos[0]))
+            sin.append(jnp.zeros_like(sin[0]))
+        return x, Place(tuple(cos), tuple(sin), None, segment_ids)
+
+    def _blocks(
+        self, x: Hidden, place: Place, method: str, cache: Cache | None = None
+    ) -> tuple[Hidden, Any]:
+        """Runs all blocks; returns ``x`` and (keys, values) of all layers, or None."""
+        if self.is_scanned:
+            numbers = jnp.arange(self.config.num_layers)
+            past = () if method == "__call__" else (cache and tuple(cache),)
+            return getattr(self.layers, method)(x, place, numbers, *past)
+        kept = []
+        for i, block in enumerate(self.layer):
+            past = () if cache is None else ((cache.keys[i], cache.values[i]),)
+            x, pair = getattr(block, method)(x, place, i, *past)
+            kept.append(pair)
+        if method == "__call__":
+            return x, None
+        return x, tuple(zip(*kept, strict=True))
+
+
+def check_tokens(
+    input_ids: Any, positions: Any, segment_ids: Any, max_positions: int
+) -> None:
+    """Raises unless the arrays are one batch ``[b, t]`` of tokens that fits."""
+    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise TypeError(
+            f"input_ids must be integers [b, t]; got dtype {input_ids.dtype}. "
+            "Token ids come from a tokenizer; `astype(int32)` if these are ids."
+        )
+    shapes = {
+        name: array.shape
+        for name, array in (("positions", positions), ("segment_ids", segment_ids))
+        if array is not None
+    }
+    if input_ids.ndim != 2 or any(s != input_ids.shape for s in shapes.values()):
+        listed = "".join(f", {name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            "input_ids, positions and segment_ids must share one shape [b, t]; got "
+            f"input_ids {input_ids.shape}{listed}. A single sequence needs a batch "
+            "dimension: `ids[None]`."
+        )
+    if input_ids.shape[1] > max_positions:
+        raise ValueError(
+            f"input_ids must have at most max_positions = {max_positions} tokens a "
+            f"row; got shape {input_ids.shape}. Truncate when tokenising, or pack to "
+            "shorter rows."
+        )

@@ -1,0 +1,233 @@
+"""What a decoder is made of: sizes, constants, and where the families differ.
+
+One frozen dataclass describes Llama as well as Gemma or GPT-2; a family's mapping only
+fills it in. Nothing here is a model's name.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+from lora_jax.models.encoder import ACTIVATIONS
+
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One table of rotary frequencies.
+
+    Attributes:
+      theta: base of the frequencies ``theta^(-2j / rotary_dim)``.
+      rotary_dim: dimensions of a head that are rotated; even.
+      kind: how the frequencies are scaled for longer contexts, one of `KINDS`.
+      factor: by how much the context was stretched.
+      original_max_positions: the context before that.
+      low_freq_factor: llama3: wavelengths above ``original / low`` are stretched whole.
+      high_freq_factor: llama3: those below ``original / high`` not at all.
+      beta_fast: yarn: rotations over the original context above which nothing changes.
+      beta_slow: yarn: those below which all is stretched.
+      attention_factor: yarn, longrope: factor of cosines and sines.
+      divisors: longrope: what each frequency is divided by.
+
+    References:
+      linear: https://arxiv.org/abs/2306.15595; yarn: https://arxiv.org/abs/2309.00071,
+      section 3; longrope: https://arxiv.org/abs/2402.13753.
+    """
+
+    theta: float
+    rotary_dim: int
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
+
+    def frequencies(self) -> np.ndarray:
+        """Returns radians a token, ``[rotary_dim / 2]`` float32."""
+        exponents = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
+        plain = self.theta**-exponents
+        if self.kind == "linear":
+            plain = plain / self.factor
+        elif self.kind == "llama3":
+            plain = self._llama3(plain)
+        elif self.kind == "yarn":
+            plain = self._yarn(plain)
+        elif self.kind == "longrope":
+            plain = plain / np.asarray(self.divisors)
+        return plain.astype(np.float32)
+
+    def _llama3(self, plain: np.ndarray) -> np.ndarray:
+        turns = self.original_max_positions * plain / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: high frequencies
+        return kept * plain + (1 - kept) * plain / self.factor
+
+    def _yarn(self, plain: np.ndarray) -> np.ndarray:
+        def dimension(turns: float) -> float:
+            """The (fractional) pair that turns so often over the original context."""
+            wavelength = self.original_max_positions / (turns * 2 * math.pi)
+            return self.rotary_dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+        low = max(math.floor(dimension(self.beta_fast)), 0)
+        high = min(math.ceil(dimension(self.beta_slow)), self.rotary_dim - 1)
+        ramp = (np.arange(len(plain)) - low) / max(high - low, 0.001)
+        kept = 1 - np.clip(ramp, 0, 1)
+        return kept * plain + (1 - kept) * plain / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes, constants and variants of a decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding, ``v``.
+      hidden_size: width of the model, ``d``.
+      num_layers: number of blocks, ``l``.
+      num_heads: query heads, ``n``.
+      num_kv_heads: key and value heads, ``k``; divides ``n``.
+      head_dim: width of a head, ``h``; need not be ``d / n``.
+      mlp_size: width inside the MLP, ``f``.
+      max_positions: the longest sequence.
+      activation: Hugging Face's name of the MLP's activation.
+      is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``.
+      norm: RMSNorm (``"rms"``) or LayerNorm (``"layer"``).
+      norm_eps: epsilon of the norms.
+      norm_offset: added to a stored RMSNorm scale (Gemma: 1).
+      norm_placement: norms before the sublayers, after them, or both.
+      qk_norm: norm of queries and keys: each head's, the whole projection's, or none.
+      has_qkv_bias: bias of query, key and value.
+      has_output_bias: bias of the attention's output.
+      has_mlp_bias: bias of the MLP.
+      is_qkv_fused: whether query, key and value are one kernel, ``qkv``.
+      is_gate_up_fused: whether gate and up are one kernel, ``gate_up``.
+      ropes: the tables of rotary frequencies.
+      layer_ropes: which of them each layer uses; None: none (NoPE).
+      layer_windows: sliding window of each layer; None: sees everything before it.
+      has_learned_positions: whether there is a learned position embedding.
+      attention_scale: of the scores; None for ``1 / √h``.
+      attention_softcap: bound of the scores, or None.
+      final_softcap: bound of the logits, or None.
+      embed_scale: factor of the embedding's output.
+      is_tied: whether the head is the embedding.
+
+    Raises:
+      ValueError: if a size or constant is out of range; every fault is named.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_positions: int
+    activation: str = "silu"
+    is_gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    qk_norm: Literal["head", "projection"] | None = None
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_mlp_bias: bool = False
+    is_qkv_fused: bool = False
+    is_gate_up_fused: bool = False
+    ropes: tuple[Rope, ...] = ()
+    layer_ropes: tuple[int | None, ...] = ()
+    layer_windows: tuple[int | None, ...] = ()
+    has_learned_positions: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embed_scale: float = 1.0
+    is_tied: bool = False
+
+    def __post_init__(self):
+        sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
+        faults = [
+            f"{name} must be a positive integer; got {getattr(self, name)!r}"
+            for name in sizes
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
+        if not faults:
+            faults += self._faults()
+        if faults:
+            raise ValueError("DecoderConfig: " + "; ".join(faults) + ".")
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if self.num_layers > MAX_LAYERS:
+            faults.append(
+                f"num_layers must be at most {MAX_LAYERS}; got {self.num_layers}"
+            )
+            return faults
+        for name, default in (("layer_ropes", None), ("layer_windows", None)):
+            value = getattr(self, name) or (default,) * self.num_layers
+            object.__setattr__(self, name, tuple(value))
+            if len(value) != self.num_layers:
+                faults.append(
+                    f"{name} must have one entry for each of the {self.num_layers} "
+                    f"layers; got {len(value)}"
+                )
+        if self.num_heads % self.num_kv_heads:
+            faults.append(
+                f"num_kv_heads must divide num_heads = {self.num_heads}; "
+                f"got {self.num_kv_heads}"
+            )
+        if self.activation not in ACTIVATIONS:
+            faults.append(
+                f"activation must be one of {sorted(ACTIVATIONS)}; "
+                f"got {self.activation!r}"
+            )
+        faults += [
+            f"a window must be at least 1 token; got {window!r}"
+            for window in {w for w in self.layer_windows if w is not None}
+            if type(window) is not int or window < 1
+        ]
+        for name in (
+            "norm_eps",
+            "attention_scale",
+            "attention_softcap",
+            "final_softcap",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, (int, float)) and 0 < value < math.inf
+            ):
+                faults.append(f"{name} must be above 0; got {value!r}")
+        faults += [fault for rope in self.ropes for fault in self._rope_faults(rope)]
+        return faults
+
+    def _rope_faults(self, rope: Rope) -> list[str]:
+        faults = []
+        if rope.kind not in KINDS:
+            faults.append(f"rope type must be one of {KINDS}; got {rope.kind!r}")
+        dim = rope.rotary_dim
+        if type(dim) is not int or dim % 2 or not 2 <= dim <= self.head_dim:
+            faults.append(
+                f"rotary_dim must be even and at most head_dim = {self.head_dim}; "
+                f"got {dim!r}"
+            )
+        elif rope.kind == "longrope" and len(rope.divisors) != dim // 2:
+            faults.append(
+                f"longrope needs {dim // 2} factors; got {len(rope.divisors)}"
+            )
+        if not (isinstance(rope.theta, (int, float)) and rope.theta > 1):
+            faults.append(f"rope theta must be above 1; got {rope.theta!r}")
+        if not (isinstance(rope.factor, (int, float)) and rope.factor > 0):
+            faults.append(f"rope factor must be above 0; got {rope.factor!r}")
+        if rope.kind in ("llama3", "yarn") and rope.original_max_positions < 1:
+            faults.append(f"rope type {rope.kind!r} needs the original context length")
+        return faults
+
+
+MAX_LAYERS = 1000  # a config.json may ask for anything; tracing takes time by layer

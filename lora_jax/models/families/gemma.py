@@ -1,0 +1,109 @@
+"""Gemma 2 and the text model of Gemma 3: four norms a block, alternating windows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families.llama import (
+    LAYER,
+    POST_NORMS,
+    SHARED,
+    decoder_family,
+    finish,
+    read_sizes,
+    sliding_layers,
+)
+from lora_jax.models.families.rope import read_rope
+from lora_jax.models.family import Fields
+
+
+def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
+    sizes = read_sizes(fields, max_positions_default=max_positions)
+    fields.only("use_bidirectional_attention", None if _absent(fields) else False)
+    bias = fields.flag("attention_bias")
+    return sizes | {
+        "head_dim": fields.integer("head_dim", 256),
+        "activation": fields.text("hidden_activation", "gelu_pytorch_tanh"),
+        "norm_offset": 1.0,
+        "norm_placement": "both",
+        "has_qkv_bias": bias,
+        "has_output_bias": bias,
+        "attention_scale": max(fields.number("query_pre_attn_scalar", 256), 0.1)
+        ** -0.5,
+        "embed_scale": max(sizes["hidden_size"], 1) ** 0.5,
+        "is_tied": fields.flag("tie_word_embeddings", True),
+    }
+
+
+def _absent(fields: Fields) -> bool:
+    return fields.config.get("use_bidirectional_attention") is None
+
+
+def _soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
+    """A bound that is on where the file doesn't say, and off where it says null."""
+    if key in fields.config and fields.config[key] is None:
+        return None
+    return fields.number(key, default)
+
+
+def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a Gemma 2 config: soft-caps, every other layer with a window."""
+    fields = Fields(config, "Gemma 2 decoder")
+    common = _read_common(fields, 8192)
+    layers = min(common["num_layers"], 1000)
+    window = fields.integer("sliding_window", 4096)
+    windows = sliding_layers(fields, layers, lambda i: i % 2 == 0, window)
+    return finish(
+        fields,
+        common
+        | {
+            "ropes": (read_rope(fields, common["head_dim"]),),
+            "layer_ropes": (0,) * layers,
+            "layer_windows": windows,
+            "attention_softcap": _soft_cap(fields, "attn_logit_softcapping", 50.0),
+            "final_softcap": _soft_cap(fields, "final_logit_softcapping", 30.0),
+        },
+    )
+
+
+def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a Gemma 3 text config: local and global layers with their own RoPE."""
+    fields = Fields(config, "Gemma 3 text decoder")
+    common = _read_common(fields, 131072)
+    layers = min(common["num_layers"], 1000)
+    window = fields.integer("sliding_window", 4096)
+    pattern = max(fields.integer("sliding_window_pattern", 6), 1)
+    windows = sliding_layers(fields, layers, lambda i: (i + 1) % pattern != 0, window)
+    new = fields.mapping("rope_parameters") or {}
+    full, local = (new.get(k) for k in ("full_attention", "sliding_attention"))
+    if isinstance(full, dict) and isinstance(local, dict):
+        tables = (full, local)
+    else:
+        theta = fields.number("rope_local_base_freq", 10000.0)
+        scaling = fields.mapping("rope_scaling") or {}
+        base = fields.number("rope_theta", 1e6)
+        tables = ({"rope_theta": base, **scaling}, {"rope_theta": theta})
+    ropes = tuple(read_rope(fields, common["head_dim"], settings=t) for t in tables)
+    return finish(
+        fields,
+        common
+        | {
+            "qk_norm": "head",
+            "ropes": ropes,
+            "layer_ropes": tuple(0 if w is None else 1 for w in windows),
+            "layer_windows": windows,
+            "final_softcap": _soft_cap(fields, "final_logit_softcapping", None),
+        },
+    )
+
+
+MODULES = (
+    SHARED
+    | POST_NORMS
+    | {
+        "layer_{i}/attention_norm": LAYER + "input_layernorm",
+        "layer_{i}/mlp_norm": LAYER + "pre_feedforward_layernorm",
+    }
+)
+GEMMA2 = decoder_family(read_gemma2, MODULES)
+GEMMA3 = decoder_family(read_gemma3, MODULES)

@@ -1,0 +1,69 @@
+"""GPT-2: LayerNorm, learned positions, one kernel for query, key and value.
+
+Its ``Conv1D`` kernels are stored ``[in, out]``, as Flax has them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families.llama import decoder_family, finish
+from lora_jax.models.family import Fields
+
+
+def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a GPT-2 config; absent keys have transformers' defaults."""
+    fields = Fields(config, "GPT-2 decoder")
+    for key, value in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+        ("tie_word_embeddings", True),
+    ):
+        fields.only(key, value)
+    hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
+    if hidden % heads:
+        fields.faults.append(f"n_head must divide n_embd = {hidden}; got {heads}")
+    return finish(
+        fields,
+        {
+            "vocab_size": fields.integer("vocab_size", 50257),
+            "hidden_size": hidden,
+            "num_layers": fields.integer("n_layer", 12),
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": hidden // heads,
+            "mlp_size": fields.integer("n_inner", 4 * hidden),
+            "max_positions": fields.integer("n_positions", 1024),
+            "activation": fields.text("activation_function", "gelu_new"),
+            "is_gated": False,
+            "norm": "layer",
+            "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
+            "has_qkv_bias": True,
+            "has_output_bias": True,
+            "has_mlp_bias": True,
+            "is_qkv_fused": True,
+            "has_learned_positions": True,
+            "is_tied": True,
+        },
+    )
+
+
+GPT2 = decoder_family(
+    read_gpt2,
+    {
+        "embed": "wte",
+        "positions": "wpe",
+        "layer_{i}/attention_norm": "h.{i}.ln_1",
+        "layer_{i}/attention/qkv": "h.{i}.attn.c_attn",
+        "layer_{i}/attention/output": "h.{i}.attn.c_proj",
+        "layer_{i}/mlp_norm": "h.{i}.ln_2",
+        "layer_{i}/mlp/up": "h.{i}.mlp.c_fc",
+        "layer_{i}/mlp/down": "h.{i}.mlp.c_proj",
+        "final_norm": "ln_f",
+        "head": "lm_head",
+    },
+    prefix="transformer.",
+    unused=(r"h\.\d+\.attn\.(masked_)?bias$",),
+    is_transposed=False,
+)

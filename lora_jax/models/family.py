@@ -1,0 +1,187 @@
+"""What a model family is: how Hugging Face names its config keys and its tensors.
+
+Another family is a small file in `families` and a line in `load.FAMILIES`: which config
+keys mean what, and which tensor each leaf of the module's tree comes from.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from lora_jax.names import BIAS, KERNEL
+
+Shape = tuple[int, ...]
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What there is to know about one ``model_type`` of Hugging Face.
+
+    Attributes:
+      read_config: from a parsed ``config.json`` to the module's config.
+      module: called with the config and keyword options; builds the module.
+      inputs: shapes of one example's inputs, from the config: ``module.init``'s.
+      modules: from a module's path (or a leaf's) in our tree, with ``{i}`` for a
+        layer's number, to its Hugging Face name.
+      prefix: what the names start with in files saved from a larger model.
+      unused: expressions for the start of names that a file may hold and the module
+        doesn't need.
+      head: the module that is made anew where a file has none, or None.
+      is_transposed: whether kernels are stored ``[out, in]``.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], Any]
+    module: Callable[..., nn.Module]
+    inputs: Callable[[Any], tuple[Any, ...]]
+    modules: Mapping[str, str]
+    prefix: str
+    unused: tuple[str, ...] = ()
+    head: str | None = None
+    is_transposed: bool = True
+
+    def tensor_name(self, path: tuple[str, ...]) -> str:
+        """The bare Hugging Face name of the leaf at ``path``.
+
+        Args:
+          path: the leaf's path in the module's parameter tree.
+
+        Returns:
+          Its name without the family's prefix.
+
+        Raises:
+          ValueError: if the family has no name for it.
+        """
+        *modules, leaf = path
+        name = self._named("/".join(path))
+        if name is not None:
+            return name
+        if (name := self._named("/".join(modules))) is None:
+            raise ValueError(
+                f"parameter {'/'.join(path)} must be of a module that has a Hugging "
+                f"Face name; those are {sorted(self.modules)}."
+            )
+        return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a file may hold a tensor of this bare name for nothing."""
+        return any(re.match(pattern, name) for pattern in self.unused)
+
+    def module_name(self, path: str) -> str | None:
+        """The bare Hugging Face name of the module at ``path``, None if it has none."""
+        return self._named(path)
+
+    def _named(self, path: str) -> str | None:
+        number = re.search(r"layer_(\d+)", path)
+        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
+        return template and template.replace("{i}", number[1] if number else "")
+
+    def from_file(self, leaf: str, array: np.ndarray) -> np.ndarray:
+        """A file's ``[out, in, *k]`` array as Flax stores it, ``[*k, in, out]``.
+
+        Args:
+          leaf: name of the leaf.
+          array: as the file has it.
+
+        Returns:
+          A view of it.
+        """
+        if leaf != KERNEL or not self.is_transposed:
+            return array
+        return array.transpose(self.axes(array.ndim))
+
+    def to_file(self, leaf: str, array: np.ndarray) -> np.ndarray:
+        """`from_file` undone."""
+        if leaf != KERNEL or not self.is_transposed:
+            return array
+        return array.transpose(np.argsort(self.axes(array.ndim)))
+
+    def file_shape(self, leaf: str, shape: Shape) -> Shape:
+        """The shape that a file has for a leaf of ``shape``."""
+        return self.to_file(leaf, np.broadcast_to(np.empty(()), shape)).shape
+
+    @staticmethod
+    def axes(ndim: int) -> tuple[int, ...]:
+        """Order of a PyTorch kernel's axes in Flax: spatial, in, out."""
+        return (*range(2, ndim), 1, 0)
+
+
+class Fields:
+    """A ``config.json`` being read: wrong types and missing keys are gathered.
+
+    Args:
+      config: the parsed file.
+      what: whose config it should be, for the error.
+    """
+
+    def __init__(self, config: Mapping[str, Any], what: str):
+        self.config, self.what = config, what
+        self.faults: list[str] = []
+
+    def integer(self, key: str, default: Any = _MISSING) -> Any:
+        """An integer; a key that is absent or null has the default."""
+        return self._get(key, default, (int,), "an integer")
+
+    def number(self, key: str, default: Any = _MISSING) -> Any:
+        """A finite number."""
+        value = self._get(key, default, (int, float), "a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            self.faults.append(f"{key} must be finite; got {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        return self._get(key, default, (bool,), "true or false")
+
+    def text(self, key: str, default: Any = _MISSING) -> Any:
+        """A string."""
+        return self._get(key, default, (str,), "a string")
+
+    def sequence(self, key: str, length: int) -> list[Any] | None:
+        """A list of ``length`` entries, or None where the key is absent or null."""
+        value = self._get(key, None, (list,), "a list")
+        if value is not None and len(value) != length:
+            self.faults.append(
+                f"{key} must have {length} entries, one a layer; got {len(value)}"
+            )
+            return None
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any] | None:
+        """A JSON object, or None."""
+        return self._get(key, None, (dict,), "an object")
+
+    def only(self, key: str, value: Any, default: Any = _MISSING) -> None:
+        """Refuses every value of ``key`` but one: others ask for another model."""
+        default = value if default is _MISSING else default
+        if (got := self.config.get(key, default)) != value:
+            self.faults.append(f"{key} must be {value!r} here; got {got!r}")
+
+    def check(self) -> None:
+        """Raises one error with every fault.
+
+        Raises:
+          ValueError: if there is any.
+        """
+        if self.faults:
+            raise ValueError(
+                f"config.json is not of a {self.what}: {'; '.join(self.faults)}."
+            )
+
+    def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
+        value = self.config.get(key)
+        if value is None:
+            if default is _MISSING:
+                self.faults.append(f"{key} is missing")
+                return 1 if int in types else ""
+            return default
+        is_bool = isinstance(value, bool) and bool not in types
+        if is_bool or not isinstance(value, types):
+            self.faults.append(f"{key} must be {kind}; got {value!r}"[:200])
+            return 1 if default is _MISSING else default
+        return value

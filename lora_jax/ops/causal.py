@@ -1,0 +1,139 @@
+"""Causal attention that computes (almost) nothing of the future.
+
+Half of a causal score matrix is masked away. Here the queries go in blocks, each
+against the keys up to its own end (and, with a sliding window, from its own start), so
+that half is never computed, nor kept for the backward pass.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lora_jax.ops.attention import attention, choose_implementation
+
+Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b s k h"]
+MIN_BLOCK, MAX_BLOCKS = 64, 16
+
+
+def causal_attention(
+    query: Queries,
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> Queries:
+    """Attends from each token to itself and to earlier tokens of its segment.
+
+    Computes ``softmax(cap(scale * query keyᵀ)) value`` over keys ``s <= t`` with
+    ``t - s < window`` and equal segments, where ``cap(z) = c tanh(z / c)``; the softmax
+    is in float32. Query head ``j`` attends to key head ``j // (n / k)``.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, t, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, t, k, h]``.
+      scale: of the scores; ``1 / √h`` if None.
+      softcap: ``c``, bound of the scores; None for no bound.
+      window: keys that a query sees, itself included; None for all. A traced integer
+        masks the rest instead of leaving it out.
+      segment_ids: ``[b, t]`` example of each token in a packed row.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+
+    References:
+      Soft-cap and windows: Gemma 2, https://arxiv.org/abs/2408.00118, section 2;
+      grouped queries: Ainslie et al., https://arxiv.org/abs/2305.13245, section 2.2.
+    """
+    t, h = query.shape[1], query.shape[3]
+    scale = h**-0.5 if scale is None else scale
+    is_fused = softcap is None and choose_implementation(query, key) == "cudnn"
+    if is_fused and window is None:
+        same = None if segment_ids is None else _same(segment_ids, segment_ids)
+        query = query * jnp.asarray(scale * math.sqrt(h), query.dtype)
+        return attention(query, key, value, mask=same, is_causal=True)
+
+    size = max(MIN_BLOCK, -(-t // MAX_BLOCKS))
+    blocks = []
+    for start in range(0, t, size):
+        stop = min(start + size, t)
+        first = max(0, start - window + 1) if isinstance(window, int) else 0
+        keys, queries = slice(first, stop), slice(start, stop)
+        mask = _visible(jnp.arange(start, stop)[None], jnp.arange(first, stop), window)
+        if segment_ids is not None:
+            mask &= _same(segment_ids[:, queries], segment_ids[:, keys])
+        blocks.append(
+            attend(
+                query[:, queries], key[:, keys], value[:, keys], mask, scale, softcap
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def cached_attention(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    slots: Int[Array, "b t"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> Queries:
+    """Attends to a cache: each query to the slots up to its own.
+
+    Args:
+      query: ``[b, t, n, h]``, few tokens.
+      key: the cache ``[b, s, k, h]``; what lies in later slots is not looked at.
+      value: the cache ``[b, s, k, h]``.
+      slots: ``[b, t]`` slot of each query.
+      scale: as in `causal_attention`.
+      softcap: as in `causal_attention`.
+      window: as in `causal_attention`.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    mask = _visible(slots, jnp.arange(key.shape[1]), window)
+    return attend(query, key, value, mask, scale, softcap)
+
+
+def attend(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    mask: Array,
+    scale: float,
+    softcap: float | None,
+) -> Queries:
+    """Attention of a block, masked: ``mask`` is ``[b or 1, 1, t, s]``, True = seen."""
+    b, t, n, h = query.shape
+    k = key.shape[2]
+    grouped = query.reshape(b, t, k, n // k, h)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)  # [b, k, g, t, s]
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+def _visible(queries: Array, keys: Array, window) -> Array:
+    """Which keys ``[s]`` the queries ``[b, t]`` may see: boolean ``[b, 1, t, s]``."""
+    distance = queries[:, None, :, None] - keys
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _same(queries: Array, keys: Array) -> Array:
+    return queries[:, None, :, None] == keys[:, None, None, :]

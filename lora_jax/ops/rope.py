@@ -1,0 +1,66 @@
+"""Rotary position embedding: a query and a key turned by angles of their positions.
+
+Dimension ``j`` of the first half of a head is paired with ``j`` of the second half
+("rotate-half", as Hugging Face stores Llama). A base whose pairs are neighbours
+(GGUF) has its query and key kernels permuted when it is loaded.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Angles = Float[Array, "b t c"]
+
+
+def rope_angles(
+    positions: Int[Array, "b t"], frequencies: Float[Array, " c"]
+) -> Angles:
+    """Computes ``position * frequency`` in float32.
+
+    Args:
+      positions: of the tokens in their sequence, ``[b, t]``.
+      frequencies: radians a token of each of the ``c`` pairs of dimensions.
+
+    Returns:
+      Angles ``[b, t, c]`` float32.
+
+    References:
+      Su et al., https://arxiv.org/abs/2104.09864, section 3.2.2.
+    """
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def apply_rope(x: Float[Array, "b t n h"], cos: Angles, sin: Angles) -> Array:
+    """Rotates the pairs ``(x_j, x_{j+c})`` of every head by their angles.
+
+    Computes ``x_j cos - x_{j+c} sin`` and ``x_{j+c} cos + x_j sin`` in float32, for
+    ``j < c``; dimensions from ``2c`` on pass unchanged (partial rotation).
+
+    Args:
+      x: queries or keys ``[b, t, n, h]``.
+      cos: cosines ``[b, t, c]`` of `rope_angles`, ``2c <= h``.
+      sin: sines ``[b, t, c]``.
+
+    Returns:
+      The rotated array, in the shape and dtype of ``x``.
+
+    Raises:
+      ValueError: if there are more than ``h / 2`` angles.
+
+    Example:
+      >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+      >>> quarter = jnp.full((1, 1, 1), jnp.pi / 2)
+      >>> apply_rope(x, jnp.cos(quarter), jnp.sin(quarter)).round(3).ravel().tolist()
+      [-0.0, 1.0]
+    """
+    c, h = cos.shape[-1], x.shape[-1]
+    if 2 * c > h:
+        raise ValueError(
+            f"rope needs at most h / 2 = {h // 2} angles for heads of {h} dimensions; "
+            f"got {c}."
+        )
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [b, t, 1, c]
+    first, second = (
+        half.astype(jnp.float32) for half in (x[..., :c], x[..., c : 2 * c])
+    )
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(y.astype(x.dtype) for y in rotated), x[..., 2 * c :]], -1)
