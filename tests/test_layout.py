@@ -24,7 +24,7 @@ LEVELS = (
 )
 OPTIONAL = (
     *("orbax", "safetensors", "tokenizers", "huggingface_hub", "yaml", "rich"),
-    *("pydantic", "matplotlib", "sklearn"),
+    *("pydantic", "matplotlib", "sklearn", "gguf", "jinja2"),
 )
 # What a part may import besides the standard library and what stands left of it.
 FOREIGN = {

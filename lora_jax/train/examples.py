@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ def read_jsonl(
     path: str | os.PathLike[str],
     *,
     fields: Mapping[str, tuple[type, ...]] | None = None,
+    check: Callable[[dict[str, Any]], str] | None = None,
 ) -> list[dict[str, Any]]:
     """Reads a JSONL file, strictly.
 
@@ -23,6 +24,7 @@ def read_jsonl(
       fields: the keys each object must have and the types of their values;
         ``{"text": (str,), "label": (str, int)}`` if None. Strings must hold more than
         white space; true and false are no integers.
+      check: says what else is wrong with an object; the empty string if nothing is.
 
     Returns:
       The objects, other keys included.
@@ -47,7 +49,8 @@ def read_jsonl(
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON: {error.msg} at {error.colno}")
         else:
-            if fault := _record_fault(record, fields):
+            fault = _record_fault(record, fields)
+            if fault := fault or (check(record) if check else ""):
                 faults.append(f"{path}:{number}: {fault}")
             records.append(record)
     if faults:

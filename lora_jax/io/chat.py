@@ -1,0 +1,253 @@
+"""Chat templates: messages to one text, and which of its characters the model says.
+
+Templates come with models, so they are strangers' programs: they run in jinja2's
+immutable sandbox, with the names and filters that transformers gives them. There is no
+clock (``strftime_now``): the same data gives the same text on any day.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ASSISTANT = "assistant"
+# Characters that Unicode keeps free of meaning, as marks inside a rendered text.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+
+Message = Mapping[str, Any]
+
+
+class Rendered(NamedTuple):
+    """A conversation as one text.
+
+    Attributes:
+      text: what the template wrote.
+      spans: ``(start, end)`` of what the assistant says, in characters.
+      marked: whether the template itself says where the spans are.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    marked: bool
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+      source: Jinja source.
+      tokens: texts of special tokens by the names templates use, such as
+        ``{"bos_token": "<s>"}``.
+
+    Raises:
+      ImportError: if jinja2 is not installed.
+      ValueError: if the source is no template.
+
+    Example:
+      >>> source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+      >>> source += "{% if add_generation_prompt %}assistant: {% endif %}"
+      >>> template = ChatTemplate(source, {})
+      >>> chat = [{"role": "user", "content": "1?"}]
+      >>> chat += [{"role": "assistant", "content": "2"}]
+      >>> template.render(chat[:1], add_generation_prompt=True)
+      'user: 1?\\nassistant: '
+      >>> template.mark_assistant(chat).spans
+      [(20, 22)]
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]):
+        self._errors, environment = _environment()
+        self.source, self._tokens = source, dict(tokens)
+        self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+        try:
+            self._template = environment.from_string(source)
+        except self._errors as error:
+            raise ValueError(
+                f"the chat template must be Jinja; it can't be read: {error}."
+            ) from error
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    ) -> str:
+        """Writes a conversation as one text.
+
+        Args:
+          messages: each with a ``role`` and a ``content``.
+          add_generation_prompt: whether the text ends where an answer begins.
+
+        Returns:
+          The text.
+
+        Raises:
+          ValueError: if the messages are malformed, or the template refuses them.
+        """
+        check_messages(messages)
+        text = self._render(messages, add_generation_prompt)
+        return text.replace(OPEN, "").replace(CLOSE, "")
+
+    def mark_assistant(self, messages: Sequence[Message]) -> Rendered:
+        """Writes a conversation and finds what the assistant says in it.
+
+        A template may say so itself, with ``{% generation %}``. Of any other, the text
+        up to an assistant's turn (with the prompt to generate) and the text after it
+        are rendered too; both must begin the whole text, and the turn is what lies
+        between their ends.
+
+        Args:
+          messages: each with a ``role`` and a ``content``; one at least the
+            assistant's.
+
+        Returns:
+          The text and the spans.
+
+        Raises:
+          ValueError: if there is no such turn, the template refuses the messages, or
+            it writes earlier turns otherwise once later ones follow.
+        """
+        check_messages(messages)
+        turns = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT]
+        if not turns:
+            roles = [m["role"] for m in messages]
+            raise ValueError(
+                f"messages must hold a turn of the role {ASSISTANT!r}; got {roles[:8]}."
+            )
+        text = self._render(messages, False)
+        if self._marks:
+            return _read_marks(text)
+        spans = []
+        for turn in turns:
+            before = self._render(messages[:turn], True)
+            after = self._render(messages[: turn + 1], False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    "the chat template must write a conversation's beginning the same "
+                    f"whatever follows; it does not before or after message {turn}, so "
+                    "where the assistant's turn lies can't be told. Put {% generation "
+                    "%} and {% endgeneration %} around it in the template, or give "
+                    "prompt and completion."
+                )
+            spans.append((len(before), len(after)))
+        return Rendered(text, spans, marked=False)
+
+    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._tokens,
+            )
+        except (*self._errors, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(
+                f"the chat template can't write these {len(messages)} messages: {error}"
+            ) from error
+
+
+def check_messages(messages: Any) -> None:
+    """Raises `ValueError` unless messages are a list with roles and contents."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(
+            "messages must be a list of at least 1 message; got "
+            f"{str(messages)[:40]!r}."
+        )
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            value = message.get(key) if isinstance(message, Mapping) else None
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"message {i} must be an object with the strings role and content; "
+                    f"its {key} is {str(value)[:40]!r}."
+                )
+        if OPEN in message["content"] or CLOSE in message["content"]:
+            raise ValueError(
+                f"message {i} must be text; it holds the noncharacter U+FDD0 or U+FDD1."
+            )
+
+
+def _read_marks(marked: str) -> Rendered:
+    """Takes the marks out of a text and says where they were."""
+    text, spans, start = "", [], 0
+    for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
+        if piece == OPEN:
+            start = len(text)
+        elif piece == CLOSE:
+            spans.append((start, len(text)))
+        else:
+            text += piece
+    return Rendered(text, [s for s in spans if s[0] < s[1]], marked=True)
+
+
+def _environment() -> tuple[tuple[type[Exception], ...], Any]:
+    """What a template may see and call: as in transformers, less the clock."""
+    try:
+        import jinja2
+        import jinja2.ext
+        import jinja2.nodes
+        import jinja2.sandbox
+        import jinja2.utils
+    except ImportError as error:
+        raise ImportError(
+            'chat templates need the package jinja2: pip install "lora_jax[train]".'
+        ) from error
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_mark")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Any) -> str:
+            return f"{OPEN}{caller()}{CLOSE}"
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args: Any, **values: Any):  # so that a value may be named self
+            attributes = dict(*args[1:], **values)
+            for name in attributes:
+                _check_name(name)
+            jinja2.utils.Namespace.__init__(args[0], attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            super().__setitem__(name, value)
+
+    def _check_name(name: str) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a template can't set {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def make_dict(*args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["dict"] = make_dict
+    environment.globals["namespace"] = Namespace
+    return (jinja2.TemplateError,), environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as text; jinja2's own filter would escape it for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

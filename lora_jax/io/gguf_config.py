@@ -1,0 +1,339 @@
+"""What GGUF's names and metadata mean in Hugging Face's words, per architecture.
+
+Only what llama.cpp's converter does for certain is here. Facts that it leaves out of
+the file and llama.cpp fixes in its code (Gemma's window pattern, its attention scale)
+are fixed here too. Anything else that would change the maths is an error, not a guess.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OUTPUT = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+GEMMA_LOCAL_ROPE = 10_000.0
+GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
+# Layers of the two models whose attention scale is not that of their head's size.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+
+
+class Architecture(NamedTuple):
+    """How one architecture of llama.cpp is written.
+
+    Attributes:
+      model_type: Hugging Face's name of it.
+      class_name: of its causal language model.
+      blocks: from a tensor's name in a block to Hugging Face's.
+      permuted: whether the rows of q and k are in interleaved order.
+      shifted_norms: whether 1 was added to the norms.
+    """
+
+    model_type: str
+    class_name: str
+    blocks: Mapping[str, str]
+    permuted: bool = False
+    shifted_norms: bool = False
+
+
+_TOP = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": OUTPUT,
+}
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_MLP = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_DENSE = _ATTENTION | _MLP | {"ffn_norm": "post_attention_layernorm"}
+_GEMMA = (
+    _ATTENTION
+    | _MLP
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+)
+_PHI3 = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", _DENSE, permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _DENSE),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _DENSE | _HEAD_NORMS),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA, shifted_norms=True),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", _GEMMA | _HEAD_NORMS, shifted_norms=True
+    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI3),
+}
+_FIELDS = {  # Hugging Face's name: (GGUF's, type)
+    "num_hidden_layers": ("block_count", int),
+    "hidden_size": ("embedding_length", int),
+    "intermediate_size": ("feed_forward_length", int),
+    "num_attention_heads": ("attention.head_count", int),
+    "max_position_embeddings": ("context_length", int),
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", float),
+}
+
+
+def architecture_of(path: Path, metadata: Mapping[str, Any]) -> str:
+    """Returns a file's architecture; one that isn't known is a ValueError."""
+    found = metadata.get("general.architecture")
+    if found not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: general.architecture must be one of {sorted(ARCHITECTURES)}; got "
+            f"{found!r}. Take the model's Hugging Face folder instead."
+        )
+    return found
+
+
+def hugging_face_name(name: str, architecture: str) -> str | None:
+    """Translates a tensor's name.
+
+    Args:
+      name: as GGUF has it.
+      architecture: a key of `ARCHITECTURES`.
+
+    Returns:
+      Hugging Face's name, or None if the architecture has no such tensor.
+
+    Example:
+      >>> hugging_face_name("blk.3.attn_q.weight", "llama")
+      'model.layers.3.self_attn.q_proj.weight'
+    """
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in ARCHITECTURES[architecture].blocks:
+        return None
+    block = ARCHITECTURES[architecture].blocks[match[2]]
+    return f"model.layers.{match[1]}.{block}.{match[3]}"
+
+
+def hugging_face_config(
+    path: Path,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None,
+) -> dict[str, Any]:
+    """Writes what ``config.json`` would hold.
+
+    Args:
+      path: of the file, for errors.
+      metadata: of its header.
+      shapes: of its tensors, by Hugging Face's names.
+      rope_factors: the tensor of Llama 3's RoPE scaling, if the file has one.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: listing every field that is missing, of another type than it should
+        be, or that changes the model in a way that is not known here.
+    """
+    name = metadata["general.architecture"]
+    fields = _Fields(metadata, name)
+    config = _shape(fields, name) | _vocabulary(fields, shapes)
+    if ARCHITECTURES[name].shifted_norms:
+        config |= _gemma(fields, name, config)
+    config["rope_scaling"] = _rope_scaling(fields, rope_factors, config)
+    if not fields.faults:
+        _check_heads(fields, shapes, config)
+    if fields.get("expert_count", int, 0):
+        fields.faults.append("expert_count must be 0: experts are not known here")
+    if fields.faults:
+        raise ValueError(
+            f"{path} must hold the metadata of a {name} model; "
+            f"{len(fields.faults)} faults: {'; '.join(fields.faults)}."
+        )
+    return config
+
+
+def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
+    """Sizes of the layers and of the rotary embedding."""
+    rule = ARCHITECTURES[name]
+    config: dict[str, Any] = {
+        "architectures": [rule.class_name],
+        "model_type": rule.model_type,
+        "hidden_act": "gelu_pytorch_tanh" if rule.shifted_norms else "silu",
+    }
+    for key, (stored, kind) in _FIELDS.items():
+        config[key] = fields.get(stored, kind)
+    heads = config["num_attention_heads"] or 1
+    kv_heads = fields.get("attention.head_count_kv", int, heads)
+    config["num_key_value_heads"] = kv_heads
+    config["rope_theta"] = fields.get("rope.freq_base", float, 10_000.0)
+    width = config["hidden_size"] // heads
+    rotated = fields.get("rope.dimension_count", int, width)
+    default = rotated if name == "llama" else width
+    config["head_dim"] = fields.get("attention.key_length", int, default)
+    if heads % kv_heads:
+        fields.faults.append(f"{heads} heads must be a multiple of {kv_heads} kv heads")
+    if name == "phi3":
+        config["sliding_window"] = (
+            fields.get("attention.sliding_window", int, 0) or None
+        )
+        if rotated != config["head_dim"]:
+            config["partial_rotary_factor"] = rotated / (config["head_dim"] or 1)
+    elif rotated != config["head_dim"]:
+        fields.faults.append(
+            f"rope.dimension_count must be the head's {config['head_dim']}, got "
+            f"{rotated}"
+        )
+    return config
+
+
+def _vocabulary(
+    fields: "_Fields", shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """What the tensors say, and the ids of special tokens."""
+    config: dict[str, Any] = {
+        "tie_word_embeddings": OUTPUT not in shapes,
+        "attention_bias": any(name.endswith("q_proj.bias") for name in shapes),
+        "vocab_size": 0,
+    }
+    for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = fields.metadata.get(f"tokenizer.ggml.{stored}_token_id")
+        config[f"{key}_token_id"] = token if type(token) is int else None
+    embedding = shapes.get(EMBEDDING, ())
+    if len(embedding) == 2:
+        config["vocab_size"] = embedding[0]
+    else:
+        fields.faults.append(
+            f"token_embd.weight must be [vocab, width], got {embedding or 'nothing'}"
+        )
+    return config
+
+
+def _check_heads(
+    fields: "_Fields",
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> None:
+    for name, rows in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+        expected = config[rows] * config["head_dim"]
+        wrong = {
+            shape[0] if shape else 1
+            for key, shape in shapes.items()
+            if f".self_attn.{name}_proj." in key and shape[:1] != (expected,)
+        }
+        if wrong:
+            fields.faults.append(
+                f"attn_{name} must have {config[rows]} heads of {config['head_dim']} "
+                f"rows = {expected}, got {sorted(wrong)}"
+            )
+
+
+class _Fields:
+    """An architecture's metadata; what is wrong is kept until all was read."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str):
+        self.metadata, self.prefix = metadata, prefix
+        self.faults: list[str] = []
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A positive number (or ``default``, which makes the field optional)."""
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()  # one number for each layer, all the same
+        if kind is float and type(value) in (int, float):
+            value = float(str(np.float32(value)))  # 1e-05, not 9.99999974e-06
+        positive = type(value) is kind and (kind is str or value > 0)
+        if not positive and value != default:
+            got = "nothing" if value is None else repr(value)[:60]
+            self.faults.append(f"{key} must be a positive {kind.__name__}, got {got}")
+            return default if default is not None else kind(0)
+        if value is None:
+            self.faults.append(f"{key} is missing")
+            return kind(0)
+        return value
+
+
+def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemma's own fields, with what llama.cpp has in its code and not in the file."""
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"] or 1
+    large = layers == GEMMA_27B[name]
+    extra: dict[str, Any] = {
+        "hidden_activation": config["hidden_act"],
+        "sliding_window": fields.get("attention.sliding_window", int),
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // heads if large else config["head_dim"]
+        ),
+    }
+    if name == "gemma2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            extra[key] = fields.get(key, float)
+    else:
+        extra["rope_theta"] = fields.get("rope.freq_base", float, 1_000_000.0)
+        extra["rope_local_base_freq"] = GEMMA_LOCAL_ROPE
+    pattern = GEMMA_WINDOW_PATTERN[name]
+    extra["layer_types"] = [
+        "full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
+        for i in range(min(layers, 10_000))
+    ]
+    return extra
+
+
+def _rope_scaling(
+    fields: _Fields, factors: np.ndarray | None, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The RoPE scaling that the file states, None where it states none."""
+    kind = fields.get("rope.scaling.type", str, "none")
+    if factors is not None:
+        if found := _llama3_scaling(factors, config):
+            return found
+        fields.faults.append(f"{ROPE_FACTORS} must be Llama 3's factors; they are not")
+    if kind == "linear":
+        return {
+            "rope_type": "linear",
+            "factor": fields.get("rope.scaling.factor", float),
+        }
+    if kind != "none":
+        fields.faults.append(f"rope.scaling.type must be none or linear, got {kind!r}")
+    return None
+
+
+def _llama3_scaling(
+    factors: np.ndarray, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Finds the parameters of Llama 3's scaling that give the stored factors.
+
+    The file holds the factor of each frequency only. Llama 3.1 and 3.3 scale by 8 and
+    Llama 3.2 by 32, both from 8192 tokens with low and high factors 1 and 4.
+    """
+    head_dim, old = config["head_dim"], 8192
+    if factors.shape != (head_dim // 2,):
+        return None
+    frequency = config["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = old * frequency / (2 * np.pi)
+    for factor in (8.0, 32.0):
+        smooth = np.clip((turns - 1) / (4 - 1), 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if np.allclose(factors, expected, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": old,
+            }
+    return None

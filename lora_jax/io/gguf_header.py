@@ -1,0 +1,208 @@
+"""The header of a GGUF file, read with every count checked against the file's size.
+
+The `gguf` package's own reader trusts the counts it finds: a truncated or hostile file
+makes it loop and allocate without end, and it takes seconds for a vocabulary. So the
+header (metadata and the table of tensors, a simple format) is walked here, and the
+package does what is hard: undoing the quantisation.
+
+References:
+  https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+"""
+
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+ALIGNMENT = 32
+STRING, ARRAY = 8, 9
+SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+    10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+LEAST_FIELD = 13  # bytes: an empty key, a type and a byte
+LEAST_TENSOR = 24  # bytes: an empty name, no dimensions, a type and an offset
+
+
+class StoredTensor(NamedTuple):
+    """One tensor as the file stores it.
+
+    Attributes:
+      shape: outermost axis first, as NumPy counts (the file counts the other way).
+      kind: number of its storage type in ggml.
+      offset: of its first byte in the file.
+      size: in bytes.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    size: int
+
+
+class Header(NamedTuple):
+    """What stands before the tensors' data.
+
+    Attributes:
+      metadata: values by key; arrays of numbers are NumPy's, of strings lists.
+      tensors: where each tensor lies, by the file's own names.
+      data: the whole file as mapped bytes.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    data: np.ndarray
+
+
+def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
+    """Reads the header of a GGUF file; maps its data without reading it.
+
+    Args:
+      path: the file.
+      block_sizes: from a storage type's number to (elements, bytes) of its blocks.
+
+    Returns:
+      The header.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no GGUF file, or a count or offset in it can't be true.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a GGUF file; there is no file.")
+    size = os.path.getsize(path)
+    try:
+        if size < len(MAGIC):
+            raise ValueError("it is too short for a header")
+        walk = _Walk(np.memmap(path, np.uint8, "r"))
+        metadata, tensors = _read(walk, block_sizes)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} ({size} bytes) must be a whole GGUF file; {error}. It is probably "
+            "truncated or something else: copy or download it again."
+        ) from error
+    return Header(metadata, tensors, walk.data)
+
+
+def _read(
+    walk: "_Walk", block_sizes: dict[int, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    if walk.take(4, "the magic number") != MAGIC:
+        raise ValueError("it doesn't begin with 'GGUF'")
+    version = walk.number("<u4", "the version")
+    if version not in VERSIONS:
+        raise ValueError(
+            f"its version must be one of {VERSIONS}, little-endian; got {version}"
+        )
+    tensor_count = walk.count(LEAST_TENSOR, "tensors")
+    metadata: dict[str, Any] = {}
+    for _ in range(walk.count(LEAST_FIELD, "metadata fields")):
+        key = walk.text("a metadata key")
+        if key in metadata:
+            raise ValueError(f"metadata {key!r} is there twice")
+        metadata[key] = walk.value(walk.number("<u4", key), key)
+    table = {}
+    for _ in range(tensor_count):
+        name = walk.text("a tensor's name")
+        if name in table:
+            raise ValueError(f"tensor {name!r} is there twice")
+        table[name] = walk.tensor(name, block_sizes)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= walk.data.size:
+        raise ValueError(f"general.alignment must be in the file; got {alignment!r}")
+    start = -(-walk.at // alignment) * alignment
+    tensors = {n: t._replace(offset=start + t.offset) for n, t in table.items()}
+    outside = [n for n, t in tensors.items() if t.offset + t.size > walk.data.size]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} of {len(tensors)} tensors end behind the file's end, the "
+            f"first is {outside[0]!r}"
+        )
+    return metadata, tensors
+
+
+class _Walk:
+    """A place in the file that moves forward and never behind its end."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.view, self.at = data, data.data, 0
+
+    def take(self, size: int, what: str) -> bytes:
+        if size > self.data.size - self.at:
+            raise ValueError(
+                f"{what[:80]} needs {size} bytes at byte {self.at} and "
+                f"{self.data.size - self.at} are left"
+            )
+        self.at += size
+        return bytes(self.view[self.at - size : self.at])
+
+    def number(self, dtype: str, what: str) -> Any:
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
+
+    def count(self, least: int, what: str) -> int:
+        """A number of things of which each takes ``least`` bytes or more."""
+        count = self.number("<u8", f"the number of {what}")
+        if count * least > self.data.size - self.at:
+            raise ValueError(
+                f"{count} {what[:80]} can't stand in the {self.data.size - self.at} "
+                f"bytes that are left at byte {self.at}"
+            )
+        return count
+
+    def text(self, what: str) -> str:
+        return self.take(self.count(1, f"characters of {what}"), what).decode("utf-8")
+
+    def value(self, kind: int, what: str) -> Any:
+        if kind == STRING:
+            return self.text(what)
+        if kind == ARRAY:
+            return self._array(self.number("<u4", what), what)
+        return self.number(_scalar(kind, what), what)
+
+    def _array(self, kind: int, what: str) -> Any:
+        if kind == STRING:
+            count = self.count(8, f"strings of {what}")
+            return [self._quick_text(what) for _ in range(count)]
+        dtype = np.dtype(_scalar(kind, what))
+        count = self.count(dtype.itemsize, f"numbers of {what}")
+        return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
+
+    def _quick_text(self, what: str) -> str:
+        """`text`, for vocabularies of hundreds of thousands."""
+        if self.at + 8 > self.data.size:
+            raise ValueError(f"{what[:80]} is cut off at byte {self.at}")
+        (size,) = struct.unpack_from("<Q", self.view, self.at)
+        self.at += 8
+        return self.take(size, what).decode("utf-8")
+
+    def tensor(self, name: str, block_sizes: dict[int, tuple[int, int]]):
+        dims = self.number("<u4", name)
+        if dims > MAX_DIMS:
+            raise ValueError(
+                f"tensor {name[:80]!r} must have at most {MAX_DIMS} axes; got {dims}"
+            )
+        shape = tuple(self.number("<u8", name) for _ in range(dims))[::-1]
+        kind, offset = self.number("<u4", name), self.number("<u8", name)
+        if 0 in shape:
+            raise ValueError(f"tensor {name[:80]!r} has no elements: {shape}")
+        if kind not in block_sizes:
+            raise ValueError(f"tensor {name[:80]!r} has the unknown type {kind}")
+        elements, size = block_sizes[kind]
+        if (shape[-1] if shape else 1) % elements:
+            raise ValueError(
+                f"the rows of tensor {name[:80]!r} of shape {shape} must be blocks of "
+                f"{elements}"
+            )
+        return StoredTensor(shape, kind, offset, math.prod(shape) // elements * size)
+
+
+def _scalar(kind: int, what: str) -> str:
+    if kind not in SCALARS:
+        raise ValueError(f"{what[:80]} has the unknown or nested type {kind}")
+    return SCALARS[kind]

@@ -1,0 +1,222 @@
+"""Which batch holds what: few padded lengths, and an order that is a pure function."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.train.examples import MAX_FAULTS
+
+BUCKETS = 4
+BUCKET_MULTIPLE = 8
+
+Batch = dict[str, np.ndarray]
+
+
+def length_buckets(lengths: Sequence[int], count: int = BUCKETS) -> list[int]:
+    """Chooses the lengths to pad to: the ``count`` that leave the least padding.
+
+    Args:
+      lengths: of the examples, in tokens.
+      count: the largest number of buckets.
+
+    Returns:
+      Increasing multiples of 8 (of more for very long texts); the last holds the
+      longest example.
+
+    Raises:
+      ValueError: if there are no lengths, one is below 1, or ``count`` is below 1.
+
+    Example:
+      >>> length_buckets([5, 6, 7, 30, 31, 100], count=2)
+      [32, 104]
+    """
+    if not len(lengths) or min(lengths) < 1 or count < 1:
+        raise ValueError(
+            "length_buckets needs at least 1 length, all at least 1, and count >= 1; "
+            f"got {len(lengths)} lengths, the least {min(lengths, default=None)}, "
+            f"and count = {count}."
+        )
+    step = -(-max(lengths) // (128 * BUCKET_MULTIPLE)) * BUCKET_MULTIPLE
+    edges, number = np.unique(
+        -(-np.asarray(lengths) // step) * step, return_counts=True
+    )
+    below = np.concatenate([[0], np.cumsum(number)])
+    # cost[j]: padded tokens of the first j edges' examples in the buckets so far.
+    cost, choice = edges * below[1:], []
+    for _ in range(min(count, len(edges)) - 1):
+        before = np.concatenate([[0], cost])
+        grid = before[None, :] + edges[:, None] * (below[1:, None] - below[None, :])
+        grid = np.where(np.tri(len(edges), len(before), dtype=bool), grid, np.inf)
+        choice.append(grid.argmin(axis=1))
+        cost = grid.min(axis=1)
+    buckets, j = [], len(edges)
+    for picks in reversed(choice):
+        if j == 0:
+            break
+        buckets.append(int(edges[j - 1]))
+        j = int(picks[j - 1])
+    if j:
+        buckets.append(int(edges[j - 1]))
+    return buckets[::-1]
+
+
+class Schedule:
+    """Batches of a fixed number of rows, each a pure function of the step number.
+
+    Rows are grouped by length into buckets; what is left over in a bucket moves up to
+    the next longer one. Subclasses say what the arrays of a batch are.
+
+    Attributes:
+      batch_size: rows of every batch.
+      buckets: the lengths padded to.
+      lengths: ``[n]`` tokens of each row.
+      steps_per_epoch: ``ceil(n / batch_size)``.
+      seed: of the order.
+      shuffle: False keeps the order within each bucket: for evaluation.
+
+    Args:
+      lengths: tokens of each row, at least 1.
+      batch_size: rows of every batch.
+      buckets: increasing lengths to pad to; `length_buckets` chooses if None.
+      seed: of the order.
+      shuffle: whether rows and batches are shuffled, anew in every epoch.
+
+    Raises:
+      ValueError: if there are no rows, one is empty or longer than the last bucket, or
+        an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        buckets: Sequence[int] | None,
+        *,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        if not len(lengths):
+            raise ValueError(f"{type(self).__name__} needs at least 1 example; got 0.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0; got {seed}.")
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.lengths = np.array(lengths)
+        if not self.lengths.all():
+            empty = np.flatnonzero(self.lengths == 0)[:MAX_FAULTS].tolist()
+            raise ValueError(
+                f"every example must have at least 1 token; those at {empty} have 0."
+            )
+        self.buckets = _check_buckets(
+            length_buckets(self.lengths.tolist()) if buckets is None else buckets,
+            self.lengths,
+        )
+        self.steps_per_epoch = -(-len(self.lengths) // batch_size)
+        self._plan: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.lengths)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yields the batches of one epoch.
+
+        Args:
+          number: of the epoch, from 0.
+
+        Yields:
+          ``steps_per_epoch`` batches that hold each row once.
+        """
+        first = number * self.steps_per_epoch
+        for step in range(first, first + self.steps_per_epoch):
+            yield self.batch_at(step)
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of a step, counted over all epochs from 0.
+
+        Args:
+          step: at least 0.
+
+        Returns:
+          The batch.
+        """
+        return self._pad(*self._planned(step))
+
+    def indices_at(self, step: int) -> np.ndarray:
+        """Returns which rows the batch of a step holds, in their order.
+
+        Args:
+          step: at least 0.
+
+        Returns:
+          ``[<= batch_size]`` numbers of rows (of examples, unless these are packed);
+          the batch's rows after them are filler.
+        """
+        return self._planned(step)[1]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the order depends on, as JSON: equal means equal batches."""
+        digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
+        self._add_contents(digest)
+        return {
+            "examples": len(self),
+            "batch_size": self.batch_size,
+            "buckets": self.buckets,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "digest": digest.hexdigest()[:16],
+        }
+
+    def _planned(self, step: int) -> tuple[int, np.ndarray]:
+        """Returns (padded length, rows) of a step's batch."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0; got {step}.")
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._plan_epoch(epoch))
+        return self._plan[1][index]
+
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """Returns (padded length, rows) of each batch of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = np.arange(len(self))
+        if self.shuffle:
+            rng.shuffle(order)
+        bucket_of = np.searchsorted(self.buckets, self.lengths[order])
+        plan, rest = [], order[:0]
+        for bucket, length in enumerate(self.buckets):
+            members = np.concatenate([rest, order[bucket_of == bucket]])
+            full = len(members) // self.batch_size * self.batch_size
+            plan += [(length, m) for m in members[:full].reshape(-1, self.batch_size)]
+            rest = members[full:]
+        if len(rest):
+            needed = np.searchsorted(self.buckets, self.lengths[rest].max())
+            plan.append((self.buckets[needed], rest))
+        if self.shuffle:
+            plan = [plan[i] for i in rng.permutation(len(plan))]
+        return plan
+
+    def _pad(self, length: int, members: np.ndarray) -> Batch:
+        """Makes the batch of these rows, padded to a length."""
+        raise NotImplementedError
+
+    def _add_contents(self, digest: Any) -> None:
+        """Adds the contents of the rows to a hash."""
+        raise NotImplementedError
+
+
+def _check_buckets(buckets: Sequence[int], lengths: np.ndarray) -> list[int]:
+    buckets = list(buckets)
+    if not buckets or buckets[0] < 1 or sorted(set(buckets)) != buckets:
+        raise ValueError(
+            f"buckets must be increasing lengths, at least one; got {buckets}."
+        )
+    if (longest := int(lengths.max())) > buckets[-1]:
+        raise ValueError(
+            f"the longest example has {longest} tokens, above the last bucket, "
+            f"{buckets[-1]}. Truncate examples to it, or add a bucket of {longest}."
+        )
+    return buckets
