@@ -95,7 +95,8 @@ def test_the_lower_parts_know_few_libraries(path):
 
 def test_importing_the_library_loads_no_optional_package():
     code = (  # Flax itself loads some of them
-        "import sys, flax.linen, optax; before = set(sys.modules); import lora_jax;"
+        "import sys, flax.linen, optax; before = set(sys.modules);"
+        "from lora_jax import *;"
         f"print(sorted(set({OPTIONAL}) & (set(sys.modules) - before)))"
     )
     done = subprocess.run(
@@ -129,7 +130,7 @@ def test_every_public_name_is_documented(path):
 
 
 def test_every_export_is_documented():
-    exports = {k: v for k, v in vars(lora_jax).items() if not k.startswith("_")}
+    exports = {name: getattr(lora_jax, name) for name in lora_jax.__all__}
     assert [name for name, value in exports.items() if not value.__doc__] == []
 
 
@@ -155,13 +156,46 @@ def test_no_file_is_long(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_every_export_is_from_its_own_module():
-    """`X as X` from where X is defined, so that a reader finds it in one step."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+def test_exports_stand_in_the_stub_alone():
+    """`X as X`, one a line: readers and type checkers find each in one step."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
     names = []
     for node in tree.body[1:]:
-        assert isinstance(node, ast.ImportFrom), "the package's root holds no logic"
+        assert isinstance(node, ast.ImportFrom), "the stub holds no logic"
         for alias in node.names:
             assert alias.asname == alias.name
             names.append(alias.name)
+    assert sorted(names) == lora_jax.__all__
     assert len(names) == len(set(names))
+    assert set(names) <= set(dir(lora_jax))
+    assert not any(n.startswith("lora_jax") for n in imports(PACKAGE / "__init__.py"))
+
+
+@pytest.mark.parametrize("name", lora_jax.__all__)
+def test_an_export_is_the_object_of_its_module(name):
+    value = getattr(lora_jax, name)
+    assert value is getattr(lora_jax, name)
+    home = getattr(value, "__module__", "lora_jax")
+    assert home.startswith("lora_jax")
+
+
+def test_a_name_that_is_not_exported_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'lora_jax' has no attribute 'lora_dens'"):
+        _ = lora_jax.lora_dens  # pyright: ignore[reportAttributeAccessIssue]  # absent
+
+
+def test_the_package_and_the_help_of_its_command_load_no_jax():
+    code = (
+        "import sys, contextlib, lora_jax.cli.main as cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['--help'])\n"
+        "heavy = {'jax', 'flax', 'optax', 'numpy', 'orbax', 'rich', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "COMMAND" in done.stdout
+    assert done.stderr.strip() == "[]"

@@ -57,7 +57,7 @@ def fit_probe(
       >>> fit_probe(x, y, (x, y), num_labels=2).accuracy
       1.0
     """
-    from scipy.optimize import minimize  # JAX depends on it; slow to import
+    from scipy.optimize import minimize  # slow to import
 
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or len(x) != len(labels) or not len(x):
