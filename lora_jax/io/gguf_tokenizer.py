@@ -142,8 +142,8 @@ def _begin_with(tokenizer: Any, bos_id: int | None) -> None:
     if bos_id is not None:
         bos = tokenizer.id_to_token(bos_id)
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=["$bos", "$A"],
-            special_tokens=[{"id": "$bos", "ids": [bos_id], "tokens": [bos]}],
+            single=["bos", "$A"],
+            special_tokens=[{"id": "bos", "ids": [bos_id], "tokens": [bos]}],
         )
 
 

@@ -20,8 +20,8 @@ ROW_KEYS = ("input_ids", "labels", "weights", "positions", "segment_ids")
 def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Packs examples into few rows: the longest first, each where it fits tightest.
 
-    Best-fit decreasing: never more than 11/9 of the least possible number of rows, plus
-    one. A pure function of the lengths; equal ones keep their order.
+    Best-fit decreasing: at most 11/9 of the least possible number of rows, plus 4. A
+    pure function of the lengths; equal ones keep their order.
 
     Args:
       lengths: of the examples, in tokens.

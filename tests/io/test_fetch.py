@@ -178,3 +178,21 @@ def test_a_hub_id_that_cant_be_had_says_both(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(FetchError, match=r"me/bert .*no such folder.*no route"):
         find_model("me/bert")
+
+
+def test_find_model_takes_gguf_files_and_no_others(index, tmp_path, monkeypatch):
+    for name in ("m.gguf", "m.bin"):
+        (tmp_path / name).write_text("")
+    assert find_model(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    with pytest.raises(FileNotFoundError, match=r"m.bin must be a model folder, a .gg"):
+        find_model(tmp_path / "m.bin")
+    with pytest.raises(FileNotFoundError, match=r"must have a folder demo/model/f, or"):
+        find_model(f"pypi:demo==1.0/demo/model/f#sha256={index.sha256}")
+    site = tmp_path / "site"
+    (site / "demo").mkdir(parents=True)
+    (site / "demo" / "m.gguf").write_text("")
+    (site / "demo-1.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n"
+    (site / "demo-1.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(site))
+    assert find_model("pypi:demo==1.0/demo/m.gguf") == site / "demo" / "m.gguf"
