@@ -75,6 +75,8 @@ class Decoder(nn.Module):
         input_ids: TokenIds,
         positions: TokenIds | None = None,
         segment_ids: TokenIds | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
         """Predicts the next token at every position.
 
@@ -83,6 +85,8 @@ class Decoder(nn.Module):
           positions: ``[b, t]`` of the tokens in their example; ``0 ... t-1`` if None.
           segment_ids: ``[b, t]`` example of each token in a packed row; tokens of
             different examples don't see each other.
+          deterministic: False switches the dropout of adapters on; the model itself
+            has none.
 
         Returns:
           Logits ``[b, t, v]`` float32.
@@ -98,18 +102,23 @@ class Decoder(nn.Module):
         input_ids: TokenIds,
         positions: TokenIds | None = None,
         segment_ids: TokenIds | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Hidden:
         """Returns the normalised last hidden states ``[b, t, d]``; see `__call__`."""
         x, place = self._embed(input_ids, positions, segment_ids)
         x, _ = self._blocks(x, place, "__call__")
         return self.final_norm(x)
 
-    def prefill(self, input_ids: TokenIds, size: int) -> tuple[Hidden, Cache]:
+    def prefill(
+        self, input_ids: TokenIds, size: int, *, deterministic: bool = True
+    ) -> tuple[Hidden, Cache]:
         """Reads prompts into a new cache.
 
         Args:
           input_ids: ``[b, t]``, padded to the right; padding is never looked at.
           size: slots of the cache, at least ``t``.
+          deterministic: see `__call__`.
 
         Returns:
           Hidden states ``[b, t, d]`` and the cache, ``size`` slots a row.
@@ -129,7 +138,12 @@ class Decoder(nn.Module):
         return self.final_norm(x), Cache(*jax.tree.map(pad, (keys, values)))
 
     def decode(
-        self, input_ids: TokenIds, positions: TokenIds, cache: Cache
+        self,
+        input_ids: TokenIds,
+        positions: TokenIds,
+        cache: Cache,
+        *,
+        deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
         """Reads the next tokens of every row.
 
@@ -137,6 +151,7 @@ class Decoder(nn.Module):
           input_ids: ``[b, t]``; one token a row, usually.
           positions: ``[b, t]`` of these tokens.
           cache: of what came before.
+          deterministic: see `__call__`.
 
         Returns:
           Hidden states ``[b, t, d]`` and the cache with these tokens in it.
@@ -146,7 +161,9 @@ class Decoder(nn.Module):
         x, (keys, values) = self._blocks(x, place, "run", cache)
         return self.final_norm(x), Cache(keys, values)
 
-    def logits(self, hidden: Hidden) -> Float[Array, "b t v"]:
+    def logits(
+        self, hidden: Hidden, *, deterministic: bool = True
+    ) -> Float[Array, "b t v"]:
         """Returns ``hidden @ head`` in float32, soft-capped where the config says."""
         head = self.embed.attend if self.config.is_tied else self.head
         logits, cap = head(hidden).astype(jnp.float32), self.config.final_softcap

@@ -52,11 +52,11 @@ def causal_attention(
       grouped queries: Ainslie et al., https://arxiv.org/abs/2305.13245, section 2.2.
     """
     t, h = query.shape[1], query.shape[3]
-    scale = h**-0.5 if scale is None else scale
+    factor: float = h**-0.5 if scale is None else scale
     is_fused = softcap is None and choose_implementation(query, key) == "cudnn"
     if is_fused and window is None:
         same = None if segment_ids is None else _same(segment_ids, segment_ids)
-        query = query * jnp.asarray(scale * math.sqrt(h), query.dtype)
+        query = query * jnp.asarray(factor * math.sqrt(h), query.dtype)
         return attention(query, key, value, mask=same, is_causal=True)
 
     size = max(MIN_BLOCK, -(-t // MAX_BLOCKS))
@@ -70,7 +70,7 @@ def causal_attention(
             mask &= _same(segment_ids[:, queries], segment_ids[:, keys])
         blocks.append(
             attend(
-                query[:, queries], key[:, keys], value[:, keys], mask, scale, softcap
+                query[:, queries], key[:, keys], value[:, keys], mask, factor, softcap
             )
         )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
@@ -100,9 +100,9 @@ def cached_attention(
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
     """
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor: float = query.shape[3] ** -0.5 if scale is None else scale
     mask = _visible(slots, jnp.arange(key.shape[1]), window)
-    return attend(query, key, value, mask, scale, softcap)
+    return attend(query, key, value, mask, factor, softcap)
 
 
 def attend(

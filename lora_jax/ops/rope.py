@@ -8,11 +8,11 @@ Dimension ``j`` of the first half of a head is paired with ``j`` of the second h
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Angles = Float[Array, "b t c"]
+Angles = Float[Array, "#b t c"]  # 1 row serves all
 
 
 def rope_angles(
-    positions: Int[Array, "b t"], frequencies: Float[Array, " c"]
+    positions: Int[Array, "#b t"], frequencies: Float[Array, " c"]
 ) -> Angles:
     """Computes ``position * frequency`` in float32.
 

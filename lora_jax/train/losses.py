@@ -11,7 +11,6 @@ inspected under ``jit``; `encode_labels` checks them on the host.
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from lora_jax.array_types import Scalar
@@ -58,7 +57,7 @@ def softmax_cross_entropy(
       Label smoothing: Szegedy et al., https://arxiv.org/abs/1512.00567, section 7.
       With class weights the terms are those of ``torch.nn.CrossEntropyLoss``.
     """
-    _check_rows("logits", logits, labels, weights)
+    check_rows("logits", logits, labels, weights)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(
             f"label_smoothing must be in [0, 1); got {label_smoothing}. "
@@ -72,11 +71,11 @@ def softmax_cross_entropy(
             f"class_weights must be [v] = [{v}], one for each class of logits of shape "
             f"{logits.shape}; got {class_weights.shape}."
         )
-    weights = _as_weights(weights, labels.shape)
-    labels = _clip_masked(labels, weights, v)
+    weights = as_weights(weights, labels.shape)
+    labels = clip_masked(labels, weights, v)
     class_weights = class_weights.astype(jnp.float32)
     nll = -jax.nn.log_softmax(logits.astype(jnp.float32)) * class_weights  # [*b, v]
-    loss = _pick(nll, labels)
+    loss = pick(nll, labels)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * nll.mean(axis=-1)
     row_weights = weights * class_weights[labels]
@@ -112,7 +111,7 @@ def squared_error(
       >>> float(loss), float(weight)
       (5.0, 2.0)
     """
-    _check_floating("predictions", predictions)
+    check_floating("predictions", predictions)
     if predictions.shape != targets.shape:
         raise ValueError(
             "predictions and targets must have one shape; got "
@@ -169,8 +168,8 @@ def contrastive(
       InfoNCE: van den Oord et al., https://arxiv.org/abs/1807.03748, equation 4; both
       directions: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
-    _check_floating("queries", queries)
-    _check_floating("keys", keys)
+    check_floating("queries", queries)
+    check_floating("keys", keys)
     if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] < 2:
         raise ValueError(
             "queries and keys must both be [b, d] with b >= 2; got "
@@ -181,7 +180,7 @@ def contrastive(
     b = queries.shape[0]
     if weights is not None and weights.shape != (b,):
         raise ValueError(f"weights must be [b] = [{b}]; got {weights.shape}.")
-    weights = _as_weights(weights, (b,))
+    weights = as_weights(weights, (b,))
     scores = _unit(queries) @ _unit(keys).T / temperature  # [b, b]
     is_negative = (weights != 0) & ~jnp.eye(b, dtype=bool)
     is_seen = is_negative | jnp.eye(b, dtype=bool)
@@ -193,147 +192,12 @@ def contrastive(
     return jnp.sum(weights * loss) / 2, jnp.sum(weights)
 
 
-def causal_lm(
-    hidden: Float[Array, "b t d"],
-    head_kernel: Float[Array, "d v"],
-    labels: Int[Array, "b t"],
-    weights: Shaped[Array, "b t"] | None = None,
-    *,
-    chunk: int = 1024,
-) -> tuple[Scalar, Scalar]:
-    """Next-token cross-entropy whose ``[b, t, v]`` logits never exist.
-
-    Computes ``Σ w (-log softmax(hidden @ head_kernel)[label])`` and ``Σ w``, ``chunk``
-    tokens at a time. Where ``hidden`` is differentiated, the same pass over the tokens
-    also makes its gradient ``(p - onehot) @ head_kernelᵀ`` (the loss is a sum, so the
-    backward pass only scales it): three matmuls with the head become two. The
-    head's gradient is formed only where the head itself is differentiated.
-
-    Args:
-      hidden: ``[b, t, d]`` last hidden states; sets the dtype of the matmuls.
-      head_kernel: ``[d, v]``; for a tied embedding ``[v, d]`` pass its transpose.
-      labels: ``[b, t]`` the token each position has to predict: already shifted.
-      weights: ``[b, t]`` weight or mask of each position; all 1 if None.
-      chunk: tokens whose logits exist at once; memory is ``chunk * v`` floats.
-
-    Returns:
-      The summed loss and the summed weight, float32 scalars.
-
-    Raises:
-      ValueError: if shapes disagree or ``chunk`` is below 1.
-      TypeError: if hidden or the kernel are not floating, or labels not integers.
-
-    Example:
-      >>> labels = jnp.zeros((2, 5), int)
-      >>> loss, weight = causal_lm(jnp.ones((2, 5, 3)), jnp.zeros((3, 7)), labels)
-      >>> f"{jnp.exp(loss / weight):.3f}"  # perplexity of a uniform guess
-      '7.000'
-    """
-    if hidden.ndim != 3:
-        raise ValueError(f"hidden must be [b, t, d]; got {hidden.shape}.")
-    _check_rows("hidden", hidden, labels, weights)
-    _check_floating("head_kernel", head_kernel)
-    d = hidden.shape[-1]
-    if head_kernel.ndim != 2 or head_kernel.shape[0] != d:
-        raise ValueError(
-            f"head_kernel must be [d, v] = [{d}, v] for hidden of shape {hidden.shape};"
-            f" got {head_kernel.shape}. A tied embedding is [v, d]: pass its transpose."
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
-    weights = _as_weights(weights, labels.shape)
-    labels = _clip_masked(labels, weights, head_kernel.shape[1])
-    tokens = labels.size
-    chunk = min(chunk, max(tokens, 1))
-    count = -(-tokens // chunk)
-
-    def split(x: Array) -> Array:
-        # Chunk i takes tokens i, i + count, ...: the leading axis stays the batch's,
-        # so a batch sharded over devices stays where it is.
-        x = x.reshape(tokens, *x.shape[2:])
-        x = jnp.pad(x, [(0, chunk * count - tokens)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunk, count, *x.shape[1:]).swapaxes(0, 1)
-
-    loss = _chunked_nll(split(hidden), head_kernel, split(labels), split(weights))
-    return loss, jnp.sum(weights)
-
-
-def _nll(hidden: Array, kernel: Array, labels: Array) -> tuple[Array, Array]:
-    """Returns ``-log p_label`` ``[c]`` and ``log p`` ``[c, v]`` of one chunk."""
-    kernel = kernel.astype(hidden.dtype)
-    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    log_p = jax.nn.log_softmax(logits)
-    return -_pick(log_p, labels), log_p
-
-
-@jax.custom_vjp
-def _chunked_nll(hidden: Array, kernel: Array, labels: Array, weights: Array) -> Array:
-    """Sums the loss over chunks ``hidden [n, c, d]``, ``labels, weights [n, c]``."""
-
-    def body(total, xs):
-        h, y, w = xs
-        return total + jnp.sum(w * _nll(h, kernel, y)[0]), None
-
-    return jax.lax.scan(body, jnp.float32(0), (hidden, labels, weights))[0]
-
-
-def _chunked_nll_fwd(
-    hidden: CustomVJPPrimal,
-    kernel: CustomVJPPrimal,
-    labels: CustomVJPPrimal,
-    weights: CustomVJPPrimal,
-):
-    """The loss together with its gradients, chunk by chunk.
-
-    ``perturbed`` says which arguments are differentiated: a frozen head costs nothing.
-    """
-    w0 = kernel.value
-    d_kernel = jnp.zeros(w0.shape, jnp.float32) if kernel.perturbed else None
-
-    def body(carry, xs):
-        total, d_kernel = carry
-        h, y, w = xs
-        nll, log_p = _nll(h, w0, y)
-        d_hidden = None
-        if hidden.perturbed or kernel.perturbed:
-            one_hot = jax.nn.one_hot(y, w0.shape[1], dtype=jnp.float32)
-            d_logits = (w[:, None] * (jnp.exp(log_p) - one_hot)).astype(h.dtype)
-            if hidden.perturbed:
-                d_hidden = jnp.dot(d_logits, w0.astype(h.dtype).T)
-            if kernel.perturbed:
-                d_kernel += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(w * nll), d_kernel), (d_hidden, nll)
-
-    (total, d_kernel), (d_hidden, nll) = jax.lax.scan(
-        body,
-        (jnp.float32(0), d_kernel),
-        (hidden.value, labels.value, weights.value),
-    )
-    if d_kernel is not None:
-        d_kernel = d_kernel.astype(w0.dtype)
-    return total, (d_hidden, d_kernel, nll if weights.perturbed else None)
-
-
-def _chunked_nll_bwd(residuals, g: Array | SymbolicZero):
-    if isinstance(g, SymbolicZero):
-        return None, None, None, None
-    d_hidden, d_kernel, nll = residuals
-
-    def scale(x: Array | None) -> Array | None:
-        return None if x is None else (g * x).astype(x.dtype)
-
-    return scale(d_hidden), scale(d_kernel), None, scale(nll)
-
-
-_chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd, symbolic_zeros=True)
-
-
-def _clip_masked(labels: Array, weights: Array, v: int) -> Array:
+def clip_masked(labels: Array, weights: Array, v: int) -> Array:
     """Makes the labels of rows of weight 0 valid: they may hold anything."""
     return jnp.where(weights != 0, labels, jnp.clip(labels, 0, v - 1))
 
 
-def _pick(values: Array, labels: Array) -> Array:
+def pick(values: Array, labels: Array) -> Array:
     """Returns ``values[..., label]``, NaN where the label is out of range."""
     v = values.shape[-1]
     is_valid = (labels >= 0) & (labels < v)
@@ -348,19 +212,22 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
-def _as_weights(weights: Array | None, shape: tuple[int, ...]) -> Array:
+def as_weights(weights: Array | None, shape: tuple[int, ...]) -> Array:
+    """Returns weights in float32, ones where there are none."""
     if weights is None:
         return jnp.ones(shape, jnp.float32)
     return weights.astype(jnp.float32)
 
 
-def _check_floating(name: str, x: Array) -> None:
+def check_floating(name: str, x: Array) -> None:
+    """Raises a TypeError unless ``x`` is floating."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating; got {x.dtype}.")
 
 
-def _check_rows(name: str, x: Array, labels: Array, weights: Array | None) -> None:
-    _check_floating(name, x)
+def check_rows(name: str, x: Array, labels: Array, weights: Array | None) -> None:
+    """Raises unless there is one integer label, and one weight, for each row."""
+    check_floating(name, x)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers, one for each row; got {labels.dtype}. "

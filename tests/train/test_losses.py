@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.train.causal_lm import causal_lm
 from lora_jax.train.losses import (
-    causal_lm,
     contrastive,
     softmax_cross_entropy,
     squared_error,

@@ -1,0 +1,213 @@
+"""Text from a decoder: a compiled prefill, and a compiled step for each token.
+
+Prompts of a batch are padded to the right, and every row keeps its own position, so a
+row's text doesn't depend on its neighbours. Shapes are rounded up: prompts of similar
+lengths, and any number of new tokens up to the cache's size, share what is compiled.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lora_jax.array_types import PRNGKey, PyTree
+
+MULTIPLE = 64  # prompts and caches are padded to a multiple of this
+OnToken = Callable[[int, list[int]], bool | None]
+
+
+def generate(
+    module: nn.Module,
+    variables: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    key: PRNGKey | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continues prompts, greedily or by sampling.
+
+    Args:
+      module: a `Decoder`, with adapters or without.
+      variables: of ``module.apply``.
+      prompts: token ids of each prompt, at least one.
+      max_new_tokens: the longest continuation.
+      stop_ids: tokens that end a row; they are not part of its continuation.
+      temperature: of sampling; 0 takes the likeliest token.
+      top_p: samples from the fewest tokens whose probabilities reach this sum.
+      top_k: samples from this many likeliest tokens; 0 for all.
+      key: PRNG key, needed where ``temperature`` is above 0.
+      on_token: called with a row's number and its continuation so far after each new
+        token; True ends the row (a stop string was met).
+
+    Returns:
+      The new token ids of each prompt.
+
+    Raises:
+      ValueError: if there is no prompt, one is empty, a token is out of range, prompt
+        and continuation exceed the model's context, or a sampling value is out of
+        range.
+    """
+    config = model_config(module)
+    _check_sampling(temperature, top_p, top_k, key)
+    _check_prompts(prompts, max_new_tokens, config)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = min(_round_up(int(lengths.max())), config.max_positions)
+    size = min(_round_up(int(lengths.max()) + max_new_tokens), config.max_positions)
+    ids = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+
+    prefill, decode = _compiled(module, size, temperature > 0)
+    sampling = (
+        key if key is not None else jax.random.key(0),
+        temperature,
+        top_p,
+        top_k,
+    )
+    token, cache = prefill(variables, ids, lengths, *sampling)
+    stops = frozenset(stop_ids)
+    texts: list[list[int]] = [[] for _ in prompts]
+    is_open = np.ones(len(prompts), bool)
+    for count in range(max_new_tokens):
+        is_last = count + 1 == max_new_tokens
+        following = None
+        if not is_last:  # dispatched before the host looks at the tokens it reads
+            following = decode(variables, token, lengths + count, cache, *sampling)
+        for row, new in enumerate(np.asarray(token).tolist()):
+            if not is_open[row]:
+                continue
+            if new in stops:
+                is_open[row] = False
+                continue
+            texts[row].append(new)
+            if on_token is not None and on_token(row, texts[row]):
+                is_open[row] = False
+        if following is None or not is_open.any():
+            break
+        token, cache = following
+    return texts
+
+
+def sample(
+    logits: Float[Array, " v"],
+    key: PRNGKey,
+    temperature: float | Array,
+    top_p: float | Array,
+    top_k: int | Array,
+) -> Int[Array, ""]:
+    """Draws a token from ``softmax(logits / temperature)``, cut to its top.
+
+    Args:
+      logits: ``[v]`` float32.
+      key: PRNG key.
+      temperature: above 0.
+      top_p: keeps the fewest likeliest tokens whose probabilities sum to this or more.
+      top_k: keeps this many likeliest tokens; 0 for all.
+
+    Returns:
+      The token.
+
+    References:
+      top-p: Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
+    """
+    order = jnp.argsort(-logits)
+    ranked = logits[order] / temperature  # likeliest first
+    probabilities = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probabilities) - probabilities
+    rank = jnp.arange(len(logits))
+    kept = (before < top_p) & ((rank < top_k) | (top_k == 0)) | (rank == 0)
+    choice = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
+    return order[choice].astype(jnp.int32)
+
+
+def model_config(module: Any) -> Any:
+    """Returns the config of a model, with adapters or without."""
+    return getattr(module, "model", module).config
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(module: nn.Module, size: int, is_sampled: bool):
+    """Returns the jitted prefill and decode for caches of ``size`` slots."""
+
+    def choose(variables, hidden, positions, key, *sampling):
+        logits: Any = module.apply(variables, hidden, method="logits")
+        logits = logits[:, 0]
+        if not is_sampled:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def draw(row, position, logits):  # a key of its own: neighbours don't matter
+            own = jax.random.fold_in(jax.random.fold_in(key, row), position)
+            return sample(logits, own, *sampling)
+
+        return jax.vmap(draw)(jnp.arange(len(logits)), positions, logits)
+
+    def prefill(variables, ids, lengths, *sampling):
+        hidden, cache = module.apply(variables, ids, size, method="prefill")
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        return choose(variables, last, lengths - 1, *sampling), cache
+
+    def decode(variables, token, positions, cache, *sampling):
+        hidden, cache = module.apply(
+            variables, token[:, None], positions[:, None], cache, method="decode"
+        )
+        return choose(variables, hidden, positions, *sampling), cache
+
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
+
+
+def _round_up(number: int) -> int:
+    return -(-number // MULTIPLE) * MULTIPLE
+
+
+def _check_sampling(
+    temperature: float, top_p: float, top_k: int, key: PRNGKey | None
+) -> None:
+    faults = []
+    if not 0 <= temperature < float("inf"):
+        faults.append(f"temperature must be at least 0; got {temperature}")
+    if not 0 < top_p <= 1:
+        faults.append(f"top_p must be in (0, 1]; got {top_p}")
+    if top_k < 0:
+        faults.append(f"top_k must be at least 0, 0 for all tokens; got {top_k}")
+    if temperature > 0 and key is None:
+        faults.append("key must be a PRNG key where temperature > 0; got None")
+    if faults:
+        raise ValueError("; ".join(faults) + ".")
+
+
+def _check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt; got none.")
+    faults = []
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            faults.append(f"prompt {row} has no token")
+        elif min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            faults.append(
+                f"prompt {row}: ids must be in [0, {config.vocab_size}); got "
+                f"{min(prompt)} to {max(prompt)}"
+            )
+        elif len(prompt) + max_new_tokens > config.max_positions:
+            faults.append(
+                f"prompt {row}: its {len(prompt)} tokens and max_new_tokens = "
+                f"{max_new_tokens} exceed the model's context of "
+                f"{config.max_positions}"
+            )
+    if faults:
+        shown = "; ".join(faults[:20])
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"prompts can't be continued: {shown}{more}.")

@@ -1,0 +1,111 @@
+"""The loss of a decoder's step, against the logits written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import LoRAConfig
+from lora_jax.models.pretrained import load_model
+from lora_jax.train.causal_lm import causal_lm, make_lm_loss
+from tests.models.golden import GOLDEN
+
+
+def written_out(module, variables, batch):
+    logits = module.apply(
+        variables,
+        batch["input_ids"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+    )
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, batch["labels"][..., None], -1)[..., 0]
+    return -jnp.sum(batch["weights"] * picked)
+
+
+def make_batch(vocab):
+    ids = np.random.default_rng(0).integers(0, vocab, (2, 10))
+    weights = np.ones((2, 9), np.float32)
+    weights[0, :3] = 0
+    return {
+        "input_ids": jnp.asarray(ids[:, :-1]),
+        "labels": jnp.asarray(ids[:, 1:]),
+        "weights": jnp.asarray(weights),
+        "positions": jnp.broadcast_to(jnp.arange(9), (2, 9)),
+        "segment_ids": jnp.ones((2, 9), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_loss_and_gradient_equal_the_full_logits(name):
+    model = load_model(GOLDEN / name, lora=LoRAConfig(rank=2), key=jax.random.key(0))
+    config, base = model.config, model.module.model.config
+    assert config == base
+    moved = jax.tree.map(lambda x: x + 0.1, model.variables["lora"])
+    batch = make_batch(config.vocab_size)
+    loss_fn = make_lm_loss(
+        model.module, is_tied=config.is_tied, softcap=config.final_softcap
+    )
+
+    def ours(lora):
+        loss, weight, _ = loss_fn({**model.variables, "lora": lora}, batch, {})
+        assert weight.shape == ()
+        return loss
+
+    def full(lora):
+        return written_out(model.module, {**model.variables, "lora": lora}, batch)
+
+    (a, d_a), (b, d_b) = (jax.value_and_grad(f)(moved) for f in (ours, full))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), d_a, d_b
+    )
+
+
+def test_an_adapted_head_and_a_head_trained_in_full_count():
+    batch = make_batch(43)
+    for targets, train in ((["head"], []), (["query"], ["head"])):
+        lora = LoRAConfig(rank=2, targets=targets, train=train)
+        model = load_model(GOLDEN / "llama", lora=lora, key=jax.random.key(0))
+        trained = {
+            k: model.variables[k] for k in ("lora", "params") if k in model.variables
+        }
+        trained = jax.tree.map(lambda x: x + 0.1, trained)
+        variables = {**model.variables, **trained}
+        loss_fn = make_lm_loss(model.module, is_tied=False)
+        a = loss_fn(variables, batch, {})[0]
+        np.testing.assert_allclose(
+            a, written_out(model.module, variables, batch), rtol=1e-5
+        )
+
+
+def test_packed_examples_do_not_see_each_other():
+    model = load_model(GOLDEN / "gemma3")
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 43, (1, 12)))
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    segments = jnp.array([[1] * 5 + [2] * 7])
+    packed = model.module.apply(model.variables, ids, positions, segments)
+    for part in (slice(0, 5), slice(5, 12)):
+        alone = model.module.apply(model.variables, ids[:, part])
+        np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_soft_cap_bounds_the_logits_value_and_gradient():
+    hidden = 3 * jax.random.normal(jax.random.key(0), (1, 5, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 7))
+    labels = jnp.array([[0, 6, 2, 3, 3]])
+
+    def full(h, k):
+        logits = 2.0 * jnp.tanh(h @ k / 2.0)
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_p, labels[..., None], -1).sum()
+
+    def ours(h, k):
+        return causal_lm(h, k, labels, softcap=2.0, chunk=2)[0]
+
+    for f, g in zip(
+        jax.tree.leaves(jax.value_and_grad(ours, (0, 1))(hidden, kernel)),
+        jax.tree.leaves(jax.value_and_grad(full, (0, 1))(hidden, kernel)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
