@@ -44,6 +44,7 @@ class LoRAConfig:
         first number that ends a segment of its path (``3`` in ``"layer_3/mlp/up"``).
       dropout_rate: probability of zeroing an element of the adapter's input.
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+      dora: train a magnitude for each output besides, see `lora_jax.ops.dora`.
       init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
         N(0, 1/rank²). B is zero in both.
       train: layers or leaves of the base that are trained in full and live in the
@@ -62,7 +63,8 @@ class LoRAConfig:
 
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, sections 4.1 and 4.2;
-      rsLoRA: Kalajdzievski, https://arxiv.org/abs/2312.03732, section 4.
+      rsLoRA: Kalajdzievski, https://arxiv.org/abs/2312.03732, section 4;
+      DoRA: Liu et al., https://arxiv.org/abs/2402.09353, section 4.
     """
 
     rank: int = 8
@@ -74,6 +76,7 @@ class LoRAConfig:
     layers: Sequence[int] | None = None
     dropout_rate: float = 0.0
     rslora: bool = False
+    dora: bool = False
     init: Literal["uniform", "gaussian"] = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -133,24 +136,21 @@ class LoRAConfig:
             and (self.layers is None or layer_index(path) in self.layers)
         )
 
-    def is_trained(self, path: str) -> bool:
+    def is_trained(self, path: str, *, is_adapted: bool) -> bool:
         """Says whether the base leaf at ``path`` is trained in full.
 
         Args:
           path: of a leaf, ``"classifier/kernel"``; ``train`` may name the leaf itself
             or any module above it.
+          is_adapted: whether the module that owns the leaf has an adapter.
 
         Returns:
           True for leaves that ``train`` names and for the biases that ``bias`` asks
-          for (``"lora_only"`` looks at the layer that owns the bias, as ``is_target``
-          does for a linear layer).
+          for.
         """
-        owner, _, leaf = path.rpartition("/")
-        if leaf == "bias" and (
-            self.bias == "all" or (self.bias == "lora_only" and self.is_target(owner))
-        ):
-            return True
-        return self._trains(path)
+        is_bias = path.rpartition("/")[2] == "bias"
+        wanted = self.bias == "all" or (self.bias == "lora_only" and is_adapted)
+        return (is_bias and wanted) or self._trains(path)
 
     def _trains(self, path: str) -> bool:
         """Says whether ``train`` names ``path`` or a module above it."""
@@ -297,8 +297,10 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         in_unit,
         "in [0, 1]",
     )
-    if not isinstance(config.rslora, bool):
-        types.append(f"rslora must be true or false; got {config.rslora!r}")
+    for name in ("rslora", "dora"):
+        if not isinstance(getattr(config, name), bool):
+            got = getattr(config, name)
+            types.append(f"{name} must be true or false; got {got!r}")
     for name, choices in (("init", INITS), ("bias", BIASES)):
         if getattr(config, name) not in choices:
             values.append(

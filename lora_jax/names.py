@@ -3,7 +3,7 @@
 A variables dictionary of this library has three collections::
 
     {"frozen": W0 (every base weight),
-     "lora":   lora_a, lora_b, at the paths of the kernels they adapt,
+     "lora":   lora_a, lora_b (and DoRA's magnitude), at the paths of the kernels,
      "params": ordinary parameters trained in full (a new head, say)}
 """
 
@@ -14,7 +14,8 @@ TRAINABLE = (LORA, PARAMS)
 
 LORA_A = "lora_a"
 LORA_B = "lora_b"
-ADAPTER_LEAVES = (LORA_A, LORA_B)
+MAGNITUDE = "magnitude"
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
 
 KERNEL = "kernel"
 BIAS = "bias"

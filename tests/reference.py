@@ -29,6 +29,16 @@ def merge(kernel, a, b, scaling, factors="ir,ro->io"):
     return kernel + scaling * delta.reshape(kernel.shape)
 
 
+def dora_merge(kernel, a, b, magnitude, scaling, factors="ir,ro->io", inputs=(0,)):
+    """``m / ‖W‖ * W`` for ``W = W0 + scaling * A B``, norms over the axes ``inputs``.
+
+    ``magnitude`` has the other axes of the kernel, in the kernel's order.
+    """
+    merged = merge(kernel, a, b, scaling, factors)
+    norms = np.sqrt(np.square(merged).sum(axis=inputs, keepdims=True))
+    return np.expand_dims(np.asarray(magnitude, np.float64), inputs) / norms * merged
+
+
 def dense(x, kernel, a, b, scaling):
     return np.asarray(x, np.float64) @ merge(kernel, a, b, scaling)
 

@@ -97,13 +97,12 @@ def test_all_linear_takes_linear_layers_only():
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_train_names_leaves_or_modules_whatever_the_biases(bias):
     config = LoRAConfig(targets=["query"], train=["head", "norm/scale"], bias=bias)
-    assert config.is_trained("head/kernel")
-    assert config.is_trained("head/bias")
-    assert config.is_trained("head/inner/bias")
-    assert config.is_trained("layer_0/norm/scale")
-    assert not config.is_trained("layer_0/query/kernel")
-    assert config.is_trained("layer_0/query/bias") == (bias != "none")
-    assert config.is_trained("layer_0/norm/bias") == (bias == "all")
+    for path in ("head/kernel", "head/bias", "head/inner/bias", "layer_0/norm/scale"):
+        assert config.is_trained(path, is_adapted=False)
+    assert not config.is_trained("layer_0/query/kernel", is_adapted=True)
+    query, norm = "layer_0/query/bias", "layer_0/norm/bias"
+    assert config.is_trained(query, is_adapted=True) == (bias != "none")
+    assert config.is_trained(norm, is_adapted=False) == (bias == "all")
 
 
 def test_a_config_survives_json_and_is_hashable():
@@ -156,6 +155,7 @@ def test_unknown_fields_are_all_named():
         ({"dropout_rate": 1.5}, ValueError, r"must be in \[0, 1\]; got 1\.5"),
         ({"dropout_rate": math.nan}, ValueError, r"must be in \[0, 1\]; got nan"),
         ({"rslora": 1}, TypeError, "rslora must be true or false; got 1"),
+        ({"dora": "yes"}, TypeError, "dora must be true or false; got 'yes'"),
         (
             {"init": "zeros"},
             ValueError,

@@ -69,6 +69,15 @@ def test_published_counts(name):
     assert sum(target.trainable for target in found) == wanted
 
 
+def test_dora_adds_an_output_sized_magnitude_a_layer():
+    layers, sizes, targets, rank, plain = CASES["Llama-3.2-3B"]
+    x = {i: jax.ShapeDtypeStruct((1, i), jnp.float32) for _, i, _ in sizes}
+    config = LoRAConfig(rank=rank, targets=targets, dora=True)
+    found = find_targets(Stack(layers, sizes), None, config, x)
+    trained = sum(target.trainable for target in found)
+    assert trained == plain + 28 * (3072 + 1024) == 9_289_728
+
+
 def test_a_10_to_8_layer_trains_54_of_80():
     layer = LoRADense(8, use_bias=False, lora=LoRAConfig(rank=3))
     variables = layer.init(jax.random.key(0), jnp.ones((1, 10)))

@@ -4,7 +4,7 @@
 three collections; inside, the model sees the one ``params`` tree it was written for,
 with ``lora_a`` and ``lora_b`` beside the kernels they adapt, so that its own
 ``nn.scan``, ``nn.remat`` or ``nn.vmap`` carry them along. Every call of a targeted
-layer gets ``scaling * (x A) B`` added to its output.
+layer gets ``scaling * (x A) B`` added to its output (and is scaled, with DoRA).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,14 +14,24 @@ import flax.linen as nn
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS
+from lora_jax.names import (
+    ADAPTER_LEAVES,
+    FROZEN,
+    LORA,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    PARAMS,
+)
 from lora_jax.nn.checks import (
     check_adapter,
     check_kernels,
     check_shapes,
     is_deterministic,
 )
+from lora_jax.nn.dora import init_magnitude, scale_output, scale_query
 from lora_jax.nn.layers import (
+    ATTEND,
     adapter_update,
     call_inputs,
     init_factors,
@@ -61,8 +71,9 @@ class Adapted(nn.Module):
         ``training``, ``is_training``, negated), given or by default; then the model's
         attribute of that name; then False. No PRNG key is needed where it is off.
 
-    Variables: ``frozen`` (the base), ``lora`` (``lora_a`` and ``lora_b`` at the paths
-    of the adapted layers), ``params`` (base leaves named by ``config.train``).
+    Variables: ``frozen`` (the base), ``lora`` (``lora_a``, ``lora_b`` and DoRA's
+    ``magnitude`` at the paths of the adapted layers), ``params`` (base leaves that
+    ``config.train`` and ``config.bias`` name).
     """
 
     model: nn.Module
@@ -92,7 +103,7 @@ class Adapted(nn.Module):
     def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
         example = Example.of(*args, method=method or "__call__", **kwargs)
-        self._select(trace_model(self.model, None, example))
+        self._select(trace_model(self.model, None, example, dora=self.config.dora))
         return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
 
     def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
@@ -112,7 +123,7 @@ class Adapted(nn.Module):
         Raises:
           ValueError: if the config names what the model has not; see `select_targets`.
         """
-        found = trace_model(self.model, params, self.example)
+        found = trace_model(self.model, params, self.example, dora=self.config.dora)
         if params is not None:
             check_shapes(shapes_of(found.params), shapes_of(params))
         return self._select(found)
@@ -136,12 +147,15 @@ class Adapted(nn.Module):
         params = nn.meta.unbox(params)
         targets = self.targets(params)
         check_kernels(params, targets)
-        adapters = {}
+        flat, adapters = flatten(params), {}
         for target in targets:
             a, b = target.init(key, self.config.init)
             adapters[child(target.path, LORA_A)] = a
             adapters[child(target.path, LORA_B)] = b
-        return {**partition(params, self.config), LORA: unflatten(adapters)}
+            if target.dora:
+                m = target.init_magnitude(flat[target.weight_path])
+                adapters[child(target.path, MAGNITUDE)] = m
+        return partition(join(params, unflatten(adapters)), self.config)
 
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns the base alone, as a plain tree: `attach` undone, bit for bit."""
@@ -227,12 +241,18 @@ class Adapted(nn.Module):
         config, root = self.config, len(self.scope.path) if self.scope else 0
 
         def intercept(next_fun, args, kwargs, context):
-            y = next_fun(*args, **kwargs)
             module, scope = context.module, context.module.scope
-            layer = layer_of_call(context)
+            method, layer = context.method_name, layer_of_call(context)
             if layer is None:
-                return y
+                return next_fun(*args, **kwargs)
             path = "/".join(scope.path[root:])
+            if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
+                scaling = config.scaling_for(path)
+                (query,) = call_inputs(context.orig_method, args, kwargs)
+                factors = (scope.get_variable(PARAMS, name) for name in ADAPTER_LEAVES)
+                args = (scale_query(query, module, *factors, scaling=scaling),)
+                kwargs = {}
+            y = next_fun(*args, **kwargs)
             is_target = config.is_target(path, is_linear=layer.kind in LINEAR_KINDS)
             if not is_target and not scope.has_variable(PARAMS, LORA_A):
                 return y
@@ -241,14 +261,17 @@ class Adapted(nn.Module):
                 a, b = init_factors(module, inputs, config, path)
                 scope.put_variable(PARAMS, LORA_A, a)
                 scope.put_variable(PARAMS, LORA_B, b)
+                if config.dora:
+                    m = init_magnitude(module, inputs)
+                    scope.put_variable(PARAMS, MAGNITUDE, m)
             a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
-            contraction = find_contraction(layer, module, context.method_name, inputs)
+            contraction = find_contraction(layer, module, method, inputs)
             if isinstance(contraction, str):
                 raise ValueError(f"{path!r} can't be adapted: {contraction}")
             check_adapter(path, layer, scope, contraction, config, is_target)
-            return y + adapter_update(
+            y = y + adapter_update(
                 module,
-                context.method_name,
+                method,
                 inputs,
                 a,
                 b,
@@ -257,6 +280,11 @@ class Adapted(nn.Module):
                 deterministic=deterministic,
                 dtype=y.dtype,
             )
+            m = scope.get_variable(PARAMS, MAGNITUDE)
+            if m is None:
+                return y
+            scaling = config.scaling_for(path)
+            return scale_output(y, module, method, inputs, a, b, m, scaling=scaling)
 
         return intercept
 

@@ -13,12 +13,14 @@ from lora_jax.config import LoRAConfig
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer
 from lora_jax.nn.dense import LoRADenseGeneral
+from lora_jax.nn.dora import OutputScale, output_scale
 from lora_jax.ops.attention import (
     Implementation,
     attention,
     check_attention,
     shared_updates,
 )
+from lora_jax.ops.dora import rescale
 from lora_jax.ops.product import check_floating
 
 CACHE = "cache"
@@ -30,6 +32,7 @@ class _Projected(NamedTuple):
     y: AnyFloat  # [*b, t, n, h]
     factors: Factors | None
     scaling: float
+    dora: OutputScale | None
 
 
 class _Projection(LoRALayer, nn.DenseGeneral):
@@ -45,7 +48,11 @@ class _Projection(LoRALayer, nn.DenseGeneral):
     def __call__(self, inputs: jax.Array) -> _Projected:
         y = super().__call__(inputs)
         factors = self._factors(inputs)
-        return _Projected(y, factors, self.lora.scaling_for(self._lora_path()))
+        scaling, dora = self.lora.scaling_for(self._lora_path()), None
+        if factors is not None and factors.magnitude is not None:
+            a, b, m = factors.lora_a, factors.lora_b, factors.magnitude
+            dora = output_scale(self, (inputs,), a, b, m, scaling=scaling)
+        return _Projected(y, factors, scaling, dora)
 
 
 class _FrozenLayerNorm(FrozenLayer, nn.LayerNorm):
@@ -293,7 +300,7 @@ class LoRAAttention(nn.Module):
         heads = {name: part.y for name, part in projected.items()}
         for x in {id(x): x for x in inputs.values()}.values():
             adapted = {
-                name: part.factors
+                name: (part.factors.lora_a, part.factors.lora_b)
                 for name, part in projected.items()
                 if inputs[name] is x and part.factors is not None
             }
@@ -313,6 +320,8 @@ class LoRAAttention(nn.Module):
             )
             for name, update in zip(adapted, updates, strict=True):
                 heads[name] = heads[name] + update.astype(heads[name].dtype)
+                if (dora := projected[name].dora) is not None:
+                    heads[name] = rescale(heads[name], *dora)
         return list(heads.values())
 
     def _dropout_key(self, what: str) -> PRNGKey:

@@ -9,21 +9,26 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.nn.dora import init_magnitude, scale_output
 from lora_jax.nn.layers import LINEAR_KINDS, adapter_update, init_factors, layer_of
+from lora_jax.ops.contraction import Contraction, Shape
+from lora_jax.ops.dora import magnitude_shape
 from lora_jax.tree.targets import child
 
 
 class Factors(NamedTuple):
-    """A and B of one layer.
+    """What is trained of one layer.
 
     Attributes:
       lora_a: ``A`` ``[*batch, *in, r]``.
       lora_b: ``B`` ``[*batch, r, *out]``.
+      magnitude: DoRA's ``m`` ``[*batch, *out]``, or None.
     """
 
     lora_a: AnyFloat
     lora_b: AnyFloat
+    magnitude: AnyFloat | None = None
 
 
 class FrozenLayer:
@@ -58,7 +63,7 @@ class FrozenLayer:
           ValueError: if the weight given has another shape than ``init_fn`` makes.
         """
         path = child(self._lora_path(), name)
-        if self.lora.is_trained(path):
+        if self.lora.is_trained(path, is_adapted=self._is_target()):
             return super().param(name, init_fn, *args, unbox=unbox, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
         self._require(FROZEN, name)
         value = self.variable(
@@ -88,6 +93,12 @@ class FrozenLayer:
     def _lora_path(self) -> str:
         return "/".join(self.scope.path)
 
+    def _is_target(self) -> bool:
+        layer = layer_of(self)  # pyright: ignore[reportArgumentType] - a module
+        return layer is not None and self.lora.is_target(
+            self._lora_path(), is_linear=layer.kind in LINEAR_KINDS
+        )
+
 
 class LoRALayer(FrozenLayer):
     """Mixin that turns a Linen layer into its LoRA twin.
@@ -104,11 +115,11 @@ class LoRALayer(FrozenLayer):
     deterministic: bool | None
 
     def _factors(self, *inputs: Any) -> Factors | None:
-        """Declares A and B, or returns None if this layer is no target."""
+        """Declares what is trained, or returns None if this layer is no target."""
         layer = layer_of(self)  # pyright: ignore[reportArgumentType] - a module
         assert layer is not None
         path = self._lora_path()
-        if not self.lora.is_target(path, is_linear=layer.kind in LINEAR_KINDS):
+        if not self._is_target():
             if self.scope.has_variable(LORA, LORA_A):
                 raise ValueError(
                     f"variables[{LORA!r}] has {child(path, LORA_A)!r}, but the config "
@@ -137,7 +148,26 @@ class LoRALayer(FrozenLayer):
                 f"{rank} and a kernel of shape {shape}; got "
                 f"{jnp.shape(factors.lora_a)}, {jnp.shape(factors.lora_b)}."
             )
-        return factors
+        return factors._replace(magnitude=self._magnitude(inputs, shape, contraction))
+
+    def _magnitude(
+        self, inputs: tuple[Any, ...], shape: Shape, contraction: Contraction
+    ) -> AnyFloat | None:
+        """Declares DoRA's m, or returns None without DoRA."""
+        path = child(self._lora_path(), MAGNITUDE)
+        if not self.lora.dora:
+            if self.scope.has_variable(LORA, MAGNITUDE):
+                raise ValueError(
+                    f"variables[{LORA!r}] has {path!r}, but the config has dora=False. "
+                    "Load the adapter with its own config."
+                )
+            return None
+        self._require(LORA, MAGNITUDE)
+        value = self.variable(LORA, MAGNITUDE, init_magnitude, self, inputs).value
+        wanted = magnitude_shape(shape, contraction)
+        if jnp.shape(value) != wanted:
+            raise ValueError(f"{path} must be {wanted}; got {jnp.shape(value)}.")
+        return value
 
     def _weight_shape(self, name: str) -> tuple[int, ...]:
         held = PARAMS if self.scope.has_variable(PARAMS, name) else FROZEN
@@ -151,20 +181,28 @@ class LoRALayer(FrozenLayer):
         deterministic: bool | None = None,
         method: str = "__call__",
     ) -> AnyFloat:
-        """Adds the adapter's update to the base output ``y``."""
+        """Adds the adapter's update to the base output ``y``; scales it for DoRA."""
         if factors is None:
             return y
         if self.lora.dropout_rate > 0:
             deterministic = nn.merge_param(
                 "deterministic", self.deterministic, deterministic
             )
-        return y + adapter_update(
-            self,  # pyright: ignore[reportArgumentType] - a module
+        module: Any = self  # a mixin to the checker, but a module
+        path = self._lora_path()
+        a, b, m = factors
+        y = y + adapter_update(
+            module,
             method,
             inputs,
-            *factors,
+            a,
+            b,
             config=self.lora,
-            path=self._lora_path(),
+            path=path,
             deterministic=bool(deterministic),
             dtype=y.dtype,
         )
+        if m is None:
+            return y
+        scaling = self.lora.scaling_for(path)
+        return scale_output(y, module, method, inputs, a, b, m, scaling=scaling)

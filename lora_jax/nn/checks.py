@@ -12,7 +12,7 @@ from flax.core.scope import Scope
 from jax.core import Tracer
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import LORA, LORA_A, LORA_B, PARAMS
+from lora_jax.names import LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.layers import Layer
 from lora_jax.nn.trace import DETERMINISTIC_FLAGS
 from lora_jax.ops.contraction import Contraction
@@ -55,18 +55,18 @@ def check_adapter(
     config: LoRAConfig,
     is_target: bool,
 ) -> None:
-    """Raises unless A and B of a called layer are those the config asks for.
+    """Raises unless the adapter of a called layer is the one the config asks for.
 
     Args:
       path: of the layer, as the config's patterns see it.
       layer: its description.
-      scope: that holds its kernel, A and B.
+      scope: that holds its kernel, A, B and magnitude.
       contraction: roles of the kernel's axes.
-      config: says which rank they must have.
+      config: says of which rank it must be, and whether with DoRA.
       is_target: whether the config adapts the layer.
 
     Raises:
-      ValueError: if A or B is missing, not wanted, or of other shapes.
+      ValueError: if A, B or the magnitude is missing, not wanted, or of another shape.
     """
     a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
     cause = "Make the variables with `attach`, or load them for this config."
@@ -82,6 +82,12 @@ def check_adapter(
         raise ValueError(
             f"lora_a, lora_b of {path!r} must be {wanted[0]}, {wanted[1]} for rank "
             f"{config.rank_for(path)}; got {a.shape}, {b.shape}. {cause}"
+        )
+    magnitude = scope.get_variable(PARAMS, MAGNITUDE)
+    if (magnitude is not None) != config.dora:
+        raise ValueError(
+            f"the collection {LORA!r} must have {child(path, MAGNITUDE)!r} if and only "
+            f"if the config has dora=True; got dora={config.dora}. {cause}"
         )
 
 

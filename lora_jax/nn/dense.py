@@ -10,6 +10,7 @@ import jax
 
 from lora_jax.config import LoRAConfig
 from lora_jax.nn.base import LoRALayer
+from lora_jax.nn.dora import scale_query
 
 
 class LoRADense(LoRALayer, nn.Dense):
@@ -20,7 +21,8 @@ class LoRADense(LoRALayer, nn.Dense):
       deterministic: switches adapter dropout off; may be given at the call instead.
 
     Variables: ``frozen`` (``kernel`` ``[i, o]``, ``bias`` ``[o]``), ``lora``
-    (``lora_a`` ``[i, r]``, ``lora_b`` ``[r, o]``).
+    (``lora_a`` ``[i, r]``, ``lora_b`` ``[r, o]``; with DoRA ``magnitude`` ``[o]``, and
+    for the layers below ``[*batch, *out]``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -147,5 +149,10 @@ class LoRAEmbed(LoRALayer, nn.Embed):
 
     def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Multiplies ``[*b, d]`` by the transposed table; see `flax.linen.Embed`."""
+        factors = self.factors
+        if factors is not None and factors.magnitude is not None:
+            a, b, m = factors.lora_a, factors.lora_b, factors.magnitude
+            scaling = self.lora.scaling_for(self._lora_path())
+            query = scale_query(query, self, a, b, m, scaling=scaling)
         y = super().attend(query)
         return self._updated(y, self.factors, (query,), deterministic, "attend")

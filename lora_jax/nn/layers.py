@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat
@@ -25,7 +26,7 @@ from lora_jax.ops.init import init_adapter
 from lora_jax.ops.product import low_rank_update
 from lora_jax.tree.targets import LINEAR_KINDS as LINEAR_KINDS
 
-CALL = "__call__"
+CALL, ATTEND = "__call__", "attend"
 
 
 class AlreadyAdaptedError(ValueError):
@@ -41,6 +42,9 @@ class Layer(NamedTuple):
       methods: methods whose output gets the update.
       contraction: ``(module, x, *args) -> Contraction`` of the weight.
       update: ``(module, method, inputs, lora_a, lora_b, **options) -> array``.
+      align: ``(module, inputs, per_output) -> array``: lays ``[*batch, *out]`` out for
+        broadcasting over the output; by default it is left as it is, for layers whose
+        output ends in ``[*out]``.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class Layer(NamedTuple):
     methods: tuple[str, ...]
     contraction: Callable[..., Contraction]
     update: Callable[..., AnyFloat]
+    align: Callable[..., AnyFloat] = lambda module, inputs, per_output: per_output
 
 
 def einsum_layer(
@@ -75,7 +80,18 @@ def einsum_layer(
             parsed.down, parsed.up, inputs[0], lora_a, lora_b, **options
         )
 
-    return Layer(kind, weight, (CALL,), lambda *args: parse(*args).contraction, update)
+    def contraction(*args) -> Contraction:
+        return parse(*args).contraction
+
+    def align(module, inputs, per_output) -> AnyFloat:
+        parsed = parse(module, *inputs)
+        roles = (*parsed.contraction.batch, *parsed.contraction.outputs)
+        labels = [parsed.kernel[axis] for axis in roles]
+        ordered = [labels.index(label) for label in parsed.out if label in labels]
+        others = [i for i, label in enumerate(parsed.out) if label not in labels]
+        return jnp.expand_dims(jnp.transpose(per_output, ordered), others)
+
+    return Layer(kind, weight, (CALL,), contraction, update, align)
 
 
 def register_layer(
@@ -229,17 +245,21 @@ def init_factors(
     """
     layer = layer_of(module)
     assert layer is not None, path
-    assert module.scope is not None, path
-    weights = (module.scope.get_variable(c, layer.weight) for c in (PARAMS, FROZEN))
-    weight = next(w for w in weights if w is not None)
     return init_adapter(
         module.make_rng(PARAMS),
-        nn.meta.unbox(weight).shape,
+        held_variable(module, layer.weight).shape,
         config.rank_for(path),
         contraction=layer.contraction(module, *inputs),
         init=config.init,
         one_hot=layer.kind == "embed",
     )
+
+
+def held_variable(module: nn.Module, name: str) -> Any:
+    """Returns a base weight of a bound layer, trained or frozen, or None."""
+    assert module.scope is not None
+    values = (module.scope.get_variable(c, name) for c in (PARAMS, FROZEN))
+    return nn.meta.unbox(next((value for value in values if value is not None), None))
 
 
 def _dense_general_equation(module: nn.DenseGeneral, x: jax.Array, *_: Any) -> str:
@@ -272,7 +292,7 @@ def _embed_update(
 ):
     options.pop("dropout_key", None)  # a lookup's input is one-hot: nothing to drop
     del dropout_rate
-    if method == "attend":
+    if method == ATTEND:
         return attend_update(inputs[0], lora_a, lora_b, **options)
     return embed_update(inputs[0], lora_a, lora_b, **options)
 
@@ -305,7 +325,7 @@ _LAYERS: dict[type[nn.Module], Layer] = {
     nn.DenseGeneral: einsum_layer("dense", _dense_general_equation),
     nn.Einsum: einsum_layer("einsum", _einsum_equation),
     nn.Embed: Layer(
-        "embed", EMBEDDING, (CALL, "attend"), lambda *_: DENSE, _embed_update
+        "embed", EMBEDDING, (CALL, ATTEND), lambda *_: DENSE, _embed_update
     ),
     nn.Conv: Layer("conv", KERNEL, (CALL,), _conv_contraction, _conv_update),
 }

@@ -16,7 +16,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,10 +29,11 @@ from flax.core.scope import Scope
 from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
 from lora_jax.nn.layers import AlreadyAdaptedError, Layer, call_inputs, layer_of_call
 from lora_jax.ops.contraction import Contraction, Shape
+from lora_jax.ops.dora import magnitude_shape
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import LINEAR_KINDS, Site, Unknown, child
 
-_MARKERS = ("__kernel_marker", "__a_marker", "__b_marker")
+_MARKERS = ("__kernel_marker", "__a_marker", "__b_marker", "__magnitude_marker")
 _ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
 _FLAG = "lora_jax"
 _TRACES = itertools.count()
@@ -97,7 +98,11 @@ def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trace_model(
-    model: nn.Module, params: Mapping[str, Any] | None, example: Example | None
+    model: nn.Module,
+    params: Mapping[str, Any] | None,
+    example: Example | None,
+    *,
+    dora: bool = False,
 ) -> Trace:
     """Finds every layer of ``model`` that can be adapted.
 
@@ -105,6 +110,7 @@ def trace_model(
       model: any Linen module, unbound.
       params: its parameter tree, for the choice of inputs where no example is given.
       example: example inputs, or None to try plausible ones.
+      dora: whether to find the scanned axes of a magnitude, too.
 
     Returns:
       The layers and the shapes of all parameters.
@@ -113,12 +119,12 @@ def trace_model(
       ValueError: if no example is given and none of those tried fits.
     """
     if example is not None:
-        return _trace(model, example)
+        return _trace(model, example, dora)
     shapes = shapes_of(params or {})
     tried = []
     for candidate in _plausible_examples(model, shapes):
         try:
-            found = _trace(model, candidate)
+            found = _trace(model, candidate, dora)
         except AlreadyAdaptedError:
             raise
         except Exception as error:  # whatever a wrong input provokes
@@ -168,8 +174,9 @@ def find_contraction(
         return str(error)
 
 
-def _trace(model: nn.Module, example: Example) -> Trace:
+def _trace(model: nn.Module, example: Example, dora: bool) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
+    names = _MARKERS if dora else _MARKERS[:-1]
     found: dict[str, tuple[str, str, Contraction]] = {}
     unknown: dict[str, Unknown] = {}
 
@@ -188,7 +195,7 @@ def _trace(model: nn.Module, example: Example) -> Trace:
             else:
                 found[path] = (layer.kind, layer.weight, contraction)
                 kernel = nn.meta.unbox(module.scope.get_variable(PARAMS, layer.weight))
-                _put_markers(module.scope, contraction, kernel.shape)
+                _put_markers(module.scope, names, contraction, kernel.shape)
         for name, value in module.variables.get(PARAMS, {}).items():
             leaf = nn.meta.unbox(value)
             if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
@@ -227,17 +234,17 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
     sites = []
     for path, (kind, weight, contraction) in found.items():
-        in_kernel, in_a, in_b = (
+        in_kernel, *in_leaves = (
             tuple(
                 axis
                 for axis, size in enumerate(markers[child(path, name)].shape)
                 if size != _ODD_SIZE
             )
-            for name in _MARKERS
+            for name in names
         )
         shape = flat[child(path, weight)].shape
         stacked = contraction.stacked(in_kernel)
-        sites.append(Site(path, kind, weight, shape, stacked, in_a, in_b))
+        sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
     return Trace(sites, unknown, unflatten(flat))
 
 
@@ -259,11 +266,13 @@ def _with_flags(
     return {**kwargs, **unset}
 
 
-def _put_markers(scope: Scope, contraction: Contraction, kernel: Shape) -> None:
-    """Writes arrays with the axes of kernel, A and B, of a size found nowhere else."""
-    for name, shape in zip(
-        _MARKERS, (kernel, *contraction.factor_shapes(kernel, 1)), strict=True
-    ):
+def _put_markers(
+    scope: Scope, names: Sequence[str], contraction: Contraction, kernel: Shape
+) -> None:
+    """Writes arrays with the axes of kernel, A, B, m, of a size found nowhere else."""
+    a, b = contraction.factor_shapes(kernel, 1)
+    shapes = (kernel, a, b, magnitude_shape(kernel, contraction))
+    for name, shape in zip(names, shapes, strict=False):
         scope.put_variable(PARAMS, name, jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8))
 
 

@@ -4,6 +4,9 @@ from lora_jax.ops.contraction import DENSE as DENSE
 from lora_jax.ops.contraction import Contraction as Contraction
 from lora_jax.ops.conv import lora_conv as lora_conv
 from lora_jax.ops.dense import lora_dense as lora_dense
+from lora_jax.ops.dora import column_norm as column_norm
+from lora_jax.ops.dora import dora_dense as dora_dense
+from lora_jax.ops.dora import merge_dora as merge_dora
 from lora_jax.ops.einsum import lora_einsum as lora_einsum
 from lora_jax.ops.embed import lora_attend as lora_attend
 from lora_jax.ops.embed import lora_embed as lora_embed

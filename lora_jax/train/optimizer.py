@@ -16,7 +16,7 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import Patterns, matches
-from lora_jax.names import ADAPTER_LEAVES, LORA_A, LORA_B
+from lora_jax.names import ADAPTER_LEAVES, LORA_A, LORA_B, MAGNITUDE
 from lora_jax.tree.paths import nearest
 
 ADAPTER = "adapter"
@@ -42,9 +42,10 @@ def lora_optimizer(
     Computes ``p ← p - lr(t) · ratio(p) · (adam(clip(g)) + weight_decay(p) · p)``, where
     ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 for all else.
 
-    Decay policy: ``lora_b`` and other arrays of 2 or more dimensions decay; ``lora_a``
-    and arrays of fewer dimensions (biases, norms) never do. ``A B`` shrinks with B
-    alone, while decaying A before B has moved only shrinks the first gradients.
+    Decay policy: ``lora_b`` and other arrays of 2 or more dimensions decay; ``lora_a``,
+    DoRA's ``magnitude`` and arrays of fewer dimensions (biases, norms) never do.
+    ``A B`` shrinks with B alone, while decaying A before B has moved only shrinks the
+    first gradients; a magnitude at rest is W0's norm, not zero.
 
     Args:
       learning_rate: the peak.
@@ -211,8 +212,8 @@ def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
     """Marks the leaves that are trained: adapters, and those that ``train`` names.
 
     Args:
-      tree: a tree of parameters; adapters are known by their names, ``lora_a`` and
-        ``lora_b``.
+      tree: a tree of parameters; adapters are known by their names, ``lora_a``,
+        ``lora_b`` and ``magnitude``.
       train: other leaves to train: suffixes of the paths of leaves or modules
         (``["classifier"]``), or one regular expression.
 
@@ -230,7 +231,7 @@ def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
     paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if not any(map(_is_adapter, paths)):
         raise ValueError(
-            f"the tree must hold adapter leaves, named {' or '.join(ADAPTER_LEAVES)}; "
+            f"the tree must hold adapter leaves, named {LORA_A} or {LORA_B}; "
             f"got 0 among {len(paths)} leaves. "
             "`adapt(model, config).attach(params, key)` adds adapters."
         )
@@ -275,16 +276,19 @@ def decay_mask(tree: PyTree) -> PyTree:
       tree: a tree of trainable leaves.
 
     Returns:
-      The same tree with True or False at each leaf; False at every ``lora_a``.
+      The same tree with True or False at each leaf; False at every ``lora_a`` and
+      ``magnitude``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.ndim(leaf) >= 2 and LORA_A not in _path(path).split("/"),
-        tree,
-    )
+
+    def decays(path: Any, leaf: Any) -> bool:
+        at_rest = {LORA_A, MAGNITUDE}
+        return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(_path(path).split("/"))
+
+    return jax.tree_util.tree_map_with_path(decays, tree)
 
 
 def _lora_b_mask(tree: PyTree) -> PyTree:

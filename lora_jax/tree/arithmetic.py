@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import LORA_A, LORA_B
+from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
 from lora_jax.tree.merge import check_adapters
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
@@ -25,20 +25,21 @@ def fit_adapter(
 
     ``scaling' * A' B' = scaling * A B`` with ``A' = [A 0]`` and
     ``B' = [B; 0] * scaling / scaling'``: the same function, rounded once in B where the
-    ratio of the scalings is no power of two.
+    ratio of the scalings is no power of two. DoRA's magnitude stays as it is.
 
     Args:
       lora: the adapter, of finite A and B; not changed.
       source: its targets.
       target: the targets to fit, of at least the same ranks. Layers that ``lora`` lacks
-        get zeros: no update.
+        get zeros: no update (with DoRA there are none: no magnitude is silent).
 
     Returns:
       The adapter tree that belongs to ``target``.
 
     Raises:
       ValueError: if ``lora`` is not ``source``'s; naming every layer that ``target``
-        lacks, has with another kernel, or has with a smaller rank.
+        lacks, has with another kernel, with a smaller rank, or with DoRA if and only
+        if ``source`` has not.
 
     Example:
       >>> from lora_jax import LoRAConfig, adapt
@@ -57,6 +58,8 @@ def fit_adapter(
         other = wanted.get(row.path)
         if other is None:
             faults.append(f"{row.path} is no target")
+        elif other.dora != row.dora:
+            faults.append(f"{row.path} must have dora={row.dora}; got {other.dora}")
         elif other.kernel_shape != row.kernel_shape or other.site != row.site:
             faults.append(
                 f"{row.path} must have a kernel {row.kernel_shape} of the same layout; "
@@ -66,9 +69,14 @@ def fit_adapter(
             faults.append(
                 f"{row.path} must have a rank of at least {row.rank}; got {other.rank}"
             )
+    present = {row.path: row for row in source}
+    faults += [
+        f"{path} needs a magnitude (dora=True), and the adapter has none"
+        for path, row in wanted.items()
+        if row.dora and path not in present
+    ]
     if faults:
         raise ValueError(f"the adapter can't be fitted: {'; '.join(faults)}.")
-    present = {row.path: row for row in source}
     fitted = {}
     for path, row in wanted.items():
         names = child(path, LORA_A), child(path, LORA_B)
@@ -79,6 +87,8 @@ def fit_adapter(
         else:
             factors = tuple(jnp.zeros(shape) for shape in row.factor_shapes)
         fitted.update(zip(names, factors, strict=True))
+        if row.dora:
+            fitted[child(path, MAGNITUDE)] = adapters[child(path, MAGNITUDE)]
     return unflatten(fitted)
 
 

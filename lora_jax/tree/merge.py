@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax.names import LORA_A, LORA_B
+from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.ops.dora import dora_scale, merge_dora, over_kernel
 from lora_jax.ops.merge import delta_kernel, merge_kernel
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
@@ -20,9 +21,11 @@ from lora_jax.tree.targets import Target, child
 class MergeError(NamedTuple):
     """How far a merged kernel is from ``W0 + scaling * A B``, by rounding.
 
+    With DoRA, from ``(m / n) (W0 + scaling * A B)``.
+
     Attributes:
       path: of the layer.
-      relative: norm of the error over the norm of ``scaling * A B``; 0 for no update.
+      relative: norm of the error over the norm of the change of ``W0``; 0 for none.
       largest: largest absolute error of an element.
     """
 
@@ -55,13 +58,9 @@ def merge_params(
     check_adapters(adapters, targets)
     merged = {}
     for target in targets:
-        a, b = target.batch_first(*_factors(adapters, target))
-        merged[target.weight_path] = merge_kernel(
-            flat[target.weight_path],
-            a,
-            b,
-            scaling=target.scaling,
-            contraction=target.site.contraction,
+        merge = merge_dora if target.dora else merge_kernel
+        merged[target.weight_path] = merge(
+            flat[target.weight_path], *_leaves(adapters, target), **_options(target)
         )
     bad = [path for path, kernel in merged.items() if not _is_finite(kernel)]
     if bad:
@@ -110,27 +109,17 @@ def merge_errors(
     base, new, adapters = flatten(params), flatten(merged), flatten(lora)
     rows = []
     for target in targets:
-        a, b = target.batch_first(*_factors(adapters, target))
-        delta = np.asarray(
-            delta_kernel(
-                a,
-                b,
-                target.kernel_shape,
-                scaling=target.scaling,
-                contraction=target.site.contraction,
-            ),
-            np.float64,
-        )
-        wanted = np.asarray(base[target.weight_path], np.float64) + delta
+        kernel = np.asarray(base[target.weight_path], np.float64)
+        wanted = _wanted(base[target.weight_path], _leaves(adapters, target), target)
         error = np.asarray(new[target.weight_path], np.float64) - wanted
-        size = float(np.linalg.norm(delta))
+        size = float(np.linalg.norm(wanted - kernel))
         relative = float(np.linalg.norm(error)) / size if size else 0.0
         rows.append(MergeError(target.path, relative, float(np.abs(error).max())))
     return rows
 
 
 def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Raises unless every target has a finite A and B of its shapes.
+    """Raises unless every target has a finite adapter of its shapes.
 
     Args:
       adapters: leaves of the adapter tree by path.
@@ -143,7 +132,7 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
     shapes = {
         child(target.path, leaf): shape
         for target in targets
-        for leaf, shape in zip((LORA_A, LORA_B), target.factor_shapes, strict=True)
+        for leaf, shape in target.leaf_shapes.items()
     }
     wanted = set(shapes)
     faults = [f"{path} is missing" for path in sorted(wanted - set(adapters))]
@@ -168,5 +157,25 @@ def _is_finite(array: Any) -> bool:
     return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
 
 
-def _factors(adapters: Mapping[str, Any], target: Target) -> tuple[Any, Any]:
-    return adapters[child(target.path, LORA_A)], adapters[child(target.path, LORA_B)]
+def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
+    """Returns A, B, and m with DoRA, with the scanned axes in front."""
+    a, b = (adapters[child(target.path, name)] for name in (LORA_A, LORA_B))
+    factors = target.batch_first(a, b)
+    if not target.dora:
+        return factors
+    return (*factors, target.magnitude_first(adapters[child(target.path, MAGNITUDE)]))
+
+
+def _options(target: Target) -> dict[str, Any]:
+    return {"scaling": target.scaling, "contraction": target.site.contraction}
+
+
+def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
+    """Returns the merged kernel before it is rounded."""
+    a, b = leaves[:2]
+    delta = delta_kernel(a, b, target.kernel_shape, **_options(target))
+    wanted = np.asarray(kernel, np.float64) + np.asarray(delta, np.float64)
+    if not target.dora:
+        return wanted
+    scale = dora_scale(jnp.asarray(kernel), *leaves, **_options(target))
+    return np.asarray(over_kernel(scale, target.site.contraction)) * wanted

@@ -11,7 +11,7 @@ import jax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import ADAPTER_LEAVES, FROZEN, LORA, PARAMS
+from lora_jax.names import ADAPTER_LEAVES, BIAS, FROZEN, LORA, LORA_A, PARAMS
 from lora_jax.tree.paths import flatten, unflatten
 
 
@@ -19,12 +19,18 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
     """Splits a joined tree into its collections.
 
     Args:
-      params: base weights, with or without ``lora_a`` and ``lora_b`` beside them.
-      config: says which base weights are trained in full.
+      params: base weights with ``lora_a`` and the other adapter leaves beside them, or
+        without.
+      config: says which base weights are trained in full. For ``bias="lora_only"`` the
+        adapters have to be there: the layers that have one are the adapted layers.
 
     Returns:
       ``{"frozen": ..., "lora": ..., "params": ...}`` of the same leaves, uncopied;
       empty ones are left out, save ``lora``.
+
+    Raises:
+      ValueError: if the config has ``bias="lora_only"``, and the tree biases but no
+        adapter.
 
     Example:
       >>> tree = {"up": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "head": {"kernel": 4}}
@@ -32,11 +38,25 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
       {'head': {'kernel': 4}}
     """
     parts: dict[str, dict[str, Any]] = {FROZEN: {}, LORA: {}, PARAMS: {}}
-    for path, leaf in flatten(params).items():
-        if path.rpartition("/")[2] in ADAPTER_LEAVES:
+    flat = flatten(params)
+    places = {path: path.rpartition("/") for path in flat}
+    adapted = {owner for owner, _, name in places.values() if name == LORA_A}
+    biases = [path for path, (_, _, name) in places.items() if name == BIAS]
+    if config.bias == "lora_only" and biases and not adapted:
+        raise ValueError(
+            f"params must have {LORA_A!r} beside the kernels of adapted layers for "
+            f"bias='lora_only'; got {len(biases)} biases and no adapter. "
+            "`adapt(model, config).attach(params, key)` makes all collections."
+        )
+    for path, leaf in flat.items():
+        owner, _, name = places[path]
+        is_adapted = owner in adapted
+        if is_adapted and name in ADAPTER_LEAVES:
             parts[LORA][path] = leaf
+        elif config.is_trained(path, is_adapted=is_adapted):
+            parts[PARAMS][path] = leaf
         else:
-            parts[PARAMS if config.is_trained(path) else FROZEN][path] = leaf
+            parts[FROZEN][path] = leaf
     return {
         name: unflatten(flat) for name, flat in parts.items() if flat or name == LORA
     }

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.config import ALL_LINEAR, LoRAConfig, Patterns, layer_index, matches
+from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
 from lora_jax.ops.contraction import Contraction, Shape
+from lora_jax.ops.dora import column_norm, magnitude_shape
 from lora_jax.ops.init import init_adapter, path_key
 from lora_jax.tree.paths import nearest
 
@@ -33,6 +35,8 @@ class Site(NamedTuple):
       contraction: the roles of its axes.
       scanned_a: where the scanned axes stand in the tree's ``lora_a``.
       scanned_b: where the scanned axes stand in the tree's ``lora_b``.
+      scanned_m: where the scanned axes stand in the tree's ``magnitude``; empty where
+        it was not looked for.
     """
 
     path: str
@@ -42,6 +46,7 @@ class Site(NamedTuple):
     contraction: Contraction
     scanned_a: tuple[int, ...] = ()
     scanned_b: tuple[int, ...] = ()
+    scanned_m: tuple[int, ...] = ()
 
 
 class Unknown(NamedTuple):
@@ -68,8 +73,9 @@ class Target(NamedTuple):
       rank: ``r``.
       alpha: numerator of the scaling.
       scaling: the factor before ``A B``.
-      trainable: number of elements of A and B together.
+      trainable: number of elements of A and B together, and of m with DoRA.
       site: the layer as it was found.
+      dora: whether it has a magnitude.
     """
 
     path: str
@@ -80,6 +86,7 @@ class Target(NamedTuple):
     scaling: float
     trainable: int
     site: Site
+    dora: bool = False
 
     @property
     def weight_path(self) -> str:
@@ -92,6 +99,16 @@ class Target(NamedTuple):
         site = self.site
         a, b = site.contraction.factor_shapes(self.kernel_shape, self.rank)
         return _stacked_at(a, site.scanned_a), _stacked_at(b, site.scanned_b)
+
+    @property
+    def leaf_shapes(self) -> dict[str, Shape]:
+        """Shapes of the adapter's leaves by name, as the parameter tree has them."""
+        a, b = self.factor_shapes
+        shapes: dict[str, Shape] = {LORA_A: a, LORA_B: b}
+        if self.dora:
+            m = magnitude_shape(self.kernel_shape, self.site.contraction)
+            shapes[MAGNITUDE] = _stacked_at(m, self.site.scanned_m)
+        return shapes
 
     def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
         """Draws ``lora_a`` and zeroes ``lora_b``.
@@ -112,6 +129,17 @@ class Target(NamedTuple):
             one_hot=self.kind == "embed",
         )
         return self.as_stored(a, b)
+
+    def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
+        """Returns DoRA's m, the column norms of ``W0``, as the tree has it."""
+        m = column_norm(jnp.asarray(kernel), self.site.contraction)
+        scanned = self.site.scanned_m
+        return jnp.moveaxis(m, range(len(scanned)), scanned)
+
+    def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
+        """Returns the tree's m with the scanned axes in front, as ops want it."""
+        scanned = self.site.scanned_m
+        return jnp.moveaxis(magnitude, scanned, range(len(scanned)))
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes where the tree has them."""
@@ -200,7 +228,9 @@ def _stacked_at(shape: Shape, axes: tuple[int, ...]) -> Shape:
 
 def _target(site: Site, config: LoRAConfig) -> Target:
     rank = config.rank_for(site.path)
-    a, b = site.contraction.factor_shapes(site.kernel_shape, rank)
+    shapes = list(site.contraction.factor_shapes(site.kernel_shape, rank))
+    if config.dora:
+        shapes.append(magnitude_shape(site.kernel_shape, site.contraction))
     return Target(
         path=site.path,
         kind=site.kind,
@@ -208,8 +238,9 @@ def _target(site: Site, config: LoRAConfig) -> Target:
         rank=rank,
         alpha=config.alpha_for(site.path),
         scaling=config.scaling_for(site.path),
-        trainable=math.prod(a) + math.prod(b),
+        trainable=sum(map(math.prod, shapes)),
         site=site,
+        dora=config.dora,
     )
 
 

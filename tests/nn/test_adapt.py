@@ -213,6 +213,22 @@ def test_trained_leaves_live_in_params():
     assert_same_tree(expert(targets=["up"], train=["down"]).detach(variables), EXPERT)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["Dense_0", "query"]], ids=str)
+def test_lora_only_trains_the_biases_of_adapted_layers_and_no_norms(targets):
+    case = CASES["vit"]
+    config = case.config(targets=targets, bias="lora_only")
+    adapted = adapt(case.model, config, *case.args)
+    params = case.variables()["params"]
+    attached = adapted.attach(params, key(1))
+    biases = {f"{row.path}/bias" for row in adapted.targets(params)}
+    assert set(flatten(attached["params"])) == biases
+    made = jax.eval_shape(lambda k: adapted.init(k, *case.args), key(0))
+    assert set(flatten(made["params"])) == biases
+    got = adapted.apply(attached, *case.args)
+    wanted = case.model.apply({"params": params}, *case.args)
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_what_is_trained_in_full_gets_no_adapter():
     model = Classifier(Expert())
     params = {

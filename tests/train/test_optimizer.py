@@ -147,11 +147,17 @@ def test_a_tree_without_adapters_is_an_error():
 
 def test_decay_shrinks_b_and_kernels_never_a_or_vectors():
     params = {
-        "lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}},
+        "lora": {
+            "q": {
+                "lora_a": jnp.ones((3, 2)),
+                "lora_b": jnp.ones((2, 3)),
+                "magnitude": jnp.ones((4, 3)),  # scanned: two dimensions
+            }
+        },
         "params": {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}},
     }
     assert decay_mask(params) == {
-        "lora": {"q": {"lora_a": False, "lora_b": True}},
+        "lora": {"q": {"lora_a": False, "lora_b": True, "magnitude": False}},
         "params": {"head": {"kernel": True, "bias": False}},
     }
     tx = lora_optimizer(0.5, total_steps=1, schedule="constant", weight_decay=0.2)
@@ -160,6 +166,7 @@ def test_decay_shrinks_b_and_kernels_never_a_or_vectors():
         1
     }
     np.testing.assert_allclose(after["lora"]["q"]["lora_b"], 0.9, rtol=1e-6)
+    np.testing.assert_array_equal(after["lora"]["q"]["magnitude"], 1)
     np.testing.assert_allclose(after["params"]["head"]["kernel"], 0.9, rtol=1e-6)
     np.testing.assert_array_equal(after["params"]["head"]["bias"], 1)
 

@@ -28,6 +28,25 @@ def test_partition_and_join_are_inverse_and_copy_nothing():
     assert all(joined[path] is leaf for path, leaf in flatten(TREE).items())
 
 
+def test_biases_of_adapted_layers_are_those_beside_an_adapter():
+    tree = {**TREE, "norm": {"scale": np.ones(3), "bias": np.ones(3)}}
+    config = LoRAConfig(bias="lora_only")
+    assert list(flatten(partition(tree, config)["params"])) == ["up/bias"]
+    plain = {"up": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
+    with pytest.raises(ValueError, match=r"must have 'lora_a' .* got 1 biases and no"):
+        partition(plain, config)
+
+
+def test_a_magnitude_is_an_adapters_only_beside_an_adapter():
+    tree = {
+        "up": {"kernel": 1, "lora_a": 2, "lora_b": 3, "magnitude": 4},
+        "gauge": {"magnitude": 5},
+    }
+    parts = partition(tree, LoRAConfig(dora=True))
+    assert flatten(parts["frozen"]) == {"up/kernel": 1, "gauge/magnitude": 5}
+    assert list(flatten(parts["lora"])) == ["up/lora_a", "up/lora_b", "up/magnitude"]
+
+
 def test_join_names_what_two_trees_share():
     with pytest.raises(ValueError, match=r"same leaves: \['head/kernel'\]"):
         join(TREE, {"head": {"kernel": 1}})

@@ -1,0 +1,279 @@
+"""DoRA: a direction that LoRA turns, and a magnitude of its own for each output.
+
+``y = (m / n) (x W0 + scaling * (x A) B) + bias``, where ``n`` are the column norms of
+``W0 + scaling * A B`` and ``m``, which is trained, starts as those of ``W0``. So DoRA
+is LoRA's own output times one number an output, and every LoRA layer becomes a DoRA
+layer by `rescale`. For the gradient ``n`` is a constant (section 4.3 of the paper).
+
+The norms never form the ``[i, o]`` product ``A B``::
+
+    n² = ‖W0‖² + 2 s colsum((Aᵀ W0) ⊙ B) + s² colsum(B ⊙ ((Aᵀ A) B))
+
+That costs ``r i o`` multiply-adds and two reads of W0 a call, however many tokens: next
+to ``i o`` multiply-adds a token. ``‖W0‖²`` is computed anew each time, so that nothing
+has to be kept in step with the base.
+"""
+
+import functools
+import string
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.array_types import AnyFloat, Bias, Inputs, Kernel, LoraA, LoraB, Outputs
+from lora_jax.ops.contraction import DENSE, Contraction, Shape, check_factors
+from lora_jax.ops.dense import lora_dense
+from lora_jax.ops.merge import delta_kernel
+from lora_jax.ops.product import check_floating
+
+
+def dora_dense(
+    x: Inputs,
+    kernel: Kernel,
+    lora_a: LoraA,
+    lora_b: LoraB,
+    magnitude: Bias,
+    *,
+    scaling: float | jax.Array,
+    bias: Bias | None = None,
+    **options,
+) -> Outputs:
+    """Applies a frozen dense layer with DoRA.
+
+    Computes ``y = (m / n) * (x @ W0 + scaling * (dropout(x) @ A) @ B) + bias`` with
+    ``n`` the column norms of ``W0 + scaling * A @ B``, a constant for the gradient.
+
+    Args:
+      x: inputs ``[*b, i]``; sets the dtype of the computation and of the result.
+      kernel: frozen base weight ``W0`` ``[i, o]``.
+      lora_a: ``A`` ``[i, r]``, random at init.
+      lora_b: ``B`` ``[r, o]``, zero at init.
+      magnitude: ``m`` ``[o]``, `column_norm` of ``kernel`` at init.
+      scaling: ``alpha / rank``.
+      bias: frozen base bias ``[o]``, or None.
+      **options: dropout (of the update's input only, not of the base's) and precision,
+        as in `lora_dense`.
+
+    Returns:
+      Outputs ``[*b, o]``, in the dtype of ``x``.
+
+    Raises:
+      ValueError: if the shapes do not chain, or the dropout rate lacks its key.
+      TypeError: if an array is not floating.
+
+    Example:
+      >>> x, w0, a, b = (jnp.ones(s) for s in [(2, 4), (4, 3), (4, 1), (1, 3)])
+      >>> dora_dense(x, w0, a, b, 5 * jnp.ones(3), scaling=0.5)[0].tolist()
+      [10.0, 10.0, 10.0]
+
+    References:
+      Liu et al., https://arxiv.org/abs/2402.09353, equations 5 and 11. Its ``V`` is our
+      ``W0``; its ``B A`` is our ``scaling * A B``, transposed.
+    """
+    y = lora_dense(x, kernel, lora_a, lora_b, scaling=scaling, bias=bias, **options)
+    scale = dora_scale(kernel, lora_a, lora_b, magnitude, scaling=scaling)
+    return rescale(y, scale, bias)
+
+
+def rescale(y: AnyFloat, scale: AnyFloat, bias: AnyFloat | None = None) -> AnyFloat:
+    """Scales a LoRA layer's output without its bias.
+
+    Computes ``scale * (y - bias) + bias`` as ``y + (scale - 1) * (y - bias)``, which is
+    ``y`` bit for bit where the scale is 1, and next to it loses nothing to the
+    difference. The arithmetic is in float32; for the backward pass ``y`` alone is kept,
+    in its own dtype.
+
+    Args:
+      y: output of the layer with its update and its bias.
+      scale: ``m / n``, broadcastable to ``y``.
+      bias: that ``y`` contains, broadcastable to ``y``, or None.
+
+    Returns:
+      The output, in the dtype of ``y``.
+    """
+    return _rescale(y, scale, None if bias is None else bias.astype(y.dtype))
+
+
+@jax.checkpoint
+def _rescale(y, scale, bias):
+    wide = y.astype(jnp.promote_types(jnp.float32, y.dtype))
+    scaled = wide if bias is None else wide - bias
+    return (wide + (scale - 1) * scaled).astype(y.dtype)
+
+
+def dora_scale(
+    kernel: AnyFloat,
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    magnitude: AnyFloat,
+    *,
+    scaling: float | jax.Array,
+    contraction: Contraction = DENSE,
+) -> AnyFloat:
+    """Computes ``m / n``, differentiable by ``m`` alone.
+
+    Args:
+      kernel: ``W0``.
+      lora_a: ``A`` ``[*batch, *in, r]``.
+      lora_b: ``B`` ``[*batch, r, *out]``.
+      magnitude: ``m`` ``[*batch, *out]``.
+      scaling: ``alpha / rank``.
+      contraction: the kernel's axes.
+
+    Returns:
+      The scale ``[*batch, *out]``, float32 (float64 if the kernel is): exactly 1 where
+      ``B = 0`` and ``m`` is the `column_norm`. It is 1, too, where ``n`` is 0: nothing
+      is scaled there, and nothing is divided by zero.
+
+    Raises:
+      ValueError: if the shapes do not chain.
+      TypeError: if an array is not floating.
+    """
+    check_floating(magnitude=magnitude)
+    wanted = magnitude_shape(tuple(kernel.shape), contraction)
+    if magnitude.shape != wanted:
+        raise ValueError(
+            f"magnitude must be [*batch, *out] = {list(wanted)} for a kernel of shape "
+            f"{kernel.shape}; got {magnitude.shape}."
+        )
+    frozen = jax.lax.stop_gradient((kernel, lora_a, lora_b))
+    norm = adapted_norm(*frozen, scaling=scaling, contraction=contraction)
+    # Without a barrier XLA makes `m * rsqrt(n²)` of it, and that is not 1 for m = n.
+    norm = jax.lax.optimization_barrier(norm)
+    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+
+
+def magnitude_shape(kernel_shape: Shape, contraction: Contraction = DENSE) -> Shape:
+    """Returns ``[*batch, *out]``, the shape of the magnitude of a kernel."""
+    contraction.split(kernel_shape)  # raises where they don't fit
+    return tuple(
+        kernel_shape[axis] for axis in (*contraction.batch, *contraction.outputs)
+    )
+
+
+def column_norm(kernel: AnyFloat, contraction: Contraction = DENSE) -> AnyFloat:
+    """Returns the norms of the kernel over its input axes: ``m`` at init.
+
+    Args:
+      kernel: ``W0``, in any floating dtype.
+      contraction: the kernel's axes.
+
+    Returns:
+      The norms ``[*batch, *out]``, float32 (float64 if the kernel is).
+
+    Example:
+      >>> column_norm(jnp.array([[3.0, 0.0], [4.0, 2.0]])).tolist()
+      [5.0, 2.0]
+    """
+    return jnp.sqrt(_squares(kernel, contraction))
+
+
+def adapted_norm(
+    kernel: AnyFloat,
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    *,
+    scaling: float | jax.Array,
+    contraction: Contraction = DENSE,
+) -> AnyFloat:
+    """Returns the norms of ``W0 + scaling * A B`` over its input axes.
+
+    The product ``Aᵀ W0`` is in W0's own dtype, all else in float32. It is `column_norm`
+    bit for bit where ``B = 0``.
+
+    Args:
+      kernel: ``W0``.
+      lora_a: ``A`` ``[*batch, *in, r]``.
+      lora_b: ``B`` ``[*batch, r, *out]``.
+      scaling: ``alpha / rank``.
+      contraction: the kernel's axes.
+
+    Returns:
+      The norms ``[*batch, *out]``, float32 (float64 if the kernel is).
+
+    Raises:
+      ValueError: if the shapes do not chain.
+      TypeError: if an array is not floating.
+    """
+    check_floating(kernel=kernel, lora_a=lora_a, lora_b=lora_b)
+    check_factors(tuple(kernel.shape), lora_a.shape, lora_b.shape, contraction)
+    squares = _squares(kernel, contraction)
+    dtype, groups = squares.dtype, contraction.groups
+    letters = string.ascii_lowercase[: kernel.ndim]
+    batch, inputs, outputs = (
+        "".join(letters[axis] for axis in axes) for axes in contraction[:3]
+    )
+    if groups > 1:  # [*k, i, o] -> [*k, i, g, o/g]
+        (o,) = contraction.outputs
+        shape = kernel.shape
+        kernel = kernel.reshape(*shape[:o], groups, -1, *shape[o + 1 :])
+        batch, letters = batch + "G", letters.replace(outputs, "G" + outputs)
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    a, b = lora_a.astype(kernel.dtype), lora_b.astype(dtype)
+    down = f"{batch}{inputs}R"
+    # In W0's dtype, the result too: a wider one XLA:CPU can't make of bfloat16, and a
+    # wider W0 would be the [i, o] temporary that is avoided here.
+    aw = einsum(f"{down},{letters}->{batch}R{outputs}", a, kernel).astype(dtype)
+    a = a.astype(dtype)
+    aa = einsum(f"{down},{batch}{inputs}S->{batch}RS", a, a)
+    aab = einsum(f"{batch}RS,{batch}S{outputs}->{batch}R{outputs}", aa, b)
+    change = jnp.sum(b * (scaling * (2 * aw + scaling * aab)), axis=len(batch))
+    return jnp.sqrt(jnp.maximum(squares + change.reshape(squares.shape), 0))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _squares(kernel: AnyFloat, contraction: Contraction) -> AnyFloat:
+    """Returns the squared norms ``[*batch, *out]``; compiled, so with equal bits."""
+    dtype = jnp.promote_types(jnp.float32, kernel.dtype)
+    squares = jnp.sum(jnp.square(kernel.astype(dtype)), axis=contraction.inputs)
+    roles = (*contraction.batch, *contraction.outputs)
+    left = sorted(roles)
+    return jnp.transpose(squares, [left.index(axis) for axis in roles])
+
+
+def merge_dora(
+    kernel: AnyFloat,
+    lora_a: AnyFloat,
+    lora_b: AnyFloat,
+    magnitude: AnyFloat,
+    *,
+    scaling: float | jax.Array,
+    contraction: Contraction = DENSE,
+) -> AnyFloat:
+    """Returns ``(m / n) * (W0 + scaling * A B)``: computed in float32, rounded once.
+
+    Args:
+      kernel: ``W0``, in any floating dtype; left as it is.
+      lora_a: ``A`` ``[*batch, *in, r]``.
+      lora_b: ``B`` ``[*batch, r, *out]``.
+      magnitude: ``m`` ``[*batch, *out]``.
+      scaling: ``alpha / rank``.
+      contraction: the kernel's axes.
+
+    Returns:
+      The merged kernel, in the dtype of ``kernel``.
+
+    Raises:
+      ValueError: if the shapes do not chain.
+      TypeError: if an array is not floating.
+
+    Example:
+      >>> w0, a, b = jnp.eye(2), jnp.zeros((2, 1)), jnp.zeros((1, 2))
+      >>> merge_dora(w0, a, b, jnp.array([2.0, 3.0]), scaling=0.5).tolist()
+      [[2.0, 0.0], [0.0, 3.0]]
+
+    References:
+      Liu et al., https://arxiv.org/abs/2402.09353, section 4.1.
+    """
+    factors = {"scaling": scaling, "contraction": contraction}
+    scale = dora_scale(kernel, lora_a, lora_b, magnitude, **factors)
+    delta = delta_kernel(lora_a, lora_b, kernel.shape, **factors)
+    merged = over_kernel(scale, contraction) * (kernel.astype(delta.dtype) + delta)
+    return merged.astype(kernel.dtype)
+
+
+def over_kernel(scale: AnyFloat, contraction: Contraction) -> AnyFloat:
+    """Lays ``[*batch, *out]`` out like the kernel, with input axes of size 1."""
+    layout = (*contraction.batch, *contraction.outputs, *contraction.inputs)
+    scale = scale.reshape(*scale.shape, *(1 for _ in contraction.inputs))
+    return jnp.transpose(scale, [layout.index(axis) for axis in range(len(layout))])
