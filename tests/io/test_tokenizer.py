@@ -109,7 +109,7 @@ def test_special_tokens_and_templates_come_from_the_files_beside(folder):
             "pad_token": "nowhere",
             "chat_template": [{"name": "default", "template": "A"}],
         },
-        generation_config={"eos_token_id": [7, 3], "pad_token_id": 0},
+        generation_config={"eos_token_id": [7], "pad_token_id": 0},
         config={"eos_token_id": 5},
     )
     expected = Special(2, 3, 0, (3, 7), "A")
