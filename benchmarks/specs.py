@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from lora_jax.models.encoder import EncoderConfig
+from lora_jax.models.encoder_config import EncoderConfig
 
 
 class DenseSpec(NamedTuple):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.encoder import ACTIVATIONS
 from lora_jax.ops.causal import cached_attention, causal_attention
 from lora_jax.ops.rope import apply_rope
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_jax.models.encoder import ACTIVATIONS
+from lora_jax.models.activations import ACTIVATIONS
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 

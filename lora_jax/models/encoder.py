@@ -1,208 +1,49 @@
-"""BERT as a plain Linen module, with no LoRA inside.
+"""Encoders of text and of images as plain Linen modules, with no LoRA inside.
 
-`lora_jax.adapt` adds the adapters from outside, so that this file reads as the model
-alone: embeddings, then post-norm blocks ``x = norm(x + sublayer(x))``.
+`lora_jax.adapt` adds the adapters from outside, so that these files read as the models
+alone: embeddings, blocks, and a head. Every family (BERT, RoBERTa, ViT, ...) is these
+modules under another config.
 
 The parameter tree (kernels ``[i, o]``, as Flax stores them)::
 
-    encoder/embeddings/{word,position,token_type}/embedding
-    encoder/embeddings/norm/{scale,bias}
+    encoder/embeddings/{word,position,token_type}/embedding     of text
+    encoder/embeddings/norm/{scale,bias}                        of text
+    encoder/embeddings/patch/{kernel,bias}                      of images
+    encoder/embeddings/{cls,position}                           of images
     encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}
     encoder/layer_{i}/attention_norm/{scale,bias}
-    encoder/layer_{i}/mlp/{up,down}/{kernel,bias}
+    encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,down}
     encoder/layer_{i}/mlp_norm/{scale,bias}
-    pooler/{kernel,bias}              only with pooling="pooler"
-    classifier/{kernel,bias}          only with num_labels
+    encoder/layer_{i}/{attention_scale,mlp_scale}     only with layer scale
+    encoder/final_norm/{scale,bias}                   only with norm_placement="pre"
+    pooler/{kernel,bias}                              only with pooling="pooler"
+    classifier/{kernel,bias}                          only with num_labels
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-TokenIds = Int[Array, "b t"]
-Hidden = Float[Array, "b t d"]
+from lora_jax.models.embeddings import (
+    Embeddings,
+    Hidden,
+    PatchEmbeddings,
+    Pixels,
+    TokenIds,
+)
+from lora_jax.models.encoder_block import Block
+from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+
 Pooled = Float[Array, "b d"]
 
-POOLINGS = ("mean", "cls", "pooler")
-
-
-def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """Computes ``x * Phi(x)`` with the error function, as BERT was trained with.
-
-    ``jax.nn.gelu(approximate=False)`` is the same through ``erfc``, which XLA evaluates
-    by two expansions and a select; ``erf``, as PyTorch has it, is the shorter program.
-
-    Args:
-      x: inputs ``[*b, f]``.
-
-    Returns:
-      Activations ``[*b, f]``, in the dtype of ``x``.
-
-    Example:
-      >>> [f"{y:.4f}" for y in exact_gelu(jnp.array([0.0, 1.0]))]
-      ['0.0000', '0.8413']
-    """
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """Computes the tanh approximation of GELU; see `exact_gelu`."""
-    return nn.gelu(x, approximate=True)
-
-
-# The activation names of Hugging Face configs; the "fast" and "new" ones are tanh.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": exact_gelu,
-    "gelu_new": tanh_gelu,
-    "gelu_fast": tanh_gelu,
-    "gelu_pytorch_tanh": tanh_gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes and constants of a BERT encoder.
-
-    Attributes:
-      vocab_size: rows of the word embedding, ``v``.
-      hidden_size: width of the model, ``d``.
-      num_layers: number of blocks, ``l``.
-      num_heads: attention heads, ``n``; divides ``hidden_size``.
-      mlp_size: width inside the MLP, ``f``.
-      max_positions: rows of the position embedding, the longest sequence.
-      num_token_types: rows of the token type embedding.
-      activation: one of `ACTIVATIONS`, by its Hugging Face name.
-      norm_eps: LayerNorm's epsilon.
-
-    Raises:
-      ValueError: if a size or constant is out of range; every fault is named.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_size: int
-    max_positions: int = 512
-    num_token_types: int = 2
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
-
-    def __post_init__(self):
-        sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
-        faults = [
-            f"{name} must be a positive integer; got {getattr(self, name)!r}"
-            for name in sizes
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
-        ]
-        if not faults and self.hidden_size % self.num_heads:
-            faults.append(
-                f"num_heads must divide hidden_size = {self.hidden_size}; "
-                f"got {self.num_heads}"
-            )
-        if self.activation not in ACTIVATIONS:
-            faults.append(
-                f"activation must be one of {sorted(ACTIVATIONS)}; "
-                f"got {self.activation!r}"
-            )
-        if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps > 0:
-            faults.append(f"norm_eps must be above 0; got {self.norm_eps!r}")
-        if faults:
-            raise ValueError("EncoderConfig: " + "; ".join(faults) + ".")
-
-
-class Embeddings(nn.Module):
-    """Sums word, position and token type embeddings and normalises the sum."""
-
-    config: EncoderConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, input_ids: TokenIds, token_type_ids: TokenIds | None = None
-    ) -> Hidden:
-        """Returns ``[b, t, d]`` for ids ``[b, t]``; without types all are type 0."""
-        cfg, length = self.config, input_ids.shape[1]
-        if length > cfg.max_positions:
-            raise ValueError(
-                f"input_ids must have at most max_positions = {cfg.max_positions} "
-                f"tokens a row; got shape {input_ids.shape}. Truncate when tokenising: "
-                "`encode(texts, max_length=...)`."
-            )
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        # No dtype here: a cast would be of the whole table, not of the rows looked up.
-        word = nn.Embed(cfg.vocab_size, cfg.hidden_size, name="word")
-        position = nn.Embed(cfg.max_positions, cfg.hidden_size, name="position")
-        token_type = nn.Embed(cfg.num_token_types, cfg.hidden_size, name="token_type")
-        x = word(input_ids) + position(jnp.arange(length)) + token_type(token_type_ids)
-        return nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name="norm")(x)
-
-
-class Attention(nn.Module):
-    """Bidirectional multi-head self-attention over the unmasked tokens."""
-
-    config: EncoderConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Hidden, mask: Array) -> Hidden:
-        """Returns ``[b, t, d]``; ``mask`` is boolean ``[b, 1, 1, t]``, True = real."""
-        cfg = self.config
-        heads = (*x.shape[:-1], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
-        query, key, value = (
-            nn.Dense(cfg.hidden_size, dtype=self.dtype, name=name)(x).reshape(heads)
-            for name in ("query", "key", "value")
-        )  # each [b, t, n, h]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="output")(
-            mixed.reshape(x.shape)
-        )
-
-
-class Mlp(nn.Module):
-    """Computes ``activation(x W_up) W_down``."""
-
-    config: EncoderConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
-        x = nn.Dense(self.config.mlp_size, dtype=self.dtype, name="up")(x)
-        x = ACTIVATIONS[self.config.activation](x)  # [b, t, f]
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="down")(x)
-
-
-class Block(nn.Module):
-    """One post-norm transformer block."""
-
-    config: EncoderConfig
-    dtype: Any = jnp.float32
-    dropout_rate: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Hidden, mask: Array, deterministic: bool = True) -> Hidden:
-        """Returns ``[b, t, d]`` for ``[b, t, d]``; ``mask`` as for `Attention`."""
-        eps, drop = self.config.norm_eps, nn.Dropout(self.dropout_rate)
-        y = Attention(self.config, self.dtype, name="attention")(x, mask)
-        y = drop(y, deterministic=deterministic)
-        x = nn.LayerNorm(eps, dtype=self.dtype, name="attention_norm")(x + y)
-        y = Mlp(self.config, self.dtype, name="mlp")(x)
-        y = drop(y, deterministic=deterministic)
-        return nn.LayerNorm(eps, dtype=self.dtype, name="mlp_norm")(x + y)
+POOLINGS = ("mean", "cls", "pooler", "cls_mean")
+POOLER_ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 
 
 class Encoder(nn.Module):
-    """A BERT encoder: token ids to hidden states.
+    """An encoder of text: token ids to hidden states.
 
     Attributes:
       config: the sizes.
@@ -244,11 +85,58 @@ class Encoder(nn.Module):
         x = Embeddings(self.config, self.dtype, name="embeddings")(
             input_ids, token_type_ids
         )
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        for i in range(self.config.num_layers):
-            block = Block(self.config, self.dtype, self.dropout_rate, name=f"layer_{i}")
-            x = block(x, mask, deterministic)
-        return x
+        return run_blocks(self, x, mask, deterministic)
+
+
+class ImageEncoder(nn.Module):
+    """An encoder of images: pixels to hidden states of patches; see `Encoder`."""
+
+    config: ImageEncoderConfig
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, pixel_values: Pixels, *, deterministic: bool = True) -> Hidden:
+        """Encodes a batch of images.
+
+        Args:
+          pixel_values: normalised images ``[b, c, y, x]``, as Hugging Face has them.
+          deterministic: False switches dropout on (PRNG stream "dropout").
+
+        Returns:
+          Hidden states ``[b, 1 + patches, d]``: the class token's, then the patches'
+          row by row.
+
+        Raises:
+          ValueError: if the images are not of the config's channels and size.
+          TypeError: if ``pixel_values`` are not floats.
+        """
+        check_pixels(self.config, pixel_values)
+        x = PatchEmbeddings(self.config, self.dtype, name="embeddings")(pixel_values)
+        return run_blocks(self, x, None, deterministic)
+
+
+def run_blocks(
+    owner: "Encoder | ImageEncoder", x: Hidden, mask: Array | None, deterministic: bool
+) -> Hidden:
+    """Makes and runs the blocks of a module whose compact method calls this.
+
+    Args:
+      owner: the calling module.
+      x: embeddings ``[b, t, d]``.
+      mask: boolean ``[b, 1, 1, t]``, True = real; None: all are.
+      deterministic: False switches dropout on.
+
+    Returns:
+      Hidden states ``[b, t, d]``.
+    """
+    cfg, dtype, rate = owner.config, owner.dtype, owner.dropout_rate
+    x = nn.Dropout(rate)(x, deterministic=deterministic)
+    for i in range(cfg.num_layers):
+        x = Block(cfg, dtype, rate, name=f"layer_{i}")(x, mask, deterministic)
+    if cfg.norm_placement == "pre":
+        x = nn.LayerNorm(cfg.norm_eps, dtype=dtype, name="final_norm")(x)
+    return x
 
 
 def check_inputs(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:
@@ -267,6 +155,28 @@ def check_inputs(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> No
             "input_ids, attention_mask and token_type_ids must share one shape "
             f"[b, t]; got input_ids {input_ids.shape}, {listed}. A single sequence "
             "needs a batch dimension: `ids[None]`."
+        )
+
+
+def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
+    """Raises unless the array is a batch ``[b, c, y, x]`` of images for the config."""
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+        raise TypeError(
+            f"pixel_values must be floats [b, c, y, x]; got dtype "
+            f"{pixel_values.dtype}. Bytes are to be rescaled and normalised first: "
+            "`lora_jax.io.images.load_processor(folder)` does as the model's own "
+            "preprocessor_config.json says."
+        )
+    shape, own = pixel_values.shape, (config.image_height, config.image_width)
+    is_batch = len(shape) == 4 and shape[1] == config.num_channels
+    wanted, is_sized = f"size {own}", shape[-2:] == own
+    if config.is_resizable:
+        wanted, is_sized = "a patch or more", 0 not in config.grid(*shape[-2:])
+    if not (is_batch and is_sized):
+        raise ValueError(
+            f"pixel_values must be [b, c, y, x] with c = {config.num_channels} and "
+            f"{wanted}; got shape {shape}. A single image needs a batch dimension: "
+            "`image[None]`; channels come first."
         )
 
 
@@ -291,14 +201,37 @@ def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
     return total / jnp.maximum(mask.sum(axis=1), 1.0)
 
 
-class SequenceClassifier(nn.Module):
-    """An `Encoder`, pooled to one vector a sequence, with a linear head.
+def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
+    """Pools hidden states to one vector a row, in float32.
+
+    Args:
+      hidden: hidden states ``[b, t, d]``.
+      mask: ``[b, t]``, 1 for real tokens and 0 for padding.
+      pooling: "mean" over unmasked tokens; "cls" or "pooler": the first token's;
+        "cls_mean": the first token's and the mean of the others, side by side.
+
+    Returns:
+      Vectors ``[b, d]``; ``[b, 2 d]`` for "cls_mean".
+    """
+    if pooling == "mean":
+        return mean_pool(hidden, mask)
+    first = hidden[:, 0].astype(jnp.float32)
+    if pooling == "cls_mean":
+        others = mean_pool(hidden[:, 1:], mask[:, 1:])
+        return jnp.concatenate([first, others], axis=-1)
+    return first
+
+
+class Classifier(nn.Module):
+    """An encoder, pooled to one vector a row, with a linear head; see the subclasses.
 
     Attributes:
       config: the encoder's sizes.
       num_labels: classes of the head; None for no head.
-      pooling: "mean" over unmasked tokens, "cls" (the first token's hidden state) or
-        "pooler" (BERT's own: ``tanh(W cls + b)``).
+      pooling: "mean" over unmasked tokens, "cls" (the first token's hidden state),
+        "pooler" (``activation(W cls + b)``: BERT's pooler, RoBERTa's and DistilBERT's
+        first dense layer of the head) or "cls_mean" (the first token's beside the mean
+        of the others: DINOv2's).
       dtype: dtype of the encoder's computation; pooling and head are float32.
       dropout_rate: see `Encoder`.
 
@@ -306,16 +239,23 @@ class SequenceClassifier(nn.Module):
       ValueError: if ``pooling`` is unknown or ``num_labels`` is below 1.
     """
 
-    config: EncoderConfig
+    config: Any
     num_labels: int | None = None
     pooling: str = "mean"
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
 
+    encoder_type: ClassVar[Any] = None
+
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(
                 f"pooling must be one of {POOLINGS}; got {self.pooling!r}."
+            )
+        if self.pooling == "pooler" and self.config.pooler_activation is None:
+            raise ValueError(
+                "pooling must not be 'pooler' for a model without a pooler; "
+                "'mean', 'cls' and 'cls_mean' need none."
             )
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(
@@ -326,11 +266,33 @@ class SequenceClassifier(nn.Module):
 
     def setup(self):
         """Creates the encoder and, where asked for, the pooler and the head."""
-        self.encoder = Encoder(self.config, self.dtype, self.dropout_rate)
+        self.encoder = self.encoder_type(self.config, self.dtype, self.dropout_rate)
         if self.pooling == "pooler":
             self.pooler = nn.Dense(self.config.hidden_size)
         if self.num_labels is not None:
             self.classifier = nn.Dense(self.num_labels)
+
+    def head(self, hidden: Hidden, mask: TokenIds) -> Float[Array, "b o"]:
+        """Pools hidden states and classifies them.
+
+        Args:
+          hidden: hidden states ``[b, t, d]``.
+          mask: ``[b, t]``, 1 for real tokens and 0 for padding.
+
+        Returns:
+          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        """
+        pooled = pool(hidden, mask, self.pooling)
+        if self.pooling == "pooler":
+            activation = POOLER_ACTIVATIONS[self.config.pooler_activation]
+            pooled = activation(self.pooler(pooled))
+        return pooled if self.num_labels is None else self.classifier(pooled)
+
+
+class SequenceClassifier(Classifier):
+    """An `Encoder` of text with a head; its attributes are `Classifier`'s."""
+
+    encoder_type: ClassVar[Any] = Encoder
 
     def __call__(
         self,
@@ -349,18 +311,12 @@ class SequenceClassifier(nn.Module):
           deterministic: False switches dropout on (PRNG stream "dropout").
 
         Returns:
-          Logits ``[b, num_labels]`` float32; the pooled ``[b, d]`` without a head.
+          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         hidden = self.encoder(
             input_ids, attention_mask, token_type_ids, deterministic=deterministic
         )
-        if self.pooling == "mean":
-            pooled = mean_pool(hidden, attention_mask)
-        else:
-            pooled = hidden[:, 0].astype(jnp.float32)
-        if self.pooling == "pooler":
-            pooled = jnp.tanh(self.pooler(pooled))
-        return pooled if self.num_labels is None else self.classifier(pooled)
+        return self.head(hidden, attention_mask)
 
     def embed(
         self,
@@ -371,3 +327,29 @@ class SequenceClassifier(nn.Module):
         """Returns sentence embeddings ``[b, d]``: the mean over unmasked tokens."""
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)
         return mean_pool(hidden, attention_mask)
+
+
+class ImageClassifier(Classifier):
+    """An `ImageEncoder` with a head; its attributes are `Classifier`'s."""
+
+    encoder_type: ClassVar[Any] = ImageEncoder
+
+    def __call__(
+        self, pixel_values: Pixels, *, deterministic: bool = True
+    ) -> Float[Array, "b o"]:
+        """Classifies a batch of images.
+
+        Args:
+          pixel_values: normalised images ``[b, c, y, x]``.
+          deterministic: False switches dropout on (PRNG stream "dropout").
+
+        Returns:
+          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        """
+        hidden = self.encoder(pixel_values, deterministic=deterministic)
+        return self.head(hidden, jnp.ones(hidden.shape[:2], jnp.int32))
+
+    def embed(self, pixel_values: Pixels) -> Pooled:
+        """Returns image embeddings ``[b, d]``: the mean over all tokens."""
+        hidden = self.encoder(pixel_values)
+        return mean_pool(hidden, jnp.ones(hidden.shape[:2], jnp.int32))

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.encoder import EncoderConfig, SequenceClassifier
+from lora_jax.models.encoder import SequenceClassifier
+from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.family import Family, Fields
 
 

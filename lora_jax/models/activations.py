@@ -1,0 +1,44 @@
+"""Activation functions by the names that Hugging Face configs give them."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+
+def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """Computes ``x * Phi(x)`` with the error function, as BERT was trained with.
+
+    ``jax.nn.gelu(approximate=False)`` is the same through ``erfc``, which XLA evaluates
+    by two expansions and a select; ``erf``, as PyTorch has it, is the shorter program.
+
+    Args:
+      x: inputs ``[*b, f]``.
+
+    Returns:
+      Activations ``[*b, f]``, in the dtype of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [f"{y:.4f}" for y in exact_gelu(jnp.array([0.0, 1.0]))]
+      ['0.0000', '0.8413']
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """Computes the tanh approximation of GELU; see `exact_gelu`."""
+    return nn.gelu(x, approximate=True)
+
+
+# The "fast" and "new" ones are tanh.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": exact_gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}

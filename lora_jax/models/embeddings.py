@@ -1,0 +1,149 @@
+"""What an encoder's blocks read: embedded tokens, or an image's embedded patches."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+
+TokenIds = Int[Array, "b t"]
+Pixels = Float[Array, "b c y x"]
+Hidden = Float[Array, "b t d"]
+
+
+class Embeddings(nn.Module):
+    """Sums word, position and token type embeddings and normalises the sum."""
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, input_ids: TokenIds, token_type_ids: TokenIds | None = None
+    ) -> Hidden:
+        """Returns ``[b, t, d]`` for ids ``[b, t]``; without types all are type 0."""
+        cfg, length = self.config, input_ids.shape[1]
+        if length > cfg.max_positions:
+            raise ValueError(
+                f"input_ids must have at most max_positions = {cfg.max_positions} "
+                f"tokens a row; got shape {input_ids.shape}. Truncate when tokenising: "
+                "`encode(texts, max_length=...)`."
+            )
+        # No dtype here: a cast would be of the whole table, not of the rows looked up.
+        word = nn.Embed(cfg.vocab_size, cfg.hidden_size, name="word")
+        position = nn.Embed(cfg.position_rows, cfg.hidden_size, name="position")
+        positions = jnp.arange(length)
+        if cfg.padding_id is not None:
+            positions = token_positions(input_ids, cfg.padding_id)
+        x = word(input_ids) + position(positions)
+        if cfg.num_token_types is not None:
+            if token_type_ids is None:
+                token_type_ids = jnp.zeros((1, 1), jnp.int32)
+            table = nn.Embed(cfg.num_token_types, cfg.hidden_size, name="token_type")
+            x = x + table(token_type_ids)
+        elif token_type_ids is not None:
+            raise ValueError(
+                "token_type_ids must not be given: this model has no token types."
+            )
+        return nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name="norm")(x)
+
+
+def token_positions(input_ids: TokenIds, padding_id: int) -> TokenIds:
+    """RoBERTa's positions: ``padding_id`` plus the count of tokens that are no padding.
+
+    Args:
+      input_ids: token ids ``[b, t]``.
+      padding_id: the id of padding, which itself is at position ``padding_id``.
+
+    Returns:
+      Positions ``[b, t]``.
+
+    Example:
+      >>> token_positions(jnp.array([[0, 7, 1, 2, 1]]), 1).tolist()
+      [[2, 3, 1, 4, 1]]
+    """
+    is_token = (input_ids != padding_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + padding_id
+
+
+class PatchEmbeddings(nn.Module):
+    """Embeds patches row by row, puts the class token first, and adds positions."""
+
+    config: ImageEncoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Pixels) -> Hidden:
+        """Returns ``[b, 1 + patches, d]`` for images ``[b, c, y, x]``."""
+        cfg, width = self.config, self.config.hidden_size
+        grid = cfg.grid(*pixels.shape[2:])
+        trained = cfg.grid(cfg.image_height, cfg.image_width)
+        patch = (cfg.patch_height, cfg.patch_width)
+        convolve = nn.Conv(
+            width, patch, patch, padding="VALID", dtype=self.dtype, name="patch"
+        )
+        normal = nn.initializers.normal(0.02)
+        first = self.param("cls", normal, (1, 1, width))
+        shape = (1, 1 + trained[0] * trained[1], width)
+        positions = self.param("position", normal, shape)
+        if grid != trained:
+            positions = resize_positions(positions, trained, grid)
+
+        x = convolve(pixels.transpose(0, 2, 3, 1))  # [b, *grid, d]
+        x = x.reshape(len(pixels), -1, width)
+        first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, width))
+        return jnp.concatenate([first, x], axis=1) + positions.astype(self.dtype)
+
+
+def resize_positions(
+    table: Float[Array, "1 s d"], grid: tuple[int, int], wanted: tuple[int, int]
+) -> Float[Array, "1 t d"]:
+    """Resizes a table of positions of patches, bicubically, in float32.
+
+    Args:
+      table: ``[1, 1 + rows * columns, d]``; the first position is the class token's.
+      grid: rows and columns of the table.
+      wanted: those of the result.
+
+    Returns:
+      The table ``[1, 1 + rows * columns, d]`` of the wanted grid.
+    """
+    rows, columns = map(cubic_matrix, grid, wanted)
+    patches = table[0, 1:].astype(jnp.float32).reshape(*grid, -1)
+    resized = jnp.einsum("yi,xj,ijd->yxd", rows, columns, patches, precision="highest")
+    resized = resized.reshape(1, -1, table.shape[-1]).astype(table.dtype)
+    return jnp.concatenate([table[:, :1], resized], axis=1)
+
+
+def cubic_matrix(size: int, wanted: int) -> np.ndarray:
+    """Bicubic interpolation of ``size`` samples at ``wanted`` places, as a matrix.
+
+    As PyTorch's ``interpolate(mode="bicubic", align_corners=False)`` has it: samples
+    are centres of cells, Keys' kernel with ``a = -0.75``, edges repeated, and no
+    smoothing where ``wanted`` is the smaller (so not `jax.image.resize`).
+
+    Args:
+      size: samples there are.
+      wanted: samples of the result.
+
+    Returns:
+      ``[wanted, size]`` float32; rows sum to 1.
+
+    Example:
+      >>> cubic_matrix(2, 1).tolist()
+      [[0.5, 0.5]]
+    """
+    a = -0.75
+    centres = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+    matrix = np.zeros((wanted, size))
+    for tap in range(-1, 3):
+        sample = np.floor(centres) + tap
+        t = np.abs(centres - sample)
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+        column = np.clip(sample, 0, size - 1).astype(int)
+        np.add.at(matrix, (np.arange(wanted), column), np.where(t <= 1, near, far))
+    return matrix.astype(np.float32)
