@@ -42,6 +42,7 @@ class LoadedModel(NamedTuple):
       config: the module's config.
       tokenizer: the model's tokenizer; None where it has none.
       path: the folder or file that was read.
+      family: how Hugging Face names what is in it.
       unused: names of tensors in the file that the module has no use for.
       new: paths of parameters that were not in the file and were made here (a head).
     """
@@ -51,6 +52,7 @@ class LoadedModel(NamedTuple):
     config: Any
     tokenizer: Tokenizer | None
     path: Path
+    family: Family
     unused: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
 
@@ -75,8 +77,8 @@ def load_base(
     """Loads a pretrained model without adapters; the arguments are `load_model`'s."""
     source = open_source(path)
     config = source.family.read_config(source.settings)
-    fresh_head = False
-    if source.family.head is None:
+    fresh_head: tuple[str, ...] = ()
+    if not source.family.head:
         refused = [
             n for n, v in (("num_labels", num_labels), ("pooling", pooling)) if v
         ]
@@ -87,18 +89,18 @@ def load_base(
             )
         options: dict[str, Any] = {"is_scanned": is_scanned, "remat": remat}
     else:
-        own_pooling = _own_pooling(source)
+        own_pooling, own_labels = _own_head(source)
         pooling = own_pooling if pooling is None else pooling
-        own_labels = None
-        if f"{HEAD}.weight" in source.names and pooling == own_pooling:
-            own_labels = source.shape(f"{HEAD}.weight")[0]
+        if pooling != own_pooling:
+            own_labels = None
         num_labels = own_labels if num_labels is None else num_labels
-        fresh_head = num_labels != own_labels
+        if num_labels != own_labels:
+            fresh_head = _missing_head(source)
         options = {"num_labels": num_labels, "pooling": pooling}
 
     module = source.family.module(config, dtype=dtype, **options)
     expected = param_shapes(source.family, module)
-    fresh = [leaf for leaf in expected if fresh_head and leaf[0] == HEAD]
+    fresh = [leaf for leaf in expected if leaf[0] in fresh_head]
     flat, unused = _read(
         source,
         {leaf: shape for leaf, shape in expected.items() if leaf not in fresh},
@@ -107,7 +109,8 @@ def load_base(
     for leaf in fresh:
         new = np.zeros(expected[leaf], np.float32)
         if key is not None and leaf[-1] == KERNEL:
-            new = 0.02 * jax.random.normal(key, expected[leaf], jnp.float32)
+            own_key = key if leaf[0] == HEAD else jax.random.fold_in(key, 1)
+            new = 0.02 * jax.random.normal(own_key, expected[leaf], jnp.float32)
         flat[leaf] = _place(leaf, new, param_dtype, sharding)
     return LoadedModel(
         module=module,
@@ -115,6 +118,7 @@ def load_base(
         config=config,
         tokenizer=load_tokenizer(source.path),
         path=source.path,
+        family=source.family,
         unused=tuple(unused),
         new=tuple("/".join(leaf) for leaf in fresh),
     )
@@ -136,13 +140,25 @@ def param_shapes(family: Family, module: nn.Module) -> dict[Leaf, tuple[int, ...
     return {leaf: array.shape for leaf, array in flat.items()}
 
 
-def _own_pooling(source: Source) -> str:
-    """The pooling that a folder's weights were made with."""
+def _own_head(source: Source) -> tuple[str, int | None]:
+    """The pooling that a folder's weights were made with, and its head's classes."""
+    name = source.family.tensor_name((HEAD, KERNEL))
+    has_head = name in source.names
+    labels = source.shape(name)[0] if has_head else None
     ours = source.settings.get(OURS)
     if isinstance(ours, dict) and "pooling" in ours:
-        return ours["pooling"]
-    # A head that transformers trained sits on BERT's pooler.
-    return "pooler" if f"{HEAD}.weight" in source.names else "mean"
+        return ours["pooling"], labels
+    return source.family.head_pooling if has_head else "mean", labels
+
+
+def _missing_head(source: Source) -> tuple[str, ...]:
+    """The modules of a head that are made anew for other classes than a file's."""
+    absent = (
+        path
+        for path in source.family.head
+        if source.family.tensor_name((path, KERNEL)) not in source.names
+    )
+    return (HEAD, *absent)
 
 
 def _place(leaf: Leaf, array: Any, dtype: Any, sharding: Sharding) -> jax.Array:
