@@ -12,7 +12,7 @@ The parameter tree (kernels ``[i, o]``, as Flax stores them)::
     encoder/embeddings/{cls,position}                           of images
     encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}
     encoder/layer_{i}/attention_norm/{scale,bias}
-    encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,down}
+    encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
     encoder/layer_{i}/mlp_norm/{scale,bias}
     encoder/layer_{i}/{attention_scale,mlp_scale}     only with layer scale
     encoder/final_norm/{scale,bias}                   only with norm_placement="pre"
@@ -170,7 +170,7 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
     shape, own = pixel_values.shape, (config.image_height, config.image_width)
     is_batch = len(shape) == 4 and shape[1] == config.num_channels
     wanted, is_sized = f"size {own}", shape[-2:] == own
-    if config.is_resizable:
+    if config.is_resizable and is_batch:
         wanted, is_sized = "a patch or more", 0 not in config.grid(*shape[-2:])
     if not (is_batch and is_sized):
         raise ValueError(

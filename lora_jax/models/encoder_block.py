@@ -50,11 +50,11 @@ class Mlp(nn.Module):
         if cfg.is_gated:
             both = nn.Dense(2 * cfg.mlp_size, dtype=self.dtype, name="gate_up")(x)
             gate, up = jnp.split(both, 2, axis=-1)  # each [b, t, f]
-            x = activation(gate) * up
+            x, last = activation(gate) * up, "gated_down"
         else:
-            x = nn.Dense(cfg.mlp_size, dtype=self.dtype, name="up")(x)
+            x, last = nn.Dense(cfg.mlp_size, dtype=self.dtype, name="up")(x), "down"
             x = activation(x)  # [b, t, f]
-        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="down")(x)
+        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name=last)(x)
 
 
 class Block(nn.Module):

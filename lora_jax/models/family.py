@@ -32,7 +32,11 @@ class Family:
       prefix: what the names start with in files saved from a larger model.
       unused: expressions for the start of names that a file may hold and the module
         doesn't need.
-      head: the module that is made anew where a file has none, or None.
+      head: paths of the classification head's modules, which are made anew where a
+        file has none; empty for a model that predicts tokens.
+      head_pooling: what a head sits on that transformers trained.
+      renames: expressions in a file's module names and what transformers 5, hence an
+        adapter of today, has in their place. Files of either kind are read.
       is_transposed: whether kernels are stored ``[out, in]``.
     """
 
@@ -42,7 +46,9 @@ class Family:
     modules: Mapping[str, str]
     prefix: str
     unused: tuple[str, ...] = ()
-    head: str | None = None
+    head: tuple[str, ...] = ()
+    head_pooling: str = "pooler"
+    renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
 
     def tensor_name(self, path: tuple[str, ...]) -> str:
@@ -75,6 +81,36 @@ class Family:
     def module_name(self, path: str) -> str | None:
         """The bare Hugging Face name of the module at ``path``, None if it has none."""
         return self._named(path)
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor of this bare name is of the classification head."""
+        return any(name.startswith(f"{self.modules[path]}.") for path in self.head)
+
+    def bare_name(self, name: str) -> str:
+        """A file's name of a tensor as `tensor_name` has it.
+
+        Args:
+          name: with or without the prefix, in the words of any version of transformers.
+
+        Returns:
+          The name without prefix, with today's words for LayerNorm's weights and the
+          checkpoints' words for modules.
+        """
+        bare = name.removeprefix(self.prefix)
+        if old := re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare):
+            return old[1] + {"gamma": "weight", "beta": "bias"}[old[2]]
+        for module in self.modules.values() if self.renames else ():
+            pattern = re.escape(self.renamed(module)).replace(r"\{i\}", r"(\d+)")
+            if found := re.fullmatch(rf"{pattern}(\.weight|\.bias)", bare):
+                number, leaf = found.groups() if "{i}" in module else ("", found[1])
+                return module.replace("{i}", number) + leaf
+        return bare
+
+    def renamed(self, name: str) -> str:
+        """A file's module name as transformers 5 has it."""
+        for old, new in self.renames:
+            name = re.sub(old, new, name)
+        return name
 
     def _named(self, path: str) -> str | None:
         number = re.search(r"layer_(\d+)", path)

@@ -19,9 +19,12 @@ import numpy as np
 from lora_jax.io.safetensors import SINGLE, write_tensors
 from lora_jax.models.load import HEAD, OURS, unscanned
 from lora_jax.models.source import CONFIG, open_source
+from lora_jax.names import KERNEL
 
+POOLER = "pooler"
 # What a folder needs beside weights and config; other files are not the model's.
-TOKENIZER_FILES = (
+OTHER_FILES = (
+    "preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,7 +38,7 @@ def save_model(
     params: Mapping[str, Any],
     source: str | os.PathLike[str],
     *,
-    pooling: str = "mean",
+    pooling: str | None = None,
 ) -> Path:
     """Writes parameters as a Hugging Face folder.
 
@@ -43,8 +46,9 @@ def save_model(
       directory: the folder to write; made if needed, and refused if it is the source.
       params: the module's parameters, a nested dict, such as ``adapted.merge(...)``.
       source: the folder that the model was loaded from (`LoadedModel.path`).
-      pooling: what the head, if there is one, was trained on; kept in ``config.json``
-        for `load_model`. transformers' own heads sit on "pooler".
+      pooling: what the head of an encoder, if there is one, was trained on; kept in
+        ``config.json`` for `load_model`. None: "pooler" where ``params`` has one, what
+        transformers' own heads of images sit on ("cls", DINOv2 "cls_mean"), or "mean".
 
     Returns:
       The folder.
@@ -78,7 +82,7 @@ def save_model(
     tensors = {}
     for name, (leaf, part) in ours.items():
         array = family.to_file(leaf[-1], np.asarray(part))
-        head = name.startswith(f"{HEAD}.")
+        head = family.is_head(name)
         if name not in names and not head:
             faults.append(f"unexpected: {'/'.join(leaf)}")
         elif not head and array.shape != model.shape(name):
@@ -94,21 +98,24 @@ def save_model(
             "nothing was written.\n  " + "\n  ".join(faults)
         )
     for name, original in names.items():
-        stale_head = name.startswith(f"{HEAD}.")
-        if name not in ours and not stale_head:
+        if name not in ours and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
     directory.mkdir(parents=True, exist_ok=True)
-    settings[OURS] = {"pooling": pooling}
-    if f"{HEAD}.weight" in ours:
-        count = tensors[names.get(f"{HEAD}.weight", f"{HEAD}.weight")].shape[0]
+    if family.head:
+        if pooling is None:
+            own = "mean" if family.head_pooling == POOLER else family.head_pooling
+            pooling = POOLER if POOLER in params else own
+        settings[OURS] = {"pooling": pooling}
+    if HEAD in params and family.head:
+        count = params[HEAD][KERNEL].shape[-1]
         if len(settings.get("id2label") or {}) != count:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
-    for name in TOKENIZER_FILES:
+    for name in OTHER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     return directory

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,9 +118,7 @@ def check_settings(settings: Any, path: Path) -> dict[str, Any]:
 
 
 def bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, str]:
-    """Maps bare tensor names to a file's own.
-
-    A bare name has no prefix of the family, and today's words for LayerNorm's weights.
+    """Maps bare tensor names, `Family.bare_name`'s, to a file's own.
 
     Args:
       tensors: the file's names.
@@ -134,13 +131,10 @@ def bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, 
     Raises:
       ValueError: if two tensors have one bare name.
     """
-    words = {"gamma": "weight", "beta": "bias"}
     names: dict[str, str] = {}
     faults = []
     for name in sorted(tensors):
-        bare = name.removeprefix(family.prefix)
-        old = re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare)
-        bare = old[1] + words[old[2]] if old else bare
+        bare = family.bare_name(name)
         if bare in names:
             faults.append(f"twice: {names[bare]} and {name}")
         names[bare] = name

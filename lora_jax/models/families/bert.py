@@ -1,6 +1,6 @@
-"""BERT: post-norm encoder with learned positions and token types."""
+"""BERT, RoBERTa and DistilBERT: post-norm encoders with learned positions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,10 @@ from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.family import Family, Fields
 
+Config = Mapping[str, Any]
 
-def read_config(config: Mapping[str, Any]) -> EncoderConfig:
+
+def read_config(config: Config) -> EncoderConfig:
     """Reads the fields of a Hugging Face BERT ``config.json``.
 
     Args:
@@ -30,23 +32,63 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
       8
     """
     fields = Fields(config, "BERT encoder")
-    arguments = {
+    arguments = _read_sizes(fields)
+    fields.check()
+    return EncoderConfig(**arguments)
+
+
+def read_roberta(config: Config) -> EncoderConfig:
+    """Reads a RoBERTa config: positions count tokens, from the padding's id on."""
+    fields = Fields(config, "RoBERTa encoder")
+    arguments = _read_sizes(fields)
+    padding = fields.integer("pad_token_id", 1)
+    rows = arguments["max_positions"]
+    if not 0 <= padding < rows - 1:
+        fields.faults.append(
+            f"pad_token_id must be in [0, max_position_embeddings - 1 = {rows - 1}), "
+            f"for a position to be left; got {padding}"
+        )
+    fields.check()
+    arguments["max_positions"] = rows - padding - 1
+    return EncoderConfig(**arguments, padding_id=padding)
+
+
+def _read_sizes(fields: Fields) -> dict[str, Any]:
+    """Reads what BERT and RoBERTa have under the same keys."""
+    for key, value in (
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+        ("position_embedding_type", "absolute"),
+    ):
+        fields.only(key, value)
+    return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": fields.integer("hidden_size"),
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": fields.integer("num_attention_heads"),
         "mlp_size": fields.integer("intermediate_size"),
-        # The defaults are those of transformers' BertConfig.
+        # The defaults are those of transformers' config classes.
         "max_positions": fields.integer("max_position_embeddings", 512),
         "num_token_types": fields.integer("type_vocab_size", 2),
         "activation": fields.text("hidden_act", "gelu"),
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
     }
-    fields.only("is_decoder", False)
-    fields.only("add_cross_attention", False)
-    fields.only("position_embedding_type", "absolute")
+
+
+def read_distilbert(config: Config) -> EncoderConfig:
+    """Reads a DistilBERT config: no token types, LayerNorm's epsilon fixed."""
+    fields = Fields(config, "DistilBERT encoder")
+    arguments = {
+        "vocab_size": fields.integer("vocab_size", 30522),
+        "hidden_size": fields.integer("dim", 768),
+        "num_layers": fields.integer("n_layers", 6),
+        "num_heads": fields.integer("n_heads", 12),
+        "mlp_size": fields.integer("hidden_dim", 4 * 768),
+        "max_positions": fields.integer("max_position_embeddings", 512),
+        "activation": fields.text("activation", "gelu"),
+    }
     fields.check()
-    return EncoderConfig(**arguments)
+    return EncoderConfig(**arguments, num_token_types=None, pooler_activation="relu")
 
 
 def text_inputs(config: Any) -> tuple[Any, ...]:
@@ -56,28 +98,74 @@ def text_inputs(config: Any) -> tuple[Any, ...]:
     return ids, ids
 
 
+def text_family(
+    read: Callable[[Config], EncoderConfig],
+    modules: Mapping[str, str],
+    *,
+    prefix: str,
+    unused: tuple[str, ...],
+    head: tuple[str, ...],
+) -> Family:
+    """Makes a family of `SequenceClassifier`; arguments are `Family`'s."""
+    return Family(
+        read_config=read,
+        module=SequenceClassifier,
+        inputs=text_inputs,
+        modules={
+            "encoder/embeddings/word": "embeddings.word_embeddings",
+            "encoder/embeddings/position": "embeddings.position_embeddings",
+            "encoder/embeddings/norm": "embeddings.LayerNorm",
+            **modules,
+        },
+        prefix=prefix,
+        unused=(r"embeddings\.position_ids", r"classifier\.", *unused),
+        head=head,
+    )
+
+
 LAYER = "encoder.layer.{i}."
-BERT = Family(
-    read_config=read_config,
-    module=SequenceClassifier,
-    inputs=text_inputs,
-    modules={
-        "encoder/embeddings/word": "embeddings.word_embeddings",
-        "encoder/embeddings/position": "embeddings.position_embeddings",
-        "encoder/embeddings/token_type": "embeddings.token_type_embeddings",
-        "encoder/embeddings/norm": "embeddings.LayerNorm",
-        "encoder/layer_{i}/attention/query": LAYER + "attention.self.query",
-        "encoder/layer_{i}/attention/key": LAYER + "attention.self.key",
-        "encoder/layer_{i}/attention/value": LAYER + "attention.self.value",
-        "encoder/layer_{i}/attention/output": LAYER + "attention.output.dense",
-        "encoder/layer_{i}/attention_norm": LAYER + "attention.output.LayerNorm",
-        "encoder/layer_{i}/mlp/up": LAYER + "intermediate.dense",
-        "encoder/layer_{i}/mlp/down": LAYER + "output.dense",
-        "encoder/layer_{i}/mlp_norm": LAYER + "output.LayerNorm",
-        "pooler": "pooler.dense",
+SHARED = {
+    "encoder/embeddings/token_type": "embeddings.token_type_embeddings",
+    "encoder/layer_{i}/attention/query": LAYER + "attention.self.query",
+    "encoder/layer_{i}/attention/key": LAYER + "attention.self.key",
+    "encoder/layer_{i}/attention/value": LAYER + "attention.self.value",
+    "encoder/layer_{i}/attention/output": LAYER + "attention.output.dense",
+    "encoder/layer_{i}/attention_norm": LAYER + "attention.output.LayerNorm",
+    "encoder/layer_{i}/mlp/up": LAYER + "intermediate.dense",
+    "encoder/layer_{i}/mlp/down": LAYER + "output.dense",
+    "encoder/layer_{i}/mlp_norm": LAYER + "output.LayerNorm",
+}
+DISTILLED = "transformer.layer.{i}."
+
+BERT = text_family(
+    read_config,
+    SHARED | {"pooler": "pooler.dense", "classifier": "classifier"},
+    prefix="bert.",
+    unused=(r"pooler\.dense\.", r"cls\."),
+    head=("classifier",),
+)
+ROBERTA = text_family(
+    read_roberta,
+    SHARED | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
+    prefix="roberta.",
+    unused=(r"pooler\.dense\.", r"lm_head\."),
+    head=("classifier", "pooler"),
+)
+DISTILBERT = text_family(
+    read_distilbert,
+    {
+        "encoder/layer_{i}/attention/query": DISTILLED + "attention.q_lin",
+        "encoder/layer_{i}/attention/key": DISTILLED + "attention.k_lin",
+        "encoder/layer_{i}/attention/value": DISTILLED + "attention.v_lin",
+        "encoder/layer_{i}/attention/output": DISTILLED + "attention.out_lin",
+        "encoder/layer_{i}/attention_norm": DISTILLED + "sa_layer_norm",
+        "encoder/layer_{i}/mlp/up": DISTILLED + "ffn.lin1",
+        "encoder/layer_{i}/mlp/down": DISTILLED + "ffn.lin2",
+        "encoder/layer_{i}/mlp_norm": DISTILLED + "output_layer_norm",
+        "pooler": "pre_classifier",
         "classifier": "classifier",
     },
-    prefix="bert.",
-    unused=(r"embeddings\.position_ids", r"pooler\.dense\.", r"classifier\.", r"cls\."),
-    head="classifier",
+    prefix="distilbert.",
+    unused=(r"pre_classifier\.", r"vocab_(transform|layer_norm|projector)\."),
+    head=("classifier", "pooler"),
 )
