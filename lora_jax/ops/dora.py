@@ -138,8 +138,7 @@ def dora_scale(
         )
     frozen = jax.lax.stop_gradient((kernel, lora_a, lora_b))
     norm = adapted_norm(*frozen, scaling=scaling, contraction=contraction)
-    # Without a barrier XLA makes `m * rsqrt(n²)` of it, and that is not 1 for m = n.
-    norm = jax.lax.optimization_barrier(norm)
+    # The inner `where` also keeps XLA from `m * rsqrt(n²)`, which is not 1 for m = n.
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 
 
