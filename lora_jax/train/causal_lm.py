@@ -220,7 +220,8 @@ def make_lm_loss(module: Any, *, is_tied: bool, softcap: float | None = None) ->
             return loss, weight, {}
         holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
         kernel = variables[holder][owner][leaf]
-        chunk = max(1, LOGITS_AT_ONCE // kernel.size * hidden.shape[-1])
+        vocab_size = kernel.size // hidden.shape[-1]
+        chunk = max(1, LOGITS_AT_ONCE // vocab_size)
         loss, weight = causal_lm(
             hidden,
             kernel.T if is_tied else kernel,

