@@ -57,6 +57,11 @@ class LoadedModel(NamedTuple):
     new: tuple[str, ...] = ()
 
     @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Shapes of one example's inputs."""
+        return self.family.inputs(self.config)
+
+    @property
     def params(self) -> dict[str, PyTree]:
         """The base's parameters, a plain nested dictionary."""
         return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))

@@ -26,7 +26,7 @@ from lora_jax.models.naming import EMBED, FUSIONS, HEAD, Names, Slot, find_slots
 from lora_jax.models.tensors import check_base, place_full, single_leaves
 from lora_jax.names import LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.adapt import adapt
-from lora_jax.nn.trace import trace_model
+from lora_jax.nn.trace import Example, trace_model
 from lora_jax.ops.dora import column_norm
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -50,7 +50,8 @@ def put_adapter(loaded: LoadedModel, adapter: ForeignAdapter) -> LoadedModel:
       ValueError: if the adapter has modules that the model has not, or of other
         shapes, or its config names other modules than it has; one error lists all.
     """
-    found = trace_model(loaded.module, loaded.params, None, dora=adapter.dora)
+    example = Example.of(*loaded.inputs)
+    found = trace_model(loaded.module, loaded.params, example, dora=adapter.dora)
     slots, flat = find_slots(found.sites), flatten(loaded.params)
     leaves = single_leaves(flat)
     names = Names(loaded.family, list(slots), leaves)
@@ -88,7 +89,7 @@ def put_adapter(loaded: LoadedModel, adapter: ForeignAdapter) -> LoadedModel:
         missing = [f"missing: values of {p}" for p in trained if p not in values]
         extra = [f"unexpected: values of {p}" for p in values if p not in trained]
         raise report(adapter.origin, missing + extra)
-    adapted = adapt(loaded.module, config, deterministic=True)
+    adapted = adapt(loaded.module, config, *loaded.inputs, deterministic=True)
     return loaded._replace(module=adapted, variables=variables)
 
 

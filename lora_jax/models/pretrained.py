@@ -96,7 +96,7 @@ def load_model(
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
     if lora is None or key is None:
         return loaded
-    adapted = adapt(loaded.module, lora)
+    adapted = adapt(loaded.module, lora, *loaded.inputs)
     variables = adapted.attach(loaded.params, key)
     return loaded._replace(module=adapted, variables=variables)
 
@@ -186,7 +186,7 @@ def _load_ours(
         num_labels = head["kernel"].shape[-1]
     pooling = pooling or found.extra.get("pooling")
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
-    adapted = adapt(loaded.module, found.config, deterministic=True)
+    adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
     fresh = adapted.attach(loaded.params, jax.random.key(0))  # shapes; values replaced
     found = ours.load_adapter(
         folder,

@@ -1,0 +1,50 @@
+"""The golden adapters: which there are, and what PEFT computes with them."""
+
+import functools
+
+import jax
+import numpy as np
+
+from tests.models.golden import GOLDEN
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+CASES = sorted(
+    (folder.parent.name, folder.name.removeprefix("peft_"))
+    for folder in GOLDEN.glob("*/peft_*/")
+)
+# Compiled once and run once: what the compiler saves by not optimising is most of it.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def adapter_of(family: str, kind: str):
+    return GOLDEN / family / f"peft_{kind}"
+
+
+@functools.cache
+def reference(family: str):
+    name = "peft_reference.npz" if family == "bert" else "reference.npz"
+    with np.load(GOLDEN / family / name) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def inputs(family: str):
+    arrays = reference(family)
+    return [arrays[name] for name in INPUTS if name in arrays]
+
+
+def logits_of(module, variables, family: str):
+    run = jax.jit(module.apply, compiler_options=QUICK)
+    return np.asarray(run(variables, *inputs(family)))
+
+
+def merged_logits_of(module, variables, family: str):
+    def run(variables, *arrays):
+        return module.model.apply({"params": module.merge(variables)}, *arrays)
+
+    return np.asarray(jax.jit(run, compiler_options=QUICK)(variables, *inputs(family)))
+
+
+def assert_peft(logits, family: str, kind: str):
+    wanted = reference(family)[f"logits_{kind}"]
+    assert logits.shape == wanted.shape
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=6e-5)
