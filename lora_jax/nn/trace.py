@@ -323,6 +323,7 @@ def _plausible_shapes(shapes: Mapping[str, Shape]) -> Iterator[tuple[Shape, Any]
                 }
             for side in sorted(sides, reverse=True):
                 yield (1, side, side, kernel[2]), jnp.float32
+                yield (1, kernel[2], side, side), jnp.float32
     widths = dict.fromkeys(size for kernel in kernels for size in kernel)
     for width in widths:
         yield (1, length, width), jnp.float32

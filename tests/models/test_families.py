@@ -1,0 +1,117 @@
+"""Every family against what transformers computes with the same tiny folder."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.load import load_base, param_shapes
+from tests.models.golden import GOLDEN
+
+DECODERS = (
+    *("llama", "llama3", "mistral", "qwen2", "qwen3", "smollm3"),
+    *("gemma2", "gemma3", "phi3", "phi3_partial", "olmo2", "gpt2"),
+)
+ENCODERS = ("roberta", "distilbert", "vit", "dinov2", "dinov2_gated")
+OLD_CONFIGS = ("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial")
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def read(name, file="reference.npz"):
+    return dict(np.load(GOLDEN / name / file, allow_pickle=False))
+
+
+def inputs(arrays):
+    """The arguments of an encoder's call."""
+    if "pixel_values" in arrays:
+        return (jnp.asarray(arrays["pixel_values"]),)
+    return tuple(jnp.int32(arrays[name]) for name in ("input_ids", "attention_mask"))
+
+
+def settings_of(name, file="config.json"):
+    return json.loads((GOLDEN / name / file).read_text())
+
+
+@pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_gives_the_logits_of_transformers(name, is_scanned):
+    loaded, golden = load_base(GOLDEN / name, is_scanned=is_scanned), read(name)
+    assert ("layers" in loaded.params) == is_scanned
+    logits = jax.jit(loaded.module.apply)(
+        loaded.variables, jnp.int32(golden["input_ids"])
+    )
+    np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gives_the_hidden_states_and_logits_of_transformers(name):
+    loaded, golden = load_base(GOLDEN / name), read(name)
+
+    def both(module, *arguments):
+        return module.encoder(*arguments), module(*arguments)
+
+    @jax.jit
+    def run(variables, *arguments):
+        return loaded.module.apply(variables, *arguments, method=both)
+
+    hidden, logits = run(loaded.variables, *inputs(golden))
+    np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+    if "last_hidden_state" in golden:
+        want = golden["last_hidden_state"]
+        np.testing.assert_allclose(hidden, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", OLD_CONFIGS)
+def test_the_keys_of_transformers_4_give_the_same_config(name):
+    new, old = settings_of(name), settings_of(name, "config_v4.json")
+    assert old.keys() != new.keys()
+    read_config = FAMILIES[new["model_type"]].read_config
+    assert read_config(old) == read_config(new)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_every_parameter_has_its_own_tensor_name(name):
+    loaded = load_base(GOLDEN / name)
+    family = FAMILIES[settings_of(name)["model_type"]]
+    names = [family.tensor_name(path) for path in param_shapes(family, loaded.module)]
+    assert len(set(names)) == len(names)
+    assert [family.bare_name(family.prefix + name) for name in names] == names
+
+
+@pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
+def test_remat_changes_neither_logits_nor_gradients(is_scanned):
+    golden, results = read("llama"), {}
+    for remat in ("none", "block"):
+        loaded = load_base(GOLDEN / "llama", is_scanned=is_scanned, remat=remat)
+
+        def loss(params, ids, module=loaded.module):
+            logits = module.apply({"params": params}, ids)
+            return jnp.mean(jnp.sin(logits)), logits
+
+        gradient = jax.grad(loss, has_aux=True)
+        arguments = loaded.params, jnp.int32(golden["input_ids"])
+        text = str(jax.make_jaxpr(gradient)(*arguments))
+        assert ("remat" in text or "checkpoint" in text) == (remat == "block")
+        results[remat], logits = jax.jit(gradient)(*arguments)
+        np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+    plain, again = map(jax.tree.leaves, (results["none"], results["block"]))
+    for got, want in zip(again, plain, strict=True):
+        largest = np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["llama", "dinov2", "roberta"])
+def test_bfloat16_computes_in_bfloat16(name):
+    loaded, golden = load_base(GOLDEN / name, dtype=jnp.bfloat16), read(name)
+    arguments = inputs(golden) if "last_hidden_state" in golden else ()
+    arguments = arguments or (jnp.int32(golden["input_ids"]),)
+    logits = jax.jit(loaded.module.apply)(loaded.variables, *arguments)
+    assert logits.dtype == jnp.float32
+    assert {p.dtype for p in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
+    want = golden["logits"]
+    error = np.abs(logits - want)
+    assert error.max() > 1e-4  # it is not float32 after all
+    assert error.mean() < 2e-2 * np.abs(want).mean()
