@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.io.foreign import Factors
-from lora_jax.io.peft import read_peft
 from lora_jax.models.pretrained import load_model
 from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
@@ -20,7 +18,6 @@ from tests.models.peft_cases import (
     assert_peft,
     logits_of,
     merged_logits_of,
-    reference,
 )
 
 SCANNED = [("llama", "rslora"), ("gemma3", "rslora"), ("phi3", "dora")]
