@@ -24,7 +24,7 @@ LEVELS = (
 )
 OPTIONAL = (
     *("orbax", "safetensors", "tokenizers", "huggingface_hub", "yaml", "rich"),
-    *("pydantic", "matplotlib", "sklearn", "gguf", "jinja2"),
+    *("pydantic", "matplotlib", "sklearn", "gguf", "jinja2", "PIL"),
 )
 # What a part may import besides the standard library and what stands left of it.
 FOREIGN = {

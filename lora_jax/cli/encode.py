@@ -1,17 +1,18 @@
-"""`lora-jax encode`: a line of text or token ids in, a line of numbers out."""
+"""`lora-jax encode`: a line of text, token ids or an image in, one of numbers out."""
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.encode_images import Batch, image_batches, image_fault, is_image
 from lora_jax.cli.job import encode_texts
-from lora_jax.cli.pretrained import Pretrained, load
+from lora_jax.cli.pretrained import Pretrained, check_target, load
+from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.train.data import length_buckets, read_jsonl
 
 MAX_FAULTS = 20
@@ -27,25 +28,25 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       How many lines, and of what width.
     """
-    target = Path(args.out)
-    if not target.parent.is_dir():
-        raise UserError(f"--out {target}: there is no folder {target.parent}.")
-    if target.is_dir():
-        raise UserError(f"--out {target} is a folder; it must be a file.")
-    if target.exists() and target.samefile(args.data):
-        raise UserError(f"--out {target} is the data file itself; name another file.")
+    target = check_target(args.out, args.data)
     records = read_jsonl(args.data, fields={})
     _check_records(records, args.data)
     model = load(args.model, args.adapter)
-    max_length = args.max_length
-    if max_length is None and model.extra is not None:
-        max_length = model.extra.get("max_length")
-    sequences, cut = _token_ids(model, records, max_length, args.data)
+    _check_kind(model, records, args.data)
+    rows, cut = min(args.batch_size, len(records)), 0
+    if isinstance(config := model.loaded.config, ImageEncoderConfig):
+        batches = image_batches(config, model.loaded.path, records, rows, args.data)
+    else:
+        max_length = args.max_length
+        if max_length is None and model.extra is not None:
+            max_length = model.extra.get("max_length")
+        sequences, cut = _token_ids(model, records, max_length, args.data)
+        batches = _text_batches(model, sequences, rows)
 
     lines: list[str] = [""] * len(records)
     with out.progress("encode", len(records)) as tick:
-        for rows in _encode(model, sequences, args.batch_size, lines):
-            tick(rows, "lines")
+        for done in _encode(model, batches, lines):
+            tick(done, "lines")
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     temporary.replace(target)
@@ -70,10 +71,14 @@ def _check_records(records: Sequence[Mapping[str, Any]], path: str) -> None:
     for number, record in enumerate(records, start=1):
         text, ids = record.get("text"), record.get("input_ids")
         mask = record.get("attention_mask")
-        if "image" in record or "pixel_values" in record:
-            fault = "images need a vision model; supported are text encoders (BERT)"
+        if is_image(record):
+            if not (fault := image_fault(record)):
+                continue
         elif ("text" in record) == ("input_ids" in record):
-            fault = "must have either 'text' or 'input_ids'"
+            fault = (
+                "must have either 'text' or 'input_ids', or of an image 'image' or "
+                "'pixel_values'"
+            )
         elif text is not None and not isinstance(text, str):
             fault = f"'text' must be a string; got {type(text).__name__}"
         elif "input_ids" in record and not (_is_ints(ids) and ids):
@@ -85,6 +90,31 @@ def _check_records(records: Sequence[Mapping[str, Any]], path: str) -> None:
         else:
             continue
         faults.append(f"{path}, line {number}: {fault}")
+    _raise(faults)
+
+
+def _check_kind(
+    model: Pretrained, records: Sequence[Mapping[str, Any]], path: str
+) -> None:
+    """Raises unless the model is an encoder, and of what the lines are."""
+    config = model.loaded.config
+    if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
+        raise UserError(
+            f"{model.loaded.path} must be an encoder, of text or of images; its config "
+            f"is a {type(config).__name__}. Decoders have `generate` and `score`."
+        )
+    reads_images = isinstance(config, ImageEncoderConfig)
+    wanted = "images ('image', 'pixel_values')" if reads_images else "text"
+    _raise(
+        [
+            f"{path}, line {number}: the model reads {wanted}"
+            for number, record in enumerate(records, start=1)
+            if is_image(record) != reads_images
+        ]
+    )
+
+
+def _raise(faults: Sequence[str]) -> None:
     if faults:
         more = len(faults) - MAX_FAULTS
         raise UserError(
@@ -131,27 +161,16 @@ def _token_ids(
     return sequences, encoded.truncated if encoded else 0
 
 
-def _encode(
-    model: Pretrained,
-    sequences: Sequence[tuple[list[int], list[int]]],
-    batch_size: int,
-    lines: list[str],
-):
-    """Fills ``lines`` batch by batch, shortest first; yields how many are done."""
-
-    def forward(variables, ids, mask):
-        apply = model.loaded.module.apply
-        embedding = apply(variables, ids, mask, method="embed")
-        return embedding, apply(variables, ids, mask) if model.has_head else None
-
-    compiled = jax.jit(forward)
+def _text_batches(
+    model: Pretrained, sequences: Sequence[tuple[list[int], list[int]]], rows: int
+) -> Iterator[Batch]:
+    """Yields indices of lines with their ids and masks, shortest first."""
     lengths = np.array([len(ids) for ids, _ in sequences])
     buckets = [
         min(b, model.loaded.config.max_positions)
         for b in length_buckets(lengths.tolist())
     ]
-    rows = min(batch_size, len(sequences))
-    order, done = np.argsort(lengths, kind="stable"), 0
+    order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), rows):
         members = order[start : start + rows]
         width = next(b for b in buckets if b >= lengths[members].max())
@@ -161,7 +180,22 @@ def _encode(
             ids[row, : lengths[member]], mask[row, : lengths[member]] = sequences[
                 member
             ]
-        embedding, logits = jax.device_get(compiled(model.variables, ids, mask))
+        yield members, (ids, mask)
+
+
+def _encode(
+    model: Pretrained, batches: Iterable[Batch], lines: list[str]
+) -> Iterator[int]:
+    """Fills ``lines`` batch by batch; yields how many are done."""
+
+    def forward(variables, *inputs):
+        apply = model.loaded.module.apply
+        embedding = apply(variables, *inputs, method="embed")
+        return embedding, apply(variables, *inputs) if model.has_head else None
+
+    compiled, done = jax.jit(forward), 0
+    for members, inputs in batches:
+        embedding, logits = jax.device_get(compiled(model.variables, *inputs))
         for row, member in enumerate(members):
             line = {"embedding": embedding[row].tolist()}
             if logits is not None:

@@ -223,7 +223,7 @@ def peft_folder(path):
         ),
         (
             ["encode", "--data", "{tmp}/image.jsonl", *MODEL_AND_OUT],
-            "supported are text encoders (BERT)",
+            "image.jsonl, line 1: the model reads text",
         ),
     ],
 )
