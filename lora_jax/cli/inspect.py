@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.console import Console, UserError, size
-from lora_jax.cli.pretrained import find_adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.io.adapter import TENSORS, read_adapter_config
+from lora_jax.io.foreign import ForeignAdapter
 from lora_jax.io.safetensors import TensorReader, open_tensors
+from lora_jax.models.pretrained import find_adapter, read_foreign
 from lora_jax.names import LORA, LORA_A, LORA_B
 
 
@@ -34,7 +35,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}.")
     if any((folder / f).is_file() for f in ("config.yaml", "adapter_config.json")):
-        return _inspect_adapter(find_adapter(folder), out)
+        found = find_adapter(folder)
+        foreign = read_foreign(found)
+        if foreign is not None:
+            return _inspect_foreign(foreign, found, out)
+        return _inspect_adapter(found, out)
     if (folder / "config.json").is_file():
         return _inspect_model(folder, out)
     raise UserError(
@@ -92,6 +97,68 @@ def _inspect_adapter(folder: Path, out: Console) -> dict[str, Any]:
             ("not finite", _broken_text(broken)),
         ]
     )
+    _show_layers(layers, out)
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "lora": meta["lora"],
+        "base": meta["base"],
+        "trainable": meta["trainable"],
+        "extra": meta["extra"],
+        "layers": layers,
+        "full": full,
+        "not_finite": broken,
+    }
+
+
+def _inspect_foreign(
+    adapter: ForeignAdapter, folder: Path, out: Console
+) -> dict[str, Any]:
+    """Shows an adapter that another tool wrote; reading it has checked it."""
+    layers = [
+        {
+            "path": name,
+            "rank": factors.rank,
+            "alpha": factors.alpha,
+            "scaling": factors.scaling,
+            **_norms(factors.a.T, factors.b.T, scaling=factors.scaling),
+        }
+        for name, factors in adapter.modules.items()
+    ]
+    full = {name: list(array.shape) for name, array in adapter.full.items()}
+    tool = "PEFT" if "peft_type" in adapter.config else "mlx-lm"
+    named = adapter.config.get("base_model_name_or_path", adapter.config.get("model"))
+    leaves = [
+        leaf for f in adapter.modules.values() for leaf in (f.a, f.b, f.magnitude)
+    ]
+    arrays = [*leaves, *adapter.full.values()]
+    count = sum(array.size for array in arrays if array is not None)
+    variant = [name for name in ("rslora", "dora") if getattr(adapter, name)]
+    out.heading(f"Adapter {folder}, written by {tool}")
+    out.facts(
+        [
+            ("trained on", str(named or "not said")),
+            ("variant", ", ".join(variant) or "plain LoRA"),
+            ("numbers", f"{count:,} in {size(_bytes(folder))}"),
+            ("in full", ", ".join(f"{n} {s}" for n, s in full.items()) or "nothing"),
+            ("unknown keys", ", ".join(adapter.unknown) or "none"),
+        ]
+    )
+    _show_layers(layers, out)
+    return {
+        "kind": "adapter",
+        "tool": tool,
+        "path": str(folder),
+        "config": dict(adapter.config),
+        "unknown": list(adapter.unknown),
+        "trainable": count,
+        "layers": layers,
+        "full": full,
+        "not_finite": {},
+    }
+
+
+def _show_layers(layers: list[dict[str, Any]], out: Console) -> None:
     layers.sort(key=lambda row: _natural(row["path"]))
     out.table(
         ("layer", "rank", "alpha", "norm of update", "largest singular value"),
@@ -106,17 +173,6 @@ def _inspect_adapter(folder: Path, out: Console) -> dict[str, Any]:
             for r in layers
         ],
     )
-    return {
-        "kind": "adapter",
-        "path": str(folder),
-        "lora": meta["lora"],
-        "base": meta["base"],
-        "trainable": meta["trainable"],
-        "extra": meta["extra"],
-        "layers": layers,
-        "full": full,
-        "not_finite": broken,
-    }
 
 
 def _layer(reader: TensorReader, path: str, config: LoRAConfig) -> dict[str, Any]:
@@ -130,14 +186,17 @@ def _layer(reader: TensorReader, path: str, config: LoRAConfig) -> dict[str, Any
         "rank": config.rank_for(path),
         "alpha": config.alpha_for(path),
         "scaling": config.scaling_for(path),
-        "norm": None,
-        "top": None,
     }
+    return row | _norms(a, b, scaling=row["scaling"])
+
+
+def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
+    """Returns the norms of ``scaling * A B``; None where it is no finite matrix."""
     is_matrix = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
     if is_matrix and np.isfinite(a).all() and np.isfinite(b).all():
-        values = singular_values(a, b, scaling=row["scaling"])
-        row["norm"], row["top"] = float(np.linalg.norm(values)), float(values[0])
-    return row
+        values = singular_values(a, b, scaling=scaling)
+        return {"norm": float(np.linalg.norm(values)), "top": float(values[0])}
+    return {"norm": None, "top": None}
 
 
 def _inspect_model(folder: Path, out: Console) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     model = load(args.model, args.adapter)
     merged = model.loaded.module.merge(model.variables)
     errors = model.loaded.module.merge_errors(model.variables)
-    pooling = model.loaded.module.model.pooling
+    pooling = getattr(model.loaded.module.model, "pooling", None)
     save_model(target, merged, model.loaded.path, pooling=pooling)
     worst = max(errors, key=lambda error: error.relative)
     facts = [

@@ -90,13 +90,14 @@ def export_adapter(
         raise ValueError(
             "portable must be False for mlx-lm; its format has no options."
         )
-    base = _open(source, variables)
+    base = _open(source, variables, pooling)
     found = trace_model(base.module, None, base.example, dora=config.dora)
     weights, slots = flatten(found.params), find_slots(found.sites)
     unknown = found.unknown
     targets = select_targets(found.sites, config, weights=weights, unknown=unknown)
     names = Names(base.family, list(slots), single_leaves(weights))
-    _check_head(variables, base, pooling, skip_head)
+    if not skip_head:
+        _check_head(variables, base)
     adapter = _describe(variables, config, targets, names, skip_head=skip_head)
     if format == "mlx":
         return _write_mlx(directory, adapter, names, base)
@@ -123,6 +124,7 @@ class _Base(NamedTuple):
     family: Family
     path: Path
     tensors: tuple[str, ...]  # bare names of those in its files
+    pooling: str | None  # what the head was trained on; None if nobody says
 
     @property
     def example(self) -> Example:
@@ -131,13 +133,16 @@ class _Base(NamedTuple):
         return Example.of(*self.family.inputs(config))
 
 
-def _open(source: Source, variables: Mapping[str, PyTree]) -> _Base:
+def _open(
+    source: Source, variables: Mapping[str, PyTree], pooling: str | None
+) -> _Base:
     """Finds the module, from a model in memory or by the leaves of the adapter."""
     if isinstance(source, LoadedModel):
         module = source.module
         module = module.model if isinstance(module, Adapted) else module
         found = open_source(source.path)
-        return _Base(module, source.family, source.path, tuple(found.names))
+        pooling = pooling or getattr(module, "pooling", None)
+        return _Base(module, source.family, source.path, tuple(found.names), pooling)
     found = open_source(source)
     family, trees = found.family, [variables.get(c, {}) for c in (FROZEN, LORA, PARAMS)]
     paths = {key for tree in trees for key in tree}
@@ -146,28 +151,24 @@ def _open(source: Source, variables: Mapping[str, PyTree]) -> _Base:
         heads = [tree[CLASSIFIER] for tree in trees if CLASSIFIER in tree]
         kernel = next((head[KERNEL] for head in heads if KERNEL in head), None)
         options["num_labels"] = None if kernel is None else kernel.shape[-1]
-        if POOLER in paths:
-            options["pooling"] = POOLER
+        if pooling or POOLER in paths:
+            options["pooling"] = pooling or POOLER
     elif SCANNED in paths:
         options["is_scanned"] = True
     module = family.module(family.read_config(found.settings), **options)
-    return _Base(module, family, found.path, tuple(found.names))
+    return _Base(module, family, found.path, tuple(found.names), pooling)
 
 
-def _check_head(
-    variables: Mapping[str, PyTree], base: _Base, pooling: str | None, skip_head: bool
-) -> None:
+def _check_head(variables: Mapping[str, PyTree], base: _Base) -> None:
     """Refuses a head that transformers would feed with something else."""
-    pooling = pooling or getattr(base.module, "pooling", None)
-    trained = variables.get(PARAMS, {})
-    wanted = base.family.head_pooling
-    if not base.family.head or skip_head or pooling == wanted:
+    trained, wanted = variables.get(PARAMS, {}), base.family.head_pooling
+    if base.pooling in (None, wanted):
         return
     if any(path in trained for path in base.family.head):
         raise ValueError(
             f"the head must sit on {wanted!r} pooling to be used by transformers; it "
-            f"was trained on {pooling!r}. Leave it out (skip_head=True, --skip-head), "
-            "and the adapter alone is exported."
+            f"was trained on {base.pooling!r}. Leave it out (skip_head=True, "
+            "--skip-head), and the adapter alone is exported."
         )
 
 

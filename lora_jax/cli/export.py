@@ -1,0 +1,79 @@
+"""`lora-jax export`: an adapter as a folder that PEFT, vLLM or mlx-lm loads."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_jax.array_types import PyTree
+from lora_jax.cli.console import Console, UserError, size
+from lora_jax.config import LoRAConfig
+from lora_jax.io.adapter import load_adapter
+from lora_jax.models.export import export_adapter
+from lora_jax.models.load import LoadedModel
+from lora_jax.models.pretrained import find_adapter, load_model, read_foreign
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Exports.
+
+    Args:
+      args: ``adapter``, ``model``, ``format``, ``portable``, ``skip_head``, ``out``.
+      out: where to print.
+
+    Returns:
+      Where it lies, its format, and how many layers it adapts.
+    """
+    target = Path(args.out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
+    variables, config, source, extra = _read(find_adapter(args.adapter), args.model)
+    export_adapter(
+        target,
+        variables,
+        config,
+        source,
+        format=args.format,
+        portable=args.portable,
+        pooling=extra.get("pooling"),
+        skip_head=args.skip_head,
+        base_model=args.model or extra.get("model"),
+    )
+    files = sorted(target.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in files)
+    shown = args.format + (", portable" if args.portable else "")
+    out.heading("Exported")
+    out.facts(
+        [
+            ("adapter", str(args.adapter)),
+            ("format", shown),
+            ("folder", f"{target} ({', '.join(f.name for f in files)}, {size(total)})"),
+        ]
+    )
+    return {
+        "out": str(target),
+        "format": args.format,
+        "portable": args.portable,
+        "adapter_bytes": total,
+    }
+
+
+def _read(
+    folder: Path, model: str | None
+) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
+    """Reads an adapter: ours needs names alone, another tool's the model to fit to."""
+    foreign = read_foreign(folder)
+    if foreign is None:
+        found = load_adapter(folder)
+        source = model or found.extra.get("model")
+        if source is None:
+            raise UserError(
+                f"{folder} does not say which model it was trained on: add --model."
+            )
+        return found.variables, found.config, source, found.extra
+    if model is None:
+        raise UserError(
+            f"{folder} is an adapter of another tool, and the base that it may name is "
+            "not looked for: add --model."
+        )
+    loaded = load_model(model, foreign)
+    return loaded.variables, loaded.module.config, loaded, {}
