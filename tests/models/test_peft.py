@@ -150,3 +150,86 @@ def test_adapters_with_the_names_of_transformers_4_load_alike(family, copy):
 
 def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def error_of(family, folder, **options):
+    with pytest.raises(ValueError, match="faults; nothing was loaded") as error:
+        load_model(GOLDEN / family, adapter=folder, **options)
+    return str(error.value)
+
+
+def test_all_that_does_not_fit_the_model_is_in_one_error(copy):
+    targets = ["q_proj", "v_proj", "k_proj", "head_proj"]
+    folder = copy("llama", "saved", target_modules=targets, exclude_modules=["q_proj"])
+    layer = "base_model.model.model.layers.0"
+
+    def change(tensors):
+        new = dict(tensors)
+        for x in "AB":
+            name = f"{layer}.self_attn.v_proj.lora_{x}.weight"
+            new[name.replace("v_proj", "head_proj")] = tensors[name]
+            new[name.replace("layers.0", "layers.7")] = tensors[name]
+        new[f"{layer}.self_attn.v_proj.lora_B.weight"] = np.ones((11, 3), np.float32)
+        new["base_model.model.score.weight"] = np.ones((2, 20), np.float32)
+        new["base_model.model.lm_head.weight"] = np.ones((42, 20), np.float32)
+        return new
+
+    edit(folder, change)
+    message = error_of("llama", folder)
+    self = "model.layers.0.self_attn"
+    for line in (
+        f"unexpected: {self}.head_proj is no module of this model. Did you mean: ",
+        "unexpected: model.layers.7.self_attn.v_proj is no module",
+        f"unexpected: factors of {self}.q_proj, which the config does not target",
+        f"missing: factors of {self}.k_proj, which target_modules names",
+        "shape: B of layer_0/attention/value must be [12, 3]; got [11, 3]",
+        "unexpected: score.weight is no parameter of this model",
+        "shape: lm_head.weight must be of [20, 43] as Flax has it; got [20, 42]",
+    ):
+        assert line in message
+
+
+def test_a_saved_module_must_be_whole(copy):
+    folder = copy("bert", "saved")
+    edit(folder, lambda t: {n: x for n, x in t.items() if n[-15:] != "classifier.bias"})
+    message = error_of("bert", folder, num_labels=4)
+    assert "missing: classifier.bias, whose module modules_to_save names" in message
+
+
+def test_another_base_is_noticed_by_the_copies_in_the_file(copy):
+    folder = copy("llama", "embed")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit(folder, lambda t: t | {name: 1.1 * t[name]})
+    assert "differs from this base's by 10.0% of its norm" in error_of("llama", folder)
+    edit(folder, lambda t: t | {name: t[name][:-1]})
+    assert "[42, 20] in the adapter and [43, 20] here" in error_of("llama", folder)
+
+
+def test_unknown_keys_are_warned_of(copy):
+    folder = copy("llama", "rslora", new_idea=3)
+    with pytest.warns(UserWarning, match="has keys that are not known here.*new_idea"):
+        load_model(GOLDEN / "llama", adapter=folder)
+
+
+def test_layers_of_other_ranks_and_scalings_share_a_scanned_array(tmp_path, copy):
+    """One layer of rank 1 and another scaling, one of rank 3, one without adapter."""
+    folder = copy("gemma3", "plain", target_modules=["layers.0.mlp.up_proj", "q_proj"])
+    file = json.loads((folder / "adapter_config.json").read_text())
+    file |= {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 1},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 2},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(file))
+
+    def change(tensors):
+        kept = {n: x for n, x in tensors.items() if "q_proj" in n or "0.mlp.up" in n}
+        for name, x in kept.items():
+            if "layers.0.self_attn" in name:
+                kept[name] = x[:1] if "lora_A" in name else x[:, :1].copy()
+        return kept
+
+    edit(folder, change)
+    plain = load_model(GOLDEN / "gemma3", adapter=folder)
+    scanned = load_model(GOLDEN / "gemma3", adapter=folder, is_scanned=True)
+    logits = [logits_of(m.module, m.variables, "gemma3") for m in (plain, scanned)]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=5e-5)
