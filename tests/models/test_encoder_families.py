@@ -102,6 +102,8 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     assert "pooler" not in loaded.params
     save_model(tmp_path / "out", loaded.params, GOLDEN / name, pooling="mean")
     again = load_base(tmp_path / "out")
+    family = again.family
+    assert not any(family.is_head(family.bare_name(old)) for old in again.unused)
     assert again.module == loaded.module
     assert_equal(again.params, loaded.params)
 
