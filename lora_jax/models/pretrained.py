@@ -52,8 +52,8 @@ def load_model(
       num_labels: classes of an encoder's head. If the file holds a head of as many
         classes for the same pooling, it is loaded; else a new one is made. None: the
         file's head if it has one for this pooling, else no head.
-      pooling: of an encoder: "mean", "cls" or "pooler"; None for what the file was made
-        with.
+      pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
+        None for what the file was made with.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the file's own.
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
