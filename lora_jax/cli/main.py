@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "metrics of a run's adapter on a data file",
     "encode": "embeddings (and logits) for the lines of a file",
     "merge": "fold an adapter into its base; writes a plain Hugging Face folder",
+    "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
     "inspect": "what is in an adapter or model folder",
 }
 OPTIONAL = {
@@ -178,6 +179,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
     _add_merge(commands["merge"])
+    _add_export(commands["export"])
     _add_inspect(commands["inspect"])
     return parser, commands
 
@@ -230,6 +232,22 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
 
 def _add_merge(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=True)
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=True)
+    command.add_argument(
+        "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
+    )
+    command.add_argument(
+        "--portable",
+        action="store_true",
+        help="what every loader computes alike: one rank, no patterns, a factor of 1",
+    )
+    command.add_argument(
+        "--skip-head", action="store_true", help="leave out an encoder's trained head"
+    )
     command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
 
 

@@ -6,7 +6,7 @@ from lora_jax.array_types import PyTree
 from lora_jax.cli.console import UserError
 from lora_jax.io.adapter import read_adapter_config
 from lora_jax.models.load import HEAD, LoadedModel
-from lora_jax.models.pretrained import find_adapter, load_model
+from lora_jax.models.pretrained import find_adapter, load_model, read_foreign
 
 
 class Pretrained(NamedTuple):
@@ -36,14 +36,14 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
 
     Args:
       model: folder, package or hub id; None takes that which the adapter names.
-      adapter: run or adapter folder, or None.
+      adapter: run folder, adapter folder of ours or of another tool, or None.
       **options: as for `load_model`.
 
     Returns:
       The model.
 
     Raises:
-      UserError: if neither says which model.
+      UserError: if neither says which model (an adapter of another tool never does).
       ValueError: if the adapter is damaged, or was not made on this base.
     """
     if adapter is None:
@@ -51,6 +51,13 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
             raise UserError("--model is missing: which model is to be used?")
         return Pretrained(load_model(model, **options), None)
     folder = find_adapter(adapter)
+    if (foreign := read_foreign(folder)) is not None:
+        if model is None:
+            raise UserError(
+                f"{folder} is an adapter of another tool, and the base that it may "
+                "name is not looked for: add --model."
+            )
+        return Pretrained(load_model(model, foreign, **options), {})
     extra = read_adapter_config(folder)["extra"]
     model = model or extra.get("model")
     if model is None:

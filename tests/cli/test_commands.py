@@ -203,7 +203,10 @@ def peft_folder(path):
         (["eval", "--run", "{tmp}"], "is no run folder: it has no config.yaml"),
         (["eval", "--run", "{run}", "--data", "{tmp}/no.jsonl"], "no.jsonl must exist"),
         (["eval", "--run", "{run}", "--data", "{tmp}/bad.jsonl"], "bad.jsonl:2:"),
-        (["merge", "--adapter", "{peft}", "--out", "{tmp}/m"], "is a PEFT adapter"),
+        (
+            ["merge", "--adapter", "{peft}", "--model", "{bert}", "--out", "{tmp}/m"],
+            "target_modules must name what is adapted",
+        ),
         (["merge", "--adapter", "{tmp}/no", "--out", "{tmp}/m"], "no adapter at"),
         (
             ["encode", "--data", "{tmp}/bad.jsonl", "--out", "{tmp}/o"],
