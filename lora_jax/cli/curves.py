@@ -1,4 +1,4 @@
-"""curves.png: loss and accuracy over the steps, as metrics.jsonl has them."""
+"""curves.png: the metrics over the steps, as metrics.jsonl has them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +12,19 @@ def draw_curves(
     path: Path,
     *,
     title: str,
-    baseline: float | None = None,
+    metrics: Sequence[str] = ("loss", "accuracy"),
+    baseline: tuple[str, float] | None = None,
     chosen: int | None = None,
 ) -> bool:
-    """Draws loss and accuracy, training and validation.
+    """Draws each metric, training and validation.
 
     Args:
       lines: of metrics.jsonl.
       path: the picture to write.
-      title: above both panels.
-      baseline: validation accuracy of the frozen base with a linear head, as a line.
+      title: above the panels.
+      metrics: a panel each.
+      baseline: what the frozen base is called, and its value of the last metric on
+        validation, as a line.
       chosen: the step whose adapter was kept, as a mark.
 
     Returns:
@@ -34,8 +37,12 @@ def draw_curves(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    width = 5 * len(metrics)
+    figure, grid = plt.subplots(
+        1, len(metrics), figsize=(width, 3.8), layout="constrained", squeeze=False
+    )
+    axes = dict(zip(metrics, grid[0], strict=True))
+    for name, axis in axes.items():
         train = _series(lines, "train", name)
         validation = _series(lines, "validation", name)
         axis.plot(
@@ -44,11 +51,13 @@ def draw_curves(
         axis.plot(
             *validation, color=ORANGE, marker="o", linewidth=2, label="validation"
         )
-        if name == "accuracy" and baseline is not None:
-            axis.axhline(baseline, color=GREY, linestyle="--", linewidth=1.2)
+        if name == metrics[-1] and baseline is not None:
+            what, value = baseline
+            shown = f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
+            axis.axhline(value, color=GREY, linestyle="--", linewidth=1.2)
             axis.annotate(
-                f"frozen base + linear head: {baseline:.1%}",
-                (1, baseline),
+                f"{what}: {shown}",
+                (1, value),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 xytext=(-4, 4),
@@ -64,9 +73,10 @@ def draw_curves(
         axis.set(xlabel="step", ylabel=name, title=name)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(frameon=False)
+    if "accuracy" in axes:
+        axes["accuracy"].yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axes["loss"].set_ylim(bottom=0)
+    axes["loss"].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,12 +1,14 @@
 """What settings stand for: a model with adapters, tokenised splits, a loss.
 
-Every command that touches a model builds it here, so that `train`, `plan`, `eval`,
-`encode` and `merge` mean the same thing by the same words.
+Every command that touches a model builds it here, so that `train`, `plan` and `eval`
+mean the same thing by the same words. What is trained follows from the model: a
+decoder learns to write (`Language`), an encoder to classify (`Classification`).
 """
 
+import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +16,14 @@ import numpy as np
 import optax
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import UserError
+from lora_jax.cli.console import Console, UserError
 from lora_jax.cli.settings import DataSettings, RunSettings, TrainSettings
-from lora_jax.io.vader import load_vader
-from lora_jax.models.load import HEAD, LoadedModel
-from lora_jax.models.pretrained import load_model
-from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.config import LoRAConfig
+from lora_jax.models.load import LoadedModel
+from lora_jax.models.source import open_source
+from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.train.data import (
-    Batches,
-    encode_labels,
-    label_vocabulary,
-    length_buckets,
-    read_jsonl,
-)
-from lora_jax.train.losses import softmax_cross_entropy
+from lora_jax.train.buckets import Schedule, length_buckets
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.step import LossFn
 from lora_jax.tree.fingerprint import fingerprint
@@ -37,139 +32,214 @@ from lora_jax.tree.targets import Target
 SPLITS = ("train", "validation", "test")
 EVAL_ROWS = 32
 
-Rows = list[dict[str, Any]]
-
-
-@dataclasses.dataclass
-class Job:
-    """A model with adapters, ready to train.
-
-    Attributes:
-      settings: where it came from.
-      loaded: the base.
-      adapted: the base with LoRA.
-      targets: its adapted layers.
-      variables: the three collections, adapters fresh.
-      labels: the classes; a class is its place in the list.
-      fingerprint: of the frozen base.
-    """
-
-    settings: RunSettings
-    loaded: LoadedModel
-    adapted: Adapted
-    targets: list[Target]
-    variables: dict[str, PyTree]
-    labels: list[str | int]
-    fingerprint: str
+Metrics = Mapping[str, float]
+Facts = list[tuple[str, str]]
 
 
 class Split(NamedTuple):
     """A tokenised split.
 
     Attributes:
-      examples: ``{"input_ids", "label"}`` each.
-      truncated: how many texts were cut to ``max_length``.
+      examples: as the job's batches take them.
+      truncated: how many were cut to ``max_length``.
+      dropped: how many lost all that counts by that, and are not among ``examples``.
     """
 
-    examples: Rows
+    examples: list[dict[str, Any]]
     truncated: int
+    dropped: int = 0
 
 
-def read_splits(data: DataSettings) -> dict[str, Rows]:
-    """Reads every split that the settings name, texts and labels as they are.
+@dataclasses.dataclass
+class Job(abc.ABC):
+    """A model with adapters, and its examples, ready to train.
 
-    Args:
-      data: the settings.
-
-    Returns:
-      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``; ``test``
-      is left out where there is none.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: naming file, line and reason of each malformed line.
+    Attributes:
+      settings: where it came from.
+      lora: the adapters' config, as resolved for this model.
+      loaded: the base.
+      adapted: the base with LoRA.
+      targets: its adapted layers.
+      variables: the three collections, adapters fresh.
+      fingerprint: of the frozen base.
+      splits: the tokenised examples.
     """
-    if data.dataset is not None:
-        return load_vader(data.dataset, seed=data.seed)._asdict()
-    files = {name: getattr(data, name) for name in SPLITS}
-    return {name: read_jsonl(file) for name, file in files.items() if file is not None}
+
+    settings: RunSettings
+    lora: LoRAConfig
+    loaded: LoadedModel
+    adapted: Adapted
+    targets: list[Target]
+    variables: dict[str, PyTree]
+    fingerprint: str
+    splits: dict[str, Split]
+
+    unit: ClassVar[str]  # what a batch is of, in words
+    weight: ClassVar[str]  # what the loss is a mean over
+    metrics: ClassVar[tuple[str, ...]]  # of a validation; the last one chooses the best
+    best_mode: ClassVar[str]  # "max" or "min"
+
+    @abc.abstractmethod
+    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+        """Returns the loss function of ``module``, the base or the adapted model."""
+
+    @abc.abstractmethod
+    def batches(self) -> Schedule:
+        """Returns the shuffled batches of the training split."""
+
+    @abc.abstractmethod
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """Returns batches of a split in order; epoch 0 holds each example once.
+
+        Args:
+          split: the examples.
+          buckets: lengths to pad to, such as those of training, so that all splits
+            share what is compiled; one more is added where an example is longer.
+        """
+
+    @abc.abstractmethod
+    def tokenize_file(self, path: str) -> Split:
+        """Reads and tokenises a file of examples."""
+
+    @abc.abstractmethod
+    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+        """Measures the frozen base on ``validation`` and, where there is one, ``test``.
+
+        Returns:
+          ``validation_<metric>``, ``test_<metric>`` (None without a test split) of the
+          metric that chooses the best, and whatever else there is to say.
+        """
+
+    @abc.abstractmethod
+    def data_facts(self, batches: Schedule) -> Facts:
+        """Says what the examples are."""
+
+    @abc.abstractmethod
+    def extra(self) -> dict[str, Any]:
+        """Returns what is kept beside an adapter, to use it without these settings."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the best step."""
+        return self.metrics[-1]
+
+    def describe(self, metrics: Metrics) -> str:
+        """Words an evaluation's metrics."""
+        return "  ".join(
+            f"{name} {self.show(name, metrics[name])}" for name in self.metrics
+        )
+
+    @staticmethod
+    def show(name: str, value: float | None) -> str:
+        """Words the value of a metric."""
+        if value is None:
+            return "-"
+        return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}"
+
+    def is_better(self, new: float, old: float) -> bool:
+        """Whether a value of the metric is better than another."""
+        return new > old if self.best_mode == "max" else new < old
+
+    def next_commands(self, folder: str) -> list[str]:
+        """Returns commands to try with this kind of run; none by default."""
+        del folder
+        return []
+
+    def samples(self, variables: PyTree) -> list[dict[str, str]]:
+        """Returns what the model writes at ``train.samples``; nothing by default."""
+        del variables
+        return []
 
 
-def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
-    """Returns the classes of the training split; the other splits must know no more."""
-    try:
-        labels = label_vocabulary([row["label"] for row in splits["train"]])
-    except TypeError as error:  # a fault of the file, not of a caller
-        raise UserError(str(error)) from error
-    for name, rows in splits.items():
-        encode_labels([row["label"] for row in rows], labels, source=name)
-    return labels
-
-
-def build(settings: RunSettings, labels: list[str | int]) -> Job:
-    """Loads the base and puts fresh adapters and a fresh head on it.
+def open_job(
+    settings: RunSettings,
+    *,
+    splits: Sequence[str] = SPLITS,
+    extra: Mapping[str, Any] | None = None,
+) -> Job:
+    """Reads the data, loads the base, puts fresh adapters on it, tokenises.
 
     Args:
       settings: of the run.
-      labels: the classes.
+      splits: which splits are wanted; the others aren't tokenised.
+      extra: what an adapter of the run has kept beside it, where there is one.
 
     Returns:
       The job.
 
     Raises:
-      ValueError: if the model can't be read, or the adapters don't fit it.
+      FileNotFoundError: if a file is missing.
+      ValueError: if data or model can't be read, or the adapters don't fit.
     """
-    head_key, lora_key = jax.random.split(jax.random.key(settings.train.seed))
-    loaded = load_model(
-        settings.model.path,
-        num_labels=len(labels),
-        pooling=settings.model.pooling,
-        dtype=jnp.dtype(settings.model.dtype),
-        key=head_key,
-    )
-    adapted = adapt(loaded.module, settings.lora)
-    variables = adapted.attach(loaded.params, lora_key)
-    if HEAD not in variables.get(PARAMS, {}):
-        raise UserError(
-            f"lora.train must name the head, {HEAD!r}: a new head that is not trained "
-            f"only guesses; got {list(settings.lora.train)}."
-        )
-    return Job(
-        settings=settings,
-        loaded=loaded,
-        adapted=adapted,
-        targets=adapted.targets(loaded.params),
-        variables=variables,
-        labels=labels,
-        fingerprint=fingerprint(variables["frozen"]),
-    )
+    from lora_jax.cli.classification import open_classification
+    from lora_jax.cli.language import open_language
+
+    is_decoder = not open_source(settings.model.path).family.head
+    if is_decoder:
+        return open_language(settings, splits=splits)
+    return open_classification(settings, splits=splits, extra=extra or {})
 
 
-def tokenize(job: Job, rows: Rows, *, source: str) -> Split:
-    """Tokenises a split and numbers its labels.
+def attach(
+    settings: RunSettings, loaded: LoadedModel, lora: LoRAConfig
+) -> dict[str, Any]:
+    """Puts fresh adapters on a base; returns what `Job` says about them."""
+    _, key = jax.random.split(jax.random.key(settings.train.seed))
+    adapted = adapt(loaded.module, lora, *loaded.inputs)
+    variables = adapted.attach(loaded.params, key)
+    return {
+        "lora": lora,
+        "adapted": adapted,
+        "targets": adapted.targets(loaded.params),
+        "variables": variables,
+        "fingerprint": fingerprint(variables[FROZEN]),
+    }
+
+
+def data_files(data: DataSettings) -> dict[str, str]:
+    """Returns the file of each split that has one."""
+    files = {name: getattr(data, name) for name in SPLITS}
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
+    """Takes a validation split from the training examples, where no file gives one.
 
     Args:
-      job: the model, with its tokenizer and classes.
-      rows: ``{"text", "label"}`` each.
-      source: what to call the rows in an error.
+      rows: examples by split.
+      data: the settings, with ``holdout`` and ``seed``.
 
     Returns:
-      The split.
+      The splits, in the order of `SPLITS`.
 
     Raises:
-      ValueError: if the model has no tokenizer, or a label is not among the classes.
+      UserError: if there are fewer than 2 training examples to share.
     """
-    labels = encode_labels([row["label"] for row in rows], job.labels, source=source)
-    encoded = encode_texts(
-        job.loaded,
-        [row["text"] for row in rows],
-        max_length=job.settings.data.max_length,
-    )
-    examples = [
-        {"input_ids": ids, "label": int(label)}
-        for ids, label in zip(encoded.ids, labels, strict=True)
-    ]
-    return Split(examples, encoded.truncated)
+    if "validation" in rows:
+        return rows
+    train = rows["train"]
+    count = max(1, round(data.holdout * len(train)))
+    if count >= len(train):
+        raise UserError(
+            f"data.train has {len(train)} examples, and data.holdout = {data.holdout} "
+            "leaves none to train on; give a data.validation file."
+        )
+    order = np.random.default_rng(data.seed).permutation(len(train))
+    chosen = set(order[:count].tolist())
+    return {
+        "train": [row for i, row in enumerate(train) if i not in chosen],
+        "validation": [row for i, row in enumerate(train) if i in chosen],
+        **{name: found for name, found in rows.items() if name != "train"},
+    }
+
+
+def dtypes(settings: RunSettings) -> dict[str, Any]:
+    """Returns the model's dtypes as `load_model` takes them."""
+    kept = settings.model.param_dtype
+    return {
+        "dtype": jnp.dtype(settings.model.dtype),
+        "param_dtype": None if kept is None else jnp.dtype(kept),
+    }
 
 
 def encode_texts(
@@ -186,33 +256,22 @@ def encode_texts(
     )
 
 
-def training_batches(job: Job, split: Split) -> Batches:
-    """Returns the shuffled batches of a training split."""
-    train = job.settings.train
-    return Batches(split.examples, train.batch_size, seed=train.seed)
-
-
-def eval_batches(split: Split, buckets: Sequence[int] = ()) -> Batches:
-    """Returns the batches of an evaluation, in order.
-
-    Args:
-      split: the examples.
-      buckets: lengths to pad to, such as those of training, so that all splits share
-        what is compiled; one more is added where an example is longer.
-
-    Returns:
-      The batches; `Batches.epoch` of 0 holds each example once.
-    """
+def eval_buckets(split: Split, buckets: Sequence[int]) -> list[int]:
+    """Returns lengths to pad an evaluation to: those given, one more where needed."""
     lengths = [len(example["input_ids"]) for example in split.examples]
     buckets = list(buckets) or length_buckets(lengths)
     if max(lengths) > buckets[-1]:
         buckets.append(length_buckets(lengths, 1)[0])
-    return Batches(split.examples, EVAL_ROWS, buckets, shuffle=False)
+    return buckets
 
 
-def one_epoch(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
-    """Yields each example of evaluation batches once."""
-    return batches.epoch(0)
+def one_epoch(
+    batches: Schedule, tick: Callable[[int, str], None] = lambda n, note: None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields each example of evaluation batches once, and says how far it is."""
+    for number, batch in enumerate(batches.epoch(0), start=1):
+        yield batch
+        tick(number, "batches")
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:
@@ -232,46 +291,3 @@ def total_steps(train: TrainSettings, steps_per_epoch: int) -> int:
     """Returns how many steps a run has."""
     steps = train.epochs * steps_per_epoch
     return steps if train.max_steps is None else min(steps, train.max_steps)
-
-
-def classification_loss(module: Any, *, label_smoothing: float = 0.0) -> LossFn:
-    """Returns ``(variables, batch, rngs) -> (loss_sum, weight, {"accuracy": hits})``.
-
-    Args:
-      module: called as ``module.apply(variables, input_ids, attention_mask)``.
-      label_smoothing: see `softmax_cross_entropy`.
-
-    Returns:
-      The loss function; it is deterministic where ``rngs`` is empty.
-    """
-
-    def loss_fn(variables, batch, rngs):
-        logits = module.apply(
-            variables,
-            batch["input_ids"],
-            batch["attention_mask"],
-            deterministic=DROPOUT not in rngs,
-            rngs=rngs,
-        )
-        labels, weights = batch["labels"], batch["weights"]
-        loss, weight = softmax_cross_entropy(
-            logits, labels, weights=weights, label_smoothing=label_smoothing
-        )
-        hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))
-        return loss, weight, {"accuracy": hits}
-
-    return loss_fn
-
-
-def sentence_vectors(job: Job, batches: Batches, on_batch=lambda n: None) -> np.ndarray:
-    """Returns what the frozen base hands to its head, ``[n, d]``, in example order."""
-    headless = job.loaded.module.clone(num_labels=None)
-    params = {k: v for k, v in job.loaded.params.items() if k != HEAD}
-    pool = jax.jit(lambda p, ids, mask: headless.apply({"params": p}, ids, mask))
-    out = np.zeros((len(batches), job.loaded.config.hidden_size), np.float32)
-    for step, batch in enumerate(one_epoch(batches)):
-        members = batches.indices_at(step)
-        vectors = pool(params, batch["input_ids"], batch["attention_mask"])
-        out[members] = np.asarray(vectors)[: len(members)]
-        on_batch(step + 1)
-    return out

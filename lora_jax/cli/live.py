@@ -44,11 +44,11 @@ class Clock:
     """Keeps the pace of a run and words it.
 
     Attributes:
-      note: the last report in words, with examples a second and the time left.
+      note: the last report in words, with the pace and the time left.
     """
 
-    def __init__(self, total_steps: int):
-        self._total, self._seconds = total_steps, 0.0
+    def __init__(self, total_steps: int, unit: str):
+        self._total, self._unit, self._seconds = total_steps, unit, 0.0
         self.note = ""
 
     def add(self, progress: Progress, first: int) -> None:
@@ -61,12 +61,12 @@ class Clock:
         self._seconds += progress.seconds
         left = self._total - progress.step
         eta = self._seconds / (progress.step - first) * left
-        self.note = (
-            f"loss {progress.metrics['loss']:.3f}  accuracy "
-            f"{progress.metrics['accuracy']:.1%}  "
-            f"{progress.examples / progress.seconds:.0f} examples/s  "
-            f"ETA {duration(eta)}"
-        )
+        words = [f"loss {progress.metrics['loss']:.3f}"]
+        if "accuracy" in progress.metrics:
+            words.append(f"accuracy {progress.metrics['accuracy']:.1%}")
+        pace = progress.examples / progress.seconds
+        words += [f"{pace:.0f} {self._unit}/s", f"ETA {duration(eta)}"]
+        self.note = "  ".join(words)
 
 
 class Relay(logging.Handler):

@@ -19,6 +19,8 @@ COMMANDS = {
     "plan": "what would be trained and what a step costs, before anything is trained",
     "eval": "metrics of a run's adapter on a data file",
     "encode": "embeddings (and logits) for the lines of a file",
+    "generate": "text after a prompt, by a decoder",
+    "score": "log-probabilities of the tokens in the lines of a file, by a decoder",
     "merge": "fold an adapter into its base; writes a plain Hugging Face folder",
     "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
     "inspect": "what is in an adapter or model folder",
@@ -30,6 +32,9 @@ OPTIONAL = {
     "safetensors": "train",
     "tokenizers": "train",
     "huggingface_hub": "train",
+    "PIL": "train",
+    "gguf": "train",
+    "jinja2": "train",
 }
 
 
@@ -178,6 +183,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_train(commands["train"])
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
+    _add_generate(commands["generate"])
+    _add_score(commands["score"])
     _add_merge(commands["merge"])
     _add_export(commands["export"])
     _add_inspect(commands["inspect"])
@@ -221,13 +228,57 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 def _add_encode(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=False)
     command.add_argument(
-        "--data", metavar="FILE", required=True, help="JSONL, a text a line"
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="JSONL: a line is {text}, {input_ids}, or for models of images {image} (a "
+        "path from the file's own folder) or {pixel_values}; the embedding is the mean "
+        "over unmasked tokens, of an image over all tokens, the class token's too",
     )
     command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(
         "--max-length", type=_count, metavar="N", help="tokens kept of a text"
     )
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what to continue; given several times, a batch",
+    )
+    command.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (default)",
+    )
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    command.add_argument("--seed", type=int, default=0, metavar="S")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text"
+    )
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, put into the model's chat template",
+    )
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--data", metavar="FILE", required=True, help="JSONL: text or input_ids a line"
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    command.add_argument("--batch-size", type=_count, default=8, metavar="N")
 
 
 def _add_merge(command: argparse.ArgumentParser) -> None:

@@ -25,11 +25,9 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       Targets, counts, and for each of the two the bytes and FLOPs of a step.
     """
     settings = load_settings(args.config, args.overrides)
-    rows = jobs.read_splits(settings.data)
-    job = jobs.build(settings, jobs.class_names(rows))
-    split = jobs.tokenize(job, rows["train"], source="train")
-    batches = jobs.training_batches(job, split)
-    report.print_loaded(out, job, {"train": split}, batches)
+    job = jobs.open_job(settings, splits=["train"])
+    batches = job.batches()
+    report.print_loaded(out, job, batches)
     numbers = report.counts(job)
     out.facts([("trained", report.trained_text(numbers))])
 
@@ -50,9 +48,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     steps = {}
     with out.progress("compile", len(methods)) as tick:
         for number, (name, (module, variables)) in enumerate(methods.items(), start=1):
-            loss = jobs.classification_loss(
-                module, label_smoothing=settings.train.label_smoothing
-            )
+            loss = job.loss(module, is_training=True)
             key = jax.random.key(settings.train.seed)
             state = TrainState.create(variables, tx, key)
             step = make_train_step(loss, tx, settings.train.accumulate)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax.cli.console import Console, duration, size
-from lora_jax.cli.job import Job, Split
+from lora_jax.cli.job import Job
 from lora_jax.cli.settings import RunSettings
 from lora_jax.models.load import HEAD
 from lora_jax.names import FROZEN, LORA, PARAMS
-from lora_jax.train.data import Batches
+from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
 from lora_jax.tree.targets import Target
@@ -35,7 +34,8 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
     facts = [
         (
             "model",
-            f"BERT encoder, {config.num_layers} layers, d {config.hidden_size}, "
+            f"{type(loaded.module).__name__}, {config.num_layers} layers, "
+            f"d {config.hidden_size}, "
             f"{config.num_heads} heads, MLP {config.mlp_size}, vocabulary "
             f"{config.vocab_size:,}",
         ),
@@ -47,47 +47,32 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
         ),
     ]
     if loaded.new:
-        facts.append(("new head", f"{len(job.labels)} classes {job.labels}"))
+        facts.append(("new", ", ".join(loaded.new)))
     if loaded.unused:
         facts.append(("not used", ", ".join(loaded.unused)))
     return facts
 
 
-def print_loaded(
-    out: Console, job: Job, splits: Mapping[str, Split], batches: Batches
-) -> None:
+def print_loaded(out: Console, job: Job, batches: Schedule) -> None:
     """Prints model, data and adapted layers."""
-    data, lengths = job.settings.data, batches.lengths
-    sizes = [f"{name} {len(split.examples):,}" for name, split in splits.items()]
-    share = np.mean([e["label"] == 0 for e in splits["train"].examples])
-    padded = ", ".join(map(str, batches.buckets))
-    tokens = f"{lengths.mean():.1f} in the mean, {lengths.max()} at most, to {padded}"
-    if cut := sum(split.truncated for split in splits.values()):
-        tokens += f"; {cut:,} texts were cut to data.max_length = {data.max_length}"
     out.heading("Loaded")
-    out.facts(
-        [
-            *loaded_facts(job),
-            ("data", f"{data.dataset or 'JSONL files'}: {', '.join(sizes)}"),
-            ("classes", f"{job.labels}; {job.labels[0]!r} is {share:.1%} of train"),
-            ("tokens", tokens),
-        ]
-    )
+    out.facts([*loaded_facts(job), *job.data_facts(batches)])
     out.heading(f"Adapted layers ({len(job.targets)})")
     print_targets(out, job.targets)
 
 
-def print_result(out: Console, summary: Mapping[str, Any]) -> None:
+def print_result(out: Console, job: Job, summary: Mapping[str, Any]) -> None:
     """Prints a run's summary and the commands to try next."""
     base, test, best = summary["baseline"], summary["test"], summary["validation"]
-    rows = []
+    metric, rows = job.metric, []
     if base:
-        accuracies = (base["validation_accuracy"], base["test_accuracy"])
-        rows.append(("frozen base + linear head", *map(_percent, accuracies)))
-    accuracies = (best["accuracy"], test and test["accuracy"])
-    rows.append((f"LoRA, adapter of step {best['step']}", *map(_percent, accuracies)))
+        values = (base[f"validation_{metric}"], base[f"test_{metric}"])
+        rows.append((base["what"], *(job.show(metric, v) for v in values)))
+    values = (best[metric], test and test[metric])
+    name = f"LoRA, adapter of step {best['step']}"
+    rows.append((name, *(job.show(metric, v) for v in values)))
     out.heading("Result")
-    out.table(("accuracy", "validation", "test"), rows)
+    out.table((metric, "validation", "test"), rows)
     adapter, model = summary["adapter_bytes"], summary["model_bytes"]
     spent = {k: v for k, v in summary["seconds"].items() if k != "total"}
     out.facts(
@@ -113,6 +98,8 @@ def print_result(out: Console, summary: Mapping[str, Any]) -> None:
     folder = shortest(summary["run"])
     out.heading("Next")
     out.say(f"  lora-jax eval --run {folder}")
+    for line in job.next_commands(folder):
+        out.say(f"  {line}")
     out.say(f"  lora-jax inspect {folder}")
     out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
 
@@ -125,7 +112,8 @@ def shortest(path: str | Path) -> str:
 
 def model_bytes(folder: Path) -> int:
     """Returns the size of the weights in a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def device() -> str:
@@ -248,7 +236,3 @@ def _ranges(numbers: Sequence[int]) -> str:
     if sorted(numbers) == list(range(low, high + 1)):
         return f"{low}..{high}"
     return ",".join(map(str, sorted(numbers)))
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

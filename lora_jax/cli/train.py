@@ -14,16 +14,14 @@ import numpy as np
 
 from lora_jax.cli import job as jobs
 from lora_jax.cli import report
-from lora_jax.cli.baseline import fit_baseline
 from lora_jax.cli.console import Console, UserError, duration
 from lora_jax.cli.curves import draw_curves
-from lora_jax.cli.job import Split
 from lora_jax.cli.live import Clock, Relay, interruptible
 from lora_jax.cli.runfolder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.cli.settings import RunSettings, load_settings
 from lora_jax.io.adapter import TENSORS, load_adapter, save_adapter
 from lora_jax.io.checkpoint import Checkpoints
-from lora_jax.train.data import Batches
+from lora_jax.train.buckets import Schedule
 from lora_jax.train.loop import Fitted, Progress, evaluate, fit
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_eval_step, make_train_step
@@ -67,8 +65,8 @@ class Session:
         self.settings, self.folder, self.out, self.again = settings, folder, out, again
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.splits: dict[str, Split] = {}
         self.best: dict[str, Any] | None = None
+        self.stale = 0  # validations since the best
         self.checkpoints: Checkpoints | None = None
 
     def how_to_resume(self) -> str:
@@ -81,33 +79,26 @@ class Session:
     def prepare(self) -> None:
         """Reads data and model, and prints what they are; touches no run folder."""
         with self.timed("load"):
-            rows = jobs.read_splits(self.settings.data)
-            labels = jobs.class_names(rows)
-            self.job = jobs.build(self.settings, labels)
-            self.splits = {
-                name: jobs.tokenize(self.job, rows[name], source=name) for name in rows
-            }
-        self.batches = jobs.training_batches(self.job, self.splits["train"])
+            self.job = jobs.open_job(self.settings)
+        self.batches = self.job.batches()
         train = self.settings.train
         self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
         half = max(1, -(-self.batches.steps_per_epoch // 2))
         self.eval_every = min(train.eval_every or half, self.total)
         self.counts = report.counts(self.job)
-        report.print_loaded(self.out, self.job, self.splits, self.batches)
+        report.print_loaded(self.out, self.job, self.batches)
 
     def train(self) -> dict[str, Any]:
         """Trains, tests, and writes everything down."""
         job, train = self.job, self.settings.train
         tx = jobs.optimizer(train, self.total)
-        loss_fn = jobs.classification_loss(
-            job.adapted, label_smoothing=train.label_smoothing
-        )
+        loss_fn = job.loss(job.adapted, is_training=True)
         state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
         step = make_train_step(loss_fn, tx, train.accumulate)
-        self.eval_step = make_eval_step(jobs.classification_loss(job.adapted))
+        self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
         self.evaluations = {
-            name: jobs.eval_batches(split, self.batches.buckets)
-            for name, split in self.splits.items()
+            name: job.evaluation(split, self.batches.buckets)
+            for name, split in job.splits.items()
             if name != "train"
         }
         weights = report.tree_bytes((state.trainable, state.opt_state))
@@ -118,7 +109,7 @@ class Session:
             memory = self._compile(step, state)
             baseline = self._baseline()
             fitted = self._fit(state, step)
-            if fitted.is_stopped:
+            if fitted.is_stopped and not self.is_out_of_patience():
                 raise KeyboardInterrupt
             return self._finish(fitted.state, baseline, memory)
 
@@ -133,8 +124,8 @@ class Session:
             fingerprint=self.job.fingerprint,
             data=self.batches.identity(),
             keep=self.settings.train.keep,
-            best_metric="accuracy",
-            best_mode="max",
+            best_metric=self.job.metric,
+            best_mode=self.job.best_mode,
         )
 
     def _restore(self, state: TrainState) -> TrainState:
@@ -170,7 +161,8 @@ class Session:
                 ("memory", report.memory_text(memory)),
                 (
                     "steps",
-                    f"{self.total} of {self.settings.train.batch_size} sentences; "
+                    f"{self.total} of {self.settings.train.batch_size} "
+                    f"{self.job.unit}; "
                     f"validation every {self.eval_every}",
                 ),
                 ("device", report.device()),
@@ -189,21 +181,21 @@ class Session:
         return [found[length] for length in sorted(found)]
 
     def _baseline(self) -> dict[str, Any] | None:
-        """Fits a linear head on the frozen base; once a run."""
+        """Measures the frozen base; once a run."""
         for line in self.folder.metrics():
             if line["split"] == "baseline":
                 return line
         if not self.settings.train.baseline:
             return None
-        self.out.heading("Frozen base with a linear head")
+        self.out.heading("The frozen base")
         with self.timed("baseline"):
-            result = fit_baseline(self.job, self.splits, self.batches.buckets, self.out)
+            result = self.job.baseline(self.job.splits, self.out)
         seconds = self.seconds["baseline"]
         line = {"step": 0, "split": "baseline", **result, "seconds": seconds}
+        metric = self.job.metric
+        shown = self.job.show(metric, result[f"validation_{metric}"])
         self.out.say(
-            f"  validation accuracy {result['validation_accuracy']:.1%}  (logistic "
-            f"regression on the base's sentence vectors, L2 {result['l2']:g} chosen on "
-            f"validation, {duration(seconds)})"
+            f"  validation {metric} {shown}  ({result['what']}, {duration(seconds)})"
         )
         self.folder.log(line)
         return line
@@ -211,7 +203,7 @@ class Session:
     def _fit(self, state: TrainState, step: Any) -> Fitted:
         first = int(state.step)
         self.out.heading("Training")
-        clock = Clock(self.total)
+        clock = Clock(self.total, self.job.weight)
         save_every = self.settings.train.save_every or self.eval_every
         with (
             self.timed("train"),
@@ -229,7 +221,8 @@ class Session:
                         "split": "train",
                         **progress.metrics,
                         "skipped": progress.skipped,
-                        "examples_per_second": progress.examples / progress.seconds,
+                        f"{self.job.weight}_per_second": progress.examples
+                        / progress.seconds,
                         "seconds": self.elapsed(),
                     }
                 )
@@ -250,7 +243,7 @@ class Session:
                 on_step=lambda number: tick(number, clock.note, quiet=True),
                 on_log=on_log,
                 every=[(self.eval_every, on_validate), (save_every, on_save)],
-                should_stop=should_stop,
+                should_stop=lambda: should_stop() or self.is_out_of_patience(),
             )
             if fitted.is_stopped and self.checkpoints is not None:
                 self._save(fitted.state)
@@ -272,44 +265,56 @@ class Session:
         line = {
             "step": int(state.step),
             "split": "validation",
-            "loss": metrics["loss"],
-            "accuracy": metrics["accuracy"],
+            **{name: metrics[name] for name in self.job.metrics},
             "seconds": self.elapsed(),
         }
         is_best = self._is_best(line)
         if is_best:
             self._save_adapter(state)
         self.folder.log(line)
-        self._save(state, {k: metrics[k] for k in ("loss", "accuracy")})
+        self._save(state, {name: metrics[name] for name in self.job.metrics})
         self.out.say(
-            f"  step {line['step']:>5}  validation loss {line['loss']:.4f}  accuracy "
-            f"{line['accuracy']:.1%}" + ("  (best so far)" if is_best else "")
+            f"  step {line['step']:>5}  validation {self.job.describe(metrics)}"
+            + ("  (best so far)" if is_best else "")
         )
+        for sample in self.job.samples(state.variables):
+            self.folder.log({"step": line["step"], "split": "sample", **sample})
+            self.out.say(f"    {sample['prompt']!r} -> {sample['text']!r}")
+        if self.is_out_of_patience() and line["step"] < self.total:
+            self.out.say(
+                f"  no better validation for {self.stale} times (train.patience): "
+                "stopping early"
+            )
 
     def _is_best(self, line: dict[str, Any]) -> bool:
-        """Keeps the first validation, and each one of higher accuracy after it."""
-        if self.best is None or line["accuracy"] > self.best["accuracy"]:
-            self.best = line
+        """Keeps the first validation, and each better one after it."""
+        metric = self.job.metric
+        if self.best is None or self.job.is_better(line[metric], self.best[metric]):
+            self.best, self.stale = line, 0
             return True
+        self.stale += 1
         return False
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last validations were no better than one before them."""
+        patience = self.settings.train.patience
+        return patience is not None and self.stale >= patience
 
     def _save_adapter(self, state: TrainState) -> None:
         save_adapter(
             self.folder / ADAPTER,
             state.trainable,
-            self.settings.lora,
+            self.job.lora,
             self.job.fingerprint,
             extra={
                 "model": self.settings.model.path,
-                "pooling": self.settings.model.pooling,
-                "labels": self.job.labels,
-                "max_length": self.settings.data.max_length,
+                **self.job.extra(),
                 "step": int(state.step),
             },
         )
 
     def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        batches: Batches = self.evaluations[name]
+        batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
             return evaluate(self.eval_step, variables, jobs.one_epoch(batches))
 
@@ -318,30 +323,38 @@ class Session:
     ) -> dict[str, Any]:
         """Tests the adapter that was kept, as it lies on disk."""
         assert self.best is not None  # the last step is always validated
+        job, best = self.job, self.best
         adapter = load_adapter(
             self.folder / ADAPTER,
             expected=state.trainable,
             fingerprint=self.job.fingerprint,
         )
         variables = {**state.frozen, **adapter.variables}
-        test = self._evaluate("test", variables) if "test" in self.splits else None
+        test = self._evaluate("test", variables) if "test" in job.splits else None
+        metric = job.metric
         curves = draw_curves(
             self.folder.metrics(),
             self.folder / CURVES,
             title=report.title(self.settings, self.counts),
-            baseline=baseline["validation_accuracy"] if baseline else None,
-            chosen=self.best["step"],
+            metrics=job.metrics,
+            baseline=(baseline["what"], baseline[f"validation_{metric}"])
+            if baseline
+            else None,
+            chosen=best["step"],
         )
         self.seconds["total"] = self.elapsed()
         summary = {
             "run": str(self.folder.path),
-            "test": test and {k: test[k] for k in ("loss", "accuracy")},
-            "validation": {k: self.best[k] for k in ("step", "loss", "accuracy")},
+            "metric": metric,
+            "test": test and {k: test[k] for k in job.metrics},
+            "validation": {k: best[k] for k in ("step", *job.metrics)},
             "baseline": baseline
             and {
-                k: baseline[k] for k in ("validation_accuracy", "test_accuracy", "l2")
+                k: v
+                for k, v in baseline.items()
+                if k not in ("step", "split", "seconds")
             },
-            "examples": {k: len(v.examples) for k, v in self.splits.items()},
+            "examples": {k: len(v.examples) for k, v in job.splits.items()},
             "parameters": self.counts,
             "steps": int(state.step),
             "skipped": int(state.skipped),
@@ -358,7 +371,7 @@ class Session:
             },
         }
         self.folder.summarise(summary)
-        report.print_result(self.out, summary)
+        report.print_result(self.out, job, summary)
         return summary
 
     def elapsed(self) -> float:

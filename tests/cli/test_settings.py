@@ -20,11 +20,11 @@ def file(tmp_path):
     return path
 
 
-def test_defaults_fill_what_is_not_said_and_the_head_is_trained(file):
+def test_defaults_fill_what_is_not_said(file):
     settings = load_settings(file)
-    assert settings.lora == LoRAConfig(train=["classifier"])
+    assert settings.lora == LoRAConfig()
     assert settings.train.batch_size == 32
-    assert settings.data.max_length == 128
+    assert settings.data.max_length is None
 
 
 def test_overrides_are_read_as_yaml_and_keep_their_types(file):

@@ -174,7 +174,7 @@ def test_malformed_data_is_refused_before_anything_starts(
     ("override", "message"),
     [
         ("lora.targets=[qurey]", "attention/query"),
-        ("lora.train=[]", "lora.train must name the head"),
+        ("lora.train=[attention_norm]", "lora.train must name the head"),
         ("model.path=/nowhere/model", "/nowhere/model"),
         ("lora.rank=0", "rank must be at least 1; got 0"),
         ("lora.rnak=1", "Did you mean 'rank'?"),

@@ -1,0 +1,215 @@
+"""Training a decoder to write: JSONL text, prompts and completions, or chats."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lora_jax.array_types import PyTree
+from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.job import (
+    EVAL_ROWS,
+    Facts,
+    Job,
+    Metrics,
+    Split,
+    attach,
+    data_files,
+    dtypes,
+    eval_buckets,
+    hold_out,
+    one_epoch,
+)
+from lora_jax.cli.settings import RunSettings
+from lora_jax.models.generate import generate
+from lora_jax.models.pretrained import load_model
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.data import TextBatches
+from lora_jax.train.loop import evaluate
+from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.text import TextData, read_text_examples
+
+MAX_LENGTH = 1024
+SAMPLE_TOKENS = 48
+
+
+@dataclasses.dataclass
+class Language(Job):
+    """See `Job`."""
+
+    unit: ClassVar[str] = "rows"
+    weight: ClassVar[str] = "targets"
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    best_mode: ClassVar[str] = "min"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that an example may have."""
+        longest = self.loaded.config.max_positions
+        return min(self.settings.data.max_length or MAX_LENGTH, longest)
+
+    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+        """Returns the next-token cross-entropy."""
+        del is_training
+        config = self.loaded.config
+        return make_lm_loss(
+            module, is_tied=config.is_tied, softcap=config.final_softcap
+        )
+
+    def batches(self) -> Schedule:
+        """See `Job.batches`."""
+        train = self.settings.train
+        packed = self.max_length if self.settings.data.packing else None
+        return TextBatches(
+            self.splits["train"].examples,
+            train.batch_size,
+            packed_length=packed,
+            seed=train.seed,
+        )
+
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """See `Job.evaluation`; packed as the training split is."""
+        rows = min(EVAL_ROWS, self.settings.train.batch_size)
+        if self.settings.data.packing:
+            packed = self.max_length
+            return TextBatches(
+                split.examples, rows, packed_length=packed, shuffle=False
+            )
+        buckets = eval_buckets(split, buckets)
+        return TextBatches(split.examples, rows, buckets, shuffle=False)
+
+    def tokenize_file(self, path: str) -> Split:
+        """See `Job.tokenize_file`."""
+        return _split(self._read(path))
+
+    def _read(self, path: str) -> TextData:
+        return read_text_examples(
+            path,
+            self.loaded.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.loaded.config.vocab_size,
+        )
+
+    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+        """Measures the loss of the base as it is."""
+        step = make_eval_step(self.loss(self.loaded.module, is_training=False))
+        variables = {"params": self.loaded.params}
+        buckets = self.batches().buckets
+        batches = {
+            name: self.evaluation(splits[name], buckets)
+            for name in ("validation", "test")
+            if name in splits
+        }
+        found, done = {}, 0
+        total = sum(b.steps_per_epoch for b in batches.values())
+        with out.progress("base", total) as tick:
+            for name, split in batches.items():
+
+                def show(number: int, note: str, before: int = done) -> None:
+                    tick(before + number, note)
+
+                stream = one_epoch(split, show)
+                found[name] = evaluate(step, variables, stream)["loss"]
+                done += split.steps_per_epoch
+        return {
+            "validation_loss": found.get("validation"),
+            "test_loss": found.get("test"),
+            "what": "frozen base",
+        }
+
+    def describe(self, metrics: Metrics) -> str:
+        """Words the loss, and the perplexity it is."""
+        return (
+            f"{super().describe(metrics)}  perplexity {math.exp(metrics['loss']):.2f}"
+        )
+
+    def data_facts(self, batches: Schedule) -> Facts:
+        """See `Job.data_facts`."""
+        assert isinstance(batches, TextBatches)  # `batches` made them
+        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
+        lengths = [len(e["input_ids"]) for e in self.splits["train"].examples]
+        mean = sum(lengths) / len(lengths)
+        tokens = f"{mean:.1f} in the mean, {max(lengths)} at most; "
+        if batches.packed_length:
+            tokens += f"packed to {len(batches):,} rows of {batches.packed_length}"
+        else:
+            tokens += f"padded to {', '.join(map(str, batches.buckets))}"
+        share = batches.targets / sum(lengths)
+        facts = [
+            ("data", ", ".join(sizes)),
+            (
+                "tokens",
+                f"{tokens} ({batches.token_fraction:.0%} of the places are tokens)",
+            ),
+            ("targets", f"{batches.targets:,} tokens count ({share:.0%} of train)"),
+        ]
+        cut = sum(split.truncated for split in self.splits.values())
+        dropped = sum(split.dropped for split in self.splits.values())
+        if cut:
+            said = f"{cut:,} examples were cut to data.max_length = {self.max_length}"
+            if dropped:
+                said += f"; {dropped:,} of them lost all targets and are left out"
+            facts.append(("cut", said))
+        return facts
+
+    def extra(self) -> dict[str, Any]:
+        """See `Job.extra`."""
+        return {"max_length": self.max_length}
+
+    def next_commands(self, folder: str) -> list[str]:
+        """See `Job.next_commands`."""
+        if self.loaded.tokenizer is None:
+            return []
+        return [f"lora-jax generate --adapter {folder} --prompt TEXT"]
+
+    def samples(self, variables: PyTree) -> list[dict[str, str]]:
+        """Returns what the model writes greedily after each of ``train.samples``."""
+        prompts, tokenizer = self.settings.train.samples, self.loaded.tokenizer
+        if not prompts:
+            return []
+        if tokenizer is None:
+            raise UserError("train.samples needs a tokenizer; the model has none.")
+        texts = generate(
+            self.adapted,
+            variables,
+            [tokenizer.encode_text(prompt).ids for prompt in prompts],
+            max_new_tokens=SAMPLE_TOKENS,
+            stop_ids=tokenizer.special.stop_ids,
+        )
+        return [
+            {"prompt": prompt, "text": tokenizer.decode(ids)}
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
+
+
+def open_language(settings: RunSettings, *, splits: Sequence[str]) -> Language:
+    """Builds the job; see `open_job`."""
+    if settings.data.dataset is not None:
+        raise UserError(
+            f"data.dataset {settings.data.dataset!r} has labels, for encoders; a "
+            "decoder learns from JSONL files: data.train, data.validation, data.test."
+        )
+    loaded = load_model(
+        settings.model.path,
+        is_scanned=settings.model.scan,
+        remat=settings.model.remat,
+        **dtypes(settings),
+    )
+    job = Language(
+        settings=settings,
+        loaded=loaded,
+        splits={},
+        **attach(settings, loaded, settings.lora),
+    )
+    data = {name: job._read(file) for name, file in data_files(settings.data).items()}
+    examples = {name: list(found.examples) for name, found in data.items()}
+    for name, rows in hold_out(examples, settings.data).items():
+        if name in splits:
+            cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
+            job.splits[name] = Split(rows, *cut)
+    return job
+
+
+def _split(data: TextData) -> Split:
+    return Split(list(data.examples), data.truncated, data.dropped)

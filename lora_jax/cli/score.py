@@ -1,0 +1,127 @@
+"""`lora-jax score`: log-probabilities of a file's tokens, a line in, a line out."""
+
+import argparse
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.pretrained import Pretrained, check_target, load_decoder
+from lora_jax.train.buckets import length_buckets
+from lora_jax.train.data import read_jsonl
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Scores a file.
+
+    Args:
+      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``.
+      out: where to print.
+
+    Returns:
+      How many lines and tokens, and the mean log-probability of a token.
+    """
+    target = check_target(args.out, args.data)
+    records = read_jsonl(args.data, fields={}, check=_fault)
+    model = load_decoder(args.model, args.adapter)
+    sequences = _token_ids(model, records, args.data)
+    scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    with out.progress("score", len(sequences)) as tick:
+        for done in _score(model, sequences, args.batch_size, scores):
+            tick(done, "lines")
+    lines = [
+        {"tokens": len(row) + 1, "logprobs": row.tolist(), "sum": float(row.sum())}
+        for row in scores
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
+    count = sum(len(row) for row in scores)
+    mean = sum(line["sum"] for line in lines) / max(count, 1)
+    out.say(
+        f"{len(lines):,} lines, {count:,} scored tokens, mean log-probability "
+        f"{mean:.4f} (perplexity {np.exp(-mean):.3f}), in {target} "
+        f"({size(target.stat().st_size)})"
+    )
+    return {
+        "lines": len(lines),
+        "scored_tokens": count,
+        "mean_logprob": mean,
+        "perplexity": float(np.exp(-mean)),
+        "out": str(target),
+    }
+
+
+def _fault(record: dict[str, Any]) -> str:
+    if ("text" in record) == ("input_ids" in record):
+        return f"must have 'text' or 'input_ids'; its keys are {sorted(record)}"[:200]
+    if "text" in record and not isinstance(record["text"], str):
+        return f"'text' must be str; got {record['text']!r}"[:200]
+    ids = record.get("input_ids", [0])
+    if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
+        return f"'input_ids' must be a list of integers; got {ids!r}"[:200]
+    return ""
+
+
+def _token_ids(
+    model: Pretrained, records: list[dict[str, Any]], source: str
+) -> list[list[int]]:
+    loaded, sequences, faults = model.loaded, [], []
+    config = loaded.config
+    for number, record in enumerate(records, start=1):
+        if "input_ids" in record:
+            ids = record["input_ids"]
+        elif loaded.tokenizer is None:
+            raise UserError(f"{loaded.path} has no tokenizer; {source} must hold ids.")
+        else:
+            ids = loaded.tokenizer.encode_text(record["text"]).ids
+        if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            faults.append(
+                f"{source}: example {number}: ids must be in [0, {config.vocab_size}); "
+                f"got {min(ids)} to {max(ids)}"
+            )
+        if not 1 <= len(ids) <= config.max_positions:
+            faults.append(
+                f"{source}: example {number}: must have 1 to {config.max_positions} "
+                f"tokens, the model's context; got {len(ids)}"
+            )
+        sequences.append(ids)
+    if faults:
+        raise UserError("\n  ".join(["bad token ids", *faults[:20]]))
+    return sequences
+
+
+def _score(
+    model: Pretrained,
+    sequences: list[list[int]],
+    batch_size: int,
+    scores: list[np.ndarray],
+):
+    """Fills ``scores`` batch by batch, shortest first; yields how many are done."""
+
+    @jax.jit
+    def log_probabilities(variables, ids):
+        logits: Any = model.loaded.module.apply(variables, ids)
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        return jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)[..., 0]
+
+    lengths = np.array([len(ids) for ids in sequences])
+    longest = model.loaded.config.max_positions
+    buckets = [min(b, longest) for b in length_buckets(lengths.tolist())]
+    rows = min(batch_size, len(sequences))
+    order, done = np.argsort(lengths, kind="stable"), 0
+    for start in range(0, len(order), rows):
+        members = order[start : start + rows]
+        width = next(b for b in buckets if b >= lengths[members].max())
+        ids = np.zeros((rows, width), np.int32)
+        for row, member in enumerate(members):
+            ids[row, : lengths[member]] = sequences[member]
+        found = np.asarray(log_probabilities(model.variables, ids))
+        for row, member in enumerate(members):
+            scores[member] = found[row, : lengths[member] - 1]
+        done += len(members)
+        yield done
