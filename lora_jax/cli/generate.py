@@ -11,6 +11,8 @@ from lora_jax.cli.console import Console, UserError
 from lora_jax.cli.pretrained import load_decoder
 from lora_jax.models.generate import generate
 
+DEFAULT_TOKENS = 128
+
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates.
@@ -31,6 +33,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if args.chat:
         texts = [tokenizer.render_chat([{"role": "user", "content": t}]) for t in texts]
     prompts = [tokenizer.encode_text(text).ids for text in texts]
+    room = model.loaded.config.max_positions - max(map(len, prompts))
+    limit = args.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
     streams = [tokenizer.stream() for _ in prompts]
     written = [""] * len(prompts)
     stopped = [""] * len(prompts)
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         model.loaded.module,
         model.variables,
         prompts,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=limit,
         stop_ids=tokenizer.special.stop_ids,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
                 "text": text,
                 "input_ids": ids,
                 "output_ids": new,
-                "stopped_by": _reason(stop, len(new), args.max_new_tokens),
+                "stopped_by": _reason(stop, len(new), limit),
             }
             for prompt, text, ids, new, stop in zip(
                 args.prompt, written, prompts, tokens, stopped, strict=True

@@ -251,7 +251,12 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what to continue; given several times, a batch",
     )
-    command.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    command.add_argument(
+        "--max-new-tokens",
+        type=_count,
+        metavar="N",
+        help="default: 128, or what the model's context leaves",
+    )
     command.add_argument(
         "--temperature",
         type=float,

@@ -281,7 +281,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     if key not in (fields := _fields(section)):
         return [f"{name}: unknown key. {nearest(key, fields)}"]
     hint = get_type_hints(SECTIONS[section]).get(key)
-    is_text = hint is str or (str in get_args(hint) and section != "lora")
+    is_text = hint is str or (section != "lora" and hint == str | None)
     try:
         value = text if is_text and text != "null" else parse_yaml(text, name)
     except ValueError as error:
