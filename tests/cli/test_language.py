@@ -15,23 +15,6 @@ WORDS = [
     *("[UNK]", "</s>", "<s>", "user", "assistant", ".", "?", "red", "green", "blue"),
     *("is", "the", "sky", "grass", "sea", "what"),
 ]
-    "[UNK]",
-    "</s>",
-    "<s>",
-    "user",
-    "assistant",
-    ".",
-    "?",
-    "red",
-    "green",
-    "blue",
-    "is",
-    "the",
-    "sky",
-    "grass",
-    "sea",
-    "what",
-]
 SETS = ("train", "test")
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -138,13 +121,11 @@ def test_a_chat_is_put_into_the_template(folder, call):
     _, out, _ = call("generate", "--prompt", shown, *options)
     assert json.loads(out)["results"][0]["output_ids"] == chat["output_ids"]
     sampled = ["--temperature", 2.0, "--seed"]
-    texts = {
-        call("generate", "--prompt", shown, *options, *sampled, seed)[1].split('"seco')[
-            0
-        ]
-        for seed in (1, 1, 2)
-    }
-    assert len(texts) == 2
+    texts = []
+    for seed in (1, 1, 2):
+        words = ["generate", "--prompt", shown, *options, *sampled, seed]
+        texts.append(json.loads(call(*words)[1])["results"])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
@@ -156,9 +137,8 @@ def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
         tmp_path / "in.jsonl",
         [{"input_ids": ids.tolist()}, {"text": "the sky is blue"}, {"input_ids": [3]}],
     )
-    code, _, _ = call(
-        "score", "--model", folder, "--data", data, "--out", tmp_path / "o"
-    )
+    words = ["--model", folder, "--data", data, "--out", tmp_path / "o"]
+    code, _, _ = call("score", *words)
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
     assert [row["tokens"] for row in rows] == [len(ids), 4, 1]
@@ -188,7 +168,7 @@ def test_packing_and_patience(config, tmp_path, call):
     ("words", "message"),
     [
         (
-            ["data.dataset=vader/movie", "data.train=null", "data.test=null"],
+            ["data.dataset=vader/movie", *(f"data.{s}=null" for s in SETS)],
             "has labels",
         ),
         (["lora.targets=[q_proj]"], "attention/query"),
