@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks import harness, report
 
-COMPARISONS = ("lora_vs_full",)
+COMPARISONS = ("lora_vs_full", "loading")
 
 
 def main() -> None:

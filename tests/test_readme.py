@@ -1,9 +1,16 @@
 """The README's code runs as pasted, and its tables are those of the results files."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lora_jax import load_model
+from lora_jax.cli.main import main
+from tests.tiny_decoder import make_decoder
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -22,3 +29,36 @@ def test_tables_are_those_of_the_results(page):
     assert tables
     for path, table in tables:
         assert table.strip() == (ROOT / path).read_text().strip(), path
+
+
+def test_bring_your_own_model_runs_as_written(tmp_path, monkeypatch, capsys):
+    section = PAGES[0].read_text().split("## Bring your own model")[1].split("\n## ")[0]
+    config = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)[0]
+    commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    make_decoder(tmp_path / "my-model")
+    # A model of random weights has more to learn than a pretrained one.
+    config = config.replace("epochs: 3", "epochs: 15").replace("1e-3", "3e-2")
+    (tmp_path / "my.yaml").write_text(config)
+    with (tmp_path / "my-data.jsonl").open("w") as file:
+        for thing, colour in (("sky", "blue"), ("grass", "green")) * 20:
+            asked = {"role": "user", "content": f"what is the {thing}"}
+            said = {"role": "assistant", "content": colour}
+            file.write(json.dumps({"messages": [asked, said]}) + "\n")
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        capsys.readouterr()
+        assert words[0] == "lora-jax"
+        assert main(words[1:]) == 0, command
+        if words[1] == "generate":
+            assert capsys.readouterr().out == "blue\n"
+    exported = json.loads((tmp_path / "my-adapter/adapter_config.json").read_text())
+    assert exported["peft_type"] == "LORA"
+    merged, base = load_model("my-merged"), load_model("my-model")
+    ids = np.array([[3, 15, 10, 11, 12]])
+    logits = merged.module.apply(merged.variables, ids)
+    assert not np.allclose(logits, base.module.apply(base.variables, ids), atol=0.1)
+    run = load_model("my-model", adapter="my-run")
+    adapted = run.module.apply(run.variables, ids)
+    np.testing.assert_allclose(logits, adapted, rtol=1e-4, atol=1e-4)

@@ -22,6 +22,8 @@ from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
 from lora_jax.models.family import Family
 from lora_jax.models.source import CONFIG, Source, open_source
 from lora_jax.names import FROZEN, KERNEL, PARAMS
+from lora_jax.parallel.mesh import put_array
+from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.partition import join
 
 OURS = "lora_jax"  # the key of config.json that holds what Hugging Face has no word for
@@ -105,18 +107,23 @@ def load_base(
 
     module = source.family.module(config, dtype=dtype, **options)
     expected = param_shapes(source.family, module)
+    places: Mapping[Leaf, Any] = dict.fromkeys(expected, sharding)
+    if callable(sharding):
+        shapes = {"/".join(leaf): shape for leaf, shape in expected.items()}
+        found = resolve_shardings(shapes, sharding)
+        places = {leaf: found["/".join(leaf)] for leaf in expected}
     fresh = [leaf for leaf in expected if leaf[0] in fresh_head]
     flat, unused = _read(
         source,
         {leaf: shape for leaf, shape in expected.items() if leaf not in fresh},
-        lambda leaf, array: _place(leaf, array, param_dtype, sharding),
+        lambda leaf, array: _place(array, param_dtype, places[leaf]),
     )
     for leaf in fresh:
         new = np.zeros(expected[leaf], np.float32)
         if key is not None and leaf[-1] == KERNEL:
             own_key = key if leaf[0] == HEAD else jax.random.fold_in(key, 1)
             new = 0.02 * jax.random.normal(own_key, expected[leaf], jnp.float32)
-        flat[leaf] = _place(leaf, new, param_dtype, sharding)
+        flat[leaf] = _place(new, param_dtype, places[leaf])
     return LoadedModel(
         module=module,
         variables={PARAMS: flax.traverse_util.unflatten_dict(flat)},
@@ -166,14 +173,12 @@ def _missing_head(source: Source) -> tuple[str, ...]:
     return (HEAD, *absent)
 
 
-def _place(leaf: Leaf, array: Any, dtype: Any, sharding: Sharding) -> jax.Array:
+def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
     """Puts one leaf where it belongs, in its dtype."""
     dtype = array.dtype if dtype is None else dtype
-    if callable(sharding):
-        sharding = sharding("/".join(leaf), array.shape)
     if sharding is None:
         return jnp.asarray(array, dtype)
-    return jax.device_put(array.astype(dtype), sharding)
+    return put_array(array.astype(dtype), sharding)
 
 
 def unscanned(leaf: Leaf, shape: tuple[int, ...]) -> list[Leaf]:
@@ -225,14 +230,22 @@ def _read(
         ]
     flat = {}
     for leaf, singles in wanted.items():
-        arrays = []
-        for name in singles:
-            if name in names and not (fault := _fault(array := source.read(name))):
-                arrays.append(family.from_file(leaf[-1], array))
-            elif name in names:
+        whole: Any = None
+        for i, name in enumerate(singles):
+            if name not in names:
+                continue
+            array = source.read(name)
+            if fault := _fault(array):
                 faults.append(fault.format(names[name]))
+            if faults:
+                continue
+            array = family.from_file(leaf[-1], array)
+            if leaf[0] != SCANNED:
+                whole = array
+            else:  # filled layer by layer: a list to stack would be one copy more
+                whole = np.empty(expected[leaf], array.dtype) if i == 0 else whole
+                whole[i] = array
         if not faults:
-            whole = np.stack(arrays) if leaf[0] == SCANNED else arrays[0]
             flat[leaf] = place(leaf, whole)
     if faults:
         raise ValueError(

@@ -1,42 +1,20 @@
 """A decoder through every command: trained, evaluated, scored, and talked to."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 
 from lora_jax.cli.main import main
+from tests.models.golden import GOLDEN
+from tests.tiny_decoder import WORDS, make_decoder
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
-WORDS = [
-    *("[UNK]", "</s>", "<s>", "user", "assistant", ".", "?", "red", "green", "blue"),
-    *("is", "the", "sky", "grass", "sea", "what"),
-]
 SETS = ("train", "test")
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The golden Llama, with a tokenizer of whole words and a chat template."""
-    folder = tmp_path_factory.mktemp("decoder") / "llama"
-    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("peft_*", "*.npz"))
-    words = WORDS + [f"w{i}" for i in range(43 - len(WORDS))]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+    return make_decoder(tmp_path_factory.mktemp("decoder") / "llama")
 
 
 def write(path, rows):
@@ -129,7 +107,7 @@ def test_a_chat_is_put_into_the_template(folder, call):
 
 
 def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
-    arrays = np.load(GOLDEN / "reference.npz")
+    arrays = np.load(GOLDEN / "llama" / "reference.npz")
     ids, logits = arrays["input_ids"][0], arrays["logits"][0].astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = log_p[np.arange(len(ids) - 1), ids[1:]]

