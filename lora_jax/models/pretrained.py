@@ -19,7 +19,8 @@ from lora_jax.models.load import HEAD, LoadedModel, Sharding, load_base
 from lora_jax.models.peft import put_adapter
 from lora_jax.models.source import open_source
 from lora_jax.names import FROZEN, PARAMS, TRAINABLE
-from lora_jax.nn.adapt import adapt
+from lora_jax.nn.adapt import Adapted, adapt
+from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
 
 RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
@@ -57,7 +58,8 @@ def load_model(
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the file's own.
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
-        leaf's path and shape that returns one.
+        leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
+        where the weights they adapt are: A like the input axes, B like the output axes.
       is_scanned: of a decoder: whether its blocks are one `nn.scan`.
       remat: of a decoder: what the backward pass computes again, "none" or "block".
       key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
@@ -87,18 +89,22 @@ def load_model(
         "remat": remat,
     }
     if isinstance(adapter, ForeignAdapter):
-        return _load_foreign(path, adapter, num_labels, pooling, options)
+        loaded = _load_foreign(path, adapter, num_labels, pooling, options)
+        return _placed(loaded, sharding)
     if adapter is not None:
         folder = find_adapter(adapter)
         if (foreign := read_foreign(folder)) is not None:
-            return _load_foreign(path, foreign, num_labels, pooling, options)
-        return _load_ours(path, folder, num_labels, pooling, options)
+            loaded = _load_foreign(path, foreign, num_labels, pooling, options)
+        else:
+            loaded = _load_ours(path, folder, num_labels, pooling, options)
+        return _placed(loaded, sharding)
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
     if lora is None or key is None:
         return loaded
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     variables = adapted.attach(loaded.params, key)
-    return loaded._replace(module=adapted, variables=variables)
+    loaded = loaded._replace(module=adapted, variables=variables)
+    return _placed(loaded, sharding)
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
@@ -152,6 +158,16 @@ def read_foreign(folder: Path) -> ForeignAdapter | None:
             stacklevel=3,
         )
     return found
+
+
+def _placed(loaded: LoadedModel, sharding: Sharding) -> LoadedModel:
+    """Puts adapters where the weights are that they adapt."""
+    if not callable(sharding) or not isinstance(loaded.module, Adapted):
+        return loaded
+    targets = loaded.module.targets(loaded.params)
+    return loaded._replace(
+        variables=shard_variables(loaded.variables, sharding, targets)
+    )
 
 
 def _load_foreign(

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -109,6 +109,34 @@ class Target(NamedTuple):
             m = magnitude_shape(self.kernel_shape, self.site.contraction)
             shapes[MAGNITUDE] = _stacked_at(m, self.site.scanned_m)
         return shapes
+
+    def leaf_axes(self, of_kernel: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+        """Carries a fact about each axis of ``W0`` over to the adapter's leaves.
+
+        Args:
+          of_kernel: one value for each axis of ``W0`` as the tree has it: the mesh axis
+            it is sharded over, say.
+
+        Returns:
+          By leaf, one value for each of its axes: A has those of the input axes, B and
+          m those of the output axes, all those of the batch axes. The rank, and both
+          axes that the outputs of a grouped convolution are split into, have None.
+        """
+        site, roles = self.site, self.site.contraction
+        batch, inputs, outputs = (
+            tuple(of_kernel[axis] for axis in axes)
+            for axes in (roles.batch, roles.inputs, roles.outputs)
+        )
+        if roles.groups > 1:
+            batch, outputs = (*batch, None), (None,)
+        axes = {
+            LORA_A: _stacked_at((*batch, *inputs, None), site.scanned_a),
+            LORA_B: _stacked_at((*batch, None, *outputs), site.scanned_b),
+        }
+        if self.dora:
+            stored = batch[:-1] if roles.groups > 1 else batch
+            axes[MAGNITUDE] = _stacked_at((*stored, *outputs), site.scanned_m)
+        return axes
 
     def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
         """Draws ``lora_a`` and zeroes ``lora_b``.
@@ -218,12 +246,12 @@ def select_targets(
     return chosen
 
 
-def _stacked_at(shape: Shape, axes: tuple[int, ...]) -> Shape:
-    """Moves the leading sizes of ``shape`` to ``axes``."""
-    sizes = list(shape[len(axes) :])
-    for axis, size in zip(axes, shape, strict=False):
-        sizes.insert(axis, size)
-    return tuple(sizes)
+def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Moves the leading values (an array's sizes, say) to ``axes``."""
+    stacked = list(values[len(axes) :])
+    for axis, value in zip(axes, values, strict=False):
+        stacked.insert(axis, value)
+    return tuple(stacked)
 
 
 def _target(site: Site, config: LoRAConfig) -> Target:

@@ -1,0 +1,1 @@
+"""Many devices: meshes, sharding rules, batches; on JAX's own engine."""

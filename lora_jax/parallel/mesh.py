@@ -1,0 +1,293 @@
+"""A mesh of devices, and batches spread over it.
+
+Three axes, each of which may be 1. ``data`` and ``fsdp`` both split the batch;
+``fsdp`` splits every frozen kernel too, which each layer gathers when it is used;
+``tensor`` splits the layers' outputs and, after them, their inputs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.array_types import PyTree
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = (DATA, FSDP, TENSOR)
+BATCH = (DATA, FSDP)  # the axes that split a batch
+
+
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Arranges devices by what they split.
+
+    Args:
+      data: how many groups of devices hold a copy of the model and a part of the batch.
+      fsdp: over how many devices each copy's kernels, and its part of the batch, lie.
+      tensor: over how many devices each layer's outputs lie. One of the three sizes may
+        be -1: the rest.
+      devices: what to arrange; all devices of all processes if None.
+
+    Returns:
+      A mesh of axes ``data``, ``fsdp``, ``tensor``.
+
+    Raises:
+      ValueError: if a size is neither positive nor -1, two are -1, or the product is
+        not the number of devices; names the nearest sizes that work.
+
+    Example:
+      >>> dict(make_mesh(tensor=1, devices=jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes({DATA: data, FSDP: fsdp, TENSOR: tensor}, len(devices))
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def _sizes(wanted: dict[str, int], count: int) -> tuple[int, ...]:
+    """Returns the three sizes with the -1 filled in, or raises."""
+    shown = _shown(wanted)
+    wrong = [
+        name
+        for name, size in wanted.items()
+        if isinstance(size, bool)
+        or not isinstance(size, int)
+        or (size < 1 and size != -1)
+    ]
+    open_axes = [name for name, size in wanted.items() if size == -1]
+    if wrong or len(open_axes) > 1:
+        raise ValueError(
+            "a mesh must have positive sizes, of which one may be -1 for the rest; got "
+            f"{shown}."
+        )
+    fixed = math.prod(size for size in wanted.values() if size != -1)
+    if open_axes and count % fixed == 0:
+        return tuple(count // fixed if s == -1 else s for s in wanted.values())
+    if not open_axes and fixed == count:
+        return tuple(wanted.values())
+    factors = [str(s) for s in wanted.values() if s != -1]
+    raise ValueError(
+        f"a mesh of {shown} must {'divide' if open_axes else 'take all of'} the "
+        f"{count} devices; {' x '.join(factors)} = {fixed} does not. The nearest that "
+        f"works: {_shown(_nearest_mesh(wanted, count))}."
+    )
+
+
+def _shown(sizes: dict[Any, int]) -> str:
+    return ", ".join(f"{name} = {size}" for name, size in sizes.items())
+
+
+def _nearest_mesh(wanted: dict[str, int], count: int) -> dict[str, int]:
+    """Returns sizes whose product is ``count``, changing the given ones least.
+
+    Changing ``data`` comes before changing what a model needs to fit, so it takes the
+    rest where no axis does.
+    """
+    rest = next((name for name, size in wanted.items() if size == -1), DATA)
+    best = {}
+    for name in (TENSOR, FSDP, DATA):
+        if name != rest:
+            left = count // math.prod(best.values())
+            best[name] = nearest_divisor(left, wanted[name])
+    best[rest] = count // math.prod(best.values())
+    return {name: best[name] for name in AXES}
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Returns the divisor of ``number`` nearest to ``wanted``, the smaller of two.
+
+    Example:
+      >>> nearest_divisor(12, 5)
+      4
+    """
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def whole_over_batch(sharding: NamedSharding) -> NamedSharding:
+    """Returns a sharding without the axes that split the batch.
+
+    Args:
+      sharding: of a leaf.
+
+    Returns:
+      Where the leaf is cut over ``tensor``, say, and whole over ``data`` and ``fsdp``.
+    """
+
+    def kept(entry: Any) -> Any:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in names if name not in BATCH) or None
+
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(kept, sharding.spec)))
+
+
+def process_rows(rows: int, mesh: Mesh) -> slice:
+    """Says which rows of a global batch this process has to read.
+
+    Args:
+      rows: of the global batch.
+      mesh: over which the batch is spread.
+
+    Returns:
+      The rows of this process's devices; all of them where every row is on one of them.
+
+    Raises:
+      ValueError: if the rows don't divide over the mesh, or those of this process
+        don't follow each other.
+    """
+    check_rows({"batch": rows}, mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    spans = {index[0].indices(rows)[:2] for index in indices.values() if index}
+    start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
+    if sum(b - a for a, b in spans) != stop - start:
+        raise ValueError(
+            f"the rows of a process must follow each other; got {sorted(spans)} in a "
+            f"mesh of {_shown(dict(mesh.shape))}. Give every process the whole batch: "
+            "shard_batch(batch, mesh)."
+        )
+    return slice(start, stop)
+
+
+def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
+    """Spreads the rows of a batch over the devices of a mesh.
+
+    Args:
+      batch: leaves ``[b, ...]`` on the host. The same whole batch on every process, as
+        a batch that follows from the step's number is; each process takes its rows.
+      mesh: from `make_mesh`.
+      is_local: whether ``batch`` is this process's part alone, the rows that
+        `process_rows` names.
+
+    Returns:
+      The global batch, each device with its rows.
+
+    Raises:
+      ValueError: if the rows don't divide by ``data * fsdp``; names the leaves and the
+        nearest number of rows that does.
+
+    Example:
+      >>> mesh = make_mesh(devices=jax.devices()[:1])
+      >>> shard_batch({"x": np.ones((4, 2))}, mesh)["x"].sharding.spec
+      PartitionSpec(('data', 'fsdp'),)
+    """
+    sharding = batch_sharding(mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    parts = _process_parts(sharding) if is_local else 1
+    rows = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "batch": (
+            np.shape(leaf)[0] * parts if np.ndim(leaf) else 0
+        )
+        for path, leaf in leaves
+    }
+    check_rows(rows, mesh)
+
+    def put(leaf: Any) -> jax.Array:
+        if is_local:
+            shape = (len(leaf) * parts, *np.shape(leaf)[1:])
+            return jax.make_array_from_process_local_data(sharding, leaf, shape)
+        return put_array(leaf, sharding)
+
+    return jax.tree.map(put, batch)
+
+
+def check_rows(rows: dict[str, int], mesh: Mesh) -> None:
+    """Raises unless every number of rows divides over the mesh's batch axes.
+
+    Args:
+      rows: of each leaf of a batch, by name.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: naming the leaves and the nearest numbers that divide.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    wrong = {name: n for name, n in rows.items() if n < 1 or n % parts}
+    if wrong:
+        low = max(wrong.values()) // parts * parts
+        nearest = f"{low} or {low + parts}" if low else f"{parts}"
+        raise ValueError(
+            f"the rows of a batch must divide by data x fsdp = {mesh.shape[DATA]} x "
+            f"{mesh.shape[FSDP]} = {parts}; got "
+            f"{', '.join(f'{name} {n}' for name, n in wrong.items())}. Take {nearest}."
+        )
+
+
+def put_array(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array that every process holds onto the devices of all processes.
+
+    Nothing is sent between processes: each cuts out what its own devices need.
+
+    Args:
+      value: the same on every process; or spread over the devices already.
+      sharding: where it goes.
+
+    Returns:
+      The array, committed to ``sharding``.
+    """
+    is_global = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if is_global or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
+        data = put_array(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    host = np.array(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """Returns the mesh of several devices that leaves of a tree lie on, or None.
+
+    Args:
+      tree: of arrays, or of shapes with shardings.
+
+    Returns:
+      The first mesh found.
+    """
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh  # pyright: ignore[reportReturnType] - no AbstractMesh
+    return None
+
+
+def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts what is not on a mesh yet onto all of its devices, whole.
+
+    Args:
+      tree: of arrays.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The tree; leaves that are on the mesh as they were.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> jax.Array:
+        sharding = getattr(leaf, "sharding", None)
+        is_there = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        return leaf if is_there else put_array(leaf, everywhere)
+
+    return jax.tree.map(put, tree)
+
+
+def _process_parts(sharding: NamedSharding) -> int:
+    """Returns into how many parts the processes cut a batch."""
+    parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH)
+    mine = process_rows(parts, sharding.mesh)  # pyright: ignore[reportArgumentType] - no AbstractMesh
+    return parts // (mine.stop - mine.start)

@@ -1,0 +1,333 @@
+"""Which axis of a weight lies on which axis of the mesh.
+
+A rule is a pattern of paths and a `jax.sharding.PartitionSpec`; the first that matches
+counts. `RULES` covers every model of this library: layers that fan out (query, up,
+...) are cut by their outputs over ``tensor``, the layers after them by their inputs, so
+that two matmuls need one sum over devices; the other axis of each lies on ``fsdp``.
+
+Adapters have no rules. A is cut like W0's input axes and B like its output axes, as the
+layer's `Contraction` has them; the rank never is.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import LORA
+from lora_jax.ops.contraction import Shape
+from lora_jax.parallel.mesh import FSDP, TENSOR, put_array
+from lora_jax.tree.paths import flatten, nearest, unflatten
+from lora_jax.tree.targets import Target, child
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+ShardingOf = Callable[[str, Shape], Sharding]
+
+SCANNED = "layers"  # the decoder's module whose leaves have a leading axis of layers
+
+RULES: Rules = (
+    ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
+    ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
+    ("(output|down|gated_down)/bias", PartitionSpec()),
+    ("(embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
+    ("(positions|position|token_type)/embedding", PartitionSpec()),
+    ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
+    ("(head|pooler)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(head|pooler)/bias", PartitionSpec(TENSOR)),
+    ("classifier/(kernel|bias)", PartitionSpec()),
+    (r"[^/]*norm/(scale|bias)", PartitionSpec()),
+    ("(attention|mlp)_scale", PartitionSpec()),
+)
+
+
+class WeightSharding:
+    """Says where base weights go: a function ``(path, shape) -> NamedSharding``.
+
+    Made by `make_sharding`.
+
+    Attributes:
+      mesh: the devices.
+      rules: the user's, tried before `RULES`.
+      uneven: "error" or "replicate".
+    """
+
+    def __init__(self, mesh: Mesh, rules: Rules, uneven: str) -> None:
+        self.mesh, self.rules, self.uneven = mesh, tuple(rules), uneven
+
+    def __call__(self, path: str, shape: Shape) -> NamedSharding:
+        """Returns a leaf's sharding; ValueError where there is none."""
+        rules = (*self.rules, *RULES)
+        spec = next((s for pattern, s in rules if is_match(pattern, path)), None)
+        if spec is None:
+            raise ValueError(
+                f"{path} {shape}: no rule covers it; add "
+                f"({path.rpartition('/')[2]!r}, PartitionSpec()) to replicate it"
+            )
+        if len(spec) > len(shape):
+            raise ValueError(
+                f"{path} {shape}: its rule {spec} has {len(spec) - len(shape)} more "
+                "axes than it"
+            )
+        is_stacked = path.startswith(f"{SCANNED}/") and len(spec) < len(shape)
+        entries = (*(None,) * is_stacked, *spec)
+        entries = (*entries, *(None,) * (len(shape) - len(entries)))
+        spec = fit_spec(path, shape, entries, self.mesh, self.uneven)
+        return NamedSharding(self.mesh, spec)
+
+
+def make_sharding(
+    mesh: Mesh,
+    rules: Rules = (),
+    *,
+    uneven: Literal["error", "replicate"] = "error",
+) -> WeightSharding:
+    """Makes the function that says where a base weight goes.
+
+    What `load_model` takes as ``sharding`` (each tensor is then read straight into its
+    shards), and `shard_variables`. It raises ValueError for a leaf that no rule covers,
+    whose rule has too many axes, or whose axes don't divide.
+
+    Args:
+      mesh: from `make_mesh`.
+      rules: tried before `RULES`: ``(pattern, spec)``, where the pattern, a regex, is
+        the end of a leaf's path, from a ``/`` on (``"mlp/up/kernel"``), and the spec
+        names a mesh axis for each axis of the leaf. Of layers that are scanned it
+        describes one, and their leading axis is whole, unless it names every axis.
+      uneven: what to do where the mesh doesn't divide an axis: raise, or leave that
+        axis whole on every device.
+
+    Returns:
+      ``(path, shape) -> NamedSharding``.
+
+    Raises:
+      ValueError: if a rule names an axis that the mesh has not, or ``uneven`` is
+        unknown.
+
+    Example:
+      >>> import jax
+      >>> from lora_jax.parallel.mesh import make_mesh
+      >>> sharding = make_sharding(make_mesh(devices=jax.devices()[:1]))
+      >>> sharding("layers/mlp/up/kernel", (2, 8, 16)).spec
+      PartitionSpec(None, 'fsdp', 'tensor')
+    """
+    if uneven not in ("error", "replicate"):
+        raise ValueError(f"uneven must be 'error' or 'replicate'; got {uneven!r}.")
+    unknown = {
+        f"{pattern!r} names {axis!r}"
+        for pattern, spec in rules
+        for axis in _mesh_axes(spec)
+        if axis not in mesh.shape
+    }
+    if unknown:
+        raise ValueError(
+            f"rules must name axes of the mesh, {', '.join(mesh.shape)}; got "
+            f"{'; '.join(sorted(unknown))}."
+        )
+    return WeightSharding(mesh, rules, uneven)
+
+
+def partitioned_rules(params: Mapping[str, Any]) -> Rules:
+    """Returns rules for a model that says itself how it is cut.
+
+    Args:
+      params: as ``model.init`` makes them with ``nn.with_partitioning``: boxed in
+        `flax.linen.Partitioned`, whose names are axes of the mesh.
+
+    Returns:
+      A rule a leaf, for `make_sharding`; leaves without a box are replicated.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> init = nn.with_partitioning(nn.initializers.ones, ("fsdp", "tensor"))
+      >>> params = nn.Dense(4, kernel_init=init).init(jax.random.key(0), jnp.ones(3))
+      >>> partitioned_rules(params["params"])[0]
+      ('kernel', PartitionSpec('fsdp', 'tensor'))
+    """
+    specs = flatten(nn.get_partition_spec(params))
+    # The longest first: "dense/kernel" is the end of "block/dense/kernel" too.
+    paths = sorted(specs, key=len, reverse=True)
+    return [(re.escape(path), specs[path] or PartitionSpec()) for path in paths]
+
+
+def is_match(pattern: str, path: str) -> bool:
+    """Whether a pattern is a path or the end of one, from a ``/`` on."""
+    return re.fullmatch(f"(.*/)?({pattern})", path) is not None
+
+
+def fit_spec(
+    path: str, shape: Shape, entries: Sequence[Any], mesh: Mesh, uneven: str
+) -> PartitionSpec:
+    """Returns a spec whose mesh axes divide the axes of a leaf.
+
+    Args:
+      path: of the leaf, for the error.
+      shape: of the leaf.
+      entries: of the spec, one an axis.
+      mesh: from `make_mesh`.
+      uneven: "error" or "replicate".
+
+    Returns:
+      The spec, without the entries that don't divide where ``uneven`` allows that.
+
+    Raises:
+      ValueError: naming each axis that doesn't divide, and what would divide it.
+    """
+    fitted, faults = [], []
+    for axis, (size, entry) in enumerate(zip(shape, entries, strict=True)):
+        names = _mesh_axes([entry])
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        if size % parts == 0:
+            fitted.append(entry)
+            continue
+        fitted.append(None)
+        below = max(d for d in range(1, min(parts, size) + 1) if size % d == 0)
+        above = next((d for d in range(parts, size + 1) if size % d == 0), None)
+        faults.append(
+            f"axis {axis}, {size}, must divide by {' x '.join(names)} = {parts}; "
+            f"{below}{f' or {above}' if above else ''} would"
+        )
+    if faults and uneven == "error":
+        raise ValueError(f"{path} {shape}: {'; '.join(faults)}")
+    return PartitionSpec(*fitted)
+
+
+def resolve_shardings(
+    shapes: Mapping[str, Shape], sharding: ShardingOf
+) -> dict[str, Sharding]:
+    """Asks where every leaf goes, before any is put there.
+
+    Args:
+      shapes: of the leaves, by path.
+      sharding: from `make_sharding`, or any function of path and shape.
+
+    Returns:
+      A sharding a leaf.
+
+    Raises:
+      ValueError: with the faults of all leaves, or of rules that match none.
+    """
+    found, faults = {}, []
+    if isinstance(sharding, WeightSharding):
+        check_patterns(sharding.rules, shapes)
+    for path, shape in shapes.items():
+        try:
+            found[path] = sharding(path, tuple(shape))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(
+            f"{len(faults)} of {len(shapes)} weights can't be sharded:\n  "
+            + "\n  ".join(faults)
+            + "\nChange the mesh, give rules of your own, or pass uneven='replicate'."
+        )
+    return found
+
+
+def check_patterns(rules: Rules, paths: Iterable[str]) -> None:
+    """Raises if a rule of the user's matches no weight.
+
+    Args:
+      rules: of the user.
+      paths: of all leaves of the base.
+
+    Raises:
+      ValueError: naming each such rule and the path nearest to it.
+    """
+    paths = list(paths)
+    faults = [
+        f"{pattern!r} matches 0 of {len(paths)} weights. Did you mean: "
+        f"{nearest(pattern, paths)}?"
+        for pattern, _ in rules
+        if not any(is_match(pattern, path) for path in paths)
+    ]
+    if faults:
+        raise ValueError(f"rules: {' '.join(faults)}")
+
+
+def shard_variables(
+    variables: Mapping[str, PyTree],
+    sharding: ShardingOf,
+    targets: Sequence[Target] = (),
+) -> dict[str, PyTree]:
+    """Puts variables on a mesh: each adapter with the weight that it adapts.
+
+    Leaves that are where they belong already are not moved. `TrainState.create` then
+    gives the optimizer's state the shardings of what it belongs to, and the training
+    step keeps them.
+
+    Args:
+      variables: ``{"params": ...}``, or ``{"frozen": ..., "lora": ..., ...}`` as
+        `Adapted.attach` returns them; the same on every process.
+      sharding: from `make_sharding`.
+      targets: the adapted layers, from `Adapted.targets`.
+
+    Returns:
+      The same collections of committed arrays.
+
+    Raises:
+      ValueError: naming every weight that can't be sharded and every adapter leaf that
+        no target has.
+    """
+    base = {
+        (name, path): leaf
+        for name, tree in variables.items()
+        if name != LORA
+        for path, leaf in flatten(tree).items()
+    }
+    shapes = {path: leaf.shape for (_, path), leaf in base.items()}
+    placed = resolve_shardings(shapes, sharding)
+    adapters = flatten(variables.get(LORA, {}))
+    where = adapter_shardings(placed, targets)
+    if stray := sorted(set(adapters) - set(where)):
+        raise ValueError(
+            f"targets must hold every adapter; {', '.join(stray)} have none. Pass "
+            "`adapted.targets(params)`."
+        )
+    flat: dict[str, dict[str, Any]] = {name: {} for name in variables}
+    for (name, path), leaf in base.items():
+        flat[name][path] = put_array(leaf, placed[path])
+    for path, leaf in adapters.items():
+        flat[LORA][path] = put_array(leaf, where[path])
+    return {name: unflatten(leaves) for name, leaves in flat.items()}
+
+
+def adapter_shardings(
+    base: Mapping[str, Sharding], targets: Sequence[Target]
+) -> dict[str, Sharding]:
+    """Returns where adapters go: A like W0's inputs, B and m like its outputs.
+
+    Args:
+      base: where each weight goes, by path; where a sharding has no named axes (that of
+        one device), its adapter goes there too.
+      targets: the adapted layers.
+
+    Returns:
+      A sharding for each leaf of the adapters, by path.
+    """
+    found = {}
+    for target in targets:
+        kernel = base[target.weight_path]
+        spec = kernel.spec if isinstance(kernel, NamedSharding) else ()
+        whole = (None,) * (len(target.kernel_shape) - len(spec))
+        for name, axes in target.leaf_axes((*spec, *whole)).items():
+            found[child(target.path, name)] = (
+                NamedSharding(kernel.mesh, PartitionSpec(*axes))
+                if isinstance(kernel, NamedSharding)
+                else kernel
+            )
+    return found
+
+
+def _mesh_axes(entries: Iterable[Any]) -> list[str]:
+    """Returns the names of mesh axes in a spec's entries."""
+    names: list[str] = []
+    for entry in entries:
+        if entry is not None:
+            names += [entry] if isinstance(entry, str) else list(entry)
+    return names
