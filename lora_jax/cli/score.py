@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.cli.console import Console, UserError, size
 from lora_jax.cli.pretrained import Pretrained, check_target, load_decoder
 from lora_jax.train.buckets import length_buckets
+from lora_jax.train.causal_lm import LOGITS_AT_ONCE
 from lora_jax.train.data import read_jsonl
 
 
@@ -103,15 +103,27 @@ def _score(
 ):
     """Fills ``scores`` batch by batch, shortest first; yields how many are done."""
 
+    apply, config = model.loaded.module.apply, model.loaded.config
+    chunk = max(1, LOGITS_AT_ONCE // config.vocab_size)
+
     @jax.jit
     def log_probabilities(variables, ids):
-        logits: Any = model.loaded.module.apply(variables, ids)
-        log_p = jax.nn.log_softmax(logits[:, :-1])
-        return jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)[..., 0]
+        hidden: Any = apply(variables, ids, method="hidden")
+        hidden = hidden[:, :-1]
+        labels = ids[:, 1:]
+        count = labels.size
+
+        def of_token(pair):  # `chunk` of them at once: [b, t, v] never exists
+            h, label = pair
+            logits: Any = apply(variables, h[None, None], method="logits")
+            return jax.nn.log_softmax(logits[0, 0])[label]
+
+        tokens = (hidden.reshape(count, -1), labels.reshape(count))
+        found = jax.lax.map(of_token, tokens, batch_size=chunk)
+        return found.reshape(labels.shape)
 
     lengths = np.array([len(ids) for ids in sequences])
-    longest = model.loaded.config.max_positions
-    buckets = [min(b, longest) for b in length_buckets(lengths.tolist())]
+    buckets = [min(b, config.max_positions) for b in length_buckets(lengths.tolist())]
     rows = min(batch_size, len(sequences))
     order, done = np.argsort(lengths, kind="stable"), 0
     for start in range(0, len(order), rows):
