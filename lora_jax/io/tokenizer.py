@@ -6,6 +6,7 @@ them (all-MiniLM-L6-v2's pads every text to 128); both are switched off here: tr
 is asked for and counted, padding is batching's.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Any, NamedTuple
 from lora_jax.io.chat import ChatTemplate, Message
 from lora_jax.io.gguf import SUFFIX, GGUFReader
 from lora_jax.io.gguf_tokenizer import build_tokenizer
-from lora_jax.io.special import Special, read_special
+from lora_jax.io.special import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    Special,
+    read_special,
+)
 
 FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
@@ -215,6 +221,33 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of ids, without special tokens unless they are asked for."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer into a model folder, as transformers reads it.
+
+        Args:
+          directory: gets ``tokenizer.json``, ``tokenizer_config.json`` (special tokens,
+            chat template) and ``generation_config.json`` (where generation stops).
+        """
+        directory = Path(directory)
+        self._tokenizer.save(str(directory / FILE))
+        special = self.special
+        named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
+        settings: dict[str, Any] = {
+            f"{name}_token": self._tokenizer.id_to_token(token)
+            for name, token in named.items()
+            if token is not None
+        }
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if special.chat_template is not None:
+            settings["chat_template"] = special.chat_template
+        stops = {"eos_token_id": list(special.stop_ids)}
+        for file, values in (
+            (TOKENIZER_CONFIG, settings),
+            (GENERATION_CONFIG, stops),
+        ):
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (directory / file).write_text(text, encoding="utf-8")
 
     def stream(self) -> "TextStream":
         """Returns a decoder for ids that come one by one."""

@@ -17,6 +17,7 @@ import flax.traverse_util
 import numpy as np
 
 from lora_jax.io.safetensors import SINGLE, write_tensors
+from lora_jax.io.tokenizer import load_tokenizer
 from lora_jax.models.load import HEAD, OURS, unscanned
 from lora_jax.models.source import CONFIG, open_source
 from lora_jax.names import KERNEL
@@ -115,6 +116,8 @@ def save_model(
     write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
+    if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
+        tokenizer.save(directory)  # a GGUF file holds it
     for name in OTHER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
+from tests.io.test_gguf import V, write
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 
@@ -87,3 +88,34 @@ def test_the_source_folder_is_never_overwritten(tmp_path):
     loaded = load_model(source)
     with pytest.raises(ValueError, match=r"another folder than the source"):
         save_model(source, loaded.params, source)
+
+
+def test_a_gguf_file_becomes_a_folder_tokenizer_and_template_included(tmp_path):
+    vocabulary = [*"abc", "</s>"] + [f"w{i}" for i in range(V - 4)]
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(vocabulary)
+        writer.add_token_merges(["a b"])
+        writer.add_token_types([1, 1, 1, 3] + [1] * (V - 4))
+        writer.add_eos_token_id(3)
+        writer.add_chat_template("{{ messages[0].content }}")
+
+    vocabulary[4] = "ab"
+    source = write(tmp_path / "m.gguf", add=add)
+    loaded = load_model(source)
+    save_model(tmp_path / "out", loaded.params, source)
+    again = load_model(tmp_path / "out")
+    assert again.config == loaded.config
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: bool((x == y).all()), loaded.params, again.params)
+    )
+    texts = ["abcab", "cab", "c"]
+    assert again.tokenizer.special == loaded.tokenizer.special
+    assert [again.tokenizer.encode_text(text).ids for text in texts] == [
+        loaded.tokenizer.encode_text(text).ids for text in texts
+    ]
+    assert again.tokenizer.encode_text("ab").ids == [4]
+    said = [{"role": "user", "content": "cab"}]
+    assert again.tokenizer.render_chat(said) == "cab"
