@@ -149,3 +149,23 @@ def test_every_integer_array_is_named():
     message = r"x, kernel must be floating-point; got x int32, kernel int32\. Convert"
     with pytest.raises(TypeError, match=message):
         check_floating(x=ints, kernel=ints, lora_a=jnp.ones(2), bias=None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 20), (20, 2), (17, 17)])
+def test_batched_gradients_are_right_with_and_without_the_barrier(rows, columns, dtype):
+    """Below 16 rows or columns there is none; 17 have it."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (4, rows, columns), dtype)
+    a = jax.random.normal(keys[1], (4, columns, 2))
+
+    def loss(product):
+        return lambda a: jnp.sum(jnp.sin(product(x, a)).astype(jnp.float32))
+
+    ours = loss(lambda x, a: factor_product("eti,eiR->etR", 0.0, None, x, a))
+    plain = loss(lambda x, a: jnp.einsum("eti,eir->etr", x, a.astype(x.dtype)))
+    tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+    got, wanted = (jax.jit(jax.grad(f))(a) for f in (ours, plain))
+    assert got.dtype == jnp.float32
+    scale = jnp.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * scale)
