@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks import harness, report
 
-COMPARISONS = ("lora_vs_full", "loading")
+COMPARISONS = ("lora_vs_full", "contenders", "loading")
 
 
 def main() -> None:

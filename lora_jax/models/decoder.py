@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.block import Block, Hidden, Place, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.nn.layers import register_layer
 from lora_jax.ops.rope import rope_angles
 
 TokenIds = Int[Array, "b t"]
@@ -44,6 +45,16 @@ class Cache(NamedTuple):
 
     keys: Any
     values: Any
+
+
+class Head(nn.Dense):
+    """The output head: ``"all-linear"`` leaves it out, a target that names it doesn't.
+
+    As in PEFT; an adapter there would have the loss form every token's logits.
+    """
+
+
+register_layer(Head, "...i,io->...o", kind="head")
 
 
 class Decoder(nn.Module):
@@ -196,7 +207,7 @@ class Decoder(nn.Module):
             self.layer = [block(cfg, self.dtype) for _ in range(cfg.num_layers)]
         self.final_norm = make_norm(cfg, self.dtype, None)
         if not cfg.is_tied:
-            self.head = nn.Dense(cfg.vocab_size, use_bias=False, dtype=self.dtype)
+            self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
     def _embed(self, input_ids, positions, segment_ids) -> tuple[Hidden, Place]:
         """Looks the tokens up and says where they stand."""

@@ -99,6 +99,7 @@ def register_layer(
     equation: str | Callable[..., str],
     *,
     weight: str = KERNEL,
+    kind: str = "einsum",
 ) -> None:
     """Teaches LoRA a layer of your own: any module that is an einsum with a kernel.
 
@@ -107,6 +108,8 @@ def register_layer(
       equation: of its ``__call__``, ``"...i,io->...o"``, or a function
         ``(module, x, *args) -> equation``.
       weight: name of the kernel parameter.
+      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; a layer
+        of a kind of its own has to be named.
 
     Raises:
       TypeError: if ``module_type`` is not a Linen module class.
@@ -124,7 +127,7 @@ def register_layer(
             f"module_type must be a Linen module class; got {module_type!r}."
         )
     as_function = equation if callable(equation) else lambda *_: equation
-    _LAYERS[module_type] = einsum_layer("einsum", as_function, weight)
+    _LAYERS[module_type] = einsum_layer(kind, as_function, weight)
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -109,3 +109,14 @@ def test_the_soft_cap_bounds_the_logits_value_and_gradient():
         strict=True,
     ):
         np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
+
+
+def test_all_linear_leaves_the_output_head_out_and_its_name_takes_it_in():
+    def targets(**options):
+        lora = LoRAConfig(rank=2, **options)
+        model = load_model(GOLDEN / "llama", lora=lora, key=jax.random.key(0))
+        return [t.path for t in model.module.targets(model.params)]
+
+    assert len(targets()) == 14
+    assert "head" not in targets()
+    assert targets(targets=["head"]) == ["head"]
