@@ -234,7 +234,7 @@ def _peft(ids: np.ndarray) -> Contender:
         tx.zero_grad(set_to_none=True)
         loss.backward()
         tx.step()
-        return float(loss)
+        return loss.item()
 
     start = time.perf_counter()
     run()
