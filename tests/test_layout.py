@@ -19,7 +19,7 @@ LEVELS = (
     {"names", "array_types", "config"},
     {"ops"},
     {"nn", "tree"},
-    {"train", "models", "io", "parallel"},
+    {"train", "models", "io", "parallel", "plan"},
     {"cli"},
 )
 OPTIONAL = (

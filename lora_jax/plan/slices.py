@@ -1,0 +1,137 @@
+"""TPU slices, as devices to compile for without having one.
+
+``libtpu`` describes a slice and compiles for it ahead of time, on any machine.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One kind of TPU.
+
+    Attributes:
+      memory: bytes of a chip's HBM; the compiler leaves a little less of it.
+      slices: the topologies that are rented, from the smallest.
+
+    References:
+      https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e: "HBM2 capacity" of a
+      chip, and the topologies.
+    """
+
+    memory: int
+    slices: tuple[str, ...]
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+CHIPS = {
+    "v5e": Chip(16 * GIB, _FLAT),
+    "v5p": Chip(95 * GIB, _DEEP),
+    "v6e": Chip(32 * GIB, _FLAT),
+}
+
+
+def check_topology(name: str) -> Chip:
+    """Returns the kind of chip of a slice.
+
+    Args:
+      name: chip and shape, ``"v5e:4x4"``.
+
+    Returns:
+      The chip.
+
+    Raises:
+      ValueError: if there is no such slice; names the nearest that there are.
+
+    Example:
+      >>> check_topology("v5e:4x4").memory // GIB, chips_of("v5e:4x4")
+      (16, 16)
+    """
+    kind, _, shape = name.partition(":")
+    if kind in CHIPS and shape in CHIPS[kind].slices:
+        return CHIPS[kind]
+    if kind in CHIPS:
+        near = _nearest_shapes(shape, CHIPS[kind].slices)
+        raise ValueError(
+            f"topology {name!r} does not exist: {kind} has no slice {shape!r}. The "
+            f"nearest are {', '.join(f'{kind}:{s}' for s in near)}; all are "
+            f"{', '.join(CHIPS[kind].slices)}."
+        )
+    having = [k for k, chip in CHIPS.items() if shape in chip.slices] or list(CHIPS)
+    near = difflib.get_close_matches(kind, having, n=1, cutoff=0.0)[0]
+    example = shape if shape in CHIPS[near].slices else CHIPS[near].slices[2]
+    raise ValueError(
+        f"topology {name!r} must be a chip ({', '.join(CHIPS)}) and a shape, like "
+        f"'{near}:{example}'; there is no chip {kind!r} here."
+    )
+
+
+def chips_of(name: str) -> int:
+    """Returns the number of chips of a slice: the product of its shape."""
+    return math.prod(int(side) for side in name.partition(":")[2].split("x"))
+
+
+def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
+    """Returns two shapes with a number of chips near to that of ``shape``."""
+    sides = shape.split("x")
+    if not all(side.isdecimal() and int(side) for side in sides):
+        return list(known[:2])
+    wanted = math.prod(map(int, sides))
+    near = sorted(known, key=lambda s: abs(math.log(chips_of(f":{s}") / wanted)))
+    return sorted(near[:2], key=lambda s: chips_of(f":{s}"))
+
+
+def open_slice(name: str) -> list[jax.Device]:
+    """Returns the devices of a slice: to compile for, not to compute on.
+
+    Args:
+      name: as for `check_topology`.
+
+    Returns:
+      One device a chip.
+
+    Raises:
+      ValueError: if there is no such slice.
+      ModuleNotFoundError: if ``libtpu`` is not installed.
+    """
+    check_topology(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            'to compile for a TPU, libtpu is needed: pip install "lora_jax[tpu-plan]".',
+            name="libtpu",
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks the network, and waits
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    if jax.config.jax_platforms is None:  # else JAX looks for the TPU itself
+        jax.config.update("jax_platforms", "cpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    if len(devices) != chips_of(name):
+        raise ValueError(
+            f"topology {name!r} must have {chips_of(name)} devices; libtpu gives "
+            f"{len(devices)}."
+        )
+    return list(devices)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Keeps programs out of JAX's cache: those for absent devices can't be loaded."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

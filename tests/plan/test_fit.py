@@ -1,0 +1,65 @@
+"""What fits, found with few compilations: here the plans are made by hand."""
+
+import pytest
+
+from lora_jax.plan.fit import largest_batch, smallest_slice
+from lora_jax.plan.flops import StepFlops
+from lora_jax.plan.step import StepPlan
+
+
+def made(batch, total, limit=100):
+    return StepPlan(
+        devices=1,
+        batch=batch,
+        tokens=8,
+        remat="block",
+        base=0,
+        trained=0,
+        optimizer=0,
+        other=0,
+        temporaries=total,
+        limit=limit,
+        fits=total <= limit,
+        flops=StepFlops(2.0, 3.0),
+        compile_seconds=1.0,
+    )
+
+
+def test_a_line_needs_three_compilations():
+    asked = []
+
+    def price(rows):
+        asked.append(rows)
+        return made(rows, 10 + 3 * rows // 2)
+
+    assert largest_batch(price, 2).batch == 60
+    assert asked == [2, 4, 60]
+
+
+def test_the_answer_fits_where_memory_bends_upwards():
+    asked = []
+
+    def price(rows):
+        asked.append(rows)
+        return made(rows, 10 + rows + rows * rows // 20)
+
+    found = largest_batch(price, 1)
+    assert found.fits
+    assert 25 <= found.batch <= 33  # 33 is the largest that fits
+    assert len(asked) <= 5
+
+
+@pytest.mark.parametrize(("each", "batch"), [(101, None), (60, 1), (50, 2)])
+def test_small_answers_need_no_line(each, batch):
+    found = largest_batch(lambda rows: made(rows, each * rows), 1)
+    assert (found and found.batch) == batch
+
+
+def test_the_smallest_slice_is_the_first_that_fits():
+    sizes = {"2x2": 200, "2x4": 120, "4x4": 80, "4x8": 60}
+    name, tried = smallest_slice(lambda name: made(1, sizes[name]), sizes)
+    assert name == "4x4"
+    assert list(tried) == ["2x2", "2x4", "4x4"]
+    name, tried = smallest_slice(lambda name: made(1, 101), sizes)
+    assert name is None
+    assert len(tried) == 4

@@ -1,0 +1,106 @@
+"""The price of a step, on this machine's one device."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.config import LoRAConfig
+from lora_jax.models.decoder import Decoder
+from lora_jax.names import FROZEN, PARAMS
+from lora_jax.nn.adapt import adapt
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.plan.flops import step_flops
+from lora_jax.plan.step import (
+    Workload,
+    device_bytes,
+    fitting_remat,
+    parse_too_large,
+    plan_step,
+)
+from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import make_train_step
+from tests.plan.test_slices import TINY
+
+LORA = LoRAConfig(rank=4, alpha=8)
+WORK = Workload(TINY, LORA, tokens=32, dtype=jnp.float32, param_dtype=jnp.float32)
+BIG = 2**40
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def plan(mesh):
+    return plan_step(WORK, mesh, 2, limit=BIG)
+
+
+def test_the_plan_holds_the_bytes_of_a_real_state(plan):
+    decoder = Decoder(TINY, is_scanned=True, remat="block")
+    ids = jnp.zeros((2, 32), jnp.int32)
+    adapted = adapt(decoder, LORA)
+    params = decoder.init(jax.random.key(0), ids)[PARAMS]
+    variables = adapted.attach(params, jax.random.key(1))
+    tx = lora_optimizer(1e-4, total_steps=1000)
+    state = TrainState.create(variables, tx, jax.random.key(2))
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert plan.base == size(state.frozen[FROZEN])
+    assert plan.trained == size(state.trainable)
+    assert plan.optimizer == size(state.opt_state)
+    batch = {"input_ids": ids, "labels": ids, "weights": jnp.ones((2, 32))}
+    step = make_train_step(make_lm_loss(adapted, is_tied=False), tx)
+    memory = step.lower(state, batch).compile().memory_analysis()
+    assert plan.temporaries == memory.temp_size_in_bytes
+    assert plan.fits
+    assert plan.total < BIG
+
+
+def test_a_step_without_the_memory_does_not_fit(plan, mesh):
+    assert not plan_step(WORK, mesh, 2, limit=plan.total - 1).fits
+    alone = plan_step(WORK, mesh, 2, limit=plan.base)
+    assert not alone.fits
+    assert alone.temporaries is None
+    assert alone.compile_seconds == 0
+    assert fitting_remat([alone, plan]) == "block"
+    assert fitting_remat([alone]) is None
+
+
+def test_the_formula_is_xlas_count_of_an_unrolled_step():
+    decoder = Decoder(TINY)
+    adapted = adapt(decoder, LORA)
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), ids)[PARAMS]
+    variables = jax.eval_shape(adapted.attach, params, jax.random.key(0))
+    tx = lora_optimizer(1e-4, total_steps=9)
+    state = jax.eval_shape(
+        lambda v, k: TrainState.create(v, tx, k), variables, jax.random.key(0)
+    )
+    batch = {"input_ids": ids, "labels": ids, "weights": ids}
+    step = make_train_step(make_lm_loss(adapted, is_tied=False), tx)
+    cost = step.lower(state, batch).compile().cost_analysis()["flops"]
+    found = step_flops(TINY, params, adapted.targets(params), 2, 32, "none")
+    assert found.lora == pytest.approx(cost, rel=0.1)
+    assert 0.2 < found.saved < 1 / 3
+
+
+def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(mesh):
+    with pytest.raises(ValueError, match="must divide by data x fsdp"):
+        plan_step(WORK, mesh, 0, limit=BIG)
+    assert parse_too_large("something else") is None
+    message = (
+        "the total memory required for HLO temporaries (27.01G) exceeds available HBM "
+        "(15.75G)."
+    )
+    assert parse_too_large(message) == (round(27.01 * 2**30), round(15.75 * 2**30))
+
+
+def test_shapes_with_shardings_are_counted_a_device(mesh):
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=whole)
+    assert device_bytes({"a": leaf}) == 24
