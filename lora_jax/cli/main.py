@@ -35,6 +35,7 @@ OPTIONAL = {
     "PIL": "train",
     "gguf": "train",
     "jinja2": "train",
+    "libtpu": "tpu-plan",
 }
 
 
@@ -181,6 +182,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name].add_argument("config", help="YAML file, or a run folder")
         _add_overrides(commands[name])
     _add_train(commands["train"])
+    _add_plan(commands["plan"])
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
     _add_generate(commands["generate"])
@@ -204,6 +206,34 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--overwrite", action="store_true", help="delete the run folder and start anew"
+    )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="a TPU slice to compile a decoder's step for, v5e:4x4; needs config.json "
+        "alone, no weights, no data, no TPU",
+    )
+    command.add_argument(
+        "--batch", type=_count, metavar="N", help="rows; default: train.batch_size"
+    )
+    command.add_argument(
+        "--tokens", type=_count, metavar="T", help="of a row; default: data.max_length"
+    )
+    command.add_argument(
+        "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
+    )
+    command.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="look for it too; a few more compilations",
+    )
+    command.add_argument(
+        "--smallest-slice",
+        action="store_true",
+        help="look for it too, among slices of the same chip",
     )
 
 

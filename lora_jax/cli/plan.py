@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from lora_jax.cli import job as jobs
-from lora_jax.cli import report
-from lora_jax.cli.console import Console, size
+from lora_jax.cli import plan_ahead, report
+from lora_jax.cli.console import Console, UserError, size
 from lora_jax.cli.settings import load_settings
 from lora_jax.names import PARAMS
 from lora_jax.train.state import TrainState
@@ -18,13 +18,16 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Compiles a LoRA step and a full fine-tuning step, and compares them.
 
     Args:
-      args: ``config`` and ``overrides``.
+      args: ``config`` and ``overrides``; with ``topology``, see `plan_ahead`.
       out: where to print.
 
     Returns:
       Targets, counts, and for each of the two the bytes and FLOPs of a step.
     """
     settings = load_settings(args.config, args.overrides)
+    if args.topology is not None:
+        return plan_ahead.run(settings, args, out)
+    _refuse_ahead(args)
     job = jobs.open_job(settings, splits=["train"])
     batches = job.batches()
     report.print_loaded(out, job, batches)
@@ -76,6 +79,18 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "step": steps,
         "device": report.device(),
     }
+
+
+def _refuse_ahead(args: argparse.Namespace) -> None:
+    """Raises if options that need a topology were given without one."""
+    options = ("batch", "tokens", "mesh", "largest_batch", "smallest_slice")
+    given = [name for name in options if getattr(args, name)]
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(
+            f"{shown} must come with --topology, v5e:4x4 say. On this machine the "
+            "step is that of the data: train.batch_size, data.max_length."
+        )
 
 
 def _print_steps(out: Console, steps: dict[str, dict[str, Any]]) -> None:

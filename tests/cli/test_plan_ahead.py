@@ -1,0 +1,59 @@
+"""`lora-jax plan --topology` from a config.json alone; this machine plays the slice."""
+
+import json
+
+import jax
+import pytest
+
+from lora_jax.cli import plan_ahead
+from lora_jax.cli.plan_ahead import read_mesh
+from tests.models.golden import GOLDEN
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_ahead, "open_slice", lambda name: jax.devices()[:1])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = (GOLDEN / "llama" / "config.json").read_text()
+    (folder / "config.json").write_text(text)  # and no weights
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        f"model: {{path: {folder}, dtype: bfloat16}}\n"
+        f"data: {{train: {tmp_path}/none.jsonl, max_length: 16}}\n"
+        f"output: {{dir: {tmp_path}/run}}\ntrain: {{batch_size: 2}}\n"
+    )
+    return file
+
+
+def test_a_step_is_planned_without_weights_or_data(config, call):
+    code, out, shown = call("plan", config, "--topology", "v5e:4x4", "--json")
+    assert code == 0, shown
+    plan = json.loads(out)
+    assert plan["step"]["batch"] == 2
+    assert plan["step"]["tokens"] == 16
+    assert plan["step"]["fits"]
+    assert plan["step"]["total"] < 2**30
+    assert plan["remat"] == "none"
+    assert "frozen base" in shown
+
+
+def test_options_that_mean_nothing_alone_and_bad_names_are_refused(config, call):
+    code, _, shown = call("plan", config, "--batch", "4")
+    assert code == 2
+    assert "--batch must come with --topology" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x5")
+    assert code == 2
+    assert "v5e:4x4, v5e:4x8" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x4", "--mesh", "dta=2")
+    assert code == 2
+    assert "'dta=2'" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x4", "--mesh", "tensor=3")
+    assert code == 2
+    assert "nearest that works" in shown
+
+
+def test_a_mesh_is_all_fsdp_but_for_what_is_said():
+    assert read_mesh(None) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert read_mesh("tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
+    assert read_mesh("data=-1,tensor=2") == {"data": -1, "fsdp": 1, "tensor": 2}
