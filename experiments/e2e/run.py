@@ -96,7 +96,7 @@ class Task:
         self.tables = split_tables()
 
     def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:
-        """Tokens of prompt and sentence; the sentence counts, and the EOS if it ends."""
+        """Tokens of both; the sentence counts, and the EOS if it ends."""
         tokenizer = self.loaded.tokenizer
         text = tokenizer.encode_text(prompt + sentence)
         mask = [int(end > len(prompt)) for _, end in text.spans]

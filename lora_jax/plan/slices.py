@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -92,7 +92,7 @@ def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
     return sorted(near[:2], key=lambda s: chips_of(f":{s}"))
 
 
-def open_slice(name: str) -> list[jax.Device]:
+def open_slice(name: str) -> list[Any]:
     """Returns the devices of a slice: to compile for, not to compute on.
 
     Args:
@@ -115,7 +115,7 @@ def open_slice(name: str) -> list[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    if jax.config.jax_platforms is None:  # else JAX looks for the TPU itself
+    if jax.config.values["jax_platforms"] is None:  # else JAX looks for the TPU itself
         jax.config.update("jax_platforms", "cpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     if len(devices) != chips_of(name):
@@ -129,7 +129,7 @@ def open_slice(name: str) -> list[jax.Device]:
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
     """Keeps programs out of JAX's cache: those for absent devices can't be loaded."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

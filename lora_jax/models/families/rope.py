@@ -69,9 +69,11 @@ def read_rope(
         fields.faults += wrong
         return Rope(10000.0, rotary_dim)
     if kind == "longrope":
-        table["divisors"] = tuple(table["divisors"])
+        table["divisors"] = tuple(settings["short_factor"])
     if kind in ("yarn", "longrope"):
-        table["attention_factor"] = _attention_factor(kind, settings, factor, original)
+        table["attention_factor"] = _attention_factor(
+            kind, settings, table["factor"], original
+        )
     return Rope(**table)
 
 
