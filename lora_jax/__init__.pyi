@@ -6,9 +6,9 @@ from lora_jax.io.adapter import save_adapter as save_adapter
 from lora_jax.io.checkpoint import Checkpoints as Checkpoints
 from lora_jax.io.loralib import read_loralib as read_loralib
 from lora_jax.io.vader import load_vader as load_vader
+from lora_jax.models.export import export_adapter as export_adapter
 from lora_jax.models.generate import generate as generate
 from lora_jax.models.load import LoadedModel as LoadedModel
-from lora_jax.models.export import export_adapter as export_adapter
 from lora_jax.models.pretrained import load_model as load_model
 from lora_jax.models.save import save_model as save_model
 from lora_jax.nn.adapt import Adapted as Adapted
@@ -29,6 +29,12 @@ from lora_jax.ops import lora_dense as lora_dense
 from lora_jax.ops import lora_einsum as lora_einsum
 from lora_jax.ops import lora_embed as lora_embed
 from lora_jax.ops import merge_kernel as merge_kernel
+from lora_jax.parallel.mesh import make_mesh as make_mesh
+from lora_jax.parallel.mesh import process_rows as process_rows
+from lora_jax.parallel.mesh import shard_batch as shard_batch
+from lora_jax.parallel.rules import make_sharding as make_sharding
+from lora_jax.parallel.rules import partitioned_rules as partitioned_rules
+from lora_jax.parallel.rules import shard_variables as shard_variables
 from lora_jax.train.causal_lm import causal_lm as causal_lm
 from lora_jax.train.causal_lm import make_lm_loss as make_lm_loss
 from lora_jax.train.data import Batches as Batches

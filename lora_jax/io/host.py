@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from lora_jax.array_types import PyTree
+from lora_jax.parallel.mesh import put_array
 
 
 def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns the leaves as NumPy arrays by path; PRNG keys as their data.
 
     Args:
-      tree: of jax arrays.
+      tree: of jax arrays; of those spread over several processes each gets the whole,
+        so that all of them have to call this.
       copy: False may return views of the arrays' own buffers, as it does on CPU: for
         looking at, not for keeping past the step that the arrays are donated to.
 
@@ -22,8 +25,14 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
       Arrays by ``/``-joined path.
     """
     convert = np.array if copy else np.asarray
+
+    def fetch(leaf: Any) -> np.ndarray:
+        leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        is_here = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return convert(leaf if is_here else process_allgather(leaf, tiled=True))
+
     return {
-        _name(path): convert(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        _name(path): fetch(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -57,11 +66,13 @@ def facts_of(leaf: np.ndarray) -> list[Any]:
 
 def _place_one(value: np.ndarray, like: jax.Array) -> jax.Array:
     if _is_key(like):
-        impl = jax.random.key_impl(like)
-        return jax.random.wrap_key_data(jnp.array(value), impl=impl)
-    if like.committed:
+        data = _place_one(value, jax.random.key_data(like))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    if not like.committed:
+        return jnp.array(value)
+    if like.sharding.is_fully_addressable:
         return jax.device_put(value, like.sharding, may_alias=False)
-    return jnp.array(value)
+    return put_array(value, like.sharding)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -26,7 +26,7 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Arranges devices by what they split.
 
@@ -183,8 +183,8 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
 
     Example:
       >>> mesh = make_mesh(devices=jax.devices()[:1])
-      >>> shard_batch({"x": np.ones((4, 2))}, mesh)["x"].sharding.spec
-      PartitionSpec(('data', 'fsdp'),)
+      >>> tuple(shard_batch({"x": np.ones((4, 2))}, mesh)["x"].sharding.spec)
+      (('data', 'fsdp'),)
     """
     sharding = batch_sharding(mesh)
     leaves = jax.tree_util.tree_leaves_with_path(batch)

@@ -111,8 +111,8 @@ def make_sharding(
       >>> import jax
       >>> from lora_jax.parallel.mesh import make_mesh
       >>> sharding = make_sharding(make_mesh(devices=jax.devices()[:1]))
-      >>> sharding("layers/mlp/up/kernel", (2, 8, 16)).spec
-      PartitionSpec(None, 'fsdp', 'tensor')
+      >>> tuple(sharding("layers/mlp/up/kernel", (2, 8, 16)).spec)
+      (None, 'fsdp', 'tensor')
     """
     if uneven not in ("error", "replicate"):
         raise ValueError(f"uneven must be 'error' or 'replicate'; got {uneven!r}.")
@@ -143,9 +143,10 @@ def partitioned_rules(params: Mapping[str, Any]) -> Rules:
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> init = nn.with_partitioning(nn.initializers.ones, ("fsdp", "tensor"))
-      >>> params = nn.Dense(4, kernel_init=init).init(jax.random.key(0), jnp.ones(3))
-      >>> partitioned_rules(params["params"])[0]
-      ('kernel', PartitionSpec('fsdp', 'tensor'))
+      >>> model = nn.Dense(4, kernel_init=init)
+      >>> params = model.init(jax.random.key(0), jnp.ones(3))["params"]
+      >>> [(path, tuple(spec)) for path, spec in partitioned_rules(params)]
+      [('kernel', ('fsdp', 'tensor')), ('bias', ())]
     """
     specs = flatten(nn.get_partition_spec(params))
     # The longest first: "dense/kernel" is the end of "block/dense/kernel" too.

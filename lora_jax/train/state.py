@@ -15,6 +15,7 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import TRAINABLE
+from lora_jax.parallel.mesh import mesh_of, on_mesh
 
 
 @flax.struct.dataclass
@@ -74,7 +75,10 @@ class TrainState:
         them: ``variables`` stays usable.
 
         Args:
-          variables: ``{"frozen": ..., "lora": ..., "params": ...}`` and any others.
+          variables: ``{"frozen": ..., "lora": ..., "params": ...}`` and any others. If
+            any lies on a mesh of several devices, the state does: the optimizer's
+            leaves as the leaves that they belong to, what is not on the mesh whole on
+            every device.
           tx: the optimizer; sees the trainable collections only.
           rng: a PRNG key.
 
@@ -89,7 +93,7 @@ class TrainState:
         check_trainable(trainable)
         frozen = {k: v for k, v in variables.items() if k not in trainable}
         trainable = jax.tree.map(_owned, trainable)
-        return cls(
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             trainable=trainable,
             frozen=jax.tree.map(jnp.asarray, frozen),
@@ -97,6 +101,8 @@ class TrainState:
             rng=jnp.array(rng, copy=True),
             skipped=jnp.zeros((), jnp.int32),
         )
+        mesh = mesh_of((trainable, frozen))
+        return state if mesh is None else on_mesh(state, mesh)
 
 
 def check_trainable(trainable: Mapping[str, PyTree]) -> None:

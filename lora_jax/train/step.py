@@ -5,15 +5,18 @@ differentiated, never donated, never returned. What is donated (adapters, optimi
 state, counters) comes back in the same buffers.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import DROPOUT
+from lora_jax.parallel.mesh import mesh_of, whole_over_batch
 from lora_jax.train.state import TrainState
 
 Batch = PyTree
@@ -26,18 +29,48 @@ OWN_METRICS = ("loss", "weight", "grad_norm", "is_skipped")
 class TrainStep:
     """A compiled training step; made by `make_train_step`.
 
+    On a mesh of devices the state comes back in the shardings that it came in: they are
+    part of what is compiled.
+
     Attributes:
       update: the jitted function ``(own, frozen, batch) -> (own, metrics)`` beneath,
-        where ``own`` is ``state.changing``, donated.
+        where ``own`` is ``state.changing``, donated; for a state on one device.
     """
 
-    def __init__(self, update: Any) -> None:
-        self.update = update
+    def __init__(self, update: Callable[..., Any]) -> None:
+        self.update: Any = jax.jit(update, donate_argnums=0)
+        self._update = update
+        self._sharded: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one step; ``state`` is consumed, all but its frozen part."""
-        own, metrics = self.update(state.changing, state.frozen, batch)
+        update = self.update_for(state)
+        own, metrics = update(state.changing, state.frozen, batch)
         return TrainState(frozen=state.frozen, **own), metrics
+
+    def update_for(self, state: TrainState) -> Any:
+        """Returns the jitted function for the devices that a state lies on.
+
+        Args:
+          state: of arrays, or of shapes with shardings.
+
+        Returns:
+          ``update``, or, for a state on a mesh, one that keeps its shardings.
+        """
+        mesh = mesh_of(state.step)
+        if mesh is None:
+            return self.update
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state.changing)
+        known = tuple(jax.tree.leaves(shardings))
+        if known not in self._sharded:
+            scalars = NamedSharding(mesh, PartitionSpec())
+            summed = jax.tree.map(whole_over_batch, shardings["trainable"])
+            self._sharded[known] = jax.jit(
+                functools.partial(self._update, summed=summed),
+                donate_argnums=0,
+                out_shardings=(shardings, scalars),
+            )
+        return self._sharded[known]
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """Lowers without running; arrays may be ``jax.ShapeDtypeStruct``.
@@ -49,7 +82,7 @@ class TrainStep:
         Returns:
           A ``jax.stages.Lowered``: ``.compile().cost_analysis()`` and the like.
         """
-        return self.update.lower(state.changing, state.frozen, batch)
+        return self.update_for(state).lower(state.changing, state.frozen, batch)
 
 
 def make_train_step(
@@ -102,7 +135,7 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
 
-    def gradients(trainable, frozen, batch, key):
+    def gradients(trainable, frozen, batch, key, summed):
         def loss(trainable):
             rngs = {DROPOUT: key}
             result = loss_fn({**frozen, **trainable}, batch, rngs)
@@ -111,13 +144,17 @@ def make_train_step(
 
         (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if summed is not None:
+            # Else XLA gathers a layer's rows over fsdp to make its cut gradient: more
+            # than the sum over devices of the whole one, which is thin.
+            grads = jax.lax.with_sharding_constraint(grads, summed)
         return grads, {"loss": loss_sum, **sums}
 
-    def accumulated(trainable, frozen, batch, key):
+    def accumulated(trainable, frozen, batch, key, summed):
         def body(total, xs):
             microbatch, index = xs
             step_key = jax.random.fold_in(key, index)
-            grads, sums = gradients(trainable, frozen, microbatch, step_key)
+            grads, sums = gradients(trainable, frozen, microbatch, step_key, summed)
             return jax.tree.map(jnp.add, total, grads), sums
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
@@ -125,14 +162,14 @@ def make_train_step(
         grads, sums = jax.lax.scan(body, zeros, (microbatches, jnp.arange(accumulate)))
         return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-    def update(own, frozen, batch):
+    def update(own, frozen, batch, summed=None):
         trainable, opt_state = own["trainable"], own["opt_state"]
         key = jax.random.fold_in(own["rng"], own["step"])
         if accumulate == 1:
             key = jax.random.fold_in(key, 0)
-            grads, sums = gradients(trainable, frozen, batch, key)
+            grads, sums = gradients(trainable, frozen, batch, key, summed)
         else:
-            grads, sums = accumulated(trainable, frozen, batch, key)
+            grads, sums = accumulated(trainable, frozen, batch, key, summed)
         weight = sums["weight"]
 
         def mean(x: jax.Array) -> jax.Array:
@@ -167,7 +204,7 @@ def make_train_step(
         }
         return own, metrics
 
-    return TrainStep(jax.jit(update, donate_argnums=0))
+    return TrainStep(update)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
