@@ -1,7 +1,6 @@
 """`lora-jax encode`: a line of text, token ids or an image in, one of numbers out."""
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from lora_jax.cli.console import Console, UserError, size
 from lora_jax.cli.encode_images import Batch, image_batches, image_fault, is_image
 from lora_jax.cli.job import encode_texts
-from lora_jax.cli.pretrained import Pretrained, check_target, load
+from lora_jax.cli.lines import by_length, check_target, write_lines
+from lora_jax.cli.pretrained import Pretrained, load
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
-from lora_jax.train.data import length_buckets, read_jsonl
+from lora_jax.train.data import read_jsonl
 
 MAX_FAULTS = 20
 
@@ -43,13 +43,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         sequences, cut = _token_ids(model, records, max_length, args.data)
         batches = _text_batches(model, sequences, rows)
 
-    lines: list[str] = [""] * len(records)
+    lines: list[dict[str, Any]] = [{}] * len(records)
     with out.progress("encode", len(records)) as tick:
         for done in _encode(model, batches, lines):
             tick(done, "lines")
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(target)
+    write_lines(target, lines)
     width = model.loaded.config.hidden_size
     kinds = f"embedding of {width}" + (" and logits" if model.has_head else "")
     out.say(
@@ -165,15 +163,9 @@ def _text_batches(
     model: Pretrained, sequences: Sequence[tuple[list[int], list[int]]], rows: int
 ) -> Iterator[Batch]:
     """Yields indices of lines with their ids and masks, shortest first."""
-    lengths = np.array([len(ids) for ids, _ in sequences])
-    buckets = [
-        min(b, model.loaded.config.max_positions)
-        for b in length_buckets(lengths.tolist())
-    ]
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), rows):
-        members = order[start : start + rows]
-        width = next(b for b in buckets if b >= lengths[members].max())
+    lengths = [len(ids) for ids, _ in sequences]
+    longest = model.loaded.config.max_positions
+    for members, width in by_length(lengths, rows, longest):
         ids, mask = (np.zeros((rows, width), np.int32) for _ in range(2))
         mask[len(members) :, 0] = 1  # filler attends to something
         for row, member in enumerate(members):
@@ -184,7 +176,7 @@ def _text_batches(
 
 
 def _encode(
-    model: Pretrained, batches: Iterable[Batch], lines: list[str]
+    model: Pretrained, batches: Iterable[Batch], lines: list[dict[str, Any]]
 ) -> Iterator[int]:
     """Fills ``lines`` batch by batch; yields how many are done."""
 
@@ -200,6 +192,6 @@ def _encode(
             line = {"embedding": embedding[row].tolist()}
             if logits is not None:
                 line["logits"] = logits[row].tolist()
-            lines[member] = json.dumps(line)
+            lines[member] = line
         done += len(members)
         yield done

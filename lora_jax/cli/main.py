@@ -241,7 +241,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", nargs="?", help="YAML file whose run is evaluated")
     _add_overrides(command)
     command.add_argument("--run", metavar="DIR", help="run folder")
-    command.add_argument("--data", metavar="FILE", help="JSONL file of text and label")
+    command.add_argument("--data", metavar="FILE", help="JSONL file of examples")
     command.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -251,7 +251,8 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--base",
         action="store_true",
-        help="the frozen base with a linear head fitted on the train split, no adapter",
+        help="the frozen base without adapter; an encoder's with a linear head fitted "
+        "on the train split",
     )
 
 

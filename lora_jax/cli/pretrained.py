@@ -1,6 +1,5 @@
-"""`--model`, `--adapter` and `--out`: what the words of the commands stand for."""
+"""`--model` and `--adapter`: what the words of the commands stand for."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.array_types import PyTree
@@ -30,18 +29,6 @@ class Pretrained(NamedTuple):
     def variables(self) -> dict[str, PyTree]:
         """What ``loaded.module.apply`` takes."""
         return self.loaded.variables
-
-
-def check_target(out: str, data: str) -> Path:
-    """Returns the file to write; raises where it can't be written or is the data."""
-    target = Path(out)
-    if not target.parent.is_dir():
-        raise UserError(f"--out {target}: there is no folder {target.parent}.")
-    if target.is_dir():
-        raise UserError(f"--out {target} is a folder; it must be a file.")
-    if target.exists() and Path(data).exists() and target.samefile(data):
-        raise UserError(f"--out {target} is the data file itself; name another file.")
-    return target
 
 
 def load_decoder(model: str | None, adapter: str | None) -> Pretrained:

@@ -1,15 +1,14 @@
 """`lora-jax score`: log-probabilities of a file's tokens, a line in, a line out."""
 
 import argparse
-import json
 from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax.cli.console import Console, UserError, size
-from lora_jax.cli.pretrained import Pretrained, check_target, load_decoder
-from lora_jax.train.buckets import length_buckets
+from lora_jax.cli.lines import by_length, check_target, write_lines
+from lora_jax.cli.pretrained import Pretrained, load_decoder
 from lora_jax.train.causal_lm import LOGITS_AT_ONCE
 from lora_jax.train.data import read_jsonl
 
@@ -36,10 +35,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         {"tokens": len(row) + 1, "logprobs": row.tolist(), "sum": float(row.sum())}
         for row in scores
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_lines(target, lines)
     count = sum(len(row) for row in scores)
     mean = sum(line["sum"] for line in lines) / max(count, 1)
     out.say(
@@ -122,13 +118,9 @@ def _score(
         found = jax.lax.map(of_token, tokens, batch_size=chunk)
         return found.reshape(labels.shape)
 
-    lengths = np.array([len(ids) for ids in sequences])
-    buckets = [min(b, config.max_positions) for b in length_buckets(lengths.tolist())]
-    rows = min(batch_size, len(sequences))
-    order, done = np.argsort(lengths, kind="stable"), 0
-    for start in range(0, len(order), rows):
-        members = order[start : start + rows]
-        width = next(b for b in buckets if b >= lengths[members].max())
+    lengths = [len(ids) for ids in sequences]
+    rows, done = min(batch_size, len(sequences)), 0
+    for members, width in by_length(lengths, rows, config.max_positions):
         ids = np.zeros((rows, width), np.int32)
         for row, member in enumerate(members):
             ids[row, : lengths[member]] = sequences[member]

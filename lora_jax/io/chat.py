@@ -8,7 +8,7 @@ clock (``strftime_now``): the same data gives the same text on any day.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 ASSISTANT = "assistant"
 # Characters that Unicode keeps free of meaning, as marks inside a rendered text.
@@ -192,7 +192,7 @@ def _environment() -> tuple[tuple[type[Exception], ...], Any]:
         ) from error
 
     class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
+        tags: ClassVar = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

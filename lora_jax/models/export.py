@@ -17,7 +17,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.io.foreign import Factors, ForeignAdapter
 from lora_jax.io.mlx import write_mlx
 from lora_jax.io.peft import write_peft
-from lora_jax.models.family import Family
+from lora_jax.models.family import Family, config_of
 from lora_jax.models.load import HEAD as CLASSIFIER
 from lora_jax.models.load import SCANNED, LoadedModel, unscanned
 from lora_jax.models.naming import EMBED, HEAD, LM_HEAD, Names, find_slots
@@ -129,8 +129,7 @@ class _Base(NamedTuple):
     @property
     def example(self) -> Example:
         """Shapes of its inputs."""
-        config = getattr(self.module, "config")  # noqa: B009 - not in nn.Module
-        return Example.of(*self.family.inputs(config))
+        return Example.of(*self.family.inputs(config_of(self.module)))
 
 
 def _open(
@@ -314,5 +313,5 @@ def _write_mlx(
         return name if name == LM_HEAD else "model." + name.removeprefix(prefix)
 
     renamed = {own(name): factors for name, factors in modules.items()}
-    layers = getattr(base.module, "config").num_layers  # noqa: B009 - not in nn.Module
+    layers = config_of(base.module).num_layers
     return write_mlx(directory, adapter._replace(modules=renamed), num_layers=layers)

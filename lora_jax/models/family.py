@@ -17,6 +17,7 @@ from lora_jax.names import BIAS, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
+MAX_LAYERS = 1000  # a config.json may ask for anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,11 @@ class Family:
         return (*range(2, ndim), 1, 0)
 
 
+def config_of(module: Any) -> Any:
+    """Returns the config of a family's model, with adapters or without."""
+    return getattr(module, "model", module).config
+
+
 class Fields:
     """A ``config.json`` being read: wrong types and missing keys are gathered.
 
@@ -162,6 +168,14 @@ class Fields:
     def integer(self, key: str, default: Any = _MISSING) -> Any:
         """An integer; a key that is absent or null has the default."""
         return self._get(key, default, (int,), "an integer")
+
+    def layers(self, key: str, default: Any = _MISSING) -> int:
+        """A number of layers: bounded, for all that is made a layer at a time."""
+        value = self.integer(key, default)
+        if value > MAX_LAYERS:
+            self.faults.append(f"{key} must be at most {MAX_LAYERS}; got {value}")
+            return 1
+        return value
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
         """A finite number."""
@@ -192,10 +206,10 @@ class Fields:
         """A JSON object, or None."""
         return self._get(key, None, (dict,), "an object")
 
-    def only(self, key: str, value: Any, default: Any = _MISSING) -> None:
+    def only(self, key: str, value: Any) -> None:
         """Refuses every value of ``key`` but one: others ask for another model."""
-        default = value if default is _MISSING else default
-        if (got := self.config.get(key, default)) != value:
+        got = self.config.get(key)
+        if got is not None and got != value:
             self.faults.append(f"{key} must be {value!r} here; got {got!r}")
 
     def check(self) -> None:

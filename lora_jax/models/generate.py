@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import PRNGKey, PyTree
+from lora_jax.models.family import config_of
 
 MULTIPLE = 64  # prompts and caches are padded to a multiple of this
 OnToken = Callable[[int, list[int]], bool | None]
@@ -57,7 +58,7 @@ def generate(
         and continuation exceed the model's context, or a sampling value is out of
         range.
     """
-    config = model_config(module)
+    config = config_of(module)
     _check_sampling(temperature, top_p, top_k, key)
     _check_prompts(prompts, max_new_tokens, config)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -128,11 +129,6 @@ def sample(
     kept = (before < top_p) & ((rank < top_k) | (top_k == 0)) | (rank == 0)
     choice = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
     return order[choice].astype(jnp.int32)
-
-
-def model_config(module: Any) -> Any:
-    """Returns the config of a model, with adapters or without."""
-    return getattr(module, "model", module).config
 
 
 @functools.lru_cache(maxsize=32)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
-from lora_jax.models.family import Family
+from lora_jax.models.family import Family, config_of
 from lora_jax.models.source import CONFIG, Source, open_source
 from lora_jax.names import FROZEN, KERNEL, PARAMS
 from lora_jax.parallel.mesh import put_array
@@ -146,7 +146,7 @@ def param_shapes(family: Family, module: nn.Module) -> dict[Leaf, tuple[int, ...
     Returns:
       The shape of each leaf.
     """
-    inputs = family.inputs(getattr(module, "config"))  # noqa: B009 - not in nn.Module
+    inputs = family.inputs(config_of(module))
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)[PARAMS]
     flat: dict[Any, Any] = flax.traverse_util.flatten_dict(params)
     return {leaf: array.shape for leaf, array in flat.items()}

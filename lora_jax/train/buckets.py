@@ -1,5 +1,6 @@
 """Which batch holds what: few padded lengths, and an order that is a pure function."""
 
+import abc
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def length_buckets(lengths: Sequence[int], count: int = BUCKETS) -> list[int]:
     return buckets[::-1]
 
 
-class Schedule:
+class Schedule(abc.ABC):
     """Batches of a fixed number of rows, each a pure function of the step number.
 
     Rows are grouped by length into buckets; what is left over in a bucket moves up to
@@ -199,13 +200,13 @@ class Schedule:
             plan = [plan[i] for i in rng.permutation(len(plan))]
         return plan
 
+    @abc.abstractmethod
     def _pad(self, length: int, members: np.ndarray) -> Batch:
         """Makes the batch of these rows, padded to a length."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _add_contents(self, digest: Any) -> None:
         """Adds the contents of the rows to a hash."""
-        raise NotImplementedError
 
 
 def _check_buckets(buckets: Sequence[int], lengths: np.ndarray) -> list[int]:

@@ -88,11 +88,11 @@ def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
             "labels must be all strings or all integers; got "
             f"{', '.join(sorted(kind.__name__ for kind in kinds))}."
         )
-    known: list[str | int] = sorted(set(labels))  # type: ignore[type-var] - one kind
-    if kinds == {int}:
-        if min(known) < 0:  # type: ignore[operator]
-            raise ValueError(f"labels must be at least 0; got {known[0]}.")
-        known = list(range(int(known[-1]) + 1))
+    known: list[str | int] = [*sorted({y for y in labels if isinstance(y, str)})]
+    if numbers := {y for y in labels if isinstance(y, int)}:
+        if min(numbers) < 0:
+            raise ValueError(f"labels must be at least 0; got {min(numbers)}.")
+        known = [*range(max(numbers) + 1)]
     if len(known) < 2:
         raise ValueError(
             f"labels must have at least 2 classes; got {len(known)}: {known}."

@@ -94,7 +94,7 @@ def test_longrope_is_read_for_the_context_its_short_factors_are_made_for():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 10**12}, "num_layers must be at most 1000"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 1000"),
         ({"hidden_size": "big"}, "hidden_size must be an integer; got 'big'"),
         ({"hidden_size": True}, "hidden_size must be an integer; got True"),
         ({"hidden_size": None}, "hidden_size is missing"),

@@ -64,7 +64,7 @@ def _read_sizes(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": fields.integer("hidden_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.layers("num_hidden_layers"),
         "num_heads": fields.integer("num_attention_heads"),
         "mlp_size": fields.integer("intermediate_size"),
         # The defaults are those of transformers' config classes.
@@ -81,7 +81,7 @@ def read_distilbert(config: Config) -> EncoderConfig:
     arguments = {
         "vocab_size": fields.integer("vocab_size", 30522),
         "hidden_size": fields.integer("dim", 768),
-        "num_layers": fields.integer("n_layers", 6),
+        "num_layers": fields.layers("n_layers", 6),
         "num_heads": fields.integer("n_heads", 12),
         "mlp_size": fields.integer("hidden_dim", 4 * 768),
         "max_positions": fields.integer("max_position_embeddings", 512),

@@ -19,7 +19,7 @@ from lora_jax.models.family import Fields
 
 def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
     sizes = read_sizes(fields, max_positions_default=max_positions)
-    fields.only("use_bidirectional_attention", None if _absent(fields) else False)
+    fields.only("use_bidirectional_attention", False)
     bias = fields.flag("attention_bias")
     return sizes | {
         "head_dim": fields.integer("head_dim", 256),
@@ -35,10 +35,6 @@ def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
     }
 
 
-def _absent(fields: Fields) -> bool:
-    return fields.config.get("use_bidirectional_attention") is None
-
-
 def _soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
     """A bound that is on where the file doesn't say, and off where it says null."""
     if key in fields.config and fields.config[key] is None:
@@ -50,7 +46,7 @@ def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a Gemma 2 config: soft-caps, every other layer with a window."""
     fields = Fields(config, "Gemma 2 decoder")
     common = _read_common(fields, 8192)
-    layers = min(common["num_layers"], 1000)
+    layers = common["num_layers"]
     window = fields.integer("sliding_window", 4096)
     windows = sliding_layers(fields, layers, lambda i: i % 2 == 0, window)
     return finish(
@@ -70,7 +66,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a Gemma 3 text config: local and global layers with their own RoPE."""
     fields = Fields(config, "Gemma 3 text decoder")
     common = _read_common(fields, 131072)
-    layers = min(common["num_layers"], 1000)
+    layers = common["num_layers"]
     window = fields.integer("sliding_window", 4096)
     pattern = max(fields.integer("sliding_window_pattern", 6), 1)
     windows = sliding_layers(fields, layers, lambda i: (i + 1) % pattern != 0, window)

@@ -29,7 +29,7 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         {
             "vocab_size": fields.integer("vocab_size", 50257),
             "hidden_size": hidden,
-            "num_layers": fields.integer("n_layer", 12),
+            "num_layers": fields.layers("n_layer", 12),
             "num_heads": heads,
             "num_kv_heads": heads,
             "head_dim": hidden // heads,

@@ -32,7 +32,7 @@ def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.layers("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", hidden // max(heads, 1)),
@@ -54,19 +54,19 @@ def sliding_layers(
     fields: Fields, layers: int, slides: Any, window: int | None
 ) -> tuple[int | None, ...]:
     """The window of each layer: ``layer_types`` where given, else ``slides(i)``."""
-    kinds = fields.sequence("layer_types", min(layers, 1000))
+    kinds = fields.sequence("layer_types", layers)
     if kinds is not None:
         known = ("full_attention", "sliding_attention")
         if wrong := sorted({str(kind) for kind in kinds if kind not in known}):
             fields.faults.append(f"layer_types must be of {known}; got {wrong}")
         return tuple(window if kind == known[1] else None for kind in kinds)
-    return tuple(window if slides(i) else None for i in range(min(layers, 1000)))
+    return tuple(window if slides(i) else None for i in range(layers))
 
 
 def _plain_rope(fields: Fields, sizes: dict[str, Any], **options: Any) -> dict:
     """One table of full rotation, the same in all layers."""
     rope = read_rope(fields, sizes["head_dim"], **options)
-    return {"ropes": (rope,), "layer_ropes": (0,) * min(sizes["num_layers"], 1000)}
+    return {"ropes": (rope,), "layer_ropes": (0,) * sizes["num_layers"]}
 
 
 def read_llama(config: Config) -> DecoderConfig:
@@ -93,7 +93,7 @@ def read_mistral(config: Config) -> DecoderConfig:
     window = None
     if "sliding_window" not in config or config["sliding_window"] is not None:
         window = fields.integer("sliding_window", 4096)
-    windows = (window,) * min(sizes["num_layers"], 1000)
+    windows = (window,) * sizes["num_layers"]
     if config.get("num_key_value_heads") is None:
         sizes["num_kv_heads"] = 8
     return finish(
@@ -145,7 +145,7 @@ def read_smollm3(config: Config) -> DecoderConfig:
     fields = Fields(config, "SmolLM3 decoder")
     sizes = read_sizes(fields, max_positions_default=32768)
     sizes["is_tied"] = fields.flag("tie_word_embeddings", True)
-    layers = min(sizes["num_layers"], 1000)
+    layers = sizes["num_layers"]
     interval = max(fields.integer("no_rope_layer_interval", 4), 1)
     rotates = fields.sequence("no_rope_layers", layers)
     if rotates is None:
@@ -176,7 +176,7 @@ def read_phi3(config: Config) -> DecoderConfig:
     default = settings.get("partial_rotary_factor", 1.0)
     part = fields.number("partial_rotary_factor", default)
     rope = read_rope(fields, int(sizes["head_dim"] * part))
-    layers = min(sizes["num_layers"], 1000)
+    layers = sizes["num_layers"]
     window = fields.integer("sliding_window", None)
     return finish(
         fields,

@@ -47,7 +47,7 @@ def _read_sizes(fields: Fields, *, image: int, patch: int, eps: float) -> dict:
     patch_height, patch_width = _read_pair(fields, "patch_size", patch)
     return {
         "hidden_size": fields.integer("hidden_size", 768),
-        "num_layers": fields.integer("num_hidden_layers", 12),
+        "num_layers": fields.layers("num_hidden_layers", 12),
         "num_heads": fields.integer("num_attention_heads", 12),
         "activation": fields.text("hidden_act", "gelu"),
         "norm_eps": fields.number("layer_norm_eps", eps),
