@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.cli.console import Console, UserError, size
 from lora_jax.cli.lines import by_length, check_target, write_lines
 from lora_jax.cli.pretrained import Pretrained, load_decoder
-from lora_jax.train.causal_lm import LOGITS_AT_ONCE
+from lora_jax.train.causal_lm import chunk_tokens
 from lora_jax.train.data import read_jsonl
 
 
@@ -100,7 +100,7 @@ def _score(
     """Fills ``scores`` batch by batch, shortest first; yields how many are done."""
 
     apply, config = model.loaded.module.apply, model.loaded.config
-    chunk = max(1, LOGITS_AT_ONCE // config.vocab_size)
+    chunk = chunk_tokens(config.vocab_size)
 
     @jax.jit
     def log_probabilities(variables, ids):

@@ -6,7 +6,7 @@ loss function of a training step from a decoder, with or without adapters.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from lora_jax.train.losses import (
 )
 from lora_jax.train.step import LossFn
 
-LOGITS_AT_ONCE = 2**24  # floats; a chunk of tokens is as many as make no more
+LOGITS_AT_ONCE = 2**22  # floats; a chunk is as many tokens as make no more,
+CHUNK_TOKENS = 128  # but at least these: fewer read the head too often
 
 
 def causal_lm(
@@ -40,7 +41,8 @@ def causal_lm(
     """Next-token cross-entropy whose ``[b, t, v]`` logits never exist.
 
     Computes ``Σ w (-log softmax(hidden @ head_kernel)[label])`` and ``Σ w``, ``chunk``
-    tokens at a time. Where ``hidden`` is differentiated, the same pass over the tokens
+    tokens at a time, the same number of each row; chunks in which no token counts are
+    left out. Where ``hidden`` is differentiated, the same pass over the tokens
     also makes its gradient ``(p - onehot) @ head_kernelᵀ`` (the loss is a sum, so the
     backward pass only scales it): three matmuls with the head become two. The
     head's gradient is formed only where the head itself is differentiated.
@@ -50,7 +52,8 @@ def causal_lm(
       head_kernel: ``[d, v]``; for a tied embedding ``[v, d]`` pass its transpose.
       labels: ``[b, t]`` the token each position has to predict: already shifted.
       weights: ``[b, t]`` weight or mask of each position; all 1 if None.
-      chunk: tokens whose logits exist at once; memory is ``chunk * v`` floats.
+      chunk: tokens whose logits exist at once, rounded up to a multiple of ``b``; the
+        memory is ``chunk * v`` floats.
       softcap: ``c`` of logits that are bounded as ``c tanh(logits / c)``, or None.
 
     Returns:
@@ -80,50 +83,136 @@ def causal_lm(
         raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
     weights = as_weights(weights, labels.shape)
     labels = clip_masked(labels, weights, head_kernel.shape[1])
-    tokens = labels.size
-    chunk = min(chunk, max(tokens, 1))
-    count = -(-tokens // chunk)
-
-    def split(x: Array) -> Array:
-        # Chunk i takes tokens i, i + count, ...: the leading axis stays the batch's,
-        # so a batch sharded over devices stays where it is.
-        x = x.reshape(tokens, *x.shape[2:])
-        x = jnp.pad(x, [(0, chunk * count - tokens)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunk, count, *x.shape[1:]).swapaxes(0, 1)
-
-    chunks = (split(hidden), head_kernel, split(labels), split(weights))
-    loss: Array = _chunked_nll(softcap, *chunks)
+    loss: Array = _chunked_nll(chunk, softcap, hidden, head_kernel, labels, weights)
     return loss, jnp.sum(weights)
 
 
-def _nll(
-    hidden: Array, kernel: Array, labels: Array, softcap: float | None
-) -> tuple[Array, Array, Array | float]:
-    """One chunk's ``-log p_label`` ``[c]``, ``log p`` ``[c, v]``, slope of the cap."""
+def chunk_tokens(vocab_size: int) -> int:
+    """Returns how many tokens' logits to form at once, for a vocabulary."""
+    return max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocab_size)
+
+
+class _Chunk(NamedTuple):
+    """A chunk's loss, and the gradients of its weighted sum (None if not asked for)."""
+
+    nll: Array  # [b, c]
+    d_hidden: Array | None = None  # [b, c, d]
+    d_kernel: Array | None = None  # [d, v] float32
+
+
+def _chunk(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    weights: Array,
+    softcap: float | None,
+    wrt_hidden: bool = False,
+    wrt_kernel: bool = False,
+) -> _Chunk:
+    """Computes one chunk: ``hidden [b, c, d]``, ``labels, weights [b, c]``."""
     kernel = kernel.astype(hidden.dtype)
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     slope: Array | float = 1.0
     if softcap is not None:
         bounded = jnp.tanh(logits / softcap)
         logits, slope = softcap * bounded, 1 - bounded * bounded
-    log_p = jax.nn.log_softmax(logits)
-    return -pick(log_p, labels), log_p, slope
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    nll = (jnp.log(total) + top)[..., 0] - pick(logits, labels)
+    if not (wrt_hidden or wrt_kernel):
+        return _Chunk(nll)
+    w = weights[..., None]
+    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
+    d_logits = (exps * (w / total) - jnp.where(is_label, w, 0.0)) * slope
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = d_kernel = None
+    if wrt_hidden:
+        d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, kernel)
+    if wrt_kernel:
+        d_kernel = jnp.einsum(
+            "bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32
+        )
+    return _Chunk(nll, d_hidden, d_kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_nll(
-    softcap: float | None, hidden: Array, kernel: Array, labels: Array, weights: Array
-) -> Array:
-    """Sums the loss over chunks ``hidden [n, c, d]``, ``labels, weights [n, c]``."""
+def _split(array: Array, size: int) -> Array:
+    """``[b, t, ...]`` to ``[n, b, size, ...]``, zeros at the end: rows stay rows."""
+    b, t = array.shape[:2]
+    count = -(-t // size)
+    rest = [(0, 0)] * (array.ndim - 2)
+    array = jnp.pad(array, [(0, 0), (0, count * size - t), *rest])
+    return array.reshape(b, count, size, *array.shape[2:]).swapaxes(0, 1)
 
-    def body(total, xs):
+
+def _join(chunks: Array, t: int) -> Array:
+    """`_split` undone."""
+    n, b, size, *rest = chunks.shape
+    return chunks.swapaxes(0, 1).reshape(b, n * size, *rest)[:, :t]
+
+
+def _scan_chunks(
+    chunk: int,
+    softcap: float | None,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    weights: Array,
+    skips: bool = True,
+    **wrt: bool,
+) -> tuple[Array, _Chunk]:
+    """Runs `_chunk` along ``t``: the loss, and what it gives for all tokens.
+
+    The tokens that count go first in each row, so that the chunks of the rest, prompts
+    and padding, are left out: they would add nothing but zeros.
+    """
+    b, t = labels.shape
+    size = min(t, max(1, -(-chunk // b)))
+    order = jnp.argsort(weights == 0, axis=1, stable=True)  # [b, t]
+
+    def sort(array: Array, by: Array) -> Array:
+        by = by.reshape(*by.shape, *[1] * (array.ndim - 2))
+        return jnp.take_along_axis(array, by, axis=1)
+
+    def body(carry, xs):
+        total, d_kernel = carry
         h, y, w = xs
-        return total + jnp.sum(w * _nll(h, kernel, y, softcap)[0]), None
+        make = functools.partial(_chunk, softcap=softcap, **wrt)
 
-    return jax.lax.scan(body, jnp.float32(0), (hidden, labels, weights))[0]
+        def skip(h, kernel, y, w):
+            made = jax.eval_shape(make, h, kernel, y, w)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+
+        counts = jnp.any(w != 0) if skips else True
+        found = jax.lax.cond(counts, make, skip, h, kernel, y, w)
+        if d_kernel is not None:
+            d_kernel += found.d_kernel
+        total += jnp.sum(jnp.where(w != 0, w * found.nll, 0.0))
+        return (total, d_kernel), found._replace(d_kernel=None)
+
+    xs = tuple(_split(sort(array, order), size) for array in (hidden, labels, weights))
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wrt.get("wrt_kernel") else None
+    (total, d_kernel), found = jax.lax.scan(body, (jnp.float32(0), d_kernel), xs)
+    back = jnp.argsort(order, axis=1)
+    found = jax.tree.map(lambda array: sort(_join(array, t), back), found)
+    return total, found._replace(d_kernel=d_kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_nll(
+    chunk: int,
+    softcap: float | None,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    weights: Array,
+) -> Array:
+    """Sums the weighted loss over all tokens, ``chunk`` at a time."""
+    return _scan_chunks(chunk, softcap, hidden, kernel, labels, weights)[0]
 
 
 def _chunked_nll_fwd(
+    chunk: int,
     softcap: float | None,
     hidden: CustomVJPPrimal,
     kernel: CustomVJPPrimal,
@@ -134,36 +223,18 @@ def _chunked_nll_fwd(
 
     ``perturbed`` says which arguments are differentiated: a frozen head costs nothing.
     """
-    w0 = kernel.value
-    d_kernel = jnp.zeros(w0.shape, jnp.float32) if kernel.perturbed else None
-
-    def body(carry, xs):
-        total, d_kernel = carry
-        h, y, w = xs
-        nll, log_p, slope = _nll(h, w0, y, softcap)
-        d_hidden = None
-        if hidden.perturbed or kernel.perturbed:
-            one_hot = jax.nn.one_hot(y, w0.shape[1], dtype=jnp.float32)
-            d_logits = w[:, None] * (jnp.exp(log_p) - one_hot) * slope
-            d_logits = d_logits.astype(h.dtype)
-            if hidden.perturbed:
-                d_hidden = jnp.dot(d_logits, w0.astype(h.dtype).T)
-            if kernel.perturbed:
-                d_kernel += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(w * nll), d_kernel), (d_hidden, nll)
-
-    (total, d_kernel), (d_hidden, nll) = jax.lax.scan(
-        body,
-        (jnp.float32(0), d_kernel),
-        (hidden.value, labels.value, weights.value),
-    )
+    arrays = (hidden.value, kernel.value, labels.value, weights.value)
+    wrt = {"wrt_hidden": hidden.perturbed, "wrt_kernel": kernel.perturbed}
+    skips = not weights.perturbed  # the gradient of a weight is the token's loss
+    total, found = _scan_chunks(chunk, softcap, *arrays, skips, **wrt)
+    d_kernel = found.d_kernel
     if d_kernel is not None:
-        d_kernel = d_kernel.astype(w0.dtype)
-    return total, (d_hidden, d_kernel, nll if weights.perturbed else None)
+        d_kernel = d_kernel.astype(kernel.value.dtype)
+    return total, (found.d_hidden, d_kernel, found.nll if weights.perturbed else None)
 
 
-def _chunked_nll_bwd(softcap, residuals, g: Array | SymbolicZero):
-    del softcap
+def _chunked_nll_bwd(chunk, softcap, residuals, g: Array | SymbolicZero):
+    del chunk, softcap
     if isinstance(g, SymbolicZero):
         return None, None, None, None
     d_hidden, d_kernel, nll = residuals
@@ -177,7 +248,13 @@ def _chunked_nll_bwd(softcap, residuals, g: Array | SymbolicZero):
 _chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd, symbolic_zeros=True)
 
 
-def make_lm_loss(module: Any, *, is_tied: bool, softcap: float | None = None) -> LossFn:
+def make_lm_loss(
+    module: Any,
+    *,
+    is_tied: bool,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> LossFn:
     """Makes the loss of a decoder's training step.
 
     Args:
@@ -187,6 +264,8 @@ def make_lm_loss(module: Any, *, is_tied: bool, softcap: float | None = None) ->
         ``logits``, and forms them.
       is_tied: whether the head is the embedding.
       softcap: bound of the logits, or None.
+      chunk: tokens of the whole batch whose logits exist at once; None for as many as
+        `chunk_tokens` says. Where the batch is sharded, that many for each part of it.
 
     Returns:
       ``(variables, batch, rngs) -> (loss_sum, weight, {})`` for batches
@@ -220,14 +299,12 @@ def make_lm_loss(module: Any, *, is_tied: bool, softcap: float | None = None) ->
             return loss, weight, {}
         holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
         kernel = variables[holder][owner][leaf]
-        vocab_size = kernel.size // hidden.shape[-1]
-        chunk = max(1, LOGITS_AT_ONCE // vocab_size)
         loss, weight = causal_lm(
             hidden,
             kernel.T if is_tied else kernel,
             labels,
             weights,
-            chunk=chunk,
+            chunk=chunk or chunk_tokens(kernel.size // hidden.shape[-1]),
             softcap=softcap,
         )
         return loss, weight, {}

@@ -111,6 +111,36 @@ def test_the_soft_cap_bounds_the_logits_value_and_gradient():
         np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 6, 100])
+def test_chunks_without_a_token_that_counts_are_left_out_and_change_nothing(chunk):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (3, 7, 4))
+    kernel = jax.random.normal(keys[1], (4, 9))
+    labels = jax.random.randint(keys[2], (3, 7), 0, 9)
+    weights = jnp.zeros((3, 7)).at[0, 5:].set(0.5).at[2, 0].set(2.0)
+
+    def full(h, k, w):
+        log_p = jax.nn.log_softmax(h @ k)
+        return -(w * jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]).sum()
+
+    def ours(h, k, w):
+        return causal_lm(h, k, labels, w, chunk=chunk)[0]
+
+    for wrt in ((0,), (0, 1), (0, 1, 2)):  # a weight's gradient is its token's loss
+        got = jax.value_and_grad(ours, wrt)(hidden, kernel, weights)
+        wanted = jax.value_and_grad(full, wrt)(hidden, kernel, weights)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_cost_no_logits():
+    hidden, kernel = jnp.ones((1, 8, 4)), jnp.ones((4, 9))
+    labels, spoilt = jnp.zeros((1, 8), int), hidden.at[0, :6].set(jnp.nan)
+    answer = jnp.zeros((1, 8)).at[0, 6:].set(1)
+    gradient = jax.grad(lambda h: causal_lm(h, kernel, labels, answer, chunk=2)[0])
+    assert not gradient(spoilt)[0, :6].any()  # a NaN that was computed would show
+
+
 def test_all_linear_leaves_the_output_head_out_and_its_name_takes_it_in():
     def targets(**options):
         lora = LoRAConfig(rank=2, **options)
