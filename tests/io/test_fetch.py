@@ -44,6 +44,7 @@ def index(tmp_path, monkeypatch):
     served = types.SimpleNamespace(
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         commands=[],
+        stdout="",
         failure=None,
     )
 
@@ -51,8 +52,9 @@ def index(tmp_path, monkeypatch):
         served.commands.append(command)
         if served.failure:
             return subprocess.CompletedProcess(command, 1, "", served.failure)
+        if "-d" not in command:
+            return subprocess.CompletedProcess(command, 0, served.stdout, "")
         folder = fetch.Path(command[command.index("-d") + 1])
-        folder.mkdir()
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -90,6 +92,26 @@ def test_offline_the_error_says_what_was_wanted_and_what_pip_said(index):
         fetch_package("demo==1.0", sha256=index.sha256)
     assert "No matching distribution found" in str(error.value)
     assert "WARNING" not in str(error.value)
+
+
+def test_a_source_archive_is_never_handed_to_pip(index, tmp_path, monkeypatch):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    content = {"demo-1.0/setup.py": b"raise SystemExit", "demo-1.0/data": b"hi"}
+    archive = write_tar(wheels / "demo-1.0.tar.gz", content)
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(fetch.PINS, "demo==1.0", fetch.Pin(sha256, 0.1, True))
+    index.stdout = f"global.find-links={str(wheels)!r}\nglobal.no-index='true'\n"
+    folder = fetch_package("demo==1.0")
+    assert (folder / "demo-1.0/data").read_text() == "hi"
+    assert [command[2:] for command in index.commands] == [["pip", "config", "list"]]
+    with pytest.raises(FetchError, match=rf"sha256 {'0' * 64}; got {sha256}"):
+        fetch_package("demo==1.0", sha256="0" * 64)
+    archive.unlink()
+    with pytest.raises(
+        FetchError, match=r"PIP_FIND_LINKS(.|\n)*wheels: no source arch"
+    ):
+        fetch_package("demo==1.0", sha256="0" * 64)
 
 
 def test_a_cache_that_cant_be_written_is_named(index, tmp_path, monkeypatch):
