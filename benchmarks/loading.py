@@ -122,7 +122,7 @@ def _load_and_print(path: str, options: dict[str, Any]) -> None:
             peak = max(peak, _anonymous_bytes())
             time.sleep(0.001)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     params = load_model(path, **options).params

@@ -11,6 +11,7 @@ interleaved RoPE (other architectures keep theirs), and it adds the 1 of Gemma's
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ class GGUFReader:
         if rule.shifted_norms and name.endswith("norm.weight"):
             tensor = tensor - np.float32(1)
         return tensor
+
+    def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Reads one tensor; the one piece that is yielded is all of it."""
+        yield ..., self[name]
 
     def _dequantised(self, name: str, stored: Any) -> np.ndarray:
         library = _gguf()

@@ -1,5 +1,6 @@
-"""Leaves of a tree on the host, by path, and back onto their devices."""
+"""Leaves of a tree on the host, by path, and onto their devices."""
 
+import math
 import zlib
 from typing import Any
 
@@ -10,6 +11,8 @@ from jax.experimental.multihost_utils import process_allgather
 
 from lora_jax.array_types import PyTree
 from lora_jax.parallel.mesh import put_array
+
+ALIGNMENT = 64  # bytes
 
 
 def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
@@ -50,6 +53,25 @@ def place(leaves: dict[str, np.ndarray], like: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place_one(leaves[_name(path)], leaf), like
     )
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an array to be filled that `jax.device_put` takes as it is on CPU.
+
+    XLA wants its buffers at multiples of `ALIGNMENT`, which NumPy's are not: it would
+    copy them.
+
+    Args:
+      shape: of the array.
+      dtype: of the array.
+
+    Returns:
+      The array, not initialised.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def facts_of(leaf: np.ndarray) -> list[Any]:

@@ -1,13 +1,14 @@
 """Safetensors files: read one tensor at a time, written whole or not at all.
 
 Reading goes through the header and a memory map, so a model never needs more memory
-than its own size plus one tensor. Nothing here unpickles.
+than its own size plus a piece of one tensor. Nothing here unpickles.
 """
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PIECE = 2**20  # numbers read at once
 
 
 def _safetensors() -> Any:
@@ -68,12 +70,34 @@ class TensorReader:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor into memory."""
+        return self._handle(name).get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Reads one tensor some rows at a time.
+
+        Args:
+          name: of the tensor.
+
+        Yields:
+          Where a piece belongs in the tensor, and the piece: about `PIECE` numbers, or
+          one row.
+        """
+        handle, shape = self._handle(name), self.shapes[name]
+        if math.prod(shape) <= PIECE:
+            yield ..., handle.get_tensor(name)
+            return
+        step = max(1, PIECE // math.prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            yield rows, handle.get_slice(name)[rows]
+
+    def _handle(self, name: str) -> Any:
         if name not in self._handles:
             raise ValueError(
                 f"tensor {name!r} must be one of the {len(self.shapes)} in "
                 f"{', '.join(map(str, self.files))}; it is in none of them."
             )
-        return self._handles[name].get_tensor(name)
+        return self._handles[name]
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorReader:

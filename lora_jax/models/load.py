@@ -2,12 +2,14 @@
 
 Strict: a model is loaded whole or not at all, and one error lists every tensor that is
 missing, unexpected, mis-shaped, or not finite. What differs between model families is
-in `Family` alone. Tensors are read one by one, straight to their dtype and devices: the
-host never holds a second copy of the model.
+in `Family` alone. Tensors are read one by one, some rows at a time, straight to their
+dtype, layout and devices: the host never holds a second copy of the model, nor of the
+layers that one array stacks.
 """
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array_types import PRNGKey, PyTree
+from lora_jax.io.host import empty_aligned
 from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.source import CONFIG, Source, open_source
@@ -116,14 +119,15 @@ def load_base(
     flat, unused = _read(
         source,
         {leaf: shape for leaf, shape in expected.items() if leaf not in fresh},
-        lambda leaf, array: _place(array, param_dtype, places[leaf]),
+        places,
+        param_dtype,
     )
     for leaf in fresh:
         new = np.zeros(expected[leaf], np.float32)
         if key is not None and leaf[-1] == KERNEL:
             own_key = key if leaf[0] == HEAD else jax.random.fold_in(key, 1)
             new = 0.02 * jax.random.normal(own_key, expected[leaf], jnp.float32)
-        flat[leaf] = _place(new, param_dtype, places[leaf])
+        flat[leaf] = _place(new.astype(param_dtype or new.dtype), places[leaf])
     return LoadedModel(
         module=module,
         variables={PARAMS: flax.traverse_util.unflatten_dict(flat)},
@@ -173,12 +177,11 @@ def _missing_head(source: Source) -> tuple[str, ...]:
     return (HEAD, *absent)
 
 
-def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
-    """Puts one leaf where it belongs, in its dtype."""
-    dtype = array.dtype if dtype is None else dtype
+def _place(array: Any, sharding: Any) -> jax.Array:
+    """Puts one leaf where it belongs; on CPU that is where it is, if it is aligned."""
     if sharding is None:
-        return jnp.asarray(array, dtype)
-    return put_array(array.astype(dtype), sharding)
+        return jax.device_put(array)
+    return put_array(array, sharding)
 
 
 def unscanned(leaf: Leaf, shape: tuple[int, ...]) -> list[Leaf]:
@@ -203,7 +206,8 @@ def unscanned(leaf: Leaf, shape: tuple[int, ...]) -> list[Leaf]:
 def _read(
     source: Source,
     expected: Mapping[Leaf, tuple[int, ...]],
-    place: Callable[[Leaf, np.ndarray], jax.Array],
+    places: Mapping[Leaf, Any],
+    dtype: Any,
 ) -> tuple[dict[Leaf, jax.Array], list[str]]:
     """Reads every expected leaf; gathers the faults of all of them, raises once."""
     family, names = source.family, source.names
@@ -230,23 +234,18 @@ def _read(
         ]
     flat = {}
     for leaf, singles in wanted.items():
-        whole: Any = None
+        whole: Any = None  # filled piece by piece, with its axes as they will be
         for i, name in enumerate(singles):
             if name not in names:
                 continue
-            array = source.read(name)
-            if fault := _fault(array):
-                faults.append(fault.format(names[name]))
-            if faults:
-                continue
-            array = family.from_file(leaf[-1], array)
-            if leaf[0] != SCANNED:
-                whole = array
-            else:  # filled layer by layer: a list to stack would be one copy more
-                whole = np.empty(expected[leaf], array.dtype) if i == 0 else whole
-                whole[i] = array
+            for where, piece in _checked(source, name, faults):
+                if whole is None:
+                    own = jax.dtypes.canonicalize_dtype(dtype or piece.dtype)
+                    whole = empty_aligned(expected[leaf], own)
+                single = whole[i] if leaf[0] == SCANNED else whole
+                family.to_file(leaf[-1], single)[where] = piece.astype(whole.dtype)
         if not faults:
-            flat[leaf] = place(leaf, whole)
+            flat[leaf] = _place(whole, places[leaf])
     if faults:
         raise ValueError(
             f"{source.path}: {len(faults)} of its {len(names)} tensors or of the "
@@ -256,9 +255,20 @@ def _read(
     return flat, unused
 
 
-def _fault(array: np.ndarray) -> str:
-    """Says what is wrong with a tensor's values, with a gap for its name."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return f"dtype: {{}} must be floats; got {array.dtype}"
-    count = int(array.size - np.isfinite(array).sum())
-    return f"not finite: {{}}, {count} of {array.size} values" if count else ""
+def _checked(
+    source: Source, name: str, faults: list[str]
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields a tensor's pieces while nothing is wrong, and notes what is."""
+    bad = 0
+    for where, piece in source.pieces(name):
+        if not jnp.issubdtype(piece.dtype, jnp.floating):
+            faults.append(
+                f"dtype: {source.names[name]} must be floats; got {piece.dtype}"
+            )
+            return
+        bad += int(piece.size - np.isfinite(piece).sum())
+        if not faults and not bad:
+            yield where, piece
+    if bad:
+        size = math.prod(source.shape(name))
+        faults.append(f"not finite: {source.names[name]}, {bad} of {size} values")

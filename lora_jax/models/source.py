@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +34,9 @@ class Source(NamedTuple):
     tensors: Any
     names: dict[str, str]
 
-    def read(self, bare: str) -> np.ndarray:
-        """Reads a tensor by its bare name."""
-        return self.tensors[self.names[bare]]
+    def pieces(self, bare: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Reads a tensor by its bare name; yields where a piece belongs, and it."""
+        return self.tensors.pieces(self.names[bare])
 
     def shape(self, bare: str) -> tuple[int, ...]:
         """The shape of a tensor in the file."""

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.io.fetch import FetchError
+from lora_jax.io.host import empty_aligned
 from lora_jax.io.vader import load_vader
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.families.bert import read_config
@@ -78,6 +79,41 @@ def test_shards_load_like_one_file(folder):
     weight_map = {n: file for file, part in shards.items() for n in part}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
+    assert equal(load_model(folder).params, load_model(GOLDEN).params)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["own", "bfloat16"])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_read_some_rows_at_a_time_it_is_the_same_model(name, dtype, monkeypatch):
+    whole = load_model(GOLDEN.parent / name, param_dtype=dtype).params
+    monkeypatch.setattr("lora_jax.io.safetensors.PIECE", 100)
+    assert equal(load_model(GOLDEN.parent / name, param_dtype=dtype).params, whole)
+
+
+def test_layers_read_into_one_array_are_the_layers(monkeypatch):
+    monkeypatch.setattr("lora_jax.io.safetensors.PIECE", 100)
+    folder = GOLDEN.parent / "llama"
+    stacked = load_model(folder, is_scanned=True, param_dtype=jnp.bfloat16).params
+    single = load_model(folder).params["layer_1"]
+    second = jax.tree.map(lambda a: a[1], stacked["layers"])
+    assert equal(second, jax.tree.map(lambda a: a.astype(jnp.bfloat16), single))
+
+
+def test_on_cpu_a_model_is_not_copied_after_it_was_read(monkeypatch):
+    filled = set()
+
+    def watched(shape, dtype):
+        array = empty_aligned(shape, dtype)
+        filled.add(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr("lora_jax.models.load.empty_aligned", watched)
+    leaves = jax.tree.leaves(load_model(GOLDEN).params)
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves} == filled
+
+
+def test_a_float64_file_loads_as_the_float32_that_jax_computes_in(folder):
+    edit_tensors(folder, lambda t: {k: v.astype("f8") for k, v in t.items()})
     assert equal(load_model(folder).params, load_model(GOLDEN).params)
 
 
