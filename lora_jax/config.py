@@ -46,7 +46,7 @@ class LoRAConfig:
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
       dora: train a magnitude for each output besides, see `lora_jax.ops.dora`.
       init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
-        N(0, 1/rank²). B is zero in both.
+        N(0, 1/rank²). B is zero in both (of an embedding: A, and B is drawn).
       train: layers or leaves of the base that are trained in full and live in the
         ``params`` collection (a new head, say).
       bias: biases trained in full: ``"none"``, those of adapted layers

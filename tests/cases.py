@@ -97,9 +97,10 @@ def embed_case() -> Case:
         merge=merge_with(DENSE),
         reference=reference.embed,
         matrices=lambda table: table[None],
-        fan_in=1,
+        fan_in=5,
         trainable=3 * (11 + 5),
         dropout=False,
+        zero="lora_a",
     )
 
 

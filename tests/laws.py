@@ -27,7 +27,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "scatter-add", "scatter")
 
 
 class Arrays(NamedTuple):
-    """The arguments of one layer; ``lora_b`` is zero as `Case.init` makes it."""
+    """The arguments of one layer; `Case.zero` is zero as `Case.init` makes it."""
 
     x: jax.Array
     kernel: jax.Array
@@ -40,15 +40,16 @@ class Case(NamedTuple):
 
     Attributes:
       name: shown in the test's id.
-      init: ``init(key) -> Arrays``, float32, fresh (B = 0), of rank `RANK`.
+      init: ``init(key) -> Arrays``, float32, fresh, of rank `RANK`.
       apply: ``apply(x, kernel, lora_a, lora_b, scaling, **dropout) -> y``.
       base: ``base(x, kernel) -> y``: the plain layer, somebody else's code.
       merge: ``merge(kernel, lora_a, lora_b, scaling) -> kernel``.
       reference: as ``apply``, in NumPy float64.
       matrices: ``matrices(kernel) -> [n, in, out]``, one for each expert or group.
-      fan_in: of one matrix; 1 where the input is one-hot.
+      fan_in: of one matrix, as the factor that is drawn counts it.
       trainable: elements of A and B together, counted by hand.
       dropout: whether ``apply`` takes ``dropout_rate`` and ``dropout_key``.
+      zero: the factor that is zero at init: ``lora_b``, of embeddings ``lora_a``.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Case(NamedTuple):
     fan_in: int
     trainable: int
     dropout: bool = True
+    zero: str = "lora_b"
+
+    @property
+    def drawn(self) -> str:
+        """The factor that is not zero at init."""
+        return "lora_a" if self.zero == "lora_b" else "lora_b"
 
 
 @functools.cache
@@ -69,9 +76,14 @@ def compiled_init(case: Case) -> Callable[..., Arrays]:
 
 
 def tuned(case: Case, key: jax.Array) -> Arrays:
-    """Returns the case's arrays with a B that is not zero."""
-    arrays = compiled_init(case)(key)
-    return arrays._replace(lora_b=normal(arrays.lora_b.shape))
+    """Returns the case's arrays with neither factor zero."""
+    return moved(case, compiled_init(case)(key))
+
+
+def moved(case: Case, arrays: Arrays) -> Arrays:
+    """Returns arrays whose factor that started at zero has changed."""
+    shape = getattr(arrays, case.zero).shape
+    return arrays._replace(**{case.zero: normal(shape)})
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
@@ -132,29 +144,29 @@ def check_silent_at_init(case: Case, key: jax.Array) -> None:
     """Law 1: with B = 0 the output is the base's bit for bit; with another B not."""
     apply = jax.jit(functools.partial(case.apply, scaling=SCALING))
     fresh = compiled_init(case)(key)
-    assert np.any(fresh.lora_a)
+    assert np.any(getattr(fresh, case.drawn))
     for dtype in ("float32", "bfloat16"):
         arrays = cast_base(fresh, dtype)
         base = jax.jit(case.base)(arrays.x, arrays.kernel)
         got = apply(*arrays)
         assert got.dtype == base.dtype == dtype
         assert np.array_equal(got, base)
-        changed = arrays._replace(lora_b=normal(arrays.lora_b.shape))
-        assert not np.array_equal(apply(*changed), base)
+        assert not np.array_equal(apply(*moved(case, arrays)), base)
 
 
 def check_first_gradient(case: Case, key: jax.Array) -> None:
     """Law 2: at B = 0, dA = 0 and dB is not."""
     program, weights = gradient_program(case)
     grads = program(compiled_init(case)(key), weights)
-    assert not np.any(grads.lora_a)
-    assert np.mean(np.asarray(grads.lora_b) != 0) > 0.9
+    assert not np.any(getattr(grads, case.drawn))
+    assert np.mean(np.asarray(getattr(grads, case.zero)) != 0) > 0.9
 
 
 def check_variance_of_a(case: Case, key: jax.Array) -> None:
     """Law 3: A ~ U(±1/√fan_in), std·√fan_in = 0.577, whatever the shape."""
     keys = jax.random.split(key, 40)
-    draws = np.stack([np.asarray(compiled_init(case)(k).lora_a) for k in keys])
+    init = compiled_init(case)
+    draws = np.stack([np.asarray(getattr(init(k), case.drawn)) for k in keys])
     bound = case.fan_in**-0.5
     assert 0.97 * bound < np.abs(draws).max() <= bound
     np.testing.assert_allclose(draws.std() / bound, 3**-0.5, rtol=0.05)

@@ -1,8 +1,12 @@
 """Initial values of A and B, from one key and a path.
 
 ``A ~ U(±1/√fan_in)`` and ``B = 0``: the layer starts as its base. The fan-in counts the
-input axes alone, never the batch (experts, scanned layers). For an embedding the input
-is one-hot, one active element, so the fan-in is 1.
+input axes alone, never the batch (experts, scanned layers).
+
+An embedding has the roles swapped: ``A = 0``, whose rows are the tokens', and
+``B ~ U(±1/√d)``, as if the table were the kernel of the tied head ``d -> v``. A token
+that training never sees then keeps its vector; under a random A, whatever moves B moves
+all tokens at random.
 """
 
 import math
@@ -42,7 +46,7 @@ def init_adapter(
     one_hot: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[AnyFloat, AnyFloat]:
-    """Draws A and zeroes B for one kernel.
+    """Draws A and zeroes B for one kernel (of an embedding: the reverse).
 
     Args:
       key: PRNG key; see `path_key`.
@@ -51,11 +55,12 @@ def init_adapter(
       contraction: the kernel's axes.
       init: ``"uniform"``: ``U(±1/√fan_in)``, variance ``1/(3 fan_in)``;
         ``"gaussian"``: ``N(0, 1/rank²)``.
-      one_hot: whether the input is one-hot (an embedding): the fan-in is then 1.
+      one_hot: whether the input is one-hot (an embedding): A is then zero, and B drawn
+        with its outputs as the fan-in.
       dtype: of both.
 
     Returns:
-      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, ``B`` all zero.
+      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, one of them all zero.
 
     Raises:
       ValueError: if the rank is below 1 or ``init`` is unknown.
@@ -71,7 +76,8 @@ def init_adapter(
 
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1; the uniform bound is
-      that of its reference implementation (Kaiming uniform with a = √5).
+      that of its reference implementation (Kaiming uniform with a = √5). PEFT 0.21
+      swaps the roles for embeddings too, with ``B ~ N(0, 1)``.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1; got {rank}.")
@@ -83,11 +89,14 @@ def init_adapter(
             stacklevel=2,
         )
     a_shape, b_shape = contraction.factor_shapes(kernel_shape, rank)
+    drawn, fan = (b_shape, fan_out) if one_hot else (a_shape, fan_in)
     if init == "uniform":
-        bound = 1 / math.sqrt(1 if one_hot else fan_in)
-        a = jax.random.uniform(key, a_shape, dtype, -bound, bound)
+        bound = 1 / math.sqrt(fan)
+        factor = jax.random.uniform(key, drawn, dtype, -bound, bound)
     elif init == "gaussian":
-        a = jax.random.normal(key, a_shape, dtype) / rank
+        factor = jax.random.normal(key, drawn, dtype) / rank
     else:
         raise ValueError(f"init must be 'uniform' or 'gaussian'; got {init!r}.")
-    return a, jnp.zeros(b_shape, dtype)
+    if one_hot:
+        return jnp.zeros(a_shape, dtype), factor
+    return factor, jnp.zeros(b_shape, dtype)

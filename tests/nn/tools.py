@@ -29,11 +29,11 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
 
 
 def tuned(variables: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Returns variables whose biases and B are no longer zero."""
+    """Returns variables whose biases and factors are no longer zero."""
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        if path[-1].key not in ("lora_b", "bias"):
+        if path[-1].key not in ("lora_a", "lora_b", "bias") or np.any(leaf):
             return leaf
         noise = 0.3 * generator.normal(size=leaf.shape)
         return jnp.asarray(noise, leaf.dtype)

@@ -33,9 +33,13 @@ def test_gaussian_has_standard_deviation_one_over_rank(key):
     assert not b.any()
 
 
-def test_a_one_hot_input_has_fan_in_one(key):
-    a, _ = init_adapter(key, (400, 50), 8, one_hot=True)
-    assert float(a.std()) == pytest.approx(3**-0.5, rel=0.05)
+def test_an_embedding_has_the_roles_swapped(key):
+    a, b = init_adapter(key, (50, 400), 8, one_hot=True)
+    assert not a.any()
+    assert float(b.std()) * 400**0.5 == pytest.approx(3**-0.5, rel=0.05)
+    a, b = init_adapter(key, (50, 400), 8, init="gaussian", one_hot=True)
+    assert not a.any()
+    assert float(b.std()) == pytest.approx(1 / 8, rel=0.05)
 
 
 def test_both_factors_have_the_dtype_asked_for(key):
