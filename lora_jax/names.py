@@ -1,4 +1,4 @@
-"""Names of variable collections and leaves, each written once.
+"""Names of variable collections, leaves and mesh axes, each written once.
 
 A variables dictionary of this library has three collections::
 
@@ -20,5 +20,9 @@ ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
 KERNEL = "kernel"
 BIAS = "bias"
 EMBEDDING = "embedding"
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # axes of a mesh, see `parallel.mesh`
+MESH_AXES = (DATA, FSDP, TENSOR)
+BATCH_AXES = (DATA, FSDP)  # those that split a batch
 
 DROPOUT = "dropout"  # the PRNG stream that adapter dropout draws from

@@ -18,7 +18,8 @@ from lora_jax.io.gguf import SUFFIX
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_settings
-from lora_jax.parallel.mesh import AXES, BATCH, DATA, FSDP, make_mesh
+from lora_jax.names import DATA, FSDP
+from lora_jax.parallel.mesh import AXES, BATCH, make_mesh
 from lora_jax.plan.fit import largest_batch, smallest_slice
 from lora_jax.plan.slices import CHIPS, check_topology, open_slice
 from lora_jax.plan.step import StepPlan, Workload, fitting_remat, plan_step

@@ -12,6 +12,7 @@ from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.ops.causal import cached_attention, causal_attention
 from lora_jax.ops.rope import apply_rope
+from lora_jax.ops.spread import spread_rows
 
 Hidden = Float[Array, "b t d"]
 Layer = int | Int[Array, ""]
@@ -116,7 +117,14 @@ class Attention(Part):
             window=window,
         )
         if past is None:
-            mixed = attend(query, key, value, segment_ids=place.segment_ids)
+            windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
+            mixed = attend(
+                query,
+                key,
+                value,
+                windows=tuple(sorted(windows)),
+                segment_ids=place.segment_ids,
+            )
         else:
             rows = jnp.arange(b)[:, None]
             key = past[0].at[rows, place.slots].set(key)
@@ -174,7 +182,7 @@ class Block(Part):
         y, kept = attention(pre("attention_norm", x), place, layer, past)
         x = x + post("attention_post_norm", y)
         x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
-        return x, kept
+        return spread_rows(x), kept
 
 
 def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:

@@ -30,6 +30,7 @@ from lora_jax.models.block import Block, Hidden, Place, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.nn.layers import register_layer
 from lora_jax.ops.rope import rope_angles
+from lora_jax.ops.spread import spread_rows
 
 TokenIds = Int[Array, "b t"]
 REMATS = ("none", "block")
@@ -227,7 +228,7 @@ class Decoder(nn.Module):
         if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned
             cos.append(jnp.ones_like(cos[0]))
             sin.append(jnp.zeros_like(sin[0]))
-        return x, Place(tuple(cos), tuple(sin), None, segment_ids)
+        return spread_rows(x), Place(tuple(cos), tuple(sin), None, segment_ids)
 
     def _blocks(
         self, x: Hidden, place: Place, method: str, cache: Cache | None = None

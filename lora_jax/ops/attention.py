@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, Inputs, PRNGKey
 from lora_jax.ops.product import check_dropout, check_floating, factor_product
+from lora_jax.ops.spread import target_platform
 
 Implementation = Literal["xla", "cudnn"] | None
 _BATCH, _OUT = "abcdefghjklm", "nopqstuvwxyz"  # labels; i is the input, R the rank
@@ -194,7 +195,7 @@ def choose_implementation(
 
 
 def _has_cudnn() -> bool:
-    if jax.default_backend() != "gpu":
+    if target_platform() != "gpu" or jax.default_backend() != "gpu":
         return False
     device = jax.devices()[0]
     return (

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lora_jax.ops.attention import attention, choose_implementation
+from lora_jax.ops.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b s k h"]
@@ -26,6 +27,7 @@ def causal_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | Int[Array, ""] | None = None,
+    windows: tuple[int, ...] = (),
     segment_ids: Int[Array, "b t"] | None = None,
 ) -> Queries:
     """Attends from each token to itself and to earlier tokens of its segment.
@@ -42,6 +44,8 @@ def causal_attention(
       softcap: ``c``, bound of the scores; None for no bound.
       window: keys that a query sees, itself included; None for all. A traced integer
         masks the rest instead of leaving it out.
+      windows: the values that a traced window may have. With them a TPU's kernels, one
+        a value, leave the rest out; others don't need them.
       segment_ids: ``[b, t]`` example of each token in a packed row.
 
     Returns:
@@ -53,6 +57,18 @@ def causal_attention(
     """
     t, h = query.shape[1], query.shape[3]
     factor: float = h**-0.5 if scale is None else scale
+    is_traced = isinstance(window, jax.Array)
+    if (windows or not is_traced) and can_splash(query, key):
+        return splash_attention(
+            query,
+            key,
+            value,
+            scale=factor,
+            softcap=softcap,
+            windows=windows if is_traced else (window,),
+            chosen=jnp.argmax(jnp.asarray(windows) == window) if is_traced else None,
+            segment_ids=segment_ids,
+        )
     is_fused = softcap is None and choose_implementation(query, key) == "cudnn"
     if is_fused and window is None:
         same = None if segment_ids is None else _same(segment_ids, segment_ids)

@@ -15,10 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
+from lora_jax.names import BATCH_AXES, DATA, FSDP, MESH_AXES, TENSOR
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-AXES = (DATA, FSDP, TENSOR)
-BATCH = (DATA, FSDP)  # the axes that split a batch
+AXES, BATCH = MESH_AXES, BATCH_AXES
 
 
 def make_mesh(

@@ -17,9 +17,9 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import LORA
+from lora_jax.names import FSDP, LORA, TENSOR
 from lora_jax.ops.contraction import Shape
-from lora_jax.parallel.mesh import FSDP, TENSOR, put_array
+from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
 from lora_jax.tree.targets import Target, child
 

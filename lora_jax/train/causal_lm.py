@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
 from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.ops.spread import gather_kernel, row_parts
 from lora_jax.train.losses import (
     as_weights,
     check_floating,
@@ -299,12 +300,13 @@ def make_lm_loss(
             return loss, weight, {}
         holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
         kernel = variables[holder][owner][leaf]
+        at_once = chunk or chunk_tokens(kernel.size // hidden.shape[-1])
         loss, weight = causal_lm(
             hidden,
-            kernel.T if is_tied else kernel,
+            gather_kernel(kernel.T if is_tied else kernel),
             labels,
             weights,
-            chunk=chunk or chunk_tokens(kernel.size // hidden.shape[-1]),
+            chunk=at_once * row_parts(),
             softcap=softcap,
         )
         return loss, weight, {}

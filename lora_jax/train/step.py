@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import DROPOUT
+from lora_jax.ops.spread import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of, whole_over_batch
 from lora_jax.train.state import TrainState
 
@@ -66,7 +67,7 @@ class TrainStep:
             scalars = NamedSharding(mesh, PartitionSpec())
             summed = jax.tree.map(whole_over_batch, shardings["trainable"])
             self._sharded[known] = jax.jit(
-                functools.partial(self._update, summed=summed),
+                functools.partial(self._update, summed=summed, mesh=mesh),
                 donate_argnums=0,
                 out_shardings=(shardings, scalars),
             )
@@ -162,7 +163,11 @@ def make_train_step(
         grads, sums = jax.lax.scan(body, zeros, (microbatches, jnp.arange(accumulate)))
         return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-    def update(own, frozen, batch, summed=None):
+    def update(own, frozen, batch, summed=None, mesh=None):
+        with on_mesh_of(mesh):
+            return updated(own, frozen, batch, summed)
+
+    def updated(own, frozen, batch, summed):
         trainable, opt_state = own["trainable"], own["opt_state"]
         key = jax.random.fold_in(own["rng"], own["step"])
         if accumulate == 1:

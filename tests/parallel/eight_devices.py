@@ -118,6 +118,11 @@ def gathered_shapes(hlo: str) -> list[list[int]]:
     return shapes
 
 
+def whole_activations(hlo: str) -> list[str]:
+    """Returns the shapes ``[rows, time, ...]`` of a program that hold all rows."""
+    return sorted(set(re.findall(rf"f32\[{ROWS},{TIME},\d[\d,]*\]", hlo)))
+
+
 def main() -> None:
     adapted, variables, tx, step = setup()
     targets = adapted.targets(adapted.detach(variables))
@@ -161,6 +166,7 @@ def main() -> None:
             "specs": specs,
             "moments": moments,
             "gathers": gathered_shapes(hlo),
+            "whole_activations": whole_activations(hlo),
             "merged": max(
                 float(abs(x - folded[p]).max()) for p, x in host(merged).items()
             ),

@@ -82,6 +82,12 @@ def test_the_optimizer_lies_like_the_adapters(report):
     assert sorted(map(str, seen["moments"])) == sorted(map(str, specs * 2))
 
 
+@pytest.mark.parametrize("mesh", ["8x1", "2x2x2"])
+def test_no_device_holds_the_activations_of_all_rows(report, mesh):
+    assert report["meshes"][mesh]["whole_activations"] == []
+    assert report["meshes"]["1x8"]["whole_activations"] != []  # there all rows are
+
+
 @by_mesh
 def test_no_whole_weight_is_gathered(report, mesh):
     gathered = {tuple(sorted(shape)) for shape in report["meshes"][mesh]["gathers"]}
