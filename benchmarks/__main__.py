@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks import harness, report
 
-COMPARISONS = ("lora_vs_full", "contenders", "loading")
+COMPARISONS = ("lora_vs_full", "contenders", "loading", "perplexity")
 
 
 def main() -> None:

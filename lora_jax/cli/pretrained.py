@@ -31,9 +31,22 @@ class Pretrained(NamedTuple):
         return self.loaded.variables
 
 
-def load_decoder(model: str | None, adapter: str | None) -> Pretrained:
-    """As `load`; an encoder is an error."""
-    found = load(model, adapter)
+def load_decoder(
+    model: str | None, adapter: str | None, *, is_scanned: bool | None = None
+) -> Pretrained:
+    """As `load`; an encoder is an error.
+
+    Args:
+      model: see `load`.
+      adapter: see `load`.
+      is_scanned: whether the blocks are one loop, which compiles faster but makes a
+        copy of each block's weights when it comes to it. An adapter of ours is put on
+        what it was trained on.
+
+    Returns:
+      The model.
+    """
+    found = load(model, adapter, is_scanned=is_scanned)
     if found.loaded.family.head:
         raise UserError(
             f"{found.loaded.path} must be a decoder; it is an encoder, which predicts "
@@ -69,6 +82,7 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
                 "name is not looked for: add --model."
             )
         return Pretrained(load_model(model, foreign, **options), {})
+    options |= {"is_scanned": None}  # as it was trained
     extra = read_adapter_config(folder)["extra"]
     model = model or extra.get("model")
     if model is None:

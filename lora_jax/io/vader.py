@@ -96,6 +96,26 @@ def load_vader(
     )
 
 
+def load_editorials() -> list[str]:
+    """Loads the New York Times domain as the editorials that it was cut from.
+
+    Returns:
+      The texts, in the file's order, sentences joined by spaces.
+
+    Raises:
+      ValueError: if the file can't be read.
+      FetchError: if the package can't be downloaded.
+    """
+    archive = fetch_package(PACKAGE) / INNER
+    content = _member(archive, MEMBER.format(DOMAINS["vader/nyt"].file))
+    texts: dict[str, list[str]] = {}
+    lines = [line for line in content.decode("utf-8").split("\n") if line.strip()]
+    rows = parse_ratings(content, "vader/nyt")
+    for line, (_, text) in zip(lines, rows, strict=True):
+        texts.setdefault(line.partition("_")[0], []).append(text)  # ids: editorial_line
+    return [" ".join(sentences) for sentences in texts.values()]
+
+
 def parse_ratings(content: bytes, name: str) -> list[tuple[float, str]]:
     """Reads lines of id, mean rating and text, separated by tabs.
 

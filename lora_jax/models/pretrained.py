@@ -15,7 +15,7 @@ from lora_jax.io.foreign import ForeignAdapter
 from lora_jax.io.mlx import read_mlx
 from lora_jax.io.peft import read_peft
 from lora_jax.io.peft_config import read_json
-from lora_jax.models.load import HEAD, LoadedModel, Sharding, load_base
+from lora_jax.models.load import HEAD, SCANNED, LoadedModel, Sharding, load_base
 from lora_jax.models.peft import put_adapter
 from lora_jax.models.source import open_source
 from lora_jax.names import FROZEN, PARAMS, TRAINABLE
@@ -36,7 +36,7 @@ def load_model(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     sharding: Sharding = None,
-    is_scanned: bool = False,
+    is_scanned: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
 ) -> LoadedModel:
@@ -60,7 +60,8 @@ def load_model(
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
-      is_scanned: of a decoder: whether its blocks are one `nn.scan`.
+      is_scanned: of a decoder: whether its blocks are one `nn.scan`. None: as an
+        adapter of ours was trained, else not.
       remat: of a decoder: what the backward pass computes again, "none" or "block".
       key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
         is zero), and of fresh adapters.
@@ -72,8 +73,8 @@ def load_model(
       FileNotFoundError: if there is no such model or adapter.
       ValueError: if the model type is unknown, the config doesn't fit, tensors are
         missing, unexpected, mis-shaped or not finite; if the adapter is damaged or was
-        made on another base; if both ``adapter`` and ``lora`` are given, or ``lora``
-        without ``key``.
+        made on another base or on blocks that are not ``is_scanned``; if both
+        ``adapter`` and ``lora`` are given, or ``lora`` without ``key``.
     """
     if adapter is not None and lora is not None:
         raise ValueError(
@@ -85,7 +86,7 @@ def load_model(
         "dtype": dtype,
         "param_dtype": param_dtype,
         "sharding": sharding,
-        "is_scanned": is_scanned,
+        "is_scanned": bool(is_scanned),
         "remat": remat,
     }
     if isinstance(adapter, ForeignAdapter):
@@ -96,7 +97,8 @@ def load_model(
         if (foreign := read_foreign(folder)) is not None:
             loaded = _load_foreign(path, foreign, num_labels, pooling, options)
         else:
-            loaded = _load_ours(path, folder, num_labels, pooling, options)
+            own = {**options, "is_scanned": is_scanned}
+            loaded = _load_ours(path, folder, num_labels, pooling, own)
         return _placed(loaded, sharding)
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
     if lora is None or key is None:
@@ -201,6 +203,13 @@ def _load_ours(
     if num_labels is None and head is not None:
         num_labels = head["kernel"].shape[-1]
     pooling = pooling or found.extra.get("pooling")
+    was_scanned = any(SCANNED in tree for tree in found.variables.values())
+    if options["is_scanned"] not in (None, was_scanned):
+        raise ValueError(
+            f"is_scanned must be {was_scanned}, as {folder} was trained; got "
+            f"{not was_scanned}. None takes what an adapter was trained on."
+        )
+    options = {**options, "is_scanned": was_scanned}
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
     fresh = adapted.attach(loaded.params, jax.random.key(0))  # shapes; values replaced
