@@ -1,7 +1,8 @@
 """Perplexity of SmolLM2-135M on real prose: `lora-jax score`, and transformers.
 
-Both read the same 4-bit file, in float32. The prose is whole editorials of the New York
-Times, as VADER's ground truth has them; each is scored by itself, from its second token.
+Both read the same 4-bit file, in float32. The prose is whole editorials of the New
+York Times, as VADER's ground truth has them; each is scored by itself, from its second
+token.
 """
 
 import argparse

@@ -15,14 +15,17 @@ import numpy as np
 from lora_jax.cli.console import Console, UserError, size
 from lora_jax.config import LoRAConfig
 from lora_jax.io.adapter import TENSORS, read_adapter_config
+from lora_jax.io.fetch import SCHEME, find_model
 from lora_jax.io.foreign import ForeignAdapter
+from lora_jax.io.gguf import SUFFIX, GGUFReader
 from lora_jax.io.safetensors import TensorReader, open_tensors
+from lora_jax.models.load import unscanned
 from lora_jax.models.pretrained import find_adapter, read_foreign
 from lora_jax.names import LORA, LORA_A, LORA_B
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Inspects a folder.
+    """Inspects a folder or a GGUF file.
 
     Args:
       args: ``dir``.
@@ -31,9 +34,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       Kind of the folder and a row for each layer or tensor.
     """
-    folder = Path(args.dir)
+    folder = find_model(args.dir) if args.dir.startswith(SCHEME) else Path(args.dir)
+    if folder.suffix == SUFFIX and folder.is_file():
+        return _inspect_model(folder, GGUFReader(folder), out)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}.")
+        raise UserError(f"there is no folder {folder}, nor a {SUFFIX} file.")
     if any((folder / f).is_file() for f in ("config.yaml", "adapter_config.json")):
         found = find_adapter(folder)
         foreign = read_foreign(found)
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             return _inspect_foreign(foreign, found, out)
         return _inspect_adapter(found, out)
     if (folder / "config.json").is_file():
-        return _inspect_model(folder, out)
+        return _inspect_model(folder, open_tensors(folder), out)
     raise UserError(
         f"{folder} is no run folder (config.yaml), adapter folder "
         "(adapter_config.json) or model folder (config.json)."
@@ -75,9 +80,12 @@ def _inspect_adapter(folder: Path, out: Console) -> dict[str, Any]:
     reader = open_tensors(folder / TENSORS)
     suffix = f"/{LORA_A}"
     layers = [
-        _layer(reader, name.removeprefix(f"{LORA}/").removesuffix(suffix), config)
+        row
         for name in reader.shapes
         if name.startswith(f"{LORA}/") and name.endswith(suffix)
+        for row in _layers(
+            reader, name.removeprefix(f"{LORA}/").removesuffix(suffix), config
+        )
     ]
     full = {
         n: list(s) for n, s in reader.shapes.items() if not n.startswith(f"{LORA}/")
@@ -175,19 +183,28 @@ def _show_layers(layers: list[dict[str, Any]], out: Console) -> None:
     )
 
 
-def _layer(reader: TensorReader, path: str, config: LoRAConfig) -> dict[str, Any]:
+def _layers(
+    reader: TensorReader, path: str, config: LoRAConfig
+) -> list[dict[str, Any]]:
+    """Returns a row for each layer that an adapter's leaves hold: one, or a stack."""
     a = reader[f"{LORA}/{path}/{LORA_A}"]
     name = f"{LORA}/{path}/{LORA_B}"
     if name not in reader.shapes:
         raise UserError(f"the adapter has {path}/{LORA_A} but no {path}/{LORA_B}.")
     b = reader[name]
-    row: dict[str, Any] = {
-        "path": path,
+    scaling = config.scaling_for(path)
+    facts = {
         "rank": config.rank_for(path),
         "alpha": config.alpha_for(path),
-        "scaling": config.scaling_for(path),
+        "scaling": scaling,
     }
-    return row | _norms(a, b, scaling=row["scaling"])
+    singles = unscanned(tuple(path.split("/")), a.shape)
+    if len(singles) == 1 or a.ndim != 3 or len(a) != len(b):
+        return [{"path": path, **facts, **_norms(a, b, scaling=scaling)}]
+    return [
+        {"path": "/".join(single), **facts, **_norms(*pair, scaling=scaling)}
+        for single, *pair in zip(singles, a, b, strict=True)
+    ]
 
 
 def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
@@ -199,8 +216,7 @@ def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
     return {"norm": None, "top": None}
 
 
-def _inspect_model(folder: Path, out: Console) -> dict[str, Any]:
-    reader = open_tensors(folder)
+def _inspect_model(folder: Path, reader: Any, out: Console) -> dict[str, Any]:
     broken = _not_finite(reader)
     tensors = []
     for name in sorted(reader.shapes, key=_natural):
@@ -244,7 +260,7 @@ def _inspect_model(folder: Path, out: Console) -> dict[str, Any]:
     }
 
 
-def _not_finite(reader: TensorReader) -> dict[str, int]:
+def _not_finite(reader: Any) -> dict[str, int]:
     """Returns how many values are NaN or infinite, for each tensor that has any."""
     counts = {
         name: int(np.sum(~np.isfinite(array.astype(np.float32))))
@@ -259,7 +275,8 @@ def _broken_text(broken: dict[str, int]) -> str:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = folder.glob("*.safetensors") if folder.is_dir() else (folder,)
+    return sum(file.stat().st_size for file in files)
 
 
 def _number(value: float | None) -> str:

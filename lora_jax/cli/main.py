@@ -354,7 +354,7 @@ def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> N
 
 
 def _add_inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dir", help="adapter, run or model folder")
+    command.add_argument("dir", help="adapter, run or model folder; or a GGUF file")
 
 
 def _count(text: str) -> int:

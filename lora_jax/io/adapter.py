@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.io.json_file import read_json
 from lora_jax.io.safetensors import open_tensors, write_tensors
 from lora_jax.names import LORA, TRAINABLE
 from lora_jax.tree.paths import unflatten
@@ -173,7 +174,8 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: if it or the tensors are missing; names them.
-      ValueError: if it isn't JSON, is of another format or version, or lacks a key.
+      ValueError: if it isn't JSON, is of another format or version, lacks a key or
+        has a value of another type.
     """
     directory = Path(directory)
     missing = [name for name in (TENSORS, CONFIG) if not (directory / name).is_file()]
@@ -183,14 +185,11 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f" no {' and no '.join(missing)}."
         )
     file = directory / CONFIG
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; it can't be read: {error}.") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        got = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
+    meta = read_json(file)
+    if meta.get("format") != FORMAT:
         raise ValueError(
-            f"{file} must have format {FORMAT!r}; got {got!r}. It is another tool's."
+            f"{file} must have format {FORMAT!r}; got {meta.get('format')!r}. It is "
+            "another tool's."
         )
     if meta.get("version") != VERSION:
         raise ValueError(
@@ -200,6 +199,17 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     keys = ("lora", "base", "trainable", "sha256", "extra")
     if absent := [key for key in keys if key not in meta]:
         raise ValueError(f"{file} must have the keys {keys}; it lacks {absent}.")
+    for key, kind in (("base", str), ("sha256", str), ("trainable", int)):
+        if not isinstance(meta[key], kind):
+            raise ValueError(
+                f"{file}: {key} must be {kind.__name__}; got {meta[key]!r}."
+            )
+    if wrong := [key for key in ("lora", "extra") if not isinstance(meta[key], dict)]:
+        raise ValueError(f"{file}: {', '.join(wrong)} must be JSON objects.")
+    try:
+        LoRAConfig.from_dict(meta["lora"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} can't be understood: {error}") from error
     return meta
 
 

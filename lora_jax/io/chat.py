@@ -14,6 +14,10 @@ ASSISTANT = "assistant"
 # Characters that Unicode keeps free of meaning, as marks inside a rendered text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
+MAX_TEXT = 10**7  # characters, or bits of a number, that a template may multiply to
+# What a template may raise, beside jinja2's own errors.
+_RENDERING = (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError)
+
 Message = Mapping[str, Any]
 
 
@@ -138,9 +142,11 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self._tokens,
             )
-        except (*self._errors, TypeError, ValueError, ArithmeticError) as error:
+        except (*_RENDERING, *self._errors) as error:
+            reason = str(error) or type(error).__name__
             raise ValueError(
-                f"the chat template can't write these {len(messages)} messages: {error}"
+                f"the chat template can't write these {len(messages)} messages: "
+                f"{reason}"
             ) from error
 
 
@@ -224,7 +230,15 @@ def _environment() -> tuple[tuple[type[Exception], ...], Any]:
     def make_dict(*args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any):
+            del context
+            _check_product(operator, left, right)
+            return self.binop_table[operator](left, right)
+
+    environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],
@@ -234,6 +248,21 @@ def _environment() -> tuple[tuple[type[Exception], ...], Any]:
     environment.globals["dict"] = make_dict
     environment.globals["namespace"] = Namespace
     return (jinja2.TemplateError,), environment
+
+
+def _check_product(operator: str, left: Any, right: Any) -> None:
+    """Raises where a template asks for a text or a number without measure."""
+    sized = [len(x) for x in (left, right) if hasattr(x, "__len__")]
+    whole = [abs(x) for x in (left, right) if isinstance(x, int)]
+    size = 0  # floats overflow by themselves, other types raise
+    if operator == "**" and len(whole) == 2:
+        size = whole[0].bit_length() * whole[1]
+    elif sized and whole:
+        size = sized[0] * whole[0]
+    elif len(whole) == 2:
+        size = sum(x.bit_length() for x in whole)
+    if size > MAX_TEXT:
+        raise ValueError(f"{operator} asks for more than a text may hold")
 
 
 def _tojson(

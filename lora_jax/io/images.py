@@ -6,7 +6,6 @@ error, so that no image is read differently from how the model was trained.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lora_jax.io.json_file import read_json
 
 CONFIG = "preprocessor_config.json"
 
@@ -142,12 +143,7 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
             f"{folder} has no {CONFIG}, which says how images are resized and "
             "normalised; give 'pixel_values' instead of 'image'."
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; it can't be read: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
+    settings = read_json(path)
     name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
     if name not in _KINDS:
         raise ValueError(

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io.foreign import Factors, ForeignAdapter, read_floats, report
-from lora_jax.io.peft_config import CONFIG, read_json
+from lora_jax.io.json_file import read_json
+from lora_jax.io.peft_config import CONFIG
 from lora_jax.io.safetensors import open_tensors, write_tensors
 
 TENSORS = "adapters.safetensors"

@@ -5,15 +5,15 @@ computes; unsupported unless it has its neutral value (an error that names it); 
 (kept and reported).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.io.json_file import read_json
+
 CONFIG = "adapter_config.json"
-MAX_BYTES = 1 << 24
 PEFT_VERSION = "0.21.2"  # whose format this is
 
 # Initialisations that leave the base as it is. Others decompose it again on loading.
@@ -135,37 +135,6 @@ def read_peft_config(folder: Path) -> PeftConfig:
         asks for what isn't supported; all of it is named at once.
     """
     return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file of bounded size.
-
-    Args:
-      file: its path.
-
-    Returns:
-      The object.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no JSON object or too large.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} must hold {file.name}; it has none.")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(
-            f"{file} must be a config of at most {MAX_BYTES} bytes; it has "
-            f"{file.stat().st_size}."
-        )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON; it can't be read: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{file} must be a JSON object; got {type(settings).__name__}."
-        )
-    return settings
 
 
 def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:

@@ -4,15 +4,16 @@ Reading goes through the header and a memory map, so a model never needs more me
 than its own size plus a piece of one tensor. Nothing here unpickles.
 """
 
-import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lora_jax.io.json_file import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -70,7 +71,7 @@ class TensorReader:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor into memory."""
-        return self._handle(name).get_tensor(name)
+        return self._read(name, self._handle(name).get_tensor, name)
 
     def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
         """Reads one tensor some rows at a time.
@@ -84,12 +85,24 @@ class TensorReader:
         """
         handle, shape = self._handle(name), self.shapes[name]
         if math.prod(shape) <= PIECE:
-            yield ..., handle.get_tensor(name)
+            yield ..., self[name]
             return
         step = max(1, PIECE // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            yield rows, handle.get_slice(name)[rows]
+            part = handle.get_slice(name)
+            yield rows, self._read(name, part.__getitem__, rows)
+
+    def _read(self, name: str, get: Callable[[Any], np.ndarray], what: Any) -> Any:
+        try:
+            return get(what)
+        except AttributeError as error:  # the package looks its dtype up in NumPy
+            kind = self._handles[name].get_slice(name).get_dtype()
+            raise ValueError(
+                f"tensor {name!r} of {', '.join(map(str, self.files))} must be of a "
+                f"dtype that NumPy has, or bfloat16; got {kind}. Quantised models have "
+                "to be turned into bfloat16 or float32 first."
+            ) from error
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
@@ -134,10 +147,10 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
 
 def _shards(folder: Path) -> list[Path]:
     """The files that a sharded model's index names, each inside the folder."""
+    index = read_json(folder / INDEX)
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
             f"file names; it can't be read: {error!r}."

@@ -5,10 +5,11 @@ ids where generation stops in ``generation_config.json`` (or ``config.json``), t
 template in ``chat_template.jinja`` or ``tokenizer_config.json``.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lora_jax.io.json_file import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -92,12 +93,4 @@ def _as_ids(value: Any, file: Path) -> list[int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; it can't be read: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(found).__name__}.")
-    return found
+    return read_json(path) if path.is_file() else {}

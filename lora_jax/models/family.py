@@ -18,6 +18,7 @@ from lora_jax.names import BIAS, KERNEL
 Shape = tuple[int, ...]
 _MISSING = object()
 MAX_LAYERS = 1000  # a config.json may ask for anything
+MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Family:
 
     def file_shape(self, leaf: str, shape: Shape) -> Shape:
         """The shape that a file has for a leaf of ``shape``."""
-        return self.to_file(leaf, np.broadcast_to(np.empty(()), shape)).shape
+        if leaf != KERNEL or not self.is_transposed:
+            return shape
+        return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
 
     @staticmethod
     def axes(ndim: int) -> tuple[int, ...]:
@@ -166,16 +169,12 @@ class Fields:
         self.faults: list[str] = []
 
     def integer(self, key: str, default: Any = _MISSING) -> Any:
-        """An integer; a key that is absent or null has the default."""
-        return self._get(key, default, (int,), "an integer")
+        """A bounded integer; a key that is absent or null has the default."""
+        return self._bounded(key, default, MAX_SIZE)
 
     def layers(self, key: str, default: Any = _MISSING) -> int:
         """A number of layers: bounded, for all that is made a layer at a time."""
-        value = self.integer(key, default)
-        if value > MAX_LAYERS:
-            self.faults.append(f"{key} must be at most {MAX_LAYERS}; got {value}")
-            return 1
-        return value
+        return self._bounded(key, default, MAX_LAYERS)
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
         """A finite number."""
@@ -219,9 +218,15 @@ class Fields:
           ValueError: if there is any.
         """
         if self.faults:
-            raise ValueError(
-                f"config.json is not of a {self.what}: {'; '.join(self.faults)}."
-            )
+            faults = "; ".join(dict.fromkeys(self.faults))
+            raise ValueError(f"config.json is not of a {self.what}: {faults}.")
+
+    def _bounded(self, key: str, default: Any, most: int) -> Any:
+        value = self._get(key, default, (int,), "an integer")
+        if isinstance(value, int) and value > most:
+            self.faults.append(f"{key} must be at most {most}; got {value}")
+            return 1
+        return value
 
     def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
         value = self.config.get(key)

@@ -206,4 +206,7 @@ def _check_prompts(
     if faults:
         shown = "; ".join(faults[:20])
         more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError(f"prompts can't be continued: {shown}{more}.")
+        raise ValueError(
+            f"prompts can't be continued: {shown}{more}. Shorten them or ask for fewer "
+            "new tokens."
+        )

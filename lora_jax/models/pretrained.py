@@ -12,9 +12,9 @@ from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.io import adapter as ours
 from lora_jax.io.foreign import ForeignAdapter
+from lora_jax.io.json_file import read_json
 from lora_jax.io.mlx import read_mlx
 from lora_jax.io.peft import read_peft
-from lora_jax.io.peft_config import read_json
 from lora_jax.models.load import HEAD, SCANNED, LoadedModel, Sharding, load_base
 from lora_jax.models.peft import put_adapter
 from lora_jax.models.source import open_source
@@ -22,6 +22,9 @@ from lora_jax.names import FROZEN, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.partition import join, partition
+from lora_jax.tree.paths import unflatten
+from lora_jax.tree.targets import child
 
 RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
 
@@ -212,11 +215,16 @@ def _load_ours(
     options = {**options, "is_scanned": was_scanned}
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
-    fresh = adapted.attach(loaded.params, jax.random.key(0))  # shapes; values replaced
+    shapes = {  # no arrays: the config may lie about ranks
+        child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for target in adapted.targets(loaded.params)
+        for name, shape in target.leaf_shapes.items()
+    }
+    wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
     found = ours.load_adapter(
         folder,
-        expected={name: fresh.get(name, {}) for name in TRAINABLE},
-        fingerprint=fingerprint(fresh[FROZEN]),
+        expected={name: wanted.get(name, {}) for name in TRAINABLE},
+        fingerprint=fingerprint(wanted[FROZEN]),
     )
-    variables = {FROZEN: fresh[FROZEN], **found.variables}
+    variables = {FROZEN: wanted[FROZEN], **found.variables}
     return loaded._replace(module=adapted, variables=variables)

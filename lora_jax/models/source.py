@@ -1,6 +1,5 @@
 """Where a model's config and tensors come from: a folder or a GGUF file."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from lora_jax.io.fetch import find_model
 from lora_jax.io.gguf import SUFFIX, GGUFReader
+from lora_jax.io.json_file import read_json
 from lora_jax.io.safetensors import open_tensors
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
@@ -88,28 +88,24 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} must be a Hugging Face model folder; it has no {CONFIG}."
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; it can't be read: {error}.") from error
-    return check_settings(settings, path)
+    return check_settings(read_json(path), path)
 
 
-def check_settings(settings: Any, path: Path) -> dict[str, Any]:
+def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns a config whose model type is known.
 
     Args:
-      settings: what the file holds.
+      settings: the object that the file holds.
       path: the file, for the error.
 
     Returns:
       ``settings``.
 
     Raises:
-      ValueError: if it isn't an object, or of an unknown model type.
+      ValueError: if the model type is unknown.
     """
-    if not isinstance(settings, dict) or settings.get("model_type") not in FAMILIES:
-        found = settings.get("model_type") if isinstance(settings, dict) else settings
+    found = settings.get("model_type")
+    if not isinstance(found, str) or found not in FAMILIES:
         raise ValueError(
             f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}. "
             "Other models can be built in Flax and adapted with `adapt`."

@@ -48,6 +48,8 @@ def read_jsonl(
             faults.append(f"{path}:{number}: not UTF-8 at byte {error.start}")
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON: {error.msg} at {error.colno}")
+        except (ValueError, RecursionError) as error:  # endless digits, endless [[[
+            faults.append(f"{path}:{number}: not JSON: {error}")
         else:
             fault = _record_fault(record, fields)
             if fault := fault or (check(record) if check else ""):

@@ -148,6 +148,9 @@ def test_a_damaged_file_is_noticed(folder, damage):
             "rank must be at least 1; got 0",
         ),
         (lambda m: m["lora"].update(rnk=1), ValueError, "no field rnk"),
+        (lambda m: m["lora"].update(rank="2"), ValueError, "rank must be an integer"),
+        (lambda m: m.update(lora=5, extra=[]), ValueError, "lora, extra must be JSON"),
+        (lambda m: m.update(sha256=5), ValueError, "sha256 must be str; got 5"),
     ],
 )
 def test_a_wrong_config_is_named(folder, edit, error, message):

@@ -131,6 +131,9 @@ def test_templates_see_what_transformers_shows_them():
         ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 10**11 }}", r"\* asks for more than a text may hold"),
+        ("{{ 10**9 * messages }}", r"\* asks for more"),
+        ("{{ 9 ** 99999999 }}", r"\*\* asks for more"),
     ],
 )
 def test_what_a_template_refuses_or_must_not_do_is_an_error(source, message):

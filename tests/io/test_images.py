@@ -91,7 +91,7 @@ def test_a_folder_without_a_usable_config_is_named(tmp_path):
     with pytest.raises(ValueError, match="must be JSON"):
         load_processor(tmp_path)
     file.write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object"):
+    with pytest.raises(ValueError, match="must be a JSON object"):
         load_processor(tmp_path)
 
 

@@ -94,11 +94,30 @@ def test_shards_that_lack_an_indexed_tensor_or_share_one_are_an_error(tmp_path):
         open_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
-def test_an_index_that_is_none_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "a JSON object"),
+        ("{}", "JSON with a weight_map"),
+        ('{"weight_map": 3}', "JSON with a weight_map"),
+    ],
+)
+def test_an_index_that_is_none_is_named(tmp_path, text, wanted):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index.json must be JSON with a weight_map"):
+    with pytest.raises(ValueError, match=rf"index.json must be {wanted}"):
         open_tensors(tmp_path)
+
+
+def test_a_dtype_that_numpy_has_not_is_named(tmp_path):
+    header = json.dumps(
+        {"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    )
+    file = tmp_path / "t.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0\0")
+    with pytest.raises(ValueError, match=r"tensor 'a' of .* dtype .* got F8_E4M3"):
+        open_tensors(file)["a"]
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -41,8 +41,10 @@ def test_every_bad_line_is_named_with_its_number_and_reason(tmp_path):
         '{"text": "x", "label": 1.5}',
         '{"text": "x", "label": true}',
         b'{"text": "\xff", "label": 1}',
+        "[" * 100_000,
+        '{"label": ' + "9" * 5000 + "}",
     )
-    with pytest.raises(ValueError, match="has 8 bad lines") as error:
+    with pytest.raises(ValueError, match="has 10 bad lines") as error:
         read_jsonl(path)
     lines = str(error.value).splitlines()[1:]
     for line, (number, reason) in zip(
@@ -56,6 +58,8 @@ def test_every_bad_line_is_named_with_its_number_and_reason(tmp_path):
             (7, "'label' must be str or int; got 1.5"),
             (8, "'label' must be str or int; got True"),
             (9, "not UTF-8 at byte 10"),
+            (10, "not JSON: maximum recursion depth"),
+            (11, "not JSON: Exceeds the limit"),
         ],
         strict=True,
     ):

@@ -1,0 +1,84 @@
+"""An adapter that was trained on blocks under one `nn.scan`, through the commands."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.config import LoRAConfig
+from lora_jax.io.adapter import save_adapter
+from lora_jax.models.pretrained import load_model
+from lora_jax.names import FROZEN, LORA
+from lora_jax.tree.fingerprint import fingerprint
+from tests.models.golden import GOLDEN
+
+LLAMA = GOLDEN / "llama"
+IDS = jnp.array([[5, 6, 7]])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    lora = LoRAConfig(rank=2, alpha=3, targets=["query", "up"])
+    model = load_model(LLAMA, lora=lora, key=jax.random.key(0), is_scanned=True)
+    rng = np.random.default_rng(0)
+    model.variables[LORA] = jax.tree.map(
+        lambda a: jnp.float32(rng.standard_normal(a.shape)), model.variables[LORA]
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    base = fingerprint(trained.variables[FROZEN])
+    save_adapter(folder, trained.variables, trained.module.config, base)
+    return folder
+
+
+def test_it_loads_as_it_was_trained_and_not_otherwise(trained, adapter):
+    wanted = trained.module.apply(trained.variables, IDS)
+    found = load_model(LLAMA, adapter)
+    assert (found.module.apply(found.variables, IDS) == wanted).all()
+    with pytest.raises(ValueError, match=r"must be True, as .* got False"):
+        load_model(LLAMA, adapter, is_scanned=False)
+
+
+def test_it_is_merged_as_plain_layers(trained, adapter, tmp_path, call):
+    words = ("--model", LLAMA, "--adapter", adapter, "--out", tmp_path / "m")
+    code, _, said = call("merge", *words)
+    assert code == 0, said
+    merged = load_model(tmp_path / "m")
+    np.testing.assert_allclose(
+        merged.module.apply(merged.variables, IDS),
+        trained.module.apply(trained.variables, IDS),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_inspect_shows_each_of_its_layers(trained, adapter, call):
+    code, out, _ = call("inspect", adapter, "--json")
+    assert code == 0
+    rows = json.loads(out)["layers"]
+    names = [
+        f"layer_{i}/{end}" for i in (0, 1) for end in ("attention/query", "mlp/up")
+    ]
+    assert [row["path"] for row in rows] == names
+    leaves = trained.variables[LORA]["layers"]["mlp"]["up"]
+    product = 1.5 * (leaves["lora_a"][1] @ leaves["lora_b"][1])
+    assert rows[3]["norm"] == pytest.approx(float(jnp.linalg.norm(product)), rel=1e-5)
+
+
+def test_ranks_that_the_config_lies_about_allocate_nothing(adapter, tmp_path, call):
+    for file in adapter.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    meta = json.loads((tmp_path / "adapter_config.json").read_text())
+    meta["lora"]["rank"] = 10**12
+    (tmp_path / "adapter_config.json").write_text(json.dumps(meta))
+    code, _, said = call(
+        "merge", *("--model", LLAMA, "--adapter", tmp_path, "--out", tmp_path / "m")
+    )
+    assert code == 2
+    assert "has shape (2, 20, 2), expected (2, 20, 1000000000000)" in said
