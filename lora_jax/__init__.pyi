@@ -21,6 +21,8 @@ from lora_jax.nn.dense import LoRADenseGeneral as LoRADenseGeneral
 from lora_jax.nn.dense import LoRAEinsum as LoRAEinsum
 from lora_jax.nn.dense import LoRAEmbed as LoRAEmbed
 from lora_jax.nn.layers import register_layer as register_layer
+from lora_jax.nn.twins import merge_twins as merge_twins
+from lora_jax.nn.twins import twin_targets as twin_targets
 from lora_jax.ops import Contraction as Contraction
 from lora_jax.ops import init_adapter as init_adapter
 from lora_jax.ops import lora_attend as lora_attend
@@ -55,6 +57,10 @@ from lora_jax.train.step import make_eval_step as make_eval_step
 from lora_jax.train.step import make_train_step as make_train_step
 from lora_jax.tree.arithmetic import fit_adapter as fit_adapter
 from lora_jax.tree.fingerprint import fingerprint as fingerprint
+from lora_jax.tree.merge import MergeError as MergeError
+from lora_jax.tree.merge import merge_errors as merge_errors
+from lora_jax.tree.merge import merge_params as merge_params
+from lora_jax.tree.merge import unmerge_params as unmerge_params
 from lora_jax.tree.partition import count as count
 from lora_jax.tree.partition import join as join
 from lora_jax.tree.partition import partition as partition

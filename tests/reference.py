@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 def assert_close(got, want, dtype: str = "float32", rtol: float | None = None) -> None:

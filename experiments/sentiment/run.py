@@ -71,6 +71,7 @@ TRIES = {  # values of SETTING
         (None, None, 3e-4, 32, None, 0.0),
         (None, None, 2e-4, 64, None, 0.0),
         (None, None, 2e-4, 32, None, 0.1),
+        (None, None, 3e-4, 64, None, 0.0),  # for LoRA's try that was superseded
     ),
 }
 PROBE, LORA, FULL = ({"method": name} for name in ("probe", "lora", "full"))
@@ -218,10 +219,14 @@ def run_plan(task: Task) -> None:
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Returns every run that was recorded; the first ones had no dropout to tell of."""
+    """Returns the recorded runs, without those that the library's own change undid.
+
+    The first ones had no dropout to tell of.
+    """
     path = RESULTS / "runs.jsonl"
     lines = path.open() if path.exists() else ()
-    return [{"dropout_rate": 0.0, **json.loads(line)} for line in lines]
+    runs = [{"dropout_rate": 0.0, **json.loads(line)} for line in lines]
+    return [run for run in runs if "superseded" not in run]
 
 
 def settings_of(base: dict[str, Any]) -> list[dict[str, Any]]:

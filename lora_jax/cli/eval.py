@@ -29,11 +29,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         raise UserError(
             "eval takes either a CONFIG or --run DIR, and just one of them."
         )
-    path = args.run or load_settings(args.config, args.overrides).output.dir
-    folder, settings = open_run(path)
-    source = (
-        args.data or f"{settings.data.dataset or settings.data.train}, {args.split}"
-    )
+    asked = None if args.run else load_settings(args.config, args.overrides)
+    folder, settings = open_run(args.run if asked is None else asked.output.dir)
+    if asked is not None:
+        folder.check_settings(
+            asked,
+            f"Evaluate it as it is with --run {folder.path}; --data gives it "
+            "another file.",
+        )
+    source = args.data or jobs.source_of(settings.data, args.split)
     adapter = load_adapter(folder / ADAPTER)
     needed = () if args.data else (args.split,)
     if args.base:

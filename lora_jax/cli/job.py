@@ -202,6 +202,12 @@ def data_files(data: DataSettings) -> dict[str, str]:
     return {name: file for name, file in files.items() if file is not None}
 
 
+def source_of(data: DataSettings, split: str) -> str:
+    """Says where the examples of a split come from."""
+    files = data_files(data)
+    return files.get(split) or f"{data.dataset or data.train}, {split}"
+
+
 def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
     """Takes a validation split from the training examples, where no file gives one.
 

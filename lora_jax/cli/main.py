@@ -8,10 +8,12 @@ Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else.
 
 import argparse
 import errno
+import functools
 import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -71,8 +73,15 @@ def _run(args: argparse.Namespace) -> int:
     out = console.Console(as_json=args.json)
     _quiet_and_cached()
     command = importlib.import_module(f"lora_jax.cli.{args.command}")
-    out.finish(command.run(args, out))
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show_warning, args.command)
+        out.finish(command.run(args, out))
     return 0
+
+
+def _show_warning(command: str, message: Warning | str, *_: object) -> None:
+    """Shows what a warning says, without the line of code that gave it."""
+    print(f"lora-jax {command}: warning: {message}", file=sys.stderr)
 
 
 def _explain(error: Exception, command: str) -> tuple[int, str]:
@@ -195,7 +204,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings to change"
+        "overrides",
+        nargs="*",
+        default=[],  # without it, argparse calls them required
+        metavar="section.key=value",
+        help="settings to change",
     )
 
 

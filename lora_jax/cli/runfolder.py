@@ -4,7 +4,9 @@
 ``metrics.jsonl`` (a line a log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,16 @@ class RunFolder:
 
         Raises:
           UserError: if there is something and neither was asked for; if it is another
-            run's, or no run folder at all.
+            run's, or no run folder at all; or if it can't be written.
         """
         if self.path.is_file():
             raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
+        home = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not (home.is_dir() and os.access(home, os.W_OK)):
+            raise UserError(
+                f"output.dir {self.path} can't be written: {home} is no folder, or not "
+                "yours to write to. Choose another output.dir."
+            )
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         )
@@ -79,13 +87,27 @@ class RunFolder:
                 f"nothing to resume: there is no run in {self.path}. "
                 "Leave --resume out to start one."
             )
+        self.check_settings(
+            settings, "Resume it as it was started, or choose another output.dir."
+        )
+
+    def check_settings(self, settings: RunSettings, advice: str) -> None:
+        """Raises if the run's own settings differ from these where it matters.
+
+        Args:
+          settings: what was asked for.
+          advice: the way out, for the error.
+
+        Raises:
+          UserError: naming every difference.
+        """
         old = load_settings(self / CONFIG)
         changed = [d for d in differences(old, settings) if d.split(":")[0] not in FREE]
         if changed:
             raise UserError(
                 f"the run in {self.path} was started with other settings:\n  "
                 + "\n  ".join(changed)
-                + "\nResume it as it was started, or choose another output.dir."
+                + f"\n{advice}"
             )
 
     def state(self) -> str:
@@ -102,6 +124,9 @@ class RunFolder:
         Args:
           settings: of the run.
           overwrite: delete the run that is there; `check` has looked at it.
+
+        Raises:
+          UserError: if the folder can't be made.
         """
         if overwrite and self.path.exists():
             for name in OWN_NAMES:
@@ -110,7 +135,15 @@ class RunFolder:
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise UserError(
+                f"output.dir {self.path} can't be made: {error.strerror}. Choose "
+                "another output.dir."
+            ) from error
         (self / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
 
     def check_space(self, needed: int) -> None:

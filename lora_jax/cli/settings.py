@@ -226,7 +226,7 @@ def load_settings(
         raise FileNotFoundError(
             f"no config file at {file}{_nearby(file)}. A config is a YAML file."
         )
-    tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    tree = parse_yaml(file.read_bytes(), str(file))
     if not isinstance(tree, dict):
         raise ValueError(
             f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."

@@ -26,11 +26,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
     """Parses YAML, safely.
 
     Args:
-      text: the YAML.
+      text: the YAML, or the bytes of a file of it, UTF-8.
       where: what to call it in an error.
 
     Returns:

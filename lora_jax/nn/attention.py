@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.names import DROPOUT, PARAMS
-from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer
+from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer, check_config
 from lora_jax.nn.dense import LoRADenseGeneral
 from lora_jax.nn.dora import OutputScale, output_scale
 from lora_jax.ops.attention import (
@@ -141,6 +141,11 @@ class LoRAAttention(nn.Module):
     out_bias_init: Initializer | None = None
     implementation: Implementation = None
     lora: LoRAConfig = LoRAConfig()
+
+    def __post_init__(self) -> None:
+        """Refuses anything but a config, before it is asked for a rank."""
+        check_config(self.lora)
+        super().__post_init__()
 
     @nn.compact
     def __call__(

@@ -31,6 +31,15 @@ class Factors(NamedTuple):
     magnitude: AnyFloat | None = None
 
 
+def check_config(lora: Any) -> None:
+    """Raises `TypeError` unless a module's ``lora`` is a `LoRAConfig`."""
+    if not isinstance(lora, LoRAConfig):
+        raise TypeError(
+            f"lora must be a LoRAConfig; got {type(lora).__name__}. "
+            "LoRAConfig.from_dict makes one of a dictionary."
+        )
+
+
 class FrozenLayer:
     """Mixin that keeps a Linen layer's parameters out of training.
 
@@ -45,6 +54,11 @@ class FrozenLayer:
     scope: Any
     variable: Callable[..., nn.Variable]
     make_rng: Callable[[str], jax.Array]
+
+    def __post_init__(self) -> None:
+        """Refuses anything but a config, before it is asked for a rank."""
+        check_config(self.lora)
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
 
     def param(self, name: str, init_fn, *args, unbox: bool = True, **kwargs) -> Any:
         """Declares a base weight, frozen unless the config trains it.

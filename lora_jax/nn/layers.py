@@ -136,7 +136,9 @@ def layer_of(module: nn.Module) -> Layer | None:
     return None if cls is None else _LAYERS[cls]
 
 
-def layer_of_call(context: nn.module.InterceptorContext) -> Layer | None:
+def layer_of_call(
+    context: nn.module.InterceptorContext, *, native: bool = False
+) -> Layer | None:
     """Returns the layer whose own method is being called, or None.
 
     A subclass that calls ``super().__call__`` is seen twice for one call: the layer's
@@ -145,12 +147,14 @@ def layer_of_call(context: nn.module.InterceptorContext) -> Layer | None:
 
     Args:
       context: of the intercepted call.
+      native: whether to look for LoRA twins, and for nothing else.
 
     Returns:
       The description, if ``context`` is a call of a registered class's method.
 
     Raises:
-      AlreadyAdaptedError: if the layer is a twin, which adds its own update.
+      AlreadyAdaptedError: if the layer is a twin, which adds its own update, and
+        not looked for.
     """
     cls = _registered(context.module)
     name = context.method_name
@@ -159,7 +163,10 @@ def layer_of_call(context: nn.module.InterceptorContext) -> Layer | None:
     called = getattr(context.orig_method, "func", None)  # a partial of the method
     if called is not inspect.unwrap(getattr(cls, name)):
         return None
-    if isinstance(getattr(context.module, "lora", None), LoRAConfig):
+    is_twin = isinstance(getattr(context.module, "lora", None), LoRAConfig)
+    if native:
+        return _LAYERS[cls] if is_twin else None
+    if is_twin:
         path = "/".join(context.module.path)
         raise AlreadyAdaptedError(
             f"the model has LoRA layers of its own, {path!r} for one; use it as it is, "

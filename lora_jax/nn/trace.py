@@ -26,6 +26,7 @@ from flax import core
 from flax.core import freeze
 from flax.core.scope import Scope
 
+from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
 from lora_jax.nn.layers import AlreadyAdaptedError, Layer, call_inputs, layer_of_call
 from lora_jax.ops.contraction import Contraction, Shape
@@ -80,11 +81,13 @@ class Trace(NamedTuple):
       sites: layers that can be adapted.
       unknown: weights that can't be, by path.
       params: shapes of the model's parameters.
+      configs: those of the layers themselves, by path, where they are LoRA twins.
     """
 
     sites: list[Site]
     unknown: dict[str, Unknown]
     params: dict[str, Any]
+    configs: dict[str, LoRAConfig]
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def trace_model(
     example: Example | None,
     *,
     dora: bool = False,
+    native: bool = False,
 ) -> Trace:
     """Finds every layer of ``model`` that can be adapted.
 
@@ -111,6 +115,7 @@ def trace_model(
       params: its parameter tree, for the choice of inputs where no example is given.
       example: example inputs, or None to try plausible ones.
       dora: whether to find the scanned axes of a magnitude, too.
+      native: whether to find the model's LoRA twins instead of plain layers.
 
     Returns:
       The layers and the shapes of all parameters.
@@ -119,12 +124,12 @@ def trace_model(
       ValueError: if no example is given and none of those tried fits.
     """
     if example is not None:
-        return _trace(model, example, dora)
+        return _trace(model, example, dora, native)
     shapes = shapes_of(params or {})
     tried = []
     for candidate in _plausible_examples(model, shapes):
         try:
-            found = _trace(model, candidate, dora)
+            found = _trace(model, candidate, dora, native)
         except AlreadyAdaptedError:
             raise
         except Exception as error:  # whatever a wrong input provokes
@@ -133,10 +138,12 @@ def trace_model(
         if shapes_of(found.params) == shapes:
             return found
         tried.append(f"{_describe(candidate)}: other parameters")
+    held = ", ".join(list(shapes)[:6]) or "none"
     raise ValueError(
         f"{type(model).__name__} must be traced to find its layers, and none of "
-        f"{len(tried)} plausible inputs fits it ({'; '.join(tried[:6])}). Give example "
-        "inputs: `adapt(model, config, x)`."
+        f"{len(tried)} plausible inputs fits it and its parameters ({held})"
+        f"{': ' * bool(tried)}{'; '.join(tried[:6])}. Give example inputs behind the "
+        "other arguments."
     )
 
 
@@ -174,28 +181,31 @@ def find_contraction(
         return str(error)
 
 
-def _trace(model: nn.Module, example: Example, dora: bool) -> Trace:
+def _trace(model: nn.Module, example: Example, dora: bool, native: bool) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
     names = _MARKERS if dora else _MARKERS[:-1]
     found: dict[str, tuple[str, str, Contraction]] = {}
     unknown: dict[str, Unknown] = {}
+    configs: dict[str, LoRAConfig] = {}
+    beside = LORA if native else PARAMS  # where A, B and m have their scanned axes
 
     def watch(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
         module = context.module
         path = "/".join(module.scope.path) if module.scope else ""
-        layer = layer_of_call(context)
+        layer = layer_of_call(context, native=native)
         why = ""
         # Not "path not in found": a lifted transform may trace a layer several times.
-        if layer is not None and not module.scope.has_variable(PARAMS, _MARKERS[0]):
+        if layer is not None and not module.scope.has_variable(beside, _MARKERS[1]):
             inputs = call_inputs(context.orig_method, args, kwargs)
             contraction = find_contraction(layer, module, context.method_name, inputs)
             if isinstance(contraction, str):
                 why = contraction
             else:
                 found[path] = (layer.kind, layer.weight, contraction)
-                kernel = nn.meta.unbox(module.scope.get_variable(PARAMS, layer.weight))
-                _put_markers(module.scope, names, contraction, kernel.shape)
+                _put_markers(module.scope, layer.weight, names, contraction, beside)
+                if native:
+                    configs[path] = module.lora
         for name, value in module.variables.get(PARAMS, {}).items():
             leaf = nn.meta.unbox(value)
             if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
@@ -224,13 +234,18 @@ def _trace(model: nn.Module, example: Example, dora: bool) -> Trace:
         return core.init(run, flags=flags)({PARAMS: key})[1]
 
     variables = jax.eval_shape(init, jax.random.key(0), dynamic)
-    if FROZEN in variables or LORA in variables:
+    if not native and (FROZEN in variables or LORA in variables):
         raise AlreadyAdaptedError(
             f"{type(model).__name__} has LoRA layers of its own (a collection "
             f"{FROZEN!r} or {LORA!r}); use it as it is, without `adapt`."
         )
-    flat = flatten(nn.meta.unbox(variables.get(PARAMS, {})))
-    markers = {path: flat.pop(path) for path in list(flat) if path.endswith(_MARKERS)}
+    flat, markers = {}, {}
+    for collection in (FROZEN, PARAMS, LORA):
+        for path, leaf in flatten(nn.meta.unbox(variables.get(collection, {}))).items():
+            if path.endswith(_MARKERS):
+                markers[path] = leaf
+            elif collection != LORA:
+                flat[path] = leaf
     unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
     sites = []
     for path, (kind, weight, contraction) in found.items():
@@ -245,7 +260,7 @@ def _trace(model: nn.Module, example: Example, dora: bool) -> Trace:
         shape = flat[child(path, weight)].shape
         stacked = contraction.stacked(in_kernel)
         sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
-    return Trace(sites, unknown, unflatten(flat))
+    return Trace(sites, unknown, unflatten(flat), configs)
 
 
 def _with_flags(
@@ -267,13 +282,20 @@ def _with_flags(
 
 
 def _put_markers(
-    scope: Scope, names: Sequence[str], contraction: Contraction, kernel: Shape
+    scope: Scope,
+    weight: str,
+    names: Sequence[str],
+    contraction: Contraction,
+    beside: str,
 ) -> None:
     """Writes arrays with the axes of kernel, A, B, m, of a size found nowhere else."""
+    held = FROZEN if scope.has_variable(FROZEN, weight) else PARAMS
+    kernel = nn.meta.unbox(scope.get_variable(held, weight)).shape
     a, b = contraction.factor_shapes(kernel, 1)
     shapes = (kernel, a, b, magnitude_shape(kernel, contraction))
     for name, shape in zip(names, shapes, strict=False):
-        scope.put_variable(PARAMS, name, jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8))
+        marker = jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8)
+        scope.put_variable(held if name == names[0] else beside, name, marker)
 
 
 def _plausible_examples(

@@ -70,7 +70,7 @@ class Batches(Schedule):
         pad_id: int = 0,
     ) -> None:
         self.pad_id = pad_id
-        self._ids = [np.asarray(e["input_ids"], np.int32) for e in examples]
+        self._ids = [_as_ids(i, e) for i, e in enumerate(examples)]
         self._labels = _label_array(examples)
         lengths = [len(ids) for ids in self._ids]
         super().__init__(lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
@@ -178,8 +178,17 @@ class TextBatches(Schedule):
                 digest.update(self._examples[i]["loss_mask"].astype("u1").tobytes())
 
 
+def _as_ids(index: int, example: Mapping[str, Any]) -> np.ndarray:
+    ids = np.asarray(example["input_ids"])
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(
+            f"input_ids of an example must be integers; got {ids.dtype} at {index}."
+        )
+    return ids.astype(np.int32)
+
+
 def _as_arrays(index: int, example: Example) -> dict[str, np.ndarray]:
-    ids = np.asarray(example["input_ids"], np.int32)
+    ids = _as_ids(index, example)
     mask = np.asarray(example["loss_mask"], np.uint8)
     if ids.ndim != 1 or ids.shape != mask.shape:
         raise ValueError(

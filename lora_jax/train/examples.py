@@ -36,7 +36,8 @@ def read_jsonl(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data file {path} must exist; there is no such file.")
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"data file {path} must exist; {found}.")
     fields = {"text": (str,), "label": (str, int)} if fields is None else fields
     records, faults = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):

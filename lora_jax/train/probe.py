@@ -50,7 +50,8 @@ def fit_probe(
       largest penalty.
 
     Raises:
-      ValueError: if shapes disagree or a feature is not finite.
+      ValueError: if shapes disagree, a feature is not finite, or a label is none of
+        the classes.
 
     Example:
       >>> x, y = np.array([[-1.0], [-2.0], [1.0], [2.0]]), np.array([0, 0, 1, 1])
@@ -67,6 +68,13 @@ def fit_probe(
         )
     if not np.isfinite(x).all():
         raise ValueError("features must be finite; they hold NaN or infinity.")
+    for name, numbers in (("labels", labels), ("validation", validation[1])):
+        numbers = np.asarray(numbers)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < num_labels:
+            raise ValueError(
+                f"{name} must be class numbers in [0, num_labels) = [0, {num_labels}); "
+                f"got {numbers.min()} to {numbers.max()}."
+            )
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-8
     z, n, i, v = (x - mean) / scale, len(x), x.shape[1], num_labels
     onehot = np.eye(v)[labels]

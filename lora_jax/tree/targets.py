@@ -234,7 +234,7 @@ def select_targets(
         if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
-    chosen = [_target(site, config) for site in sites if _is_chosen(site, config)]
+    chosen = [t for site in sites if (t := target_at(site, config)) is not None]
     if not chosen and not faults:
         faults.append(
             f"targets={_shown(config.targets)}, exclude={_shown(config.exclude)}, "
@@ -246,15 +246,18 @@ def select_targets(
     return chosen
 
 
-def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
-    """Moves the leading values (an array's sizes, say) to ``axes``."""
-    stacked = list(values[len(axes) :])
-    for axis, value in zip(axes, values, strict=False):
-        stacked.insert(axis, value)
-    return tuple(stacked)
+def target_at(site: Site, config: LoRAConfig) -> Target | None:
+    """Returns the row of one layer, or None if ``config`` doesn't adapt it.
 
+    Args:
+      site: the layer.
+      config: the choice.
 
-def _target(site: Site, config: LoRAConfig) -> Target:
+    Returns:
+      The `Target`.
+    """
+    if not _is_chosen(site, config):
+        return None
     rank = config.rank_for(site.path)
     shapes = list(site.contraction.factor_shapes(site.kernel_shape, rank))
     if config.dora:
@@ -270,6 +273,14 @@ def _target(site: Site, config: LoRAConfig) -> Target:
         site=site,
         dora=config.dora,
     )
+
+
+def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Moves the leading values (an array's sizes, say) to ``axes``."""
+    stacked = list(values[len(axes) :])
+    for axis, value in zip(axes, values, strict=False):
+        stacked.insert(axis, value)
+    return tuple(stacked)
 
 
 def _is_chosen(site: Site, config: LoRAConfig) -> bool:

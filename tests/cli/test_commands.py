@@ -48,6 +48,7 @@ def test_eval_repeats_the_test_accuracy_of_the_run(run_dir, call):
     assert code == 0
     assert json.loads(out)["accuracy"] == summary["test"]["accuracy"]
     assert json.loads(out)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
+    assert json.loads(out)["data"].endswith("/test.jsonl")
 
 
 def test_eval_takes_the_config_of_a_run_and_other_data(config, data_dir, call):
@@ -55,6 +56,14 @@ def test_eval_takes_the_config_of_a_run_and_other_data(config, data_dir, call):
     code, out, _ = call("eval", config, "--data", data, "--json")
     assert code == 0
     assert json.loads(out)["examples"] == 24
+
+
+def test_eval_with_settings_that_are_not_the_runs_names_them(config, run_dir, call):
+    code, _, shown = call("eval", config, "lora.rank=4", "train.keep=5")
+    assert code == 2
+    assert "lora.rank: 2" in shown
+    assert "train.keep" not in shown
+    assert f"with --run {run_dir}" in shown
 
 
 def test_eval_of_the_base_repeats_the_baseline(run_dir, call):

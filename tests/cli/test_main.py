@@ -1,9 +1,11 @@
 import errno
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from lora_jax.cli import inspect
 from lora_jax.cli import main as cli
 
 
@@ -24,7 +26,7 @@ def test_help_imports_none_of_the_optional_packages():
     ("words", "message"),
     [
         (["tran", "x"], "invalid choice: 'tran'"),
-        (["train"], "config"),
+        (["train"], "required: config\n"),
         (["train", "c.yaml", "--resum"], "unknown argument '--resum'"),
         (["train", "c.yaml", "--resume", "--overwrite"], "not allowed with"),
         (["merge", "--adapter", "a"], "--out"),
@@ -66,6 +68,19 @@ def test_errors_become_a_message_and_an_exit_code(
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+def test_warnings_are_shown_without_the_code_behind_them(monkeypatch, capsys):
+    def run(args, out):
+        warnings.warn("rank 9 is more than it needs", UserWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr(inspect, "run", run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["inspect", "x"]) == 0
+    shown = capsys.readouterr().err
+    assert shown == "lora-jax inspect: warning: rank 9 is more than it needs\n"
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -113,6 +113,15 @@ def test_a_repeated_key_is_an_error(file):
         load_settings(file)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"model: \xff\n")
+    with pytest.raises(
+        ValueError, match=r"config.yaml is not valid YAML: .*invalid start byte"
+    ):
+        load_settings(file)
+
+
 def test_a_file_without_sections_is_refused(file):
     file.write_text("just words")
     with pytest.raises(ValueError, match=r"must hold sections .*got 'just words'"):

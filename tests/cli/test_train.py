@@ -115,6 +115,16 @@ def test_resume_without_a_run_says_so(config, tmp_path, call):
     assert "nothing to resume" in shown
 
 
+@pytest.mark.parametrize("place", ["{tmp}/file/run", "/proc/run"])
+def test_a_run_folder_that_cant_be_made_is_named(place, config, tmp_path, call):
+    (tmp_path / "file").write_text("")
+    folder = place.format(tmp=tmp_path)
+    code, _, shown = call("train", config, f"output.dir={folder}")
+    assert code == 2
+    assert f"output.dir {folder} can't be" in shown
+    assert "Choose another output.dir." in shown
+
+
 def test_overwrite_deletes_runs_only(run_dir, config, tmp_path, call):
     (tmp_path / "thesis.tex").write_text("years of work")
     code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}")
@@ -204,6 +214,23 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(
     assert "No space left on device" in shown
     assert "The checkpoint of step 6 is saved. Go on with" in shown
     assert (folder / "adapter" / "adapter.safetensors").exists()
+    assert main(["train", str(config), f"output.dir={folder}", "--resume"]) == 0
+
+
+def test_a_disk_that_is_full_at_once_is_said_and_the_run_can_start_anew(
+    config, tmp_path, monkeypatch, call
+):
+    folder = tmp_path / "run"
+
+    def full(directory, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", full)
+        code, _, shown = call("train", config, f"output.dir={folder}")
+    assert code == 1
+    assert "No checkpoint was written yet. Start from step 0 with" in shown
+    assert f"output.dir={folder} --resume" in shown
     assert main(["train", str(config), f"output.dir={folder}", "--resume"]) == 0
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax import (
+    LoRAAttention,
     LoRAConfig,
     LoRAConv,
     LoRADense,
@@ -264,6 +265,24 @@ def test_paths_in_errors_are_of_the_whole_model():
     del variables["lora"]["layer_1"]["down"]
     with pytest.raises(ValueError, match=r"\['lora'\] must have 'layer_1/down/lora_a'"):
         Model(LoRAConfig(rank=2)).apply(variables, IDS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lora: LoRADense(4, lora=lora),
+        lambda lora: LoRAEmbed(4, 4, lora=lora),
+        lambda lora: LoRAAttention(2, lora=lora),
+    ],
+    ids=["dense", "embed", "attention"],
+)
+def test_a_config_that_is_none_is_refused_at_once(make, unchecked):
+    with pytest.raises(
+        TypeError, match=r"lora must be a LoRAConfig; got (FrozenDict|dict)"
+    ):
+        make({"rank": 2})
+    with pytest.raises(TypeError, match=r"lora must be a LoRAConfig; got NoneType"):
+        make(None)
 
 
 def test_integer_inputs_of_an_adapter_are_refused(unchecked):

@@ -157,6 +157,12 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.parametrize("ids", [[0, 1.5], ["a"]], ids=["real", "text"])
+def test_ids_that_are_no_integers_are_an_error(ids):
+    with pytest.raises(TypeError, match=r"must be integers; got .* at 1\."):
+        Batches([{"input_ids": [1]}, {"input_ids": ids}], 1)
+
+
 def test_labels_that_are_names_are_an_error():
     with pytest.raises(TypeError, match="class numbers or floats; got <U3"):
         Batches([{"input_ids": [1], "label": "pos"}], 1)

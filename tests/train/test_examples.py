@@ -74,6 +74,8 @@ def test_at_most_20_bad_lines_are_shown(tmp_path):
 
 
 def test_no_file_and_no_data_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must exist; it is a folder"):
+        read_jsonl(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl must exist"):
         read_jsonl(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="at least 1 example; it has 0 lines"):

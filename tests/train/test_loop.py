@@ -147,3 +147,12 @@ def test_the_probe_is_at_the_minimum_that_scikit_learn_finds():
 def test_features_that_do_not_fit_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         fit_probe(x, np.array([0, 1]), (x, np.array([0, 1])), num_labels=2)
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [-1, 1]])
+def test_labels_of_a_probe_are_class_numbers(labels):
+    x, good, bad = np.ones((2, 1)), np.array([0, 1]), np.array(labels)
+    for pair, name in (((bad, good), "labels"), ((good, bad), "validation")):
+        wanted = rf"{name} must be .* \[0, 2\); got {min(labels)} to {max(labels)}"
+        with pytest.raises(ValueError, match=wanted):
+            fit_probe(x, pair[0], (x, pair[1]), num_labels=2)
