@@ -82,7 +82,7 @@ class RunFolder:
             )
 
     def _check_resume(self, settings: RunSettings) -> None:
-        if not (self / CONFIG).is_file():
+        if not self.is_started():
             raise UserError(
                 f"nothing to resume: there is no run in {self.path}. "
                 "Leave --resume out to start one."
@@ -109,6 +109,10 @@ class RunFolder:
                 + "\n  ".join(changed)
                 + f"\n{advice}"
             )
+
+    def is_started(self) -> bool:
+        """Says whether there is a run in the folder."""
+        return (self / CONFIG).is_file()
 
     def state(self) -> str:
         """Says in a few words how far the run in the folder is."""
@@ -211,7 +215,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
       UserError: if it is no run folder, or has no adapter yet.
     """
     run = RunFolder(path)
-    if not (run / CONFIG).is_file():
+    if not run.is_started():
         raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
     if not (run / ADAPTER / "adapter_config.json").is_file():
         raise UserError(

@@ -17,14 +17,7 @@ from lora_jax.cli import report
 from lora_jax.cli.console import Console, UserError, duration
 from lora_jax.cli.curves import draw_curves
 from lora_jax.cli.live import Clock, Relay, interruptible
-from lora_jax.cli.runfolder import (
-    ADAPTER,
-    CHECKPOINTS,
-    CONFIG,
-    CURVES,
-    FREE,
-    RunFolder,
-)
+from lora_jax.cli.runfolder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.cli.settings import RunSettings, load_settings
 from lora_jax.io.adapter import TENSORS, load_adapter, save_adapter
 from lora_jax.io.checkpoint import Checkpoints
@@ -80,7 +73,7 @@ class Session:
         """Says what is saved and which command goes on from there."""
         step = self.checkpoints.latest_step() if self.checkpoints else None
         if step is None:
-            if not (self.folder / CONFIG).is_file():
+            if not self.folder.is_started():
                 return "Nothing was written yet; start the command again."
             return (
                 f"No checkpoint was written yet. Start from step 0 with\n  {self.again}"

@@ -13,6 +13,7 @@ from lora_jax.tree.paths import flatten
 from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
 from tests.nn.foreign_modules import Expert
 from tests.nn.tools import key, normal
+from tests.reference import assert_close
 
 CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
 X = normal((2, 6))
@@ -109,7 +110,7 @@ def test_sown_and_captured_values_are_those_of_the_merged_model():
     got, wanted = (flatten(tree["intermediates"]) for tree in (got, wanted))
     assert set(got) == set(wanted)
     for path in wanted:
-        np.testing.assert_allclose(got[path][0], wanted[path][0], rtol=1e-4, atol=1e-5)
+        assert_close(got[path][0], wanted[path][0])
 
 
 def test_all_collections_may_be_mutable():
@@ -294,7 +295,7 @@ def test_dropout_is_off_where_the_call_is_deterministic(call):
     quiet = adapted.apply(variables, X, *args, **kwargs)
     merged = {"params": adapted.merge(variables)}
     wanted = Dropping(0.0).apply(merged, X, True)
-    np.testing.assert_allclose(quiet, wanted, rtol=1e-4, atol=1e-5)
+    assert_close(quiet, wanted)
 
 
 def test_dropout_follows_attributes():
