@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from lora_jax import (
     Batches,
@@ -356,8 +357,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def report() -> None:
-    """Writes table, plot and summary from the runs."""
+    """Writes tables, plot and summary from the runs."""
     runs = read_runs()
+    missing = [
+        spec
+        for base in (LORA, FULL)
+        for setting in settings_of(base)
+        if not of(runs, spec := {**base, **setting, "seed": SEEDS[0]})
+    ]
+    if missing:
+        raise SystemExit(
+            f"{len(missing)} tuning runs are missing, so nothing is chosen yet; run "
+            "without --report:\n" + "\n".join(map(json.dumps, missing))
+        )
     rows = summarise(runs)
     total = next(r["trainable"] for r in runs if r["method"] == "full")
     table = to_markdown(rows, total)
@@ -373,6 +385,24 @@ def report() -> None:
     (RESULTS / "tuning.md").write_text(tuning_table(runs) + "\n")
     plot(rows, RESULTS / "accuracy.png")
     print(table)
+    check_main_config(rows[1])
+
+
+def check_main_config(chosen: dict[str, Any]) -> None:
+    """Raises unless the main job's config is LoRA's chosen setting."""
+    settings = yaml.safe_load((HERE / "config.yaml").read_text())
+    lora, train = settings["lora"], settings["train"]
+    ours = {
+        "rank": lora["rank"],
+        "targets": lora["targets"],
+        "learning_rate": train["learning_rate"],
+        "batch_size": train["batch_size"],
+        "scaling": lora["alpha"] / lora["rank"],
+        "dropout_rate": lora.get("dropout_rate", 0.0),
+    }
+    wanted = {name: chosen[name] for name in SETTING}
+    if ours != wanted:
+        raise SystemExit(f"config.yaml must have {wanted}; it has {ours}.")
 
 
 def main() -> None:
