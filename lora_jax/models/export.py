@@ -18,6 +18,7 @@ from lora_jax.io.foreign import Factors, ForeignAdapter
 from lora_jax.io.mlx import write_mlx
 from lora_jax.io.peft import write_peft
 from lora_jax.models.family import Family, config_of
+from lora_jax.models.fused import split_factors, without_silent
 from lora_jax.models.load import HEAD as CLASSIFIER
 from lora_jax.models.load import SCANNED, LoadedModel, unscanned
 from lora_jax.models.naming import EMBED, HEAD, LM_HEAD, Names, find_slots
@@ -192,7 +193,13 @@ def _describe(
         path = tuple(target.path.split("/"))
         for i, single in enumerate(unscanned(path, target.kernel_shape)):
             own = [x if single == path or x is None else x[i] for x in (a, b, m)]
-            modules[spelled["/".join(single)]] = _factors(target, *own)
+            factors, name = _factors(target, *own), "/".join(single)
+            if parts := names.split_names(name):
+                sizes = [len(factors.b) // len(parts)] * len(parts)
+                for part, own in zip(parts, split_factors(factors, sizes), strict=True):
+                    modules[part] = without_silent(own, rslora=config.rslora)
+            else:
+                modules[spelled[name]] = factors
     if EMBED in {target.path for target in targets} and HEAD not in spelled:
         if config.dora:
             raise ValueError(

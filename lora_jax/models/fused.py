@@ -50,6 +50,34 @@ def split_factors(whole: Factors, sizes: Sequence[int]) -> list[Factors]:
     ]
 
 
+def without_silent(factors: Factors, *, rslora: bool) -> Factors:
+    """Leaves out the ranks whose column of B is zero; exact.
+
+    What `fuse_factors` made and `split_factors` took apart is thus as it was before.
+
+    Args:
+      factors: of one module.
+      rslora: whether the scaling is ``alpha / sqrt(rank)``.
+
+    Returns:
+      An adapter of the ranks that have an effect, or the same one where none or all of
+      them have.
+
+    Example:
+      >>> factors = Factors(np.ones((2, 3)), np.array([[0.0, 2.0]]), 0.5, 1.0)
+      >>> lean = without_silent(factors, rslora=False)
+      >>> lean.a.shape, lean.b.tolist(), lean.scaling, lean.alpha
+      ((1, 3), [[2.0]], 0.5, 0.5)
+    """
+    kept = np.flatnonzero(factors.b.any(axis=0))
+    if len(kept) in (0, factors.rank):
+        return factors
+    root = len(kept) ** 0.5 if rslora else len(kept)
+    return factors._replace(
+        a=factors.a[kept], b=factors.b[:, kept], alpha=factors.scaling * root
+    )
+
+
 def fuse_factors(
     parts: Sequence[Factors | None], sizes: Sequence[int], *, rslora: bool
 ) -> Factors:

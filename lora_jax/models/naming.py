@@ -24,11 +24,16 @@ class Fusion(NamedTuple):
       whole: end of the path of the one, its outputs in the order of the parts.
       parts: ends of the paths of the several.
       names: ends of their Hugging Face names, the whole's first.
+      inside: what stands before the layer's path.
+      is_split: whether transformers 5 has the several where the model's files, and
+        the model here, have the one.
     """
 
     whole: str
     parts: tuple[str, ...]
     names: tuple[str, ...]
+    inside: str = ""
+    is_split: bool = False
 
 
 FUSIONS = (
@@ -41,6 +46,16 @@ FUSIONS = (
         "mlp/gate_up",
         ("mlp/gate", "mlp/up"),
         tuple(f"layers.{{i}}.mlp.{p}_proj" for p in ("gate_up", "gate", "up")),
+    ),
+    Fusion(  # DINOv2's gated MLP
+        "mlp/gate_up",
+        ("mlp/gate", "mlp/up"),
+        tuple(
+            f"encoder.layer.{{i}}.mlp.{p}"
+            for p in ("weights_in", "gate_proj", "up_proj")
+        ),
+        inside="encoder/",
+        is_split=True,
     ),
 )
 
@@ -95,6 +110,8 @@ class Names:
         for layer in layers:
             number = layer.rpartition("_")[2]
             for fusion in FUSIONS:
+                if layer.rpartition("layer_")[0] != fusion.inside:
+                    continue
                 ends = (fusion.whole, *fusion.parts)
                 for end, name in zip(ends, fusion.names, strict=True):
                     self._others[f"{layer}/{end}"] = name.replace("{i}", number)
@@ -140,6 +157,23 @@ class Names:
             {path: self._spell(bare, style) for path, bare in self._bare.items()},
             {p: self._spell_tensor(bare, style) for p, bare in self._tensors.items()},
         )
+
+    def split_names(self, path: str) -> list[str]:
+        """Returns the names that transformers 5 has for the parts of a module.
+
+        Args:
+          path: of the module.
+
+        Returns:
+          One name a part, in the order of their outputs; none if it is one module
+          there too.
+        """
+        for fusion in FUSIONS:
+            layer = path.removesuffix(f"/{fusion.whole}")
+            if fusion.is_split and layer != path and layer.startswith(fusion.inside):
+                bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
+                return [self._spell(name, (True, True)) for name in bare]
+        return []
 
     def full_name(self, bare: str) -> str:
         """Returns a module's name with its prefix, as transformers 5 has it."""

@@ -7,17 +7,17 @@ Run in an environment with torch, transformers 5 and PEFT, after ``make_models.p
 ``dinov2/resized.npz`` holds images of another size than the model's, and its logits:
 the position table is resized, up along one axis and down along the other.
 ``dinov2_gated`` is a model with ``use_swiglu_ffn``, no bias of query, key and value,
-and patches and images given as lists, with its ``reference.npz``.
+and patches and images given as lists, with its ``reference.npz``, and PEFT's adapters
+on it: transformers has gate and up in two, its files have them in one.
 """
 
 import torch
 import transformers
 
-from tests.golden.make_models import HERE, build, logits_of, seed, write
+from tests.golden.make_models import HERE, adapted, build, logits_of, seed, write
 from tests.golden.model_families import FAMILIES
 
 
-@torch.no_grad()
 def main():
     cls = transformers.Dinov2ForImageClassification
     model = cls.from_pretrained(HERE / "dinov2", attn_implementation="eager").eval()
@@ -30,9 +30,12 @@ def main():
     changes = {"use_swiglu_ffn": True, "qkv_bias": False, "patch_size": [4, 4]}
     gated = build(FAMILIES["dinov2"], **changes, image_size=[12, 12])
     batch = {"pixel_values": torch.randn(2, 3, 12, 12)}
-    arrays = batch | {"logits": logits_of(gated, batch)}
+    logits = logits_of(gated, batch)
     home = HERE / "dinov2_gated"
     gated.save_pretrained(home)
+    kinds, family = ("plain", "dora"), FAMILIES["dinov2"]
+    found = adapted("dinov2_gated", family, batch, logits, kinds)
+    arrays = batch | {"logits": logits} | found
     write(home / "reference.npz", arrays)
 
 

@@ -205,12 +205,14 @@ def save_adapter(folder: pathlib.Path, model, name: str, config: dict):
         return tuned.eval()
 
 
-def adapted(name: str, family: Family, batch, base: torch.Tensor) -> dict:
-    """Saves each adapter; PEFT's logits with it, read back from the files."""
+def adapted(name: str, family: Family, batch, base: torch.Tensor, kinds=None) -> dict:
+    """Saves each adapter, of some kinds or all; PEFT's logits, read from the files."""
     home = HERE / name
     cls = getattr(transformers, family.model)
     arrays = {}
     for kind, config in adapters(name, family).items():
+        if kinds is not None and kind not in kinds:
+            continue
         seed(name, kind)
         folder = home / f"peft_{kind}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -137,5 +137,5 @@ DINOV2 = Family(
     unused=(r"classifier\.", r"embeddings\.mask_token"),
     head=("classifier",),
     head_pooling="cls_mean",
-    renames=ATTENTION_RENAMES,
+    renames=(*ATTENTION_RENAMES, (r"mlp\.weights_out$", "mlp.down_proj")),
 )
