@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.devices import Devices
 from lora_jax.cli.job import (
     EVAL_ROWS,
     Facts,
@@ -16,17 +17,18 @@ from lora_jax.cli.job import (
     Split,
     attach,
     data_files,
-    dtypes,
     encode_texts,
     eval_buckets,
     hold_out,
-    one_epoch,
+    loading,
 )
-from lora_jax.cli.settings import DataSettings, RunSettings
+from lora_jax.cli.sections import DataSettings
+from lora_jax.cli.settings import RunSettings
 from lora_jax.io.vader import load_vader
 from lora_jax.models.load import HEAD
 from lora_jax.models.pretrained import load_model
 from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.parallel.processes import together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.data import Batches, encode_labels, label_vocabulary, read_jsonl
 from lora_jax.train.losses import softmax_cross_entropy
@@ -66,7 +68,8 @@ class Classification(Job):
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
         """See `Job.evaluation`."""
         buckets = eval_buckets(split, buckets)
-        return Batches(split.examples, EVAL_ROWS, buckets, shuffle=False)
+        rows = self.devices.rows(EVAL_ROWS)
+        return Batches(split.examples, rows, buckets, shuffle=False)
 
     def tokenize(self, rows: Rows, source: str) -> Split:
         """Tokenises rows and numbers their labels; ``source`` names them in errors."""
@@ -122,9 +125,12 @@ class Classification(Job):
         """What the frozen base hands to its head, ``[n, d]``, in example order."""
         headless = self.loaded.module.clone(num_labels=None)
         params = {k: v for k, v in self.loaded.params.items() if k != HEAD}
-        pool = jax.jit(lambda p, ids, mask: headless.apply({"params": p}, ids, mask))
+        pool = jax.jit(
+            lambda p, ids, mask: headless.apply({"params": p}, ids, mask),
+            out_shardings=self.devices.everywhere,
+        )
         out = np.zeros((len(batches), self.loaded.config.hidden_size), np.float32)
-        for step, batch in enumerate(one_epoch(batches, tick)):
+        for step, batch in enumerate(self.devices.one_epoch(batches, tick)):
             members = batches.indices_at(step)
             vectors = pool(params, batch["input_ids"], batch["attention_mask"])
             out[members] = np.asarray(vectors)[: len(members)]
@@ -158,31 +164,34 @@ class Classification(Job):
 
 
 def open_classification(
-    settings: RunSettings, *, splits: Sequence[str], extra: Mapping[str, Any]
+    settings: RunSettings,
+    devices: Devices,
+    *,
+    splits: Sequence[str],
+    extra: Mapping[str, Any],
 ) -> Classification:
     """Builds the job; see `open_job`. ``extra`` knows the classes of a trained one."""
-    rows = read_rows(settings.data)
-    labels = extra.get("labels") or class_names(rows)
     key, _ = jax.random.split(jax.random.key(settings.train.seed))
-    loaded = load_model(
-        settings.model.path,
-        num_labels=len(labels),
-        pooling=settings.model.pooling,
-        key=key,
-        **dtypes(settings),
-    )
+    with together():
+        rows = read_rows(settings.data)
+        labels = extra.get("labels") or class_names(rows)
+        loaded = load_model(
+            settings.model.path,
+            num_labels=len(labels),
+            pooling=settings.model.pooling,
+            key=key,
+            **loading(settings, devices),
+        )
     lora = settings.lora
     if not lora.train:
         lora = dataclasses.replace(lora, train=(HEAD,))
-    attached = attach(settings, loaded, lora)
+    attached = attach(settings, devices, loaded, lora)
     if HEAD not in attached["variables"].get(PARAMS, {}):
         raise UserError(
             f"lora.train must name the head, {HEAD!r}: a new head that is not trained "
             f"only guesses; got {list(lora.train)}."
         )
-    job = Classification(
-        settings=settings, loaded=loaded, labels=labels, splits={}, **attached
-    )
+    job = Classification(labels=labels, splits={}, **attached)
     wanted = [name for name in rows if name in splits]
     job.splits = {name: job.tokenize(rows[name], name) for name in wanted}
     return job

@@ -45,6 +45,10 @@ class Console:
         if not self.is_live:
             self._rich.width = PLAIN_WIDTH  # no terminal to squeeze a table into
 
+    def mute(self) -> None:
+        """Says nothing from now on: another process speaks for this one."""
+        self.as_json, self.is_live, self._rich.quiet = False, False, True
+
     def say(self, text: str = "", *, style: str | None = None) -> None:
         """Prints one line as it is (square brackets mean nothing)."""
         self._rich.print(escape(text), style=style)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     needed = () if args.data else (args.split,)
     if args.base:
         needed = ("train", "validation", args.split)
-    job = jobs.open_job(settings, splits=needed, extra=adapter.extra)
+    job = jobs.open_job(settings, splits=needed, extra=adapter.extra, is_strict=False)
     if args.data:
         wanted = job.tokenize_file(args.data)
     elif args.split not in job.splits:
@@ -61,10 +61,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
         )
         variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
+        variables = job.devices.place(variables, job.targets)
         step = make_eval_step(job.loss(job.adapted, is_training=False))
         batches = job.evaluation(wanted)
         with out.progress("evaluate", batches.steps_per_epoch) as tick:
-            measured = evaluate(step, variables, jobs.one_epoch(batches, tick))
+            measured = evaluate(step, variables, job.devices.one_epoch(batches, tick))
         what = f"adapter of step {adapter.extra['step']}"
         metrics = {name: measured[name] for name in job.metrics}
     out.heading(f"{what} on {source}")
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         metrics["perplexity"] = math.exp(metrics["loss"])
         shown.append(("perplexity", f"{metrics['perplexity']:.3f}"))
     count = len(wanted.examples)
-    out.facts([("examples", f"{count:,}"), *shown])
+    notes = [("devices", job.devices.note)] if job.devices.note else []
+    out.facts([("examples", f"{count:,}"), *shown, *notes])
     return {
         **metrics,
         "examples": count,

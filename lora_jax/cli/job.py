@@ -7,7 +7,8 @@ decoder learns to write (`Language`), an encoder to classify (`Classification`).
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console, UserError
-from lora_jax.cli.settings import DataSettings, RunSettings, TrainSettings
+from lora_jax.cli.devices import Devices, open_devices
+from lora_jax.cli.sections import DataSettings, TrainSettings
+from lora_jax.cli.settings import RunSettings
 from lora_jax.config import LoRAConfig
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
@@ -56,22 +59,22 @@ class Job(abc.ABC):
 
     Attributes:
       settings: where it came from.
+      devices: where its weights and batches go.
       lora: the adapters' config, as resolved for this model.
       loaded: the base.
       adapted: the base with LoRA.
       targets: its adapted layers.
       variables: the three collections, adapters fresh.
-      fingerprint: of the frozen base.
       splits: the tokenised examples.
     """
 
     settings: RunSettings
+    devices: Devices
     lora: LoRAConfig
     loaded: LoadedModel
     adapted: Adapted
     targets: list[Target]
     variables: dict[str, PyTree]
-    fingerprint: str
     splits: dict[str, Split]
 
     unit: ClassVar[str]  # what a batch is of, in words
@@ -118,6 +121,11 @@ class Job(abc.ABC):
     def extra(self) -> dict[str, Any]:
         """Returns what is kept beside an adapter, to use it without these settings."""
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the frozen base; where it is spread, all processes have to ask."""
+        return fingerprint(self.variables[FROZEN])
+
     @property
     def metric(self) -> str:
         """The metric that chooses the best step."""
@@ -156,6 +164,7 @@ def open_job(
     *,
     splits: Sequence[str] = SPLITS,
     extra: Mapping[str, Any] | None = None,
+    is_strict: bool = True,
 ) -> Job:
     """Reads the data, loads the base, puts fresh adapters on it, tokenises.
 
@@ -163,6 +172,7 @@ def open_job(
       settings: of the run.
       splits: which splits are wanted; the others aren't tokenised.
       extra: what an adapter of the run has kept beside it, where there is one.
+      is_strict: whether the mesh of the settings must fit; see `open_devices`.
 
     Returns:
       The job.
@@ -174,25 +184,29 @@ def open_job(
     from lora_jax.cli.classification import open_classification
     from lora_jax.cli.language import open_language
 
+    devices = open_devices(settings, is_strict=is_strict)
     is_decoder = not open_source(settings.model.path).family.head
     if is_decoder:
-        return open_language(settings, splits=splits)
-    return open_classification(settings, splits=splits, extra=extra or {})
+        return open_language(settings, devices, splits=splits)
+    return open_classification(settings, devices, splits=splits, extra=extra or {})
 
 
 def attach(
-    settings: RunSettings, loaded: LoadedModel, lora: LoRAConfig
+    settings: RunSettings, devices: Devices, loaded: LoadedModel, lora: LoRAConfig
 ) -> dict[str, Any]:
     """Puts fresh adapters on a base; returns what `Job` says about them."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
     adapted = adapt(loaded.module, lora, *loaded.inputs)
+    targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)
     return {
+        "settings": settings,
+        "devices": devices,
+        "loaded": loaded,
         "lora": lora,
         "adapted": adapted,
-        "targets": adapted.targets(loaded.params),
-        "variables": variables,
-        "fingerprint": fingerprint(variables[FROZEN]),
+        "targets": targets,
+        "variables": devices.place(variables, targets),
     }
 
 
@@ -239,10 +253,11 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
     }
 
 
-def dtypes(settings: RunSettings) -> dict[str, Any]:
-    """Returns the model's dtypes as `load_model` takes them."""
+def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
+    """Returns the model's dtypes and places as `load_model` takes them."""
     kept = settings.model.param_dtype
     return {
+        "sharding": devices.sharding,
         "dtype": jnp.dtype(settings.model.dtype),
         "param_dtype": None if kept is None else jnp.dtype(kept),
     }
@@ -269,15 +284,6 @@ def eval_buckets(split: Split, buckets: Sequence[int]) -> list[int]:
     if max(lengths) > buckets[-1]:
         buckets.append(length_buckets(lengths, 1)[0])
     return buckets
-
-
-def one_epoch(
-    batches: Schedule, tick: Callable[[int, str], None] = lambda n, note: None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields each example of evaluation batches once, and says how far it is."""
-    for number, batch in enumerate(batches.epoch(0), start=1):
-        yield batch
-        tick(number, "batches")
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.devices import Devices
 from lora_jax.cli.job import (
     EVAL_ROWS,
     Facts,
@@ -15,14 +16,15 @@ from lora_jax.cli.job import (
     Split,
     attach,
     data_files,
-    dtypes,
     eval_buckets,
     hold_out,
-    one_epoch,
+    loading,
 )
 from lora_jax.cli.settings import RunSettings
 from lora_jax.models.generate import generate
+from lora_jax.models.load import LoadedModel
 from lora_jax.models.pretrained import load_model
+from lora_jax.parallel.processes import together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.data import TextBatches
@@ -46,8 +48,7 @@ class Language(Job):
     @property
     def max_length(self) -> int:
         """Tokens that an example may have."""
-        longest = self.loaded.config.max_positions
-        return min(self.settings.data.max_length or MAX_LENGTH, longest)
+        return _max_length(self.settings, self.loaded)
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
         """Returns the next-token cross-entropy."""
@@ -70,7 +71,7 @@ class Language(Job):
 
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
         """See `Job.evaluation`; packed as the training split is."""
-        rows = min(EVAL_ROWS, self.settings.train.batch_size)
+        rows = self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
         if self.settings.data.packing:
             packed = self.max_length
             return TextBatches(
@@ -81,15 +82,8 @@ class Language(Job):
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        return _split(self._read(path))
-
-    def _read(self, path: str) -> TextData:
-        return read_text_examples(
-            path,
-            self.loaded.tokenizer,
-            max_length=self.max_length,
-            vocab_size=self.loaded.config.vocab_size,
-        )
+        data = _read(path, self.settings, self.loaded)
+        return Split(list(data.examples), data.truncated, data.dropped)
 
     def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
         """Measures the loss of the base as it is."""
@@ -109,7 +103,7 @@ class Language(Job):
                 def show(number: int, note: str, before: int = done) -> None:
                     tick(before + number, note)
 
-                stream = one_epoch(split, show)
+                stream = self.devices.one_epoch(split, show)
                 found[name] = evaluate(step, variables, stream)["loss"]
                 done += split.steps_per_epoch
         return {
@@ -183,26 +177,27 @@ class Language(Job):
         ]
 
 
-def open_language(settings: RunSettings, *, splits: Sequence[str]) -> Language:
+def open_language(
+    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+) -> Language:
     """Builds the job; see `open_job`."""
     if settings.data.dataset is not None:
         raise UserError(
             f"data.dataset {settings.data.dataset!r} has labels, for encoders; a "
             "decoder learns from JSONL files: data.train, data.validation, data.test."
         )
-    loaded = load_model(
-        settings.model.path,
-        is_scanned=settings.model.scan,
-        remat=settings.model.remat,
-        **dtypes(settings),
-    )
-    job = Language(
-        settings=settings,
-        loaded=loaded,
-        splits={},
-        **attach(settings, loaded, settings.lora),
-    )
-    data = {name: job._read(file) for name, file in data_files(settings.data).items()}
+    with together():
+        loaded = load_model(
+            settings.model.path,
+            is_scanned=settings.model.scan,
+            remat=settings.model.remat,
+            **loading(settings, devices),
+        )
+        data = {
+            name: _read(file, settings, loaded)
+            for name, file in data_files(settings.data).items()
+        }
+    job = Language(splits={}, **attach(settings, devices, loaded, settings.lora))
     examples = {name: list(found.examples) for name, found in data.items()}
     for name, rows in hold_out(examples, settings.data).items():
         if name in splits:
@@ -211,5 +206,15 @@ def open_language(settings: RunSettings, *, splits: Sequence[str]) -> Language:
     return job
 
 
-def _split(data: TextData) -> Split:
-    return Split(list(data.examples), data.truncated, data.dropped)
+def _max_length(settings: RunSettings, loaded: LoadedModel) -> int:
+    longest = loaded.config.max_positions
+    return min(settings.data.max_length or MAX_LENGTH, longest)
+
+
+def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> TextData:
+    return read_text_examples(
+        path,
+        loaded.tokenizer,
+        max_length=_max_length(settings, loaded),
+        vocab_size=loaded.config.vocab_size,
+    )

@@ -12,9 +12,12 @@ import jax
 
 from lora_jax.cli.console import Console, duration, size
 from lora_jax.cli.job import Job
+from lora_jax.cli.runfolder import ADAPTER, CURVES, RunFolder
 from lora_jax.cli.settings import RunSettings
+from lora_jax.io.adapter import TENSORS
 from lora_jax.models.load import HEAD
 from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.plan.step import device_bytes
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
@@ -59,6 +62,59 @@ def print_loaded(out: Console, job: Job, batches: Schedule) -> None:
     out.facts([*loaded_facts(job), *job.data_facts(batches)])
     out.heading(f"Adapted layers ({len(job.targets)})")
     print_targets(out, job.targets)
+
+
+def summarise(
+    job: Job,
+    folder: RunFolder,
+    state: TrainState,
+    *,
+    best: Mapping[str, Any],
+    test: Mapping[str, Any] | None,
+    baseline: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    **numbers: Any,
+) -> dict[str, Any]:
+    """Returns what summary.json holds.
+
+    Args:
+      job: what was trained.
+      folder: of the run, with its adapter.
+      state: after the last step.
+      best: the line of the validation that chose the adapter.
+      test: the adapter's metrics on the test split, if there is one.
+      baseline: the frozen base's line, if it was measured.
+      seconds: spent on each phase.
+      **numbers: ``parameters`` and ``memory_bytes``.
+
+    Returns:
+      JSON values.
+    """
+    aside = ("step", "split", "seconds")
+    curves = folder / CURVES
+    return {
+        "run": str(folder.path),
+        "metric": job.metric,
+        "test": test and {k: test[k] for k in job.metrics},
+        "validation": {k: best[k] for k in ("step", *job.metrics)},
+        "baseline": baseline and {k: v for k, v in baseline.items() if k not in aside},
+        "examples": {k: len(v.examples) for k, v in job.splits.items()},
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        **numbers,
+        "adapter_bytes": (folder / ADAPTER / TENSORS).stat().st_size,
+        "model_bytes": model_bytes(job.loaded.path),
+        "seed": job.settings.train.seed,
+        "device": device(),
+        "mesh": job.devices.sizes,
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "files": {
+            "adapter": str(folder / ADAPTER),
+            "curves": str(curves) if curves.exists() else None,
+        },
+    }
 
 
 def print_result(out: Console, job: Job, summary: Mapping[str, Any]) -> None:
@@ -201,13 +257,13 @@ def memory_plan(state: TrainState, compiled: Any) -> dict[str, int]:
       compiled: the step for the largest batch, as XLA compiled it.
 
     Returns:
-      Bytes of the frozen base, the trained weights, the optimizer's state, and XLA's
-      temporaries (activations, gradients, workspace).
+      Bytes on one device: of the frozen base, the trained weights, the optimizer's
+      state, and XLA's temporaries (activations, gradients, workspace).
     """
     plan = {
-        "base": tree_bytes(state.frozen),
-        "trained": tree_bytes(state.trainable),
-        "optimizer": tree_bytes(state.opt_state),
+        "base": device_bytes(state.frozen),
+        "trained": device_bytes(state.trainable),
+        "optimizer": device_bytes(state.opt_state),
         "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
     }
     return {**plan, "total": sum(plan.values())}

@@ -4,6 +4,7 @@
 ``metrics.jsonl`` (a line a log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.console import UserError, size, to_json
+from lora_jax.cli.sections import MeshSettings
 from lora_jax.cli.settings import RunSettings, differences, load_settings
 
 CONFIG = "config.yaml"
@@ -23,18 +25,21 @@ CURVES = "curves.png"
 OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
-FREE = {"output.dir", "train.log_every", "train.save_every", "train.keep"}
+# (On another mesh sums are rounded in another order; nothing else is different.)
+MESH = {f"mesh.{field.name}" for field in dataclasses.fields(MeshSettings)}
+FREE = MESH | {"output.dir", "train.log_every", "train.save_every", "train.keep"}
 
 
 class RunFolder:
-    """A run folder on disk.
+    """A run folder on disk, seen by all processes of a run and written by the first.
 
     Attributes:
       path: the folder.
+      is_writer: whether this process writes; what it would write is dropped if not.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, is_writer: bool = True):
+        self.path, self.is_writer = Path(path), is_writer
 
     def __truediv__(self, name: str) -> Path:
         """Returns the path of a file in it."""
@@ -132,6 +137,8 @@ class RunFolder:
         Raises:
           UserError: if the folder can't be made.
         """
+        if not self.is_writer:
+            return
         if overwrite and self.path.exists():
             for name in OWN_NAMES:
                 target = self / name
@@ -184,19 +191,23 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(to_json(line) + "\n" for line in kept)
         self._replace(METRICS, text)
-        (self / SUMMARY).unlink(missing_ok=True)
+        if self.is_writer:
+            (self / SUMMARY).unlink(missing_ok=True)
         return kept
 
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
-        with (self / METRICS).open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        if self.is_writer:
+            with (self / METRICS).open("a", encoding="utf-8") as file:
+                file.write(to_json(line) + "\n")
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         self._replace(SUMMARY, to_json(summary, indent=2) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
+        if not self.is_writer:
+            return
         temporary = self / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self / name)

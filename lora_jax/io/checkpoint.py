@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io.host import facts_of, host_leaves, place
+from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.train.state import TrainState
 from lora_jax.tree.paths import flatten
 
@@ -303,12 +304,13 @@ class Checkpoints:
         """Renames damaged checkpoints, so that their steps can be saved again."""
         for step in self._damaged:
             folder = self.directory / str(step)
-            if folder.exists():
+            if is_first() and folder.exists():
                 aside, number = self.directory / f"{DAMAGED}-{step}", 1
                 while aside.exists():
                     aside, number = aside.with_suffix(f".{number}"), number + 1
                 folder.rename(aside)
         if self._damaged:
+            wait_for_all("damaged checkpoints")
             self._damaged.clear()
             self._manager.reload()
 

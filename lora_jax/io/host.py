@@ -19,7 +19,7 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns the leaves as NumPy arrays by path; PRNG keys as their data.
 
     Args:
-      tree: of jax arrays; of those spread over several processes each gets the whole,
+      tree: of arrays; of those spread over several processes each gets the whole,
         so that all of them have to call this.
       copy: False may return views of the arrays' own buffers, as it does on CPU: for
         looking at, not for keeping past the step that the arrays are donated to.
@@ -31,8 +31,10 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
 
     def fetch(leaf: Any) -> np.ndarray:
         leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        is_here = leaf.is_fully_addressable or leaf.is_fully_replicated
-        return convert(leaf if is_here else process_allgather(leaf, tiled=True))
+        is_spread = isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        )
+        return convert(process_allgather(leaf, tiled=True) if is_spread else leaf)
 
     return {
         _name(path): fetch(leaf)

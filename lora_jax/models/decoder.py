@@ -31,6 +31,7 @@ from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.nn.layers import register_layer
 from lora_jax.ops.rope import rope_angles
 from lora_jax.ops.spread import spread_rows
+from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
 REMATS = ("none", "block")
@@ -184,7 +185,9 @@ class Decoder(nn.Module):
     def setup(self):
         """Creates embedding, blocks, final norm and head."""
         cfg = self.config
-        self.embed = nn.Embed(cfg.vocab_size, cfg.hidden_size)
+        self.embed = nn.Embed(
+            cfg.vocab_size, cfg.hidden_size, promote_dtype=promote_table
+        )
         if cfg.has_learned_positions:
             self.positions = nn.Embed(cfg.max_positions, cfg.hidden_size)
         block = (

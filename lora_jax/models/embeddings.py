@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.ops.spread import spread_rows
+from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
 Pixels = Float[Array, "b c y x"]
@@ -33,12 +35,17 @@ class Embeddings(nn.Module):
                 "`encode(texts, max_length=...)`."
             )
         # No dtype here: a cast would be of the whole table, not of the rows looked up.
-        word = nn.Embed(cfg.vocab_size, cfg.hidden_size, name="word")
+        word = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            promote_dtype=promote_table,
+            name="word",
+        )
         position = nn.Embed(cfg.position_rows, cfg.hidden_size, name="position")
         positions = jnp.arange(length)
         if cfg.padding_id is not None:
             positions = token_positions(input_ids, cfg.padding_id)
-        x = word(input_ids) + position(positions)
+        x = spread_rows(word(input_ids)) + position(positions)
         if cfg.num_token_types is not None:
             if token_type_ids is None:
                 token_type_ids = jnp.zeros((1, 1), jnp.int32)

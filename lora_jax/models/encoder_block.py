@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.encoder_config import BlockConfig
+from lora_jax.ops.spread import spread_rows
 
 Hidden = Float[Array, "b t d"]
 
@@ -69,7 +70,7 @@ class Block(nn.Module):
         self, x: Hidden, mask: Array | None, deterministic: bool = True
     ) -> Hidden:
         """Returns ``[b, t, d]`` for ``[b, t, d]``; ``mask`` as for `Attention`."""
-        cfg, drop = self.config, nn.Dropout(self.dropout_rate)
+        cfg, drop, x = self.config, nn.Dropout(self.dropout_rate), spread_rows(x)
 
         def add(x: Hidden, sublayer: Callable[[Hidden], Hidden], name: str) -> Hidden:
             norm = nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name=f"{name}_norm")

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import BATCH_AXES, DATA, FSDP, MESH_AXES, TENSOR
+from lora_jax.ops.spread import current_mesh
 
 AXES, BATCH = MESH_AXES, BATCH_AXES
 
@@ -136,7 +138,7 @@ def whole_over_batch(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*map(kept, sharding.spec)))
 
 
-def process_rows(rows: int, mesh: Mesh) -> slice:
+def process_rows(rows: int, mesh: Mesh) -> np.ndarray:
     """Says which rows of a global batch this process has to read.
 
     Args:
@@ -144,23 +146,16 @@ def process_rows(rows: int, mesh: Mesh) -> slice:
       mesh: over which the batch is spread.
 
     Returns:
-      The rows of this process's devices; all of them where every row is on one of them.
+      The numbers of the rows that lie on this process's devices, in order; all of them
+      where every row does.
 
     Raises:
-      ValueError: if the rows don't divide over the mesh, or those of this process
-        don't follow each other.
+      ValueError: if the rows don't divide over the mesh.
     """
     check_rows({"batch": rows}, mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
     spans = {index[0].indices(rows)[:2] for index in indices.values() if index}
-    start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
-    if sum(b - a for a, b in spans) != stop - start:
-        raise ValueError(
-            f"the rows of a process must follow each other; got {sorted(spans)} in a "
-            f"mesh of {_shown(dict(mesh.shape))}. Give every process the whole batch: "
-            "shard_batch(batch, mesh)."
-        )
-    return slice(start, stop)
+    return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
 def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
@@ -186,21 +181,30 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
       (('data', 'fsdp'),)
     """
     sharding = batch_sharding(mesh)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    own = len(process_rows(parts, mesh)) if is_local else parts
+
+    def whole(leaf: Any) -> int:
+        return np.shape(leaf)[0] * parts // own if np.ndim(leaf) else 0
+
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    parts = _process_parts(sharding) if is_local else 1
     rows = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "batch": (
-            np.shape(leaf)[0] * parts if np.ndim(leaf) else 0
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/") or "batch": whole(leaf)
         for path, leaf in leaves
     }
     check_rows(rows, mesh)
 
     def put(leaf: Any) -> jax.Array:
-        if is_local:
-            shape = (len(leaf) * parts, *np.shape(leaf)[1:])
-            return jax.make_array_from_process_local_data(sharding, leaf, shape)
-        return put_array(leaf, sharding)
+        if not is_local:
+            return put_array(leaf, sharding)
+        mine = process_rows(whole(leaf), mesh)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(whole(leaf))
+            return leaf[np.searchsorted(mine, start) :][: stop - start]
+
+        shape = (whole(leaf), *np.shape(leaf)[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, batch)
 
@@ -249,6 +253,26 @@ def put_array(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
+def promote_table(*arrays: Any, **options: Any) -> list[Any]:
+    """Promotes an embedding table, and gathers its columns: `flax.linen.Embed`'s hook.
+
+    A lookup in a table that lies cut along both axes makes XLA gather all of it. Of one
+    that is cut by its rows alone each device looks up those it has.
+
+    Args:
+      *arrays: what is multiplied with the table, if anything, and the table ``[v, d]``.
+      **options: see `flax.linen.dtypes.promote_dtype`.
+
+    Returns:
+      The arrays in one dtype; the table's columns whole on every device.
+    """
+    *others, table = promote_dtype(*arrays, **options)
+    if current_mesh() is not None:
+        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+        table = jax.lax.with_sharding_constraint(table, spec)
+    return [*others, table]
+
+
 def mesh_of(tree: PyTree) -> Mesh | None:
     """Returns the mesh of several devices that leaves of a tree lie on, or None.
 
@@ -283,10 +307,3 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
         return leaf if is_there else put_array(leaf, everywhere)
 
     return jax.tree.map(put, tree)
-
-
-def _process_parts(sharding: NamedSharding) -> int:
-    """Returns into how many parts the processes cut a batch."""
-    parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH)
-    mine = process_rows(parts, sharding.mesh)  # pyright: ignore[reportArgumentType] - no AbstractMesh
-    return parts // (mine.stop - mine.start)

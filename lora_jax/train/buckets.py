@@ -135,16 +135,23 @@ class Schedule(abc.ABC):
         for step in range(first, first + self.steps_per_epoch):
             yield self.batch_at(step)
 
-    def batch_at(self, step: int) -> Batch:
+    def batch_at(self, step: int, rows: Any = slice(None)) -> Batch:
         """Returns the batch of a step, counted over all epochs from 0.
 
         Args:
           step: at least 0.
+          rows: which of its rows, as an index; the others are not formed.
 
         Returns:
           The batch.
         """
-        return self._pad(*self._planned(step))
+        length, members = self._planned(step)
+        wanted = np.arange(self.batch_size)[rows]
+        return self._pad(length, members[wanted[wanted < len(members)]], len(wanted))
+
+    def length_at(self, step: int) -> int:
+        """Returns the length that the batch of a step is padded to."""
+        return self._planned(step)[0]
 
     def indices_at(self, step: int) -> np.ndarray:
         """Returns which rows the batch of a step holds, in their order.
@@ -201,8 +208,8 @@ class Schedule(abc.ABC):
         return plan
 
     @abc.abstractmethod
-    def _pad(self, length: int, members: np.ndarray) -> Batch:
-        """Makes the batch of these rows, padded to a length."""
+    def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
+        """Makes these rows, padded to a length, and filler after them up to a count."""
 
     @abc.abstractmethod
     def _add_contents(self, digest: Any) -> None:

@@ -81,10 +81,10 @@ class Batches(Schedule):
         if self._labels is not None:
             digest.update(self._labels.tobytes())
 
-    def _pad(self, length: int, members: np.ndarray) -> Batch:
-        shape = (self.batch_size, length)
+    def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
+        shape = (count, length)
         ids, mask = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32)
-        weights = np.zeros(self.batch_size, np.float32)
+        weights = np.zeros(count, np.float32)
         weights[: len(members)] = 1
         for row, member in enumerate(members):
             ids[row, : self.lengths[member]] = self._ids[member]
@@ -92,7 +92,7 @@ class Batches(Schedule):
         mask[len(members) :, 0] = 1  # filler attends to something: no 0/0 in a mean
         batch = {"input_ids": ids, "attention_mask": mask, "weights": weights}
         if self._labels is not None:
-            batch["labels"] = np.zeros(self.batch_size, self._labels.dtype)
+            batch["labels"] = np.zeros(count, self._labels.dtype)
             batch["labels"][: len(members)] = self._labels[members]
         return batch
 
@@ -165,9 +165,9 @@ class TextBatches(Schedule):
         places = sum(length for length, _ in self._plan_epoch(0)) * batch_size
         self.token_fraction = sum(counts) / places
 
-    def _pad(self, length: int, members: np.ndarray) -> Batch:
+    def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
         rows = [[self._examples[i] for i in self._rows[row]] for row in members]
-        rows += [[]] * (self.batch_size - len(rows))
+        rows += [[]] * (count - len(rows))
         return fill_rows(rows, length, pad_id=self.pad_id)
 
     def _add_contents(self, digest: Any) -> None:

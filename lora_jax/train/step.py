@@ -233,11 +233,13 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
       2.0
     """
 
-    def evaluate(variables, batch):
-        loss_sum, weight, metrics = check_loss(loss_fn(variables, batch, {}))
+    @functools.partial(jax.jit, static_argnums=2)
+    def evaluate(variables, batch, mesh):
+        with on_mesh_of(mesh):
+            loss_sum, weight, metrics = check_loss(loss_fn(variables, batch, {}))
         return {"loss": loss_sum, "weight": weight, **metrics}
 
-    return jax.jit(evaluate)
+    return lambda variables, batch: evaluate(variables, batch, mesh_of(variables))
 
 
 def split_batch(batch: Batch, accumulate: int) -> Batch:

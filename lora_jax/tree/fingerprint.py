@@ -1,9 +1,12 @@
 """A fingerprint of the base, so that an adapter knows whose it is."""
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 
@@ -20,7 +23,8 @@ def fingerprint(tree: PyTree) -> str:
 
     Args:
       tree: the frozen base, as the model uses it; arrays of NumPy or JAX. The order of
-        keys, and the device, don't matter.
+        keys, and the devices, don't matter; of arrays that are spread over several
+        processes all of these have to ask.
 
     Returns:
       A short string, ``"1-"`` and 32 hexadecimal digits; the 1 is the rule's version.
@@ -51,7 +55,18 @@ def fingerprint(tree: PyTree) -> str:
 def _sample(leaf: np.ndarray | jax.Array) -> np.ndarray:
     """Returns every n-th element, n odd so that it walks through the columns."""
     stride = (leaf.size // SAMPLES) | 1
-    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform == "cpu":
+    place = leaf.sharding if isinstance(leaf, jax.Array) else None
+    if isinstance(place, NamedSharding):
+        # On a mesh no device gets to see the whole of it.
+        elements = np.unravel_index(np.arange(0, leaf.size, stride), leaf.shape)
+        leaf = _taker(NamedSharding(place.mesh, PartitionSpec()))(leaf, elements)
+        stride = 1
+    elif place is not None and next(iter(place.device_set)).platform == "cpu":
         leaf = np.asarray(leaf)  # a view: nothing is copied, nothing compiled
     sample = np.asarray(leaf.reshape(-1)[::stride])
     return sample.astype(sample.dtype.newbyteorder("<"), copy=False)
+
+
+@functools.cache
+def _taker(place: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda leaf, elements: leaf[elements], out_shardings=place)

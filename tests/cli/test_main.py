@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax.cli import inspect
 from lora_jax.cli import main as cli
+from lora_jax.cli.words import COMMANDS, parse
 
 
 def test_help_imports_none_of_the_optional_packages():
@@ -19,7 +20,7 @@ def test_help_imports_none_of_the_optional_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
-    assert all(name in done.stdout for name in cli.COMMANDS)
+    assert all(name in done.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_why(words, message, capsys):
 
 
 def test_overrides_may_stand_behind_options():
-    args = cli.parse(["train", "c.yaml", "a.b=1", "--resume", "c.d=2"])
+    args = parse(["train", "c.yaml", "a.b=1", "--resume", "c.d=2"])
     assert args.overrides == ["a.b=1", "c.d=2"]
     assert args.resume
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from lora_jax.cli import train
+from lora_jax.cli import session
 from lora_jax.cli.main import main
 from lora_jax.train.data import Batches
 
@@ -200,7 +200,7 @@ def test_bad_settings_are_refused(override, message, config, tmp_path, call):
 def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(
     config, tmp_path, monkeypatch, call
 ):
-    folder, save = tmp_path / "run", train.save_adapter
+    folder, save = tmp_path / "run", session.save_adapter
 
     def full(directory, trainable, *args, extra, **kwargs):
         if extra["step"] > 6:
@@ -208,7 +208,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(
         return save(directory, trainable, *args, extra=extra, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_adapter", full)
+        patch.setattr(session, "save_adapter", full)
         code, _, shown = call("train", config, f"output.dir={folder}")
     assert code == 1
     assert "No space left on device" in shown
@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_at_once_is_said_and_the_run_can_start_anew(
         raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_adapter", full)
+        patch.setattr(session, "save_adapter", full)
         code, _, shown = call("train", config, f"output.dir={folder}")
     assert code == 1
     assert "No checkpoint was written yet. Start from step 0 with" in shown

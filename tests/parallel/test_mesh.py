@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from lora_jax.parallel.mesh import (
     make_mesh,
     nearest_divisor,
     process_rows,
+    promote_table,
     shard_batch,
 )
 
@@ -65,8 +67,13 @@ def test_rows_that_do_not_divide_are_named_with_what_does():
         check_rows({"x": 3, "y": 0}, Mesh())  # pyright: ignore[reportArgumentType] - sizes alone
 
 
+def test_a_table_is_promoted_where_there_is_no_mesh_too():
+    table = promote_table(jnp.ones((4, 2)), dtype=jnp.bfloat16, inexact=False)[0]
+    assert table.dtype == jnp.bfloat16
+
+
 def test_a_process_alone_reads_every_row():
-    assert process_rows(6, make_mesh()) == slice(0, 6)
+    assert process_rows(6, make_mesh()).tolist() == [*range(6)]
 
 
 @pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])

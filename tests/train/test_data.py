@@ -59,6 +59,19 @@ def test_shapes_are_few_and_hold_their_examples():
     assert len(batches.buckets) <= 4
 
 
+def test_some_rows_of_a_batch_are_those_of_the_whole_one():
+    batches = Batches(make_examples(), 8, seed=5)
+    last = batches.steps_per_epoch - 1
+    order = np.random.default_rng(0).permutation(8)
+    for step in (0, last, last + 1):
+        whole = batches.batch_at(step)
+        for rows in (slice(0, 3), slice(3, 8), np.sort(order[:4]), np.array([7])):
+            part = batches.batch_at(step, rows)
+            for key, value in part.items():
+                np.testing.assert_array_equal(value, whole[key][rows])
+        assert batches.length_at(step) == whole["input_ids"].shape[1]
+
+
 def test_the_order_is_a_pure_function_of_seed_and_step():
     a, b = (Batches(make_examples(), 8, seed=5) for _ in range(2))
     forward = [a.batch_at(step) for step in range(20)]

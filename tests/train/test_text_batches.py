@@ -67,6 +67,16 @@ def test_packing_wastes_less_than_buckets():
 
 
 @KINDS
+def test_some_rows_of_a_batch_are_those_of_the_whole_one(packed):
+    batches = TextBatches(make_examples(), 4, packed_length=packed, seed=5)
+    for step in range(batches.steps_per_epoch):
+        whole = batches.batch_at(step)
+        for rows in (slice(0, 2), np.array([1, 3])):
+            for key, value in batches.batch_at(step, rows).items():
+                np.testing.assert_array_equal(value, whole[key][rows])
+
+
+@KINDS
 def test_the_order_is_a_pure_function_of_seed_and_step(packed):
     a, b = (
         TextBatches(make_examples(), 4, packed_length=packed, seed=5) for _ in range(2)

