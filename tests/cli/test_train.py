@@ -255,8 +255,9 @@ def test_the_main_job_starts_on_real_weights_and_sentences(tmp_path, call):
     assert code == 0, shown
     summary = json.loads(out)
     assert summary["examples"] == {"train": 8000, "validation": 1000, "test": 1605}
-    # Rank 8: 6 layers of four 384 x 384 and two 384 x 1536 kernels.
-    assert summary["parameters"]["adapter"] == 6 * 8 * (4 * 768 + 2 * 1920)
+    # Rank 8: 6 layers of four 384 x 384 and two 384 x 1536 kernels; 30,522 words.
+    linears = 6 * 8 * (4 * 768 + 2 * 1920)
+    assert summary["parameters"]["adapter"] == linears + 8 * (30522 + 384)
     assert summary["parameters"]["encoder_share"] < 0.03
     assert summary["adapter_bytes"] < 1.1 * 4 * summary["parameters"]["trainable"]
     assert "encoder/layer_{0..5}/attention/query" in shown
