@@ -116,6 +116,16 @@ class LoRAConfig:
         rank = self.rank_for(path)
         return self.alpha_for(path) / (rank**0.5 if self.rslora else rank)
 
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether it names blocks by number: then they can't be one scanned block."""
+        named = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        for patterns in (self.targets, self.exclude, self.train):
+            named += [patterns] if isinstance(patterns, str) else patterns
+        return self.layers is not None or any(
+            re.search(r"layer_|\\d|[0-9]", pattern) for pattern in named
+        )
+
     def is_target(self, path: str, *, is_linear: bool = True) -> bool:
         """Says whether the layer at ``path`` gets an adapter.
 

@@ -26,3 +26,8 @@ MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # those that split a batch
 
 DROPOUT = "dropout"  # the PRNG stream that adapter dropout draws from
+
+# What a rematerialisation policy may keep, by `jax.ad_checkpoint.checkpoint_name`.
+X_A = "x_a"  # the thin product of a layer's input with A
+LINEAR = "linear"  # what a linear layer of a model gives, its update in it
+ATTENDED = "attended"  # what attention gives

@@ -207,3 +207,18 @@ def test_faults_of_type_and_of_value_are_named_together():
 def test_a_config_can_not_be_changed():
     with pytest.raises(AttributeError):
         LoRAConfig().rank = 4
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        ({}, False),
+        ({"targets": ["query", "mlp/up"], "rank_pattern": {"down": 4}}, False),
+        ({"layers": [0]}, True),
+        ({"targets": r".*_\d/mlp/up"}, True),
+        ({"exclude": ["layer_0/mlp/up"]}, True),
+        ({"alpha_pattern": {"layer_1/.*": 4}}, True),
+    ],
+)
+def test_blocks_that_are_named_by_number_are_told_apart(options, apart):
+    assert LoRAConfig(**options).tells_layers_apart == apart

@@ -189,7 +189,7 @@ def open_language(
     with together():
         loaded = load_model(
             settings.model.path,
-            is_scanned=settings.model.scan,
+            is_scanned=settings.scans_layers,
             remat=settings.model.remat,
             **loading(settings, devices),
         )

@@ -76,7 +76,8 @@ def run(settings: RunSettings, args: argparse.Namespace, out: Console) -> dict:
         f"{args.topology}: {len(devices)} chips of {size(chip.memory)} ({axes})"
     )
     plans = []
-    for remat in REMATS[REMATS.index(work.remat) :]:
+    policies = list(REMATS)
+    for remat in policies[policies.index(work.remat) :]:
         plans.append(asked.price(args.topology, batch, remat))
         if plans[-1].fits:
             break

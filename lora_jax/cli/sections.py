@@ -24,16 +24,18 @@ class ModelSettings:
         ``"cls"`` token, or BERT's own ``"pooler"``.
       dtype: of the computation.
       param_dtype: of the frozen parameters; None for that of their file.
-      scan: of a decoder: whether its blocks are compiled once, as a loop.
-      remat: of a decoder: what the backward pass computes again, to save memory.
+      scan: of a decoder: whether its blocks are compiled once, as a loop; null: where
+        the adapters of all blocks are alike.
+      remat: of a decoder: what the backward pass computes again, to save memory:
+        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``.
     """
 
     path: str
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    scan: bool = False
-    remat: Literal["none", "block"] = "none"
+    scan: bool | None = None
+    remat: Literal["none", "lora", "block"] = "lora"
 
 
 @dataclasses.dataclass(frozen=True)

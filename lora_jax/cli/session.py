@@ -284,7 +284,9 @@ class Session:
         """Keeps the first validation, and each better one after it."""
         metric = self.job.metric
         if self.best is None or self.job.is_better(line[metric], self.best[metric]):
-            self.best, self.stale = line, 0
+            self.best = line
+            if not self.is_out_of_patience():  # the step under way comes too late
+                self.stale = 0
             return True
         self.stale += 1
         return False

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+Activation = Callable[[Array], Array]
+
 
 def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     """Computes ``x * Phi(x)`` with the error function, as BERT was trained with.
@@ -34,7 +36,7 @@ def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
 
 
 # The "fast" and "new" ones are tanh.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": exact_gelu,
     "gelu_new": tanh_gelu,
     "gelu_fast": tanh_gelu,
@@ -42,3 +44,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+
+
+def gate(
+    activation: Activation, x: Float[Array, "*b f"], up: Float[Array, "*b f"]
+) -> Float[Array, "*b f"]:
+    """Computes ``activation(x) * up``; kept for the backward pass are these two alone.
+
+    Args:
+      activation: one of `ACTIVATIONS`.
+      x: what is activated ``[*b, f]``.
+      up: what is gated ``[*b, f]``.
+
+    Returns:
+      ``[*b, f]``.
+    """
+    return jax.checkpoint(lambda x, up: activation(x) * up)(x, up)

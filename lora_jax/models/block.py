@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.activations import ACTIVATIONS
+from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.names import LINEAR
 from lora_jax.ops.causal import cached_attention, causal_attention
 from lora_jax.ops.rope import apply_rope
 from lora_jax.ops.spread import spread_rows
@@ -57,10 +59,18 @@ class RMSNorm(nn.Module):
 
 
 class Part(nn.Module):
-    """What the parts of a decoder share: the config, the dtype, the kind of norm."""
+    """What the parts of a decoder share: the config, the dtype, norms and layers."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
+
+    def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
+        """Applies the linear layer called ``name`` to ``[b, t, i]``: ``[b, t, width]``.
+
+        A policy that recomputes may keep the result, by the name `LINEAR`.
+        """
+        layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
+        return checkpoint_name(layer(x), LINEAR)
 
     def norm(self, name: str) -> nn.Module:
         """Returns the norm called ``name``."""
@@ -88,16 +98,14 @@ class Attention(Part):
         cfg, (b, t, _) = self.config, x.shape
         n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
-        def dense(name: str, width: int, use_bias: bool) -> nn.Dense:
-            return nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
-
+        bias = cfg.has_qkv_bias
         if cfg.is_qkv_fused:
-            qkv = dense("qkv", (n + 2 * k) * h, cfg.has_qkv_bias)(x)
+            qkv = self.dense("qkv", x, (n + 2 * k) * h, bias)
             query, key, value = jnp.split(qkv, [n * h, (n + k) * h], axis=-1)
         else:
-            query = dense("query", n * h, cfg.has_qkv_bias)(x)
-            key = dense("key", k * h, cfg.has_qkv_bias)(x)
-            value = dense("value", k * h, cfg.has_qkv_bias)(x)
+            query = self.dense("query", x, n * h, bias)
+            key = self.dense("key", x, k * h, bias)
+            value = self.dense("value", x, k * h, bias)
         if cfg.qk_norm == "projection":
             query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
         query = query.reshape(b, t, n, h)
@@ -130,8 +138,9 @@ class Attention(Part):
             key = past[0].at[rows, place.slots].set(key)
             value = past[1].at[rows, place.slots].set(value)
             mixed = attend(query, key, value, place.slots)
-        output = dense("output", cfg.hidden_size, cfg.has_output_bias)
-        return output(mixed.reshape(b, t, n * h)), (key, value)
+        mixed = mixed.reshape(b, t, n * h)
+        y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
+        return y, (key, value)
 
 
 class Mlp(Part):
@@ -141,20 +150,16 @@ class Mlp(Part):
     def __call__(self, x: Hidden) -> Hidden:
         """Returns ``[b, t, d]`` for ``[b, t, d]``."""
         cfg, act = self.config, ACTIVATIONS[self.config.activation]
-
-        def dense(name: str, width: int) -> nn.Dense:
-            return nn.Dense(
-                width, use_bias=cfg.has_mlp_bias, dtype=self.dtype, name=name
-            )
+        f, bias = cfg.mlp_size, cfg.has_mlp_bias
 
         if cfg.is_gate_up_fused:
-            gate, up = jnp.split(dense("gate_up", 2 * cfg.mlp_size)(x), 2, axis=-1)
-            x = act(gate) * up  # [b, t, f]
+            both = self.dense("gate_up", x, 2 * f, bias)
+            x = gate(act, *jnp.split(both, 2, axis=-1))  # [b, t, f]
         elif cfg.is_gated:
-            x = act(dense("gate", cfg.mlp_size)(x)) * dense("up", cfg.mlp_size)(x)
+            x = gate(act, self.dense("gate", x, f, bias), self.dense("up", x, f, bias))
         else:
-            x = act(dense("up", cfg.mlp_size)(x))
-        return dense("down", cfg.hidden_size)(x)
+            x = jax.checkpoint(act)(self.dense("up", x, f, bias))
+        return self.dense("down", x, cfg.hidden_size, bias)
 
 
 class Block(Part):

@@ -28,13 +28,19 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.block import Block, Hidden, Place, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layers import register_layer
 from lora_jax.ops.rope import rope_angles
 from lora_jax.ops.spread import spread_rows
 from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
-REMATS = ("none", "block")
+# What the backward pass keeps of a block, from most to least.
+REMATS: dict[str, Any] = {
+    "none": None,  # all that it needs
+    "lora": jax.checkpoint_policies.save_only_these_names(X_A, LINEAR, ATTENDED),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Cache(NamedTuple):
@@ -67,7 +73,10 @@ class Decoder(nn.Module):
       dtype: dtype of the computation; parameters keep their own.
       is_scanned: whether the blocks are one `nn.scan` (compiles faster; parameters have
         a leading layer axis under ``layers``) or unrolled.
-      remat: what the backward pass computes again: ``"none"``, or each ``"block"``.
+      remat: what the backward pass computes again: ``"none"``; with ``"lora"`` norms,
+        rotations, activations and scores, so that kept are a block's input, ``x A`` and
+        what attention and the linear layers give; or each whole ``"block"``. Unrolled
+        blocks save memory on GPU and TPU alone: XLA:CPU undoes it.
 
     Raises:
       ValueError: if ``remat`` is unknown.
@@ -80,7 +89,9 @@ class Decoder(nn.Module):
 
     def __post_init__(self):
         if self.remat not in REMATS:
-            raise ValueError(f"remat must be one of {REMATS}; got {self.remat!r}.")
+            raise ValueError(
+                f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
+            )
         super().__post_init__()
 
     def __call__(
@@ -190,9 +201,14 @@ class Decoder(nn.Module):
         )
         if cfg.has_learned_positions:
             self.positions = nn.Embed(cfg.max_positions, cfg.hidden_size)
-        block = (
-            nn.remat(Block, methods=["__call__"]) if self.remat == "block" else Block
-        )
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(
+                Block,
+                prevent_cse=not self.is_scanned,
+                policy=REMATS[self.remat],
+                methods=["__call__"],
+            )
         if self.is_scanned:
             scan = {
                 "variable_axes": {"params": 0},

@@ -81,7 +81,7 @@ class Encoder(nn.Module):
           TypeError: if ``input_ids`` are not integers.
         """
         check_inputs(input_ids, attention_mask, token_type_ids)
-        mask = attention_mask.astype(bool)[:, None, None, :]  # [b, 1, 1, t]
+        mask = attention_mask.astype(bool)
         x = Embeddings(self.config, self.dtype, name="embeddings")(
             input_ids, token_type_ids
         )
@@ -124,7 +124,7 @@ def run_blocks(
     Args:
       owner: the calling module.
       x: embeddings ``[b, t, d]``.
-      mask: boolean ``[b, 1, 1, t]``, True = real; None: all are.
+      mask: boolean ``[b, t]``, True = real; None: all are.
       deterministic: False switches dropout on.
 
     Returns:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.models.activations import ACTIVATIONS
+from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.encoder_config import BlockConfig
+from lora_jax.ops.causal import bidirectional_attention
 from lora_jax.ops.spread import spread_rows
 
 Hidden = Float[Array, "b t d"]
@@ -23,7 +24,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden, mask: Array | None) -> Hidden:
-        """Returns ``[b, t, d]``; ``mask`` is boolean ``[b, 1, 1, t]``, True = real."""
+        """Returns ``[b, t, d]``; ``mask`` is boolean ``[b, t]``, True = real."""
         cfg = self.config
         heads = (*x.shape[:-1], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
         query, key, value = (
@@ -32,7 +33,7 @@ class Attention(nn.Module):
             ).reshape(heads)
             for name in ("query", "key", "value")
         )  # each [b, t, n, h]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        mixed = bidirectional_attention(query, key, value, mask)
         return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="output")(
             mixed.reshape(x.shape)
         )
@@ -50,11 +51,10 @@ class Mlp(nn.Module):
         cfg, activation = self.config, ACTIVATIONS[self.config.activation]
         if cfg.is_gated:
             both = nn.Dense(2 * cfg.mlp_size, dtype=self.dtype, name="gate_up")(x)
-            gate, up = jnp.split(both, 2, axis=-1)  # each [b, t, f]
-            x, last = activation(gate) * up, "gated_down"
+            x, last = gate(activation, *jnp.split(both, 2, axis=-1)), "gated_down"
         else:
             x, last = nn.Dense(cfg.mlp_size, dtype=self.dtype, name="up")(x), "down"
-            x = activation(x)  # [b, t, f]
+            x = jax.checkpoint(activation)(x)  # [b, t, f]; kept is x alone
         return nn.Dense(cfg.hidden_size, dtype=self.dtype, name=last)(x)
 
 

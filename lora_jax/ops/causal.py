@@ -1,22 +1,26 @@
-"""Causal attention that computes (almost) nothing of the future.
+"""The attention of decoders and encoders: causal, from a cache, bidirectional.
 
-Half of a causal score matrix is masked away. Here the queries go in blocks, each
-against the keys up to its own end (and, with a sliding window, from its own start), so
-that half is never computed, nor kept for the backward pass.
+Half of a causal score matrix is masked away. In blocks (`lora_jax.ops.blockwise`) that
+half is never computed.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.ops.attention import attention, choose_implementation
+from lora_jax.ops.blockwise import (
+    Options,
+    Seen,
+    block_size,
+    blockwise_attention,
+)
 from lora_jax.ops.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b s k h"]
-MIN_BLOCK, MAX_BLOCKS = 64, 16
 
 
 def causal_attention(
@@ -75,21 +79,40 @@ def causal_attention(
         query = query * jnp.asarray(factor * math.sqrt(h), query.dtype)
         return attention(query, key, value, mask=same, is_causal=True)
 
-    size = max(MIN_BLOCK, -(-t // MAX_BLOCKS))
-    blocks = []
-    for start in range(0, t, size):
-        stop = min(start + size, t)
-        first = max(0, start - window + 1) if isinstance(window, int) else 0
-        keys, queries = slice(first, stop), slice(start, stop)
-        mask = _visible(jnp.arange(start, stop)[None], jnp.arange(first, stop), window)
-        if segment_ids is not None:
-            mask &= _same(segment_ids[:, queries], segment_ids[:, keys])
-        blocks.append(
-            attend(
-                query[:, queries], key[:, keys], value[:, keys], mask, factor, softcap
-            )
-        )
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+    options = Options(factor, is_causal=True, size=block_size(t), softcap=softcap)
+    seen = Seen(segment_ids=segment_ids)
+    if isinstance(window, int):
+        options = options._replace(window=window)
+    elif window is not None:
+        seen = seen._replace(window=window)
+    return blockwise_attention(query, key, value, options, seen)
+
+
+def bidirectional_attention(
+    query: Queries,
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    mask: Bool[Array, "b t"] | None = None,
+) -> Queries:
+    """Attends from each token to all real tokens of its row.
+
+    Computes ``softmax(query keyᵀ / √h) value``; the softmax is in float32.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, t, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, t, k, h]``.
+      mask: ``[b, t]``, True for real tokens, or None if all are.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    t, h = query.shape[1], query.shape[3]
+    whole = None if mask is None else mask[:, None, None, :]
+    if choose_implementation(query, key, mask=whole) == "cudnn":
+        return attention(query, key, value, mask=whole)
+    options = Options(scale=h**-0.5, is_causal=False, size=block_size(t))
+    return blockwise_attention(query, key, value, options, Seen(keys=mask))
 
 
 def cached_attention(

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.names import X_A
 
 _MIN_FOR_BARRIER = 16
 RANK = "R"  # the label of the rank axis in every product's equation
@@ -143,6 +145,7 @@ def low_rank_update(
     x = x.astype(x.dtype if dtype is None else dtype)
     h: Any = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
     h = h * jnp.asarray(scaling, h.dtype)  # the thin side is the cheap one to scale
+    h = checkpoint_name(h, X_A)
     return factor_product(up, 0.0, precision, h, lora_b)
 
 

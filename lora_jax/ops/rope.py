@@ -5,6 +5,7 @@ Dimension ``j`` of the first half of a head is paired with ``j`` of the second h
 (GGUF) has its query and key kernels permuted when it is loaded.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -58,9 +59,29 @@ def apply_rope(x: Float[Array, "b t n h"], cos: Angles, sin: Angles) -> Array:
             f"rope needs at most h / 2 = {h // 2} angles for heads of {h} dimensions; "
             f"got {c}."
         )
-    cos, sin = cos[:, :, None], sin[:, :, None]  # [b, t, 1, c]
+    return _rotate(x, cos[:, :, None], sin[:, :, None])
+
+
+@jax.custom_vjp
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """``x [b, t, n, h]``, ``cos, sin [b, t, 1, c]``."""
+    c = cos.shape[-1]
     first, second = (
         half.astype(jnp.float32) for half in (x[..., :c], x[..., c : 2 * c])
     )
     rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(y.astype(x.dtype) for y in rotated), x[..., 2 * c :]], -1)
+    # Joined as they lie in memory: a loop that computes and joins at once is slow.
+    parts = jax.lax.optimization_barrier([y.astype(x.dtype) for y in rotated])
+    return jnp.concatenate([*parts, x[..., 2 * c :]], axis=-1)
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array):
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(residuals, dy: Array):
+    cos, sin = residuals
+    return _rotate(dy, cos, -sin), None, None  # the inverse rotation
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)

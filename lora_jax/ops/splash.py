@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.names import BATCH_AXES, TENSOR
+from lora_jax.names import ATTENDED, BATCH_AXES, TENSOR
 from lora_jax.ops.spread import current_mesh, row_parts, target_platform
 
 LANES = 128  # tokens go in blocks of a multiple of these
@@ -127,6 +127,7 @@ def _attend(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=ATTENDED,
         interpret=is_interpreted,
     )
 

@@ -72,7 +72,7 @@ class Workload:
         decoder = Decoder(
             self.config,
             dtype=self.dtype,
-            is_scanned=self.lora.layers is None,
+            is_scanned=not self.lora.tells_layers_apart,
             remat=self.remat,
         )
         return adapt(decoder, self.lora)

@@ -128,7 +128,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
 def test_packing_and_patience(config, tmp_path, call):
     code, _, shown = call(
         *("train", config, f"output.dir={tmp_path}/run", "data.packing=true"),
-        *("data.max_length=32", "train.patience=2", "train.learning_rate=1e-9"),
+        *("data.max_length=32", "train.patience=2", "train.learning_rate=1e-30"),
         *("train.eval_every=1", "train.epochs=30", "train.samples=[]"),
     )
     assert code == 0, shown
@@ -152,7 +152,7 @@ def test_packing_and_patience(config, tmp_path, call):
         (["lora.targets=[q_proj]"], "attention/query"),
         (["data.max_length=3"], "it cuts off those of all 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),
-        (["model.remat=full"], "model.remat: must be 'none' or 'block'"),
+        (["model.remat=full"], "model.remat: must be 'none', 'lora' or 'block'"),
     ],
 )
 def test_bad_settings_of_a_decoder_are_refused(words, message, config, tmp_path, call):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base, param_shapes
 from tests.models.golden import GOLDEN
@@ -83,8 +84,8 @@ def test_every_parameter_has_its_own_tensor_name(name):
 
 @pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
 def test_remat_changes_neither_logits_nor_gradients(is_scanned):
-    golden, results = read("llama"), {}
-    for remat in ("none", "block"):
+    golden, results, products = read("llama"), {}, {}
+    for remat in REMATS:
         loaded = load_base(GOLDEN / "llama", is_scanned=is_scanned, remat=remat)
 
         def loss(params, ids, module=loaded.module):
@@ -94,13 +95,20 @@ def test_remat_changes_neither_logits_nor_gradients(is_scanned):
         gradient = jax.grad(loss, has_aux=True)
         arguments = loaded.params, jnp.int32(golden["input_ids"])
         text = str(jax.make_jaxpr(gradient)(*arguments))
-        assert ("remat" in text or "checkpoint" in text) == (remat == "block")
+        products[remat] = text.count(" dot_general[")
         results[remat], logits = jax.jit(gradient)(*arguments)
         np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
-    plain, again = map(jax.tree.leaves, (results["none"], results["block"]))
-    for got, want in zip(again, plain, strict=True):
-        largest = np.abs(want).max()
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * largest)
+    for remat in ("lora", "block"):
+        pairs = zip(
+            *map(jax.tree.leaves, (results[remat], results["none"])), strict=True
+        )
+        for got, want in pairs:
+            largest = np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * largest)
+    # "lora" does no product twice; "block" all of a block's but the last.
+    blocks = 1 if is_scanned else loaded.config.num_layers
+    assert products["lora"] == products["none"]
+    assert products["block"] == products["none"] + blocks * (6 + 2)
 
 
 @pytest.mark.parametrize("name", ["llama", "dinov2", "roberta"])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops.causal import MIN_BLOCK, cached_attention, causal_attention
+from lora_jax.ops.blockwise import MIN_BLOCK
+from lora_jax.ops.causal import cached_attention, causal_attention
 
 T = 2 * MIN_BLOCK + 9  # three blocks, the last one short
 
