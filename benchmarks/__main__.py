@@ -5,7 +5,14 @@ import importlib
 
 from benchmarks import harness, report
 
-COMPARISONS = ("lora_vs_full", "contenders", "loading", "perplexity")
+COMPARISONS = (
+    "lora_vs_full",
+    "contenders",
+    "loading",
+    "perplexity",
+    "slices",
+    "plan_peak",
+)
 
 
 def main() -> None:

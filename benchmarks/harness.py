@@ -120,7 +120,7 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
         "platform": device.platform,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
-        "commit": _commit(),
+        "commit": commit(),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -129,7 +129,8 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Returns the commit of the tree that is measured, "unknown" outside of git."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],

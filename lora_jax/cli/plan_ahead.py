@@ -53,7 +53,7 @@ class Ahead(NamedTuple):
 
 
 def run(settings: RunSettings, args: argparse.Namespace, out: Console) -> dict:
-    """Plans a step ahead of time.
+    """Plans a step ahead of time; one that does not fit is the user's error.
 
     Args:
       settings: of the run.
@@ -63,6 +63,10 @@ def run(settings: RunSettings, args: argparse.Namespace, out: Console) -> dict:
 
     Returns:
       The plan as JSON values.
+
+    Raises:
+      ValueError: if the topology does not exist, or mesh or batch don't divide.
+      UserError: if the step does not fit and nothing that would was asked for.
     """
     chip = check_topology(args.topology)
     work = workload(settings, args.tokens)
@@ -90,6 +94,8 @@ def run(settings: RunSettings, args: argparse.Namespace, out: Console) -> dict:
         "tried": [describe(other) for other in plans[:-1]],
     }
     _print_plan(out, plan)
+    if not (plan.fits or args.largest_batch or args.smallest_slice):
+        raise UserError(_too_large(asked, plan))
     if args.largest_batch:
         unit = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]] * work.accumulate
         found = largest_batch(
@@ -204,13 +210,52 @@ def _slices(kind: str) -> list[str]:
     return [f"{kind}:{shape}" for shape in CHIPS[kind].slices]
 
 
-def _divides(asked: Ahead, topology: str) -> bool:
-    """Whether mesh and batch divide over a slice, so that it can be tried."""
+def _is_mesh(asked: Ahead, topology: str) -> bool:
+    """Whether the mesh can be laid on a slice."""
     try:
-        mesh = make_mesh(**asked.sizes, devices=open_slice(topology))
+        make_mesh(**asked.sizes, devices=open_slice(topology))
     except ValueError:
         return False
+    return True
+
+
+def _divides(asked: Ahead, topology: str) -> bool:
+    """Whether mesh and batch divide over a slice, so that it can be tried."""
+    if not _is_mesh(asked, topology):
+        return False
+    mesh = make_mesh(**asked.sizes, devices=open_slice(topology))
     return asked.batch % (mesh.shape[DATA] * mesh.shape[FSDP]) == 0
+
+
+def _too_large(asked: Ahead, plan: StepPlan) -> str:
+    """Words a step that does not fit, and the nearest slice that it fits."""
+    names = _slices(asked.topology.partition(":")[0])
+    larger = names[names.index(asked.topology) + 1 :]
+    asked.out.say("  looking for a larger slice that it fits")
+
+    def rows(name: str) -> int:  # the next batch that divides over a slice
+        mesh = make_mesh(**asked.sizes, devices=open_slice(name))
+        parts = mesh.shape[DATA] * mesh.shape[FSDP] * asked.work.accumulate
+        return -(-asked.batch // parts) * parts
+
+    found, tried = smallest_slice(
+        lambda name: asked.price(name, rows(name), plan.remat),
+        [name for name in larger if _is_mesh(asked, name)],
+    )
+    way_out = (
+        f"The nearest that it fits: --topology {found} --batch {tried[found].batch}, "
+        f"{size(tried[found].total)} a chip."
+        if found
+        else "No larger slice of that chip fits either; take another chip, shorter "
+        "rows (--tokens) or a mesh with tensor=2."
+    )
+    least = "" if plan.temporaries else "at least "  # weights alone, not compiled
+    return (
+        f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
+        f"{size(plan.total)} a "
+        f"chip of {asked.topology} with remat {plan.remat}; a chip has "
+        f"{size(plan.limit)}. {way_out}"
+    )
 
 
 def _line(topology: str, plan: StepPlan) -> str:

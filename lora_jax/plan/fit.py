@@ -5,14 +5,54 @@ row: two compilations give the line, a third checks the answer, and only where i
 wrong are there more.
 """
 
+import os
 from collections.abc import Callable, Iterable
-
-from lora_jax.plan.step import StepPlan
-
-Price = Callable[[int], StepPlan]
+from typing import Any, Protocol, TypeVar
 
 
-def largest_batch(price: Price, unit: int) -> StepPlan | None:
+class Priced(Protocol):
+    """What a step needs, as `StepPlan` says it: bytes, and whether they are there."""
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Bytes a device."""
+        ...
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a device has."""
+        ...
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step does."""
+        ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def device_memory(device: Any) -> int:
+    """Returns the bytes of memory that a device can hold arrays in.
+
+    Args:
+      device: a `jax.Device` of this machine.
+
+    Returns:
+      What its allocator may take; of a CPU the machine's memory.
+    """
+    stats = device.memory_stats() or {}
+    if limit := stats.get("bytes_limit"):
+        return int(limit)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def largest_batch(price: Callable[[int], P], unit: int) -> P | None:
     """Finds the largest batch that fits, with at most 5 compilations.
 
     Args:
@@ -50,8 +90,8 @@ def largest_batch(price: Price, unit: int) -> StepPlan | None:
 
 
 def smallest_slice(
-    price: Callable[[str], StepPlan], slices: Iterable[str]
-) -> tuple[str | None, dict[str, StepPlan]]:
+    price: Callable[[str], P], slices: Iterable[str]
+) -> tuple[str | None, dict[str, P]]:
     """Finds the smallest slice that a step fits.
 
     Args:

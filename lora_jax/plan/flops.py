@@ -69,7 +69,7 @@ def step_flops(
     head = config.hidden_size * config.vocab_size
     keys = sum(_mean_keys(tokens, window) for window in config.layer_windows)
     scores = 4 * config.num_heads * config.head_dim * keys
-    again = 0 if remat == "none" else 1
+    again = 1 if remat == "block" else 0  # "lora" keeps what matmuls made
     lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
     full = (6 + 2 * again) * kernels
     scores *= 3 + again

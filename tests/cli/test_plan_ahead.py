@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax.cli import plan_ahead
 from lora_jax.cli.plan_ahead import read_mesh
+from lora_jax.plan import slices
 from tests.models.golden import GOLDEN
 
 
@@ -34,7 +35,7 @@ def test_a_step_is_planned_without_weights_or_data(config, call):
     assert plan["step"]["tokens"] == 16
     assert plan["step"]["fits"]
     assert plan["step"]["total"] < 2**30
-    assert plan["remat"] == "none"
+    assert plan["remat"] == "lora"  # the setting's default
     assert "frozen base" in shown
 
 
@@ -51,6 +52,31 @@ def test_options_that_mean_nothing_alone_and_bad_names_are_refused(config, call)
     code, _, shown = call("plan", config, "--topology", "v5e:4x4", "--mesh", "tensor=3")
     assert code == 2
     assert "nearest that works" in shown
+
+
+def test_a_step_that_does_not_fit_names_the_next_slice_that_it_fits(
+    config, call, monkeypatch
+):
+    small, large = slices.Chip(999, ("2x2",)), slices.Chip(2**40, ("2x2", "2x4"))
+    monkeypatch.setitem(slices.CHIPS, "v5e", large)
+    chips = {"v5e:2x2": small, "v5e:2x4": large}
+    monkeypatch.setattr(plan_ahead, "check_topology", chips.__getitem__)
+    code, _, shown = call("plan", config, "--topology", "v5e:2x2")
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "a step of 2 x 16 tokens needs at least" in shown
+    assert "a chip has 999 B" in shown
+    assert "--topology v5e:2x4 --batch 2" in shown
+
+
+def test_where_no_slice_is_large_enough_the_error_says_what_else_helps(
+    config, call, monkeypatch
+):
+    chip = slices.Chip(999, ("2x2", "2x4"))
+    monkeypatch.setitem(slices.CHIPS, "v5e", chip)
+    code, _, shown = call("plan", config, "--topology", "v5e:2x2")
+    assert code == 2
+    assert "No larger slice of that chip fits either" in " ".join(shown.split())
 
 
 def test_a_mesh_is_all_fsdp_but_for_what_is_said():

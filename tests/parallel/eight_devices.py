@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.sharding import Mesh
 
 from lora_jax.config import LoRAConfig
 from lora_jax.io.checkpoint import Checkpoints
@@ -154,9 +155,11 @@ def gathered_shapes(hlo: str) -> list[list[int]]:
     return shapes
 
 
-def whole_activations(hlo: str) -> list[str]:
-    """Returns the shapes ``[rows, time, ...]`` of a program that hold all rows."""
-    return sorted(set(re.findall(rf"f32\[{ROWS},{TIME},\d[\d,]*\]", hlo)))
+def activations_of_others(hlo: str, mesh: Mesh) -> list[str]:
+    """Returns the shapes ``[rows, time, ...]`` that hold more than a device's rows."""
+    own = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
+    more = "|".join(str(n) for n in range(own + 1, ROWS + 1) if ROWS % n == 0)
+    return sorted(set(re.findall(rf"f32\[(?:{more}),{TIME},\d[\d,]*\]", hlo)))
 
 
 def main() -> None:
@@ -193,7 +196,7 @@ def main() -> None:
             "specs": specs,
             "moments": moments,
             "gathers": gathered_shapes(hlo),
-            "whole_activations": whole_activations(hlo),
+            "activations_of_others": activations_of_others(hlo, mesh),
             "merged": max(
                 float(abs(x - folded[p]).max()) for p, x in host(merged).items()
             ),

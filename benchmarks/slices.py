@@ -1,0 +1,164 @@
+"""TPU slices for large decoders, planned without a TPU: what fits, on how few chips.
+
+Each model's LoRA step (rank 16 on all linears, bfloat16, layers computed again in the
+backward pass) is compiled by libtpu for slices of each chip, from the smallest, until
+it fits: one row of 4,096 tokens a chip, weights and rows cut over the whole slice
+(fsdp). Shapes only: the sizes are those of each model's public ``config.json``, kept in
+``benchmarks/models/``. A slice that the weights alone overflow is not compiled.
+
+A compilation takes minutes, so each one is appended to ``results/slices.jsonl`` when it
+is done, and a second run goes on from there; delete the file to begin anew.
+"""
+
+import importlib.metadata
+import json
+import os
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, commit
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+MODELS = {  # name: whose config.json
+    "llama-3.1-8b": "huggingface.co/meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "huggingface.co/meta-llama/Llama-3.1-70B",
+    "qwen3-32b": "huggingface.co/Qwen/Qwen3-32B",
+    "gemma-3-27b": "huggingface.co/google/gemma-3-27b-pt, its text_config",
+}
+FOLDER = Path(__file__).parent / "models"
+DONE = RESULTS / "slices.jsonl"
+RANK, ALPHA, TOKENS, REMAT = 16, 32, 4096, "block"
+NAMED = ("llama-3.1-8b", "v5e:4x4")  # compiled whatever else fits
+GIB = 2**30
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Plans all models on all chips.
+
+    Args:
+      quick: the smallest model on the slice of `NAMED` alone.
+
+    Returns:
+      One row a compilation, or a slice that the weights overflow.
+    """
+    from lora_jax.plan.fit import smallest_slice
+    from lora_jax.plan.slices import CHIPS
+
+    rows = [price(*NAMED)]
+    if quick:
+        return rows
+    for model in MODELS:
+        for kind, chip in CHIPS.items():
+            _, tried = smallest_slice(
+                lambda name, model=model: _Priced(**price(model, name)),
+                [f"{kind}:{shape}" for shape in chip.slices],
+            )
+            found = [vars(plan) for plan in tried.values()]
+            rows += [row for row in found if row not in rows]
+    return rows
+
+
+class _Priced(types.SimpleNamespace):
+    """A row as `smallest_slice` wants a plan."""
+
+
+def price(model: str, topology: str) -> dict[str, Any]:
+    """Plans one model on one slice, or reads what a former run found.
+
+    Args:
+      model: of `MODELS`.
+      topology: the slice.
+
+    Returns:
+      The row, as it stands in `DONE`.
+    """
+    asked = {
+        "model": model,
+        "topology": topology,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "libtpu")
+        },
+    }
+    for line in DONE.read_text().splitlines() if DONE.exists() else ():
+        row = json.loads(line)
+        if asked.items() <= row.items():
+            return row
+    row = {**asked, **_plan(model, topology)}
+    DONE.parent.mkdir(exist_ok=True)
+    with DONE.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(_line(row), flush=True)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [
+        "| model | slice | rows | weights, adapters, optimizer | activations and "
+        "temporaries | in all, a chip | fits | compiled in (CPU time) |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, rows),
+    ]
+    smallest: dict[str, list[str]] = {}
+    for row in rows:
+        if row["fits"] and (row["model"], row["topology"]) != NAMED:
+            smallest.setdefault(row["model"], []).append(row["topology"])
+    if smallest:
+        lines += ["", "Smallest slices that fit:", ""]
+        lines += ["| model | v5e | v5p | v6e |", "|---|---|---|---|"]
+        for model, fitting in smallest.items():
+            by_kind = {name.partition(":")[0]: name for name in fitting}
+            found = (by_kind.get(kind, "none") for kind in ("v5e", "v5p", "v6e"))
+            lines.append(f"| {model} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    state = (row["base"] + row["trained"] + row["optimizer"] + row["other"]) / GIB
+    spent = f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s)"
+    temporaries = "not compiled"
+    if row["temporaries"] is not None:
+        temporaries = f"{row['temporaries'] / GIB:.2f} GiB"
+    return (
+        f"| {row['model']} | {row['topology']} | {row['batch']} | {state:.2f} GiB | "
+        f"{temporaries} | {row['total'] / GIB:.2f} of {row['limit'] / GIB:.0f} GiB | "
+        f"{'yes' if row['fits'] else 'no'} | "
+        f"{spent if row['temporaries'] is not None else '–'} |"
+    )
+
+
+def _plan(model: str, topology: str) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    from lora_jax import LoRAConfig, make_mesh
+    from lora_jax.models.families import FAMILIES
+    from lora_jax.plan.slices import check_topology, chips_of, open_slice
+    from lora_jax.plan.step import Workload, plan_step
+
+    settings = json.loads((FOLDER / model / "config.json").read_text())
+    work = Workload(
+        FAMILIES[settings["model_type"]].read_config(settings),
+        LoRAConfig(rank=RANK, alpha=ALPHA),
+        TOKENS,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        remat=REMAT,
+    )
+    mesh = make_mesh(data=1, fsdp=-1, devices=open_slice(topology))
+    wall, cpu = time.perf_counter(), time.process_time()
+    plan = plan_step(
+        work, mesh, chips_of(topology), limit=check_topology(topology).memory
+    )
+    values = plan._asdict()
+    flops = values.pop("flops")
+    return {
+        **values,
+        "total": plan.total,
+        "flops": flops.lora,
+        "saved": round(flops.saved, 4),
+        "seconds": round(time.perf_counter() - wall, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "commit": commit(),
+    }

@@ -1,0 +1,146 @@
+"""`lora-jax plan` on this machine: does a job's step fit, and what would."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.cli import job as jobs
+from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.report import memory_plan
+from lora_jax.models.decoder import REMATS
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.nn.adapt import adapt
+from lora_jax.plan.fit import device_memory, largest_batch
+from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import make_train_step
+
+
+class Here(NamedTuple):
+    """What a compiled step needs of this machine's device.
+
+    Attributes:
+      batch: rows.
+      remat: what the backward pass computes again; None of an encoder.
+      parts: bytes of base, trained weights, optimizer, temporaries, and in all.
+      limit: bytes that the device has.
+      flops: of the step, as XLA counts them.
+    """
+
+    batch: int
+    remat: str | None
+    parts: dict[str, int]
+    limit: int
+    flops: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.parts["total"]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has them."""
+        return self.total <= self.limit
+
+
+class Pricer:
+    """Compiles steps of a job for batches of its longest shape.
+
+    Attributes:
+      job: from `open_job`.
+      tx: the optimizer.
+      longest: a batch of the longest shape.
+    """
+
+    def __init__(self, job: jobs.Job, tx: Any, longest: dict[str, Any]) -> None:
+        self.job, self.tx, self.longest = job, tx, longest
+        self.limit = device_memory(jax.local_devices()[0])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.longest["input_ids"])
+
+    @property
+    def remats(self) -> tuple[str | None, ...]:
+        """The policies to try, from that of the settings."""
+        if not isinstance(self.job.loaded.config, DecoderConfig):
+            return (None,)
+        policies = list(REMATS)
+        return tuple(policies[policies.index(self.job.settings.model.remat) :])
+
+    def price(self, rows: int, remat: str | None = None) -> Here:
+        """Compiles a LoRA step of so many rows."""
+        job, adapted = self.job, self.job.adapted
+        if remat is not None:
+            module = job.loaded.module.clone(remat=remat)
+            adapted = adapt(module, job.lora, *job.loaded.inputs)
+        return self.compile(adapted, job.variables, rows, remat)
+
+    def compile(
+        self, module: Any, variables: Any, rows: int, remat: str | None = None
+    ) -> Here:
+        """Compiles a step of any module of the job, adapted or not."""
+        train = self.job.settings.train
+        loss = self.job.loss(module, is_training=True)
+        state = TrainState.create(variables, self.tx, jax.random.key(train.seed))
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.longest.items()
+        }
+        step = make_train_step(loss, self.tx, train.accumulate)
+        compiled = step.lower(state, batch).compile()
+        flops = (compiled.cost_analysis() or {}).get("flops")
+        parts = memory_plan(state, compiled)
+        return Here(rows, remat, parts, self.limit, flops)
+
+    def flops(self, rows: int, remat: str | None) -> StepFlops | None:
+        """Counts a decoder's arithmetic by formula: XLA counts a loop's body once."""
+        job = self.job
+        if not isinstance(job.loaded.config, DecoderConfig) or remat is None:
+            return None
+        tokens = self.longest["input_ids"].shape[1]
+        return step_flops(
+            job.loaded.config, job.loaded.params, job.targets, rows, tokens, remat
+        )
+
+    def fitting(self, out: Console) -> Here:
+        """Returns the step as asked, under the first policy with which it fits.
+
+        Raises:
+          UserError: if it fits under none; names the largest batch that does.
+        """
+        plan = None
+        for remat in self.remats:
+            plan = self.price(self.rows, remat)
+            if plan.fits:
+                return plan
+            out.say(f"  {_line(plan)}")
+        assert plan is not None  # there is a policy at least
+        found = self.largest(plan.remat)
+        way_out = (
+            f"The largest batch that fits is train.batch_size={found.batch}: "
+            f"{size(found.total)}."
+            if found
+            else "Not even the smallest batch fits: take shorter rows "
+            "(data.max_length) or model.param_dtype=bfloat16."
+        )
+        raise UserError(
+            f"a step of {plan.batch} rows needs {size(plan.total)}"
+            f"{f' with remat {plan.remat}' if plan.remat else ''}; this machine has "
+            f"{size(plan.limit)}. {way_out}"
+        )
+
+    def largest(self, remat: str | None) -> Here | None:
+        """Returns the largest batch that fits under a policy."""
+        unit = self.job.settings.train.accumulate
+        return largest_batch(lambda rows: self.price(rows, remat), unit)
+
+
+def _line(plan: Here) -> str:
+    policy = f", remat {plan.remat}" if plan.remat else ""
+    return (
+        f"{plan.batch} rows{policy}: {size(plan.total)} of {size(plan.limit)}, does "
+        "not fit"
+    )

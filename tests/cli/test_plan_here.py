@@ -1,0 +1,50 @@
+"""`lora-jax plan` on this machine: what fits, and what to change where it doesn't."""
+
+import json
+
+import pytest
+
+from lora_jax.cli import plan_here
+
+
+def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
+    monkeypatch.setattr(plan_here, "device_memory", lambda device: 10**7)
+    code, out, shown = call("plan", config, "--json", "--largest-batch")
+    plan = json.loads(out)
+    assert code == 0, shown
+    assert plan["limit"] == 10**7
+    assert plan["step"]["lora"]["total"] < 10**7
+    assert plan["largest_batch"] > 8
+    assert plan["remat"] is None  # an encoder has no policies
+    assert "fits this machine's" in shown
+
+
+def test_a_step_that_does_not_fit_names_the_batch_that_does(config, call, monkeypatch):
+    code, out, _ = call("plan", config, "--json")
+    needed = json.loads(out)["step"]["lora"]["total"]
+    monkeypatch.setattr(plan_here, "device_memory", lambda device: needed - 1)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "a step of 8 rows needs" in shown
+    found = int(shown.partition("train.batch_size=")[2].partition(":")[0])
+    assert 1 <= found < 8
+
+
+def test_where_no_batch_fits_the_error_says_what_else_helps(config, call, monkeypatch):
+    monkeypatch.setattr(plan_here, "device_memory", lambda device: 999)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "this machine has 999 B" in shown
+    assert "Not even the smallest batch fits" in shown
+
+
+@pytest.mark.parametrize("stats", [None, {"bytes_limit": 7}], ids=["cpu", "gpu"])
+def test_the_memory_of_a_device_is_its_allocators_or_the_machines(stats):
+    class Device:
+        def memory_stats(self):
+            return stats
+
+    found = plan_here.device_memory(Device())
+    assert found == 7 if stats else found > 2**28
