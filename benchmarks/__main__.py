@@ -2,12 +2,16 @@
 
 import argparse
 import importlib
+import sys
+from pathlib import Path
 
-from benchmarks import harness, report
+from benchmarks import compare, harness, report
 
 COMPARISONS = (
-    "lora_vs_full",
     "contenders",
+    "lengths",
+    "overhead",
+    "lora_vs_full",
     "loading",
     "perplexity",
     "slices",
@@ -21,6 +25,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="comparisons to run, or 'report'")
     parser.add_argument("--quick", action="store_true", help="fewer samples and shapes")
     args = parser.parse_args()
+    if args.names[:1] == ["compare"]:
+        if len(args.names) != 3:
+            parser.error("compare takes two results files: compare OLD.json NEW.json")
+        sys.exit(not compare.main(*map(Path, args.names[1:])))
     if unknown := sorted(set(args.names) - {*COMPARISONS, "report"}):
         parser.error(f"no benchmark {unknown}; there are {COMPARISONS} and 'report'")
     if not args.names:
@@ -28,6 +36,9 @@ def main() -> None:
             module = importlib.import_module(f"benchmarks.{name}")
             print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
         print("report: the tables of benchmarks/results/ and the README")
+        print(
+            "compare OLD.json NEW.json: two results files, so that a regression shows"
+        )
     for name in args.names:
         if name == "report":
             report.main()

@@ -1,8 +1,10 @@
 """One LoRA step of a Llama-shaped decoder: this library, and others, turn by turn.
 
 Same sizes, batch, dtype, rank and targets; Adam on the adapters. A contender that isn't
-installed is left out, with a note. PEFT runs on torch (eager), qwix and plain autodiff
-on the very module that this library trains.
+installed is left out, with a note. Ours are scanned blocks, as `lora-jax train` has
+them. qwix and plain autodiff run on this library's own decoder, with its attention;
+nnx.LoRA on the same decoder written for NNX, PEFT on transformers' Llama,
+eager and compiled.
 """
 
 import importlib.util
@@ -61,11 +63,14 @@ def main(quick: bool) -> list[dict[str, Any]]:
         "weights": jnp.ones((BATCH, LENGTH)),
     }
     model = Decoder(CONFIG)
-    params = jax.jit(model.init)(jax.random.key(0), batch["input_ids"])["params"]
+    params = init(model, batch)
     makers: dict[str, Callable[[], Contender]] = {
-        OURS: lambda: _ours(model, params, batch),
-        "plain autodiff": lambda: _plain(model, params, batch),
-        "full fine-tuning": lambda: _full(model, params, batch),
+        OURS: lambda: ours(CONFIG, "lora", batch),
+        f"{OURS}, remat none": lambda: ours(CONFIG, "none", batch),
+        f"{OURS}, remat block": lambda: ours(CONFIG, "block", batch),
+        "full fine-tuning": lambda: _full(batch),
+        "plain autodiff": lambda: plain(model, params, batch),
+        "flax nnx.LoRA": lambda: _nnx(batch),
     }
     missing = []
     if importlib.util.find_spec("qwix"):
@@ -74,6 +79,8 @@ def main(quick: bool) -> list[dict[str, Any]]:
         missing.append("qwix")
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
         makers["PEFT on torch, eager"] = lambda: _peft(ids)
+        if not quick:  # its compiler takes minutes
+            makers["PEFT on torch, compiled"] = lambda: _peft(ids, compiles=True)
     else:
         missing.append("peft")
     contenders = {name: make() for name, make in makers.items()}
@@ -124,25 +131,34 @@ def _stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
     return measured(lowered, run, **facts)
 
 
-def _ours(model: nn.Module, params: Any, batch: Any) -> Contender:
+def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
+    """This library's step on scanned blocks; ``options`` are `measured`'s."""
+    model = Decoder(config, is_scanned=True, remat=remat)
     adapted = adapt(model, LoRAConfig(rank=RANK, alpha=ALPHA), batch["input_ids"])
-    variables = adapted.attach(params, jax.random.key(1))
-    return _trained(adapted, variables, batch)
+    variables = adapted.attach(init(model, batch), jax.random.key(1))
+    return _trained(adapted, variables, batch, **options)
 
 
-def _full(model: nn.Module, params: Any, batch: Any) -> Contender:
-    copy = jax.tree.map(jnp.copy, params)  # the step donates what it trains
-    return _trained(model, {"params": copy}, batch)
+def _full(batch: Any) -> Contender:
+    model = Decoder(CONFIG, is_scanned=True, remat="lora")
+    return _trained(model, {"params": init(model, batch)}, batch)
 
 
-def _trained(module: Any, variables: Any, batch: Any) -> Contender:
+def init(model: nn.Module, batch: Any) -> Any:
+    """Draws the parameters of a model."""
+    return jax.jit(model.init)(jax.random.key(0), batch["input_ids"])["params"]
+
+
+def _trained(module: Any, variables: Any, batch: Any, **options: Any) -> Contender:
     tx = optax.adam(RATE)
     state = TrainState.create(variables, tx, jax.random.key(0))
     step = make_train_step(make_lm_loss(module, is_tied=False), tx)
-    return _stepper(step, state, batch, trained=_count(state.trainable))
+    return _stepper(step, state, batch, trained=_count(state.trainable), **options)
 
 
-def _by_autodiff(forward: Callable, adapters: Any, batch: Any) -> Contender:
+def _by_autodiff(
+    forward: Callable, adapters: Any, batch: Any, **options: Any
+) -> Contender:
     """Adam on ``adapters`` for ``forward(adapters, ids) -> logits``, all by JAX."""
     tx = optax.adam(RATE)
 
@@ -158,10 +174,11 @@ def _by_autodiff(forward: Callable, adapters: Any, batch: Any) -> Contender:
         updates, opt_state = tx.update(gradient, opt_state, adapters)
         return (optax.apply_updates(adapters, updates), opt_state), value
 
-    return _stepper(step, (adapters, tx.init(adapters)), trained=_count(adapters))
+    state = (adapters, tx.init(adapters))
+    return _stepper(step, state, trained=_count(adapters), **options)
 
 
-def _plain(model: nn.Module, params: Any, batch: Any) -> Contender:
+def plain(model: nn.Module, params: Any, batch: Any, **options: Any) -> Contender:
     """``x W + s (x A) B`` as anyone would write it, differentiated by JAX."""
     adapted = adapt(model, LoRAConfig(rank=RANK, alpha=ALPHA), batch["input_ids"])
     adapters = adapted.attach(params, jax.random.key(1))["lora"]
@@ -180,7 +197,7 @@ def _plain(model: nn.Module, params: Any, batch: Any) -> Contender:
         with nn.intercept_methods(intercept):
             return model.apply({"params": params}, ids)
 
-    return _by_autodiff(forward, adapters, batch)
+    return _by_autodiff(forward, adapters, batch, **options)
 
 
 def _qwix(model: nn.Module, params: Any, batch: Any) -> Contender:
@@ -206,7 +223,21 @@ def _qwix(model: nn.Module, params: Any, batch: Any) -> Contender:
     return _by_autodiff(forward, adapters, batch)
 
 
-def _peft(ids: np.ndarray) -> Contender:
+def _nnx(batch: Any) -> Contender:
+    from flax import nnx
+
+    from benchmarks.nnx_decoder import NnxDecoder
+
+    model = NnxDecoder(CONFIG, RANK, nnx.Rngs(0))
+    graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+    def forward(adapters, ids):
+        return nnx.merge(graph, adapters, frozen)(ids)
+
+    return _by_autodiff(forward, adapters, batch)
+
+
+def _peft(ids: np.ndarray, compiles: bool = False) -> Contender:
     import peft
     import torch
     import transformers
@@ -226,6 +257,8 @@ def _peft(ids: np.ndarray) -> Contender:
     trained = [p for p in model.parameters() if p.requires_grad]
     tx = torch.optim.Adam(trained, lr=RATE)
     tokens = torch.tensor(ids)
+    if compiles:
+        model = torch.compile(model)
 
     def run() -> float:
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits

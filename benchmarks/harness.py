@@ -23,26 +23,30 @@ class Contender(NamedTuple):
     """One way to do the work.
 
     Attributes:
-      run: does it once and returns device arrays to wait for.
+      run: does it once and returns device arrays to wait for; None where it is too
+        large to run.
       compile_seconds: what compiling it took.
       flops: by XLA's cost analysis, or None where the backend gives none.
       temp_bytes: XLA's temporaries, or None.
       facts: anything else to record (optimizer bytes, parameters).
     """
 
-    run: Callable[[], Any]
+    run: Callable[[], Any] | None
     compile_seconds: float
     flops: float | None
     temp_bytes: int | None
     facts: dict[str, Any]
 
 
-def measured(lowered: Any, run: Callable[[], Any], **facts: Any) -> Contender:
+def measured(
+    lowered: Any, run: Callable[[], Any], *, limit: int | None = None, **facts: Any
+) -> Contender:
     """Compiles, keeps what XLA says of the program, and warms up.
 
     Args:
       lowered: a ``jax.stages.Lowered`` of the same program that ``run`` calls.
       run: does the work once.
+      limit: bytes of temporaries above which the program is not run.
       **facts: recorded as they are.
 
     Returns:
@@ -53,15 +57,11 @@ def measured(lowered: Any, run: Callable[[], Any], **facts: Any) -> Contender:
     seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
-    for _ in range(2):
+    bytes_ = getattr(memory, "temp_size_in_bytes", None)
+    fits = limit is None or bytes_ is None or bytes_ <= limit
+    for _ in range(2 * fits):
         jax.block_until_ready(run())
-    return Contender(
-        run,
-        seconds,
-        cost.get("flops"),
-        getattr(memory, "temp_size_in_bytes", None),
-        facts,
-    )
+    return Contender(run if fits else None, seconds, cost.get("flops"), bytes_, facts)
 
 
 def alternate(
@@ -81,6 +81,8 @@ def alternate(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
+            if contender.run is None:
+                continue
             start = time.perf_counter()
             for _ in range(calls):
                 result = contender.run()
@@ -88,15 +90,23 @@ def alternate(
             samples[name].append((time.perf_counter() - start) / calls * 1e3)
     return {
         name: {
-            "ms": [round(ms, 3) for ms in samples[name]],
-            "median_ms": round(float(np.median(samples[name])), 3),
-            "quartiles_ms": np.percentile(samples[name], [25, 75]).round(3).tolist(),
+            **_summary(samples[name]),
             "compile_seconds": round(contender.compile_seconds, 2),
             "flops": contender.flops,
             "temp_bytes": contender.temp_bytes,
             **contender.facts,
         }
         for name, contender in contenders.items()
+    }
+
+
+def _summary(ms: list[float]) -> dict[str, Any]:
+    if not ms:
+        return {"ms": [], "median_ms": None, "quartiles_ms": None}
+    return {
+        "ms": [round(sample, 3) for sample in ms],
+        "median_ms": round(float(np.median(ms)), 3),
+        "quartiles_ms": np.percentile(ms, [25, 75]).round(3).tolist(),
     }
 
 

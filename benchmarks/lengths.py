@@ -1,0 +1,97 @@
+"""Memory and time of a step by sequence length, beside plain autodiff.
+
+One row of tokens through a Llama-shaped decoder of 4 layers. Plain autodiff is
+``x W + s (x A) B`` as written, with `jax.nn.dot_product_attention` and all
+logits. What would take more than `LIMIT` bytes is compiled and not run.
+"""
+
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import contenders
+from benchmarks.harness import Contender, alternate
+from lora_jax.models import block
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder_config import DecoderConfig
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+LIMIT = 8 * 2**30
+OURS, BLOCK, PLAIN = "lora_jax", "lora_jax, remat block", "plain autodiff"
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Runs all lengths.
+
+    Args:
+      quick: up to 2048 tokens, fewer samples.
+
+    Returns:
+      One row a length.
+    """
+    return [compare(t, 3 if quick else 5) for t in LENGTHS if not quick or t <= 2048]
+
+
+def compare(t: int, rounds: int) -> dict[str, Any]:
+    """Compiles the contenders for ``t`` tokens, and times those that fit."""
+    config = dataclasses.replace(
+        contenders.CONFIG,
+        num_layers=4,
+        layer_ropes=(0,) * 4,
+        layer_windows=(None,) * 4,
+        max_positions=t,
+    )
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, t + 1))
+    batch = {
+        "input_ids": jnp.asarray(ids[:, :-1], jnp.int32),
+        "labels": jnp.asarray(ids[:, 1:], jnp.int32),
+        "weights": jnp.ones((1, t)),
+    }
+    timed = alternate(
+        {
+            OURS: contenders.ours(config, "lora", batch, limit=LIMIT),
+            BLOCK: contenders.ours(config, "block", batch, limit=LIMIT),
+            PLAIN: _plain(config, batch),
+        },
+        rounds,
+    )
+    return {"tokens": t, **timed}
+
+
+def _plain(config: DecoderConfig, batch: Any) -> Contender:
+    def attention(query, key, value, **options):
+        del options  # this decoder has none
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+    model = Decoder(config)
+    with mock.patch.object(block, "causal_attention", attention):
+        params = contenders.init(model, batch)
+        return contenders.plain(model, params, batch, limit=LIMIT)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    names = (OURS, BLOCK, PLAIN)
+    lines = [
+        "| tokens | "
+        + " | ".join(f"{name}: ms a step, temporaries" for name in names)
+        + " | time / plain | temporaries / plain |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row['tokens']:,}"]
+        for name in names:
+            found = row[name]
+            ms = found["median_ms"]
+            time = "not run" if ms is None else f"{ms:,.0f}"
+            cells.append(f"{time}, {found['temp_bytes'] / 1e6:,.0f} MB")
+        ours, plain = row[OURS], row[PLAIN]
+        fits = plain["median_ms"] is not None
+        cells.append(f"{ours['median_ms'] / plain['median_ms']:.2f}" if fits else "–")
+        cells.append(f"{ours['temp_bytes'] / plain['temp_bytes']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

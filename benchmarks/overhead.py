@@ -1,0 +1,73 @@
+"""Inference with adapters, unmerged by rank and merged, beside the base.
+
+Merged, the model is the base with other numbers. Unmerged, each layer multiplies by A
+and B too: ``r (in + out) / (in out)`` of its FLOPs, summed over the adapted layers.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import contenders
+from benchmarks.harness import alternate, measured
+from lora_jax import LoRAConfig, adapt
+from lora_jax.models.decoder import Decoder
+
+RANKS, TOKENS = (4, 16, 64, 256), 512
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Times one forward pass of 1 x 512 tokens, hidden states only.
+
+    Args:
+      quick: fewer samples and ranks.
+
+    Returns:
+      One row: base, merged and each rank.
+    """
+    ids = jnp.asarray(
+        np.random.default_rng(0).integers(0, 8192, (1, TOKENS)), jnp.int32
+    )
+    model = Decoder(contenders.CONFIG, is_scanned=True)
+    params = contenders.init(model, {"input_ids": ids})
+
+    def contender(module, variables, **facts):
+        run = jax.jit(lambda variables: module.apply(variables, ids, method="hidden"))
+        return measured(run.lower(variables), lambda: run(variables), **facts)
+
+    timed = {"base": contender(model, {"params": params}, formula=0.0)}
+    for rank in RANKS[1:3] if quick else RANKS:
+        adapted = adapt(model, LoRAConfig(rank=rank, alpha=2 * rank), ids)
+        variables = adapted.attach(params, jax.random.key(1))
+        targets = adapted.targets(params)
+        kernels = sum(math.prod(target.kernel_shape) for target in targets)
+        formula = sum(target.trainable for target in targets) / kernels
+        if "merged" not in timed:
+            merged = {"params": adapted.merge(variables)}
+            timed["merged"] = contender(model, merged, formula=0.0)
+        timed[f"rank {rank}"] = contender(adapted, variables, formula=formula)
+    return [{"tokens": TOKENS, **alternate(timed, 7 if quick else 25)}]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [
+        "| | ms (quartiles) | time over the base | FLOPs over the base | formula |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = row["base"]
+        for name, found in row.items():
+            if not isinstance(found, dict):
+                continue
+            low, high = found["quartiles_ms"]
+            slower = found["median_ms"] / base["median_ms"] - 1
+            more = found["flops"] / base["flops"] - 1
+            lines.append(
+                f"| {name} | {found['median_ms']:.0f} ({low:.0f}–{high:.0f}) | "
+                f"{slower:+.1%} | {more:+.1%} | {found['formula']:+.1%} |"
+            )
+    return "\n".join(lines)
