@@ -92,7 +92,7 @@ class Task:
     """The model and the tables, loaded once."""
 
     def __init__(self):
-        self.loaded: LoadedModel = load_model(MODEL)
+        self.loaded: LoadedModel = load_model(MODEL, is_scanned=True, remat="lora")
         self.tables = split_tables()
 
     def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:
