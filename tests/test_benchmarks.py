@@ -1,0 +1,55 @@
+"""The benchmarks' own tools: a regression shows, and what is too large isn't run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compare, harness
+
+
+def record(path, **medians):
+    row = {"shape": "small", "rank": 8}
+    row |= {k: {"median_ms": ms, "temp_bytes": 100} for k, ms in medians.items()}
+    facts = {"comparison": "steps", "commit": "c", "device": "cpu", "date": "today"}
+    path.write_text(json.dumps({**facts, "rows": [row]}))
+    return path
+
+
+def test_two_results_files_side_by_side(tmp_path, capsys):
+    old = record(tmp_path / "old.json", ours=10.0, gone=1.0)
+    slower = record(tmp_path / "slower.json", ours=12.0)
+    assert not compare.main(old, slower)
+    shown = capsys.readouterr().out
+    assert "| small, 8 | ours | median_ms | 10 | 12 | 1.20 **worse** |" in shown
+    assert "| small, 8 | ours | temp_bytes | 100 | 100 | 1.00 |" in shown
+    assert "only in the old file: small, 8: gone" in shown
+    assert compare.main(slower, old)
+
+
+def test_files_of_different_comparisons_are_refused(tmp_path):
+    old, new = (record(tmp_path / name, ours=1.0) for name in ("a.json", "b.json"))
+    new.write_text(new.read_text().replace("steps", "loading"))
+    with pytest.raises(ValueError, match=r"is of 'steps', .* of 'loading'"):
+        compare.main(old, new)
+
+
+def test_what_takes_more_than_its_limit_is_compiled_and_not_run():
+    step = jax.jit(lambda x: jnp.sin(x @ x.T).sum(axis=0) + 1)
+    x = jnp.ones((64, 64))
+    calls = []
+
+    def run():
+        calls.append(1)
+        return step(x)
+
+    small, large = (
+        harness.measured(step.lower(x), run, limit=limit) for limit in (None, 1)
+    )
+    assert large.run is None
+    assert large.temp_bytes == small.temp_bytes > 1
+    timed = harness.alternate({"small": small, "large": large}, rounds=3)
+    assert len(calls) == 2 + 3
+    assert len(timed["small"]["ms"]) == 3
+    assert timed["large"]["median_ms"] is None
