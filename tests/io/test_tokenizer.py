@@ -122,7 +122,7 @@ def test_special_tokens_and_templates_come_from_the_files_beside(folder):
     (folder / "config.json").write_text("[]")
     save_json(folder, generation_config={})
     with pytest.raises(
-        ValueError, match=r"config.json must hold a JSON object; .*list"
+        ValueError, match=r"config.json must be a JSON object; got list"
     ):
         load_tokenizer(folder)
 
