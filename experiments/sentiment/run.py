@@ -82,6 +82,7 @@ SWEEP = (  # what differs from LoRA's chosen setting
     {"rank": 16},
     {"targets": ["query", "value"]},
     {"targets": MLP},
+    {"targets": LINEARS},
     {"targets": EMBEDDED},
 )
 HERE = Path(__file__).parent
