@@ -19,6 +19,7 @@ from lora_jax.io.peft_config import (
     CONFIG,
     PEFT_VERSION,
     PeftConfig,
+    match,
     parse_config,
     read_peft_config,
 )
@@ -155,7 +156,7 @@ def saved_faults(adapter: ForeignAdapter, tensors: Iterable[str]) -> list[str]:
         f"missing: {name}, whose module modules_to_save names"
         for name in tensors
         if name not in adapter.full
-        and any(re.match(rf"(^|.*\.){s}\.", name) for s in saved)
+        and any(match(rf"(^|.*\.){s}\.", name) for s in saved)
     ]
 
 

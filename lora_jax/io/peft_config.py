@@ -100,7 +100,7 @@ class PeftConfig(NamedTuple):
           True or False; None for ``"all-linear"``, which depends on the module's type.
         """
         if _is_named(self.exclude, name) or any(
-            re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
+            match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
         ):
             return False
         if self.targets == "all-linear":
@@ -115,7 +115,7 @@ class PeftConfig(NamedTuple):
         # The first number after any segment, or after one that `layers_pattern` names.
         named = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
         for start in named or [r".*?\.[^.]*"]:
-            if found := re.match(rf"{start}\.(?P<index>\d+)\.", name):
+            if found := match(rf"{start}\.(?P<index>\d+)\.", name):
                 return int(found["index"]) in self.layers
         return False
 
@@ -191,15 +191,40 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
     )
 
 
+def match(pattern: str, name: str) -> Any:
+    """Matches the start of a module's name, as `re.match`, for a while.
+
+    Args:
+      pattern: a regular expression out of an adapter's file.
+      name: of a module.
+
+    Returns:
+      What matched, or None.
+
+    Raises:
+      ValueError: if it takes over a second, as ``(a+)+`` can; `re` would never end.
+    """
+    import regex  # which can be told to stop
+
+    try:
+        return regex.match(pattern, name, timeout=1.0)
+    except (TimeoutError, regex.error) as error:
+        raise ValueError(
+            f"{CONFIG}: the pattern {_short(pattern)} must be matched against "
+            f"{name!r} within a second, and can't be: {error or 'out of time'}. Write "
+            "it without a repetition inside a repetition."
+        ) from error
+
+
 def _is_named(patterns: str | list[str], name: str) -> bool:
     if isinstance(patterns, str):
-        return bool(patterns) and re.fullmatch(patterns, name) is not None
+        return bool(patterns) and match(rf"(?:{patterns})\Z", name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if match(rf"(.*\.)?({key})$", name):
             return value
     return default
 

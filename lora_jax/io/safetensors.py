@@ -18,6 +18,7 @@ from lora_jax.io.json_file import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers read at once
+LONGEST_NAME = 1000  # of a tensor; real ones have under a hundred letters
 
 
 def _safetensors() -> Any:
@@ -53,6 +54,11 @@ class TensorReader:
             try:
                 handle = library.safe_open(file, framework="np")
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    if len(name) > LONGEST_NAME:
+                        raise ValueError(
+                            f"{file}: names of tensors must have at most "
+                            f"{LONGEST_NAME} letters; {name[:40]!r}... has {len(name)}."
+                        )
                     if name in self.shapes:
                         raise ValueError(
                             f"{file}: tensor {name!r} must be in one shard; another "

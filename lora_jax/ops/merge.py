@@ -1,9 +1,11 @@
 """Folding an adapter into its kernel: ``W = W0 + scaling * A B``."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.ops.contraction import DENSE, Contraction, Shape, check_factors
@@ -61,6 +63,8 @@ def merge_kernel(
 ) -> AnyFloat:
     """Returns ``W0 + scaling * A B``: computed in float32, rounded once.
 
+    Works under `jax.jit`, where the check for NaN is left out.
+
     Args:
       kernel: ``W0``, in any floating dtype; left as it is.
       lora_a: ``A`` ``[*batch, *in, r]``.
@@ -73,7 +77,7 @@ def merge_kernel(
       The merged kernel, in the dtype of ``kernel``.
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes do not chain, or the result has a NaN or an infinity.
       TypeError: if an array is not floating.
 
     Example:
@@ -85,8 +89,26 @@ def merge_kernel(
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1, "No Additional
       Inference Latency".
     """
+    merged = add_delta(kernel, lora_a, lora_b, scaling=scaling, contraction=contraction)
+    if not is_finite(merged):
+        arrays = {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}
+        wrong = [name for name, array in arrays.items() if not is_finite(array)]
+        raise ValueError(
+            "the merged kernel must be finite; it has a NaN or an infinity, from "
+            f"{', '.join(wrong) or f'a sum too large for {kernel.dtype}'}."
+        )
+    return merged
+
+
+def add_delta(
+    kernel: AnyFloat, lora_a: AnyFloat, lora_b: AnyFloat, **options: Any
+) -> AnyFloat:
+    """Merges as `merge_kernel`, whatever the values are."""
     check_floating(kernel=kernel)
-    delta = delta_kernel(
-        lora_a, lora_b, kernel.shape, scaling=scaling, contraction=contraction
-    )
+    delta = delta_kernel(lora_a, lora_b, kernel.shape, **options)
     return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
+
+
+def is_finite(array: Any) -> bool:
+    """Says whether all is finite, as far as can be known while tracing."""
+    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())

@@ -172,7 +172,18 @@ def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:
 
 
 def check_floating(**arrays: jax.Array | None) -> None:
-    """Raises a TypeError that names every array that is not floating."""
+    """Raises a TypeError that names every argument that is no floating array."""
+    others = {
+        name: type(array).__name__
+        for name, array in arrays.items()
+        if array is not None and not hasattr(array, "dtype")
+    }
+    if others:
+        got = ", ".join(f"{name} {kind}" for name, kind in others.items())
+        raise TypeError(
+            f"{', '.join(others)} must be arrays; got {got}. Convert with "
+            "`jnp.asarray`."
+        )
     wrong = {
         name: array.dtype.name
         for name, array in arrays.items()

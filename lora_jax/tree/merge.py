@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
 from lora_jax.ops.dora import dora_scale, merge_dora, over_kernel
-from lora_jax.ops.merge import delta_kernel, merge_kernel
+from lora_jax.ops.merge import add_delta, delta_kernel, is_finite
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
 
@@ -58,11 +57,11 @@ def merge_params(
     check_adapters(adapters, targets)
     merged = {}
     for target in targets:
-        merge = merge_dora if target.dora else merge_kernel
+        merge = merge_dora if target.dora else add_delta
         merged[target.weight_path] = merge(
             flat[target.weight_path], *_leaves(adapters, target), **_options(target)
         )
-    bad = [path for path, kernel in merged.items() if not _is_finite(kernel)]
+    bad = [path for path, kernel in merged.items() if not is_finite(kernel)]
     if bad:
         raise ValueError(
             f"merged kernels must be finite; {', '.join(bad)} hold NaN or inf, from "
@@ -146,15 +145,10 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
     faults += [
         f"{path} has values that are not finite"
         for path in there
-        if not _is_finite(adapters[path])
+        if not is_finite(adapters[path])
     ]
     if faults:
         raise ValueError(f"the adapter does not fit the model: {'; '.join(faults)}.")
-
-
-def _is_finite(array: Any) -> bool:
-    """Says whether all is finite, as far as can be known while tracing."""
-    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
 
 
 def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:

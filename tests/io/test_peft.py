@@ -103,6 +103,12 @@ def test_targets_match_as_in_peft(changes, name, wanted):
     assert parse_config(NAMED | changes, "file").is_target(name) is wanted
 
 
+def test_a_pattern_that_would_match_for_ever_is_an_error():
+    config = parse_config(NAMED | {"target_modules": "(l|ll)+b"}, "a")
+    with pytest.raises(ValueError, match=r"within a second.*repetition inside"):
+        config.is_target("l" * 60 + "lab")
+
+
 def test_unknown_keys_are_kept_and_reported(folder):
     configure(folder, zebra=1, lora_new_idea=None)
     found = read_peft(folder)

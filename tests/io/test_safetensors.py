@@ -50,6 +50,14 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path):
         open_tensors(tmp_path / "t.safetensors")["b"]
 
 
+def test_a_name_without_measure_is_not_printed_whole(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"w" * 10**6: np.zeros(2)})
+    with pytest.raises(ValueError, match="at most 1000 letters") as error:
+        open_tensors(path)
+    assert len(str(error.value)) < 300
+
+
 def test_a_file_of_anything_else_is_called_damaged(tmp_path):
     file = tmp_path / "t.safetensors"
     file.write_bytes(b"hello")

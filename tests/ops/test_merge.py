@@ -63,3 +63,14 @@ def test_bad_arguments():
         TypeError, match="lora_a must be floating-point; got lora_a int32"
     ):
         merge_kernel(KERNEL, A.astype(int), B, scaling=0.7)
+    with pytest.raises(TypeError, match="lora_b must be arrays; got lora_b list"):
+        merge_kernel(KERNEL, A, [[1.0]], scaling=0.7)
+
+
+def test_what_is_not_finite_is_told():
+    with pytest.raises(ValueError, match=r"must be finite; .* from kernel, lora_b\."):
+        merge_kernel(KERNEL.at[0, 0].set(jnp.nan), A, B / 0, scaling=0.7)
+    with pytest.raises(ValueError, match=r"from a sum too large for float16\."):
+        merge_kernel(KERNEL.astype("float16"), A, B, scaling=1e6)
+    merge = jax.jit(merge_kernel)
+    assert jnp.isnan(merge(KERNEL, A, B, scaling=jnp.nan)).all()
