@@ -16,6 +16,7 @@ from lora_jax.io.tokenizer import load_tokenizer
 from .test_gguf import SMOLLM, write
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm_tokens.json"
+PIECES = GOLDEN.with_name("sentencepiece.json")
 # The model's vocabulary lacks some bytes: of control characters and unused planes.
 WRITTEN = st.characters(
     max_codepoint=0x3FFFF, exclude_categories=["Cc", "Cs"], include_characters="\t\n\r"
@@ -38,6 +39,15 @@ def metadata(**changes):
         "eos_token_id": len(TOKENS) - 2,
     } | changes
     return {f"tokenizer.ggml.{k}": v for k, v in fields.items() if v is not None}
+
+
+def assert_covers(text, spans):
+    """Every character is some token's."""
+    at = 0
+    for start, end in spans:
+        assert start <= at <= end
+        at = end
+    assert at == len(text)
 
 
 def tokens_of(rule, text):
@@ -63,8 +73,8 @@ def test_each_rule_splits_numbers_its_way(rule, digits):
 def test_a_rule_that_is_not_known_is_an_error_with_the_known_ones():
     with pytest.raises(ValueError, match=r"one of \['gpt-2', .*'smollm'\]; got 'new'"):
         build_tokenizer(Path("m.gguf"), metadata(pre="new"))
-    with pytest.raises(ValueError, match=r"byte-level BPE .*; its kind is 'llama'"):
-        build_tokenizer(Path("m.gguf"), metadata(model="llama"))
+    with pytest.raises(ValueError, match=r"byte-level BPE .*; its kind is 't5'"):
+        build_tokenizer(Path("m.gguf"), metadata(model="t5"))
 
 
 def test_special_tokens_are_whole_and_user_defined_ones_are_kept_in_text():
@@ -96,6 +106,13 @@ def test_bos_comes_first_where_the_file_says_so_and_for_llama_3():
         ({"merges": ["a b c"]}, "merge 'a b c' must join two"),
         ({"merges": ["a zz"]}, "merge 'a zz' must join two"),
         ({"tokens": [*TOKENS, "a"]}, r"\d+ tokens and \d+ token types; 1 tokens are"),
+        ({"tokens": [*TOKENS[:-1], "a" * 1001]}, "1 tokens have over 1000 letters"),
+        ({"model": "llama"}, "scores must be a list, got NoneType"),
+        ({"model": "llama", "scores": np.zeros(3)}, r"\d+ tokens and 3 scores"),
+        (
+            {"model": "llama", "scores": np.full(len(TOKENS), np.nan)},
+            "scores must be finite",
+        ),
         ({"eos_token_id": 9999}, r"eos_token_id must be a token in \[0, .*got 9999"),
     ],
 )
@@ -119,6 +136,71 @@ def test_a_file_is_loaded_with_its_template_and_all_its_ends(tmp_path):
     assert tokenizer.vocab_size == len(TOKENS)
     assert tokenizer.special.stop_ids == (len(TOKENS) - 3, len(TOKENS) - 2)
     assert tokenizer.render_chat([{"role": "user", "content": ""}]) == "</s>"
+
+
+def sentencepiece(name, **changes):
+    pieces = json.loads(PIECES.read_text(encoding="utf-8"))[name]
+    fields = {
+        "model": "llama",
+        "pre": None,
+        "merges": None,
+        "tokens": pieces["tokens"],
+        "scores": np.array(pieces["scores"], np.float32),
+        "token_type": np.array(pieces["token_type"]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_space_prefix": name == "llama",
+    } | changes
+    return build_tokenizer(Path("m.gguf"), metadata(**fields))[0], pieces
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_sentencepieces_ids_are_its_own(name):
+    tokenizer, pieces = sentencepiece(name)
+    assert len(pieces["texts"]) == 25
+    for text, ids in pieces["texts"].items():
+        assert tokenizer.encode(text).ids == [1, *ids], text
+        assert tokenizer.decode(ids) == text
+
+
+def test_sentencepieces_bos_comes_first_unless_the_file_says_no():
+    assert sentencepiece("llama")[0].encode("a").tokens[0] == "<s>"
+    tokenizer, _ = sentencepiece("llama", add_bos_token=False)
+    assert tokenizer.encode("a</s>").tokens == ["▁a", "</s>"]
+
+
+def test_runs_of_spaces_are_the_tokens_that_newer_files_write_as_spaces():
+    tokenizer, pieces = sentencepiece("gemma")
+    spaces = [
+        token.replace("▁", " ") if kind == 4 else token
+        for token, kind in zip(pieces["tokens"], pieces["token_type"], strict=True)
+    ]
+    newer, _ = sentencepiece("gemma", tokens=spaces)
+    for text in pieces["texts"]:
+        assert newer.encode(text).ids == tokenizer.encode(text).ids
+        assert newer.decode(newer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_sentencepiece_file_gives_spans_and_streams_its_text(name, tmp_path):
+    pieces = json.loads(PIECES.read_text(encoding="utf-8"))[name]
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces["tokens"])
+        writer.add_token_scores(pieces["scores"])
+        writer.add_token_types(pieces["token_type"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_space_prefix(name == "llama")
+
+    tokenizer = load_tokenizer(write(tmp_path / "m.gguf", add=add))
+    for text, ids in pieces["texts"].items():
+        tokens = tokenizer.encode_text(text)
+        assert tokens.ids == [1, *ids]
+        stream = tokenizer.stream()
+        assert "".join(stream.push(i) for i in ids) == text
+        assert_covers(text, tokens.spans)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +245,7 @@ def test_any_text_comes_back_whole_and_streamed(smollm, text):
     pieces = [stream.push(i) for i in tokens.ids]
     shown = smollm.decode(tokens.ids).replace("\ufffd", "")
     assert "".join(pieces) == shown
-    at = 0
-    for start, end in tokens.spans:  # every character is some token's
-        assert start <= at <= end
-        at = end
-    assert at == len(text)
+    assert_covers(text, tokens.spans)
 
 
 @pytest.mark.real
