@@ -1,11 +1,13 @@
 """Loads what lora_jax exports and merges in PEFT and transformers; prints a table.
 
-Run by hand, once to write and once to read, for the two need not share an environment::
+One command, with ``lora_jax[bench]``, writes the table to ``parity.md``::
+
+    python -m tests.golden.check_peft
+
+Its halves need not share an environment::
 
     python -m tests.golden.check_peft write DIR     # with lora_jax[train]
     python tests/golden/check_peft.py read DIR      # with torch, transformers 5, PEFT
-
-(``parity.md`` is what the second printed.)
 
 For every golden model and adapter, `write` imports the adapter, exports it (and makes
 it portable where it can be), merges it, and notes our own logits. `read` loads the
@@ -19,6 +21,7 @@ difference above 2e-4 is a failure.
 import json
 import pathlib
 import sys
+import tempfile
 import warnings
 
 import numpy as np
@@ -91,7 +94,7 @@ def write(target: pathlib.Path):
             save(f"{family}/{kind}", model, inputs, portable=False)
 
 
-def read(target: pathlib.Path) -> int:
+def read(target: pathlib.Path) -> tuple[float, str]:
     import peft
     import torch
     import transformers
@@ -100,11 +103,16 @@ def read(target: pathlib.Path) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     eager = {"attn_implementation": "eager"}
-    worst = 0.0
-    print(
+    worst, lines = 0.0, []
+
+    def tell(line):
+        print(line, flush=True)
+        lines.append(line)
+
+    tell(
         "| model | adapter | PEFT, exported | portable | merged | ours to PEFT's own |"
     )
-    print("|---|---|---|---|---|---|")
+    tell("|---|---|---|---|---|---|")
     for file in sorted(target.glob("*/*/ours.npz")):
         kind, family = file.parent.name, file.parent.parent.name
         batch = reference(family)
@@ -133,12 +141,26 @@ def read(target: pathlib.Path) -> int:
         errors.append(None if wanted is None else float(np.abs(wanted - ours).max()))
         worst = max([worst, *(error for error in errors if error is not None)])
         cells = ["–" if error is None else f"{error:.1e}" for error in errors]
-        print(f"| {family} | {kind} | {' | '.join(cells)} |", flush=True)
-    print(f"\nworst: {worst:.1e}; PEFT {peft.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+        tell(f"| {family} | {kind} | {' | '.join(cells)} |")
+    tell(
+        f"\nworst: {worst:.1e}; PEFT {peft.__version__}, transformers "
+        f"{transformers.__version__}, torch {torch.__version__}"
+    )
+    return worst, "\n".join(lines) + "\n"
+
+
+def main(command: str = "both", directory: str = "") -> int:
+    if command == "write":
+        write(pathlib.Path(directory))
+        return 0
+    if command == "read":
+        return int(read(pathlib.Path(directory))[0] > LIMIT)
+    with tempfile.TemporaryDirectory() as folder:
+        write(pathlib.Path(folder))
+        worst, table = read(pathlib.Path(folder))
+    (HERE / "parity.md").write_text(table)
     return int(worst > LIMIT)
 
 
 if __name__ == "__main__":
-    command, directory = sys.argv[1], pathlib.Path(sys.argv[2])
-    sys.exit(write(directory) if command == "write" else read(directory))
+    sys.exit(main(*sys.argv[1:]))
