@@ -30,7 +30,7 @@ from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.data import TextBatches
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import LossFn, make_eval_step
-from lora_jax.train.text import TextData, read_text_examples
+from lora_jax.train.text import MESSAGES, TextData, read_text_examples
 
 MAX_LENGTH = 1024
 SAMPLE_TOKENS = 48
@@ -38,8 +38,13 @@ SAMPLE_TOKENS = 48
 
 @dataclasses.dataclass
 class Language(Job):
-    """See `Job`."""
+    """See `Job`.
 
+    Attributes:
+      is_chat: whether the training lines are messages; then so are the samples.
+    """
+
+    is_chat: bool = False
     unit: ClassVar[str] = "rows"
     weight: ClassVar[str] = "targets"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -155,7 +160,8 @@ class Language(Job):
         """See `Job.next_commands`."""
         if self.loaded.tokenizer is None:
             return []
-        return [f"lora-jax generate --adapter {folder} --prompt TEXT"]
+        chat = "--chat " if self.is_chat else ""
+        return [f"lora-jax generate --adapter {folder} {chat}--prompt TEXT"]
 
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
         """Returns what the model writes greedily after each of ``train.samples``."""
@@ -164,10 +170,15 @@ class Language(Job):
             return []
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
+
+        def write(prompt: str) -> str:
+            messages = [{"role": "user", "content": prompt}]
+            return tokenizer.render_chat(messages) if self.is_chat else prompt
+
         texts = generate(
             self.adapted,
             variables,
-            [tokenizer.encode_text(prompt).ids for prompt in prompts],
+            [tokenizer.encode_text(write(prompt)).ids for prompt in prompts],
             max_new_tokens=SAMPLE_TOKENS,
             stop_ids=tokenizer.special.stop_ids,
         )
@@ -197,7 +208,11 @@ def open_language(
             name: _read(file, settings, loaded)
             for name, file in data_files(settings.data).items()
         }
-    job = Language(splits={}, **attach(settings, devices, loaded, settings.lora))
+    job = Language(
+        splits={},
+        is_chat=any(found.kind == MESSAGES for found in data.values()),
+        **attach(settings, devices, loaded, settings.lora),
+    )
     examples = {name: list(found.examples) for name, found in data.items()}
     for name, rows in hold_out(examples, settings.data).items():
         if name in splits:

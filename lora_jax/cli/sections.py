@@ -90,7 +90,8 @@ class TrainSettings:
       save_every: steps between checkpoints, or None for at every validation.
       keep: latest checkpoints kept, beside the best.
       patience: stop after this many validations without a better one, or None.
-      samples: prompts that a decoder continues at every validation, for the log.
+      samples: prompts that a decoder continues at every validation, for the log; if it
+        learns from messages, what a user says.
       baseline: whether to measure the frozen base (an encoder's with a linear head
         fitted on it) for comparison.
     """

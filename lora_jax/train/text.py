@@ -16,9 +16,10 @@ import numpy as np
 from lora_jax.train.examples import read_jsonl
 
 IGNORED = -100  # a label that doesn't count, as Hugging Face writes it
+MESSAGES = "messages"
 KINDS = {  # the keys that make a record one of a kind
     "input_ids": ("input_ids",),
-    "messages": ("messages",),
+    MESSAGES: ("messages",),
     "prompt and completion": ("prompt", "completion"),
     "text": ("text",),
 }
@@ -56,12 +57,14 @@ class TextData(NamedTuple):
       truncated: how many were cut to ``max_length``, those that were dropped included.
       dropped: how many lost all their targets by that, and are not among ``examples``.
       targets: how many tokens of ``examples`` count.
+      kind: of the lines, a key of `KINDS`.
     """
 
     examples: list[Example]
     truncated: int
     dropped: int
     targets: int
+    kind: str
 
 
 def read_text_examples(
@@ -126,10 +129,12 @@ def read_text_examples(
         return ""
 
     read_jsonl(path, fields={}, check=check)
-    return _truncate(examples, max_length, str(path))
+    return _truncate(examples, max_length, str(path), kinds.pop())
 
 
-def _truncate(examples: list[Example], max_length: int | None, path: str) -> TextData:
+def _truncate(
+    examples: list[Example], max_length: int | None, path: str, kind: str
+) -> TextData:
     longest = max(len(e["input_ids"]) for e in examples)
     limit = longest if max_length is None else max_length
     truncated = sum(len(e["input_ids"]) > limit for e in examples)
@@ -141,7 +146,7 @@ def _truncate(examples: list[Example], max_length: int | None, path: str) -> Tex
             f"all {len(cut)} examples, the longest of {longest} tokens. Raise it."
         )
     targets = sum(int(e["loss_mask"].sum()) for e in kept)
-    return TextData(kept, truncated, len(cut) - len(kept), targets)
+    return TextData(kept, truncated, len(cut) - len(kept), targets, kind)
 
 
 def _kind(record: Mapping[str, Any], kinds: set[str]) -> tuple[str, str]:
@@ -214,7 +219,7 @@ def _from_ids(
 _ENCODERS = {
     "text": _from_text,
     "prompt and completion": _from_completion,
-    "messages": _from_messages,
+    MESSAGES: _from_messages,
     "input_ids": _from_ids,
 }
 

@@ -106,6 +106,30 @@ def test_a_chat_is_put_into_the_template(folder, call):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_model_of_chats_is_asked_in_its_template(config, tmp_path, call):
+    answers = {"sky": "blue", "grass": "green", "sea": "blue"}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is the {thing} ?"},
+                {"role": "assistant", "content": f"{colour} ."},
+            ]
+        }
+        for thing, colour in answers.items()
+    ] * 8
+    write(tmp_path / "chats.jsonl", rows)
+    code, out, shown = call(
+        *("train", config, f"data.train={tmp_path}/chats.jsonl", "data.test=null"),
+        f"output.dir={tmp_path}/run",
+    )
+    assert code == 0, shown
+    assert f"generate --adapter {tmp_path}/run --chat --prompt TEXT" in out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    samples = [x for x in map(json.loads, lines) if x["split"] == "sample"]
+    assert samples[-1]["prompt"] == "what is the sky ? "
+    assert samples[-1]["text"] == "blue ."
+
+
 def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
     arrays = np.load(GOLDEN / "llama" / "reference.npz")
     ids, logits = arrays["input_ids"][0], arrays["logits"][0].astype(np.float64)
