@@ -13,6 +13,7 @@ not its mask, and draws the mask again.
 
 import functools
 import math
+import string
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ def factor_product(
 
 def _product(equation, rate, precision, x, factor, key):
     x = dropout(x, rate, key)
-    return jnp.einsum(equation, x, factor.astype(x.dtype), precision=precision)
+    return einsum(equation, x, factor.astype(x.dtype), precision=precision)
 
 
 def _forward(equation, rate, precision, x, factor, key=None):
@@ -67,9 +68,12 @@ def _backward(equation, rate, precision, residuals, dy):
     x, factor, key = residuals
     operands, out = equation.split("->")
     x_labels, factor_labels = operands.split(",")
-    einsum = functools.partial(jnp.einsum, precision=precision)
-
-    dx = einsum(f"{out},{factor_labels}->{x_labels}", dy, factor.astype(dy.dtype))
+    dx = einsum(
+        f"{out},{factor_labels}->{x_labels}",
+        dy,
+        factor.astype(dy.dtype),
+        precision=precision,
+    )
     # The thin operand first, the rank leading: only thin arrays are transposed.
     thin, wide = (out, x_labels) if RANK in out else (x_labels, out)
     thin_array, wide_array = dy, dropout(x, rate, key)
@@ -95,6 +99,7 @@ def _backward(equation, rate, precision, residuals, dy):
         f"{thin},{wide}->{batch}{RANK}{rest}",
         thin_array,
         wide_array,
+        precision=precision,
         preferred_element_type=factor.dtype,
     )
     if is_transposed and not is_small:
@@ -104,6 +109,28 @@ def _backward(equation, rate, precision, residuals, dy):
 
 
 factor_product.defvjp(_forward, _backward)
+
+
+def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
+    """Computes `jnp.einsum`, summing over axes as the larger operand has them.
+
+    `jnp.einsum` sums over its labels in the order of the alphabet; where the axes have
+    another, XLA:CPU makes a transposed copy of the operand first.
+
+    Args:
+      equation: explicit, of two operands, without ellipsis.
+      x: the first operand.
+      y: the second.
+      **options: of `jnp.einsum`.
+
+    Returns:
+      The product.
+    """
+    x_labels, y_labels = equation.split("->")[0].split(",")
+    labels = x_labels + y_labels if x.size >= y.size else y_labels + x_labels
+    names = dict(zip(dict.fromkeys(labels), string.ascii_letters, strict=False))
+    sorted_equation = "".join(names.get(c, c) for c in equation)
+    return jnp.einsum(sorted_equation, x, y, **options)
 
 
 def low_rank_update(
