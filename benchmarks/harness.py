@@ -128,7 +128,7 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
         "date": time.strftime("%Y-%m-%d"),
         "device": device.device_kind,
         "platform": device.platform,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         "commit": commit(),
         "rows": rows,
@@ -137,6 +137,19 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     path = RESULTS / f"{name}-{device.platform}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _processor() -> str:
+    """Returns the processor's name, and whether it has AVX-512 where that is told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    told = {key.strip(): value.strip() for key, value in facts.items()}
+    name = told.get("model name", platform.machine())
+    flags = told.get("flags", "").split()
+    return f"{name} with AVX-512" if "avx512f" in flags else name
 
 
 def commit() -> str:
