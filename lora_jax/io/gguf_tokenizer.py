@@ -62,7 +62,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Any, Speci
             "token ids, or take the model's Hugging Face folder, whose tokenizer.json "
             "says what a GGUF file leaves out."
         )
-    rule = metadata.get("tokenizer.ggml.pre")
+    rule: Any = metadata.get("tokenizer.ggml.pre")
     if kind == BYTE_LEVEL and rule not in _SPLITS:
         raise ValueError(
             f"{path}: tokenizer.ggml.pre must be one of {sorted(_SPLITS)}; got "
