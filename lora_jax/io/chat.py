@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from lora_jax.io.optional import load_optional
+
 ASSISTANT = "assistant"
 # Characters that Unicode keeps free of meaning, as marks inside a rendered text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -186,16 +188,8 @@ def _read_marks(marked: str) -> Rendered:
 
 def _environment() -> tuple[tuple[type[Exception], ...], Any]:
     """What a template may see and call: as in transformers, less the clock."""
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.nodes
-        import jinja2.sandbox
-        import jinja2.utils
-    except ImportError as error:
-        raise ImportError(
-            'chat templates need the package jinja2: pip install "lora_jax[train]".'
-        ) from error
+    parts = ("jinja2", "jinja2.ext", "jinja2.nodes", "jinja2.sandbox", "jinja2.utils")
+    jinja2 = load_optional("filling in a chat template", *parts)
 
     class Generation(jinja2.ext.Extension):
         tags: ClassVar = {"generation"}

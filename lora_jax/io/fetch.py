@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lora_jax.io.index import fetch_source
+from lora_jax.io.optional import load_optional
 
 CACHE_VARIABLE = "LORA_JAX_CACHE"
 SCHEME = "pypi:"
@@ -259,13 +260,8 @@ def _installed(requirement: str, inside: PurePosixPath) -> Path | None:
 
 def _find_on_hub(repository: str) -> Path:
     """Downloads a hub model's config, safetensors, tokenizer and chat template."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            f"{repository} is no folder here, and the hub needs huggingface_hub: "
-            'pip install "lora_jax[train]".'
-        ) from error
+    purpose = f"{repository} is no folder here, and the hub"
+    huggingface_hub = load_optional(purpose, "huggingface_hub")
     try:
         folder = huggingface_hub.snapshot_download(
             repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]

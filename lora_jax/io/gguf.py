@@ -25,19 +25,13 @@ from lora_jax.io.gguf_config import (
     hugging_face_name,
 )
 from lora_jax.io.gguf_header import read_header
+from lora_jax.io.optional import load_optional
 
 SUFFIX = ".gguf"
 
 
 def _gguf() -> Any:
-    """Imports the optional package, or says how to get it."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            'reading GGUF files needs the package gguf: pip install "lora_jax[train]".'
-        ) from error
-    return gguf
+    return load_optional("reading GGUF files", "gguf")
 
 
 class GGUFReader:

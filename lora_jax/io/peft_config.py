@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.io.json_file import read_json
+from lora_jax.io.optional import load_optional
 
 CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # whose format this is
@@ -204,8 +205,7 @@ def match(pattern: str, name: str) -> Any:
     Raises:
       ValueError: if it takes over a second, as ``(a+)+`` can; `re` would never end.
     """
-    import regex  # which can be told to stop
-
+    regex = load_optional("matching PEFT's patterns", "regex")  # it can be told to stop
     try:
         return regex.match(pattern, name, timeout=1.0)
     except (TimeoutError, regex.error) as error:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io.json_file import read_json
+from lora_jax.io.optional import load_optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,16 +23,8 @@ LONGEST_NAME = 1000  # of a tensor; real ones have under a hundred letters
 
 
 def _safetensors() -> Any:
-    """Imports the optional package, or says how to get it."""
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing weights needs the package safetensors: "
-            'pip install "lora_jax[train]".'
-        ) from error
-    return safetensors
+    purpose = "reading and writing weights"
+    return load_optional(purpose, "safetensors", "safetensors.numpy")
 
 
 class TensorReader:

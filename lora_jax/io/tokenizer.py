@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lora_jax.io.chat import ChatTemplate, Message
 from lora_jax.io.gguf import SUFFIX, GGUFReader
 from lora_jax.io.gguf_tokenizer import build_tokenizer
+from lora_jax.io.optional import load_optional
 from lora_jax.io.special import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
@@ -82,13 +83,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                "reading a tokenizer needs the package tokenizers: "
-                'pip install "lora_jax[train]".'
-            ) from error
+        tokenizers = load_optional("reading a tokenizer", "tokenizers")
         self.path = Path(path)
         self.special: Special
         if self.path.suffix == SUFFIX:

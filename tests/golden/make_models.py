@@ -8,9 +8,10 @@ Run in an environment with torch, transformers 5 and PEFT (not needed by the tes
 A folder holds the model as transformers saves it (`config.json`, `model.safetensors`),
 one folder ``peft_<kind>`` per adapter as PEFT saves it, and `reference.npz`: the
 inputs, the `logits` and, for each adapter, the `logits_<kind>` that PEFT computes from
-the saved files, all computed in float64 and rounded to float32. Norms and biases are far from 1 and 0. The script checks that the
-logits change when any parameter is left out and when any config field of
-`Family.toggles` is ignored. The versions it ran with are in ``versions.json``.
+the saved files, all computed in float64 and rounded to float32. Norms and biases are
+far from 1 and 0. The script checks that the logits change when any parameter is left
+out and when any config field of `Family.toggles` is ignored. The versions it ran with
+are in ``versions.json``.
 """
 
 import copy
