@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io.host import facts_of, host_leaves, place
-from lora_jax.parallel.processes import is_first, wait_for_all
+from lora_jax.parallel.processes import is_first, is_lost_peer, wait_for_all
 from lora_jax.train.state import TrainState
 from lora_jax.tree.paths import flatten
 
@@ -36,7 +36,7 @@ DAMAGED = "damaged"
 class Checkpoints:
     """The checkpoints of one run, in one directory: the last few and the best.
 
-    A context manager: leaving it waits for the save under way.
+    A context manager: leaving it waits for the save under way, if no process is lost.
 
     Args:
       directory: made if absent.
@@ -235,6 +235,9 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if is_lost_peer(error):
+            self._manager.reload()  # the save under way would wait for the lost one
+            return
         try:
             self.close()
         except OSError:
