@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core.scope import Scope
-from jax.core import Tracer
 
 from lora_jax.config import LoRAConfig
 from lora_jax.names import LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.layers import Layer
 from lora_jax.nn.trace import DETERMINISTIC_FLAGS
 from lora_jax.ops.contraction import Contraction
+from lora_jax.ops.merge import is_finite
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target, child
 
@@ -138,9 +138,7 @@ def check_kernels(params: Mapping[str, Any], targets: list[Target]) -> None:
     bad = [
         path
         for path, leaf in kernels.items()
-        if isinstance(leaf, (jax.Array, np.ndarray))
-        and not isinstance(leaf, Tracer)
-        and not bool(jnp.isfinite(leaf).all())
+        if isinstance(leaf, (jax.Array, np.ndarray)) and not is_finite(leaf)
     ]
     if bad:
         raise ValueError(f"kernels must be finite; {', '.join(bad)} hold NaN or inf.")

@@ -111,4 +111,9 @@ def add_delta(
 
 def is_finite(array: Any) -> bool:
     """Says whether all is finite, as far as can be known while tracing."""
-    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
+    return isinstance(array, Tracer) or bool(_all_finite(array))
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
