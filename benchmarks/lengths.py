@@ -10,13 +10,11 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders
 from benchmarks.harness import Contender, alternate
 from lora_jax.models import block
-from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -46,11 +44,7 @@ def compare(t: int, rounds: int) -> dict[str, Any]:
         max_positions=t,
     )
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, t + 1))
-    batch = {
-        "input_ids": jnp.asarray(ids[:, :-1], jnp.int32),
-        "labels": jnp.asarray(ids[:, 1:], jnp.int32),
-        "weights": jnp.ones((1, t)),
-    }
+    batch = contenders.lm_batch(ids)
     timed = alternate(
         {
             OURS: contenders.ours(config, "lora", batch, limit=LIMIT),
@@ -67,10 +61,8 @@ def _plain(config: DecoderConfig, batch: Any) -> Contender:
         del options  # this decoder has none
         return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
-    model = Decoder(config)
     with mock.patch.object(block, "causal_attention", attention):
-        params = contenders.init(model, batch)
-        return contenders.plain(model, params, batch, limit=LIMIT)
+        return contenders.plain(contenders.lm_task(config, batch), limit=LIMIT)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

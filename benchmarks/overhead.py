@@ -32,7 +32,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
         np.random.default_rng(0).integers(0, 8192, (1, TOKENS)), jnp.int32
     )
     model = Decoder(contenders.CONFIG, is_scanned=True)
-    params = contenders.init(model, {"input_ids": ids})
+    params = contenders.init(model, ids)
 
     def contender(module, variables, **facts):
         run = jax.jit(lambda variables: module.apply(variables, ids, method="hidden"))
