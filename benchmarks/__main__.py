@@ -11,6 +11,7 @@ COMPARISONS = (
     "contenders",
     "lengths",
     "overhead",
+    "generation",
     "lora_vs_full",
     "loading",
     "perplexity",

@@ -155,7 +155,7 @@ def _alternate(
     else:
         missing.append("peft")
     contenders = {name: make() for name, make in makers.items()}
-    rows = alternate(contenders, rounds=5 if quick else 15)
+    rows = alternate(contenders, rounds=5 if quick else 11)
     return {"shape": shape, **rows, "missing": missing}
 
 

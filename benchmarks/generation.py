@@ -1,0 +1,98 @@
+"""Tokens a second with a cache: adapters beside their layers, merged, and PEFT's.
+
+The decoder of `benchmarks.contenders` continues prompts greedily. A call is measured as
+a user makes it, with the reading of the prompts; PEFT's is transformers' `generate`.
+"""
+
+import importlib.util
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import contenders, torch_peft
+from benchmarks.harness import Contender, alternate
+from lora_jax import LoRAConfig, adapt, generate
+from lora_jax.models.decoder import Decoder
+
+PROMPT, NEW, BATCHES = 64, 64, (1, 8)
+
+
+def main(quick: bool) -> list[dict[str, Any]]:
+    """Times all batch sizes.
+
+    Args:
+      quick: fewer samples.
+
+    Returns:
+      One row a batch size.
+    """
+    return [_compare(rows, 3 if quick else 9) for rows in BATCHES]
+
+
+def _compare(rows: int, rounds: int) -> dict[str, Any]:
+    config = contenders.CONFIG
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT))
+    model = Decoder(config, is_scanned=True)
+    adapted = adapt(model, LoRAConfig(contenders.RANK, contenders.ALPHA), ids)
+    params = contenders.init(model, ids)
+    variables = adapted.attach(params, jax.random.key(1))
+    merged = {"params": adapted.merge(variables)}
+    timed = {
+        "lora_jax": _ours(adapted, variables, ids),
+        "lora_jax, merged": _ours(model, merged, ids),
+    }
+    if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
+        timed["PEFT on torch"] = _theirs(ids)
+    return {"batch": rows, **alternate(timed, rounds)}
+
+
+def _ours(module: Any, variables: Any, ids: np.ndarray) -> Contender:
+    prompts = ids.tolist()
+
+    def run() -> list[list[int]]:
+        return generate(module, variables, prompts, max_new_tokens=NEW)
+
+    found = run()
+    assert [len(tokens) for tokens in found] == [NEW] * len(ids)
+    return Contender(run, 0.0, None, None, {})
+
+
+def _theirs(ids: np.ndarray) -> Contender:
+    import peft
+    import torch
+
+    model, _, _, targets = torch_peft.llama(contenders.CONFIG, ids)
+    lora = peft.LoraConfig(**contenders.PEFT_LORA, target_modules=targets)
+    model = peft.get_peft_model(model, lora).eval()
+    tokens = torch.tensor(ids)
+    options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
+    options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "use_cache": True}
+
+    @torch.no_grad()
+    def run() -> Any:
+        return model.generate(input_ids=tokens, pad_token_id=0, **options)
+
+    assert run().shape == (len(ids), PROMPT + NEW)
+    return Contender(run, 0.0, None, None, {})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [
+        f"Llama-shaped, d 512, 8 layers, prompts of {PROMPT} tokens, {NEW} new ones:\n",
+        "| prompts | with | ms (quartiles) | new tokens a second | lora_jax / it |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, found in row.items():
+            if not isinstance(found, dict):
+                continue
+            low, high = found["quartiles_ms"]
+            speed = row["batch"] * NEW / found["median_ms"] * 1e3
+            lines.append(
+                f"| {row['batch']} | {name} | {found['median_ms']:.0f} "
+                f"({low:.0f}–{high:.0f}) | {speed:.0f} | "
+                f"{row['lora_jax']['median_ms'] / found['median_ms']:.2f} |"
+            )
+    return "\n".join(lines)
