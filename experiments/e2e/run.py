@@ -266,11 +266,11 @@ def run_plan() -> None:
 
 
 def read_runs() -> dict[str, dict[str, Any]]:
-    """Returns every run that was recorded, by its name."""
+    """Returns every run that was recorded, by its name, in the order of the plan."""
     path = RESULTS / "runs.jsonl"
-    if not path.exists():
-        return {}
-    return {run["name"]: run for run in map(json.loads, path.open())}
+    lines = path.read_text().splitlines() if path.exists() else []
+    runs = {run["name"]: run for run in map(json.loads, lines)}
+    return {name: runs[name] for name in PLAN if name in runs}
 
 
 def report() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli.main import main
+from lora_jax.cli.report import shortest
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
@@ -123,7 +124,8 @@ def test_a_model_of_chats_is_asked_in_its_template(config, tmp_path, call):
         f"output.dir={tmp_path}/run",
     )
     assert code == 0, shown
-    assert f"generate --adapter {tmp_path}/run --chat --prompt TEXT" in out
+    run = shortest(tmp_path / "run")
+    assert f"generate --adapter {run} --chat --prompt TEXT" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     samples = [x for x in map(json.loads, lines) if x["split"] == "sample"]
     assert samples[-1]["prompt"] == "what is the sky ? "
