@@ -2,6 +2,8 @@
 
 The decoder of `benchmarks.contenders` continues prompts greedily. A call is measured as
 a user makes it, with the reading of the prompts; PEFT's is transformers' `generate`.
+Blocks are unrolled, as `load_model` has them if not told otherwise; as one `nn.scan`
+they are copied out of their stack for each token.
 """
 
 import importlib.util
@@ -33,15 +35,15 @@ def main(quick: bool) -> list[dict[str, Any]]:
 def _compare(rows: int, rounds: int) -> dict[str, Any]:
     config = contenders.CONFIG
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT))
-    model = Decoder(config, is_scanned=True)
-    adapted = adapt(model, LoRAConfig(contenders.RANK, contenders.ALPHA), ids)
-    params = contenders.init(model, ids)
-    variables = adapted.attach(params, jax.random.key(1))
-    merged = {"params": adapted.merge(variables)}
-    timed = {
-        "lora_jax": _ours(adapted, variables, ids),
-        "lora_jax, merged": _ours(model, merged, ids),
-    }
+    timed = {}
+    for is_scanned, what in ((False, ""), (True, ", scanned blocks")):
+        model = Decoder(config, is_scanned=is_scanned)
+        adapted = adapt(model, LoRAConfig(contenders.RANK, contenders.ALPHA), ids)
+        variables = adapted.attach(contenders.init(model, ids), jax.random.key(1))
+        timed[f"lora_jax{what}"] = _ours(adapted, variables, ids)
+        if not is_scanned:
+            merged = {"params": adapted.merge(variables)}
+            timed["lora_jax, merged"] = _ours(model, merged, ids)
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
         timed["PEFT on torch"] = _theirs(ids)
     return {"batch": rows, **alternate(timed, rounds)}
