@@ -62,6 +62,19 @@ def test_silent_at_init_bit_for_bit(ready):
     np.testing.assert_array_equal(ready.apply(ready.attached), wanted)
 
 
+def test_a_loop_of_two_rows_is_silent_where_xla_leaves_it_a_loop():
+    """Else it makes one kernel of the base's, and sums in another order (XLA:CPU)."""
+    (case,) = (case for case in MODELS if case.name == "broadcast_scan")
+    tiny = Ready(case._replace(args=(case.args[0][:2],)))
+    options = {"xla_disable_hlo_passes": "small-while-loop-hoisting"}
+
+    def run(function, variables):
+        return function.lower(variables).compile(options)(variables)
+
+    wanted = run(tiny.base_apply, tiny.params)
+    np.testing.assert_array_equal(run(tiny.apply, tiny.attached), wanted)
+
+
 def test_silent_at_init_in_bfloat16(ready):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), ready.params)
     attached = ready.adapted.attach(half, key(1))
