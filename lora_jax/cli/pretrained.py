@@ -40,8 +40,8 @@ def load_decoder(
       model: see `load`.
       adapter: see `load`.
       is_scanned: whether the blocks are one loop, which compiles faster but makes a
-        copy of each block's weights when it comes to it. An adapter of ours is put on
-        what it was trained on.
+        copy of each block's weights when it comes to it. None and True: an adapter of
+        ours is put on what it was trained on.
 
     Returns:
       The model.
@@ -82,7 +82,8 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
                 "name is not looked for: add --model."
             )
         return Pretrained(load_model(model, foreign, **options), {})
-    options |= {"is_scanned": None}  # as it was trained
+    if options.get("is_scanned"):
+        options["is_scanned"] = None  # as it was trained
     extra = read_adapter_config(folder)["extra"]
     model = model or extra.get("model")
     if model is None:

@@ -92,7 +92,7 @@ def export_adapter(
             "portable must be False for mlx-lm; its format has no options."
         )
     base = _open(source, variables, pooling)
-    found = trace_model(base.module, None, base.example, dora=config.dora)
+    found = trace_model(base.module, None, base.example)
     weights, slots = flatten(found.params), find_slots(found.sites)
     unknown = found.unknown
     targets = select_targets(found.sites, config, weights=weights, unknown=unknown)

@@ -25,9 +25,11 @@ from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.source import CONFIG, Source, open_source
 from lora_jax.names import FROZEN, KERNEL, PARAMS
+from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
 from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.partition import join
+from lora_jax.tree.paths import flatten
 
 OURS = "lora_jax"  # the key of config.json that holds what Hugging Face has no word for
 HEAD = "classifier"
@@ -150,10 +152,9 @@ def param_shapes(family: Family, module: nn.Module) -> dict[Leaf, tuple[int, ...
     Returns:
       The shape of each leaf.
     """
-    inputs = family.inputs(config_of(module))
-    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)[PARAMS]
-    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(params)
-    return {leaf: array.shape for leaf, array in flat.items()}
+    example = Example.of(*family.inputs(config_of(module)))
+    params = flatten(trace_model(module, None, example).params)
+    return {tuple(path.split("/")): array.shape for path, array in params.items()}
 
 
 def _own_head(source: Source) -> tuple[str, int | None]:

@@ -51,7 +51,7 @@ def put_adapter(loaded: LoadedModel, adapter: ForeignAdapter) -> LoadedModel:
         shapes, or its config names other modules than it has; one error lists all.
     """
     example = Example.of(*loaded.inputs)
-    found = trace_model(loaded.module, loaded.params, example, dora=adapter.dora)
+    found = trace_model(loaded.module, loaded.params, example)
     slots, flat = find_slots(found.sites), flatten(loaded.params)
     leaves = single_leaves(flat)
     names = Names(loaded.family, list(slots), leaves)

@@ -18,6 +18,7 @@ from lora_jax.io.peft import read_peft
 from lora_jax.models.load import HEAD, SCANNED, LoadedModel, Sharding, load_base
 from lora_jax.models.peft import put_adapter
 from lora_jax.models.source import open_source
+from lora_jax.models.unscan import unscan
 from lora_jax.names import FROZEN, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
@@ -64,7 +65,8 @@ def load_model(
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
       is_scanned: of a decoder: whether its blocks are one `nn.scan`. None: as an
-        adapter of ours was trained, else not.
+        adapter of ours was trained, else not. False also takes apart an adapter that
+        was trained on scanned blocks, see `unscan`.
       remat: of a decoder: what the backward pass computes again, "none" or "block".
       key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
         is zero), and of fresh adapters.
@@ -76,7 +78,7 @@ def load_model(
       FileNotFoundError: if there is no such model or adapter.
       ValueError: if the model type is unknown, the config doesn't fit, tensors are
         missing, unexpected, mis-shaped or not finite; if the adapter is damaged or was
-        made on another base or on blocks that are not ``is_scanned``; if both
+        made on another base, or on single blocks and ``is_scanned``; if both
         ``adapter`` and ``lora`` are given, or ``lora`` without ``key``.
     """
     if adapter is not None and lora is not None:
@@ -207,10 +209,11 @@ def _load_ours(
         num_labels = head["kernel"].shape[-1]
     pooling = pooling or found.extra.get("pooling")
     was_scanned = any(SCANNED in tree for tree in found.variables.values())
-    if options["is_scanned"] not in (None, was_scanned):
+    is_scanned = options["is_scanned"]
+    if is_scanned and not was_scanned:
         raise ValueError(
-            f"is_scanned must be {was_scanned}, as {folder} was trained; got "
-            f"{not was_scanned}. None takes what an adapter was trained on."
+            f"is_scanned must be False or None for {folder}, which was trained on "
+            "blocks that are no nn.scan; got True."
         )
     options = {**options, "is_scanned": was_scanned}
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
@@ -227,4 +230,5 @@ def _load_ours(
         fingerprint=fingerprint(wanted[FROZEN]),
     )
     variables = {FROZEN: wanted[FROZEN], **found.variables}
-    return loaded._replace(module=adapted, variables=variables)
+    loaded = loaded._replace(module=adapted, variables=variables)
+    return unscan(loaded) if is_scanned is False else loaded

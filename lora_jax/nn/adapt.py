@@ -103,7 +103,7 @@ class Adapted(nn.Module):
     def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
         example = Example.of(*args, method=method or "__call__", **kwargs)
-        self._select(trace_model(self.model, None, example, dora=self.config.dora))
+        self._select(trace_model(self.model, None, example))
         return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
 
     def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
@@ -123,7 +123,7 @@ class Adapted(nn.Module):
         Raises:
           ValueError: if the config names what the model has not; see `select_targets`.
         """
-        found = trace_model(self.model, params, self.example, dora=self.config.dora)
+        found = trace_model(self.model, params, self.example)
         if params is not None:
             check_shapes(shapes_of(found.params), shapes_of(params))
         return self._select(found)

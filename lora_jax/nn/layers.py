@@ -130,6 +130,11 @@ def register_layer(
     _LAYERS[module_type] = einsum_layer(kind, as_function, weight)
 
 
+def registered_layers() -> tuple[tuple[type[nn.Module], Layer], ...]:
+    """Returns every layer that LoRA knows, with its type."""
+    return tuple(_LAYERS.items())
+
+
 def layer_of(module: nn.Module) -> Layer | None:
     """Returns the description of a module's type, or None if LoRA can't adapt it."""
     cls = _registered(module)

@@ -16,7 +16,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +28,13 @@ from flax.core.scope import Scope
 
 from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.nn.layers import AlreadyAdaptedError, Layer, call_inputs, layer_of_call
+from lora_jax.nn.layers import (
+    AlreadyAdaptedError,
+    Layer,
+    call_inputs,
+    layer_of_call,
+    registered_layers,
+)
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.dora import magnitude_shape
 from lora_jax.tree.paths import flatten, unflatten
@@ -75,7 +81,7 @@ class Example(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one look at a model found.
+    """What one look at a model found; not to be changed, it is remembered.
 
     Attributes:
       sites: layers that can be adapted.
@@ -84,7 +90,7 @@ class Trace(NamedTuple):
       configs: those of the layers themselves, by path, where they are LoRA twins.
     """
 
-    sites: list[Site]
+    sites: tuple[Site, ...]
     unknown: dict[str, Unknown]
     params: dict[str, Any]
     configs: dict[str, LoRAConfig]
@@ -105,16 +111,16 @@ def trace_model(
     params: Mapping[str, Any] | None,
     example: Example | None,
     *,
-    dora: bool = False,
     native: bool = False,
 ) -> Trace:
     """Finds every layer of ``model`` that can be adapted.
+
+    Equal models with equal inputs are traced once.
 
     Args:
       model: any Linen module, unbound.
       params: its parameter tree, for the choice of inputs where no example is given.
       example: example inputs, or None to try plausible ones.
-      dora: whether to find the scanned axes of a magnitude, too.
       native: whether to find the model's LoRA twins instead of plain layers.
 
     Returns:
@@ -124,12 +130,12 @@ def trace_model(
       ValueError: if no example is given and none of those tried fits.
     """
     if example is not None:
-        return _trace(model, example, dora, native)
+        return _trace(model, example, native)
     shapes = shapes_of(params or {})
     tried = []
     for candidate in _plausible_examples(model, shapes):
         try:
-            found = _trace(model, candidate, dora, native)
+            found = _trace(model, candidate, native)
         except AlreadyAdaptedError:
             raise
         except Exception as error:  # whatever a wrong input provokes
@@ -181,9 +187,25 @@ def find_contraction(
         return str(error)
 
 
-def _trace(model: nn.Module, example: Example, dora: bool, native: bool) -> Trace:
+def _trace(model: nn.Module, example: Example, native: bool) -> Trace:
+    """Traces, or remembers it; a bound model's scope holds arrays, and isn't kept."""
+    x64 = jax.config.values["jax_enable_x64"]
+    known = (model, example, native, registered_layers(), x64)
+    try:
+        hash(known)
+    except TypeError:
+        return _look(*known)
+    is_bound = model.scope is not None or model.parent is not None
+    return _look(*known) if is_bound else _look_once(*known)
+
+
+@functools.lru_cache(maxsize=64)
+def _look_once(*known: Any) -> Trace:
+    return _look(*known)
+
+
+def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
-    names = _MARKERS if dora else _MARKERS[:-1]
     found: dict[str, tuple[str, str, Contraction]] = {}
     unknown: dict[str, Unknown] = {}
     configs: dict[str, LoRAConfig] = {}
@@ -203,7 +225,7 @@ def _trace(model: nn.Module, example: Example, dora: bool, native: bool) -> Trac
                 why = contraction
             else:
                 found[path] = (layer.kind, layer.weight, contraction)
-                _put_markers(module.scope, layer.weight, names, contraction, beside)
+                _put_markers(module.scope, layer.weight, contraction, beside)
                 if native:
                     configs[path] = module.lora
         for name, value in module.variables.get(PARAMS, {}).items():
@@ -255,12 +277,12 @@ def _trace(model: nn.Module, example: Example, dora: bool, native: bool) -> Trac
                 for axis, size in enumerate(markers[child(path, name)].shape)
                 if size != _ODD_SIZE
             )
-            for name in names
+            for name in _MARKERS
         )
         shape = flat[child(path, weight)].shape
         stacked = contraction.stacked(in_kernel)
         sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
-    return Trace(sites, unknown, unflatten(flat), configs)
+    return Trace(tuple(sites), unknown, unflatten(flat), configs)
 
 
 def _with_flags(
@@ -282,20 +304,16 @@ def _with_flags(
 
 
 def _put_markers(
-    scope: Scope,
-    weight: str,
-    names: Sequence[str],
-    contraction: Contraction,
-    beside: str,
+    scope: Scope, weight: str, contraction: Contraction, beside: str
 ) -> None:
     """Writes arrays with the axes of kernel, A, B, m, of a size found nowhere else."""
     held = FROZEN if scope.has_variable(FROZEN, weight) else PARAMS
     kernel = nn.meta.unbox(scope.get_variable(held, weight)).shape
     a, b = contraction.factor_shapes(kernel, 1)
     shapes = (kernel, a, b, magnitude_shape(kernel, contraction))
-    for name, shape in zip(names, shapes, strict=False):
+    for name, shape in zip(_MARKERS, shapes, strict=True):
         marker = jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8)
-        scope.put_variable(held if name == names[0] else beside, name, marker)
+        scope.put_variable(held if name == _MARKERS[0] else beside, name, marker)
 
 
 def _plausible_examples(

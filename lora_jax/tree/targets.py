@@ -35,8 +35,7 @@ class Site(NamedTuple):
       contraction: the roles of its axes.
       scanned_a: where the scanned axes stand in the tree's ``lora_a``.
       scanned_b: where the scanned axes stand in the tree's ``lora_b``.
-      scanned_m: where the scanned axes stand in the tree's ``magnitude``; empty where
-        it was not looked for.
+      scanned_m: where the scanned axes stand in the tree's ``magnitude``.
     """
 
     path: str

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cli.pretrained import load_decoder
 from lora_jax.config import LoRAConfig
 from lora_jax.io.adapter import save_adapter
 from lora_jax.models.pretrained import load_model
@@ -37,12 +38,32 @@ def adapter(trained, tmp_path_factory):
     return folder
 
 
-def test_it_loads_as_it_was_trained_and_not_otherwise(trained, adapter):
+def test_it_loads_as_it_was_trained(trained, adapter):
     wanted = trained.module.apply(trained.variables, IDS)
     found = load_model(LLAMA, adapter)
     assert (found.module.apply(found.variables, IDS) == wanted).all()
-    with pytest.raises(ValueError, match=r"must be True, as .* got False"):
-        load_model(LLAMA, adapter, is_scanned=False)
+
+
+def test_it_loads_block_by_block(trained, adapter):
+    found = load_model(LLAMA, adapter, is_scanned=False)
+    wanted = trained.module.apply(trained.variables, IDS)
+    got = found.module.apply(found.variables, IDS)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert "layer_1" in found.variables[LORA]
+
+
+def test_one_of_single_blocks_does_not_become_a_stack(tmp_path):
+    model = load_model(LLAMA, lora=LoRAConfig(rank=1), key=jax.random.key(0))
+    base = fingerprint(model.variables[FROZEN])
+    save_adapter(tmp_path, model.variables, model.module.config, base)
+    with pytest.raises(ValueError, match=r"must be False or None .* got True"):
+        load_model(LLAMA, tmp_path, is_scanned=True)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_command_has_its_blocks_as_it_asks(adapter, asked):
+    found = load_decoder(str(LLAMA), str(adapter), is_scanned=asked)
+    assert found.loaded.module.model.is_scanned == (asked is not False)
 
 
 def test_it_is_merged_as_plain_layers(trained, adapter, tmp_path, call):

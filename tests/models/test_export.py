@@ -26,7 +26,7 @@ FILE = "adapter_model.safetensors"
 
 def same(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: bool((x == y).all()), a, b)
+        jax.tree.map(np.array_equal, a, b)
     )
 
 
@@ -43,7 +43,9 @@ def fresh(family, **options):
     """A model with adapters whose B is not zero."""
     config = LoRAConfig(**{"rank": 2, "alpha": 3, **options})
     model = load_model(GOLDEN / family, lora=config, key=jax.random.key(0))
-    lora = jax.tree.map(lambda x: x + 0.1, model.variables["lora"])
+    lora = jax.tree.map(
+        lambda x: np.asarray(x) + np.float32(0.1), model.variables["lora"]
+    )
     return model._replace(variables={**model.variables, "lora": lora})
 
 

@@ -39,7 +39,7 @@ def edit_config(folder, **changes):
 
 
 def equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def test_kernels_are_transposed_and_every_leaf_is_an_array_of_the_file():

@@ -149,7 +149,7 @@ def test_adapters_with_the_names_of_transformers_4_load_alike(family, copy):
 
 
 def same(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def error_of(family, folder, **options):

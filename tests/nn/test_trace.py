@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import LoRAConfig, adapt, find_targets
+from lora_jax import LoRAConfig, adapt, find_targets, register_layer
+from lora_jax.nn import layers, trace
 from lora_jax.nn.trace import Example, shapes_of, trace_model
 from tests.nn.foreign import MODELS
 from tests.nn.foreign_modules import ViT, ViTBlock
 from tests.nn.tools import normal
 
 CASES = {case.name: case for case in MODELS}
+X = np.ones((3, 2), np.float32)
 
 
 def site_of(name: str, path: str):
@@ -112,3 +114,51 @@ def test_looking_needs_no_memory():
     ids = jax.ShapeDtypeStruct((64, 8192), jnp.int32)
     (row,) = find_targets(Huge(), None, LoRAConfig(rank=16), ids)
     assert row.trainable == 16 * (16_384 + 53_248)
+
+
+def test_equal_models_are_looked_at_once(monkeypatch):
+    looks = []
+    look = trace._look
+    monkeypatch.setattr(trace, "_look", lambda *known: looks.append(1) or look(*known))
+    config = LoRAConfig(targets=".*")
+    first = find_targets(nn.Dense(4321), None, config, X)
+    assert find_targets(nn.Dense(4321), None, config, X) == first
+    assert len(looks) == 1
+    find_targets(nn.Dense(4322), None, config, X)
+    find_targets(nn.Dense(4321), None, config, np.ones((3, 4), np.float32))
+    assert len(looks) == 3
+
+
+def test_a_layer_registered_later_is_found(monkeypatch):
+    monkeypatch.setattr(layers, "_LAYERS", dict(layers._LAYERS))
+    config = LoRAConfig(targets=".*")
+    with pytest.raises(ValueError, match="weights"):
+        find_targets(Plain(4), None, config, X)
+    register_layer(Plain, "...i,io->...o", weight="weights")
+    (target,) = find_targets(Plain(4), None, config, X)
+    assert target.kernel_shape == (2, 4)
+
+
+def test_a_model_that_has_no_hash_is_looked_at_each_time():
+    table = np.ones((2, 2), np.float32)
+    for model in (Scaled(4, table), Scaled(4, table)):
+        (target,) = find_targets(model, None, LoRAConfig(targets=".*"), X)
+        assert target.kernel_shape == (2, 4)
+
+
+class Plain(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        return x @ self.param("weights", nn.initializers.ones, shape)
+
+
+class Scaled(nn.Module):
+    features: int
+    table: np.ndarray
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features)(x @ self.table)

@@ -1,0 +1,103 @@
+"""A scanned decoder taken apart into its blocks: the same function, nothing copied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.config import LoRAConfig
+from lora_jax.models.generate import generate
+from lora_jax.models.load import LoadedModel
+from lora_jax.models.pretrained import load_model
+from lora_jax.models.unscan import unscan
+from lora_jax.names import LORA, PARAMS
+from lora_jax.tree.paths import flatten
+from tests.models.golden import GOLDEN
+
+IDS = jnp.array([[5, 6, 7, 8], [9, 2, 3, 1]])
+
+
+def scanned(family: str, lora: LoRAConfig | None) -> LoadedModel:
+    key = None if lora is None else jax.random.key(0)
+    model = load_model(GOLDEN / family, lora=lora, key=key, is_scanned=True)
+    rng = np.random.default_rng(0)
+    for name in {LORA, PARAMS} & set(model.variables) if lora else ():
+        model.variables[name] = jax.tree.map(
+            lambda a: a + 0.1 * jnp.float32(rng.standard_normal(a.shape)),
+            model.variables[name],
+        )
+    return model
+
+
+CONFIGS = {
+    "no adapter": None,
+    "all linears": LoRAConfig(rank=2),
+    "the stack by its name": LoRAConfig(targets=r"layers/attention/(query|output)"),
+    "patterns of the stack": LoRAConfig(
+        targets=["query", "up", "down"],
+        exclude=r"layers/mlp/down",
+        rank_pattern={"layers/mlp/up": 3},
+        alpha_pattern={"layers/attention/.*": 5},
+        rslora=True,
+    ),
+    "DoRA, norms and embedding in full": LoRAConfig(
+        rank=2, dora=True, train=["attention_norm", "embed"]
+    ),
+    "biases": LoRAConfig(targets=["query"], bias="lora_only"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", name) for name in CONFIGS if name != "biases"]
+    + [("qwen2", "biases"), ("gemma3", "all linears")],
+)
+def test_the_function_stays_the_same(family, name):
+    lora = CONFIGS[name]
+    before = scanned(family, lora)
+    after = unscan(before)
+    assert not any("layers/" in p for p in flatten(after.variables))
+    assert any("layer_1/" in p for p in flatten(after.variables))
+    sizes = [sum(a.size for a in jax.tree.leaves(m.variables)) for m in (before, after)]
+    assert sizes[0] == sizes[1]
+    np.testing.assert_allclose(
+        after.module.apply(after.variables, IDS),
+        before.module.apply(before.variables, IDS),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    if lora is not None:  # the collections are those that its own config makes
+        wanted = after.module.init(jax.random.key(0), IDS)
+        assert jax.tree.map(jnp.shape, wanted) == jax.tree.map(
+            jnp.shape, after.variables
+        )
+
+
+def test_it_writes_the_same_text():
+    before = scanned("llama", LoRAConfig(rank=2))
+    after = unscan(before)
+    prompts = [[5, 6, 7], [8]]
+    texts = [
+        generate(m.module, m.variables, prompts, max_new_tokens=6)
+        for m in (before, after)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_the_arrays_lie_in_the_old_ones():
+    before = load_model(GOLDEN / "llama", is_scanned=True, param_dtype=jnp.float32)
+    after = unscan(before)
+    stack = before.params["layers"]["mlp"]["up"]["kernel"]
+    starts = [
+        after.params[f"layer_{i}"]["mlp"]["up"]["kernel"].unsafe_buffer_pointer()
+        for i in range(2)
+    ]
+    start, bytes_each = stack.unsafe_buffer_pointer(), stack[0].nbytes
+    aligned = [i for i in range(2) if (start + i * bytes_each) % 64 == 0]
+    assert aligned
+    assert all(starts[i] == start + i * bytes_each for i in aligned)
+
+
+def test_what_is_not_scanned_comes_back_as_it_is():
+    model = load_model(GOLDEN / "bert")
+    assert unscan(model) is model
