@@ -12,6 +12,7 @@ COMPARISONS = (
     "lengths",
     "overhead",
     "generation",
+    "startup",
     "lora_vs_full",
     "loading",
     "perplexity",

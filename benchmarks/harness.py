@@ -90,7 +90,7 @@ def alternate(
             samples[name].append((time.perf_counter() - start) / calls * 1e3)
     return {
         name: {
-            **_summary(samples[name]),
+            **summary(samples[name]),
             "compile_seconds": round(contender.compile_seconds, 2),
             "flops": contender.flops,
             "temp_bytes": contender.temp_bytes,
@@ -100,7 +100,8 @@ def alternate(
     }
 
 
-def _summary(ms: list[float]) -> dict[str, Any]:
+def summary(ms: list[float]) -> dict[str, Any]:
+    """Returns samples in milliseconds with their median and quartiles."""
     if not ms:
         return {"ms": [], "median_ms": None, "quartiles_ms": None}
     return {
