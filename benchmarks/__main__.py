@@ -37,7 +37,7 @@ def main() -> None:
         for name in COMPARISONS:
             module = importlib.import_module(f"benchmarks.{name}")
             print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
-        print("report: the tables of benchmarks/results/ and the README")
+        print("report: tables and plots of benchmarks/results/, the README's tables")
         print(
             "compare OLD.json NEW.json: two results files, so that a regression shows"
         )

@@ -1,4 +1,4 @@
-"""Makes the tables: from results files to Markdown, and into the READMEs."""
+"""Makes tables and pictures of results files, and puts the tables into the READMEs."""
 
 import importlib
 import json
@@ -13,7 +13,12 @@ MARKS = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def main() -> None:
-    """Writes a table beside each results file, and fills those the README names."""
+    """Writes a table beside each results file, and a picture where there is one.
+
+    The READMEs' tables are filled with those that they name.
+    """
+    from benchmarks import plots  # matplotlib is in the extra `experiments`
+
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         module = importlib.import_module(f"benchmarks.{record['comparison']}")
@@ -24,6 +29,7 @@ def main() -> None:
         )
         text = f"{head}\n\n{module.table(record['rows'])}\n"
         path.with_suffix(".md").write_text(text)
+        plots.draw(record["comparison"], record["rows"], path.with_suffix(".png"))
         print(text)
     for page in PAGES:
         page.write_text(MARKS.sub(_table, page.read_text()))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, harness
+from benchmarks import compare, harness, plots
 
 
 def record(path, **medians):
@@ -33,6 +33,14 @@ def test_files_of_different_comparisons_are_refused(tmp_path):
     new.write_text(new.read_text().replace("steps", "loading"))
     with pytest.raises(ValueError, match=r"is of 'steps', .* of 'loading'"):
         compare.main(old, new)
+
+
+@pytest.mark.parametrize("name", ["contenders", "lengths", "overhead"])
+def test_a_results_file_has_its_picture(name, tmp_path):
+    rows = json.loads((harness.RESULTS / f"{name}-cpu.json").read_text())["rows"]
+    plots.draw(name, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not plots.plt.get_fignums()
 
 
 def test_what_takes_more_than_its_limit_is_compiled_and_not_run():

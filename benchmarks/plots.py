@@ -1,0 +1,147 @@
+"""Pictures of results files: step time by contender, cost by length and by rank."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from benchmarks import contenders, lengths
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # after the backend is chosen
+
+BLUE, LIGHT, ORANGE, GREY = "#3b6ea8", "#9dbbdc", "#d9822b", "#b5b5b5"
+Rows = list[dict[str, Any]]
+
+
+def draw(comparison: str, rows: Rows, path: Path) -> None:
+    """Draws a results file beside it.
+
+    Args:
+      comparison: its name; those without a picture are left alone.
+      rows: its measurements.
+      path: the picture to write.
+    """
+    if comparison not in PICTURES:
+        return
+    figure = PICTURES[comparison](rows)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _contenders(rows: Rows) -> Any:
+    """A bar a contender, the fastest first, with quartiles and the ratio to ours."""
+    columns = min(2, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(6.2 * columns, 3.1 * lines),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in grid.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, row in zip(grid.flat, rows, strict=False):
+        timed = {name: found for name, found in row.items() if isinstance(found, dict)}
+        names = sorted(timed, key=lambda name: -timed[name]["median_ms"])
+        medians = [timed[name]["median_ms"] for name in names]
+        low, high = zip(*(timed[name]["quartiles_ms"] for name in names), strict=True)
+        spread = [
+            [m - q for m, q in zip(medians, low, strict=True)],
+            [q - m for m, q in zip(medians, high, strict=True)],
+        ]
+        axis.barh(names, medians, color=[_color(n) for n in names], height=0.7)
+        axis.errorbar(medians, names, xerr=spread, fmt="none", ecolor="#444", capsize=2)
+        own = row[contenders.OURS]["median_ms"]
+        for name, median, top in zip(names, medians, high, strict=True):
+            axis.annotate(
+                f"x {median / own:.2f}",
+                (top, name),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axis.set_xlim(0, 1.12 * max(high))
+        axis.set_title(row["shape"], fontsize=10)
+        axis.set_xlabel("ms a step, median and quartiles", fontsize=9)
+        axis.tick_params(labelsize=9)
+    return figure
+
+
+def _color(name: str) -> str:
+    if name == contenders.OURS:
+        return BLUE
+    return LIGHT if name.startswith(contenders.OURS) else GREY
+
+
+def _lengths(rows: Rows) -> Any:
+    """Temporaries and time against the tokens of a row, on logarithmic axes."""
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    names = {lengths.OURS: BLUE, lengths.BLOCK: LIGHT, lengths.PLAIN: ORANGE}
+    for name, color in names.items():
+        megabytes = [row[name]["temp_bytes"] / 1e6 for row in rows]
+        style = {"color": color, "marker": "o", "label": name, "linewidth": 2}
+        memory.plot(tokens, megabytes, **style)
+        ran = [row for row in rows if row[name]["median_ms"] is not None]
+        time.plot(
+            [row["tokens"] for row in ran],
+            [row[name]["median_ms"] for row in ran],
+            **style,
+        )
+    memory.axhline(lengths.LIMIT / 1e6, color=GREY, linestyle="--", linewidth=1)
+    memory.annotate(
+        "not run above this", (tokens[0], lengths.LIMIT / 1e6), va="bottom", fontsize=8
+    )
+    memory.set(ylabel="temporaries, MB")
+    time.set(ylabel="ms a step, median")
+    for axis in (memory, time):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of a row")
+        axis.set_xticks(tokens, [f"{t:,}" for t in tokens])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    time.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _overhead(rows: Rows) -> Any:
+    """What unmerged adapters add to a forward pass, by rank, and the formula."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    (row,) = rows
+    base = row["base"]
+    ranks = [name for name in row if name.startswith("rank ")]
+    numbers = [int(name.split()[1]) for name in ranks]
+    added = {
+        "time": [row[name]["median_ms"] / base["median_ms"] - 1 for name in ranks],
+        "FLOPs, by XLA": [row[name]["flops"] / base["flops"] - 1 for name in ranks],
+        "r (in + out) / (in out)": [row[name]["formula"] for name in ranks],
+    }
+    styles = ((ORANGE, "o", "-"), (BLUE, "o", "-"), ("#444", "", "--"))
+    for (label, values), (color, marker, line) in zip(
+        added.items(), styles, strict=True
+    ):
+        percent = [100 * value for value in values]
+        axis.plot(numbers, percent, line, color=color, marker=marker, label=label)
+    axis.set(
+        xscale="log",
+        xlabel="rank, all linears",
+        ylabel="over the base's forward pass, %",
+    )
+    axis.set_ylim(bottom=0)
+    axis.set_xticks(numbers, [str(number) for number in numbers])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Rows], Any]] = {
+    "contenders": _contenders,
+    "lengths": _lengths,
+    "overhead": _overhead,
+}
