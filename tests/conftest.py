@@ -1,6 +1,7 @@
 """What every test runs under: the CPU, and shapes checked in the pure functions."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -23,6 +24,14 @@ def _forget_compilations():
     """Frees a file's compiled programs: XLA aborts where they use up memory maps."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Leaves XLA's costly optimisations out: much compiled here, little run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

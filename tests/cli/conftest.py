@@ -31,6 +31,16 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def quick_commands():
+    """As `quick_compilation`, for all commands, and before any run that is shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
@@ -118,7 +128,7 @@ output: {{dir: {file.parent}/run}}
     return file
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run_dir(config) -> Path:
     """A run that was never interrupted."""
     assert main(["train", str(config)]) == 0

@@ -10,6 +10,8 @@ from lora_jax.models.pretrained import load_model
 from lora_jax.train.causal_lm import causal_lm, make_lm_loss
 from tests.models.golden import GOLDEN
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def written_out(module, variables, batch):
     logits = module.apply(
