@@ -23,8 +23,9 @@ from lora_jax.tree.targets import Target
 def unscan(loaded: LoadedModel) -> LoadedModel:
     """Gives every block of a scanned decoder, and its adapters, leaves of their own.
 
-    The function stays the same, and on one CPU device nothing is copied: the new arrays
-    lie in the old ones. Elsewhere the stacks are copied, one by one.
+    The function stays the same. On one CPU device the new arrays lie in the old ones
+    (those that XLA's alignment allows). Elsewhere they are copies, and memory holds
+    both until the model that was given is dropped.
 
     Args:
       loaded: a decoder, with adapters or without; any other model comes back as it is.
