@@ -2,8 +2,12 @@
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
+
+# JAX else takes most of a GPU's memory at once, and torch finds none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks import compare, harness, report
 

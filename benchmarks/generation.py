@@ -1,7 +1,8 @@
 """Tokens a second with a cache: adapters beside their layers, merged, and PEFT's.
 
-The decoder of `benchmarks.contenders` continues prompts greedily. A call is measured as
-a user makes it, with the reading of the prompts; PEFT's is transformers' `generate`.
+The smallest decoder of `benchmarks.contenders` continues prompts greedily. A call is
+measured as a user makes it, with the reading of the prompts; PEFT's is transformers'
+`generate`.
 Blocks are unrolled, as `load_model` has them if not told otherwise; as one `nn.scan`
 they are copied out of their stack for each token.
 """
@@ -16,6 +17,7 @@ from benchmarks import contenders, torch_peft
 from benchmarks.harness import Contender, alternate
 from lora_jax import LoRAConfig, adapt, generate
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder_config import DecoderConfig
 
 PROMPT, NEW, BATCHES = 64, 64, (1, 8)
 
@@ -33,11 +35,11 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 def _compare(rows: int, rounds: int) -> dict[str, Any]:
-    config = contenders.CONFIG
+    config = contenders.decoder_specs()[0].config
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT))
     timed = {}
     for is_scanned, what in ((False, ""), (True, ", scanned blocks")):
-        model = Decoder(config, is_scanned=is_scanned)
+        model = Decoder(config, dtype=contenders.dtype(), is_scanned=is_scanned)
         adapted = adapt(model, LoRAConfig(contenders.RANK, contenders.ALPHA), ids)
         variables = adapted.attach(contenders.init(model, ids), jax.random.key(1))
         timed[f"lora_jax{what}"] = _ours(adapted, variables, ids)
@@ -45,8 +47,9 @@ def _compare(rows: int, rounds: int) -> dict[str, Any]:
             merged = {"params": adapted.merge(variables)}
             timed["lora_jax, merged"] = _ours(model, merged, ids)
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
-        timed["PEFT on torch"] = _theirs(ids)
-    return {"batch": rows, **alternate(timed, rounds)}
+        timed["PEFT on torch"] = _theirs(config, ids)
+    model = contenders.decoder_specs()[0].name
+    return {"model": model, "batch": rows, **alternate(timed, rounds)}
 
 
 def _ours(module: Any, variables: Any, ids: np.ndarray) -> Contender:
@@ -60,20 +63,21 @@ def _ours(module: Any, variables: Any, ids: np.ndarray) -> Contender:
     return Contender(run, 0.0, None, None, {})
 
 
-def _theirs(ids: np.ndarray) -> Contender:
+def _theirs(config: DecoderConfig, ids: np.ndarray) -> Contender:
     import peft
     import torch
 
-    model, _, _, targets = torch_peft.llama(contenders.CONFIG, ids)
+    model, _, _, targets = torch_peft.llama(config, ids)
     lora = peft.LoraConfig(**contenders.PEFT_LORA, target_modules=targets)
     model = peft.get_peft_model(model, lora).eval()
-    tokens = torch.tensor(ids)
+    tokens = torch_peft.tensor(ids)
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
     options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "use_cache": True}
 
     @torch.no_grad()
     def run() -> Any:
-        return model.generate(input_ids=tokens, pad_token_id=0, **options)
+        with torch_peft.computing():
+            return model.generate(input_ids=tokens, pad_token_id=0, **options)
 
     assert run().shape == (len(ids), PROMPT + NEW)
     return Contender(run, 0.0, None, None, {})
@@ -82,7 +86,7 @@ def _theirs(ids: np.ndarray) -> Contender:
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
-        f"Llama-shaped, d 512, 8 layers, prompts of {PROMPT} tokens, {NEW} new ones:\n",
+        f"{rows[0]['model']}, prompts of {PROMPT} tokens, {NEW} new ones:\n",
         "| prompts | with | ms (quartiles) | new tokens a second | lora_jax / it |",
         "|---|---|---|---|---|",
     ]

@@ -4,6 +4,8 @@ Machines are shared and noisy, so what counts is the ratio of two contenders tha
 timed turn by turn; absolute times are told beside it.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -111,6 +113,11 @@ def summary(ms: list[float]) -> dict[str, Any]:
     }
 
 
+def is_on_cpu() -> bool:
+    """Returns whether what is measured is a CPU."""
+    return jax.default_backend() == "cpu"
+
+
 def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     """Writes one results file: device, versions, commit, date, all samples.
 
@@ -130,7 +137,7 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
         "device": device.device_kind,
         "platform": device.platform,
         "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "versions": _versions(),
         "commit": commit(),
         "rows": rows,
     }
@@ -138,6 +145,15 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     path = RESULTS / f"{name}-{device.platform}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of what is measured, as far as it is installed."""
+    found = {}
+    for name in ("jax", "flax", "numpy", "qwix", "torch", "transformers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """Memory and time of a step by sequence length, beside plain autodiff.
 
-One row of tokens through a Llama-shaped decoder of 4 layers. Plain autodiff is
-``x W + s (x A) B`` as written, with `jax.nn.dot_product_attention` and all
-logits. What would take more than `LIMIT` bytes is compiled and not run.
+One row of tokens through 4 layers of the smallest decoder of `benchmarks.contenders`.
+Plain autodiff is ``x W + s (x A) B`` as written, with `jax.nn.dot_product_attention`
+and all logits. What would take more bytes than `sizes` says is compiled and not run.
 """
 
 import dataclasses
@@ -13,12 +13,10 @@ import jax
 import numpy as np
 
 from benchmarks import contenders
-from benchmarks.harness import Contender, alternate
+from benchmarks.harness import Contender, alternate, is_on_cpu
 from lora_jax.models import block
 from lora_jax.models.decoder_config import DecoderConfig
 
-LENGTHS = (512, 1024, 2048, 4096, 8192)
-LIMIT = 8 * 2**30
 OURS, BLOCK, PLAIN = "lora_jax", "lora_jax, remat block", "plain autodiff"
 
 
@@ -26,18 +24,27 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all lengths.
 
     Args:
-      quick: up to 2048 tokens, fewer samples.
+      quick: the three shortest, fewer samples.
 
     Returns:
       One row a length.
     """
-    return [compare(t, 3 if quick else 5) for t in LENGTHS if not quick or t <= 2048]
+    lengths, limit = sizes()
+    lengths = lengths[:3] if quick else lengths
+    return [compare(t, limit, 3 if quick else 5) for t in lengths]
 
 
-def compare(t: int, rounds: int) -> dict[str, Any]:
+def sizes() -> tuple[tuple[int, ...], int]:
+    """Returns the lengths for this device, and the most bytes of temporaries."""
+    if is_on_cpu():
+        return (512, 1024, 2048, 4096, 8192), 8 * 2**30
+    return (2048, 4096, 8192, 16384, 32768), 56 * 2**30
+
+
+def compare(t: int, limit: int, rounds: int) -> dict[str, Any]:
     """Compiles the contenders for ``t`` tokens, and times those that fit."""
     config = dataclasses.replace(
-        contenders.CONFIG,
+        contenders.decoder_specs()[0].config,
         num_layers=4,
         layer_ropes=(0,) * 4,
         layer_windows=(None,) * 4,
@@ -47,22 +54,22 @@ def compare(t: int, rounds: int) -> dict[str, Any]:
     batch = contenders.lm_batch(ids)
     timed = alternate(
         {
-            OURS: contenders.ours(config, "lora", batch, limit=LIMIT),
-            BLOCK: contenders.ours(config, "block", batch, limit=LIMIT),
-            PLAIN: _plain(config, batch),
+            OURS: contenders.ours(config, "lora", batch, limit=limit),
+            BLOCK: contenders.ours(config, "block", batch, limit=limit),
+            PLAIN: _plain(config, batch, limit),
         },
         rounds,
     )
-    return {"tokens": t, **timed}
+    return {"tokens": t, "limit_bytes": limit, **timed}
 
 
-def _plain(config: DecoderConfig, batch: Any) -> Contender:
+def _plain(config: DecoderConfig, batch: Any, limit: int) -> Contender:
     def attention(query, key, value, **options):
         del options  # this decoder has none
         return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
     with mock.patch.object(block, "causal_attention", attention):
-        return contenders.plain(contenders.lm_task(config, batch), limit=LIMIT)
+        return contenders.plain(contenders.lm_task(config, batch), limit=limit)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -79,7 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in names:
             found = row[name]
             ms = found["median_ms"]
-            time = "not run" if ms is None else f"{ms:,.0f}"
+            time = "not run" if ms is None else f"{ms:,.{0 if ms >= 100 else 1}f}"
             cells.append(f"{time}, {found['temp_bytes'] / 1e6:,.0f} MB")
         ours, plain = row[OURS], row[PLAIN]
         fits = plain["median_ms"] is not None

@@ -3,6 +3,8 @@
 As a user of NNX would write it; attention is this library's, to its advantage.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,33 +14,40 @@ from lora_jax.ops.causal import causal_attention
 from lora_jax.ops.rope import apply_rope, rope_angles
 
 
-class Block(nnx.Module):
-    """Attention and gated MLP; every linear is a base `nnx.Linear` in an `nnx.LoRA`."""
+def lora_linear(i: int, o: int, rank: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LoRA:
+    """A base `nnx.Linear` ``[i, o]`` without bias in an `nnx.LoRA`."""
+    base = nnx.Linear(i, o, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return nnx.LoRA(i, rank, o, base_module=base, dtype=dtype, rngs=rngs)
 
-    def __init__(self, config: DecoderConfig, rank: int, rngs: nnx.Rngs):
+
+class Block(nnx.Module):
+    """Attention and gated MLP; every linear is adapted."""
+
+    def __init__(self, config: DecoderConfig, rank: int, dtype: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.mlp_size
+        q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         sizes = {
-            **{name: (d, d) for name in ("query", "key", "value", "output")},
+            **{"query": (d, q), "key": (d, kv), "value": (d, kv), "output": (q, d)},
             **{"gate": (d, f), "up": (d, f), "down": (f, d)},
         }
         for name, (i, o) in sizes.items():
-            base = nnx.Linear(i, o, use_bias=False, rngs=rngs)
-            setattr(self, name, nnx.LoRA(i, rank, o, base_module=base, rngs=rngs))
+            setattr(self, name, lora_linear(i, o, rank, dtype, rngs))
         self.attention_norm, self.mlp_norm = (
-            nnx.RMSNorm(d, epsilon=config.norm_eps, rngs=rngs) for _ in range(2)
+            nnx.RMSNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+            for _ in range(2)
         )
         self.config = config
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """Returns ``[b, t, d]`` for ``[b, t, d]``."""
-        b, t, d = x.shape
-        heads = (b, t, self.config.num_heads, self.config.head_dim)
+        b, t, _ = x.shape
+        heads = (b, t, -1, self.config.head_dim)
         y = self.attention_norm(x)
         query, key, value = (
             layer(y).reshape(heads) for layer in (self.query, self.key, self.value)
         )
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-        x = x + self.output(causal_attention(query, key, value).reshape(b, t, d))
+        x = x + self.output(causal_attention(query, key, value).reshape(b, t, -1))
         y = self.mlp_norm(x)
         return x + self.down(nnx.silu(self.gate(y)) * self.up(y))
 
@@ -46,14 +55,15 @@ class Block(nnx.Module):
 class NnxDecoder(nnx.Module):
     """Token ids ``[b, t]`` to logits ``[b, t, v]``."""
 
-    def __init__(self, config: DecoderConfig, rank: int, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rank: int, dtype: Any, rngs: nnx.Rngs):
         v, d = config.vocab_size, config.hidden_size
-        self.embed = nnx.Embed(v, d, rngs=rngs)
+        kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.embed = nnx.Embed(v, d, **kinds)
         self.blocks = nnx.List(
-            [Block(config, rank, rngs) for _ in range(config.num_layers)]
+            [Block(config, rank, dtype, rngs) for _ in range(config.num_layers)]
         )
-        self.norm = nnx.RMSNorm(d, epsilon=config.norm_eps, rngs=rngs)
-        self.head = nnx.Linear(d, v, use_bias=False, rngs=rngs)
+        self.norm = nnx.RMSNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(d, v, use_bias=False, **kinds)
         self.config = config
 
     def __call__(self, ids: jax.Array) -> jax.Array:

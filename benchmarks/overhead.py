@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders
-from benchmarks.harness import alternate, measured
+from benchmarks.harness import alternate, is_on_cpu, measured
 from lora_jax import LoRAConfig, adapt
 from lora_jax.models.decoder import Decoder
 
@@ -20,7 +20,7 @@ RANKS, TOKENS = (4, 16, 64, 256), 512
 
 
 def main(quick: bool) -> list[dict[str, Any]]:
-    """Times one forward pass of 1 x 512 tokens, hidden states only.
+    """Times one forward pass, hidden states only: of 1 x 512 tokens on a CPU.
 
     Args:
       quick: fewer samples and ranks.
@@ -28,10 +28,11 @@ def main(quick: bool) -> list[dict[str, Any]]:
     Returns:
       One row: base, merged and each rank.
     """
-    ids = jnp.asarray(
-        np.random.default_rng(0).integers(0, 8192, (1, TOKENS)), jnp.int32
-    )
-    model = Decoder(contenders.CONFIG, is_scanned=True)
+    spec = contenders.decoder_specs()[0]
+    shape = (1, TOKENS) if is_on_cpu() else (spec.batch, spec.length)
+    ids = np.random.default_rng(0).integers(0, spec.config.vocab_size, shape)
+    ids = jnp.asarray(ids, jnp.int32)
+    model = Decoder(spec.config, dtype=contenders.dtype(), is_scanned=True)
     params = contenders.init(model, ids)
 
     def contender(module, variables, **facts):
@@ -49,17 +50,20 @@ def main(quick: bool) -> list[dict[str, Any]]:
             merged = {"params": adapted.merge(variables)}
             timed["merged"] = contender(model, merged, formula=0.0)
         timed[f"rank {rank}"] = contender(adapted, variables, formula=formula)
-    return [{"tokens": TOKENS, **alternate(timed, 7 if quick else 25)}]
+    timed = alternate(timed, 7 if quick else 25)
+    return [{"model": spec.name, "tokens": ids.size, **timed}]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
+        f"{rows[0]['model']}, {rows[0]['tokens']:,} tokens:\n",
         "| | ms (quartiles) | time over the base | FLOPs over the base | formula |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         base = row["base"]
+        digits = 0 if base["median_ms"] >= 100 else 2
         for name, found in row.items():
             if not isinstance(found, dict):
                 continue
@@ -67,7 +71,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             slower = found["median_ms"] / base["median_ms"] - 1
             more = found["flops"] / base["flops"] - 1
             lines.append(
-                f"| {name} | {found['median_ms']:.0f} ({low:.0f}–{high:.0f}) | "
-                f"{slower:+.1%} | {more:+.1%} | {found['formula']:+.1%} |"
+                f"| {name} | {found['median_ms']:.{digits}f} "
+                f"({low:.{digits}f}–{high:.{digits}f}) | {slower:+.1%} | "
+                f"{more:+.1%} | {found['formula']:+.1%} |"
             )
     return "\n".join(lines)

@@ -94,10 +94,9 @@ def _lengths(rows: Rows) -> Any:
             [row[name]["median_ms"] for row in ran],
             **style,
         )
-    memory.axhline(lengths.LIMIT / 1e6, color=GREY, linestyle="--", linewidth=1)
-    memory.annotate(
-        "not run above this", (tokens[0], lengths.LIMIT / 1e6), va="bottom", fontsize=8
-    )
+    limit = rows[0]["limit_bytes"] / 1e6
+    memory.axhline(limit, color=GREY, linestyle="--", linewidth=1)
+    memory.annotate("not run above this", (tokens[0], limit), va="bottom", fontsize=8)
     memory.set(ylabel="temporaries, MB")
     time.set(ylabel="ms a step, median")
     for axis in (memory, time):

@@ -1,7 +1,9 @@
 """Named shapes of real models, so that a figure says what it was measured on."""
 
+import dataclasses
 from typing import NamedTuple
 
+from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.encoder_config import EncoderConfig
 
 
@@ -39,6 +41,22 @@ class EncoderSpec(NamedTuple):
     length: int
 
 
+class DecoderSpec(NamedTuple):
+    """One decoder that learns the next token.
+
+    Attributes:
+      name: what the report calls it.
+      config: its sizes.
+      batch: rows of a batch.
+      length: tokens of a row.
+    """
+
+    name: str
+    config: DecoderConfig
+    batch: int
+    length: int
+
+
 DENSE = (
     DenseSpec("BERT-base attention, 768 x 768", 768, 8, 1024),
     DenseSpec("RoBERTa-large attention, 1024 x 1024", 1024, 8, 1024),
@@ -51,4 +69,49 @@ MINILM = EncoderConfig(
 ENCODERS = (
     EncoderSpec("MiniLM-L6, 32 x 32 tokens", MINILM, 8, 32, 32),
     EncoderSpec("MiniLM-L6, 16 x 128 tokens", MINILM, 8, 16, 128),
+)
+
+SMALL = DecoderConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_size=1408,
+    max_positions=2048,
+    ropes=(Rope(10000.0, 64),),
+    layer_ropes=(0,) * 8,
+)
+LLAMA_1B = dataclasses.replace(
+    SMALL,
+    vocab_size=128256,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=32,
+    mlp_size=8192,
+    ropes=(Rope(500000.0, 64),),
+    layer_ropes=(0,) * 16,
+    layer_windows=(None,) * 16,
+)
+_D_1024 = dataclasses.replace(
+    SMALL, hidden_size=1024, num_heads=16, num_kv_heads=16, mlp_size=2816
+)
+_D_4096 = dataclasses.replace(
+    LLAMA_1B,
+    hidden_size=4096,
+    num_layers=4,
+    head_dim=128,
+    mlp_size=14336,
+    ropes=(Rope(500000.0, 128),),
+    layer_ropes=(0,) * 4,
+    layer_windows=(None,) * 4,
+)
+CPU_DECODERS = (
+    DecoderSpec("Llama-shaped, d 512, 8 layers", SMALL, 4, 256),
+    DecoderSpec("Llama-shaped, d 1024, 8 layers", _D_1024, 2, 256),
+)
+ACCELERATOR_DECODERS = (
+    DecoderSpec("Llama-3.2-1B's shape, d 2048, 16 layers", LLAMA_1B, 8, 1024),
+    DecoderSpec("Llama-3.1-8B's shape, 4 of 32 layers, d 4096", _D_4096, 2, 2048),
 )

@@ -1,18 +1,21 @@
 """The contender of `benchmarks.contenders` that others run: PEFT on torch."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Contender
+from benchmarks.harness import Contender, is_on_cpu
 from benchmarks.specs import EncoderSpec
 from lora_jax.models.decoder_config import DecoderConfig
 
+Loss = Callable[[Any], Any]
+
 
 def llama(config: DecoderConfig, ids: np.ndarray) -> tuple[Any, ...]:
-    """transformers' model of the same sizes, its inputs, labels and linears."""
+    """transformers' model of the same sizes, its inputs, loss and linears."""
     import transformers
 
     sizes = transformers.LlamaConfig(
@@ -26,8 +29,9 @@ def llama(config: DecoderConfig, ids: np.ndarray) -> tuple[Any, ...]:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(sizes)
-    return model, {"input_ids": ids[:, :-1]}, ids[:, 1:], "all-linear"
+    with placed():
+        model = transformers.LlamaForCausalLM(sizes)
+    return model, {"input_ids": ids[:, :-1]}, _classes(ids[:, 1:]), "all-linear"
 
 
 def bert(spec: EncoderSpec, ids: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
@@ -44,16 +48,32 @@ def bert(spec: EncoderSpec, ids: np.ndarray, labels: np.ndarray) -> tuple[Any, .
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = transformers.BertForSequenceClassification(sizes)
+    with placed():
+        model = transformers.BertForSequenceClassification(sizes)
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    return model, inputs, labels, r".*encoder\.layer\..*(query|key|value|dense)"
+    targets = r".*encoder\.layer\..*(query|key|value|dense)"
+    return model, inputs, _classes(labels), targets
+
+
+def layer(width: int, x: np.ndarray, y: np.ndarray) -> tuple[Any, ...]:
+    """As `llama`: one `torch.nn.Linear` and the squared error."""
+    import torch
+
+    with placed():
+        model = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False))
+    wanted = tensor(y)
+
+    def loss(output: Any) -> Any:
+        return torch.nn.functional.mse_loss(output.float(), wanted)
+
+    return model, {"input": x}, loss, ["0"]
 
 
 def contender(
     model: Any,
     inputs: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    targets: str,
+    loss: Loss,
+    targets: Any,
     *,
     lora: Mapping[str, int],
     rate: float,
@@ -61,10 +81,13 @@ def contender(
 ) -> Contender:
     """A step of Adam on the adapters; what is called "compiled" is `torch.compile`'s.
 
+    On a GPU base and computation are bfloat16, by autocast as transformers' Trainer
+    does it; temporaries are the peak of torch's allocator above what is held all along.
+
     Args:
-      model: of transformers; it is changed.
+      model: it is changed.
       inputs: of its call.
-      labels: of the flattened rows of its logits.
+      loss: of what the call gives.
       targets: which linears, as PEFT takes them.
       lora: ``r`` and ``lora_alpha``.
       rate: Adam's.
@@ -80,22 +103,78 @@ def contender(
     model = peft.get_peft_model(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     tx = torch.optim.Adam(trained, lr=rate)
-    tensors = {name: torch.tensor(array) for name, array in inputs.items()}
-    wanted = torch.tensor(labels).reshape(-1)
-    if compiles:
-        model = torch.compile(model)
+    tensors = {name: tensor(array) for name, array in inputs.items()}
+    call = torch.compile(model) if compiles else model
 
     def run() -> float:
-        logits = model(**tensors).logits
-        flat = logits.reshape(-1, logits.shape[-1])
-        loss = torch.nn.functional.cross_entropy(flat, wanted)
+        with computing():
+            value = loss(call(**tensors))
         tx.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         tx.step()
-        return loss.item()
+        return value.item()
 
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
     facts = {"trained": sum(p.numel() for p in trained)}
-    return Contender(run, seconds, None, None, facts)
+    return Contender(run, seconds, None, _peak(run), facts)
+
+
+def tensor(array: np.ndarray) -> Any:
+    """Returns an array on the device that is measured."""
+    import torch
+
+    return torch.tensor(array, device="cpu" if is_on_cpu() else "cuda")
+
+
+@contextlib.contextmanager
+def placed():
+    """Makes modules on the device that is measured, in its dtype."""
+    import torch
+
+    if is_on_cpu():
+        yield
+        return
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def computing() -> contextlib.AbstractContextManager[Any]:
+    """Returns the context of a forward pass: on a GPU it computes in bfloat16."""
+    import torch
+
+    if is_on_cpu():
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16)
+
+
+def _classes(labels: np.ndarray) -> Loss:
+    """Returns the cross-entropy of flattened logits."""
+    import torch
+
+    wanted = tensor(labels).reshape(-1)
+
+    def loss(output: Any) -> Any:
+        flat = output.logits.reshape(-1, output.logits.shape[-1])
+        return torch.nn.functional.cross_entropy(flat, wanted)
+
+    return loss
+
+
+def _peak(run: Callable[[], Any]) -> int | None:
+    """Returns by how much a step raises torch's memory on a GPU; None on a CPU."""
+    import torch
+
+    if is_on_cpu():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held

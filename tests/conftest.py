@@ -1,9 +1,15 @@
-"""What every test runs under: the CPU, and shapes checked in the pure functions."""
+"""What every test runs under: the CPU, and shapes checked in the pure functions.
+
+``JAX_PLATFORMS=cuda pytest`` runs them on a GPU, with float32 that is float32.
+"""
 
 import os
 from collections.abc import Iterator
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 
 import hypothesis
 import jax

@@ -30,6 +30,7 @@ from lora_jax.models.block import Block, Hidden, Place, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layers import register_layer
+from lora_jax.ops.attention import is_fused_attention
 from lora_jax.ops.rope import rope_angles
 from lora_jax.ops.spread import spread_rows
 from lora_jax.parallel.mesh import promote_table
@@ -38,7 +39,10 @@ TokenIds = Int[Array, "b t"]
 # What the backward pass keeps of a block, from most to least.
 REMATS: dict[str, Any] = {
     "none": None,  # all that it needs
-    "lora": jax.checkpoint_policies.save_only_these_names(X_A, LINEAR, ATTENDED),
+    "lora": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(X_A, LINEAR, ATTENDED),
+        is_fused_attention,
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -7,10 +7,11 @@ Query, key and value are three kernels on one input. Their adapters need one pro
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, Inputs, PRNGKey
@@ -171,8 +172,8 @@ def choose_implementation(
     """Returns the attention kernel for the default platform and these arrays.
 
     cuDNN's fused kernel where it can take them: an NVIDIA GPU from Ampere on, bfloat16
-    or float16, heads of a multiple of 8 up to 128, no bias, and with a mask even
-    lengths. XLA's otherwise, and on every CPU and TPU.
+    or float16, heads of a multiple of 8 up to 128 (256 from Hopper on), no bias, and
+    with a mask even lengths. XLA's otherwise, and on every CPU and TPU.
 
     Args:
       query: ``[*b, t, n, h]``.
@@ -187,21 +188,35 @@ def choose_implementation(
     fits = (
         query.dtype in (jnp.bfloat16, jnp.float16)
         and h % 8 == 0
-        and h <= 128
         and bias is None
         and (mask is None or (t % 2 == 0 and s % 2 == 0))
     )
-    return "cudnn" if fits and _has_cudnn() else "xla"
+    return "cudnn" if fits and h <= _widest_fused_head() else "xla"
 
 
-def _has_cudnn() -> bool:
+def _widest_fused_head() -> int:
+    """Returns up to which head size cuDNN's fused kernel goes here; 0 if it is none."""
     if target_platform() != "gpu" or jax.default_backend() != "gpu":
-        return False
+        return 0
     device = jax.devices()[0]
-    return (
-        "cuda" in device.client.platform_version.lower()
-        and float(getattr(device, "compute_capability", "0")) >= 8.0
-    )
+    if "cuda" not in device.client.platform_version.lower():
+        return 0
+    capability = float(getattr(device, "compute_capability", "0"))
+    return 256 if capability >= 9.0 else 128 if capability >= 8.0 else 0
+
+
+def is_fused_attention(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keeps what cuDNN's fused attention gives.
+
+    Its kernel names nothing for `jax.checkpoint_policies`, as others' here do.
+
+    Args:
+      primitive: that may be kept.
+
+    Returns:
+      Whether it is that kernel's forward pass.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def check_attention(

@@ -4,8 +4,6 @@ Half of a causal score matrix is masked away. In blocks (`lora_jax.ops.blockwise
 half is never computed.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -73,11 +71,19 @@ def causal_attention(
             chosen=jnp.argmax(jnp.asarray(windows) == window) if is_traced else None,
             segment_ids=segment_ids,
         )
-    is_fused = softcap is None and choose_implementation(query, key) == "cudnn"
-    if is_fused and window is None:
-        same = None if segment_ids is None else _same(segment_ids, segment_ids)
-        query = query * jnp.asarray(factor * math.sqrt(h), query.dtype)
-        return attention(query, key, value, mask=same, is_causal=True)
+    same = None if segment_ids is None else _same(segment_ids, segment_ids)
+    is_fused = choose_implementation(query, key, mask=same) == "cudnn"
+    if is_fused and softcap is None and not is_traced:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=same,
+            scale=factor,
+            is_causal=True,
+            local_window_size=None if window is None else (int(window) - 1, 0),
+            implementation="cudnn",
+        )
 
     options = Options(factor, is_causal=True, size=block_size(t), softcap=softcap)
     seen = Seen(segment_ids=segment_ids)

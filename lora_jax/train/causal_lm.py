@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
 from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.ops.spread import gather_kernel, row_parts
+from lora_jax.ops.spread import gather_kernel, row_parts, target_platform
 from lora_jax.train.losses import (
     as_weights,
     check_floating,
@@ -28,6 +28,8 @@ from lora_jax.train.step import LossFn
 
 LOGITS_AT_ONCE = 2**22  # floats; a chunk is as many tokens as make no more,
 CHUNK_TOKENS = 128  # but at least these: fewer read the head too often
+# A GPU multiplies the faster, the more; the head's logits are float32 there too.
+GPU_LOGITS_AT_ONCE, GPU_CHUNK_TOKENS = 2**26, 1024
 
 
 def causal_lm(
@@ -90,6 +92,8 @@ def causal_lm(
 
 def chunk_tokens(vocab_size: int) -> int:
     """Returns how many tokens' logits to form at once, for a vocabulary."""
+    if target_platform() == "gpu":
+        return max(GPU_CHUNK_TOKENS, GPU_LOGITS_AT_ONCE // vocab_size)
     return max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocab_size)
 
 

@@ -105,12 +105,15 @@ def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
         return choose_implementation(q, k, **options)
 
     mask = jnp.ones((1, 1, 1, 4), bool)
-    assert chosen() == "xla"  # this machine has no GPU
-    monkeypatch.setattr(ops, "_has_cudnn", lambda: True)
+    if jax.default_backend() != "gpu":
+        assert chosen() == "xla"
+    monkeypatch.setattr(ops, "_widest_fused_head", lambda: 128)
     assert chosen() == chosen(mask=mask) == chosen(dtype=jnp.float16) == "cudnn"
     assert chosen(dtype=jnp.float32) == chosen(h=68) == chosen(h=136) == "xla"
     assert chosen(bias=jnp.zeros((1, 1, 4, 4))) == "xla"
     assert chosen(t=3) == "cudnn"
+    monkeypatch.setattr(ops, "_widest_fused_head", lambda: 256)
+    assert chosen(h=136) == "cudnn"
     assert chosen(t=3, mask=mask) == chosen(s=5, mask=mask) == "xla"
 
 
