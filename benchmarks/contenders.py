@@ -5,7 +5,8 @@ A contender that isn't installed is left out, with a note. Our decoders are scan
 blocks, as `lora-jax train` has them. qwix and plain autodiff run on this library's own
 models, with its attention; nnx.LoRA on the same decoder written for NNX, PEFT on
 transformers' Llama and BERT, eager and compiled. The base is float32 on a CPU, bfloat16
-elsewhere.
+elsewhere. Beside them stands what no step does without: the base's matmuls, forward and
+for the gradient of their inputs, and nothing else.
 """
 
 import functools
@@ -37,7 +38,7 @@ CONFIG = specs.SMALL
 RANK, ALPHA, RATE = 8, 16, 1e-3
 PEFT_LORA = {"r": RANK, "lora_alpha": ALPHA}
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
-OURS = "lora_jax"
+OURS, FLOOR = "lora_jax", "no LoRA: the base's matmuls alone"
 Makers = dict[str, Callable[[], Contender]]
 
 
@@ -119,6 +120,7 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
         "plain autodiff": lambda: plain(task),
         "flax nnx.LoRA": lambda: _nnx(config, task),
     }
+    makers[FLOOR] = lambda: _matmuls(task.params, spec.batch * spec.length)
     name = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return _alternate(
         name, makers, task, lambda: torch_peft.llama(config, ids), quick=quick
@@ -133,11 +135,10 @@ def _encoders(spec: specs.EncoderSpec) -> dict:
     model = SequenceClassifier(spec.config, num_labels=2, dtype=dtype())
     inputs = (jnp.asarray(ids, jnp.int32), jnp.ones(shape, jnp.int32))
     task = Task(model, init(model, *inputs), inputs, _mean_loss(jnp.asarray(labels)))
+    makers = _own(task, exclude=["classifier"])
+    makers[FLOOR] = lambda: _matmuls(task.params, ids.size)
     return _alternate(
-        spec.name,
-        _own(task, exclude=["classifier"]),
-        task,
-        lambda: torch_peft.bert(spec, ids, labels),
+        spec.name, makers, task, lambda: torch_peft.bert(spec, ids, labels)
     )
 
 
@@ -371,6 +372,28 @@ def plain(task: Task, **options: Any) -> Contender:
             return task.model.apply({"params": params}, *task.inputs)
 
     return _by_autodiff(forward, adapters, task.params, task, **options)
+
+
+def _matmuls(params: Any, tokens: int) -> Contender:
+    """No step, but what none does without: ``x W`` and ``dy Wᵀ`` of every linear."""
+    kernels = [
+        leaf.reshape(leaf.shape[0], -1)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel" and path[-2].key in (*TARGETS, "head")
+    ]
+
+    @jax.jit
+    def run(kernels, rows):
+        rows = dict(rows)  # by width; each product goes into the next
+        for kernel in kernels:
+            x = rows[kernel.shape[0]]
+            rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
+        return rows
+
+    widths = {kernel.shape[0] for kernel in kernels}
+    key = jax.random.key(0)
+    rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
+    return measured(run.lower(kernels, rows), lambda: run(kernels, rows), trained=0)
 
 
 def _linears(params: Any) -> list[str]:
