@@ -79,7 +79,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all contenders that are installed.
 
     Args:
-      quick: the smallest decoder alone, fewer samples.
+      quick: the first decoder alone, fewer samples.
 
     Returns:
       One row a model: the samples of each contender, and who is missing.
@@ -93,7 +93,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 def decoder_specs() -> tuple[specs.DecoderSpec, ...]:
-    """Returns the decoders that suit this device, the smallest first."""
+    """Returns the decoders that suit this device, that with fewest layers first."""
     return specs.CPU_DECODERS if is_on_cpu() else specs.ACCELERATOR_DECODERS
 
 

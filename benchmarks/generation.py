@@ -1,6 +1,6 @@
 """Tokens a second with a cache: adapters beside their layers, merged, and PEFT's.
 
-The smallest decoder of `benchmarks.contenders` continues prompts greedily. A call is
+The first decoder of `benchmarks.contenders` continues prompts greedily. A call is
 measured as a user makes it, with the reading of the prompts; PEFT's is transformers'
 `generate`.
 Blocks are unrolled, as `load_model` has them if not told otherwise; as one `nn.scan`

@@ -1,6 +1,6 @@
 """Memory and time of a step by sequence length, beside plain autodiff.
 
-One row of tokens through 4 layers of the smallest decoder of `benchmarks.contenders`.
+One row of tokens through 4 layers of the first decoder of `benchmarks.contenders`.
 Plain autodiff is ``x W + s (x A) B`` as written, with `jax.nn.dot_product_attention`
 and all logits. What would take more bytes than `sizes` says is compiled and not run.
 """

@@ -112,6 +112,6 @@ CPU_DECODERS = (
     DecoderSpec("Llama-shaped, d 1024, 8 layers", _D_1024, 2, 256),
 )
 ACCELERATOR_DECODERS = (
-    DecoderSpec("Llama-3.2-1B's shape, d 2048, 16 layers", LLAMA_1B, 8, 1024),
     DecoderSpec("Llama-3.1-8B's shape, 4 of 32 layers, d 4096", _D_4096, 2, 2048),
+    DecoderSpec("Llama-3.2-1B's shape, d 2048, 16 layers", LLAMA_1B, 8, 1024),
 )

@@ -25,7 +25,8 @@ class ModelSettings:
       dtype: of the computation.
       param_dtype: of the frozen parameters; None for that of their file.
       scan: of a decoder: whether its blocks are compiled once, as a loop; null: where
-        the adapters of all blocks are alike.
+        the adapters of all blocks are alike. Unrolled, a step compiles longer and on a
+        GPU runs faster.
       remat: of a decoder: what the backward pass computes again, to save memory:
         ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``.
     """
