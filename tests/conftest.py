@@ -1,7 +1,7 @@
 """What every test runs under: the CPU, and shapes checked in the pure functions.
 
-``JAX_PLATFORMS=cuda pytest tests/ops/test_fused_attention.py`` runs a file on a GPU, with
-float32 that is float32. Tests that hold XLA:CPU's bits or its programs fail there.
+``JAX_PLATFORMS=cuda pytest tests/ops/test_fused_attention.py`` runs a file on a GPU,
+with float32 that is float32. Tests that hold XLA:CPU's bits or its programs fail there.
 """
 
 import os
