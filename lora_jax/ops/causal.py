@@ -74,6 +74,7 @@ def causal_attention(
     same = None if segment_ids is None else _same(segment_ids, segment_ids)
     is_fused = choose_implementation(query, key, mask=same) == "cudnn"
     if is_fused and softcap is None and not is_traced:
+        reach = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -81,7 +82,7 @@ def causal_attention(
             mask=same,
             scale=factor,
             is_causal=True,
-            local_window_size=None if window is None else (int(window) - 1, 0),
+            local_window_size=reach,
             implementation="cudnn",
         )
 

