@@ -80,7 +80,7 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 def setup(module=MODULE):
     """Returns the adapted decoder, its variables, loss, optimizer and step."""
     ids = np.zeros((1, 4), np.int32)
-    params = module.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
     adapted = adapt(module, LORA, ids)
     variables = adapted.attach(params, jax.random.key(1))
     tx = lora_optimizer(1e-2, total_steps=STEPS)
