@@ -23,13 +23,19 @@ COMPARISONS = (
     "slices",
     "plan_peak",
 )
+QUICK = ("contenders", "overhead")
 
 
 def main() -> None:
     """Runs what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="comparisons to run, or 'report'")
-    parser.add_argument("--quick", action="store_true", help="fewer samples and shapes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer samples and shapes, in a results file of its own; without names: "
+        f"{' and '.join(QUICK)}",
+    )
     args = parser.parse_args()
     if args.names[:1] == ["compare"]:
         if len(args.names) != 3:
@@ -37,7 +43,8 @@ def main() -> None:
         sys.exit(not compare.main(*map(Path, args.names[1:])))
     if unknown := sorted(set(args.names) - {*COMPARISONS, "report"}):
         parser.error(f"no benchmark {unknown}; there are {COMPARISONS} and 'report'")
-    if not args.names:
+    names = args.names or (QUICK if args.quick else ())
+    if not names:
         for name in COMPARISONS:
             module = importlib.import_module(f"benchmarks.{name}")
             print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
@@ -45,14 +52,13 @@ def main() -> None:
         print(
             "compare OLD.json NEW.json: two results files, so that a regression shows"
         )
-    for name in args.names:
+    for name in names:
         if name == "report":
             report.main()
             continue
         module = importlib.import_module(f"benchmarks.{name}")
         rows = module.main(args.quick)
-        command = f"python -m benchmarks {name}" + " --quick" * args.quick
-        path = harness.save(name, rows, command)
+        path = harness.save(name, rows, args.quick)
         print(module.table(rows))
         print(f"written to {path}")
 

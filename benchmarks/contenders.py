@@ -205,7 +205,7 @@ def _alternate(
             if name == OURS:
                 raise
             missing.append(f"{name} ({str(error).splitlines()[0]})")
-    timed = alternate(contenders, rounds=5 if quick else 11, calls=calls)
+    timed = alternate(contenders, rounds=3 if quick else 11, calls=calls)
     kind = jnp.dtype(dtype()).name
     return {"shape": shape, "dtype": kind, **timed, "missing": missing}
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = "-quick"  # at the end of a file's name
 
 
 class Contender(NamedTuple):
@@ -118,13 +119,14 @@ def is_on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
+def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
     """Writes one results file: device, versions, commit, date, all samples.
 
     Args:
       name: of the comparison.
       rows: its measurements.
-      command: that made them.
+      quick: whether they are those of ``--quick``: a file of their own, of which
+        the report takes no notice.
 
     Returns:
       The file.
@@ -132,7 +134,7 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
     device = jax.devices()[0]
     record = {
         "comparison": name,
-        "command": command,
+        "command": f"python -m benchmarks {name}{' --quick' * quick}",
         "date": time.strftime("%Y-%m-%d"),
         "device": device.device_kind,
         "platform": device.platform,
@@ -142,7 +144,7 @@ def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.platform}.json"
+    path = RESULTS / f"{name}-{device.platform}{QUICK * quick}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import QUICK, RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md")))
@@ -20,6 +20,8 @@ def main() -> None:
     from benchmarks import plots  # matplotlib is in the extra `experiments`
 
     for path in sorted(RESULTS.glob("*.json")):
+        if path.stem.endswith(QUICK):
+            continue
         record = json.loads(path.read_text())
         module = importlib.import_module(f"benchmarks.{record['comparison']}")
         head = (

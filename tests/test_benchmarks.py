@@ -61,3 +61,11 @@ def test_what_takes_more_than_its_limit_is_compiled_and_not_run():
     assert len(calls) == 2 + 3
     assert len(timed["small"]["ms"]) == 3
     assert timed["large"]["median_ms"] is None
+
+
+def test_a_quick_run_leaves_the_full_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    full, quick = (harness.save("steps", [], quick=quick) for quick in (False, True))
+    assert [full.name, quick.name] == ["steps-cpu.json", "steps-cpu-quick.json"]
+    assert json.loads(full.read_text())["command"] == "python -m benchmarks steps"
+    assert json.loads(quick.read_text())["command"].endswith("steps --quick")
