@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from lora_jax.ops import attention as ops
 from lora_jax.ops.attention import attention, choose_implementation, shared_updates
@@ -115,6 +116,15 @@ def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
     monkeypatch.setattr(ops, "_widest_fused_head", lambda: 256)
     assert chosen(h=136) == "cudnn"
     assert chosen(t=3, mask=mask) == chosen(s=5, mask=mask) == "xla"
+
+
+def test_what_a_policy_may_keep_of_cudnn_is_its_forward_pass():
+    kept = [
+        name
+        for name in ("dot_product_attention_fwd_wrapper", "dot_general", "exp")
+        if ops.is_fused_attention(Primitive(name), jnp.ones(1), scale=1.0)
+    ]
+    assert kept == ["dot_product_attention_fwd_wrapper"]
 
 
 def test_shared_updates_are_the_separate_ones():

@@ -7,7 +7,8 @@ import pytest
 
 from lora_jax import LoRAConfig
 from lora_jax.models.pretrained import load_model
-from lora_jax.train.causal_lm import causal_lm, make_lm_loss
+from lora_jax.train import causal_lm as lm
+from lora_jax.train.causal_lm import causal_lm, chunk_tokens, make_lm_loss
 from tests.models.golden import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -133,6 +134,12 @@ def test_chunks_without_a_token_that_counts_are_left_out_and_change_nothing(chun
         wanted = jax.value_and_grad(full, wrt)(hidden, kernel, weights)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_takes_more_tokens_at_once(monkeypatch):
+    assert (chunk_tokens(128_256), chunk_tokens(1000)) == (128, 4194)
+    monkeypatch.setattr(lm, "target_platform", lambda: "gpu")
+    assert (chunk_tokens(128_256), chunk_tokens(1000)) == (1024, 67_108)
 
 
 def test_prompts_cost_no_logits():
