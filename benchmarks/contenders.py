@@ -79,7 +79,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all contenders that are installed.
 
     Args:
-      quick: the first decoder alone, fewer samples.
+      quick: the first decoder alone beside plain autodiff and PEFT, fewer samples.
 
     Returns:
       One row a model: the samples of each contender, and who is missing.
@@ -110,12 +110,15 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
 
     makers: Makers = {
         OURS: lambda: ours(config, "lora", batch),
-        f"{OURS}, remat none": lambda: ours(config, "none", batch),
-        f"{OURS}, remat block": lambda: ours(config, "block", batch),
-        "full fine-tuning": lambda: _full_decoder(config, batch),
         "plain autodiff": lambda: plain(task),
-        "flax nnx.LoRA": lambda: _nnx(config, task),
     }
+    if not quick:
+        makers |= {
+            f"{OURS}, remat none": lambda: ours(config, "none", batch),
+            f"{OURS}, remat block": lambda: ours(config, "block", batch),
+            "full fine-tuning": lambda: _full_decoder(config, batch),
+            "flax nnx.LoRA": lambda: _nnx(config, task),
+        }
     if not is_on_cpu():  # there a loop's slices of W0 cost something
         makers[f"{OURS}, unrolled"] = lambda: _lm_step(task.model, task.params, batch)
     makers[FLOOR] = lambda: _matmuls(task.params, spec.batch * spec.length)
@@ -186,10 +189,10 @@ def _alternate(
 ) -> dict[str, Any]:
     """Adds those contenders that are installed, and times all."""
     missing = []
-    if importlib.util.find_spec("qwix"):
-        makers["qwix LoraProvider"] = lambda: _qwix(task)
-    else:
+    if importlib.util.find_spec("qwix") is None:
         missing.append("qwix (not installed)")
+    elif not quick:
+        makers["qwix LoraProvider"] = lambda: _qwix(task)
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
         peft = functools.partial(torch_peft.contender, lora=PEFT_LORA, rate=RATE)
         makers["PEFT on torch, eager"] = lambda: peft(*torch())
