@@ -12,7 +12,7 @@ for the gradient of their inputs, and nothing else.
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,21 @@ import numpy as np
 import optax
 
 from benchmarks import specs, torch_peft
-from benchmarks.harness import Contender, alternate, is_on_cpu, measured
+from benchmarks.harness import Contender, alternate, is_on_cpu
+from benchmarks.rivals import (
+    ALPHA,
+    RANK,
+    RATE,
+    Task,
+    count,
+    dtype,
+    matmuls,
+    nnx_layer,
+    nnx_lora,
+    plain,
+    qwix_lora,
+    stepper,
+)
 from lora_jax import (
     LoRAConfig,
     TrainState,
@@ -35,27 +49,9 @@ from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.encoder import SequenceClassifier
 
 CONFIG = specs.SMALL
-RANK, ALPHA, RATE = 8, 16, 1e-3
 PEFT_LORA = {"r": RANK, "lora_alpha": ALPHA}
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 OURS, FLOOR = "lora_jax", "no LoRA: the base's matmuls alone"
 Makers = dict[str, Callable[[], Contender]]
-
-
-class Task(NamedTuple):
-    """A model and a batch, for the contenders that JAX differentiates.
-
-    Attributes:
-      model: with no LoRA inside.
-      params: its parameters.
-      inputs: arguments of its call.
-      loss: of what the call returns.
-    """
-
-    model: nn.Module
-    params: Any
-    inputs: tuple[jax.Array, ...]
-    loss: Callable[[jax.Array], jax.Array]
 
 
 class Layer(nn.Module):
@@ -97,11 +93,6 @@ def decoder_specs() -> tuple[specs.DecoderSpec, ...]:
     return specs.CPU_DECODERS if is_on_cpu() else specs.ACCELERATOR_DECODERS
 
 
-def dtype() -> Any:
-    """Returns the dtype of the base and of the computation."""
-    return jnp.float32 if is_on_cpu() else jnp.bfloat16
-
-
 def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
     config, shape = spec.config, (spec.batch, spec.length + 1)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape)
@@ -117,11 +108,11 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
             f"{OURS}, remat none": lambda: ours(config, "none", batch),
             f"{OURS}, remat block": lambda: ours(config, "block", batch),
             "full fine-tuning": lambda: _full_decoder(config, batch),
-            "flax nnx.LoRA": lambda: _nnx(config, task),
+            "flax nnx.LoRA": lambda: nnx_lora(config, task),
         }
     if not is_on_cpu():  # there a loop's slices of W0 cost something
         makers[f"{OURS}, unrolled"] = lambda: _lm_step(task.model, task.params, batch)
-    makers[FLOOR] = lambda: _matmuls(task.params, spec.batch * spec.length)
+    makers[FLOOR] = lambda: matmuls(task.params, spec.batch * spec.length)
     name = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return _alternate(
         name, makers, task, lambda: torch_peft.llama(config, ids), quick=quick
@@ -137,7 +128,7 @@ def _encoders(spec: specs.EncoderSpec) -> dict:
     inputs = (jnp.asarray(ids, jnp.int32), jnp.ones(shape, jnp.int32))
     task = Task(model, init(model, *inputs), inputs, _mean_loss(jnp.asarray(labels)))
     makers = _own(task, exclude=["classifier"])
-    makers[FLOOR] = lambda: _matmuls(task.params, ids.size)
+    makers[FLOOR] = lambda: matmuls(task.params, ids.size)
     return _alternate(
         spec.name, makers, task, lambda: torch_peft.bert(spec, ids, labels)
     )
@@ -154,7 +145,7 @@ def _layers(spec: specs.DenseSpec) -> dict:
         return jnp.mean(jnp.square(output.astype(jnp.float32) - wanted))
 
     task = Task(model, init(model, *inputs), inputs, loss)
-    makers = _own(task) | {"flax nnx.LoRA": lambda: _nnx_layer(spec.width, task)}
+    makers = _own(task) | {"flax nnx.LoRA": lambda: nnx_layer(spec.width, task)}
     name = f"{spec.name}, {spec.tokens:,} tokens, alone"
     return _alternate(
         name, makers, task, lambda: torch_peft.layer(spec.width, x, y), calls=5
@@ -192,7 +183,7 @@ def _alternate(
     if importlib.util.find_spec("qwix") is None:
         missing.append("qwix (not installed)")
     elif not quick:
-        makers["qwix LoraProvider"] = lambda: _qwix(task)
+        makers["qwix LoraProvider"] = lambda: qwix_lora(task)
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
         peft = functools.partial(torch_peft.contender, lora=PEFT_LORA, rate=RATE)
         makers["PEFT on torch, eager"] = lambda: peft(*torch())
@@ -243,24 +234,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines[:-1])
 
 
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def _copy(tree: Any) -> Any:
     """For a step that donates what it trains."""
     return jax.tree.map(jnp.copy, tree)
-
-
-def _stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
-    """A contender that is a jitted ``(state, ...) -> (state, loss)``."""
-    lowered, holder = step.lower(state, *rest), [state]
-
-    def run() -> Any:
-        holder[0], loss = step(holder[0], *rest)
-        return loss
-
-    return measured(lowered, run, **facts)
 
 
 def lm_batch(ids: np.ndarray) -> dict[str, jax.Array]:
@@ -328,129 +304,4 @@ def _trained(loss_fn: Any, variables: Any, batch: Any, **options: Any) -> Conten
     tx = optax.adam(RATE)
     state = TrainState.create(variables, tx, jax.random.key(0))
     step = make_train_step(loss_fn, tx)
-    return _stepper(step, state, batch, trained=_count(state.trainable), **options)
-
-
-def _by_autodiff(
-    forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
-) -> Contender:
-    """Adam on ``adapters`` for ``forward(adapters, frozen) -> outputs``, all by JAX."""
-    tx = optax.adam(RATE)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, frozen):
-        adapters, opt_state = state
-        value, gradient = jax.value_and_grad(lambda a: task.loss(forward(a, frozen)))(
-            adapters
-        )
-        updates, opt_state = tx.update(gradient, opt_state, adapters)
-        return (optax.apply_updates(adapters, updates), opt_state), value
-
-    state = (adapters, tx.init(adapters))
-    return _stepper(step, state, frozen, trained=_count(adapters), **options)
-
-
-def plain(task: Task, **options: Any) -> Contender:
-    """``x W + s (x A) B`` as anyone would write it, differentiated by JAX."""
-    config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
-    adapted = adapt(task.model, config, *task.inputs)
-    adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
-
-    def forward(adapters, params):
-        def intercept(next_fun, args, kwargs, context):
-            y, node = next_fun(*args, **kwargs), adapters
-            if not isinstance(context.module, nn.Dense):
-                return y
-            for name in context.module.path:
-                node = node.get(name, {})
-            if not node:
-                return y
-            a, b = (node[name].astype(y.dtype) for name in ("lora_a", "lora_b"))
-            return y + ALPHA / RANK * (args[0] @ a) @ b
-
-        with nn.intercept_methods(intercept):
-            return task.model.apply({"params": params}, *task.inputs)
-
-    return _by_autodiff(forward, adapters, task.params, task, **options)
-
-
-def _matmuls(params: Any, tokens: int) -> Contender:
-    """No step, but what none does without: ``x W`` and ``dy Wᵀ`` of every linear."""
-    kernels = [
-        leaf.reshape(leaf.shape[0], -1)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if path[-1].key == "kernel" and path[-2].key in (*TARGETS, "head")
-    ]
-
-    @jax.jit
-    def run(kernels, rows):
-        rows = dict(rows)  # by width; each product goes into the next
-        for kernel in kernels:
-            x = rows[kernel.shape[0]]
-            rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
-        return rows
-
-    widths = {kernel.shape[0] for kernel in kernels}
-    key = jax.random.key(0)
-    rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
-    return measured(run.lower(kernels, rows), lambda: run(kernels, rows), trained=0)
-
-
-def _linears(params: Any) -> list[str]:
-    """Names of the linears that all contenders adapt: those of this model's blocks."""
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = {path[-2].key for path, _ in paths}
-    return [name for name in TARGETS if name in names]
-
-
-def _qwix(task: Task) -> Contender:
-    import qwix
-
-    names = "|".join(_linears(task.params))
-    rule = qwix.LoraRule(module_path=f".*({names})", rank=RANK, alpha=ALPHA)
-    provider = qwix.LoraProvider([rule])
-    lora_model = qwix.apply_lora_to_model(task.model, provider)
-    fresh = jax.jit(lora_model.init)(jax.random.key(1), *task.inputs)["params"]
-    is_adapter = jax.tree_util.tree_map_with_path(
-        lambda path, _: "lora" in jax.tree_util.keystr(path), fresh
-    )
-    leaves, treedef = jax.tree.flatten(fresh)
-    flags = jax.tree.leaves(is_adapter)
-    adapters = [x for x, flag in zip(leaves, flags, strict=True) if flag]
-    frozen = [
-        x.astype(dtype()) for x, flag in zip(leaves, flags, strict=True) if not flag
-    ]
-
-    def forward(adapters, frozen):
-        moving, still = iter(adapters), iter(frozen)
-        joined = [next(moving) if flag else next(still) for flag in flags]
-        return lora_model.apply({"params": treedef.unflatten(joined)}, *task.inputs)
-
-    return _by_autodiff(forward, adapters, frozen, task)
-
-
-def _nnx(config: DecoderConfig, task: Task) -> Contender:
-    from flax import nnx
-
-    from benchmarks.nnx_decoder import NnxDecoder
-
-    return _split_nnx(NnxDecoder(config, RANK, dtype(), nnx.Rngs(0)), task)
-
-
-def _nnx_layer(width: int, task: Task) -> Contender:
-    from flax import nnx
-
-    from benchmarks.nnx_decoder import lora_linear
-
-    return _split_nnx(lora_linear(width, width, RANK, dtype(), nnx.Rngs(0)), task)
-
-
-def _split_nnx(model: Any, task: Task) -> Contender:
-    from flax import nnx
-
-    graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
-
-    def forward(adapters, frozen):
-        return nnx.merge(graph, adapters, frozen)(*task.inputs)
-
-    return _by_autodiff(forward, adapters, frozen, task)
+    return stepper(step, state, batch, trained=count(state.trainable), **options)

@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from benchmarks import contenders
+from benchmarks import contenders, rivals
 from benchmarks.harness import Contender, alternate, is_on_cpu
 from lora_jax.models import block
 from lora_jax.models.decoder_config import DecoderConfig
@@ -69,7 +69,7 @@ def _plain(config: DecoderConfig, batch: Any, limit: int) -> Contender:
         return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
     with mock.patch.object(block, "causal_attention", attention):
-        return contenders.plain(contenders.lm_task(config, batch), limit=limit)
+        return rivals.plain(contenders.lm_task(config, batch), limit=limit)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

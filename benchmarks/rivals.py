@@ -1,0 +1,185 @@
+"""The contenders of `benchmarks.contenders` that JAX differentiates: no code of ours.
+
+Plain autodiff, qwix and nnx.LoRA; and the base's matmuls, which no step does without.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.harness import Contender, is_on_cpu, measured
+from lora_jax import LoRAConfig, adapt
+from lora_jax.models.decoder_config import DecoderConfig
+
+RANK, ALPHA, RATE = 8, 16, 1e-3
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class Task(NamedTuple):
+    """A model and a batch, for the contenders that JAX differentiates.
+
+    Attributes:
+      model: with no LoRA inside.
+      params: its parameters.
+      inputs: arguments of its call.
+      loss: of what the call returns.
+    """
+
+    model: nn.Module
+    params: Any
+    inputs: tuple[jax.Array, ...]
+    loss: Callable[[jax.Array], jax.Array]
+
+
+def dtype() -> Any:
+    """Returns the dtype of the base and of the computation."""
+    return jnp.float32 if is_on_cpu() else jnp.bfloat16
+
+
+def count(tree: Any) -> int:
+    """Returns the numbers in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
+    """A contender that is a jitted ``(state, ...) -> (state, loss)``."""
+    lowered, holder = step.lower(state, *rest), [state]
+
+    def run() -> Any:
+        holder[0], loss = step(holder[0], *rest)
+        return loss
+
+    return measured(lowered, run, **facts)
+
+
+def _by_autodiff(
+    forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
+) -> Contender:
+    """Adam on ``adapters`` for ``forward(adapters, frozen) -> outputs``, all by JAX."""
+    tx = optax.adam(RATE)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, frozen):
+        adapters, opt_state = state
+        value, gradient = jax.value_and_grad(lambda a: task.loss(forward(a, frozen)))(
+            adapters
+        )
+        updates, opt_state = tx.update(gradient, opt_state, adapters)
+        return (optax.apply_updates(adapters, updates), opt_state), value
+
+    state = (adapters, tx.init(adapters))
+    return stepper(step, state, frozen, trained=count(adapters), **options)
+
+
+def plain(task: Task, **options: Any) -> Contender:
+    """``x W + s (x A) B`` as anyone would write it, differentiated by JAX."""
+    config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
+    adapted = adapt(task.model, config, *task.inputs)
+    adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
+
+    def forward(adapters, params):
+        def intercept(next_fun, args, kwargs, context):
+            y, node = next_fun(*args, **kwargs), adapters
+            if not isinstance(context.module, nn.Dense):
+                return y
+            for name in context.module.path:
+                node = node.get(name, {})
+            if not node:
+                return y
+            a, b = (node[name].astype(y.dtype) for name in ("lora_a", "lora_b"))
+            return y + ALPHA / RANK * (args[0] @ a) @ b
+
+        with nn.intercept_methods(intercept):
+            return task.model.apply({"params": params}, *task.inputs)
+
+    return _by_autodiff(forward, adapters, task.params, task, **options)
+
+
+def matmuls(params: Any, tokens: int) -> Contender:
+    """No step, but what none does without: ``x W`` and ``dy Wᵀ`` of every linear."""
+    kernels = [
+        leaf.reshape(leaf.shape[0], -1)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel" and path[-2].key in (*TARGETS, "head")
+    ]
+
+    @jax.jit
+    def run(kernels, rows):
+        rows = dict(rows)  # by width; each product goes into the next
+        for kernel in kernels:
+            x = rows[kernel.shape[0]]
+            rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
+        return rows
+
+    widths = {kernel.shape[0] for kernel in kernels}
+    key = jax.random.key(0)
+    rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
+    return measured(run.lower(kernels, rows), lambda: run(kernels, rows), trained=0)
+
+
+def _linears(params: Any) -> list[str]:
+    """Names of the linears that all contenders adapt: those of this model's blocks."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = {path[-2].key for path, _ in paths}
+    return [name for name in TARGETS if name in names]
+
+
+def qwix_lora(task: Task) -> Contender:
+    """qwix's `LoraProvider` on the task's own model."""
+    import qwix
+
+    names = "|".join(_linears(task.params))
+    rule = qwix.LoraRule(module_path=f".*({names})", rank=RANK, alpha=ALPHA)
+    provider = qwix.LoraProvider([rule])
+    lora_model = qwix.apply_lora_to_model(task.model, provider)
+    fresh = jax.jit(lora_model.init)(jax.random.key(1), *task.inputs)["params"]
+    is_adapter = jax.tree_util.tree_map_with_path(
+        lambda path, _: "lora" in jax.tree_util.keystr(path), fresh
+    )
+    leaves, treedef = jax.tree.flatten(fresh)
+    flags = jax.tree.leaves(is_adapter)
+    adapters = [x for x, flag in zip(leaves, flags, strict=True) if flag]
+    frozen = [
+        x.astype(dtype()) for x, flag in zip(leaves, flags, strict=True) if not flag
+    ]
+
+    def forward(adapters, frozen):
+        moving, still = iter(adapters), iter(frozen)
+        joined = [next(moving) if flag else next(still) for flag in flags]
+        return lora_model.apply({"params": treedef.unflatten(joined)}, *task.inputs)
+
+    return _by_autodiff(forward, adapters, frozen, task)
+
+
+def nnx_lora(config: DecoderConfig, task: Task) -> Contender:
+    """`nnx.LoRA` in the decoder written for NNX."""
+    from flax import nnx
+
+    from benchmarks.nnx_decoder import NnxDecoder
+
+    return _split_nnx(NnxDecoder(config, RANK, dtype(), nnx.Rngs(0)), task)
+
+
+def nnx_layer(width: int, task: Task) -> Contender:
+    """One `nnx.LoRA` linear."""
+    from flax import nnx
+
+    from benchmarks.nnx_decoder import lora_linear
+
+    return _split_nnx(lora_linear(width, width, RANK, dtype(), nnx.Rngs(0)), task)
+
+
+def _split_nnx(model: Any, task: Task) -> Contender:
+    from flax import nnx
+
+    graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+    def forward(adapters, frozen):
+        return nnx.merge(graph, adapters, frozen)(*task.inputs)
+
+    return _by_autodiff(forward, adapters, frozen, task)
