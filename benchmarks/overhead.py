@@ -69,10 +69,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             low, high = found["quartiles_ms"]
             slower = found["median_ms"] / base["median_ms"] - 1
-            more = found["flops"] / base["flops"] - 1
+            more = "–"
+            if base["flops"]:
+                more = f"{found['flops'] / base['flops'] - 1:+.1%}"
             lines.append(
                 f"| {name} | {found['median_ms']:.{digits}f} "
                 f"({low:.{digits}f}–{high:.{digits}f}) | {slower:+.1%} | "
-                f"{more:+.1%} | {found['formula']:+.1%} |"
+                f"{more} | {found['formula']:+.1%} |"
             )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Pictures of results files: step time by contender, cost by length and by rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,11 @@ def _lengths(rows: Rows) -> Any:
     tokens = [row["tokens"] for row in rows]
     names = {lengths.OURS: BLUE, lengths.BLOCK: LIGHT, lengths.PLAIN: ORANGE}
     for name, color in names.items():
-        megabytes = [row[name]["temp_bytes"] / 1e6 for row in rows]
         style = {"color": color, "marker": "o", "label": name, "linewidth": 2}
-        memory.plot(tokens, megabytes, **style)
-        ran = [row for row in rows if row[name]["median_ms"] is not None]
-        time.plot(
-            [row["tokens"] for row in ran],
-            [row[name]["median_ms"] for row in ran],
-            **style,
-        )
+        for axis, key, unit in ((memory, "temp_bytes", 1e6), (time, "median_ms", 1)):
+            known = [row for row in rows if row[name][key] is not None]
+            at = [row["tokens"] for row in known]
+            axis.plot(at, [row[name][key] / unit for row in known], **style)
     limit = rows[0]["limit_bytes"] / 1e6
     memory.axhline(limit, color=GREY, linestyle="--", linewidth=1)
     memory.annotate("not run above this", (tokens[0], limit), va="bottom", fontsize=8)
@@ -115,17 +111,20 @@ def _overhead(rows: Rows) -> Any:
     base = row["base"]
     ranks = [name for name in row if name.startswith("rank ")]
     numbers = [int(name.split()[1]) for name in ranks]
-    added = {
-        "time": [row[name]["median_ms"] / base["median_ms"] - 1 for name in ranks],
-        "FLOPs, by XLA": [row[name]["flops"] / base["flops"] - 1 for name in ranks],
-        "r (in + out) / (in out)": [row[name]["formula"] for name in ranks],
-    }
-    styles = ((ORANGE, "o", "-"), (BLUE, "o", "-"), ("#444", "", "--"))
-    for (label, values), (color, marker, line) in zip(
-        added.items(), styles, strict=True
-    ):
+
+    def line(label: str, values: Iterable[float], *style: str) -> None:
+        color, marker, dashes = style
         percent = [100 * value for value in values]
-        axis.plot(numbers, percent, line, color=color, marker=marker, label=label)
+        axis.plot(numbers, percent, dashes, color=color, marker=marker, label=label)
+
+    def over_base(key: str) -> Iterable[float]:
+        return (row[name][key] / base[key] - 1 for name in ranks)
+
+    line("time", over_base("median_ms"), ORANGE, "o", "-")
+    if base["flops"]:
+        line("FLOPs, by XLA", over_base("flops"), BLUE, "o", "-")
+    formula = (row[name]["formula"] for name in ranks)
+    line("r (in + out) / (in out)", formula, "#444", "", "--")
     axis.set(
         xscale="log",
         xlabel="rank, all linears",

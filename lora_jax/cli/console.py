@@ -162,13 +162,22 @@ def _cell(value: Any) -> str:
 
 def size(count: float) -> str:
     """Returns a number of bytes for people: ``1.5 MB`` (powers of ten)."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
+    return f"{count:.0f} B" if count < 1000 else _scaled(count / 1e3, "kB MB GB")
+
+
+def arithmetic(count: float) -> str:
+    """Returns a number of FLOPs for people: ``2.5 TFLOP``."""
+    return _scaled(count / 1e6, "MFLOP GFLOP TFLOP PFLOP")
+
+
+def _scaled(count: float, units: str) -> str:
+    *smaller, unit = units.split()
+    for name in smaller:
+        if count < 1000:
+            unit = name
+            break
         count /= 1000
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if count < 100 else f"{count:,.0f} {unit}"
-    raise AssertionError("unreachable: the last unit always returns")
+    return f"{count:.3g} {unit}" if count < 100 else f"{count:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

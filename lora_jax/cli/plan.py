@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.cli import job as jobs
 from lora_jax.cli import plan_ahead, report
-from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.console import Console, UserError, arithmetic, size
 from lora_jax.cli.plan_here import Pricer
 from lora_jax.cli.settings import load_settings
 from lora_jax.names import PARAMS
@@ -107,8 +107,9 @@ def _print_steps(out: Console, steps: dict[str, dict[str, Any]]) -> None:
         rows.append((label, size(lora), size(full), _ratio(lora, full)))
     lora, full = steps["lora"]["flops"], steps["full"]["flops"]
     if lora and full:
-        shown = (f"{lora / 1e9:.1f} GFLOP", f"{full / 1e9:.1f} GFLOP")
-        rows.append(("arithmetic", *shown, _ratio(lora, full)))
+        rows.append(
+            ("arithmetic", arithmetic(lora), arithmetic(full), _ratio(lora, full))
+        )
     out.table(("", "LoRA", "full fine-tuning", "ratio"), rows)
     saved = f"; LoRA saves {1 - lora / full:.0%} of the arithmetic" if lora else ""
     out.say(f"  (memory as XLA counts it for the compiled step{saved})")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax.cli.console import Console, UserError, duration, size
+from lora_jax.cli.console import Console, UserError, arithmetic, duration, size
 from lora_jax.cli.language import MAX_LENGTH
 from lora_jax.cli.settings import RunSettings
 from lora_jax.io.fetch import find_model
@@ -285,6 +285,6 @@ def _print_plan(out: Console, plan: StepPlan) -> None:
     )
     flops = plan.flops
     out.say(
-        f"  {flops.lora / 1e12:,.1f} TFLOP a step; full fine-tuning "
-        f"{flops.full / 1e12:,.1f}: LoRA saves {flops.saved:.0%} (by formula)"
+        f"  {arithmetic(flops.lora)} a step; full fine-tuning "
+        f"{arithmetic(flops.full)}: LoRA saves {flops.saved:.0%} (by formula)"
     )

@@ -11,7 +11,7 @@ from lora_jax.models.decoder import REMATS
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.nn.adapt import adapt
 from lora_jax.plan.fit import device_memory, largest_batch
-from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.plan.flops import StepFlops, counted_flops, step_flops
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_train_step
 
@@ -24,7 +24,7 @@ class Here(NamedTuple):
       remat: what the backward pass computes again; None of an encoder.
       parts: bytes of base, trained weights, optimizer, temporaries, and in all.
       limit: bytes that the device has.
-      flops: of the step, as XLA counts them.
+      flops: of the step, as XLA counts them; None where it doesn't.
     """
 
     batch: int
@@ -91,9 +91,8 @@ class Pricer:
         }
         step = make_train_step(loss, self.tx, train.accumulate)
         compiled = step.lower(state, batch).compile()
-        flops = (compiled.cost_analysis() or {}).get("flops")
         parts = memory_plan(state, compiled)
-        return Here(rows, remat, parts, self.limit, flops)
+        return Here(rows, remat, parts, self.limit, counted_flops(compiled))
 
     def flops(self, rows: int, remat: str | None) -> StepFlops | None:
         """Counts a decoder's arithmetic by formula: XLA counts a loop's body once."""

@@ -1,5 +1,6 @@
 """What a training run prints: what was loaded, what is trained, what came of it."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -181,10 +182,14 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions that a result depends on, as far as they are installed."""
     names = ("lora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for name in names:
+        # A checkout on the path is not installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import KERNEL
 from lora_jax.tree.paths import flatten
@@ -78,6 +80,16 @@ def step_flops(
         lora=float(rows * (lora + 4 * head + scores)),
         full=float(rows * (full + 6 * head + scores)),
     )
+
+
+def counted_flops(compiled: jax.stages.Compiled) -> float | None:
+    """Returns XLA's own count for a program of one pass over its code, without loops.
+
+    None on a GPU, where matmuls are calls of a library, which XLA doesn't count.
+    """
+    if jax.default_backend() == "gpu":
+        return None
+    return (compiled.cost_analysis() or {}).get("flops")
 
 
 def _mean_keys(tokens: int, window: int | None) -> float:
