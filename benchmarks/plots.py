@@ -10,6 +10,7 @@ from benchmarks import contenders, lengths
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
+from matplotlib.ticker import LogLocator
 
 BLUE, LIGHT, ORANGE, GREY = "#3b6ea8", "#9dbbdc", "#d9822b", "#b5b5b5"
 Rows = list[dict[str, Any]]
@@ -98,6 +99,8 @@ def _lengths(rows: Rows) -> Any:
     for axis in (memory, time):
         axis.set(xscale="log", yscale="log", xlabel="tokens of a row")
         axis.set_xticks(tokens, [f"{t:,}" for t in tokens])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     time.legend(frameon=False, fontsize=9)

@@ -8,8 +8,12 @@ from pathlib import Path
 from benchmarks.harness import QUICK, RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md")))
-MARKS = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted(ROOT.glob("experiments/*/README.md")),
+)
+MARKS = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def main() -> None:

@@ -11,6 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] != "cpu":
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# Most tests compile much and run it once: the costly optimisations of machine code are
+# left out, here and in the processes started here, but for tests marked "optimized".
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them everywhere.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -33,12 +37,15 @@ def _forget_compilations():
     jax.clear_caches()
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Leaves XLA's costly optimisations out: much compiled here, little run."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles what is marked "optimized" as it is compiled for users."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    if before and request.node.get_closest_marker("optimized"):
+        jax.config.update(name, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(name, before)
 
 
 @pytest.fixture

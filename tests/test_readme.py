@@ -3,19 +3,16 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.report import MARKS, PAGES, ROOT
 from lora_jax import load_model
 from lora_jax.cli.main import main
 from tests.tiny_decoder import make_decoder
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
-MARKS = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda code: code.split("\n")[0][:40])
@@ -31,7 +28,6 @@ def test_tables_are_those_of_the_results(page):
         assert table.strip() == (ROOT / path).read_text().strip(), path
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_bring_your_own_model_runs_as_written(tmp_path, monkeypatch, capsys):
     section = PAGES[0].read_text().split("## Bring your own model")[1].split("\n## ")[0]
     config = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)[0]

@@ -31,16 +31,6 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_commands():
-    """As `quick_compilation`, for all commands, and before any run that is shared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bert")

@@ -15,8 +15,6 @@ from lora_jax.models.encoder import SequenceClassifier, mean_pool
 from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.pretrained import load_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 TINY = EncoderConfig(
     vocab_size=11,

@@ -21,8 +21,6 @@ from tests.models.peft_cases import (
     logits_of,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FILE = "adapter_model.safetensors"
 
 

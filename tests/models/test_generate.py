@@ -12,8 +12,6 @@ from lora_jax.models.generate import generate, sample
 from lora_jax.models.pretrained import load_model
 from tests.models.golden import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def llama():

@@ -20,8 +20,6 @@ from tests.models.peft_cases import (
     merged_logits_of,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCANNED = [("llama", "rslora"), ("gemma3", "rslora"), ("phi3", "dora")]
 
 

@@ -14,8 +14,6 @@ from lora_jax.names import LORA, PARAMS
 from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IDS = jnp.array([[5, 6, 7, 8], [9, 2, 3, 1]])
 
 

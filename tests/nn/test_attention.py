@@ -21,8 +21,6 @@ from tests.nn.tools import (
 )
 from tests.reference import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
 X = normal((2, 5, 12))
 MEMORY = normal((2, 7, 10), seed=1)

@@ -20,8 +20,6 @@ from lora_jax import (
 from tests.nn.tools import equal, key, normal, shapes, tuned
 from tests.reference import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALL = LoRAConfig(rank=3, alpha=7.0, targets=".*")
 NONE = LoRAConfig(rank=3, targets=["elsewhere"])
 IDS = jnp.asarray([[1, 4, 0], [2, 2, 6]])

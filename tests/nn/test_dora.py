@@ -17,8 +17,6 @@ from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
 from tests.nn.test_module_laws import MODULE_CASES
 from tests.nn.tools import initialised, key, normal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALPHA, RANK = 7.0, 3
 CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
 FOREIGN = ("scanned_axis_1", "encoder_decoder", "odds")

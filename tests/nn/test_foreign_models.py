@@ -12,6 +12,8 @@ from lora_jax.tree.paths import flatten
 from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
 from tests.nn.tools import key
 
+pytestmark = pytest.mark.optimized
+
 
 class Ready:
     """A model with its base, adapters and outputs, made once for all tests of it."""

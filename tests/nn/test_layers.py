@@ -11,8 +11,6 @@ from lora_jax.nn.layers import call_inputs, layer_of
 from tests.nn.tools import key, normal, tuned
 from tests.reference import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = normal((3, 4, 8))
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
 

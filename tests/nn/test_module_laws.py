@@ -106,6 +106,7 @@ MODULE_CASES = (
 )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", MODULE_CASES, ids=lambda case: case.name)
 def test_silent_at_init(case, key):
     laws.check_silent_at_init(case, key)
@@ -114,14 +115,13 @@ def test_silent_at_init(case, key):
 # A module adds variables to a pure function, and what derivatives are made of is held
 # there; here are the laws that variables could break.
 OF_FUNCTIONS = (
-    laws.check_silent_at_init,  # above, with all of XLA's optimisations
+    laws.check_silent_at_init,  # above
     laws.check_gradients,
     laws.check_second_derivatives,
     laws.check_dropout_keeps_no_mask,
 )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("law", "case"),
     [t for t in trials(MODULE_CASES) if t.values[0] not in OF_FUNCTIONS],

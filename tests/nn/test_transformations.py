@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lora_jax import LoRAAttention, LoRAConfig, LoRADense, LoRAEinsum
 from tests.nn.tools import (
@@ -22,8 +21,6 @@ from tests.nn.tools import (
     variables_of,
 )
 from tests.reference import assert_close
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = LoRAConfig(rank=3, alpha=7.0)
 ALL = LoRAConfig(rank=3, alpha=7.0, targets=".*")

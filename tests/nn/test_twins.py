@@ -21,8 +21,6 @@ from lora_jax import (
 from tests.nn.tools import equal, key, tuned
 from tests.reference import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IDS = jnp.arange(10).reshape(2, 5)
 CONFIG = LoRAConfig(
     rank=3,

@@ -11,6 +11,7 @@ from lora_jax.ops.blockwise import MIN_BLOCK
 from lora_jax.ops.causal import cached_attention, causal_attention
 
 T = 2 * MIN_BLOCK + 9  # three blocks, the last one short
+pytestmark = pytest.mark.optimized
 
 
 def arrays(t=T):

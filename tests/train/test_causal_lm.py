@@ -11,8 +11,6 @@ from lora_jax.train import causal_lm as lm
 from lora_jax.train.causal_lm import causal_lm, chunk_tokens, make_lm_loss
 from tests.models.golden import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def written_out(module, variables, batch):
     logits = module.apply(

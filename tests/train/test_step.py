@@ -73,6 +73,7 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_base_is_bit_identical_usable_and_the_same_buffer(dtype, accumulate):
@@ -98,6 +99,7 @@ def test_the_base_is_bit_identical_usable_and_the_same_buffer(dtype, accumulate)
     assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_compiled_step_has_no_gradient_copy_or_constant_of_the_base(accumulate):
     state, step = start(), make_train_step(loss_fn, make_tx(), accumulate)
@@ -238,6 +240,7 @@ def test_dropout_keys_differ_by_step_and_microbatch():
     assert len(set(draws)) == 3
 
 
+@pytest.mark.optimized
 def test_the_same_seed_gives_the_same_bits():
     finals = []
     for _ in range(2):
