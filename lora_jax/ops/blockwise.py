@@ -5,7 +5,7 @@ see (if causal, those up to its own end). Kept for the backward pass are its ope
 its result and one number a query, ``log Σ exp(score)``. The backward pass takes the
 keys a block at a time, each against the queries that may see it, and makes their
 probabilities again, from ``K Qᵀ``: the compiler can't take that for the forward pass's
-``Q Kᵀ``, and so keeps neither.
+``Q Kᵀ``, and so keeps neither. On a CPU a loop does both for a few heads at a time.
 
 References:
   Dao et al., https://arxiv.org/abs/2205.14135, algorithms 1 and 4.
@@ -20,8 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.names import ATTENDED
+from lora_jax.ops.spread import target_platform
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16
+CACHE_BYTES = 2**19  # of scores at once, on a CPU
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -101,9 +103,46 @@ def blockwise_attention(
     k = key.shape[2]
     rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(b, k, t * (n // k), h)  # the group of a key head side by side
-    out: Any = _attend(options, rows, key.swapaxes(1, 2), value.swapaxes(1, 2), seen)
+    operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2))
+    parts = _parts(b * k, options.size * (n // k), t)
+    if parts > 1:
+        out: Any = _in_turn(options, operands, seen, parts)
+    else:
+        out = _attend(options, *operands, seen)
     out = out.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4)
     return out.reshape(query.shape)
+
+
+def _parts(heads: int, queries: int, keys: int) -> int:
+    """Returns into how many parts to cut the key heads of all rows.
+
+    On a CPU scores of one part after the other stay in its cache, and take less memory.
+    Not on several devices, where a loop would move what lies on them all; nor for rows
+    of one block.
+    """
+    if target_platform() != "cpu" or jax.device_count() > 1 or keys <= MIN_BLOCK:
+        return 1
+    wanted = heads * queries * keys * 4 / CACHE_BYTES
+    return next(
+        n for n in range(1, heads + 1) if heads % n == 0 and (n >= wanted or n == heads)
+    )
+
+
+def _in_turn(options: Options, operands, seen: Seen, parts: int) -> Array:
+    """`_attend`, a part of the key heads of all rows after the other."""
+    b, k = operands[0].shape[:2]
+
+    def cut(x: Array) -> Array:
+        return x.reshape(parts, b * k // parts, 1, *x.shape[2:])
+
+    def of_heads(x: Array | None) -> Array | None:
+        return None if x is None else cut(jnp.repeat(x, k, axis=0)[:, None])[:, :, 0]
+
+    per_row = Seen(None, of_heads(seen.segment_ids), of_heads(seen.keys))
+    return jax.lax.map(
+        lambda xs: _attend(options, *xs[0], xs[1]._replace(window=seen.window)),
+        (tuple(map(cut, operands)), per_row),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

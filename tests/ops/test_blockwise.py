@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.ops import blockwise
 from lora_jax.ops.blockwise import MIN_BLOCK, Options, Seen, blockwise_attention
-from lora_jax.ops.causal import bidirectional_attention
+from lora_jax.ops.causal import bidirectional_attention, causal_attention
 
 T = MIN_BLOCK + 9  # two blocks, the last one short
 SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
@@ -60,8 +61,14 @@ def value_and_gradients(attend, arrays, *rest):
     return out, *pull(direction)
 
 
+@pytest.mark.parametrize(
+    "cache", [blockwise.CACHE_BYTES, 1], ids=["at once", "in turn"]
+)
 @pytest.mark.parametrize(("options", "seen"), CASES.values(), ids=CASES)
-def test_values_and_gradients_are_those_of_the_whole_matrix(options, seen):
+def test_values_and_gradients_are_those_of_the_whole_matrix(
+    options, seen, cache, monkeypatch
+):
+    monkeypatch.setattr(blockwise, "CACHE_BYTES", cache)
     drawn = arrays()
     got = value_and_gradients(blockwise_attention, drawn, options, seen)
     with jax.enable_x64():
@@ -69,6 +76,18 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(options, seen):
         wanted = value_and_gradients(written_out, exact, options, seen)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_cpu_long_rows_take_their_heads_in_turn():
+    def temporaries(cache):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blockwise, "CACHE_BYTES", cache)
+            x = jax.ShapeDtypeStruct((2, 8 * MIN_BLOCK, 4, 8), jnp.float32)
+            step = jax.grad(lambda q, k, v: causal_attention(q, k, v).sum(), (0, 1, 2))
+            compiled = jax.jit(step).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(blockwise.CACHE_BYTES) < temporaries(2**40) / 2
 
 
 def test_no_scores_are_kept_for_the_backward_pass():
