@@ -135,13 +135,13 @@ def _in_turn(options: Options, operands, seen: Seen, parts: int) -> Array:
     def cut(x: Array) -> Array:
         return x.reshape(parts, b * k // parts, 1, *x.shape[2:])
 
-    def of_heads(x: Array | None) -> Array | None:
-        return None if x is None else cut(jnp.repeat(x, k, axis=0)[:, None])[:, :, 0]
+    def of_heads(x: Array) -> Array:  # [b, t]
+        return jnp.repeat(x, k, axis=0).reshape(parts, -1, x.shape[1])
 
-    per_row = Seen(None, of_heads(seen.segment_ids), of_heads(seen.keys))
+    by_row = jax.tree.map(of_heads, seen._replace(window=None))
     return jax.lax.map(
         lambda xs: _attend(options, *xs[0], xs[1]._replace(window=seen.window)),
-        (tuple(map(cut, operands)), per_row),
+        (tuple(map(cut, operands)), by_row),
     )
 
 
