@@ -132,6 +132,7 @@ def test_flops_stay_within_the_factored_bound():
     assert flops <= base + 3 * adapter + 3 * head + 30 * trained + 40 * B * OUT
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 12])
 def test_accumulated_steps_equal_the_big_batch(accumulate):
     one, many = start(), start()
