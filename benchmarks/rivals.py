@@ -1,4 +1,4 @@
-"""The contenders of `benchmarks.contenders` that JAX differentiates: no code of ours.
+"""The contenders of `benchmarks.contenders` that JAX differentiates, not our code.
 
 Plain autodiff, qwix and nnx.LoRA; and the base's matmuls, which no step does without.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.harness import Contender, is_on_cpu, measured
-from lora_jax import LoRAConfig, adapt
+from lora_jax import LoRAConfig, adapt, count
 from lora_jax.models.decoder_config import DecoderConfig
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
@@ -39,11 +39,6 @@ class Task(NamedTuple):
 def dtype() -> Any:
     """Returns the dtype of the base and of the computation."""
     return jnp.float32 if is_on_cpu() else jnp.bfloat16
-
-
-def count(tree: Any) -> int:
-    """Returns the numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:

@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if os.environ["JAX_PLATFORMS"] != "cpu":
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most tests compile much and run it once: the costly optimisations of machine code
+    # are left out, here and in the processes started here, but for tests marked
+    # "optimized". JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them everywhere.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+else:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-# Most tests compile much and run it once: the costly optimisations of machine code are
-# left out, here and in the processes started here, but for tests marked "optimized".
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them everywhere.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, harness, plots
+from benchmarks import compare, harness, lengths, plots
 
 
 def record(path, **medians):
@@ -69,3 +69,18 @@ def test_a_quick_run_leaves_the_full_results_alone(tmp_path, monkeypatch):
     assert [full.name, quick.name] == ["steps-cpu.json", "steps-cpu-quick.json"]
     assert json.loads(full.read_text())["command"] == "python -m benchmarks steps"
     assert json.loads(quick.read_text())["command"].endswith("steps --quick")
+
+
+def test_a_length_that_ran_out_of_memory_is_said(tmp_path):
+    rows = json.loads((harness.RESULTS / "lengths-cpu.json").read_text())["rows"]
+    rows[-1][lengths.PLAIN] |= {"median_ms": None, "temp_bytes": None}
+    assert lengths.table(rows).endswith("| out of memory | – | – |")
+    plots.draw("lengths", rows, tmp_path / "picture.png")
+
+
+def test_flops_are_not_told_where_xla_does_not_count_them_all(monkeypatch):
+    step, x = jax.jit(lambda x: x @ x), jnp.ones((4, 4))
+    lowered = step.lower(x)
+    assert harness.measured(lowered, lambda: step(x)).flops >= 2 * 4**3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert harness.measured(lowered, lambda: step(x)).flops is None

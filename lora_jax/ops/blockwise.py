@@ -5,7 +5,8 @@ see (if causal, those up to its own end). Kept for the backward pass are its ope
 its result and one number a query, ``log Σ exp(score)``. The backward pass takes the
 keys a block at a time, each against the queries that may see it, and makes their
 probabilities again, from ``K Qᵀ``: the compiler can't take that for the forward pass's
-``Q Kᵀ``, and so keeps neither. On a CPU a loop does both for a few heads at a time.
+``Q Kᵀ``, and so keeps neither. On a CPU causal attention does both in a loop, a few
+heads at a time.
 
 References:
   Dao et al., https://arxiv.org/abs/2205.14135, algorithms 1 and 4.
@@ -104,7 +105,7 @@ def blockwise_attention(
     rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(b, k, t * (n // k), h)  # the group of a key head side by side
     operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2))
-    parts = _parts(b * k, options.size * (n // k), t)
+    parts = _parts(options, b * k, options.size * (n // k), t)
     if parts > 1:
         out: Any = _in_turn(options, operands, seen, parts)
     else:
@@ -113,14 +114,15 @@ def blockwise_attention(
     return out.reshape(query.shape)
 
 
-def _parts(heads: int, queries: int, keys: int) -> int:
+def _parts(options: Options, heads: int, queries: int, keys: int) -> int:
     """Returns into how many parts to cut the key heads of all rows.
 
     On a CPU scores of one part after the other stay in its cache, and take less memory.
     Not on several devices, where a loop would move what lies on them all; nor for rows
-    of one block.
+    of one block; nor for those of encoders, too short to gain by it.
     """
-    if target_platform() != "cpu" or jax.device_count() > 1 or keys <= MIN_BLOCK:
+    is_worth_it = options.is_causal and keys > MIN_BLOCK
+    if not is_worth_it or target_platform() != "cpu" or jax.device_count() > 1:
         return 1
     wanted = heads * queries * keys * 4 / CACHE_BYTES
     return next(

@@ -61,10 +61,15 @@ def value_and_gradients(attend, arrays, *rest):
     return out, *pull(direction)
 
 
-@pytest.mark.parametrize(
-    "cache", [blockwise.CACHE_BYTES, 1], ids=["at once", "in turn"]
-)
-@pytest.mark.parametrize(("options", "seen"), CASES.values(), ids=CASES)
+TRIALS = [
+    pytest.param(*case, cache, id=f"{name}{how}")
+    for name, case in CASES.items()
+    for how, cache in {"": blockwise.CACHE_BYTES, "-in-turn": 1}.items()
+    if case[0].is_causal or not how
+]
+
+
+@pytest.mark.parametrize(("options", "seen", "cache"), TRIALS)
 def test_values_and_gradients_are_those_of_the_whole_matrix(
     options, seen, cache, monkeypatch
 ):
@@ -88,6 +93,20 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(blockwise.CACHE_BYTES) < temporaries(2**40) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "keys", "parts"),
+    [
+        pytest.param(CAUSAL, 16, 512, 4, id="cut to the cache"),
+        pytest.param(CAUSAL, 14, 512, 7, id="parts are alike"),
+        pytest.param(CAUSAL, 2, 2**20, 2, id="a head at least"),
+        pytest.param(CAUSAL, 16, MIN_BLOCK, 1, id="one block"),
+        pytest.param(CAUSAL._replace(is_causal=False), 16, 512, 1, id="encoder"),
+    ],
+)
+def test_parts_divide_the_heads(options, heads, keys, parts):
+    assert blockwise._parts(options, heads, MIN_BLOCK, keys) == parts
 
 
 def test_no_scores_are_kept_for_the_backward_pass():
