@@ -9,6 +9,11 @@ from pathlib import Path
 # JAX else takes most of a GPU's memory at once, and torch finds none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from lora_jax.cli import huge_pages
+
+if __name__ == "__main__":  # as `lora-jax` does; before JAX and torch are there
+    huge_pages.ask()
+
 from benchmarks import compare, harness, report
 
 COMPARISONS = (

@@ -1,7 +1,8 @@
-"""Timing by alternation: A B A B ... in one process, every sample kept.
+"""Timing turn by turn in one process, every sample kept.
 
 Machines are shared and noisy, so what counts is the ratio of two contenders that were
-timed turn by turn; absolute times are told beside it.
+timed turn by turn; absolute times are told beside it. Who comes first is drawn anew in
+each round: what runs after another library finds its threads and memory.
 """
 
 import contextlib
@@ -17,8 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from lora_jax.plan.flops import counted_flops
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = "-quick"  # at the end of a file's name
@@ -65,14 +64,16 @@ def measured(
     fits = limit is None or bytes_ is None or bytes_ <= limit
     for _ in range(2 * fits):
         jax.block_until_ready(run())
-    flops = counted_flops(compiled)
+    # On a GPU matmuls are calls of a library, which XLA doesn't count.
+    counted = None if jax.default_backend() == "gpu" else compiled.cost_analysis()
+    flops = (counted or {}).get("flops")
     return Contender(run if fits else None, seconds, flops, bytes_, facts)
 
 
 def alternate(
     contenders: Mapping[str, Contender], rounds: int, calls: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Times all contenders turn by turn.
+    """Times all contenders turn by turn, in an order drawn anew each round.
 
     Args:
       contenders: by name.
@@ -84,13 +85,15 @@ def alternate(
       said.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    runs = {name: contender.run for name, contender in contenders.items()}
+    order = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            if contender.run is None:
+        for name in order.permutation(list(runs)).tolist():
+            if (run := runs[name]) is None:
                 continue
             start = time.perf_counter()
             for _ in range(calls):
-                result = contender.run()
+                result = run()
             jax.block_until_ready(result)
             samples[name].append((time.perf_counter() - start) / calls * 1e3)
     return {

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from lora_jax.cli import huge_pages
 from lora_jax.cli.words import parse
 
 OPTIONAL = {
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code.
     """
     args = parse(argv)
+    if argv is None:
+        huge_pages.ask()
     try:
         return _run(args)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from lora_jax.models.decoder import REMATS
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.nn.adapt import adapt
 from lora_jax.plan.fit import device_memory, largest_batch
-from lora_jax.plan.flops import StepFlops, counted_flops, step_flops
+from lora_jax.plan.flops import StepFlops, step_flops, traced_flops
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_train_step
 
@@ -24,14 +24,14 @@ class Here(NamedTuple):
       remat: what the backward pass computes again; None of an encoder.
       parts: bytes of base, trained weights, optimizer, temporaries, and in all.
       limit: bytes that the device has.
-      flops: of the step, as XLA counts them; None where it doesn't.
+      flops: of the step's products.
     """
 
     batch: int
     remat: str | None
     parts: dict[str, int]
     limit: int
-    flops: float | None
+    flops: float
 
     @property
     def total(self) -> int:
@@ -90,9 +90,9 @@ class Pricer:
             for name, leaf in self.longest.items()
         }
         step = make_train_step(loss, self.tx, train.accumulate)
-        compiled = step.lower(state, batch).compile()
-        parts = memory_plan(state, compiled)
-        return Here(rows, remat, parts, self.limit, counted_flops(compiled))
+        traced = step.trace(state, batch)
+        parts = memory_plan(state, traced.lower().compile())
+        return Here(rows, remat, parts, self.limit, traced_flops(traced.jaxpr.jaxpr))
 
     def flops(self, rows: int, remat: str | None) -> StepFlops | None:
         """Counts a decoder's arithmetic by formula: XLA counts a loop's body once."""

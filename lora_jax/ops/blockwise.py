@@ -5,8 +5,8 @@ see (if causal, those up to its own end). Kept for the backward pass are its ope
 its result and one number a query, ``log Σ exp(score)``. The backward pass takes the
 keys a block at a time, each against the queries that may see it, and makes their
 probabilities again, from ``K Qᵀ``: the compiler can't take that for the forward pass's
-``Q Kᵀ``, and so keeps neither. On a CPU causal attention does both in a loop, a few
-heads at a time.
+``Q Kᵀ``, and so keeps neither. On a CPU long rows do both in a loop, a few heads at a
+time.
 
 References:
   Dao et al., https://arxiv.org/abs/2205.14135, algorithms 1 and 4.
@@ -119,10 +119,10 @@ def _parts(options: Options, heads: int, queries: int, keys: int) -> int:
 
     On a CPU scores of one part after the other stay in its cache, and take less memory.
     Not on several devices, where a loop would move what lies on them all; nor for rows
-    of one block; nor for those of encoders, too short to gain by it.
+    of one block, or of two where no key is left out: too little to gain by it.
     """
-    is_worth_it = options.is_causal and keys > MIN_BLOCK
-    if not is_worth_it or target_platform() != "cpu" or jax.device_count() > 1:
+    is_short = keys <= (1 if options.is_causal else 2) * MIN_BLOCK
+    if is_short or target_platform() != "cpu" or jax.device_count() > 1:
         return 1
     wanted = heads * queries * keys * 4 / CACHE_BYTES
     return next(

@@ -1,14 +1,14 @@
-"""The arithmetic of a decoder's training step, as a formula.
+"""The arithmetic of a training step: a decoder's as a formula, any one's as traced.
 
-XLA counts the body of a loop once, however often it runs; a decoder whose layers are
-scanned needs its own count.
+XLA's own count takes the body of a loop once, however often it runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import KERNEL
@@ -82,14 +82,45 @@ def step_flops(
     )
 
 
-def counted_flops(compiled: jax.stages.Compiled) -> float | None:
-    """Returns XLA's own count for a program of one pass over its code, without loops.
+def traced_flops(jaxpr: Jaxpr) -> float:
+    """Counts the multiplications and additions of a program's products.
 
-    None on a GPU, where matmuls are calls of a library, which XLA doesn't count.
+    Args:
+      jaxpr: of the whole program, ``jit(f).trace(...).jaxpr.jaxpr``.
+
+    Returns:
+      FLOPs of its matmuls and convolutions: a scan's body as often as it runs, that of
+      a loop without a known end once, of a condition's branches the dearest.
     """
-    if jax.default_backend() == "gpu":
-        return None
-    return (compiled.cost_analysis() or {}).get("flops")
+    total = 0.0
+    for equation in jaxpr.eqns:
+        kind, params = equation.primitive.name, equation.params
+        if kind == "dot_general":
+            (summed, _), _ = params["dimension_numbers"]
+            left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
+            total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in summed)
+        elif kind == "conv_general_dilated":
+            kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(out) * math.prod(kernel) / outputs
+        else:
+            inner = [traced_flops(each) for each in _inner(params)]
+            once = max(inner, default=0.0) if kind == "cond" else sum(inner)
+            total += once * (params["length"] if kind == "scan" else 1)
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The programs inside of an equation."""
+    for value in jax.tree.leaves(params):
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _mean_keys(tokens: int, window: int | None) -> float:

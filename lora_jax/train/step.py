@@ -73,8 +73,20 @@ class TrainStep:
             )
         return self._sharded[known]
 
-    def lower(self, state: TrainState, batch: Batch) -> Any:
-        """Lowers without running; arrays may be ``jax.ShapeDtypeStruct``.
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Traces without running; arrays may be ``jax.ShapeDtypeStruct``.
+
+        Args:
+          state: of the shapes to compile for.
+          batch: likewise.
+
+        Returns:
+          A ``jax.stages.Traced``: ``.jaxpr``, ``.lower()``.
+        """
+        return self.update_for(state).trace(state.changing, state.frozen, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """Lowers without running, as `trace` does.
 
         Args:
           state: of the shapes to compile for.
@@ -83,7 +95,7 @@ class TrainStep:
         Returns:
           A ``jax.stages.Lowered``: ``.compile().cost_analysis()`` and the like.
         """
-        return self.update_for(state).lower(state.changing, state.frozen, batch)
+        return self.trace(state, batch).lower()
 
 
 def make_train_step(

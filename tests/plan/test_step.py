@@ -9,7 +9,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.plan.flops import step_flops
+from lora_jax.plan.flops import step_flops, traced_flops
 from lora_jax.plan.step import (
     Workload,
     device_bytes,
@@ -71,10 +71,12 @@ def test_a_step_without_the_memory_does_not_fit(plan, mesh):
     assert fitting_remat([alone]) is None
 
 
-def test_the_formula_is_xlas_count_of_an_unrolled_step():
-    decoder = Decoder(TINY)
-    adapted = adapt(decoder, LORA)
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
+def traced(request):
+    """A step of the tiny decoder, and what the formula says of it."""
+    decoder = Decoder(TINY, is_scanned=request.param)
     ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    adapted = adapt(decoder, LORA, ids)
     params = jax.eval_shape(decoder.init, jax.random.key(0), ids)[PARAMS]
     variables = jax.eval_shape(adapted.attach, params, jax.random.key(0))
     tx = lora_optimizer(1e-4, total_steps=9)
@@ -83,10 +85,35 @@ def test_the_formula_is_xlas_count_of_an_unrolled_step():
     )
     batch = {"input_ids": ids, "labels": ids, "weights": ids}
     step = make_train_step(make_lm_loss(adapted, is_tied=False), tx)
-    cost = step.lower(state, batch).compile().cost_analysis()["flops"]
-    found = step_flops(TINY, params, adapted.targets(params), 2, 32, "none")
-    assert found.lora == pytest.approx(cost, rel=0.1)
-    assert 0.2 < found.saved < 1 / 3
+    formula = step_flops(TINY, params, adapted.targets(params), 2, 32, "none")
+    return step.trace(state, batch), formula
+
+
+def test_the_formula_is_what_is_traced(traced):
+    step, formula = traced
+    assert formula.lora == pytest.approx(traced_flops(step.jaxpr.jaxpr), rel=0.1)
+    assert 0.2 < formula.saved < 1 / 3
+
+
+@pytest.mark.parametrize("traced", [False], indirect=True)
+def test_what_is_traced_of_an_unrolled_step_is_what_xla_counts(traced):
+    step, _ = traced
+    counted = step.lower().compile().cost_analysis()["flops"]
+    assert traced_flops(step.jaxpr.jaxpr) == pytest.approx(counted, rel=0.1)
+
+
+def test_loops_branches_and_convolutions_are_counted():
+    x, kernel = jnp.ones((2, 8, 3)), jnp.ones((5, 3, 4))
+
+    def program(x, kernel):
+        conv = jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        square = jax.lax.map(lambda y: y.T @ y, conv)  # twice [4, 8] [8, 4]
+        return jax.lax.cond(x[0, 0, 0] > 0, lambda s: s @ s, jnp.sin, square)
+
+    found = traced_flops(jax.jit(program).trace(x, kernel).jaxpr.jaxpr)
+    assert found == 2 * (2 * 8 * 4 * 5 * 3 + 2 * 4 * 4 * 8 + 2 * 4 * 4 * 4)
 
 
 def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(mesh):
