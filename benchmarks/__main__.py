@@ -22,6 +22,7 @@ COMPARISONS = (
     "overhead",
     "generation",
     "startup",
+    "huge_pages",
     "lora_vs_full",
     "loading",
     "perplexity",

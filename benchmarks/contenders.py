@@ -120,18 +120,24 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
 
 
 def _encoders(spec: specs.EncoderSpec) -> dict:
+    task, ids, labels = encoder_task(spec)
+    makers = own(task, exclude=["classifier"])
+    makers[FLOOR] = lambda: matmuls(task.params, ids.size)
+    return _alternate(
+        spec.name, makers, task, lambda: torch_peft.bert(spec, ids, labels)
+    )
+
+
+def encoder_task(spec: specs.EncoderSpec) -> tuple[Task, np.ndarray, np.ndarray]:
+    """Returns classification by an encoder, its token ids and its labels."""
     rng = np.random.default_rng(0)
     shape = (spec.batch, spec.length)
     ids = rng.integers(0, spec.config.vocab_size, shape)
     labels = rng.integers(0, 2, spec.batch)
     model = SequenceClassifier(spec.config, num_labels=2, dtype=dtype())
     inputs = (jnp.asarray(ids, jnp.int32), jnp.ones(shape, jnp.int32))
-    task = Task(model, init(model, *inputs), inputs, _mean_loss(jnp.asarray(labels)))
-    makers = _own(task, exclude=["classifier"])
-    makers[FLOOR] = lambda: matmuls(task.params, ids.size)
-    return _alternate(
-        spec.name, makers, task, lambda: torch_peft.bert(spec, ids, labels)
-    )
+    loss = _mean_loss(jnp.asarray(labels))
+    return Task(model, init(model, *inputs), inputs, loss), ids, labels
 
 
 def _layers(spec: specs.DenseSpec) -> dict:
@@ -145,15 +151,23 @@ def _layers(spec: specs.DenseSpec) -> dict:
         return jnp.mean(jnp.square(output.astype(jnp.float32) - wanted))
 
     task = Task(model, init(model, *inputs), inputs, loss)
-    makers = _own(task) | {"flax nnx.LoRA": lambda: nnx_layer(spec.width, task)}
+    makers = own(task) | {"flax nnx.LoRA": lambda: nnx_layer(spec.width, task)}
     name = f"{spec.name}, {spec.tokens:,} tokens, alone"
     return _alternate(
         name, makers, task, lambda: torch_peft.layer(spec.width, x, y), calls=5
     )
 
 
-def _own(task: Task, **options: Any) -> Makers:
-    """Our step, full fine-tuning and plain autodiff of any model."""
+def own(task: Task, **options: Any) -> Makers:
+    """Our step, full fine-tuning and plain autodiff of any model.
+
+    Args:
+      task: what is trained.
+      **options: of `LoRAConfig`.
+
+    Returns:
+      By name, what makes each.
+    """
     adapted = adapt(task.model, LoRAConfig(RANK, ALPHA, **options), *task.inputs)
 
     def step(module: Any, variables: Any) -> Contender:

@@ -168,7 +168,10 @@ def test_a_job_killed_while_it_saves_resumes_to_the_same_bits(job, never_killed)
     assert step in (2, 4)  # 4 where both had written it before the one was gone
     ends = two(job, "killed", "--resume", cluster=True)
     assert [end[2] for end in ends] == [0, 0], ends
-    assert f"Resuming at step {step} of 8" in ends[0][0]
+    resumed = re.search(r"Resuming at step (\d) of 8", ends[0][0])
+    # The save may have ended after the one that is left had said what there was.
+    assert resumed, ends[0][0]
+    assert step <= int(resumed[1]) <= 4
     file = Path("adapter", "adapter.safetensors")
     folder = never_killed[0]
     assert (job / "killed" / file).read_bytes() == (folder / file).read_bytes()
