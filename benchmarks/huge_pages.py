@@ -11,13 +11,11 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from typing import Any
 
-import jax
-
 from benchmarks import contenders, specs, torch_peft
-from benchmarks.harness import Contender, summary
+from benchmarks.contenders import OURS
+from benchmarks.harness import Contender, alternate, is_on_cpu, summary
 from benchmarks.rivals import RATE
 from lora_jax.cli.huge_pages import HUGETLB, TUNABLES
 
@@ -35,8 +33,8 @@ def main(quick: bool) -> list[dict[str, Any]]:
     Returns:
       One row a contender and a model.
     """
-    if not sys.platform.startswith("linux"):
-        raise SystemExit("huge_pages: the comparison is of Linux's pages.")
+    if sys.platform != "linux" or not is_on_cpu():
+        raise SystemExit("huge_pages: the comparison is of a CPU's pages, under Linux.")
     rows = []
     for number, spec in enumerate(specs.ENCODERS[: 1 if quick else None]):
         runs: dict[str, list[dict[str, Any]]] = {size: [] for size in PAGES}
@@ -90,13 +88,9 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**summary([ms for run in runs for ms in run["ms"]]), "faults": faults}
 
 
-def _timed(contender: Contender) -> dict[str, Any]:
-    assert contender.run is not None
-    ms, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        jax.block_until_ready(contender.run())
-        ms.append(1e3 * (time.perf_counter() - start))
+def _timed(name: str, contender: Contender) -> dict[str, Any]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    ms = alternate({name: contender}, CALLS)[name]["ms"]
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return {"ms": ms, "faults": faults / CALLS}
 
@@ -105,12 +99,12 @@ def _print_one(number: int) -> None:
     """Times our step and PEFT's, one after the other, in this process."""
     spec = specs.ENCODERS[number]
     task, ids, labels = contenders.encoder_task(spec)
-    ours = contenders.own(task, exclude=["classifier"])[contenders.OURS]
-    found = {contenders.OURS: _timed(ours())}
+    ours = contenders.own(task, exclude=["classifier"])[OURS]
+    found = {OURS: _timed(OURS, ours())}
     if importlib.util.find_spec("peft"):
         torch = torch_peft.bert(spec, ids, labels)
         peft = torch_peft.contender(*torch, lora=contenders.PEFT_LORA, rate=RATE)
-        found[PEFT] = _timed(peft)
+        found[PEFT] = _timed(PEFT, peft)
     print(json.dumps(found))
 
 
