@@ -24,7 +24,7 @@ class Here(NamedTuple):
       remat: what the backward pass computes again; None of an encoder.
       parts: bytes of base, trained weights, optimizer, temporaries, and in all.
       limit: bytes that the device has.
-      flops: of the step's products.
+      flops: of the step's products, as traced.
     """
 
     batch: int
@@ -95,7 +95,7 @@ class Pricer:
         return Here(rows, remat, parts, self.limit, traced_flops(traced.jaxpr.jaxpr))
 
     def flops(self, rows: int, remat: str | None) -> StepFlops | None:
-        """Counts a decoder's arithmetic by formula: XLA counts a loop's body once."""
+        """Counts a decoder's arithmetic by formula: cuDNN's attention is not traced."""
         job = self.job
         if not isinstance(job.loaded.config, DecoderConfig) or remat is None:
             return None
