@@ -119,10 +119,9 @@ def _parts(options: Options, heads: int, queries: int, keys: int) -> int:
 
     On a CPU scores of one part after the other stay in its cache, and take less memory.
     Not on several devices, where a loop would move what lies on them all; nor for rows
-    of one block, or of two where no key is left out: too little to gain by it.
+    of one block, where there is too little to gain.
     """
-    is_short = keys <= (1 if options.is_causal else 2) * MIN_BLOCK
-    if is_short or target_platform() != "cpu" or jax.device_count() > 1:
+    if keys <= MIN_BLOCK or target_platform() != "cpu" or jax.device_count() > 1:
         return 1
     wanted = heads * queries * keys * 4 / CACHE_BYTES
     return next(

@@ -103,7 +103,8 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
         pytest.param(CAUSAL, 2, 2**20, 2, id="a head at least"),
         pytest.param(CAUSAL, 16, MIN_BLOCK, 1, id="one block"),
         pytest.param(ENCODER, 16, 512, 4, id="encoder"),
-        pytest.param(ENCODER, 16, 2 * MIN_BLOCK, 1, id="encoder, short"),
+        pytest.param(ENCODER, 16, 2 * MIN_BLOCK, 1, id="encoder, one part"),
+        pytest.param(ENCODER, 64, 2 * MIN_BLOCK, 4, id="encoder, two blocks"),
     ],
 )
 def test_parts_divide_the_heads(options, heads, keys, parts):
