@@ -19,6 +19,7 @@ ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
 
 KERNEL = "kernel"
 BIAS = "bias"
+SCALE = "scale"  # of a norm
 EMBEDDING = "embedding"
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # axes of a mesh, see `parallel.mesh`

@@ -12,6 +12,7 @@ from lora_jax.cli.console import Console, UserError
 from lora_jax.cli.devices import Devices
 from lora_jax.cli.job import (
     EVAL_ROWS,
+    SPLITS,
     Facts,
     Job,
     Split,
@@ -21,6 +22,7 @@ from lora_jax.cli.job import (
     eval_buckets,
     hold_out,
     loading,
+    train_buckets,
 )
 from lora_jax.cli.sections import DataSettings
 from lora_jax.cli.settings import RunSettings
@@ -63,11 +65,13 @@ class Classification(Job):
     def batches(self) -> Schedule:
         """See `Job.batches`."""
         train = self.settings.train
-        return Batches(self.splits["train"].examples, train.batch_size, seed=train.seed)
+        split = self.splits["train"]
+        buckets = train_buckets(split, self.loaded)
+        return Batches(split.examples, train.batch_size, buckets, seed=train.seed)
 
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
         """See `Job.evaluation`."""
-        buckets = eval_buckets(split, buckets)
+        buckets = eval_buckets(split, buckets, self.loaded)
         rows = self.devices.rows(EVAL_ROWS)
         return Batches(split.examples, rows, buckets, shuffle=False)
 
@@ -171,10 +175,17 @@ def open_classification(
     extra: Mapping[str, Any],
 ) -> Classification:
     """Builds the job; see `open_job`. ``extra`` knows the classes of a trained one."""
+    if settings.data.packing or settings.train.samples:
+        raise UserError(
+            "data.packing and train.samples are of a decoder; the model in "
+            f"{settings.model.path} is an encoder. Leave them out."
+        )
     key, _ = jax.random.split(jax.random.key(settings.train.seed))
     with together():
-        rows = read_rows(settings.data)
-        labels = extra.get("labels") or class_names(rows)
+        known = extra.get("labels")
+        rows = read_rows(settings.data, splits if known else SPLITS)
+        labels = known or class_names(rows)
+        rows = hold_out(rows, settings.data)
         loaded = load_model(
             settings.model.path,
             num_labels=len(labels),
@@ -197,15 +208,16 @@ def open_classification(
     return job
 
 
-def read_rows(data: DataSettings) -> dict[str, Rows]:
-    """Reads every split that the settings name, texts and labels as they are.
+def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
+    """Reads the splits that have a file, texts and labels as they are.
 
     Args:
       data: the settings.
+      splits: those that are wanted.
 
     Returns:
-      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``; ``test``
-      is left out where there is none.
+      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``; what has
+      no file is left out.
 
     Raises:
       FileNotFoundError: if a file is missing.
@@ -213,12 +225,11 @@ def read_rows(data: DataSettings) -> dict[str, Rows]:
     """
     if data.dataset is not None:
         return load_vader(data.dataset, seed=data.seed)._asdict()
-    rows = {name: read_jsonl(file) for name, file in data_files(data).items()}
-    return hold_out(rows, data)
+    return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 
 def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
-    """Returns the classes of the training split; the other splits must know no more."""
+    """Returns the classes of the training file; the other files must know no more."""
     try:
         labels = label_vocabulary([row["label"] for row in splits["train"]])
     except TypeError as error:  # a fault of the file, not of a caller

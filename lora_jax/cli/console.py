@@ -8,6 +8,7 @@ and a live progress bar; into a file or a pipe go plain lines.
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,12 +36,19 @@ class UserError(Exception):
         self.code = code
 
 
+class _Rich(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Goes on in silence: who reads may go (`| head`), a run must not."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Console:
     """Prints for people, and for programs where ``as_json`` is set."""
 
     def __init__(self, *, as_json: bool = False):
         self.as_json = as_json
-        self._rich = RichConsole(stderr=as_json, highlight=False, soft_wrap=True)
+        self._rich = _Rich(stderr=as_json, highlight=False, soft_wrap=True)
         self.is_live = self._rich.is_terminal
         if not self.is_live:
             self._rich.width = PLAIN_WIDTH  # no terminal to squeeze a table into
@@ -135,6 +143,14 @@ class Ticker:
         if done >= self._total or now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             self._console.say(f"  {self._name} {done}/{self._total}  {note}".rstrip())
+
+
+def perplexity(loss: float) -> float:
+    """Returns e to the loss in nats; infinity where a float can't hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -14,7 +14,12 @@ from lora_jax.cli.console import Console, UserError
 from lora_jax.cli.settings import RunSettings
 from lora_jax.parallel.mesh import AXES, BATCH, make_mesh, process_rows, shard_batch
 from lora_jax.parallel.processes import is_first, start
-from lora_jax.parallel.rules import WeightSharding, make_sharding, shard_variables
+from lora_jax.parallel.rules import (
+    Rules,
+    WeightSharding,
+    make_sharding,
+    shard_variables,
+)
 from lora_jax.train.buckets import Batch, Schedule
 from lora_jax.tree.targets import Target
 
@@ -164,8 +169,14 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
         return Devices(note=f"one of {jax.device_count()}; the run's was {sizes}")
     if mesh.size == 1:
         return Devices()
-    rules = [(path, PartitionSpec(*axes)) for path, axes in own.rules.items()]
+    rules = mesh_rules(settings)
     return Devices(mesh, make_sharding(mesh, rules, uneven=own.uneven))
+
+
+def mesh_rules(settings: RunSettings) -> Rules:
+    """Returns the rules of the settings, as `make_sharding` takes them."""
+    rules = settings.mesh.rules
+    return [(path, PartitionSpec(*axes)) for path, axes in rules.items()]
 
 
 def check_batch(settings: RunSettings, devices: Devices) -> None:

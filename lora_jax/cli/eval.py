@@ -1,11 +1,10 @@
 """`lora-jax eval`: metrics of a run's adapter, or of the bare base, on a data file."""
 
 import argparse
-import math
 from typing import Any
 
 from lora_jax.cli import job as jobs
-from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.console import Console, UserError, perplexity
 from lora_jax.cli.runfolder import ADAPTER, open_run
 from lora_jax.cli.settings import load_settings
 from lora_jax.io.adapter import load_adapter
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.heading(f"{what} on {source}")
     shown = [(name, job.show(name, value)) for name, value in metrics.items()]
     if "loss" in metrics and job.metric == "loss":
-        metrics["perplexity"] = math.exp(metrics["loss"])
+        metrics["perplexity"] = perplexity(metrics["loss"])
         shown.append(("perplexity", f"{metrics['perplexity']:.3f}"))
     count = len(wanted.examples)
     notes = [("devices", job.devices.note)] if job.devices.note else []

@@ -8,6 +8,7 @@ decoder learns to write (`Language`), an encoder to classify (`Classification`).
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -144,8 +145,11 @@ class Job(abc.ABC):
             return "-"
         return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}"
 
-    def is_better(self, new: float, old: float) -> bool:
-        """Whether a value of the metric is better than another."""
+    def is_better(self, new: float | None, old: float | None) -> bool:
+        """Whether a value of the metric is better than another; any is than NaN."""
+        new, old = (math.nan if x is None else x for x in (new, old))  # null, in JSON
+        if not math.isfinite(old):
+            return math.isfinite(new)
         return new > old if self.best_mode == "max" else new < old
 
     def next_commands(self, folder: str) -> list[str]:
@@ -170,7 +174,8 @@ def open_job(
 
     Args:
       settings: of the run.
-      splits: which splits are wanted; the others aren't tokenised.
+      splits: which splits are wanted; files of others aren't read, but for train's
+        where classes or a held-out validation come from it.
       extra: what an adapter of the run has kept beside it, where there is one.
       is_strict: whether the mesh of the settings must fit; see `open_devices`.
 
@@ -210,10 +215,12 @@ def attach(
     }
 
 
-def data_files(data: DataSettings) -> dict[str, str]:
-    """Returns the file of each split that has one."""
+def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, str]:
+    """Returns the files of splits; what is held out is in the file of train."""
     files = {name: getattr(data, name) for name in SPLITS}
-    return {name: file for name, file in files.items() if file is not None}
+    is_held_out = "validation" in splits and files["validation"] is None
+    wanted = {*splits, "train"} if is_held_out else splits
+    return {n: file for n, file in files.items() if n in wanted and file is not None}
 
 
 def source_of(data: DataSettings, split: str) -> str:
@@ -235,7 +242,8 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
     Raises:
       UserError: if there are fewer than 2 training examples to share.
     """
-    if "validation" in rows:
+    is_given = data.validation is not None or "validation" in rows
+    if is_given or "train" not in rows:
         return rows
     train = rows["train"]
     count = max(1, round(data.holdout * len(train)))
@@ -277,13 +285,24 @@ def encode_texts(
     )
 
 
-def eval_buckets(split: Split, buckets: Sequence[int]) -> list[int]:
+def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
+    """Returns lengths to pad a split to, none above what the model allows."""
+    return length_buckets(_lengths(split), longest=loaded.config.max_positions)
+
+
+def eval_buckets(
+    split: Split, buckets: Sequence[int], loaded: LoadedModel
+) -> list[int]:
     """Returns lengths to pad an evaluation to: those given, one more where needed."""
-    lengths = [len(example["input_ids"]) for example in split.examples]
-    buckets = list(buckets) or length_buckets(lengths)
-    if max(lengths) > buckets[-1]:
-        buckets.append(length_buckets(lengths, 1)[0])
-    return buckets
+    own = train_buckets(split, loaded)
+    if not buckets:
+        return own
+    is_longer = max(_lengths(split)) > buckets[-1]
+    return [*buckets, *own[-1:]] if is_longer else list(buckets)
+
+
+def _lengths(split: Split) -> list[int]:
+    return [len(example["input_ids"]) for example in split.examples]
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:

@@ -1,12 +1,11 @@
 """Training a decoder to write: JSONL text, prompts and completions, or chats."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.console import Console, UserError, perplexity
 from lora_jax.cli.devices import Devices
 from lora_jax.cli.job import (
     EVAL_ROWS,
@@ -19,6 +18,7 @@ from lora_jax.cli.job import (
     eval_buckets,
     hold_out,
     loading,
+    train_buckets,
 )
 from lora_jax.cli.settings import RunSettings
 from lora_jax.models.generate import generate
@@ -66,10 +66,12 @@ class Language(Job):
     def batches(self) -> Schedule:
         """See `Job.batches`."""
         train = self.settings.train
+        split = self.splits["train"]
         packed = self.max_length if self.settings.data.packing else None
         return TextBatches(
-            self.splits["train"].examples,
+            split.examples,
             train.batch_size,
+            None if packed else train_buckets(split, self.loaded),
             packed_length=packed,
             seed=train.seed,
         )
@@ -82,7 +84,7 @@ class Language(Job):
             return TextBatches(
                 split.examples, rows, packed_length=packed, shuffle=False
             )
-        buckets = eval_buckets(split, buckets)
+        buckets = eval_buckets(split, buckets, self.loaded)
         return TextBatches(split.examples, rows, buckets, shuffle=False)
 
     def tokenize_file(self, path: str) -> Split:
@@ -120,7 +122,7 @@ class Language(Job):
     def describe(self, metrics: Metrics) -> str:
         """Words the loss, and the perplexity it is."""
         return (
-            f"{super().describe(metrics)}  perplexity {math.exp(metrics['loss']):.2f}"
+            f"{super().describe(metrics)}  perplexity {perplexity(metrics['loss']):.2f}"
         )
 
     def data_facts(self, batches: Schedule) -> Facts:
@@ -197,6 +199,11 @@ def open_language(
             f"data.dataset {settings.data.dataset!r} has labels, for encoders; a "
             "decoder learns from JSONL files: data.train, data.validation, data.test."
         )
+    if settings.train.label_smoothing:
+        raise UserError(
+            "train.label_smoothing is of an encoder's classes; a decoder's loss has "
+            f"none. Leave it at 0; got {settings.train.label_smoothing}."
+        )
     with together():
         loaded = load_model(
             settings.model.path,
@@ -206,7 +213,7 @@ def open_language(
         )
         data = {
             name: _read(file, settings, loaded)
-            for name, file in data_files(settings.data).items()
+            for name, file in data_files(settings.data, splits).items()
         }
     job = Language(
         splits={},

@@ -45,7 +45,7 @@ def by_length(
       The numbers of a group's sequences, and the length to pad them to; the shortest
       sequences come first.
     """
-    buckets = [min(bucket, longest) for bucket in length_buckets(lengths)]
+    buckets = length_buckets(lengths, longest=longest)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), rows):
         members = order[start : start + rows]

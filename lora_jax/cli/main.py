@@ -98,6 +98,14 @@ def _explain(error: Exception, command: str) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, (ValueError, ImportError)):
         return 2, str(error)
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        first = str(error).partition("\n")[0][:200]
+        return 1, (
+            f"the device's memory is full: {first}\nA smaller train.batch_size or "
+            "data.max_length takes less, so do a larger train.accumulate, "
+            "model.remat=block and model.param_dtype=bfloat16; `lora-jax plan` says "
+            "what fits."
+        )
     return 1, (
         f"{type(error).__name__}: {error}\nThis is a fault of lora_jax, not yours; "
         "--debug shows where."

@@ -6,9 +6,9 @@ from typing import Any
 from lora_jax.cli import job as jobs
 from lora_jax.cli import plan_ahead, report
 from lora_jax.cli.console import Console, UserError, arithmetic, size
+from lora_jax.cli.devices import check_batch
 from lora_jax.cli.plan_here import Pricer
 from lora_jax.cli.settings import load_settings
-from lora_jax.names import PARAMS
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -26,13 +26,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         return plan_ahead.run(settings, args, out)
     _refuse_ahead(args)
     job = jobs.open_job(settings, splits=["train"], is_strict=False)
+    check_batch(settings, job.devices)
     batches = job.batches()
     report.print_loaded(out, job, batches)
     numbers = report.counts(job)
-    out.facts([("trained", report.trained_text(numbers))])
+    notes = [("devices", job.devices.note)] if job.devices.note else []
+    out.facts([("trained", report.trained_text(numbers)), *notes])
 
     total = jobs.total_steps(settings.train, batches.steps_per_epoch)
-    tx = jobs.optimizer(settings.train, total)
     longest = max(
         (batches.batch_at(i) for i in range(min(total, batches.steps_per_epoch))),
         key=lambda batch: batch["input_ids"].shape[1],
@@ -41,10 +42,9 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.heading(
         f"A training step of {b} x {t} tokens, the longest shape ({report.device()})"
     )
-    pricer = Pricer(job, tx, longest)
+    pricer = Pricer(job, total, longest)
     plan = pricer.fitting(out)
-    params = {PARAMS: job.loaded.params}
-    full = pricer.compile(job.loaded.module, params, b)
+    full = pricer.full(b)
     flops = pricer.flops(b, plan.remat)
     steps = {
         "lora": {**plan.parts, "flops": flops.lora if flops else plan.flops},

@@ -9,8 +9,10 @@ import importlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lora_jax.cli.console import Console, UserError, arithmetic, duration, size
+from lora_jax.cli.devices import mesh_rules
 from lora_jax.cli.language import MAX_LENGTH
 from lora_jax.cli.settings import RunSettings
 from lora_jax.io.fetch import find_model
@@ -19,7 +21,7 @@ from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_settings
 from lora_jax.names import DATA, FSDP
-from lora_jax.parallel.mesh import AXES, BATCH, make_mesh
+from lora_jax.parallel.mesh import AXES, make_mesh
 from lora_jax.plan.fit import largest_batch, smallest_slice
 from lora_jax.plan.slices import CHIPS, check_topology, open_slice
 from lora_jax.plan.step import StepPlan, Workload, fitting_remat, plan_step
@@ -97,7 +99,7 @@ def run(settings: RunSettings, args: argparse.Namespace, out: Console) -> dict:
     if not (plan.fits or args.largest_batch or args.smallest_slice):
         raise UserError(_too_large(asked, plan))
     if args.largest_batch:
-        unit = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]] * work.accumulate
+        unit = _unit(work, mesh)
         found = largest_batch(
             lambda rows: asked.price(args.topology, rows, plan.remat), unit
         )
@@ -163,6 +165,9 @@ def workload(settings: RunSettings, tokens: int | None) -> Workload:
         param_dtype=jnp.dtype(stored or "float32"),
         remat=settings.model.remat,
         accumulate=settings.train.accumulate,
+        is_scanned=settings.scans_layers,
+        rules=mesh_rules(settings),
+        uneven=settings.mesh.uneven,
     )
 
 
@@ -224,7 +229,12 @@ def _divides(asked: Ahead, topology: str) -> bool:
     if not _is_mesh(asked, topology):
         return False
     mesh = make_mesh(**asked.sizes, devices=open_slice(topology))
-    return asked.batch % (mesh.shape[DATA] * mesh.shape[FSDP]) == 0
+    return asked.batch % _unit(asked.work, mesh) == 0
+
+
+def _unit(work: Workload, mesh: Mesh) -> int:
+    """What a batch has to divide by."""
+    return mesh.shape[DATA] * mesh.shape[FSDP] * work.accumulate
 
 
 def _too_large(asked: Ahead, plan: StepPlan) -> str:
@@ -235,7 +245,7 @@ def _too_large(asked: Ahead, plan: StepPlan) -> str:
 
     def rows(name: str) -> int:  # the next batch that divides over a slice
         mesh = make_mesh(**asked.sizes, devices=open_slice(name))
-        parts = mesh.shape[DATA] * mesh.shape[FSDP] * asked.work.accumulate
+        parts = _unit(asked.work, mesh)
         return -(-asked.batch // parts) * parts
 
     found, tried = smallest_slice(

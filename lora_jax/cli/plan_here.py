@@ -1,19 +1,25 @@
 """`lora-jax plan` on this machine: does a job's step fit, and what would."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lora_jax.cli import job as jobs
 from lora_jax.cli.console import Console, UserError, size
 from lora_jax.cli.report import memory_plan
+from lora_jax.cli.sections import TrainSettings
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import adapt
+from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.fit import device_memory, largest_batch
 from lora_jax.plan.flops import StepFlops, step_flops, traced_flops
-from lora_jax.train.state import TrainState
+from lora_jax.plan.step import state_shapes
 from lora_jax.train.step import make_train_step
+from lora_jax.tree.paths import flatten
 
 
 class Here(NamedTuple):
@@ -49,12 +55,12 @@ class Pricer:
 
     Attributes:
       job: from `open_job`.
-      tx: the optimizer.
+      total: steps of the run.
       longest: a batch of the longest shape.
     """
 
-    def __init__(self, job: jobs.Job, tx: Any, longest: dict[str, Any]) -> None:
-        self.job, self.tx, self.longest = job, tx, longest
+    def __init__(self, job: jobs.Job, total: int, longest: dict[str, Any]) -> None:
+        self.job, self.total, self.longest = job, total, longest
         self.limit = device_memory(jax.local_devices()[0])
 
     @property
@@ -76,20 +82,44 @@ class Pricer:
         if remat is not None:
             module = job.loaded.module.clone(remat=remat)
             adapted = adapt(module, job.lora, *job.loaded.inputs)
-        return self.compile(adapted, job.variables, rows, remat)
+        return self._compile(adapted, job.variables, job.settings.train, rows, remat)
 
-    def compile(
-        self, module: Any, variables: Any, rows: int, remat: str | None = None
+    def full(self, rows: int) -> Here:
+        """Compiles a step that trains the whole base; it has no B for a LoRA+ ratio."""
+        job = self.job
+        train = dataclasses.replace(job.settings.train, lora_b_ratio=1.0)
+        return self._compile(
+            job.loaded.module, {PARAMS: job.loaded.params}, train, rows
+        )
+
+    def _compile(
+        self,
+        module: Any,
+        variables: dict[str, Any],
+        train: TrainSettings,
+        rows: int,
+        remat: str | None = None,
     ) -> Here:
-        """Compiles a step of any module of the job, adapted or not."""
-        train = self.job.settings.train
+        """Compiles a step from shapes alone: what doesn't fit is not allocated."""
         loss = self.job.loss(module, is_training=True)
-        state = TrainState.create(variables, self.tx, jax.random.key(train.seed))
+        tx = jobs.optimizer(train, self.total)
+        mesh = self.job.devices.mesh
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        where = {path: leaf.sharding for path, leaf in flatten(variables).items()}
+        state = state_shapes(
+            variables,
+            tx,
+            where,
+            one if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        )
+        spread = None if mesh is None else batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                (rows, *leaf.shape[1:]), leaf.dtype, sharding=spread
+            )
             for name, leaf in self.longest.items()
         }
-        step = make_train_step(loss, self.tx, train.accumulate)
+        step = make_train_step(loss, tx, train.accumulate)
         traced = step.trace(state, batch)
         parts = memory_plan(state, traced.lower().compile())
         return Here(rows, remat, parts, self.limit, traced_flops(traced.jaxpr.jaxpr))
@@ -133,7 +163,7 @@ class Pricer:
 
     def largest(self, remat: str | None) -> Here | None:
         """Returns the largest batch that fits under a policy."""
-        unit = self.job.settings.train.accumulate
+        unit = self.job.settings.train.accumulate * self.job.devices.parts
         return largest_batch(lambda rows: self.price(rows, remat), unit)
 
 

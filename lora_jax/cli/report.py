@@ -177,7 +177,8 @@ def device() -> str:
     """Names what the run is on."""
     first = jax.devices()[0]
     if first.platform == "cpu":
-        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+        own = getattr(os, "sched_getaffinity", None)  # not on macOS
+        return f"CPU, {len(own(0)) if own else os.cpu_count()} cores"
     return f"{jax.device_count()} x {first.device_kind}"
 
 

@@ -22,7 +22,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
-OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES}
+TEMPORARY = {f".{name}.tmp" for name in (METRICS, SUMMARY)}  # left by a kill
+OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, *TEMPORARY}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
 # (On another mesh sums are rounded in another order; nothing else is different.)
@@ -70,15 +71,15 @@ class RunFolder:
         )
         if resume:
             self._check_resume(settings)
+        elif found and CONFIG not in found:
+            raise UserError(
+                f"{self.path} is no run folder (it has no {CONFIG}, but {found[0]!r}), "
+                "and nothing there will be touched. Choose another output.dir."
+            )
         elif found and not overwrite:
             raise UserError(
                 f"{self.path} holds a run already ({self.state()}). Add --resume to go "
                 "on with it, --overwrite to delete it, or choose another output.dir."
-            )
-        elif found and CONFIG not in found:
-            raise UserError(
-                f"{self.path} is no run folder (it has no {CONFIG}, but {found[0]!r}), "
-                "so --overwrite will not delete it. Choose another output.dir."
             )
         elif strange := sorted(set(found) - OWN_NAMES):
             raise UserError(
@@ -135,12 +136,13 @@ class RunFolder:
           overwrite: delete the run that is there; `check` has looked at it.
 
         Raises:
-          UserError: if the folder can't be made.
+          UserError: if the folder can't be made, or another process has just made it.
         """
         if not self.is_writer:
             return
         if overwrite and self.path.exists():
-            for name in OWN_NAMES:
+            # The config last: without it what a kill has left would be no run folder.
+            for name in sorted(OWN_NAMES, key=lambda name: name == CONFIG):
                 target = self / name
                 if target.is_dir():
                     shutil.rmtree(target)
@@ -155,7 +157,15 @@ class RunFolder:
                 f"output.dir {self.path} can't be made: {error.strerror}. Choose "
                 "another output.dir."
             ) from error
-        (self / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+        try:
+            with (self / CONFIG).open("x", encoding="utf-8") as file:
+                file.write(settings.to_yaml())
+        except FileExistsError:
+            raise UserError(
+                f"another process has just started a run in {self.path}. Processes of "
+                "one run need --distributed, or --coordinator and its options; other "
+                "runs another output.dir."
+            ) from None
 
     def check_space(self, needed: int) -> None:
         """Raises if the disk has not ``needed`` bytes left.

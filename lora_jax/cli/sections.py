@@ -84,7 +84,8 @@ class TrainSettings:
       warmup: fraction of the steps over which the learning rate rises from 0.
       weight_decay: decoupled, on trained weights.
       clip_norm: largest global norm of the trainable gradient, or None.
-      label_smoothing: mass taken from the label and spread over all classes.
+      label_smoothing: of an encoder: mass taken from the label and spread over all
+        classes.
       seed: of A, the head, dropout and the order of the examples.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between validations, or None for twice an epoch.

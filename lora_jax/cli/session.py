@@ -17,7 +17,7 @@ from lora_jax.cli.devices import check_batch
 from lora_jax.cli.live import Clock, Relay, interruptible
 from lora_jax.cli.runfolder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.cli.settings import RunSettings
-from lora_jax.io.adapter import load_adapter, save_adapter
+from lora_jax.io.adapter import Adapter, load_adapter, save_adapter
 from lora_jax.io.checkpoint import Checkpoints
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
@@ -88,7 +88,9 @@ class Session:
             state = self._restore(state)
             memory = self._compile(step, state)
             baseline = self._baseline()
-            fitted = self._fit(state, step)
+            # A run that was stopped early has nothing to go on with.
+            is_over = self.is_out_of_patience()
+            fitted = Fitted(state, True) if is_over else self._fit(state, step)
             if fitted.is_stopped and not self.is_out_of_patience():
                 self.is_stopped = True
                 raise KeyboardInterrupt
@@ -309,6 +311,13 @@ class Session:
             },
         )
 
+    def _load_adapter(self, state: TrainState) -> Adapter:
+        return load_adapter(
+            self.folder / ADAPTER,
+            expected=state.trainable,
+            fingerprint=self.job.fingerprint,
+        )
+
     def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
@@ -321,11 +330,13 @@ class Session:
         """Tests the adapter that was kept, as it lies on disk."""
         assert self.best is not None  # the last step is always validated
         job, best = self.job, self.best
-        adapter = load_adapter(
-            self.folder / ADAPTER,
-            expected=state.trainable,
-            fingerprint=self.job.fingerprint,
-        )
+        adapter = self._load_adapter(state)
+        if adapter.extra["step"] != best["step"]:
+            # A kill came between an adapter and its checkpoint, and the steps after the
+            # checkpoint before it have gone another way: on another mesh, say.
+            assert self.checkpoints is not None  # open while training
+            self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
+            adapter = self._load_adapter(state)
         variables = {**state.frozen, **adapter.variables}
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None

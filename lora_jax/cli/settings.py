@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -105,7 +106,8 @@ def load_settings(
     folders that exist are made absolute.
 
     Args:
-      path: the YAML file, or a run folder that holds a ``config.yaml``.
+      path: the YAML file, or a run folder that holds a ``config.yaml``; the run is
+        then where the folder is, wherever it was started.
       overrides: each ``section.key=value``, the value in YAML.
 
     Returns:
@@ -116,9 +118,10 @@ def load_settings(
       ValueError: naming every fault at once: YAML that doesn't parse, unknown sections
         and keys with the nearest known one, values of the wrong type or out of range.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.yaml"
+    file = folder = Path(path)
+    is_run = folder.is_dir()
+    if is_run:
+        file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(
             f"no config file at {file}{_nearby(file)}. A config is a YAML file."
@@ -128,6 +131,8 @@ def load_settings(
         raise ValueError(
             f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
         )
+    if is_run and isinstance(tree.get("output"), dict):
+        tree["output"]["dir"] = str(folder)
     faults = _unknown_keys(tree)
     for override in overrides:
         faults += _apply(tree, override)
@@ -252,6 +257,14 @@ def _conflicts(settings: RunSettings) -> list[str]:
             "mesh: data, fsdp and tensor must be at least 1, and one of them may be -1 "
             f"for the devices that are left; got {mesh}"
         )
+    for pattern in settings.mesh.rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(
+                f"mesh.rules: {pattern!r} is no regular expression: {error}; a rule's "
+                "key is the end of a weight's path, like mlp/up/kernel"
+            )
     if train.batch_size % train.accumulate:
         faults.append(
             f"train: batch_size must be a multiple of accumulate = {train.accumulate}; "
@@ -274,8 +287,8 @@ def _absolute(settings: RunSettings) -> RunSettings:
         for name in ("train", "validation", "test")
         if (value := getattr(settings.data, name)) is not None
     }
-    folder = Path(settings.model.path).expanduser()
-    model = {"path": str(folder.resolve())} if folder.is_dir() else {}
+    base = Path(settings.model.path).expanduser()
+    model = {"path": str(base.resolve())} if base.exists() else {}
     output = {"dir": str(Path(settings.output.dir).expanduser().resolve())}
     return dataclasses.replace(
         settings,

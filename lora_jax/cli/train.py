@@ -63,6 +63,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         ):
             said = f"{error}\n{session.how_to_resume()}"
             raise UserError(said, code=1) from error
+        if session.checkpoints and session.checkpoints.latest_step() is not None:
+            out.say(session.how_to_resume())
         raise
 
 

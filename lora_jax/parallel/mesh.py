@@ -209,24 +209,28 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
     return jax.tree.map(put, batch)
 
 
-def check_rows(rows: dict[str, int], mesh: Mesh) -> None:
+def check_rows(rows: dict[str, int], mesh: Mesh, *, accumulate: int = 1) -> None:
     """Raises unless every number of rows divides over the mesh's batch axes.
 
     Args:
       rows: of each leaf of a batch, by name.
       mesh: from `make_mesh`.
+      accumulate: microbatches, each of which has to divide.
 
     Raises:
       ValueError: naming the leaves and the nearest numbers that divide.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH) * accumulate
     wrong = {name: n for name, n in rows.items() if n < 1 or n % parts}
     if wrong:
         low = max(wrong.values()) // parts * parts
         nearest = f"{low} or {low + parts}" if low else f"{parts}"
+        also, times = (
+            (" x accumulate", f" x {accumulate}") if accumulate > 1 else ("",) * 2
+        )
         raise ValueError(
-            f"the rows of a batch must divide by data x fsdp = {mesh.shape[DATA]} x "
-            f"{mesh.shape[FSDP]} = {parts}; got "
+            f"the rows of a batch must divide by data x fsdp{also} = "
+            f"{mesh.shape[DATA]} x {mesh.shape[FSDP]}{times} = {parts}; got "
             f"{', '.join(f'{name} {n}' for name, n in wrong.items())}. Take {nearest}."
         )
 

@@ -8,12 +8,13 @@ is ever made.
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
@@ -22,6 +23,8 @@ from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import batch_sharding, check_rows
 from lora_jax.parallel.rules import (
+    Rules,
+    WeightSharding,
     adapter_shardings,
     make_sharding,
     resolve_shardings,
@@ -56,6 +59,9 @@ class Workload:
       param_dtype: of the frozen weights.
       remat: what the backward pass computes again; see `Decoder`.
       accumulate: microbatches of a step.
+      is_scanned: whether the blocks are one scanned block; None: where they are alike.
+      rules: of the mesh, as `make_sharding` takes them.
+      uneven: likewise.
     """
 
     config: DecoderConfig
@@ -65,14 +71,18 @@ class Workload:
     param_dtype: Any = jnp.bfloat16
     remat: str = "block"
     accumulate: int = 1
+    is_scanned: bool | None = None
+    rules: Rules = ()
+    uneven: Literal["error", "replicate"] = "error"
 
     @property
     def adapted(self) -> Adapted:
-        """The decoder with adapters; its layers are scanned where they are alike."""
+        """The decoder with adapters."""
+        are_alike = not self.lora.tells_layers_apart
         decoder = Decoder(
             self.config,
             dtype=self.dtype,
-            is_scanned=not self.lora.tells_layers_apart,
+            is_scanned=are_alike if self.is_scanned is None else self.is_scanned,
             remat=self.remat,
         )
         return adapt(decoder, self.lora)
@@ -145,10 +155,11 @@ def plan_step(work: Workload, mesh: Mesh, batch: int, *, limit: int) -> StepPlan
       ValueError: if the batch or a weight doesn't divide over the mesh, or the config
         names layers that aren't there.
     """
-    check_rows({"batch": batch}, mesh)
+    check_rows({"batch": batch}, mesh, accumulate=work.accumulate)
     adapted, params = work.adapted, work.params()
     tx = lora_optimizer(1e-4, total_steps=1000)
-    state = abstract_state(adapted, params, tx, mesh)
+    sharding = make_sharding(mesh, work.rules, uneven=work.uneven)
+    state = abstract_state(adapted, params, tx, sharding)
     rows = batch_sharding(mesh)
     tokens = (batch, work.tokens)
     examples = {
@@ -190,36 +201,59 @@ def plan_step(work: Workload, mesh: Mesh, batch: int, *, limit: int) -> StepPlan
     )
 
 
-def abstract_state(adapted: Adapted, params: Any, tx: Any, mesh: Mesh) -> TrainState:
+def abstract_state(
+    adapted: Adapted, params: Any, tx: Any, sharding: WeightSharding
+) -> TrainState:
     """Returns the state before the first step, as shapes with shardings.
 
     Args:
       adapted: the model.
       params: shapes of its frozen weights.
       tx: the optimizer.
-      mesh: what everything lies on.
+      sharding: of the base's weights on a mesh.
 
     Returns:
-      A `TrainState` of ``jax.ShapeDtypeStruct``: what the optimizer keeps of a leaf
-      lies where the leaf does.
+      As `state_shapes`.
 
     Raises:
       ValueError: naming every weight that the mesh doesn't divide.
     """
-    key = jax.random.key(0)
-    variables = jax.eval_shape(adapted.attach, params, key)
-    state = jax.eval_shape(
-        lambda variables, key: TrainState.create(variables, tx, key), variables, key
-    )
+    variables = jax.eval_shape(adapted.attach, params, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
-    where = resolve_shardings(shapes, make_sharding(mesh))
+    where = resolve_shardings(shapes, sharding)
     where |= adapter_shardings(where, adapted.targets(params))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return state_shapes(variables, tx, where, everywhere)
+
+
+def state_shapes(
+    variables: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    where: Mapping[str, Sharding],
+    otherwise: Sharding,
+) -> TrainState:
+    """Returns what `TrainState.create` would, as shapes; nothing is allocated.
+
+    Args:
+      variables: arrays or shapes, by collection.
+      tx: the optimizer.
+      where: shardings by the path of a variable, or by the end of it.
+      otherwise: the sharding of all else.
+
+    Returns:
+      A `TrainState` of ``jax.ShapeDtypeStruct``: what the optimizer keeps of a leaf
+      lies where the leaf does.
+    """
+    state = jax.eval_shape(
+        lambda variables, key: TrainState.create(variables, tx, key),
+        dict(variables),
+        jax.random.key(0),
+    )
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        sharding = next((where[end] for end in ends if end in where), everywhere)
+        sharding = next((where[end] for end in ends if end in where), otherwise)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -15,16 +15,19 @@ BUCKET_MULTIPLE = 8
 Batch = dict[str, np.ndarray]
 
 
-def length_buckets(lengths: Sequence[int], count: int = BUCKETS) -> list[int]:
+def length_buckets(
+    lengths: Sequence[int], count: int = BUCKETS, *, longest: int | None = None
+) -> list[int]:
     """Chooses the lengths to pad to: the ``count`` that leave the least padding.
 
     Args:
       lengths: of the examples, in tokens.
       count: the largest number of buckets.
+      longest: what no bucket may exceed, the context of a model say.
 
     Returns:
       Increasing multiples of 8 (of more for very long texts); the last holds the
-      longest example.
+      longest example, and is no longer than ``longest``.
 
     Raises:
       ValueError: if there are no lengths, one is below 1, or ``count`` is below 1.
@@ -60,7 +63,7 @@ def length_buckets(lengths: Sequence[int], count: int = BUCKETS) -> list[int]:
         j = int(picks[j - 1])
     if j:
         buckets.append(int(edges[j - 1]))
-    return buckets[::-1]
+    return [min(bucket, longest or bucket) for bucket in buckets[::-1]]
 
 
 class Schedule(abc.ABC):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 MAX_FAULTS = 20
+MAX_CLASSES = 100_000
 
 
 def read_jsonl(
@@ -78,7 +79,7 @@ def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
       Sorted labels. Integers give every class from 0 to the largest, seen or not.
 
     Raises:
-      ValueError: if there are fewer than 2 classes or a negative number.
+      ValueError: if there are fewer than 2 classes, a negative number or a huge one.
       TypeError: if strings and integers are mixed, or there is anything else.
 
     Example:
@@ -95,6 +96,11 @@ def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
     if numbers := {y for y in labels if isinstance(y, int)}:
         if min(numbers) < 0:
             raise ValueError(f"labels must be at least 0; got {min(numbers)}.")
+        if max(numbers) >= MAX_CLASSES:
+            raise ValueError(
+                f"labels must be class numbers below {MAX_CLASSES:,}; got "
+                f"{max(numbers):,}. Labels that are names or ids go in quotes."
+            )
         known = [*range(max(numbers) + 1)]
     if len(known) < 2:
         raise ValueError(

@@ -16,7 +16,7 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import Patterns, matches
-from lora_jax.names import ADAPTER_LEAVES, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.names import ADAPTER_LEAVES, BIAS, LORA_A, LORA_B, MAGNITUDE, SCALE
 from lora_jax.tree.paths import nearest
 
 ADAPTER = "adapter"
@@ -43,7 +43,8 @@ def lora_optimizer(
     ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 for all else.
 
     Decay policy: ``lora_b`` and other arrays of 2 or more dimensions decay; ``lora_a``,
-    DoRA's ``magnitude`` and arrays of fewer dimensions (biases, norms) never do.
+    DoRA's ``magnitude``, every ``bias`` and ``scale`` (of norms; if scanned they have 2
+    dimensions) and arrays of fewer dimensions never do.
     ``A B`` shrinks with B alone, while decaying A before B has moved only shrinks the
     first gradients; a magnitude at rest is W0's norm, not zero.
 
@@ -270,22 +271,23 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 
 
 def decay_mask(tree: PyTree) -> PyTree:
-    """Marks the leaves that decay: ``lora_b``, and others of 2 or more dimensions.
+    """Marks the leaves that decay: ``lora_b``, kernels and embeddings.
 
     Args:
       tree: a tree of trainable leaves.
 
     Returns:
-      The same tree with True or False at each leaf; False at every ``lora_a`` and
-      ``magnitude``.
+      The same tree with True or False at each leaf: True for 2 or more dimensions,
+      but False at every ``lora_a``, ``magnitude``, ``bias`` and ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
 
+    at_rest = {LORA_A, MAGNITUDE, BIAS, SCALE}
+
     def decays(path: Any, leaf: Any) -> bool:
-        at_rest = {LORA_A, MAGNITUDE}
         return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(_path(path).split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, tree)

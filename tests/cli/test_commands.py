@@ -1,6 +1,7 @@
 """Every command on a tiny model, from a run that was really trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +57,19 @@ def test_eval_takes_the_config_of_a_run_and_other_data(config, data_dir, call):
     code, out, _ = call("eval", config, "--data", data, "--json")
     assert code == 0
     assert json.loads(out)["examples"] == 24
+
+
+def test_eval_of_other_data_needs_none_of_the_runs(run_dir, data_dir, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("train.jsonl", "gone.jsonl"))
+    data = data_dir / "validation.jsonl"
+    code, out, shown = call("eval", "--run", folder, "--data", data, "--json")
+    assert code == 0, shown
+    assert json.loads(out)["examples"] == 24
+    code, _, shown = call("eval", "--run", folder, "--split", "test", "--json")
+    assert code == 0, shown
 
 
 def test_eval_with_settings_that_are_not_the_runs_names_them(config, run_dir, call):

@@ -1,10 +1,12 @@
 """Numbers as people read them; what a result depends on."""
 
 import importlib.metadata
+import math
+import os
 
 import pytest
 
-from lora_jax.cli.console import arithmetic, size
+from lora_jax.cli.console import Console, arithmetic, perplexity, size
 from lora_jax.cli.report import versions
 
 
@@ -42,3 +44,17 @@ def test_a_checkout_that_is_not_installed_has_no_version_and_no_error(monkeypatc
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert "lora_jax" not in versions()
     assert versions()["jax"] == installed("jax")
+
+
+def test_perplexity_of_a_loss_that_is_too_large_is_infinite():
+    assert perplexity(0.0) == 1
+    assert perplexity(1000.0) == math.inf
+
+
+def test_a_reader_that_goes_away_does_not_end_what_is_under_way():
+    console, (read, write) = Console(), os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        console._rich.file = pipe
+        console.say("x" * 100_000)
+        console.say("y")

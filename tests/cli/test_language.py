@@ -1,6 +1,7 @@
 """A decoder through every command: trained, evaluated, scored, and talked to."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -209,3 +210,20 @@ def test_an_encoder_neither_generates_nor_scores(model_dir, call):
     code, _, shown = call("generate", "--model", model_dir, "--prompt", "a")
     assert code == 2
     assert "must be a decoder; it is an encoder" in shown
+
+
+def test_settings_of_encoders_are_refused_for_a_decoder(config, tmp_path, call):
+    words = ["train.label_smoothing=0.1", f"output.dir={tmp_path}/run"]
+    code, _, shown = call("train", config, *words)
+    assert code == 2
+    assert "train.label_smoothing is of an encoder's classes" in shown
+
+
+def test_eval_of_a_file_needs_no_training_data(run, config, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("train.jsonl", "gone.jsonl"))
+    data = config.parent / "test.jsonl"
+    code, _, shown = call("eval", "--run", folder, "--data", data, "--json")
+    assert code == 0, shown

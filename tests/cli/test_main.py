@@ -54,6 +54,11 @@ def test_overrides_may_stand_behind_options():
         (FileNotFoundError("no file x"), 2, "no file x"),
         (OSError(errno.ENOSPC, "No space", "/x/y"), 1, "the disk is full (/x/y)"),
         (ModuleNotFoundError("No", name="yaml"), 1, 'install "lora_jax[train]"'),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            1,
+            "memory is full: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+        ),
         (KeyError("a"), 1, "This is a fault of lora_jax"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax.cli import plan_ahead
 from lora_jax.cli.plan_ahead import read_mesh
+from lora_jax.cli.settings import load_settings
 from lora_jax.plan import slices
 from tests.models.golden import GOLDEN
 
@@ -83,3 +84,19 @@ def test_a_mesh_is_all_fsdp_but_for_what_is_said():
     assert read_mesh(None) == {"data": 1, "fsdp": -1, "tensor": 1}
     assert read_mesh("tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
     assert read_mesh("data=-1,tensor=2") == {"data": -1, "fsdp": 1, "tensor": 2}
+
+
+def test_the_settings_of_mesh_and_model_are_planned_with(config, call):
+    words = ["plan", config, "--topology", "v5e:4x4", "train.accumulate=2"]
+    code, _, shown = call(*words, "--batch", "3")
+    assert code == 2
+    assert "data x fsdp x accumulate = 1 x 1 x 2 = 2; got batch 3" in shown
+    overrides = ["mesh.uneven=replicate", "mesh.rules={up/kernel: [fsdp]}"]
+    work = plan_ahead.workload(
+        load_settings(config, [*overrides, "model.scan=false"]), None
+    )
+    assert work.uneven == "replicate"
+    assert [(path, tuple(spec)) for path, spec in work.rules] == [
+        ("up/kernel", ("fsdp",))
+    ]
+    assert not work.adapted.model.is_scanned

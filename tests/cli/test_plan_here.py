@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
 from lora_jax.cli import plan_here
+from lora_jax.cli.devices import Devices
+from lora_jax.train.state import TrainState
 
 
 def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
@@ -48,3 +51,42 @@ def test_the_memory_of_a_device_is_its_allocators_or_the_machines(stats):
 
     found = plan_here.device_memory(Device())
     assert found == 7 if stats else found > 2**28
+
+
+def test_a_step_with_a_ratio_for_b_is_compared_with_one_that_has_no_b(config, call):
+    code, out, shown = call("plan", config, "train.lora_b_ratio=16", "--json")
+    assert code == 0, shown
+    assert json.loads(out)["step"]["full"]["total"] > 0
+
+
+def test_neither_step_is_allocated(config, call, monkeypatch):
+    create = TrainState.create
+
+    def traced(variables, tx, rng):
+        assert all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(variables))
+        return create(variables, tx, rng)
+
+    monkeypatch.setattr(TrainState, "create", traced)
+    code, _, shown = call("plan", config)
+    assert code == 0, shown
+
+
+def test_batches_divide_over_the_mesh_as_they_must_in_training(
+    config, call, monkeypatch
+):
+    monkeypatch.setattr(Devices, "parts", 3)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    assert "got 8. Take 6 or 9" in shown
+    monkeypatch.setattr(plan_here, "device_memory", lambda device: 3 * 10**6)
+    code, out, _ = call(
+        "plan", config, "train.batch_size=6", "--largest-batch", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["largest_batch"] % 3 == 0
+
+
+def test_a_mesh_that_is_not_there_is_planned_on_one_device_and_said(config, call):
+    code, _, shown = call("plan", config, "mesh.fsdp=2", "--json")
+    assert code == 0
+    assert "one of 1; the run's was" in shown

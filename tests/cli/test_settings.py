@@ -113,6 +113,21 @@ def test_a_repeated_key_is_an_error(file):
         load_settings(file)
 
 
+def test_a_key_that_is_a_mapping_is_an_error_and_merging_one_is_not(file):
+    file.write_text(MINIMAL.replace("some/model", "{{MODEL}}"))
+    with pytest.raises(ValueError, match=r"'MODEL': None\} can't be a key"):
+        load_settings(file)
+    text = "{a: &base {x: 1, y: 2}, b: {<<: *base, y: 3}}"
+    assert parse_yaml(text, "here")["b"] == {"x": 1, "y": 3}
+
+
+def test_a_model_that_is_a_file_is_found_from_any_folder(file, tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(file, ["model.path=tiny.gguf"])
+    assert settings.model.path == str(tmp_path / "tiny.gguf")
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_bytes(b"model: \xff\n")

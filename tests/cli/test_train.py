@@ -2,13 +2,19 @@
 
 import errno
 import json
+import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from lora_jax.cli import session
+from lora_jax.cli.console import UserError
+from lora_jax.cli.job import Job, hold_out
 from lora_jax.cli.main import main
+from lora_jax.cli.runfolder import RunFolder
+from lora_jax.cli.settings import load_settings
 from lora_jax.train.data import Batches
 
 
@@ -261,3 +267,97 @@ def test_the_main_job_starts_on_real_weights_and_sentences(tmp_path, call):
     assert summary["parameters"]["encoder_share"] < 0.03
     assert summary["adapter_bytes"] < 1.1 * 4 * summary["parameters"]["trainable"]
     assert "encoder/layer_{0..5}/attention/query" in shown
+
+
+def test_a_class_that_is_only_held_out_is_a_class(config, tmp_path, call):
+    rows = [{"text": "the film", "label": label} for label in ["a", "b"] * 10 + ["c"]]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.train={file}", "data.validation=null", "data.test=null"]
+
+    def is_held_out(seed):
+        data = load_settings(config, [*words, f"data.seed={seed}"]).data
+        return rows[-1] in hold_out({"train": rows}, data)["validation"]
+
+    seed = next(filter(is_held_out, range(1000)))
+    code, out, shown = call("plan", config, *words, f"data.seed={seed}")
+    assert code == 0, shown
+    assert "['a', 'b', 'c']" in out
+
+
+def test_a_run_that_was_copied_goes_on_where_it_is(run_dir, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    before = (run_dir / "summary.json").stat().st_mtime_ns
+    code, out, shown = call("train", folder, "--resume", "--json")
+    assert code == 0, shown
+    assert json.loads(out)["run"] == str(folder)
+    assert (run_dir / "summary.json").stat().st_mtime_ns == before
+    assert same_numbers(folder, run_dir)
+
+
+def test_a_run_that_was_stopped_early_has_nothing_to_go_on_with(config, tmp_path, call):
+    words = ["train.patience=1", "train.eval_every=2", "train.learning_rate=1e-12"]
+    words = ["train", config, *words, f"output.dir={tmp_path}/run", "--json"]
+    code, out, shown = call(*words)
+    assert code == 0, shown
+    assert json.loads(out)["steps"] == 5  # validations at 2 and 4; 5 was under way
+    for _ in range(2):
+        code, again, shown = call(*words, "--resume")
+        assert code == 0, shown
+        assert json.loads(again)["steps"] == 5
+
+
+def test_an_adapter_that_lost_its_checkpoint_to_a_kill_is_written_anew(
+    run_dir, config, tmp_path, call
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    file = folder / "adapter" / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved["extra"]["step"] == 24 or saved["extra"]["step"] % 6 == 0
+    kept = saved["extra"].pop("step")
+    file.write_text(
+        json.dumps({**saved, "extra": {**saved["extra"], "step": kept + 1}})
+    )
+    code, _, shown = call("train", config, f"output.dir={folder}", "--resume")
+    assert code == 0, shown
+    assert json.loads(file.read_text())["extra"]["step"] == kept
+    assert same_adapter(folder, run_dir)
+    assert same_numbers(folder, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "is_better"),
+    [
+        (1.0, 2.0, True),
+        (2.0, 1.0, False),
+        (math.nan, 1.0, False),
+        (1.0, math.nan, True),
+        (1.0, None, True),
+        (math.nan, math.nan, False),
+    ],
+)
+def test_any_loss_is_better_than_nan(new, old, is_better):
+    assert Job.is_better(SimpleNamespace(best_mode="min"), new, old) is is_better
+
+
+def test_two_processes_do_not_start_a_run_in_one_folder(config, tmp_path):
+    settings = load_settings(config)
+    RunFolder(tmp_path / "run").create(settings, overwrite=False)
+    with pytest.raises(UserError, match="another process has just started a run in"):
+        RunFolder(tmp_path / "run").create(settings, overwrite=False)
+
+
+def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, shown = call("train", config, f"output.dir={tmp_path}")
+    assert code == 2
+    assert "is no run folder (it has no config.yaml, but 'thesis.tex')" in shown
+
+
+def test_settings_of_decoders_are_refused_for_an_encoder(config, tmp_path, call):
+    words = ["data.packing=true", f"output.dir={tmp_path}/run"]
+    code, _, shown = call("train", config, *words)
+    assert code == 2
+    assert "data.packing and train.samples are of a decoder" in shown

@@ -142,6 +142,7 @@ def test_buckets_of_one_length_and_of_long_texts():
     long = length_buckets([3, 131_072, 70_000], 3)
     assert long[-1] == 131_072
     assert len(long) == 3
+    assert length_buckets([12, 97], longest=100) == [16, 100]
 
 
 @pytest.mark.parametrize(

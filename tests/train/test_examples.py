@@ -98,6 +98,7 @@ def test_a_vocabulary_is_sorted_names_or_all_numbers_up_to_the_largest():
         ([0, 0], ValueError, r"at least 2 classes; got 1: \[0\]"),
         ([-1, 2], ValueError, "at least 0; got -1"),
         ([], ValueError, "at least 2 classes; got 0"),
+        ([0, 987654321], ValueError, "class numbers below 100,000; got 987,654,321"),
     ],
 )
 def test_bad_vocabularies_are_named(labels, error, message):

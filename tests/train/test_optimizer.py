@@ -154,11 +154,17 @@ def test_decay_shrinks_b_and_kernels_never_a_or_vectors():
                 "magnitude": jnp.ones((4, 3)),  # scanned: two dimensions
             }
         },
-        "params": {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}},
+        "params": {
+            "head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+            "layers": {"bias": jnp.ones((4, 2)), "scale": jnp.ones((4, 2))},  # scanned
+        },
     }
     assert decay_mask(params) == {
         "lora": {"q": {"lora_a": False, "lora_b": True, "magnitude": False}},
-        "params": {"head": {"kernel": True, "bias": False}},
+        "params": {
+            "head": {"kernel": True, "bias": False},
+            "layers": {"bias": False, "scale": False},
+        },
     }
     tx = lora_optimizer(0.5, total_steps=1, schedule="constant", weight_decay=0.2)
     after, _ = run(tx, params, jax.tree.map(jnp.zeros_like, params))
