@@ -306,6 +306,7 @@ class Session:
             self.job.fingerprint,
             extra={
                 "model": self.settings.model.path,
+                "param_dtype": self.settings.model.param_dtype,
                 **self.job.extra(),
                 "step": int(state.step),
             },

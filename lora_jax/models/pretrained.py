@@ -28,6 +28,7 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
+FLOATS = ("float32", "bfloat16", "float16")  # what a base may have been cast to
 
 
 def load_model(
@@ -60,7 +61,8 @@ def load_model(
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
         None for what the file was made with.
       dtype: dtype of the computation.
-      param_dtype: dtype of the parameters; None for the file's own.
+      param_dtype: dtype of the parameters; None for that which an adapter of ours says
+        it was trained in (``"param_dtype"`` of its ``extra``), else the file's own.
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
@@ -208,6 +210,14 @@ def _load_ours(
     if num_labels is None and head is not None:
         num_labels = head["kernel"].shape[-1]
     pooling = pooling or found.extra.get("pooling")
+    param_dtype, kept = options["param_dtype"], found.extra.get("param_dtype")
+    if param_dtype is None:
+        if kept not in (None, *FLOATS):
+            raise ValueError(
+                f"{folder / ours.CONFIG}: param_dtype of extra must be null or one of "
+                f"{FLOATS}; got {kept!r}."
+            )
+        param_dtype = kept
     was_scanned = any(SCANNED in tree for tree in found.variables.values())
     is_scanned = options["is_scanned"]
     if is_scanned and not was_scanned:
@@ -215,7 +225,7 @@ def _load_ours(
             f"is_scanned must be False or None for {folder}, which was trained on "
             "blocks that are no nn.scan; got True."
         )
-    options = {**options, "is_scanned": was_scanned}
+    options = {**options, "param_dtype": param_dtype, "is_scanned": was_scanned}
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
     shapes = {  # no arrays: the config may lie about ranks

@@ -92,6 +92,30 @@ def test_the_adapter_is_talked_to(run, folder, call):
     assert out.count("green .") == out.count("blue .") == 1
 
 
+def test_a_run_on_a_base_that_was_cast_is_used_like_any_other(config, tmp_path, call):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    words = ["model.param_dtype=bfloat16", "train.epochs=1", f"output.dir={run}"]
+    code, _, shown = call("train", config, *words)
+    assert code == 0, shown
+    adapter, prompt = ["--adapter", run], "what is the sky ?"
+    data = write(tmp_path / "in.jsonl", [{"text": prompt}])
+    for command in (
+        ["generate", *adapter, "--prompt", prompt],
+        ["score", *adapter, "--data", data, "--out", tmp_path / "out.jsonl"],
+        ["merge", *adapter, "--out", merged],
+    ):
+        code, _, shown = call(*command)
+        assert code == 0, shown
+    file = run / "adapter" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    assert said["extra"]["param_dtype"] == "bfloat16"
+    said["extra"]["param_dtype"] = "int8"
+    file.write_text(json.dumps(said))
+    code, _, shown = call("generate", *adapter, "--prompt", prompt)
+    assert code == 2
+    assert "param_dtype of extra must be null or one of" in shown
+
+
 def test_a_chat_is_put_into_the_template(folder, call):
     options = ["--model", folder, "--max-new-tokens", 3, "--json"]
     _, out, _ = call("generate", "--chat", "--prompt", "the sky", *options)
