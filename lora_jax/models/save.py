@@ -17,6 +17,7 @@ import flax.traverse_util
 import numpy as np
 
 from lora_jax.io.safetensors import SINGLE, write_tensors
+from lora_jax.io.special import GENERATION_CONFIG, TEMPLATE
 from lora_jax.io.tokenizer import load_tokenizer
 from lora_jax.models.load import HEAD, OURS, unscanned
 from lora_jax.models.source import CONFIG, open_source
@@ -31,6 +32,8 @@ OTHER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
+    GENERATION_CONFIG,
+    TEMPLATE,
 )
 
 

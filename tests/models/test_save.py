@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
 from tests.io.test_gguf import V, write
+from tests.tiny_decoder import make_decoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 
@@ -58,6 +59,16 @@ def test_tokenizer_files_are_copied_and_others_are_not(tmp_path):
     save_model(tmp_path / "out", loaded.params, source, pooling="pooler")
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert files == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+def test_the_chat_template_and_where_generation_stops_are_copied(tmp_path):
+    source = make_decoder(tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    loaded = load_model(source)
+    save_model(tmp_path / "out", loaded.params, source)
+    assert loaded.tokenizer.special.stop_ids == (1, 7)
+    assert load_model(tmp_path / "out").tokenizer.special == loaded.tokenizer.special
 
 
 def test_one_error_lists_all_tensors_that_dont_fit_and_nothing_is_written(tmp_path):
