@@ -24,7 +24,7 @@ from lora_jax.io.host import empty_aligned
 from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.source import CONFIG, Source, open_source
-from lora_jax.names import FROZEN, KERNEL, PARAMS
+from lora_jax.names import EMBEDDING, FROZEN, KERNEL, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
 from lora_jax.parallel.rules import resolve_shardings
@@ -34,6 +34,7 @@ from lora_jax.tree.paths import flatten
 OURS = "lora_jax"  # the key of config.json that holds what Hugging Face has no word for
 HEAD = "classifier"
 SCANNED = "layers"
+TIED_HEAD = "lm_head.weight"  # may stand in a file beside the embedding that it is
 
 Leaf = tuple[str, ...]  # a leaf's path
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
@@ -233,6 +234,7 @@ def _read(
             for n in singles
             if n in names and source.shape(n) != shape
         ]
+    faults += _tied_faults(source, expected)
     flat = {}
     for leaf, singles in wanted.items():
         whole: Any = None  # filled piece by piece, with its axes as they will be
@@ -254,6 +256,27 @@ def _read(
             "loaded.\n  " + "\n  ".join(faults)
         )
     return flat, unused
+
+
+def _tied_faults(source: Source, expected: Mapping[Leaf, Any]) -> list[str]:
+    """Says so where a tied decoder's file has a head that is not its embedding."""
+    family, names = source.family, source.names
+    if family.head or ("head", KERNEL) in expected or TIED_HEAD not in names:
+        return []
+    embed = family.tensor_name(("embed", EMBEDDING))
+    if embed not in names:
+        return []  # missing, said elsewhere
+    pairs = zip(source.pieces(TIED_HEAD), source.pieces(embed), strict=True)
+    if source.shape(TIED_HEAD) == source.shape(embed) and all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for (_, a), (_, b) in pairs
+    ):
+        return []
+    return [
+        f"unexpected: {names[TIED_HEAD]} differs from {names[embed]}, which is the "
+        "head of a tied model. Set tie_word_embeddings to false in config.json if the "
+        "model has a head of its own, or take the tensor out of the file"
+    ]
 
 
 def _checked(

@@ -3,7 +3,7 @@
 What `load_model` read and a merge changed is written under the names, the prefix and
 the dtypes that the source folder has. Tensors that the module has no use for (BERT's
 pooler, say) are copied, so the folder still is what its ``config.json`` says, and
-transformers loads it.
+transformers loads it; a second copy of a tied embedding is left out.
 """
 
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from lora_jax.io.safetensors import SINGLE, write_tensors
 from lora_jax.io.special import GENERATION_CONFIG, TEMPLATE
 from lora_jax.io.tokenizer import load_tokenizer
-from lora_jax.models.load import HEAD, OURS, unscanned
+from lora_jax.models.load import HEAD, OURS, TIED_HEAD, unscanned
 from lora_jax.models.source import CONFIG, open_source
 from lora_jax.names import KERNEL
 
@@ -102,7 +102,7 @@ def save_model(
             "nothing was written.\n  " + "\n  ".join(faults)
         )
     for name, original in names.items():
-        if name not in ours and not family.is_head(name):
+        if name not in ours and name != TIED_HEAD and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
     directory.mkdir(parents=True, exist_ok=True)

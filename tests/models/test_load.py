@@ -143,6 +143,25 @@ def test_one_error_lists_missing_unexpected_mis_shaped_and_not_finite(folder):
     assert "layer.1.output.dense.bias must be floats; got int32" in message
 
 
+def test_a_tied_decoders_second_copy_of_its_embedding_is_one_or_an_error(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN.parent / "qwen2", tmp_path / "qwen2"))
+    wanted, embed = load_model(folder), "model.embed_tokens.weight"
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t[embed].copy()}))
+    found = load_model(folder)
+    assert found.unused == ("lm_head.weight",)
+    assert equal(found.params, wanted.params)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": 2 * t[embed]}))
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_"):
+        load_model(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    head = load_model(folder).params["head"]["kernel"]
+    np.testing.assert_array_equal(head, 2 * wanted.params["embed"]["embedding"].T)
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t[embed][1:]}))
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_"):
+        load_model(folder)
+
+
 def test_a_tensor_under_two_names_is_an_error(folder):
     def double(tensors):
         tensors["embeddings.LayerNorm.bias"] = np.zeros(21, np.float32)

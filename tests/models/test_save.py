@@ -8,7 +8,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
@@ -69,6 +69,19 @@ def test_the_chat_template_and_where_generation_stops_are_copied(tmp_path):
     save_model(tmp_path / "out", loaded.params, source)
     assert loaded.tokenizer.special.stop_ids == (1, 7)
     assert load_model(tmp_path / "out").tokenizer.special == loaded.tokenizer.special
+
+
+def test_a_second_copy_of_a_tied_embedding_is_not_written_beside_it(tmp_path):
+    source = Path(shutil.copytree(GOLDEN.parent / "qwen2", tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    save_file(tensors | copy, source / "model.safetensors")
+    params = jax.tree.map(lambda x: 2 * x, load_model(source).params)
+    save_model(tmp_path / "out", params, source)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, load_model(tmp_path / "out").params, params)
+    )
 
 
 def test_one_error_lists_all_tensors_that_dont_fit_and_nothing_is_written(tmp_path):
