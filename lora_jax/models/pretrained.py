@@ -19,7 +19,7 @@ from lora_jax.models.load import HEAD, SCANNED, LoadedModel, Sharding, load_base
 from lora_jax.models.peft import put_adapter
 from lora_jax.models.source import open_source
 from lora_jax.models.unscan import unscan
-from lora_jax.names import FROZEN, PARAMS, TRAINABLE
+from lora_jax.names import FROZEN, KERNEL, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
@@ -207,8 +207,8 @@ def _load_ours(
     """Loads a base and, strictly, an adapter that this library saved."""
     found = ours.load_adapter(folder)
     head = found.variables.get(PARAMS, {}).get(HEAD)
-    if num_labels is None and head is not None:
-        num_labels = head["kernel"].shape[-1]
+    if num_labels is None and head and KERNEL in head:  # "all" trains its bias alone
+        num_labels = head[KERNEL].shape[-1]
     pooling = pooling or found.extra.get("pooling")
     param_dtype, kept = options["param_dtype"], found.extra.get("param_dtype")
     if param_dtype is None:

@@ -13,12 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
+from lora_jax.io.adapter import save_adapter
 from lora_jax.models.embeddings import cubic_matrix, token_positions
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
 from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
+from lora_jax.tree.fingerprint import fingerprint
 from tests.models.golden import GOLDEN
 
 POOLINGS = {
@@ -285,3 +287,14 @@ def test_absent_keys_have_the_defaults_of_transformers():
     assert (dinov2.mlp_size, dinov2.patch_height, dinov2.norm_eps) == (3072, 14, 1e-6)
     distilbert = FAMILIES["distilbert"].read_config({})
     assert (distilbert.vocab_size, distilbert.mlp_size) == (30522, 3072)
+
+
+def test_biases_trained_beside_the_files_own_head_come_back(tmp_path):
+    config = LoRAConfig(targets=["query"], bias="all")
+    model = load_model(GOLDEN / "roberta", lora=config, key=jax.random.key(0))
+    base = fingerprint(model.variables["frozen"])
+    save_adapter(tmp_path, model.variables, config, base)
+    again = load_model(GOLDEN / "roberta", adapter=tmp_path)
+    assert set(again.params["classifier"]) == {"kernel", "bias"}
+    assert set(again.variables["params"]["classifier"]) == {"bias"}
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.variables, model.variables))
