@@ -95,6 +95,7 @@ def load_model(
         "sharding": sharding,
         "is_scanned": bool(is_scanned),
         "remat": remat,
+        "key": key,
     }
     if isinstance(adapter, ForeignAdapter):
         loaded = _load_foreign(path, adapter, num_labels, pooling, options)
@@ -107,7 +108,7 @@ def load_model(
             own = {**options, "is_scanned": is_scanned}
             loaded = _load_ours(path, folder, num_labels, pooling, own)
         return _placed(loaded, sharding)
-    loaded = load_base(path, num_labels=num_labels, pooling=pooling, key=key, **options)
+    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
     if lora is None or key is None:
         return loaded
     adapted = adapt(loaded.module, lora, *loaded.inputs)

@@ -87,6 +87,15 @@ def test_a_base_without_a_head_gets_the_adapters(tmp_path):
     assert_peft(logits_of(model.module, model.variables, "bert"), "bert", "saved")
 
 
+def test_a_key_draws_a_new_head_under_an_adapter_too():
+    adapter, key = adapter_of("bert", "plain"), jax.random.key(0)
+    options = {"num_labels": 3, "key": key}
+    model = load_model(GOLDEN / "bert", adapter=adapter, **options)
+    wanted = load_model(GOLDEN / "bert", **options).params["classifier"]["kernel"]
+    assert 0.01 < float(wanted.std()) < 0.03
+    np.testing.assert_array_equal(model.params["classifier"]["kernel"], wanted)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """Copies a golden adapter to be edited."""
