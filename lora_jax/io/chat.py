@@ -2,12 +2,16 @@
 
 Templates come with models, so they are strangers' programs: they run in jinja2's
 immutable sandbox, with the names and filters that transformers gives them. There is no
-clock (``strftime_now``): the same data gives the same text on any day.
+clock: ``strftime_now`` always tells midnight of 26 July 2024, the date that Llama 3's
+templates write where nobody gives one, so the same data is the same text on any day.
 """
 
+import datetime
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_jax.io.optional import load_optional
@@ -17,6 +21,9 @@ ASSISTANT = "assistant"
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 MAX_TEXT = 10**7  # characters, or bits of a number, that a template may multiply to
+PADDING = ("ljust", "rjust", "center", "zfill", "expandtabs")  # methods of a text
+FILTERS = ("center", "indent", "batch", "format")  # that pad, too
+NOW = datetime.datetime(2024, 7, 26)  # for all templates, on every day
 # What a template may raise, beside jinja2's own errors.
 _RENDERING = (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError)
 
@@ -187,7 +194,7 @@ def _read_marks(marked: str) -> Rendered:
 
 
 def _environment() -> tuple[tuple[type[Exception], ...], Any]:
-    """What a template may see and call: as in transformers, less the clock."""
+    """What a template may see and call: as in transformers, on one day for ever."""
     parts = ("jinja2", "jinja2.ext", "jinja2.nodes", "jinja2.sandbox", "jinja2.utils")
     jinja2 = load_optional("filling in a chat template", *parts)
 
@@ -225,27 +232,42 @@ def _environment() -> tuple[tuple[type[Exception], ...], Any]:
         return dict(*args, **values)
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        intercepted_binops = frozenset({"*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any):
             del context
-            _check_product(operator, left, right)
+            _check_operator(operator, left, right)
             return self.binop_table[operator](left, right)
+
+        def call(self, context: Any, function: Any, /, *args: Any, **options: Any):
+            _check_call(function, (*args, *options.values()))
+            return super().call(context, function, *args, **options)
 
     environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],
     )
+    for name in FILTERS:
+        environment.filters[name] = _bounded(name, environment.filters[name])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = make_dict
     environment.globals["namespace"] = Namespace
     return (jinja2.TemplateError,), environment
 
 
-def _check_product(operator: str, left: Any, right: Any) -> None:
+def _check_size(what: str, size: int) -> None:
     """Raises where a template asks for a text or a number without measure."""
+    if size > MAX_TEXT:
+        raise ValueError(f"{what} asks for more than a text may hold")
+
+
+def _check_operator(operator: str, left: Any, right: Any) -> None:
+    if operator == "%" and isinstance(left, str | bytes):
+        _check_percent(left, right)
+        return
     sized = [len(x) for x in (left, right) if hasattr(x, "__len__")]
     whole = [abs(x) for x in (left, right) if isinstance(x, int)]
     size = 0  # floats overflow by themselves, other types raise
@@ -255,8 +277,53 @@ def _check_product(operator: str, left: Any, right: Any) -> None:
         size = sized[0] * whole[0]
     elif len(whole) == 2:
         size = sum(x.bit_length() for x in whole)
-    if size > MAX_TEXT:
-        raise ValueError(f"{operator} asks for more than a text may hold")
+    _check_size(operator, size)
+
+
+def _check_percent(text: Any, values: Any) -> None:
+    """Adds up the widths and precisions of a format; bytes are a TypeError."""
+    form = text.partition("%")[2]
+    widths = [int(number) for number in re.findall(r"\d+", form)]
+    if "*" in form and isinstance(values, tuple):
+        widths += [abs(value) for value in values if isinstance(value, int)]
+    _check_size("%", sum(widths))
+
+
+def _check_call(function: Any, values: Iterable[Any]) -> None:
+    """Looks at the methods of texts that pad."""
+    method = getattr(function, "__wrapped__", function)  # jinja2 wraps `format`
+    text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+    if isinstance(text, str) and name in ("format", "format_map"):
+        specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)]
+        if any("{" in spec for spec in specs):
+            raise ValueError(f"{name} must be told its widths in the text itself")
+        numbers = re.findall(r"\d+", " ".join(specs))
+        _check_size(name, sum(int(number) for number in numbers))
+    elif isinstance(text, str | bytes) and name in PADDING:
+        repeats = len(text) if name == "expandtabs" else 1
+        widths = (abs(value) for value in values if isinstance(value, int))
+        _check_size(name, repeats * sum(widths))
+
+
+def _bounded(name: str, function: Any) -> Any:
+    """Returns a filter that takes no number without measure."""
+
+    @functools.wraps(function)
+    def bounded(value: Any, *args: Any, **options: Any) -> Any:
+        if name == "format":
+            _check_percent(str(value), args)
+        else:
+            lines = str(value).count("\n") + 1 if name == "indent" else 1
+            numbers = (x for x in (*args, *options.values()) if isinstance(x, int))
+            _check_size(name, lines * sum(abs(x) for x in numbers))
+        return function(value, *args, **options)
+
+    return bounded
+
+
+def _strftime_now(form: str) -> str:
+    _check_percent(form, ())
+    return NOW.strftime(form)
 
 
 def _tojson(
@@ -267,6 +334,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as text; jinja2's own filter would escape it for HTML."""
+    if isinstance(indent, int):
+        _check_size("tojson", indent * len(str(value)))
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

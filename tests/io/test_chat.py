@@ -129,16 +129,50 @@ def test_templates_see_what_transformers_shows_them():
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", "can't set '_x'"),
         ("{{ range(10000000) | list }}", "[Rr]ange"),
         ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
-        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ 'a' * 10**11 }}", r"\* asks for more than a text may hold"),
         ("{{ 10**9 * messages }}", r"\* asks for more"),
         ("{{ 9 ** 99999999 }}", r"\*\* asks for more"),
+        ("{{ '%99999999d' % 1 }}", "% asks for more"),
+        ("{{ '%.99999999f' % 1 }}", "% asks for more"),
+        ("{{ '%(a)99999999d' % {'a': 1} }}", "% asks for more"),
+        ("{{ '%*d' % (99999999, 1) }}", "% asks for more"),
+        ("{{ ('%999999d' * 99) % messages }}", "% asks for more"),
+        ("{{ '%99999999d' | format(1) }}", "% asks for more"),
+        ("{{ strftime_now('%99999999Y') }}", "% asks for more"),
+        ("{{ '{:99999999}'.format(1) }}", "format asks for more"),
+        ("{{ '{a:99999999}'.format_map({'a': 1}) }}", "format_map asks for more"),
+        ("{{ '{:{}}'.format(1, 99999999) }}", "format must be told its widths"),
+        ("{{ 'a'.ljust(99999999) }}", "ljust asks for more"),
+        ("{{ 'a'.rjust(99999999, 'b') }}", "rjust asks for more"),
+        ("{{ ('a' | attr('center'))(99999999) }}", "center asks for more"),
+        ("{{ 'a'.encode().zfill(99999999) }}", "zfill asks for more"),
+        ("{{ ('\t' * 9999).expandtabs(tabsize=9999) }}", "expandtabs asks for more"),
+        ("{{ 'a' | center(99999999) }}", "center asks for more"),
+        ("{{ ['a'] | map('center', 99999999) | list }}", "center asks for more"),
+        ("{{ 'a' | indent(width=99999999, first=true) }}", "indent asks for more"),
+        ("{{ 'a' | batch(99999999, 'b') | list }}", "batch asks for more"),
+        ("{{ messages | tojson(indent=99999999) }}", "tojson asks for more"),
     ],
 )
 def test_what_a_template_refuses_or_must_not_do_is_an_error(source, message):
     with pytest.raises(ValueError, match=f"can't write these 1 messages: .*{message}"):
         ChatTemplate(source, {}).render(chat("x"))
+
+
+def test_texts_are_formatted_and_padded_as_in_python():
+    source = (
+        "{{ '%-4s|%03d|100%%' % ('a', 7) }} {{ '{:>4}{{}}{x:.2f}'.format(1, x=2) }} "
+        "{{ 'ab'.ljust(4, '.') + 'ab'.center(4) + '7'.zfill(3) }} {{ 7 % 4 }} "
+        "{{ '%s!' | format('b') }} {{ 'c' | center(3) }}{{ 'd' | indent(2, true) }}"
+    )
+    text = ChatTemplate(source, {}).render(chat("x"))
+    assert text == "a   |007|100%    1{}2.00 ab.. ab 007 3 b!  c   d"
+
+
+def test_the_day_that_a_template_is_told_is_always_the_same():
+    source = "{{ strftime_now('%d %B %Y, %H:%M') }}"  # as SmolLM3's asks
+    assert ChatTemplate(source, {}).render(chat("x")) == "26 July 2024, 00:00"
 
 
 def test_a_template_that_is_none_is_named():
