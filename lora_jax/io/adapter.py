@@ -20,7 +20,7 @@ from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.io.host import host_leaves
 from lora_jax.io.json_file import read_json
-from lora_jax.io.safetensors import open_tensors, write_tensors
+from lora_jax.io.safetensors import open_tensors, replacing, write_tensors
 from lora_jax.names import LORA, TRAINABLE
 from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.tree.paths import unflatten
@@ -58,6 +58,9 @@ def save_adapter(
     """Saves the trained collections and nothing else.
 
     In a job of several processes all of them have to call this: the first one writes.
+    An older adapter in the folder stays until both files of the new one are written;
+    then they are renamed, one right after the other. Only a crash between these two
+    renames leaves files that don't belong together, which `load_adapter` refuses.
 
     Args:
       directory: made if absent; an adapter there is replaced. All processes see it.
@@ -109,11 +112,10 @@ def _write(
             f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
             "exists or can be made."
         ) from error
-    write_tensors(directory / TENSORS, arrays, metadata={"format": FORMAT})
-    whole = {**meta, "sha256": _sha256(directory / TENSORS)}
-    temporary = directory / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / CONFIG)
+    with replacing(directory / TENSORS, directory / CONFIG) as (tensors, config):
+        write_tensors(tensors, arrays, metadata={"format": FORMAT})
+        whole = {**meta, "sha256": _sha256(tensors)}
+        config.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(

@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.io.foreign import Factors, ForeignAdapter, read_floats, report
 from lora_jax.io.json_file import read_json
 from lora_jax.io.peft_config import CONFIG
-from lora_jax.io.safetensors import open_tensors, write_tensors
+from lora_jax.io.safetensors import open_tensors, replacing, write_tensors
 
 TENSORS = "adapters.safetensors"
 TYPES = ("lora", "dora")
@@ -90,7 +90,8 @@ def write_mlx(
     """Writes a folder that mlx-lm loads.
 
     Args:
-      directory: made if absent; an adapter there is replaced.
+      directory: made if absent; an adapter there is replaced once the new one is
+        written.
       adapter: its modules under mlx-lm's names, ``model.layers.0.self_attn.q_proj``.
         Ranks are padded to the largest; scalings that differ from the commonest go
         into B, rounded once.
@@ -142,11 +143,10 @@ def write_mlx(
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSORS, tensors, metadata={"format": "mlx"})
     text = json.dumps(config, indent=2) + "\n"
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
+        write_tensors(weights, tensors, metadata={"format": "mlx"})
+        settled.write_text(text, encoding="utf-8")
     return folder
 
 

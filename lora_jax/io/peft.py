@@ -23,7 +23,7 @@ from lora_jax.io.peft_config import (
     parse_config,
     read_peft_config,
 )
-from lora_jax.io.safetensors import open_tensors, write_tensors
+from lora_jax.io.safetensors import open_tensors, replacing, write_tensors
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -168,7 +168,8 @@ def write_peft(
     """Writes a folder that PEFT loads.
 
     Args:
-      directory: made if absent; an adapter there is replaced.
+      directory: made if absent; an adapter there is replaced once the new one is
+        written.
       adapter: what to write; ``config`` is not looked at.
       settings: keys of ``adapter_config.json`` beside those that follow from
         ``adapter``: ``target_modules``, ``modules_to_save``, ``task_type``, ....
@@ -208,12 +209,11 @@ def write_peft(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
-    write_tensors(folder / TENSORS, ordered, metadata={"format": "pt"})
     config = _config(adapter) | dict(settings)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
+        write_tensors(weights, ordered, metadata={"format": "pt"})
+        settled.write_text(text, encoding="utf-8")
     return folder
 
 

@@ -4,6 +4,7 @@ Reading goes through the header and a memory map, so a model never needs more me
 than its own size plus a piece of one tensor. Nothing here unpickles.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -211,3 +212,24 @@ def write_tensors(
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path.stat().st_size
+
+
+@contextlib.contextmanager
+def replacing(*files: Path) -> Iterator[list[Path]]:
+    """Replaces files that belong together once all of them are written.
+
+    Args:
+      *files: of one folder, there or not.
+
+    Yields:
+      A file beside each, to write. In the end they take the names one right after the
+      other; after an error none does, and they are gone.
+    """
+    written = [file.with_name(f".{file.name}.new") for file in files]
+    try:
+        yield written
+        for new, file in zip(written, files, strict=True):
+            new.replace(file)
+    finally:
+        for new in written:
+            new.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Adapter folders: exact, small, strict; nothing half-loaded."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,25 @@ def test_the_file_holds_the_trained_numbers_and_no_base(folder):
         "adapter.safetensors",
         "adapter_config.json",
     ]
+
+
+def test_an_adapter_stays_whole_where_the_next_one_cannot_be_written(
+    folder, monkeypatch
+):
+    def full(*_, **__):  # once the tensors are written
+        raise OSError(28, "No space left on device")
+
+    newer = jax.tree.map(lambda x: x + 1, make_variables())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(folder, newer, CONFIG, "1-new")
+    assert len(list(folder.iterdir())) == 2
+    older = load_adapter(folder, expected=make_variables(), fingerprint="1-abc")
+    lora = make_variables()["lora"]
+    jax.tree.map(np.testing.assert_array_equal, older.variables["lora"], lora)
+    save_adapter(folder, newer, CONFIG, "1-new")
+    assert load_adapter(folder).fingerprint == "1-new"
 
 
 def test_bfloat16_and_abstract_expectations_work(tmp_path):

@@ -1,6 +1,7 @@
 """mlx-lm folders: read strictly, and written as its own loader wants them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +122,20 @@ def test_what_mlx_lm_has_no_words_for_is_not_written(tmp_path):
     ):
         write_mlx(tmp_path / "out", adapter, num_layers=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_stays_whole_where_the_next_one_cannot_be_written(
+    folder, monkeypatch
+):
+    def full(*_, **__):  # once the tensors are written
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = ForeignAdapter({NAME: factors(3, 0.5)}, {}, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_mlx(folder, adapter, num_layers=6)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write_mlx(folder, adapter, num_layers=6)
+    assert list(read_mlx(folder).modules) == [NAME.removeprefix("model.")]

@@ -274,3 +274,22 @@ def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"must be finite to be saved; m\.lora_A"):
         write_peft(tmp_path / "out", ForeignAdapter({"m": bad}, {}, {}, {}), {})
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_stays_whole_where_the_next_one_cannot_be_written(
+    folder, monkeypatch
+):
+    def full(*_, **__):  # once the tensors are written
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = ForeignAdapter(
+        {"m": Factors(np.ones((2, 3)), np.ones((4, 2)), 1.0, 2.0)}, {}, {}, {}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_peft(folder, adapter, {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write_peft(folder, adapter, {})
+    assert list(read_peft(folder).modules) == ["m"]
