@@ -48,7 +48,8 @@ def save_model(
 
     Args:
       directory: the folder to write; made if needed, and refused if it is the source.
-      params: the module's parameters, a nested dict, such as ``adapted.merge(...)``.
+      params: the module's parameters, a nested dict, such as ``adapted.merge(...)``;
+        rounded to the dtypes of the source folder where they were loaded in others.
       source: the folder that the model was loaded from (`LoadedModel.path`).
       pooling: what the head of an encoder, if there is one, was trained on; kept in
         ``config.json`` for `load_model`. None: "pooler" where ``params`` has one, what
@@ -58,8 +59,9 @@ def save_model(
       The folder.
 
     Raises:
-      ValueError: if parameters are missing, unexpected, mis-shaped or not finite
-        against the source; all of them are listed and nothing is written.
+      ValueError: if parameters are missing, unexpected, mis-shaped or not finite (in
+        the source's dtype) against the source; all of them are listed and nothing is
+        written.
       OSError: if a file can't be written.
     """
     directory, source = Path(directory), Path(source)
@@ -86,6 +88,11 @@ def save_model(
     tensors = {}
     for name, (leaf, part) in ours.items():
         array = family.to_file(leaf[-1], np.asarray(part))
+        if (
+            name in names and model.path.is_dir()
+        ):  # a GGUF file's are as they were loaded
+            with np.errstate(over="ignore"):  # not finite, said below
+                array = array.astype(model.dtype(name), copy=False)
         head = family.is_head(name)
         if name not in names and not head:
             faults.append(f"unexpected: {'/'.join(leaf)}")

@@ -42,6 +42,10 @@ class Source(NamedTuple):
         """The shape of a tensor in the file."""
         return self.tensors.shapes[self.names[bare]]
 
+    def dtype(self, bare: str) -> np.dtype[Any]:
+        """The dtype that a tensor is read in."""
+        return next(self.pieces(bare))[1].dtype
+
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Finds a model, fetching it where it isn't on this machine, and reads its config.

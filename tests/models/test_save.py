@@ -6,6 +6,7 @@ from pathlib import Path
 
 import flax.traverse_util
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -43,6 +44,25 @@ def test_changed_values_and_a_new_head_come_back(tmp_path):
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
     # The pooler was not loaded, and is still in the folder.
     assert "bert.pooler.dense.weight" in again.unused
+
+
+def test_a_folder_keeps_its_dtypes_whatever_it_was_loaded_in(tmp_path):
+    source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+    tensors = {
+        name: tensor.astype(ml_dtypes.bfloat16 if "word" in name else np.float16)
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(tensors, source / "model.safetensors")
+    params = load_model(source, param_dtype="float32").params
+    save_model(tmp_path / "out", params, source, pooling="pooler")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype, name
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    params["encoder"]["layer_0"]["mlp"]["up"]["bias"] += 1e5  # more than float16 holds
+    with pytest.raises(ValueError, match="not finite: encoder/layer_0/mlp/up/bias"):
+        save_model(tmp_path / "more", params, source)
 
 
 def test_without_a_head_the_files_old_head_is_left_out(tmp_path):
