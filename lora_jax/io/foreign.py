@@ -2,7 +2,7 @@
 
 PEFT, mlx-lm and loralib store the same matrices under other names and in other
 orientations. Their readers all give a `ForeignAdapter`; what it means for a model of
-ours is said once, in `lora_jax.models.exchange`.
+ours is said once, in `lora_jax.models.peft`.
 """
 
 from collections.abc import Mapping

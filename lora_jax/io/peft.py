@@ -111,13 +111,13 @@ def read_peft(directory: str | os.PathLike[str]) -> ForeignAdapter:
 
 
 def target_faults(
-    adapter: ForeignAdapter, linear: Mapping[str, bool], *, other: Any = ()
+    adapter: ForeignAdapter, modules: Iterable[str], *, other: Any = ()
 ) -> list[str]:
     """Compares the modules in a PEFT file with those that its config names.
 
     Args:
       adapter: as `read_peft` returned it.
-      linear: the model's modules by full name: whether ``"all-linear"`` covers them.
+      modules: full names of the model's modules.
       other: names of modules in the file that the model has not; said elsewhere.
 
     Returns:
@@ -125,7 +125,7 @@ def target_faults(
     """
     config = parse_config(adapter.config, adapter.origin)
     faults = []
-    for name in dict.fromkeys((*linear, *adapter.modules)):
+    for name in dict.fromkeys((*modules, *adapter.modules)):
         if name in other:
             continue
         wanted = config.is_target(name)

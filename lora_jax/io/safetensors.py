@@ -34,14 +34,12 @@ class TensorReader:
     Attributes:
       files: the files, in order.
       shapes: from each tensor's name to its shape, as the headers say.
-      metadata: the files' own metadata, joined.
     """
 
     def __init__(self, files: list[Path]):
         library = _safetensors()
         self.files = tuple(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.metadata: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for file in files:
@@ -61,7 +59,6 @@ class TensorReader:
                     owners[name] = file.name
                     self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                     self._handles[name] = handle
-                self.metadata |= handle.metadata() or {}
             except library.SafetensorError as error:
                 raise ValueError(
                     f"{file} ({file.stat().st_size} bytes) must be a safetensors file; "

@@ -30,7 +30,7 @@ from lora_jax.nn.trace import Example, trace_model
 from lora_jax.ops.dora import column_norm
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Site, child
+from lora_jax.tree.targets import Site, child
 
 
 def put_adapter(loaded: LoadedModel, adapter: ForeignAdapter) -> LoadedModel:
@@ -57,14 +57,10 @@ def put_adapter(loaded: LoadedModel, adapter: ForeignAdapter) -> LoadedModel:
     names = Names(loaded.family, list(slots), leaves)
     spelling = names.spelled_as(adapter.modules)
     placed, faults = _place(adapter, names, slots, loaded.config)
-    linear = {
-        name: slots[path].site.kind in LINEAR_KINDS
-        for path, name in spelling.modules.items()
-    }
     if "peft_type" in adapter.config:
         known = names.modules()
         strange = [name for name in adapter.modules if known.get(name) not in slots]
-        faults += target_faults(adapter, linear, other=strange)
+        faults += target_faults(adapter, spelling.modules.values(), other=strange)
         faults += saved_faults(adapter, spelling.tensors.values())
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [

@@ -69,7 +69,8 @@ def load_model(
       is_scanned: of a decoder: whether its blocks are one `nn.scan`. None: as an
         adapter of ours was trained, else not. False also takes apart an adapter that
         was trained on scanned blocks, see `unscan`.
-      remat: of a decoder: what the backward pass computes again, "none" or "block".
+      remat: of a decoder: what the backward pass computes again, "none", "lora" or
+        "block" (see `Decoder`).
       key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
         is zero), and of fresh adapters.
 
