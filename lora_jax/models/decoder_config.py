@@ -29,6 +29,7 @@ class Rope:
       high_freq_factor: llama3: those below ``original / high`` not at all.
       beta_fast: yarn: rotations over the original context above which nothing changes.
       beta_slow: yarn: those below which all is stretched.
+      truncate: yarn: whether both are brought to whole dimensions.
       attention_factor: yarn, longrope: factor of cosines and sines.
       divisors: longrope: what each frequency is divided by.
 
@@ -46,6 +47,7 @@ class Rope:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
     attention_factor: float = 1.0
     divisors: tuple[float, ...] = ()
 
@@ -75,8 +77,10 @@ class Rope:
             wavelength = self.original_max_positions / (turns * 2 * math.pi)
             return self.rotary_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
-        low = max(math.floor(dimension(self.beta_fast)), 0)
-        high = min(math.ceil(dimension(self.beta_slow)), self.rotary_dim - 1)
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.rotary_dim - 1)
         ramp = (np.arange(len(plain)) - low) / max(high - low, 0.001)
         kept = 1 - np.clip(ramp, 0, 1)
         return kept * plain + (1 - kept) * plain / self.factor

@@ -58,6 +58,17 @@ def read(family="llama", **changes):
         ),
         (
             {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+                "truncate": False,
+            },
+            [1.0, 0.316227764, 0.085398637, 0.019126777, 0.003556971, 0.000790569],
+            1.138629436111989,
+        ),
+        (
+            {
                 **YARN,
                 "original_max_position_embeddings": 512,
                 "beta_fast": 16.0,
@@ -69,7 +80,7 @@ def read(family="llama", **changes):
             1.094179988101349,
         ),
     ],
-    ids=["linear", "llama3", "yarn", "yarn-mscale"],
+    ids=["linear", "llama3", "yarn", "yarn-untruncated", "yarn-mscale"],
 )
 def test_frequencies_are_those_of_transformers(rope, frequencies, attention_factor):
     """Values: `ROPE_INIT_FUNCTIONS` of transformers 5.24.0, the first six of eight."""
@@ -110,6 +121,10 @@ def test_longrope_is_read_for_the_context_its_short_factors_are_made_for():
         ({"rope_scaling": [1]}, "rope_scaling must be an object; got [1]"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type must be one of"),
         ({"rope_scaling": {"type": "linear"}}, "rope factor must be a positive number"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}},
+            "rope truncate must be true or false; got 'no'",
+        ),
         ({"rope_theta": -5.0}, "rope theta must be a positive number; got -5.0"),
         ({"head_dim": 15}, "rotary_dim must be even"),
     ],

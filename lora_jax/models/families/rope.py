@@ -57,6 +57,7 @@ def read_rope(
         table |= {
             "beta_fast": settings.get("beta_fast") or 32.0,
             "beta_slow": settings.get("beta_slow") or 1.0,
+            "truncate": settings.get("truncate", True),
         }
     if kind == "longrope":
         table["divisors"] = settings.get("short_factor")
@@ -117,6 +118,8 @@ def _fault(name: str, value: Any) -> str:
     """Says what ``value`` should have been, or nothing."""
     if name == "kind":
         return ""
+    if name == "truncate":
+        return "" if isinstance(value, bool) else "true or false"
     if name == "divisors":
         is_list = isinstance(value, list) and all(
             isinstance(v, (int, float)) and v > 0 for v in value
