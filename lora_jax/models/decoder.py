@@ -211,6 +211,7 @@ class Decoder(nn.Module):
                 Block,
                 prevent_cse=not self.is_scanned,
                 policy=REMATS[self.remat],
+                static_argnums=() if self.is_scanned else (3,),  # the layer's number
                 methods=["__call__"],
             )
         if self.is_scanned:

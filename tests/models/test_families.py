@@ -10,6 +10,7 @@ import pytest
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base, param_shapes
+from lora_jax.ops.causal import causal_attention
 from tests.models.golden import GOLDEN
 
 DECODERS = (
@@ -109,6 +110,22 @@ def test_remat_changes_neither_logits_nor_gradients(is_scanned):
     blocks = 1 if is_scanned else loaded.config.num_layers
     assert products["lora"] == products["none"]
     assert products["block"] == products["none"] + blocks * (6 + 2)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_unrolled_layers_leave_out_what_their_window_does(remat, monkeypatch):
+    windows = []
+
+    def watched(*arrays, window, **options):
+        windows.append(window)
+        return causal_attention(*arrays, window=window, **options)
+
+    monkeypatch.setattr("lora_jax.models.block.causal_attention", watched)
+    loaded, golden = load_base(GOLDEN / "gemma3", remat=remat), read("gemma3")
+    logits = loaded.module.apply(loaded.variables, jnp.int32(golden["input_ids"]))
+    assert all(window is None or isinstance(window, int) for window in windows)
+    assert set(windows) == {5, None}
+    np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "dinov2", "roberta"])
