@@ -220,7 +220,7 @@ def _pad(x, padding, window, dilation):
             raise ValueError(f"CAUSAL padding needs 1 spatial axis; got {len(window)}.")
         return jnp.pad(x, [none, (reach[0], 0), none]), "VALID"
     if isinstance(padding, str):
-        if padding not in ("SAME", "VALID", "SAME_LOWER"):
+        if padding.upper() not in ("SAME", "VALID", "SAME_LOWER"):
             raise ValueError(
                 "padding must be SAME, SAME_LOWER, VALID, CIRCULAR, REFLECT, CAUSAL or "
                 f"numbers; got {padding!r}."

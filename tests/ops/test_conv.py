@@ -29,7 +29,17 @@ def check_like_flax(x, kernel, a, b, groups=1, **window):
 
 @pytest.mark.parametrize(
     "padding",
-    ["SAME", "VALID", "CIRCULAR", "REFLECT", 1, (1, 2), ((0, 1), (2, 0))],
+    [
+        "SAME",
+        "same",
+        "VALID",
+        "Same_Lower",
+        "CIRCULAR",
+        "REFLECT",
+        1,
+        (1, 2),
+        ((0, 1), (2, 0)),
+    ],
     ids=str,
 )
 def test_paddings_are_those_of_flax(padding):
