@@ -241,6 +241,8 @@ def merge_dora(
 ) -> AnyFloat:
     """Returns ``(m / n) * (W0 + scaling * A B)``: computed in float32, rounded once.
 
+    The sum is in float64 if an array is.
+
     Args:
       kernel: ``W0``, in any floating dtype; left as it is.
       lora_a: ``A`` ``[*batch, *in, r]``.
@@ -267,7 +269,8 @@ def merge_dora(
     factors = {"scaling": scaling, "contraction": contraction}
     scale = dora_scale(kernel, lora_a, lora_b, magnitude, **factors)
     delta = delta_kernel(lora_a, lora_b, kernel.shape, **factors)
-    merged = over_kernel(scale, contraction) * (kernel.astype(delta.dtype) + delta)
+    wide = jnp.promote_types(delta.dtype, kernel.dtype)
+    merged = over_kernel(scale, contraction) * (kernel.astype(wide) + delta)
     return merged.astype(kernel.dtype)
 
 

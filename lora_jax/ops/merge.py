@@ -63,7 +63,8 @@ def merge_kernel(
 ) -> AnyFloat:
     """Returns ``W0 + scaling * A B``: computed in float32, rounded once.
 
-    Works under `jax.jit`, where the check for NaN is left out.
+    The sum is in float64 if an array is. Works under `jax.jit`, where the check for
+    NaN is left out.
 
     Args:
       kernel: ``W0``, in any floating dtype; left as it is.
@@ -106,7 +107,8 @@ def add_delta(
     """Merges as `merge_kernel`, whatever the values are."""
     check_floating(kernel=kernel)
     delta = delta_kernel(lora_a, lora_b, kernel.shape, **options)
-    return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
+    wide = jnp.promote_types(delta.dtype, kernel.dtype)
+    return (kernel.astype(wide) + delta).astype(kernel.dtype)
 
 
 def is_finite(array: Any) -> bool:

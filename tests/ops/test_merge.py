@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops import delta_kernel, merge_kernel
+from lora_jax.ops import column_norm, delta_kernel, merge_dora, merge_kernel
 from tests import reference
 from tests.laws import normal
 from tests.reference import assert_close
@@ -35,6 +35,19 @@ def test_a_fresh_adapter_merges_to_the_same_bits():
         kernel = KERNEL.astype(dtype)
         merged = merge_kernel(kernel, A, 0 * B, scaling=0.7)
         assert np.asarray(merged).tobytes() == np.asarray(kernel).tobytes()
+
+
+def test_a_float64_kernel_is_not_rounded_to_float32():
+    with jax.enable_x64(True):
+        kernel = jnp.asarray(np.random.default_rng(0).normal(size=(40, 32)))
+        fresh = merge_kernel(kernel, A, 0 * B, scaling=0.7)
+        magnitude = column_norm(kernel)
+        scaled = merge_dora(kernel, A, 0 * B, magnitude, scaling=0.7)
+        merged = merge_kernel(kernel, A, B, scaling=0.7)
+        assert fresh.dtype == merged.dtype == jnp.float64
+    np.testing.assert_array_equal(fresh, kernel)
+    np.testing.assert_array_equal(scaled, kernel)
+    assert_close(merged, reference.merge(kernel, A, B, 0.7))
 
 
 def test_bfloat16_factors_give_a_float32_change():
