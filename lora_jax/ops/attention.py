@@ -15,7 +15,12 @@ from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, Inputs, PRNGKey
-from lora_jax.ops.product import check_dropout, check_floating, factor_product
+from lora_jax.ops.product import (
+    check_dropout,
+    check_floating,
+    factor_product,
+    scale,
+)
 from lora_jax.ops.spread import target_platform
 
 Implementation = Literal["xla", "cudnn"] | None
@@ -88,7 +93,7 @@ def shared_updates(
     for part, (_, b), scaling in zip(parts, factors, scalings, strict=True):
         out = _OUT[: b.ndim - 1]
         up = f"{rows}R,R{out}->{rows}{out}"
-        part = part * jnp.asarray(scaling, part.dtype)
+        part = scale(part, scaling)
         updates.append(factor_product(up, 0.0, precision, part, b))
     return updates
 

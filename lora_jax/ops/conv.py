@@ -14,6 +14,7 @@ from lora_jax.ops.product import (
     check_floating,
     dropout,
     factor_product,
+    scale,
 )
 
 PaddingLike = str | int | Sequence[int | tuple[int, int]]
@@ -165,8 +166,7 @@ def conv_update(
 
     if key is not None:  # keep the key for the backward pass, and draw the mask again
         down = jax.checkpoint(down)
-    h: Any = down(x, lora_a, key)
-    h = h * jnp.asarray(scaling, h.dtype)
+    h: Any = scale(down(x, lora_a, key), scaling)
     b = _LEADING[: h.ndim - 1]
     if groups == 1:
         return factor_product(f"{b}R,Ro->{b}o", 0.0, precision, h, lora_b)

@@ -12,7 +12,12 @@ from lora_jax.array_types import (
     TokenIds,
 )
 from lora_jax.ops.contraction import check_factors
-from lora_jax.ops.product import check_floating, factor_product, low_rank_update
+from lora_jax.ops.product import (
+    check_floating,
+    factor_product,
+    low_rank_update,
+    scale,
+)
 
 _LEADING = "abcefghijklmnopqstuwxyz"  # not d, v, R
 
@@ -111,8 +116,7 @@ def embed_update(
     """Computes ``scaling * A[ids] @ B`` ``[*b, d]``, the update of a lookup alone."""
     b = _LEADING[: ids.ndim]
     h = jnp.take(lora_a, ids, axis=0).astype(dtype)  # [*b, r]
-    h = h * jnp.asarray(scaling, h.dtype)
-    return factor_product(f"{b}R,Rd->{b}d", 0.0, None, h, lora_b)
+    return factor_product(f"{b}R,Rd->{b}d", 0.0, None, scale(h, scaling), lora_b)
 
 
 def attend_update(

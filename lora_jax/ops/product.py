@@ -171,9 +171,14 @@ def low_rank_update(
     key = check_dropout(dropout_rate, dropout_key)
     x = x.astype(x.dtype if dtype is None else dtype)
     h: Any = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
-    h = h * jnp.asarray(scaling, h.dtype)  # the thin side is the cheap one to scale
-    h = checkpoint_name(h, X_A)
+    h = checkpoint_name(scale(h, scaling), X_A)  # the thin side is cheap to scale
     return factor_product(up, 0.0, precision, h, lora_b)
+
+
+def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:
+    """Computes ``scaling * x`` in float32 at least, rounded once to its dtype."""
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    return (x.astype(wide) * jnp.asarray(scaling, wide)).astype(x.dtype)
 
 
 def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
@@ -183,7 +188,9 @@ def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
+    wide = jnp.promote_types(jnp.float32, x.dtype)  # 1 - rate is not rounded to x's
+    scaled = x.astype(wide) / jnp.asarray(1.0 - rate, wide)
+    return jnp.where(keep, scaled.astype(x.dtype), 0)
 
 
 def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:

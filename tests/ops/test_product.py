@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.ops.attention import shared_updates
+from lora_jax.ops.conv import conv_update
+from lora_jax.ops.embed import embed_update
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -113,6 +116,44 @@ def test_the_gradient_by_a_traced_scaling_is_right():
         return jnp.sum(low_rank_update(*args, scaling=scaling))
 
     assert_close(jax.grad(loss)(jnp.float32(0.5)), np.sum(np.asarray((x @ a) @ b)))
+
+
+ONE = jnp.ones((1, 1))
+UPDATES = {
+    "dense": lambda x, s: low_rank_update("bi,iR->bR", "bR,Ro->bo", x, *2 * [ONE], **s),
+    "conv": lambda x, s: conv_update(
+        *(x[None], ONE[None], ONE),
+        **s,
+        strides=1,
+        padding="VALID",
+        input_dilation=1,
+        kernel_dilation=1,
+    ),
+    "embed": lambda x, s: embed_update(
+        jnp.arange(len(x)), x.astype("float32"), ONE, dtype=x.dtype, **s
+    ),
+    "attention": lambda x, s: shared_updates(x, [(ONE, ONE)], scalings=[s["scaling"]])[
+        0
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", UPDATES)
+def test_the_scaling_is_not_rounded_to_the_dtype_of_the_computation(layer, dtype):
+    x = jnp.arange(128.0, 256)[:, None].astype(dtype)
+    want = (x.astype("float32") * np.float32(4 / 3)).astype(dtype)
+    got = UPDATES[layer](x, {"scaling": 4 / 3})
+    np.testing.assert_array_equal(got.ravel(), want.ravel())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_divides_by_what_it_keeps_and_rounds_once(dtype, key):
+    x = jnp.arange(128.0, 256).astype(dtype)
+    got = dropout(x, 0.1, key)
+    want = (x.astype("float32") / np.float32(0.9)).astype(dtype)
+    np.testing.assert_array_equal(got, jnp.where(got == 0, 0, want))
+    assert got.any()
 
 
 def test_gradients_of_float32_factors_add_up_in_float32():
