@@ -194,12 +194,15 @@ class LoRALayer(FrozenLayer):
         inputs: tuple[Any, ...],
         deterministic: bool | None = None,
         method: str = "__call__",
+        *,
+        drops: bool = True,
     ) -> AnyFloat:
         """Adds the adapter's update to the base output ``y``; scales it for DoRA."""
         if factors is None:
             return y
-        if self.lora.dropout_rate > 0:
-            deterministic = nn.merge_param(
+        drops = drops and self.lora.dropout_rate > 0
+        if drops:
+            drops = not nn.merge_param(
                 "deterministic", self.deterministic, deterministic
             )
         module: Any = self  # a mixin to the checker, but a module
@@ -213,7 +216,7 @@ class LoRALayer(FrozenLayer):
             b,
             config=self.lora,
             path=path,
-            deterministic=bool(deterministic),
+            deterministic=not drops,
             dtype=y.dtype,
         )
         if m is None:

@@ -145,7 +145,8 @@ class LoRAEmbed(LoRALayer, nn.Embed):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Looks up rows ``[*b]`` of the table; see `flax.linen.Embed`."""
-        return self._updated(super().__call__(inputs), self.factors, (inputs,), True)
+        y = super().__call__(inputs)
+        return self._updated(y, self.factors, (inputs,), drops=False)
 
     def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Multiplies ``[*b, d]`` by the transposed table; see `flax.linen.Embed`."""

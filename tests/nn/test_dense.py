@@ -212,6 +212,14 @@ def test_the_deterministic_switch():
     untargeted.apply({"frozen": variables["frozen"]}, x)  # nothing to drop
 
 
+@pytest.mark.parametrize("deterministic", [None, True, False])
+def test_a_lookup_drops_nothing_whatever_the_switch(deterministic):
+    layer = LoRAEmbed(7, 4, deterministic=deterministic, lora=DROPPING)
+    variables = tuned(jax.jit(layer.init)(key(0), IDS))
+    plain = LoRAEmbed(7, 4, lora=ALL).apply(variables, IDS)
+    assert np.array_equal(layer.apply(variables, IDS), plain)  # no key needed
+
+
 def test_masks_differ_between_tokens_and_layers():
     x = jnp.ones((1, 6, 8))
 
