@@ -302,13 +302,11 @@ def _einsum_equation(module: nn.Einsum, x: jax.Array, *args: Any) -> str:
     return str(equation)
 
 
-def _embed_update(
-    module, method, inputs, lora_a, lora_b, *, dropout_rate=0.0, **options
-):
-    options.pop("dropout_key", None)  # a lookup's input is one-hot: nothing to drop
-    del dropout_rate
+def _embed_update(module, method, inputs, lora_a, lora_b, **options):
     if method == ATTEND:
         return attend_update(inputs[0], lora_a, lora_b, **options)
+    for name in ("dropout_rate", "dropout_key"):
+        options.pop(name, None)  # a lookup's input is one-hot: nothing to drop
     return embed_update(inputs[0], lora_a, lora_b, **options)
 
 

@@ -220,6 +220,29 @@ def test_a_lookup_drops_nothing_whatever_the_switch(deterministic):
     assert np.array_equal(layer.apply(variables, IDS), plain)  # no key needed
 
 
+@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
+def test_a_tied_head_drops_elements_of_its_query(is_twin):
+    query, table = normal((2, 4)), nn.Embed(7, 4)
+
+    def attend(rate, *, off=False):
+        config = LoRAConfig(rank=3, alpha=7.0, targets=".*", dropout_rate=rate)
+        layer = (
+            LoRAEmbed(7, 4, deterministic=off, lora=config)
+            if is_twin
+            else adapt(table, config, IDS, deterministic=off)
+        )
+        variables = tuned(jax.jit(layer.init)(key(0), IDS))
+        rngs = {} if off else {"dropout": key(1)}
+        base = table.apply({"params": variables["frozen"]}, query, method="attend")
+        return layer.apply(variables, query, method="attend", rngs=rngs), base
+
+    plain, base = attend(0.0)
+    assert not np.allclose(plain, base)
+    assert np.array_equal(attend(1.0)[0], base)
+    assert not np.allclose(attend(0.5)[0], plain)
+    assert np.array_equal(attend(0.5, off=True)[0], plain)
+
+
 def test_masks_differ_between_tokens_and_layers():
     x = jnp.ones((1, 6, 8))
 
