@@ -72,13 +72,12 @@ def einsum_layer(
     def parse(module: nn.Module, x: jax.Array, *args: Any) -> Equation:
         return parse_equation(equation(module, x, *args), x.ndim)
 
-    def update(module, method, inputs, lora_a, lora_b, **options) -> AnyFloat:
+    def update(module, method, inputs, lora_a, lora_b, *, dtype, **options) -> AnyFloat:
         del method
         parsed = parse(module, *inputs)
         options.setdefault("precision", getattr(module, "precision", None))
-        return low_rank_update(
-            parsed.down, parsed.up, inputs[0], lora_a, lora_b, **options
-        )
+        x = inputs[0].astype(dtype)  # integers too, as Linen's layers take them
+        return low_rank_update(parsed.down, parsed.up, x, lora_a, lora_b, **options)
 
     def contraction(*args) -> Contraction:
         return parse(*args).contraction

@@ -187,6 +187,15 @@ def test_adding_a_target_changes_no_other_adapter():
 # --- Dropout
 
 
+@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
+def test_integers_are_taken_as_linen_takes_them(is_twin):
+    x = jnp.arange(24).reshape(3, 8)
+    layer = LoRADense(6, lora=ALL) if is_twin else adapt(nn.Dense(6), ALL, x)
+    variables = tuned(jax.jit(layer.init)(key(0), x))
+    got = layer.apply(variables, x)
+    assert np.array_equal(got, layer.apply(variables, x.astype("float32")))
+
+
 DROPPING = LoRAConfig(rank=3, alpha=7.0, targets=".*", dropout_rate=0.5)
 
 
@@ -315,10 +324,10 @@ def test_a_config_that_is_none_is_refused_at_once(make, unchecked):
         make(None)
 
 
-def test_integer_inputs_of_an_adapter_are_refused(unchecked):
-    layer = LoRADense(6, lora=ALL)
-    with pytest.raises(TypeError, match=r"x must be floating-point; got x int32"):
-        jax.eval_shape(layer.init, key(0), jnp.ones((2, 8), jnp.int32))
+def test_integer_inputs_of_attention_are_refused(unchecked):
+    layer = LoRAAttention(2, lora=ALL)
+    with pytest.raises(TypeError, match=r"inputs_k, inputs_v must be floating-point"):
+        jax.eval_shape(layer.init, key(0), jnp.ones((1, 2, 8), jnp.int32))
 
 
 def test_a_rank_above_the_smaller_side_is_a_warning():
