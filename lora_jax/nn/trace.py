@@ -208,6 +208,7 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
     found: dict[str, tuple[str, str, Contraction]] = {}
     unknown: dict[str, Unknown] = {}
+    refused: dict[str, str] = {}  # why a layer of a known type can't be adapted
     configs: dict[str, LoRAConfig] = {}
     beside = LORA if native else PARAMS  # where A, B and m have their scanned axes
 
@@ -216,14 +217,15 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
         module = context.module
         path = "/".join(module.scope.path) if module.scope else ""
         layer = layer_of_call(context, native=native)
-        why = ""
-        # Not "path not in found": a lifted transform may trace a layer several times.
-        if layer is not None and not module.scope.has_variable(beside, _MARKERS[1]):
+        if layer is not None:
             inputs = call_inputs(context.orig_method, args, kwargs)
             contraction = find_contraction(layer, module, context.method_name, inputs)
             if isinstance(contraction, str):
-                why = contraction
-            else:
+                refused[path] = contraction
+            elif found.get(path, (contraction,))[-1] != contraction:
+                refused[path] = f"its calls use the axes of {layer.weight} differently"
+            # Not "path not in found": a lifted transform may trace a layer again.
+            elif not module.scope.has_variable(beside, _MARKERS[1]):
                 found[path] = (layer.kind, layer.weight, contraction)
                 _put_markers(module.scope, layer.weight, contraction, beside)
                 if native:
@@ -236,6 +238,7 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
                 is_linear = layer is not None and layer.kind in LINEAR_KINDS
                 kind = type(module).__name__
                 if layer is not None or child(path, name) not in unknown:
+                    why = refused.get(path, "")
                     unknown[child(path, name)] = Unknown(kind, is_linear, why)
         return y
 
@@ -268,6 +271,7 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
                 markers[path] = leaf
             elif collection != LORA:
                 flat[path] = leaf
+    found = {path: layer for path, layer in found.items() if path not in refused}
     unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
     sites = []
     for path, (kind, weight, contraction) in found.items():

@@ -48,6 +48,18 @@ class Unparsable(nn.Module):
         )
 
 
+class TwoWays(nn.Module):
+    """A kernel that is multiplied by, and then by its transpose."""
+
+    back: str = "bo,io->bi"
+
+    @nn.compact
+    def __call__(self, x):
+        both = nn.Einsum((6, 6), use_bias=False, name="both")
+        y = both(both(both(x, "bi,io->bo"), self.back), "bi,io->bo")
+        return nn.Dense(3, name="out")(y)
+
+
 def test_a_typo_is_answered_in_the_words_of_the_style():
     with pytest.raises(ValueError, match="dwon") as error:
         find_targets(Expert(), EXPERT, LoRAConfig(targets=["dwon"], exclude=["upp"]))
@@ -64,11 +76,14 @@ def test_a_layer_that_cannot_be_adapted_is_named():
         (OwnArithmetic(), ["wq"], "'wq', a weight of OwnArithmetic, which"),
         (TiedDense(3), ".*", "'kernel', a weight of TiedDense, which"),
         (Unparsable(), "all-linear", "'sum/kernel', a weight of Einsum, which"),
+        (TwoWays(), "all-linear", "'both/kernel', a weight of Einsum, .*: its calls"),
     ):
         with pytest.raises(ValueError, match=named):
             find_targets(model, None, LoRAConfig(targets=target), X)
     chosen = find_targets(OwnArithmetic(), None, LoRAConfig(), X)
     assert [target.path for target in chosen] == ["out"]
+    chosen = find_targets(TwoWays(back="xy,yz->xz"), None, LoRAConfig(), X)
+    assert [target.path for target in chosen] == ["both", "out"]
     excluded = LoRAConfig(exclude=["sum"])
     assert [t.path for t in find_targets(Unparsable(), None, excluded, X)] == ["out"]
 
