@@ -268,9 +268,9 @@ class Classifier(nn.Module):
         """Creates the encoder and, where asked for, the pooler and the head."""
         self.encoder = self.encoder_type(self.config, self.dtype, self.dropout_rate)
         if self.pooling == "pooler":
-            self.pooler = nn.Dense(self.config.hidden_size)
+            self.pooler = nn.Dense(self.config.hidden_size, dtype=jnp.float32)
         if self.num_labels is not None:
-            self.classifier = nn.Dense(self.num_labels)
+            self.classifier = nn.Dense(self.num_labels, dtype=jnp.float32)
 
     def head(self, hidden: Hidden, mask: TokenIds) -> Float[Array, "b o"]:
         """Pools hidden states and classifies them.

@@ -130,7 +130,7 @@ def load_base(
         if key is not None and leaf[-1] == KERNEL:
             own_key = key if leaf[0] == HEAD else jax.random.fold_in(key, 1)
             new = 0.02 * jax.random.normal(own_key, expected[leaf], jnp.float32)
-        flat[leaf] = _place(new.astype(param_dtype or new.dtype), places[leaf])
+        flat[leaf] = _place(new, places[leaf])  # float32: it is there to be trained
     return LoadedModel(
         module=module,
         variables={PARAMS: flax.traverse_util.unflatten_dict(flat)},

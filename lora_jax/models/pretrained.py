@@ -62,7 +62,9 @@ def load_model(
         None for what the file was made with.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for that which an adapter of ours says
-        it was trained in (``"param_dtype"`` of its ``extra``), else the file's own.
+        it was trained in (``"param_dtype"`` of its ``extra``), else the file's own. A
+        new head is float32, and so becomes what an adapter or ``lora`` trains in full,
+        see `Adapted.widen`.
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
@@ -236,6 +238,7 @@ def _load_ours(
         for name, shape in target.leaf_shapes.items()
     }
     wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
+    wanted = adapted.widen(wanted)
     found = ours.load_adapter(
         folder,
         expected={name: wanted.get(name, {}) for name in TRAINABLE},

@@ -47,7 +47,7 @@ from lora_jax.nn.trace import (
     trace_model,
 )
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
-from lora_jax.tree.partition import join, partition
+from lora_jax.tree.partition import join, partition, widened
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import LINEAR_KINDS, Target, child, select_targets
 
@@ -123,17 +123,15 @@ class Adapted(nn.Module):
         Raises:
           ValueError: if the config names what the model has not; see `select_targets`.
         """
-        found = trace_model(self.model, params, self.example)
-        if params is not None:
-            check_shapes(shapes_of(found.params), shapes_of(params))
-        return self._select(found)
+        return self._select(self._trace(params))
 
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
         """Puts fresh adapters beside pretrained parameters.
 
         Args:
           params: the model's own tree, as ``model.apply({"params": params}, x)`` takes
-            it; its arrays are used as they are, uncopied.
+            it; its arrays are used as they are, uncopied, but for those that `widen`
+            makes float32 to be trained.
           key: PRNG key of the adapters; each layer folds in its path.
 
         Returns:
@@ -155,10 +153,29 @@ class Adapted(nn.Module):
             if target.dora:
                 m = target.init_magnitude(flat[target.weight_path])
                 adapters[child(target.path, MAGNITUDE)] = m
-        return partition(join(params, unflatten(adapters)), self.config)
+        return self.widen(partition(join(params, unflatten(adapters)), self.config))
+
+    def widen(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Makes what is trained in full float32 where it is bfloat16 or float16.
+
+        A small step from a number near 1 is lost in bfloat16. A leaf is made float32
+        where its module computes in a ``dtype`` of its own, so that no output changes.
+        Where the parameters' dtype is that of the computation (``dtype=None``, as in
+        the embeddings of the models here) the leaf stays as it is.
+
+        Args:
+          variables: the collections.
+
+        Returns:
+          The same, with such leaves of ``params`` in float32.
+        """
+        if PARAMS not in variables:
+            return dict(variables)
+        typed = self._trace(self.detach(variables)).typed
+        return {**variables, PARAMS: widened(variables[PARAMS], typed)}
 
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Returns the base alone, as a plain tree: `attach` undone, bit for bit."""
+        """Returns the base alone, a plain tree: `attach` undone, but for `widen`."""
         return join(variables[FROZEN], variables.get(PARAMS, {}))
 
     def merge(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -168,7 +185,8 @@ class Adapted(nn.Module):
           variables: the three collections; left as they are.
 
         Returns:
-          A plain tree for ``model.apply({"params": tree}, x)``.
+          A plain tree for ``model.apply({"params": tree}, x)``: kernels in the dtype of
+          the base, and what was trained in full in that of its training, unrounded.
 
         Raises:
           ValueError: if an adapter is missing, left over, or not finite.
@@ -204,6 +222,12 @@ class Adapted(nn.Module):
         targets = self.targets(base)
         merged = merge_params(base, variables[LORA], targets)
         return merge_errors(base, merged, variables[LORA], targets)
+
+    def _trace(self, params: Mapping[str, Any] | None) -> Trace:
+        found = trace_model(self.model, params, self.example)
+        if params is not None:
+            check_shapes(shapes_of(found.params), shapes_of(params))
+        return found
 
     def _select(self, found: Trace) -> list[Target]:
         return select_targets(

