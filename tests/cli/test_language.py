@@ -94,7 +94,7 @@ def test_the_adapter_is_talked_to(run, folder, call):
 
 def test_a_run_on_a_base_that_was_cast_is_used_like_any_other(config, tmp_path, call):
     run, merged = tmp_path / "run", tmp_path / "merged"
-    words = ["model.param_dtype=bfloat16", "train.epochs=1", f"output.dir={run}"]
+    words = ["model.param_dtype=bfloat16", "train.max_steps=2", f"output.dir={run}"]
     code, _, shown = call("train", config, *words)
     assert code == 0, shown
     adapter, prompt = ["--adapter", run], "what is the sky ?"
