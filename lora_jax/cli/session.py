@@ -19,13 +19,7 @@ from lora_jax.cli.runfolder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.cli.settings import RunSettings
 from lora_jax.io.adapter import Adapter, load_adapter, save_adapter
 from lora_jax.io.checkpoint import Checkpoints
-from lora_jax.parallel.processes import (
-    check_same,
-    from_first,
-    is_any,
-    is_job,
-    together,
-)
+from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.loop import Fitted, Progress, evaluate, fit
 from lora_jax.train.state import TrainState
@@ -61,7 +55,7 @@ class Session:
 
     def prepare(self) -> None:
         """Reads data and model, and prints what they are; touches no run folder."""
-        with self.timed("load"), together():
+        with self.timed("load"):
             self.job = jobs.open_job(self.settings)
         self.batches = self.job.batches()
         train = self.settings.train
