@@ -88,9 +88,8 @@ def save_model(
     tensors = {}
     for name, (leaf, part) in ours.items():
         array = family.to_file(leaf[-1], np.asarray(part))
-        if (
-            name in names and model.path.is_dir()
-        ):  # a GGUF file's are as they were loaded
+        # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
+        if name in names and model.path.is_dir():
             with np.errstate(over="ignore"):  # not finite, said below
                 array = array.astype(model.dtype(name), copy=False)
         head = family.is_head(name)

@@ -194,6 +194,7 @@ def test_malformed_data_is_refused_before_anything_starts(
         ("model.path=/nowhere/model", "/nowhere/model"),
         ("lora.rank=0", "rank must be at least 1; got 0"),
         ("lora.rnak=1", "Did you mean 'rank'?"),
+        ("data.packing=true", "data.packing and train.samples are of a decoder"),
     ],
 )
 def test_bad_settings_are_refused(override, message, config, tmp_path, call):
@@ -354,10 +355,3 @@ def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
     code, _, shown = call("train", config, f"output.dir={tmp_path}")
     assert code == 2
     assert "is no run folder (it has no config.yaml, but 'thesis.tex')" in shown
-
-
-def test_settings_of_decoders_are_refused_for_an_encoder(config, tmp_path, call):
-    words = ["data.packing=true", f"output.dir={tmp_path}/run"]
-    code, _, shown = call("train", config, *words)
-    assert code == 2
-    assert "data.packing and train.samples are of a decoder" in shown
