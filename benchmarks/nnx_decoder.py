@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.attention.causal import causal_attention
+from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.ops.causal import causal_attention
-from lora_jax.ops.rope import apply_rope, rope_angles
 
 
 def lora_linear(i: int, o: int, rank: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LoRA:

@@ -26,7 +26,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     Returns:
       One row.
     """
-    from lora_jax.io.vader import load_editorials
+    from lora_jax.files.vader import load_editorials
 
     texts = load_editorials()[: 3 if quick else 50]
     ours, ids = _by_lora_jax(texts)
@@ -65,8 +65,8 @@ def _by_lora_jax(texts: list[str]) -> tuple[list[float], list[list[int]]]:
     """Returns each text's sum of log-probabilities, and its token ids."""
     from lora_jax.cli import score
     from lora_jax.cli.console import Console
-    from lora_jax.io.fetch import find_model
-    from lora_jax.io.tokenizer import load_tokenizer
+    from lora_jax.files.fetch import find_model
+    from lora_jax.files.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(find_model(SMOLLM2))
     assert tokenizer is not None  # the file holds one
@@ -89,7 +89,7 @@ def _by_transformers(ids: list[list[int]]) -> list[float]:
     import torch
     import transformers
 
-    from lora_jax.io.fetch import find_model
+    from lora_jax.files.fetch import find_model
 
     path = find_model(SMOLLM2)
     model = transformers.AutoModelForCausalLM.from_pretrained(

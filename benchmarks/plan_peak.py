@@ -126,9 +126,9 @@ def _train_and_print(config: str) -> None:
     """Trains a few steps while a thread looks at the memory."""
     import jax
 
-    from lora_jax.cli import job
-    from lora_jax.cli.report import tree_bytes
-    from lora_jax.cli.settings import load_settings
+    from lora_jax.finetune import job
+    from lora_jax.finetune.report import tree_bytes
+    from lora_jax.finetune.settings import load_settings
     from lora_jax.train.state import TrainState
     from lora_jax.train.step import make_train_step
 

@@ -1,7 +1,8 @@
 """What every test runs under: the CPU, and shapes checked in the pure functions.
 
-``JAX_PLATFORMS=cuda pytest tests/ops/test_fused_attention.py`` runs a file on a GPU,
-with float32 that is float32. Tests that hold XLA:CPU's bits or its programs fail there.
+``JAX_PLATFORMS=cuda pytest tests/attention/test_fused_attention.py`` runs a file on a
+GPU, with float32 that is float32. Tests that hold XLA:CPU's bits or its programs fail
+there.
 """
 
 import os
@@ -23,7 +24,7 @@ import pytest
 from jaxtyping import config, install_import_hook
 
 # Before anything imports lora_jax.ops: its annotations are then checked on every call.
-install_import_hook("lora_jax.ops", "beartype.beartype")
+install_import_hook(["lora_jax.ops", "lora_jax.attention"], "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=25

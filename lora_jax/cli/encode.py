@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.console import Console
 from lora_jax.cli.encode_images import Batch, image_batches, image_fault, is_image
-from lora_jax.cli.job import encode_texts
-from lora_jax.cli.lines import by_length, check_target, write_lines
+from lora_jax.cli.jsonl import by_length, check_target, write_lines
 from lora_jax.cli.pretrained import Pretrained, load
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
+from lora_jax.finetune.job import encode_texts
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.train.data import read_jsonl
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli.console import UserError
-from lora_jax.io.images import ImageProcessor, load_processor
+from lora_jax.files.images import ImageProcessor, load_processor
+from lora_jax.finetune.errors import UserError
 from lora_jax.models.encoder_config import ImageEncoderConfig
 
 IMAGE, PIXELS = "image", "pixel_values"

@@ -3,11 +3,13 @@
 import argparse
 from typing import Any
 
-from lora_jax.cli import job as jobs
-from lora_jax.cli.console import Console, UserError, perplexity
-from lora_jax.cli.runfolder import ADAPTER, open_run
-from lora_jax.cli.settings import load_settings
-from lora_jax.io.adapter import load_adapter
+from lora_jax.cli.console import Console
+from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import perplexity
+from lora_jax.finetune.run_folder import ADAPTER, open_run
+from lora_jax.finetune.settings import load_settings
 from lora_jax.names import FROZEN, TRAINABLE
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import make_eval_step

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.console import Console
 from lora_jax.config import LoRAConfig
-from lora_jax.io.adapter import load_adapter
-from lora_jax.models.export import export_adapter
+from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
+from lora_jax.interop.export import export_adapter
+from lora_jax.interop.pretrained import find_adapter, load_model, read_external
 from lora_jax.models.load import LoadedModel
-from lora_jax.models.pretrained import find_adapter, load_model, read_foreign
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def _read(
     folder: Path, model: str | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
     """Reads an adapter: ours needs names alone, another tool's the model to fit to."""
-    foreign = read_foreign(folder)
+    foreign = read_external(folder)
     if foreign is None:
         found = load_adapter(folder)
         source = model or found.extra.get("model")

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from lora_jax.cli.console import Console, UserError
+from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import load_decoder
+from lora_jax.finetune.errors import UserError
 from lora_jax.models.generate import generate
 
 DEFAULT_TOKENS = 128

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.console import Console
 from lora_jax.config import LoRAConfig
-from lora_jax.io.adapter import TENSORS, read_adapter_config
-from lora_jax.io.fetch import SCHEME, find_model
-from lora_jax.io.foreign import ForeignAdapter
-from lora_jax.io.gguf import SUFFIX, GGUFReader
-from lora_jax.io.safetensors import TensorReader, open_tensors
+from lora_jax.files.adapter import TENSORS, read_adapter_config
+from lora_jax.files.fetch import SCHEME, find_model
+from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.safetensors import TensorReader, open_tensors
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
+from lora_jax.interop.external import ExternalAdapter
+from lora_jax.interop.pretrained import find_adapter, read_external
 from lora_jax.models.load import unscanned
-from lora_jax.models.pretrained import find_adapter, read_foreign
 from lora_jax.names import LORA, LORA_A, LORA_B
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         raise UserError(f"there is no folder {folder}, nor a {SUFFIX} file.")
     if any((folder / f).is_file() for f in ("config.yaml", "adapter_config.json")):
         found = find_adapter(folder)
-        foreign = read_foreign(found)
+        foreign = read_external(found)
         if foreign is not None:
             return _inspect_foreign(foreign, found, out)
         return _inspect_adapter(found, out)
@@ -120,7 +122,7 @@ def _inspect_adapter(folder: Path, out: Console) -> dict[str, Any]:
 
 
 def _inspect_foreign(
-    adapter: ForeignAdapter, folder: Path, out: Console
+    adapter: ExternalAdapter, folder: Path, out: Console
 ) -> dict[str, Any]:
     """Shows an adapter that another tool wrote; reading it has checked it."""
     layers = [

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 
 from lora_jax.cli import huge_pages
-from lora_jax.cli.words import parse
+from lora_jax.cli.parser import parse
 
 OPTIONAL = {
     "yaml": "train",

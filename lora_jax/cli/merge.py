@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.console import Console, UserError, size
+from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import load
-from lora_jax.cli.report import model_bytes
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
+from lora_jax.finetune.report import model_bytes
 from lora_jax.models.save import save_model
 
 

@@ -3,12 +3,15 @@
 import argparse
 from typing import Any
 
-from lora_jax.cli import job as jobs
-from lora_jax.cli import plan_ahead, report
-from lora_jax.cli.console import Console, UserError, arithmetic, size
-from lora_jax.cli.devices import check_batch
-from lora_jax.cli.plan_here import Pricer
-from lora_jax.cli.settings import load_settings
+from lora_jax.cli import plan_topology
+from lora_jax.cli.console import Console
+from lora_jax.cli.plan_local import Pricer
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune import report
+from lora_jax.finetune.devices import check_batch
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import arithmetic, size
+from lora_jax.finetune.settings import load_settings
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """
     settings = load_settings(args.config, args.overrides)
     if args.topology is not None:
-        return plan_ahead.run(settings, args, out)
+        return plan_topology.run(settings, args, out)
     _refuse_ahead(args)
     job = jobs.open_job(settings, splits=["train"], is_strict=False)
     check_batch(settings, job.devices)

@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import UserError
-from lora_jax.io.adapter import read_adapter_config
+from lora_jax.files.adapter import read_adapter_config
+from lora_jax.finetune.errors import UserError
+from lora_jax.interop.pretrained import find_adapter, load_model, read_external
 from lora_jax.models.load import HEAD, LoadedModel
-from lora_jax.models.pretrained import find_adapter, load_model, read_foreign
 
 
 class Pretrained(NamedTuple):
@@ -75,7 +75,7 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
             raise UserError("--model is missing: which model is to be used?")
         return Pretrained(load_model(model, **options), None)
     folder = find_adapter(adapter)
-    if (foreign := read_foreign(folder)) is not None:
+    if (foreign := read_external(folder)) is not None:
         if model is None:
             raise UserError(
                 f"{folder} is an adapter of another tool, and the base that it may "

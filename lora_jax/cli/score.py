@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.cli.console import Console, UserError, size
-from lora_jax.cli.lines import by_length, check_target, write_lines
+from lora_jax.cli.console import Console
+from lora_jax.cli.jsonl import by_length, check_target, write_lines
 from lora_jax.cli.pretrained import Pretrained, load_decoder
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
 from lora_jax.train.causal_lm import chunk_tokens
 from lora_jax.train.data import read_jsonl
 

@@ -5,11 +5,12 @@ import errno
 import shlex
 from typing import Any
 
-from lora_jax.cli.console import Console, UserError
-from lora_jax.cli.devices import join
-from lora_jax.cli.runfolder import RunFolder
-from lora_jax.cli.session import Session
-from lora_jax.cli.settings import load_settings
+from lora_jax.cli.console import Console
+from lora_jax.finetune.devices import join
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.run_folder import RunFolder
+from lora_jax.finetune.session import Session
+from lora_jax.finetune.settings import load_settings
 from lora_jax.parallel.processes import (
     check_same,
     is_first,

@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.block import Block, Hidden, Place, make_norm
+from lora_jax.attention.dot_product import is_fused_attention
+from lora_jax.attention.rope import rope_angles
+from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layers import register_layer
-from lora_jax.ops.attention import is_fused_attention
-from lora_jax.ops.rope import rope_angles
-from lora_jax.ops.spread import spread_rows
+from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
@@ -234,7 +234,9 @@ class Decoder(nn.Module):
         if not cfg.is_tied:
             self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
-    def _embed(self, input_ids, positions, segment_ids) -> tuple[Hidden, Place]:
+    def _embed(
+        self, input_ids, positions, segment_ids
+    ) -> tuple[Hidden, PositionContext]:
         """Looks the tokens up and says where they stand."""
         cfg = self.config
         check_tokens(input_ids, positions, segment_ids, cfg.max_positions)
@@ -252,10 +254,10 @@ class Decoder(nn.Module):
         if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned
             cos.append(jnp.ones_like(cos[0]))
             sin.append(jnp.zeros_like(sin[0]))
-        return spread_rows(x), Place(tuple(cos), tuple(sin), None, segment_ids)
+        return shard_rows(x), PositionContext(tuple(cos), tuple(sin), None, segment_ids)
 
     def _blocks(
-        self, x: Hidden, place: Place, method: str, cache: Cache | None = None
+        self, x: Hidden, place: PositionContext, method: str, cache: Cache | None = None
     ) -> tuple[Hidden, Any]:
         """Runs all blocks; returns ``x`` and (keys, values) of all layers, or None."""
         if self.is_scanned:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
-from lora_jax.ops.spread import spread_rows
+from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
         positions = jnp.arange(length)
         if cfg.padding_id is not None:
             positions = token_positions(input_ids, cfg.padding_id)
-        x = spread_rows(word(input_ids)) + position(positions)
+        x = shard_rows(word(input_ids)) + position(positions)
         if cfg.num_token_types is not None:
             if token_type_ids is None:
                 token_type_ids = jnp.zeros((1, 1), jnp.int32)

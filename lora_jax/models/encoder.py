@@ -164,7 +164,7 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
         raise TypeError(
             f"pixel_values must be floats [b, c, y, x]; got dtype "
             f"{pixel_values.dtype}. Bytes are to be rescaled and normalised first: "
-            "`lora_jax.io.images.load_processor(folder)` does as the model's own "
+            "`lora_jax.files.images.load_processor(folder)` does as the model's own "
             "preprocessor_config.json says."
         )
     shape, own = pixel_values.shape, (config.image_height, config.image_width)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_jax.attention.causal import bidirectional_attention
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.encoder_config import BlockConfig
-from lora_jax.ops.causal import bidirectional_attention
-from lora_jax.ops.spread import spread_rows
+from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
         self, x: Hidden, mask: Array | None, deterministic: bool = True
     ) -> Hidden:
         """Returns ``[b, t, d]`` for ``[b, t, d]``; ``mask`` as for `Attention`."""
-        cfg, drop, x = self.config, nn.Dropout(self.dropout_rate), spread_rows(x)
+        cfg, drop, x = self.config, nn.Dropout(self.dropout_rate), shard_rows(x)
 
         def add(x: Hidden, sublayer: Callable[[Hidden], Hidden], name: str) -> Hidden:
             norm = nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name=f"{name}_norm")

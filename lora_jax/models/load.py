@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array_types import PRNGKey, PyTree
-from lora_jax.io.host import empty_aligned
-from lora_jax.io.tokenizer import Tokenizer, load_tokenizer
+from lora_jax.files.host import empty_aligned
+from lora_jax.files.tokenizer import Tokenizer, load_tokenizer
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.source import CONFIG, Source, open_source
 from lora_jax.names import EMBEDDING, FROZEN, KERNEL, PARAMS

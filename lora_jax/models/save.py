@@ -16,9 +16,9 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from lora_jax.io.safetensors import SINGLE, write_tensors
-from lora_jax.io.special import GENERATION_CONFIG, TEMPLATE
-from lora_jax.io.tokenizer import load_tokenizer
+from lora_jax.files.safetensors import SINGLE, write_tensors
+from lora_jax.files.special_tokens import GENERATION_CONFIG, TEMPLATE
+from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import HEAD, OURS, TIED_HEAD, unscanned
 from lora_jax.models.source import CONFIG, open_source
 from lora_jax.names import KERNEL

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.io.fetch import find_model
-from lora_jax.io.gguf import SUFFIX, GGUFReader
-from lora_jax.io.json_file import read_json
-from lora_jax.io.safetensors import open_tensors
+from lora_jax.files.fetch import find_model
+from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.json_file import read_json
+from lora_jax.files.safetensors import open_tensors
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
 

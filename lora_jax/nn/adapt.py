@@ -130,8 +130,8 @@ class Adapted(nn.Module):
 
         Args:
           params: the model's own tree, as ``model.apply({"params": params}, x)`` takes
-            it; its arrays are used as they are, uncopied, but for those that `widen`
-            makes float32 to be trained.
+            it; its arrays are used as they are, uncopied, but for those that
+            `upcast_trained` makes float32.
           key: PRNG key of the adapters; each layer folds in its path.
 
         Returns:
@@ -153,9 +153,11 @@ class Adapted(nn.Module):
             if target.dora:
                 m = target.init_magnitude(flat[target.weight_path])
                 adapters[child(target.path, MAGNITUDE)] = m
-        return self.widen(partition(join(params, unflatten(adapters)), self.config))
+        return self.upcast_trained(
+            partition(join(params, unflatten(adapters)), self.config)
+        )
 
-    def widen(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    def upcast_trained(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Makes what is trained in full float32 where it is bfloat16 or float16.
 
         A small step from a number near 1 is lost in bfloat16. A leaf is made float32
@@ -175,7 +177,7 @@ class Adapted(nn.Module):
         return {**variables, PARAMS: widened(variables[PARAMS], typed)}
 
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Returns the base alone, a plain tree: `attach` undone, but for `widen`."""
+        """Returns the base alone, a plain tree: `attach` undone, save upcasting."""
         return join(variables[FROZEN], variables.get(PARAMS, {}))
 
     def merge(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:

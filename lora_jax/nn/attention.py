@@ -9,19 +9,15 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.attention.dot_product import Implementation, attention, check_attention
 from lora_jax.config import LoRAConfig
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer, check_config
-from lora_jax.nn.dense import LoRADenseGeneral
 from lora_jax.nn.dora import OutputScale, output_scale
-from lora_jax.ops.attention import (
-    Implementation,
-    attention,
-    check_attention,
-    shared_updates,
-)
+from lora_jax.nn.lora_layers import LoRADenseGeneral
 from lora_jax.ops.dora import rescale
 from lora_jax.ops.product import check_floating
+from lora_jax.ops.shared import shared_updates
 
 CACHE = "cache"
 
@@ -99,7 +95,7 @@ class LoRAAttention(nn.Module):
       bias_init: initialiser of the biases.
       out_bias_init: of the output bias; default ``bias_init``.
       implementation: ``"xla"`` or ``"cudnn"``; default: by platform and arrays, see
-        `lora_jax.ops.attention.choose_implementation`.
+        `lora_jax.attention.dot_product.choose_implementation`.
       lora: what to adapt; the projections are ``query``, ``key``, ``value``, ``out``.
 
     Variables: ``frozen`` (``{query,key,value}/{kernel,bias}`` ``[d, n, h]`` and

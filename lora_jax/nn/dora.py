@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.names import BIAS
-from lora_jax.nn.layers import ATTEND, held_variable, layer_of
+from lora_jax.nn.layers import ATTEND, base_weight, layer_of
 from lora_jax.ops.dora import column_norm, dora_scale, rescale
 
 
@@ -40,7 +40,7 @@ def init_magnitude(module: nn.Module, inputs: tuple[Any, ...]) -> AnyFloat:
     """
     layer = layer_of(module)
     assert layer is not None
-    kernel = jnp.asarray(held_variable(module, layer.weight))
+    kernel = jnp.asarray(base_weight(module, layer.weight))
     return column_norm(kernel, layer.contraction(module, *inputs))
 
 
@@ -73,7 +73,7 @@ def output_scale(
     layer = layer_of(module)
     assert layer is not None
     scale = dora_scale(
-        jnp.asarray(held_variable(module, layer.weight)),
+        jnp.asarray(base_weight(module, layer.weight)),
         lora_a,
         lora_b,
         magnitude,
@@ -81,7 +81,7 @@ def output_scale(
         contraction=layer.contraction(module, *inputs),
     )
     scale = layer.align(module, inputs, scale)
-    bias = held_variable(module, BIAS)
+    bias = base_weight(module, BIAS)
     if bias is None:
         return OutputScale(scale, None)
     wanted = tuple(size for size in scale.shape if size > 1)

@@ -261,7 +261,7 @@ def init_factors(
     assert layer is not None, path
     return init_adapter(
         module.make_rng(PARAMS),
-        held_variable(module, layer.weight).shape,
+        base_weight(module, layer.weight).shape,
         config.rank_for(path),
         contraction=layer.contraction(module, *inputs),
         init=config.init,
@@ -269,7 +269,7 @@ def init_factors(
     )
 
 
-def held_variable(module: nn.Module, name: str) -> Any:
+def base_weight(module: nn.Module, name: str) -> Any:
     """Returns a base weight of a bound layer, trained or frozen, or None."""
     assert module.scope is not None
     values = (module.scope.get_variable(c, name) for c in (PARAMS, FROZEN))

@@ -38,7 +38,7 @@ from lora_jax.nn.layers import (
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.dora import magnitude_shape
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Site, Unknown, child
+from lora_jax.tree.targets import LINEAR_KINDS, Site, UnsupportedWeight, child
 
 _MARKERS = ("__kernel_marker", "__a_marker", "__b_marker", "__magnitude_marker")
 _ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
@@ -93,7 +93,7 @@ class Trace(NamedTuple):
     """
 
     sites: tuple[Site, ...]
-    unknown: dict[str, Unknown]
+    unknown: dict[str, UnsupportedWeight]
     params: dict[str, Any]
     configs: dict[str, LoRAConfig]
     typed: frozenset[str] = frozenset()
@@ -210,7 +210,7 @@ def _look_once(*known: Any) -> Trace:
 def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
     found: dict[str, tuple[str, str, Contraction]] = {}
-    unknown: dict[str, Unknown] = {}
+    unknown: dict[str, UnsupportedWeight] = {}
     refused: dict[str, str] = {}  # why a layer of a known type can't be adapted
     configs: dict[str, LoRAConfig] = {}
     typed: dict[str, bool] = {}
@@ -247,7 +247,7 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
                 kind = type(module).__name__
                 if layer is not None or child(path, name) not in unknown:
                     why = refused.get(path, "")
-                    unknown[child(path, name)] = Unknown(kind, is_linear, why)
+                    unknown[child(path, name)] = UnsupportedWeight(kind, is_linear, why)
         return y
 
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import BATCH_AXES, DATA, FSDP, MESH_AXES, TENSOR
-from lora_jax.ops.spread import current_mesh
+from lora_jax.parallel.activation_sharding import current_mesh
 
 AXES, BATCH = MESH_AXES, BATCH_AXES
 

@@ -15,7 +15,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
 from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.ops.spread import gather_kernel, row_parts, target_platform
+from lora_jax.parallel.activation_sharding import (
+    gather_kernel,
+    row_parts,
+    target_platform,
+)
 from lora_jax.train.losses import (
     as_weights,
     check_floating,

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import DROPOUT
-from lora_jax.ops.spread import on_mesh_of
+from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of, whole_over_batch
 from lora_jax.train.state import TrainState
 

@@ -28,7 +28,7 @@ Example = dict[str, np.ndarray]
 
 
 class TextEncoder(Protocol):
-    """What is asked of a tokenizer; `lora_jax.io.tokenizer.Tokenizer` has it."""
+    """What is asked of a tokenizer; `lora_jax.files.tokenizer.Tokenizer` has it."""
 
     @property
     def special(self) -> Any:

@@ -48,7 +48,7 @@ class Site(NamedTuple):
     scanned_m: tuple[int, ...] = ()
 
 
-class Unknown(NamedTuple):
+class UnsupportedWeight(NamedTuple):
     """A weight that can't be adapted.
 
     Attributes:
@@ -195,7 +195,7 @@ def select_targets(
     config: LoRAConfig,
     *,
     weights: Iterable[str] = (),
-    unknown: Mapping[str, Unknown] | None = None,
+    unknown: Mapping[str, UnsupportedWeight] | None = None,
 ) -> list[Target]:
     """Chooses the layers that ``config`` adapts.
 
@@ -286,7 +286,7 @@ def _is_chosen(site: Site, config: LoRAConfig) -> bool:
     return config.is_target(site.path, is_linear=site.kind in LINEAR_KINDS)
 
 
-def _is_named(path: str, weight: Unknown, config: LoRAConfig) -> bool:
+def _is_named(path: str, weight: UnsupportedWeight, config: LoRAConfig) -> bool:
     """Says whether the config wants a weight adapted, by its path or its layer's."""
     paths = (path, _owner(path))
     if any(matches(out, p) for out in (config.exclude, config.train) for p in paths):

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from lora_jax.cli.main import main
-from lora_jax.io.checkpoint import Checkpoints
+from lora_jax.files.checkpoint import Checkpoints
 from lora_jax.train.buckets import Schedule
 
 batch_at, save = Schedule.batch_at, Checkpoints.save

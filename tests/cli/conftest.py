@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from lora_jax.cli.main import main
-from lora_jax.io.safetensors import write_tensors
+from lora_jax.files.safetensors import write_tensors
 from lora_jax.models.families.bert import BERT
 from lora_jax.models.load import param_shapes
 

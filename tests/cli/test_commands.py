@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lora_jax.cli.inspect import singular_values
-from lora_jax.io.adapter import load_adapter, save_adapter
-from lora_jax.io.safetensors import open_tensors
+from lora_jax.files.adapter import load_adapter, save_adapter
+from lora_jax.files.safetensors import open_tensors
 
 
 def test_a_run_folder_holds_what_the_readme_says(run_dir):

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from lora_jax.cli.console import Console, arithmetic, perplexity, size
-from lora_jax.cli.report import versions
+from lora_jax.cli.console import Console
+from lora_jax.finetune.formatting import arithmetic, perplexity, size
+from lora_jax.finetune.report import versions
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_pixels_give_the_logits_and_mean_of_transformers(name, encode):
 
 
 def test_an_image_is_encoded_as_its_pixels_are(vit, encode):
-    from lora_jax.io.images import load_processor
+    from lora_jax.files.images import load_processor
 
     pixels = load_processor(vit).read(IMAGES / "turned.png").tolist()
     lines = [{"image": "turned.png"}, {"image": "grey.png"}, {"pixel_values": pixels}]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_jax.io.peft import read_peft
-from lora_jax.io.safetensors import open_tensors
+from lora_jax.files.safetensors import open_tensors
+from lora_jax.interop.peft import read_peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA, BERT = GOLDEN / "llama", GOLDEN / "bert"

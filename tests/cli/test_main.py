@@ -7,7 +7,7 @@ import pytest
 
 from lora_jax.cli import inspect
 from lora_jax.cli import main as cli
-from lora_jax.cli.words import COMMANDS, parse
+from lora_jax.cli.parser import COMMANDS, parse
 
 
 def test_help_imports_none_of_the_optional_packages():

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_jax.cli.devices import Devices, check_batch
-from lora_jax.cli.settings import load_settings
-from lora_jax.io.adapter import load_adapter
+from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune.devices import Devices, check_batch
+from lora_jax.finetune.settings import load_settings
 from lora_jax.tree.paths import flatten
 
 ROOT = Path(__file__).parent.parent.parent

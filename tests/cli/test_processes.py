@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli.main import main
-from lora_jax.io.adapter import load_adapter
+from lora_jax.files.adapter import load_adapter
 from lora_jax.tree.paths import flatten
 from tests.tiny_decoder import make_decoder
 

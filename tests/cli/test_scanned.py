@@ -9,8 +9,8 @@ import pytest
 
 from lora_jax.cli.pretrained import load_decoder
 from lora_jax.config import LoRAConfig
-from lora_jax.io.adapter import save_adapter
-from lora_jax.models.pretrained import load_model
+from lora_jax.files.adapter import save_adapter
+from lora_jax.interop.pretrained import load_model
 from lora_jax.names import FROZEN, LORA
 from lora_jax.tree.fingerprint import fingerprint
 from tests.models.golden import GOLDEN

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_jax.cli import session
-from lora_jax.cli.console import UserError
-from lora_jax.cli.job import Job, hold_out, open_job
+from lora_jax.finetune import session
 from lora_jax.cli.main import main
-from lora_jax.cli.runfolder import RunFolder
-from lora_jax.cli.settings import load_settings
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.job import Job, hold_out, open_job
+from lora_jax.finetune.run_folder import RunFolder
+from lora_jax.finetune.settings import load_settings
 from lora_jax.train.data import Batches
 
 

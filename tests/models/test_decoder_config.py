@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.pretrained import load_model
 from tests.models.golden import GOLDEN
 
 SIZES = {

@@ -13,9 +13,9 @@ import onnx.numpy_helper
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.io.fetch import FetchError, fetch_package
-from lora_jax.io.images import load_processor
-from lora_jax.models.pretrained import load_model
+from lora_jax.files.fetch import FetchError, fetch_package
+from lora_jax.files.images import load_processor
+from lora_jax.interop.pretrained import load_model
 from tests.models.golden import GOLDEN
 
 HOME = GOLDEN / "dinov2_small"

@@ -10,10 +10,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.activations import exact_gelu
 from lora_jax.models.encoder import SequenceClassifier, mean_pool
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.pretrained import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 TINY = EncoderConfig(

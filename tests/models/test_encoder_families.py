@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
-from lora_jax.io.adapter import save_adapter
+from lora_jax.files.adapter import save_adapter
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.embeddings import cubic_matrix, token_positions
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
-from lora_jax.models.pretrained import load_model
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.fingerprint import fingerprint

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.attention.causal import causal_attention
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base, param_shapes
-from lora_jax.ops.causal import causal_attention
 from tests.models.golden import GOLDEN
 
 DECODERS = (
@@ -120,7 +120,7 @@ def test_unrolled_layers_leave_out_what_their_window_does(remat, monkeypatch):
         windows.append(window)
         return causal_attention(*arrays, window=window, **options)
 
-    monkeypatch.setattr("lora_jax.models.block.causal_attention", watched)
+    monkeypatch.setattr("lora_jax.models.decoder_block.causal_attention", watched)
     loaded, golden = load_base(GOLDEN / "gemma3", remat=remat), read("gemma3")
     logits = loaded.module.apply(loaded.variables, jnp.int32(golden["input_ids"]))
     assert all(window is None or isinstance(window, int) for window in windows)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lora_jax import LoRAConfig
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate, sample
-from lora_jax.models.pretrained import load_model
 from tests.models.golden import GOLDEN
 
 

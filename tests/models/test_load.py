@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
-from lora_jax.io.adapter import save_adapter
-from lora_jax.io.fetch import FetchError
-from lora_jax.io.host import empty_aligned
-from lora_jax.io.vader import load_vader
+from lora_jax.files.adapter import save_adapter
+from lora_jax.files.fetch import FetchError
+from lora_jax.files.host import empty_aligned
+from lora_jax.files.vader import load_vader
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.families.bert import read_config
 from lora_jax.models.load import param_shapes
-from lora_jax.models.pretrained import load_model
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten
 
@@ -90,12 +90,12 @@ def test_shards_load_like_one_file(folder):
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_read_some_rows_at_a_time_it_is_the_same_model(name, dtype, monkeypatch):
     whole = load_model(GOLDEN.parent / name, param_dtype=dtype).params
-    monkeypatch.setattr("lora_jax.io.safetensors.PIECE", 100)
+    monkeypatch.setattr("lora_jax.files.safetensors.PIECE", 100)
     assert equal(load_model(GOLDEN.parent / name, param_dtype=dtype).params, whole)
 
 
 def test_layers_read_into_one_array_are_the_layers(monkeypatch):
-    monkeypatch.setattr("lora_jax.io.safetensors.PIECE", 100)
+    monkeypatch.setattr("lora_jax.files.safetensors.PIECE", 100)
     folder = GOLDEN.parent / "llama"
     stacked = load_model(folder, is_scanned=True, param_dtype=jnp.bfloat16).params
     single = load_model(folder).params["layer_1"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.models.pretrained import load_model
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.save import save_model
-from tests.io.test_gguf import V, write
+from tests.files.test_gguf import V, write
 from tests.tiny_decoder import make_decoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"

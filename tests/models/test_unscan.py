@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
-from lora_jax.models.pretrained import load_model
 from lora_jax.models.unscan import unscan
 from lora_jax.names import LORA, PARAMS
 from lora_jax.tree.paths import flatten

@@ -10,8 +10,8 @@ import pytest
 
 from lora_jax import LoRAConfig, adapt
 from lora_jax.tree.paths import flatten
-from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
-from tests.nn.foreign_modules import Expert
+from tests.nn.external_models import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.external_modules import Expert
 from tests.nn.tools import key, normal
 from tests.reference import assert_close
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_jax import LoRAConfig, LoRADense, adapt, find_targets
-from tests.nn.foreign import MODELS, Foreign
-from tests.nn.foreign_modules import Expert
+from tests.nn.external_models import MODELS, Foreign
+from tests.nn.external_modules import Expert
 from tests.nn.tools import key, normal
 
 CASES: dict[str, Foreign] = {case.name: case for case in MODELS}

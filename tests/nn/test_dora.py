@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax import LoRAAttention, LoRAConfig, LoRADense, LoRAEmbed, adapt, count
 from lora_jax.tree.paths import flatten
 from tests import reference
-from tests.nn.foreign import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.external_models import MODELS, Foreign, assert_same_tree, trained
 from tests.nn.test_module_laws import MODULE_CASES
 from tests.nn.tools import initialised, key, normal
 

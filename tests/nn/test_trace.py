@@ -9,8 +9,8 @@ import pytest
 from lora_jax import LoRAConfig, adapt, find_targets, register_layer
 from lora_jax.nn import layers, trace
 from lora_jax.nn.trace import Example, shapes_of, trace_model
-from tests.nn.foreign import MODELS
-from tests.nn.foreign_modules import ViT, ViTBlock
+from tests.nn.external_models import MODELS
+from tests.nn.external_modules import ViT, ViTBlock
 from tests.nn.tools import normal
 
 CASES = {case.name: case for case in MODELS}

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops.attention import shared_updates
 from lora_jax.ops.conv import conv_update
 from lora_jax.ops.embed import embed_update
 from lora_jax.ops.product import (
@@ -17,6 +16,7 @@ from lora_jax.ops.product import (
     factor_product,
     low_rank_update,
 )
+from lora_jax.ops.shared import shared_updates
 from tests.laws import normal
 from tests.reference import assert_close
 

@@ -17,8 +17,8 @@ from flax.linen.dtypes import promote_dtype
 from jax.sharding import Mesh
 
 from lora_jax.config import LoRAConfig
-from lora_jax.io.checkpoint import Checkpoints
-from lora_jax.models import block, decoder
+from lora_jax.files.checkpoint import Checkpoints
+from lora_jax.models import decoder, decoder_block
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.names import FROZEN
@@ -116,7 +116,7 @@ def compiled_text(step, state, mesh) -> str:
 
 def let_xla_choose() -> None:
     """Takes out what keeps rows and tables in their places."""
-    block.spread_rows = decoder.spread_rows = lambda x: x
+    decoder_block.shard_rows = decoder.shard_rows = lambda x: x
     decoder.promote_table = promote_dtype
 
 

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import param_shapes
-from lora_jax.models.pretrained import load_model
 from lora_jax.models.source import open_source
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from lora_jax.train.data import TextBatches
 from lora_jax.train.text import read_text_examples
-from tests.io.test_chat import CHATML, WORDS, save_tokenizer
+from tests.files.test_chat import CHATML, WORDS, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from lora_jax import LoRAConfig, adapt
 from lora_jax.tree.arithmetic import fit_adapter
 from lora_jax.tree.paths import flatten
-from tests.nn.foreign import MODELS, trained
+from tests.nn.external_models import MODELS, trained
 
 CASES = {case.name: case for case in MODELS}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import Contraction, LoRAConfig
-from lora_jax.tree.targets import Site, Unknown, select_targets
+from lora_jax.tree.targets import Site, UnsupportedWeight, select_targets
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 SITES = [
@@ -72,7 +72,9 @@ def test_nothing_left_is_an_error():
 
 
 def test_a_named_layer_that_cannot_be_adapted_is_an_error():
-    unknown = {"block_0/attn/rel/table": Unknown("RelativePosition", False, "")}
+    unknown = {
+        "block_0/attn/rel/table": UnsupportedWeight("RelativePosition", False, "")
+    }
     text = message(LoRAConfig(targets=["rel"]), unknown=unknown)
     assert "RelativePosition" in text
     assert "can't be adapted" in text

@@ -1,0 +1,1 @@
+"""Attention kernels: masked, causal and blockwise; LoRA has no part in them."""

@@ -1,0 +1,185 @@
+"""The attention of decoders and encoders: causal, from a cache, bidirectional.
+
+Half of a causal score matrix is masked away. In blocks
+(`lora_jax.attention.blockwise`) that half is never computed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.attention.blockwise import (
+    MaskInputs,
+    Options,
+    block_size,
+    blockwise_attention,
+)
+from lora_jax.attention.dot_product import attention, choose_implementation
+from lora_jax.attention.splash import can_splash, splash_attention
+
+Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b s k h"]
+
+
+def causal_attention(
+    query: Queries,
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+    windows: tuple[int, ...] = (),
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> Queries:
+    """Attends from each token to itself and to earlier tokens of its segment.
+
+    Computes ``softmax(cap(scale * query keyᵀ)) value`` over keys ``s <= t`` with
+    ``t - s < window`` and equal segments, where ``cap(z) = c tanh(z / c)``; the softmax
+    is in float32. Query head ``j`` attends to key head ``j // (n / k)``.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, t, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, t, k, h]``.
+      scale: of the scores; ``1 / √h`` if None.
+      softcap: ``c``, bound of the scores; None for no bound.
+      window: keys that a query sees, itself included; None for all. A traced integer
+        masks the rest instead of leaving it out.
+      windows: the values that a traced window may have. With them a TPU's kernels, one
+        a value, leave the rest out; others don't need them.
+      segment_ids: ``[b, t]`` example of each token in a packed row.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+
+    References:
+      Soft-cap and windows: Gemma 2, https://arxiv.org/abs/2408.00118, section 2;
+      grouped queries: Ainslie et al., https://arxiv.org/abs/2305.13245, section 2.2.
+    """
+    t, h = query.shape[1], query.shape[3]
+    factor: float = h**-0.5 if scale is None else scale
+    is_traced = isinstance(window, jax.Array)
+    if (windows or not is_traced) and can_splash(query, key):
+        return splash_attention(
+            query,
+            key,
+            value,
+            scale=factor,
+            softcap=softcap,
+            windows=windows if is_traced else (window,),
+            chosen=jnp.argmax(jnp.asarray(windows) == window) if is_traced else None,
+            segment_ids=segment_ids,
+        )
+    same = None if segment_ids is None else _same(segment_ids, segment_ids)
+    is_fused = choose_implementation(query, key, mask=same) == "cudnn"
+    if is_fused and softcap is None and not is_traced:
+        reach = None if window is None or window >= t else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=same,
+            scale=factor,
+            is_causal=True,
+            local_window_size=reach,
+            implementation="cudnn",
+        )
+
+    options = Options(factor, is_causal=True, size=block_size(t), softcap=softcap)
+    seen = MaskInputs(segment_ids=segment_ids)
+    if isinstance(window, int):
+        options = options._replace(window=window)
+    elif window is not None:
+        seen = seen._replace(window=window)
+    return blockwise_attention(query, key, value, options, seen)
+
+
+def bidirectional_attention(
+    query: Queries,
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    mask: Bool[Array, "b t"] | None = None,
+) -> Queries:
+    """Attends from each token to all real tokens of its row.
+
+    Computes ``softmax(query keyᵀ / √h) value``; the softmax is in float32.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, t, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, t, k, h]``.
+      mask: ``[b, t]``, True for real tokens, or None if all are.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    t, h = query.shape[1], query.shape[3]
+    whole = None if mask is None else mask[:, None, None, :]
+    if choose_implementation(query, key, mask=whole) == "cudnn":
+        return attention(query, key, value, mask=whole)
+    options = Options(scale=h**-0.5, is_causal=False, size=block_size(t))
+    return blockwise_attention(query, key, value, options, MaskInputs(keys=mask))
+
+
+def cached_attention(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    slots: Int[Array, "b t"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> Queries:
+    """Attends to a cache: each query to the slots up to its own.
+
+    Args:
+      query: ``[b, t, n, h]``, few tokens.
+      key: the cache ``[b, s, k, h]``; what lies in later slots is not looked at.
+      value: the cache ``[b, s, k, h]``.
+      slots: ``[b, t]`` slot of each query.
+      scale: as in `causal_attention`.
+      softcap: as in `causal_attention`.
+      window: as in `causal_attention`.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    factor: float = query.shape[3] ** -0.5 if scale is None else scale
+    mask = _visible(slots, jnp.arange(key.shape[1]), window)
+    return attend(query, key, value, mask, factor, softcap)
+
+
+def attend(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    mask: Array,
+    scale: float,
+    softcap: float | None,
+) -> Queries:
+    """Attention of a block, masked: ``mask`` is ``[b or 1, 1, t, s]``, True = seen."""
+    b, t, n, h = query.shape
+    k = key.shape[2]
+    grouped = query.reshape(b, t, k, n // k, h)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)  # [b, k, g, t, s]
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+def _visible(queries: Array, keys: Array, window) -> Array:
+    """Which keys ``[s]`` the queries ``[b, t]`` may see: boolean ``[b, 1, t, s]``."""
+    distance = queries[:, None, :, None] - keys
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _same(queries: Array, keys: Array) -> Array:
+    return queries[:, None, :, None] == keys[:, None, None, :]

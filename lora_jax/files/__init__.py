@@ -1,0 +1,1 @@
+"""Files of models and runs: safetensors, GGUF, tokenizers, adapters, checkpoints."""

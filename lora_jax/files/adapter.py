@@ -1,0 +1,269 @@
+"""An adapter in a folder of its own: small, strict, and never a base weight.
+
+``adapter.safetensors`` holds the trained leaves under their paths
+(``"lora/encoder/layer_0/attention/query/lora_a"``, ``"params/classifier/kernel"``);
+``adapter_config.json`` says with which `LoRAConfig` and on which base they were made.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.array_types import PyTree
+from lora_jax.config import LoRAConfig
+from lora_jax.files.host import host_leaves
+from lora_jax.files.json_file import read_json
+from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.names import LORA, TRAINABLE
+from lora_jax.parallel.processes import is_first, wait_for_all
+from lora_jax.tree.paths import unflatten
+
+TENSORS = "adapter.safetensors"
+CONFIG = "adapter_config.json"
+FORMAT = "lora_jax"
+VERSION = 1
+
+
+class Adapter(NamedTuple):
+    """An adapter as a folder holds it.
+
+    Attributes:
+      variables: ``{"lora": ..., "params": ...}``, nested dictionaries of jax arrays.
+      config: what it was made with.
+      fingerprint: of the base it was trained on.
+      extra: whatever JSON the saver added.
+    """
+
+    variables: dict[str, PyTree]
+    config: LoRAConfig
+    fingerprint: str
+    extra: dict[str, Any]
+
+
+def save_adapter(
+    directory: str | os.PathLike[str],
+    variables: Mapping[str, PyTree],
+    config: LoRAConfig,
+    fingerprint: str,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> int:
+    """Saves the trained collections and nothing else.
+
+    In a job of several processes all of them have to call this: the first one writes.
+    An older adapter in the folder stays until both files of the new one are written;
+    then they are renamed, one right after the other. Only a crash between these two
+    renames leaves files that don't belong together, which `load_adapter` refuses.
+
+    Args:
+      directory: made if absent; an adapter there is replaced. All processes see it.
+      variables: holds ``lora`` and perhaps ``params``; other collections are left out.
+      config: what the adapter was made with.
+      fingerprint: of the frozen base.
+      extra: JSON values to keep beside (labels, the name of the base).
+
+    Returns:
+      The size of ``adapter.safetensors`` in bytes: 4 for each float32 number trained,
+      and the header.
+
+    Raises:
+      ValueError: if there is no leaf in ``lora``, or a leaf holds NaN or infinity;
+        names all of them.
+      OSError: if the folder can't be written; an older adapter there stays whole.
+    """
+    directory = Path(directory)
+    tensors = _flat({k: variables[k] for k in TRAINABLE if k in variables})
+    if not any(path.startswith(f"{LORA}/") for path in tensors):
+        raise ValueError(
+            f"variables must have leaves in {LORA!r} to save; got {len(tensors)} leaves"
+            f" in {sorted(variables)}."
+        )
+    arrays = host_leaves(tensors, copy=False)
+    if faults := _not_finite(arrays):
+        raise ValueError(f"an adapter must be finite to be saved; {'; '.join(faults)}.")
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lora": config.to_dict(),
+        "base": fingerprint,
+        "trainable": sum(array.size for array in arrays.values()),
+        "extra": dict(extra or {}),
+    }
+    if is_first():
+        _write(directory, arrays, meta)
+    wait_for_all("save_adapter")
+    return (directory / TENSORS).stat().st_size
+
+
+def _write(
+    directory: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
+            "exists or can be made."
+        ) from error
+    with replacing(directory / TENSORS, directory / CONFIG) as (tensors, config):
+        write_tensors(tensors, arrays, metadata={"format": FORMAT})
+        whole = {**meta, "sha256": _sha256(tensors)}
+        config.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(
+    directory: str | os.PathLike[str],
+    *,
+    expected: Mapping[str, PyTree] | None = None,
+    fingerprint: str | None = None,
+) -> Adapter:
+    """Loads an adapter whole, or not at all.
+
+    Args:
+      directory: that `save_adapter` wrote.
+      expected: variables to check against, arrays or ``jax.ShapeDtypeStruct``; their
+        ``lora`` and ``params`` must have the same paths, shapes and dtypes.
+      fingerprint: of the base that is going to carry it.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is damaged or of another format; if the base is another
+        (names both fingerprints); if tensors are missing, unexpected, of the wrong
+        shape or dtype, or not finite (names all of them, at once).
+    """
+    directory = Path(directory)
+    meta = read_adapter_config(directory)
+    if _sha256(directory / TENSORS) != meta["sha256"]:
+        raise ValueError(
+            f"{directory / TENSORS} must be the file that {CONFIG} was written with; "
+            "its SHA-256 differs. It is damaged, or was changed: copy the folder again."
+        )
+    if fingerprint is not None and fingerprint != meta["base"]:
+        raise ValueError(
+            f"the adapter in {directory} was trained on the base {meta['base']}; this "
+            f"base is {fingerprint}. Load the base it was trained on, in its dtype."
+        )
+    reader = open_tensors(directory / TENSORS)
+    arrays = {path: reader[path] for path in reader.shapes}
+    faults = [
+        f"{path} is outside {' and '.join(TRAINABLE)}"
+        for path in arrays
+        if path.split("/")[0] not in TRAINABLE
+    ]
+    if expected is not None:
+        faults += _compare(arrays, _flat({k: expected.get(k, {}) for k in TRAINABLE}))
+    faults += _not_finite(arrays)
+    if faults:
+        raise ValueError(
+            f"{directory / TENSORS} has {len(faults)} faults: {'; '.join(faults)}. "
+            "Nothing was loaded."
+        )
+    return Adapter(
+        variables=unflatten({path: jnp.array(a) for path, a in arrays.items()}),
+        config=LoRAConfig.from_dict(meta["lora"]),
+        fingerprint=meta["base"],
+        extra=meta["extra"],
+    )
+
+
+def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads an adapter folder's ``adapter_config.json``, without its tensors.
+
+    Args:
+      directory: that `save_adapter` wrote.
+
+    Returns:
+      The JSON: ``format``, ``version``, ``lora`` (a `LoRAConfig`'s fields), ``base``
+      (a fingerprint), ``trainable``, ``sha256`` and ``extra``.
+
+    Raises:
+      FileNotFoundError: if it or the tensors are missing; names them.
+      ValueError: if it isn't JSON, is of another format or version, lacks a key or
+        has a value of another type.
+    """
+    directory = Path(directory)
+    missing = [name for name in (TENSORS, CONFIG) if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} must be an adapter folder with {TENSORS} and {CONFIG}; it has"
+            f" no {' and no '.join(missing)}."
+        )
+    file = directory / CONFIG
+    meta = read_json(file)
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} must have format {FORMAT!r}; got {meta.get('format')!r}. It is "
+            "another tool's."
+        )
+    if meta.get("version") != VERSION:
+        raise ValueError(
+            f"{file} must have version {VERSION}; got {meta.get('version')!r}. Install "
+            "the lora_jax that wrote it."
+        )
+    keys = ("lora", "base", "trainable", "sha256", "extra")
+    if absent := [key for key in keys if key not in meta]:
+        raise ValueError(f"{file} must have the keys {keys}; it lacks {absent}.")
+    for key, kind in (("base", str), ("sha256", str), ("trainable", int)):
+        if not isinstance(meta[key], kind):
+            raise ValueError(
+                f"{file}: {key} must be {kind.__name__}; got {meta[key]!r}."
+            )
+    if wrong := [key for key in ("lora", "extra") if not isinstance(meta[key], dict)]:
+        raise ValueError(f"{file}: {', '.join(wrong)} must be JSON objects.")
+    try:
+        LoRAConfig.from_dict(meta["lora"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} can't be understood: {error}") from error
+    return meta
+
+
+def _flat(trees: Mapping[str, PyTree]) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(trees))
+    }
+
+
+def _compare(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]
+) -> list[str]:
+    """Returns what is missing, unexpected, or of another shape or dtype."""
+    faults = [f"{path} is missing" for path in expected if path not in arrays]
+    for path, array in arrays.items():
+        if path not in expected:
+            faults.append(f"{path} is unexpected")
+            continue
+        want = expected[path]
+        if array.shape != want.shape:
+            faults.append(f"{path} has shape {array.shape}, expected {want.shape}")
+        if array.dtype != want.dtype:
+            faults.append(f"{path} has dtype {array.dtype}, expected {want.dtype}")
+    return faults
+
+
+def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    bad = {
+        path: int(np.sum(~np.isfinite(array.astype(np.float32))))
+        for path, array in arrays.items()
+        if jnp.issubdtype(array.dtype, jnp.floating)
+    }
+    return [
+        f"{path} has {count} of {arrays[path].size} values NaN or infinite"
+        for path, count in bad.items()
+        if count
+    ]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

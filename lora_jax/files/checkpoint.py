@@ -1,0 +1,367 @@
+"""Checkpoints of a training run: what it takes to go on as if never interrupted.
+
+One Orbax checkpoint holds the trainable leaves, the optimizer's state, the step (which
+is the position in the data), the PRNG key and the count of skipped steps, with the
+run's config and the base's fingerprint beside them. It never holds a base array.
+
+Leaves are copied to the host before `Checkpoints.save` returns, because the next step
+donates their buffers; writing happens behind the training. Each leaf's CRC-32 is kept,
+so that a damaged checkpoint is noticed, and the one before it is taken.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lora_jax.files.host import facts_of, host_leaves, place
+from lora_jax.parallel.processes import is_first, is_lost_peer, wait_for_all
+from lora_jax.train.state import TrainState
+from lora_jax.tree.paths import flatten
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "lora_jax checkpoint"
+VERSION = 1
+DAMAGED = "damaged"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory: the last few and the best.
+
+    A context manager: leaving it waits for the save under way, if no process is lost.
+
+    Args:
+      directory: made if absent.
+      config: the run's config as JSON values: all that must agree when it is resumed.
+      fingerprint: of the frozen base, from `lora_jax.tree.fingerprint.fingerprint`.
+      data: what the order of the data depends on, from `Batches.identity`.
+      keep: how many of the last checkpoints to keep.
+      best_metric: name of the metric by which the best one is kept besides; None keeps
+        the last ones only.
+      best_mode: ``"min"`` or ``"max"``.
+
+    Raises:
+      OSError: if the directory can't be written.
+      ValueError: if ``keep`` is below 1 or ``best_mode`` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any],
+        fingerprint: str,
+        data: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+    ) -> None:
+        if keep < 1 or best_mode not in ("min", "max"):
+            raise ValueError(
+                "Checkpoints must have keep >= 1 and best_mode 'min' or 'max'; got "
+                f"keep = {keep}, best_mode = {best_mode!r}."
+            )
+        import orbax.checkpoint as ocp  # heavy, and needed by nobody who only computes
+
+        self.directory = Path(directory).absolute()
+        self._identity = {
+            "config": _as_json(config),
+            "fingerprint": fingerprint,
+            "data": _as_json(data or {}),
+        }
+        self._best_metric, self._best_mode = best_metric, best_mode
+        self._args = ocp.args
+        self._damaged: list[int] = []
+        self._scores: dict[int, float] = {}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_LastAndBest(keep, self._scores),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+        except OSError as error:
+            raise OSError(
+                f"checkpoints can't be written to {self.directory}: {error}. Choose a "
+                "directory that exists or can be made, on a disk with free space."
+            ) from error
+        for step in self.all_steps():
+            with contextlib.suppress(_DamagedError):
+                self._note(step, self._restore(step, meta=self._args.JsonRestore()))
+
+    def save(
+        self, state: TrainState, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Saves a state; returns once it is copied to the host.
+
+        Saving the same step twice does nothing the second time.
+
+        Args:
+          state: after a step; its frozen part is not looked at.
+          metrics: of a validation just done; must hold ``best_metric`` if given.
+
+        Raises:
+          OSError: if this checkpoint, or the one before it, can't be written.
+          ValueError: if ``best_metric`` is missing, or later steps were saved here.
+        """
+        step = int(state.step)
+        self._set_damaged_aside()
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            if step == latest:
+                return
+            raise ValueError(
+                f"steps must be saved in order; got step {step} after step {latest} in "
+                f"{self.directory}. Continue an older checkpoint in a new directory."
+            )
+        if metrics is not None:
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if self._best_metric is not None and self._best_metric not in metrics:
+                raise ValueError(
+                    f"metrics must hold {self._best_metric!r}, by which the best is "
+                    f"kept; got {sorted(metrics)}."
+                )
+        leaves = host_leaves(state.changing)
+        facts = {path: facts_of(leaf) for path, leaf in leaves.items()}
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            **self._identity,
+            "metrics": metrics or {},
+            "leaves": facts,
+        }
+        self._note(step, meta)
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        with _writing(f"the checkpoint of step {step} ({size} bytes)", self.directory):
+            if (free := shutil.disk_usage(self.directory).free) < size:
+                raise OSError(f"only {free} bytes are free")
+            self._manager.save(
+                step,
+                args=self._args.Composite(
+                    state=self._args.StandardSave(leaves),
+                    meta=self._args.JsonSave(meta),
+                ),
+            )
+
+    def restore(self, state: TrainState, *, step: int | None = None) -> TrainState:
+        """Restores the latest checkpoint that is whole, or that of one step.
+
+        Args:
+          state: as `TrainState.create` made it for this run: gives shapes, types,
+            devices and the frozen part.
+          step: which to restore; None takes the latest, and if that is damaged says so
+            in the log and takes the one before.
+
+        Returns:
+          The state as it was saved, bit for bit.
+
+        Raises:
+          FileNotFoundError: if there is none, or not that step.
+          ValueError: if config, base, data or shapes differ from this run's (names
+            both sides of each difference), or none is whole.
+        """
+        steps = self.all_steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            raise FileNotFoundError(
+                f"{self.directory} must hold {wanted}; it holds those of steps {steps}."
+            )
+        faults = []
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                return self._read(candidate, state)
+            except _DamagedError as damage:
+                faults.append(f"step {candidate}: {damage}")
+                self._damaged.append(candidate)
+                logger.warning(
+                    "The checkpoint of step %d in %s is damaged (%s); taking the one "
+                    "before it.",
+                    candidate,
+                    self.directory,
+                    damage,
+                )
+        raise ValueError(
+            f"no checkpoint in {self.directory} is whole: {'; '.join(faults)}. Start "
+            "the run again, in a new directory."
+        )
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of finished checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Returns the last step saved, or None."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Returns the step that is best by ``best_metric``, or None."""
+        return _best(self._scores, self.all_steps())
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          OSError: if it can't be written.
+        """
+        with _writing("a checkpoint", self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads.
+
+        Raises:
+          OSError: if a checkpoint can't be written.
+        """
+        with _writing("a checkpoint", self.directory):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if is_lost_peer(error):
+            self._manager.reload()  # the save under way would wait for the lost one
+            return
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else the first error is the one to tell
+                raise
+
+    def _note(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Remembers a step's metric, lower is better; a NaN is never the best."""
+        score = meta.get("metrics", {}).get(self._best_metric, math.nan)
+        if math.isfinite(score):
+            self._scores[step] = score if self._best_mode == "min" else -score
+
+    def _read(self, step: int, state: TrainState) -> TrainState:
+        args = self._args
+        meta = self._restore(step, meta=args.JsonRestore())
+        if meta.get("format") != FORMAT or "leaves" not in meta:
+            raise _DamagedError("its metadata is not that of a checkpoint")
+        here = host_leaves(state.changing, copy=False)
+        self._check(step, meta, here)
+        saved = self._restore(step, state=args.StandardRestore(here))
+        for path, leaf in saved.items():
+            if facts_of(leaf) != meta["leaves"][path]:
+                raise _DamagedError(f"{path} is not what was saved")
+        own = place(saved, state.changing)
+        return TrainState(frozen=state.frozen, **own)
+
+    def _restore(self, step: int, **item: Any) -> Any:
+        try:
+            composite = self._manager.restore(step, args=self._args.Composite(**item))
+            return composite[next(iter(item))]
+        except Exception as error:
+            summary = str(error).splitlines()[0] if str(error) else repr(error)
+            raise _DamagedError(summary[:300]) from error
+
+    def _check(
+        self, step: int, meta: Mapping[str, Any], here: Mapping[str, np.ndarray]
+    ) -> None:
+        """Raises if the checkpoint is another run's."""
+        faults = []
+        for part, mine in self._identity.items():
+            a, b = (
+                flatten({part: value} if value else {part: {"": value}})
+                for value in (mine, meta.get(part))
+            )
+            faults += [
+                f"{path} is {a.get(path, 'absent')!r} here, {b.get(path, 'absent')!r} "
+                "in the checkpoint"
+                for path in sorted(a.keys() | b.keys())
+                if a.get(path) != b.get(path)
+            ]
+        shapes = {path: facts_of(leaf)[:2] for path, leaf in here.items()}
+        saved = {path: facts[:2] for path, facts in meta["leaves"].items()}
+        faults += [
+            f"{path} is {shapes.get(path, 'absent')} here, "
+            f"{saved.get(path, 'absent')} in the checkpoint"
+            for path in sorted(shapes.keys() | saved.keys())
+            if shapes.get(path) != saved.get(path)
+        ]
+        if faults:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.directory} is another run's: "
+                f"{'; '.join(faults)}. Resume with the config, base and data it was "
+                "made with, or choose a new directory."
+            )
+
+    def _set_damaged_aside(self) -> None:
+        """Renames damaged checkpoints, so that their steps can be saved again."""
+        for step in self._damaged:
+            folder = self.directory / str(step)
+            if is_first() and folder.exists():
+                aside, number = self.directory / f"{DAMAGED}-{step}", 1
+                while aside.exists():
+                    aside, number = aside.with_suffix(f".{number}"), number + 1
+                folder.rename(aside)
+        if self._damaged:
+            wait_for_all("damaged checkpoints")
+            self._damaged.clear()
+            self._manager.reload()
+
+
+class _LastAndBest:
+    """Which checkpoints Orbax keeps: the last ``keep`` and the best."""
+
+    def __init__(self, keep: int, scores: Mapping[int, float]) -> None:
+        self.keep, self.scores = keep, scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], _best(self.scores, steps)}
+        return [step in kept for step in steps]
+
+
+class _DamagedError(Exception):
+    """A checkpoint that can't be read back as it was written."""
+
+
+class _writing:
+    """Turns whatever Orbax raises while it writes into one clear error."""
+
+    def __init__(self, what: str, directory: Path) -> None:
+        self.what, self.directory = what, directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            raise OSError(
+                f"{self.what} can't be written to {self.directory}: {error}. Free some "
+                "disk space and resume: earlier checkpoints are as they were."
+            ) from error
+
+
+def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
+    scored = [(scores[step], step) for step in steps if step in scores]
+    return min(scored)[1] if scored else None
+
+
+def _as_json(value: Any) -> Any:
+    """Returns ``value`` as JSON would give it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v) for v in value]
+    return value

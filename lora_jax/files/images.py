@@ -1,0 +1,233 @@
+"""Image files as a model's ``preprocessor_config.json`` wants them.
+
+The steps are those of transformers' image processors, in their order: resize and crop
+the bytes with Pillow, rescale, normalise. A setting that asks for anything else is an
+error, so that no image is read differently from how the model was trained.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.files.json_file import read_json
+
+CONFIG = "preprocessor_config.json"
+
+Size = tuple[int, int]  # height and width
+
+# What an absent key means: the class attributes of transformers' processors.
+_SHARED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ViT": {
+        **_SHARED,
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "Bit": {
+        **_SHARED,
+        "size": {"shortest_edge": 224},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+}
+_STEPS = {"do_center_crop", "do_convert_rgb", *_SHARED}
+_SUFFIXES = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil")
+_KINDS = {kind + suffix: kind for kind in _DEFAULTS for suffix in _SUFFIXES}
+_KINDS["ViTFeatureExtractor"] = "ViT"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """From an image file to the pixels that a model reads.
+
+    Attributes:
+      size: height and width to resize to; one number: of the shorter edge; None: as is.
+      resample: Pillow's number of the filter.
+      crop: height and width cut from the middle, or None.
+      factor: bytes are multiplied by it.
+      mean: of each channel, subtracted after that.
+      std: of each channel, divided by.
+    """
+
+    size: Size | int | None
+    resample: int
+    crop: Size | None
+    factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def read(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """Reads one image.
+
+        Args:
+          path: of a file in a format that Pillow knows.
+
+        Returns:
+          Pixels ``[c, y, x]`` float32, red, green, blue.
+
+        Raises:
+          FileNotFoundError: if there is no such file.
+          ValueError: if it is not an image, damaged, or too small to be cropped.
+        """
+        import PIL.Image
+        import PIL.ImageOps
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no image at {path}.")
+        try:
+            with PIL.Image.open(path) as file:
+                image = PIL.ImageOps.exif_transpose(file).convert("RGB")
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            PIL.Image.DecompressionBombError,
+        ) as error:
+            raise ValueError(
+                f"{path} must be an image; it can't be read: {error}."
+            ) from error
+        if self.size is not None:
+            height, width = self._resized(image.height, image.width)
+            image = image.resize((width, height), self.resample)
+        if self.crop is not None:
+            image = image.crop(self._box(image.height, image.width, path))
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * self.factor
+        mean, std = (np.array(x)[:, None, None] for x in (self.mean, self.std))
+        return ((pixels - mean) / std).astype(np.float32)
+
+    def _resized(self, height: int, width: int) -> Size:
+        if not isinstance(self.size, int):
+            return self.size or (height, width)
+        shorter, longer = sorted((height, width))
+        long = int(self.size * longer / shorter)
+        return (self.size, long) if height <= width else (long, self.size)
+
+    def _box(self, height: int, width: int, path: Any) -> tuple[int, int, int, int]:
+        rows, columns = self.crop or (height, width)
+        if rows > height or columns > width:
+            raise ValueError(
+                f"{path} must have at least {rows} x {columns} pixels to be cropped; "
+                f"after resizing it has {height} x {width}."
+            )
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return left, top, left + columns, top + rows
+
+
+def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
+    """Reads a model folder's ``preprocessor_config.json``.
+
+    Args:
+      folder: the model folder.
+
+    Returns:
+      The processor.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it isn't JSON, or asks for what isn't supported; all faults at
+        once.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}, which says how images are resized and "
+            "normalised; give 'pixel_values' instead of 'image'."
+        )
+    settings = read_json(path)
+    name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    if name not in _KINDS:
+        raise ValueError(
+            f"{path}: image_processor_type must be one of {sorted(_KINDS)}; got "
+            f"{name!r}. Process the images elsewhere and give 'pixel_values'."
+        )
+    faults: list[str] = []
+    processor = _read(_KINDS[name], settings, faults)
+    if faults:
+        raise ValueError(f"{path}: {'; '.join(faults)}.")
+    return processor
+
+
+def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProcessor:
+    """Reads the settings of one kind of processor; gathers what is wrong."""
+    kept = {key: value for key, value in given.items() if value is not None}
+    settings = {**_DEFAULTS[kind], **kept}
+    for key in sorted(settings):
+        if key.startswith("do_") and key not in _STEPS and settings[key] is not False:
+            faults.append(f"{key} must be false here; got {settings[key]!r}")
+        elif key in _STEPS and not isinstance(settings[key], bool):
+            faults.append(f"{key} must be true or false; got {settings[key]!r}")
+    resample = settings["resample"]
+    if resample not in range(6):
+        faults.append(
+            f"resample must be one of Pillow's filters 0 to 5; got {resample!r}"
+        )
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not _is_number(factor):
+        faults.append(f"rescale_factor must be a number above 0; got {factor!r}")
+    means, stds = [0.0] * 3, [1.0] * 3
+    if settings["do_normalize"] is True:
+        means = _read_channels(settings, "image_mean", faults)
+        stds = _read_channels(settings, "image_std", faults)
+    size, crop = None, None
+    if settings["do_resize"] is True:
+        size = _read_size(settings, "size", faults, is_square=kind == "ViT")
+    if settings.get("do_center_crop") is True:
+        crop = _read_size(settings, "crop_size", faults, is_square=True)
+    return ImageProcessor(
+        size=size,
+        resample=resample,
+        crop=crop if isinstance(crop, tuple) else None,
+        factor=factor if settings["do_rescale"] else 1.0,
+        mean=tuple(means),
+        std=tuple(stds),
+    )
+
+
+def _read_size(
+    settings: Mapping[str, Any], key: str, faults: list[str], *, is_square: bool
+) -> Size | int:
+    """Reads a size: height and width, or where allowed the shorter edge."""
+    value: Any = settings.get(key)
+    if is_square and _is_count(value):
+        return value, value
+    if isinstance(value, dict) and all(map(_is_count, value.values())):
+        if value.keys() == {"height", "width"}:
+            return value["height"], value["width"]
+        if value.keys() == {"shortest_edge"} and key == "size":
+            return value["shortest_edge"]
+    faults.append(f"{key} must have height and width (or shortest_edge); got {value!r}")
+    return 1, 1
+
+
+def _read_channels(
+    settings: Mapping[str, Any], key: str, faults: list[str]
+) -> Sequence[float]:
+    value = settings[key]
+    is_positive = key == "image_std"
+    if (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(_is_number(x, is_positive=is_positive) for x in value)
+    ):
+        return value
+    faults.append(f"{key} must be 3 numbers, one a channel; got {value!r}")
+    return [1.0] * 3
+
+
+def _is_number(value: Any, *, is_positive: bool = True) -> bool:
+    is_finite = type(value) in (int, float) and math.isfinite(value)
+    return is_finite and (value > 0 or not is_positive)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0

@@ -1,0 +1,232 @@
+"""Safetensors files: read one tensor at a time, written whole or not at all.
+
+Reading goes through the header and a memory map, so a model never needs more memory
+than its own size plus a piece of one tensor. Nothing here unpickles.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.files.json_file import read_json
+from lora_jax.files.optional import load_optional
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PIECE = 2**20  # numbers read at once
+LONGEST_NAME = 1000  # of a tensor; real ones have under a hundred letters
+
+
+def _safetensors() -> Any:
+    purpose = "reading and writing weights"
+    return load_optional(purpose, "safetensors", "safetensors.numpy")
+
+
+class TensorReader:
+    """The tensors of one or several safetensors files, by name.
+
+    Attributes:
+      files: the files, in order.
+      shapes: from each tensor's name to its shape, as the headers say.
+    """
+
+    def __init__(self, files: list[Path]):
+        library = _safetensors()
+        self.files = tuple(files)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[str, Any] = {}
+        owners: dict[str, str] = {}
+        for file in files:
+            try:
+                handle = library.safe_open(file, framework="np")
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    if len(name) > LONGEST_NAME:
+                        raise ValueError(
+                            f"{file}: names of tensors must have at most "
+                            f"{LONGEST_NAME} letters; {name[:40]!r}... has {len(name)}."
+                        )
+                    if name in self.shapes:
+                        raise ValueError(
+                            f"{file}: tensor {name!r} must be in one shard; another "
+                            f"has it too: {owners[name]}."
+                        )
+                    owners[name] = file.name
+                    self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    self._handles[name] = handle
+            except library.SafetensorError as error:
+                raise ValueError(
+                    f"{file} ({file.stat().st_size} bytes) must be a safetensors file; "
+                    f"it can't be read: {error}. It is probably truncated: copy or "
+                    "download it again."
+                ) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Reads one tensor into memory."""
+        return self._read(name, self._handle(name).get_tensor, name)
+
+    def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Reads one tensor some rows at a time.
+
+        Args:
+          name: of the tensor.
+
+        Yields:
+          Where a piece belongs in the tensor, and the piece: about `PIECE` numbers, or
+          one row.
+        """
+        handle, shape = self._handle(name), self.shapes[name]
+        if math.prod(shape) <= PIECE:
+            yield ..., self[name]
+            return
+        step = max(1, PIECE // math.prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            part = handle.get_slice(name)
+            yield rows, self._read(name, part.__getitem__, rows)
+
+    def _read(self, name: str, get: Callable[[Any], np.ndarray], what: Any) -> Any:
+        try:
+            return get(what)
+        except AttributeError as error:  # the package looks its dtype up in NumPy
+            kind = self._handles[name].get_slice(name).get_dtype()
+            raise ValueError(
+                f"tensor {name!r} of {', '.join(map(str, self.files))} must be of a "
+                f"dtype that NumPy has, or bfloat16; got {kind}. Quantised models have "
+                "to be turned into bfloat16 or float32 first."
+            ) from error
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            raise ValueError(
+                f"tensor {name!r} must be one of the {len(self.shapes)} in "
+                f"{', '.join(map(str, self.files))}; it is in none of them."
+            )
+        return self._handles[name]
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
+    """Opens a safetensors file, or the model in a Hugging Face folder.
+
+    Args:
+      path: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with
+        ``model.safetensors.index.json`` and its shards.
+
+    Returns:
+      A reader; no tensor is read yet.
+
+    Raises:
+      FileNotFoundError: if there is no such file, or a shard is missing.
+      ValueError: if a file is damaged, or an index points outside its folder.
+    """
+    path = Path(path)
+    if path.is_file():
+        return TensorReader([path])
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} must be a safetensors file or a model folder; there is neither."
+        )
+    if (path / INDEX).is_file():
+        return TensorReader(_shards(path))
+    if (path / SINGLE).is_file():
+        return TensorReader([path / SINGLE])
+    found = sorted(p.name for p in path.iterdir())
+    raise FileNotFoundError(
+        f"{path} must hold {SINGLE} or {INDEX}; it holds {found}. Pickled weights "
+        "(.bin, .pt) are not read: save the model with safetensors."
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that a sharded model's index names, each inside the folder."""
+    index = read_json(folder / INDEX)
+    try:
+        names = sorted(set(index["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
+            f"file names; it can't be read: {error!r}."
+        ) from error
+    outside = [
+        n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."
+    ]
+    if outside:
+        raise ValueError(
+            f"{folder / INDEX} must name files in its own folder; got {outside}."
+        )
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} must hold the {len(names)} shards of {INDEX}; missing: "
+            f"{', '.join(missing)}. Download the folder again."
+        )
+    return [folder / n for n in names]
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Writes a safetensors file: complete under its name, or not there at all.
+
+    The bytes go to a temporary file beside it, which then takes the name: a crash or a
+    full disk leaves an older file of that name as it was.
+
+    Args:
+      path: the file to write.
+      tensors: NumPy or JAX arrays by name.
+      metadata: strings kept in the header.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      OSError: if it can't be written (no space, no permission).
+    """
+    library, path = _safetensors(), Path(path)
+    arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        library.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's is for the owner alone
+        os.replace(temporary, path)
+    except (OSError, library.SafetensorError) as error:
+        size = sum(a.nbytes for a in arrays.values())
+        raise OSError(
+            f"{path} ({size} bytes) can't be written: {error}. Free some disk space or "
+            "choose another folder; no file of this name was changed."
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+@contextlib.contextmanager
+def replacing(*files: Path) -> Iterator[list[Path]]:
+    """Replaces files that belong together once all of them are written.
+
+    Args:
+      *files: of one folder, there or not.
+
+    Yields:
+      A file beside each, to write. In the end they take the names one right after the
+      other; after an error none does, and they are gone.
+    """
+    written = [file.with_name(f".{file.name}.new") for file in files]
+    try:
+        yield written
+        for new, file in zip(written, files, strict=True):
+            new.replace(file)
+    finally:
+        for new in written:
+            new.unlink(missing_ok=True)

@@ -1,0 +1,383 @@
+"""Text to token ids and back, by a model's own tokenizer.
+
+A thin wrapper over the ``tokenizers`` package, for ``tokenizer.json`` and for what a
+GGUF file holds. Such files often carry truncation and padding settings of whoever saved
+them (all-MiniLM-L6-v2's pads every text to 128); both are switched off here: truncation
+is asked for and counted, padding is batching's.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.files.chat import ChatTemplate, Message
+from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.gguf_tokenizer import build_tokenizer
+from lora_jax.files.optional import load_optional
+from lora_jax.files.special_tokens import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    Special,
+    read_special,
+)
+
+FILE = "tokenizer.json"
+REPLACEMENT = "\ufffd"
+
+
+class Encoded(NamedTuple):
+    """A batch of texts as token ids.
+
+    Attributes:
+      ids: one list of ids a text, special tokens included, of unequal lengths.
+      truncated: how many of the texts were cut to ``max_length``.
+    """
+
+    ids: list[list[int]]
+    truncated: int
+
+
+class TextTokens(NamedTuple):
+    """One text as token ids, each with the characters it stands for.
+
+    Attributes:
+      ids: the tokens; one that begins every text comes first, none is appended.
+      spans: ``(start, end)`` of each token in the text. A character's several tokens
+        all have its span; a token that begins every text has ``(0, 0)``.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+class ChatTokens(NamedTuple):
+    """A conversation as token ids.
+
+    Attributes:
+      ids: the tokens of the rendered template.
+      mask: 1 for each token that the assistant says, 0 for the others.
+    """
+
+    ids: list[int]
+    mask: list[int]
+
+
+class Tokenizer:
+    """Encodes and decodes with a ``tokenizer.json``, or with a GGUF file's tokenizer.
+
+    Attributes:
+      path: the file it was read from.
+      vocab_size: number of ids, added tokens included.
+      special: ids of special tokens, where generation stops, the chat template: from
+        the files beside a ``tokenizer.json``, or from the GGUF file.
+
+    Args:
+      path: a ``tokenizer.json`` or a ``.gguf`` file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it can't be read, or a GGUF file's tokenizer is of a kind that is
+        not known.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        tokenizers = load_optional("reading a tokenizer", "tokenizers")
+        self.path = Path(path)
+        self.special: Special
+        if self.path.suffix == SUFFIX:
+            metadata = GGUFReader(self.path).metadata
+            self._tokenizer, self.special = build_tokenizer(self.path, metadata)
+        else:
+            self._tokenizer = _read_json(self.path, tokenizers)
+            find = self._tokenizer.token_to_id
+            self.special = read_special(self.path.parent, find)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self._chat: ChatTemplate | None = None
+
+    def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> Encoded:
+        """Encodes a batch of texts, special tokens included.
+
+        Args:
+          texts: the texts.
+          max_length: ids a text may have at most, special tokens counted; the closing
+            special token survives the cut. None for no limit.
+
+        Returns:
+          The ids, and how many texts were cut.
+
+        Raises:
+          TypeError: if ``texts`` is one string or holds anything but strings.
+          ValueError: if ``max_length`` leaves no room beside the special tokens.
+        """
+        if isinstance(texts, str):
+            raise TypeError(
+                f"texts must be a sequence of strings; got one string, {texts[:40]!r}. "
+                "Put it in a list."
+            )
+        wrong = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+        if wrong:
+            raise TypeError(
+                f"texts must hold strings; got {type(texts[wrong[0]]).__name__} at "
+                f"index {wrong[0]} ({len(wrong)} of {len(texts)} are not strings)."
+            )
+        special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if max_length is not None and max_length <= special:
+            raise ValueError(
+                f"max_length must be above {special}, the special tokens of each text; "
+                f"got {max_length}."
+            )
+        encodings = self._tokenizer.encode_batch(list(texts))
+        truncated = 0
+        if max_length is not None:
+            truncated = sum(len(e) > max_length for e in encodings)
+        if max_length is not None and truncated:
+            # Cut by the package, which knows which special tokens come after the text.
+            self._tokenizer.enable_truncation(max_length)
+            try:
+                encodings = self._tokenizer.encode_batch(list(texts))
+            finally:
+                self._tokenizer.no_truncation()
+        return Encoded([e.ids for e in encodings], truncated)
+
+    def encode_text(self, text: str) -> TextTokens:
+        """Encodes one text for a language model, and says where each token lies.
+
+        A token that begins every text (BOS) is there once, also where the text itself
+        begins with it, as a rendered chat template does. Tokens that would end every
+        text are left out.
+
+        Args:
+          text: the text.
+
+        Returns:
+          Ids and their places.
+        """
+        encoding = self._tokenizer.encode(text)
+        own = [i for i, m in enumerate(encoding.special_tokens_mask) if not m]
+        start, stop = (own[0], own[-1] + 1) if own else (len(encoding.ids), 0)
+        begin = encoding.ids[:start] if own else self._begin()
+        ids = encoding.ids[start:stop]
+        if ids[: len(begin)] == begin:
+            begin = []
+        spans = close_gaps(text, encoding.offsets[start:stop])
+        return TextTokens(begin + ids, [(0, 0)] * len(begin) + spans)
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Writes a conversation as one text, by the model's chat template.
+
+        Args:
+          messages: each with a ``role`` and a ``content``.
+          add_generation_prompt: whether the text ends where an answer begins.
+
+        Returns:
+          The text.
+
+        Raises:
+          ValueError: if there is no template, or it refuses the messages.
+        """
+        template = self._template()
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+        """Encodes a conversation, and marks what the assistant says.
+
+        A token that reaches into an assistant's turn belongs to it. The turn ends with
+        its last stop token where only white space follows: nothing is generated there.
+
+        Args:
+          messages: each with a ``role`` and a ``content``; one at least the
+            assistant's.
+
+        Returns:
+          Ids and mask.
+
+        Raises:
+          ValueError: if there is no template, it refuses the messages, or where the
+            assistant's turns lie can't be told; see `ChatTemplate.mark_assistant`.
+        """
+        rendered = self._template().mark_assistant(messages)
+        encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
+        spans = close_gaps(rendered.text, encoding.offsets)
+        mask = [0] * len(spans)
+        for start, end in rendered.spans:
+            inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+            if not rendered.marked:
+                inside = self._until_stop(rendered.text, encoding.ids, spans, inside)
+            for i in inside:
+                mask[i] = 1
+        return ChatTokens(encoding.ids, mask)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of ids, without special tokens unless they are asked for."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer into a model folder, as transformers reads it.
+
+        Args:
+          directory: gets ``tokenizer.json``, ``tokenizer_config.json`` (special tokens,
+            chat template) and ``generation_config.json`` (where generation stops).
+        """
+        directory = Path(directory)
+        self._tokenizer.save(str(directory / FILE))
+        special = self.special
+        named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
+        settings: dict[str, Any] = {
+            f"{name}_token": self._tokenizer.id_to_token(token)
+            for name, token in named.items()
+            if token is not None
+        }
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if special.chat_template is not None:
+            settings["chat_template"] = special.chat_template
+        stops = {"eos_token_id": list(special.stop_ids)}
+        for file, values in (
+            (TOKENIZER_CONFIG, settings),
+            (GENERATION_CONFIG, stops),
+        ):
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (directory / file).write_text(text, encoding="utf-8")
+
+    def stream(self) -> "TextStream":
+        """Returns a decoder for ids that come one by one."""
+        return TextStream(self._tokenizer)
+
+    def _begin(self) -> list[int]:
+        """Tokens before every text; without a text, those after it can't be told."""
+        encoding = self._tokenizer.encode("x")
+        first = encoding.special_tokens_mask.index(0)
+        return encoding.ids[:first]
+
+    def _template(self) -> ChatTemplate:
+        if self._chat is None:
+            if self.special.chat_template is None:
+                raise ValueError(
+                    f"{self.path} must come with a chat template to write messages; it "
+                    "has none. Put a chat_template.jinja beside it, or give text or "
+                    "prompt and completion."
+                )
+            named = {"bos": self.special.bos_id, "eos": self.special.eos_id}
+            named["pad"] = self.special.pad_id
+            tokens = {
+                f"{name}_token": self._tokenizer.id_to_token(token)
+                for name, token in named.items()
+                if token is not None
+            }
+            self._chat = ChatTemplate(self.special.chat_template, tokens)
+        return self._chat
+
+    def _until_stop(
+        self,
+        text: str,
+        ids: list[int],
+        spans: list[tuple[int, int]],
+        inside: list[int],
+    ) -> list[int]:
+        """Drops white space after the last stop token among ``inside``."""
+        for place in range(len(inside) - 1, -1, -1):
+            i = inside[place]
+            if ids[i] in self.special.stop_ids:
+                return inside[: place + 1]
+            if text[slice(*spans[i])].strip():
+                break
+        return inside
+
+
+class TextStream:
+    """Decodes ids one by one, and never gives a part of a character.
+
+    Bytes that are no UTF-8 are left out, where `Tokenizer.decode` has replacement
+    characters.
+    """
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """Takes the next id.
+
+        Args:
+          token: the id.
+
+        Returns:
+          The text that is complete now and wasn't before; it may be empty.
+        """
+        text = self._stream.step(self._tokenizer, token)
+        return (text or "").replace(REPLACEMENT, "")
+
+
+def close_gaps(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Makes every character of a text some token's.
+
+    Some tokenizers leave characters out of their tokens' offsets: white space before a
+    word (that goes to the word's token here), or an accent that was composed with its
+    letter (to the letter's).
+
+    Args:
+      text: the text.
+      offsets: ``(start, end)`` of each token.
+
+    Returns:
+      The spans.
+
+    Example:
+      >>> close_gaps("a bc", [(0, 1), (2, 4)])
+      [(0, 1), (1, 4)]
+    """
+    spans: list[tuple[int, int]] = []
+    for start, end in offsets:
+        last = spans[-1][1] if spans else 0
+        if text[last:start].strip():
+            last = _extend(spans, start)
+        spans.append((min(start, last), end))
+    _extend(spans, len(text))
+    return spans
+
+
+def _extend(spans: list[tuple[int, int]], end: int) -> int:
+    """Lets the last token, and others of the same character, reach to ``end``."""
+    owner = spans[-1] if spans else None
+    for i in range(len(spans) - 1, -1, -1):
+        if spans[i] != owner:
+            break
+        spans[i] = (spans[i][0], max(spans[i][1], end))
+    return end if spans else 0
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """Loads a model's tokenizer, or None where it has none.
+
+    Args:
+      path: a model folder, or a GGUF file.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      ValueError: if it can't be read.
+    """
+    path = Path(path)
+    if path.suffix == SUFFIX and path.is_file():
+        return Tokenizer(path)
+    return Tokenizer(path / FILE) if (path / FILE).is_file() else None
+
+
+def _read_json(path: Path, tokenizers: Any) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a {FILE}; there is no file.")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(
+            f"{path} must be a {FILE} of the tokenizers package; it can't be read: "
+            f"{error}. Copy or download it again."
+        ) from error

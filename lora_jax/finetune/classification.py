@@ -1,0 +1,269 @@
+"""Training an encoder to classify: texts with labels, a new head, accuracy."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.cli.console import Console
+from lora_jax.files.vader import load_vader
+from lora_jax.finetune.devices import Devices
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.job import (
+    EVAL_ROWS,
+    SPLITS,
+    Facts,
+    Job,
+    Split,
+    attach,
+    data_files,
+    encode_texts,
+    eval_buckets,
+    hold_out,
+    loading,
+    train_buckets,
+)
+from lora_jax.finetune.sections import DataSettings
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.interop.pretrained import load_model
+from lora_jax.models.load import HEAD
+from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.parallel.processes import together
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.data import Batches, encode_labels, label_vocabulary, read_jsonl
+from lora_jax.train.losses import softmax_cross_entropy
+from lora_jax.train.probe import fit_probe, probe_accuracy
+from lora_jax.train.step import LossFn
+
+MAX_LENGTH = 128
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Classification(Job):
+    """See `Job`.
+
+    Attributes:
+      labels: the classes; a class is its place in the list.
+    """
+
+    labels: list[str | int]
+
+    unit: ClassVar[str] = "sentences"
+    weight: ClassVar[str] = "examples"
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    best_mode: ClassVar[str] = "max"
+
+    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+        """Returns the cross-entropy, smoothed in training, with the hits."""
+        smoothing = self.settings.train.label_smoothing if is_training else 0.0
+        return classification_loss(module, label_smoothing=smoothing)
+
+    def batches(self) -> Schedule:
+        """See `Job.batches`."""
+        train = self.settings.train
+        split = self.splits["train"]
+        buckets = train_buckets(split, self.loaded)
+        return Batches(split.examples, train.batch_size, buckets, seed=train.seed)
+
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """See `Job.evaluation`."""
+        buckets = eval_buckets(split, buckets, self.loaded)
+        rows = self.devices.rows(EVAL_ROWS)
+        return Batches(split.examples, rows, buckets, shuffle=False)
+
+    def tokenize(self, rows: Rows, source: str) -> Split:
+        """Tokenises rows and numbers their labels; ``source`` names them in errors."""
+        labels = encode_labels([r["label"] for r in rows], self.labels, source=source)
+        encoded = encode_texts(
+            self.loaded,
+            [row["text"] for row in rows],
+            max_length=self.settings.data.max_length or MAX_LENGTH,
+        )
+        examples = [
+            {"input_ids": ids, "label": int(label)}
+            for ids, label in zip(encoded.ids, labels, strict=True)
+        ]
+        return Split(examples, encoded.truncated)
+
+    def tokenize_file(self, path: str) -> Split:
+        """See `Job.tokenize_file`."""
+        return self.tokenize(read_jsonl(path), path)
+
+    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+        """Fits a linear head on cached sentence vectors of the frozen base.
+
+        ``train`` is fitted on, ``validation`` chooses the L2 penalty, ``test`` is
+        scored once.
+        """
+        buckets = self.batches().buckets
+        batches = {n: self.evaluation(split, buckets) for n, split in splits.items()}
+        pairs, done = {}, 0
+        total = sum(b.steps_per_epoch for b in batches.values())
+        with out.progress("encode", total) as tick:
+            for name, split in batches.items():
+
+                def show(number: int, note: str, before: int = done) -> None:
+                    tick(before + number, note)
+
+                vectors = self._sentence_vectors(split, show)
+                labels = np.array([e["label"] for e in splits[name].examples])
+                pairs[name] = (vectors, labels)
+                done += split.steps_per_epoch
+        vectors, labels = pairs["train"]
+        probe = fit_probe(
+            vectors, labels, pairs["validation"], num_labels=len(self.labels)
+        )
+        test = probe_accuracy(probe, *pairs["test"]) if "test" in pairs else None
+        return {
+            "validation_accuracy": probe.accuracy,
+            "test_accuracy": test,
+            "l2": probe.penalty,
+            "what": "frozen base + linear head",
+        }
+
+    def _sentence_vectors(self, batches: Schedule, tick: Any) -> np.ndarray:
+        """What the frozen base hands to its head, ``[n, d]``, in example order."""
+        headless = self.loaded.module.clone(num_labels=None)
+        params = {k: v for k, v in self.loaded.params.items() if k != HEAD}
+        pool = jax.jit(
+            lambda p, ids, mask: headless.apply({"params": p}, ids, mask),
+            out_shardings=self.devices.everywhere,
+        )
+        out = np.zeros((len(batches), self.loaded.config.hidden_size), np.float32)
+        for step, batch in enumerate(self.devices.one_epoch(batches, tick)):
+            members = batches.indices_at(step)
+            vectors = pool(params, batch["input_ids"], batch["attention_mask"])
+            out[members] = np.asarray(vectors)[: len(members)]
+        return out
+
+    def data_facts(self, batches: Schedule) -> Facts:
+        """See `Job.data_facts`."""
+        data, lengths = self.settings.data, batches.lengths
+        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
+        share = np.mean([e["label"] == 0 for e in self.splits["train"].examples])
+        padded = ", ".join(map(str, batches.buckets))
+        tokens = f"{lengths.mean():.1f} in the mean, {lengths.max()} at most, to "
+        tokens += padded
+        if cut := sum(split.truncated for split in self.splits.values()):
+            limit = data.max_length or MAX_LENGTH
+            tokens += f"; {cut:,} texts were cut to data.max_length = {limit}"
+        classes = f"{self.labels}; {self.labels[0]!r} is {share:.1%} of train"
+        return [
+            ("data", f"{data.dataset or 'JSONL files'}: {', '.join(sizes)}"),
+            ("classes", classes),
+            ("tokens", tokens),
+        ]
+
+    def extra(self) -> dict[str, Any]:
+        """See `Job.extra`."""
+        return {
+            "labels": self.labels,
+            "pooling": self.settings.model.pooling,
+            "max_length": self.settings.data.max_length or MAX_LENGTH,
+        }
+
+
+def open_classification(
+    settings: RunSettings,
+    devices: Devices,
+    *,
+    splits: Sequence[str],
+    extra: Mapping[str, Any],
+) -> Classification:
+    """Builds the job; see `open_job`. ``extra`` knows the classes of a trained one."""
+    if settings.data.packing or settings.train.samples:
+        raise UserError(
+            "data.packing and train.samples are of a decoder; the model in "
+            f"{settings.model.path} is an encoder. Leave them out."
+        )
+    key, _ = jax.random.split(jax.random.key(settings.train.seed))
+    with together():
+        known = extra.get("labels")
+        rows = read_rows(settings.data, splits if known else SPLITS)
+        labels = known or class_names(rows)
+        rows = hold_out(rows, settings.data)
+        loaded = load_model(
+            settings.model.path,
+            num_labels=len(labels),
+            pooling=settings.model.pooling,
+            key=key,
+            **loading(settings, devices),
+        )
+    lora = settings.lora
+    if not lora.train:
+        lora = dataclasses.replace(lora, train=(HEAD,))
+    attached = attach(settings, devices, loaded, lora)
+    if HEAD not in attached["variables"].get(PARAMS, {}):
+        raise UserError(
+            f"lora.train must name the head, {HEAD!r}: a new head that is not trained "
+            f"only guesses; got {list(lora.train)}."
+        )
+    job = Classification(labels=labels, splits={}, **attached)
+    wanted = [name for name in rows if name in splits]
+    job.splits = {name: job.tokenize(rows[name], name) for name in wanted}
+    return job
+
+
+def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
+    """Reads the splits that have a file, texts and labels as they are.
+
+    Args:
+      data: the settings.
+      splits: those that are wanted.
+
+    Returns:
+      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``; what has
+      no file is left out.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: naming file, line and reason of each malformed line.
+    """
+    if data.dataset is not None:
+        return load_vader(data.dataset, seed=data.seed)._asdict()
+    return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
+
+
+def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
+    """Returns the classes of the training file; the other files must know no more."""
+    try:
+        labels = label_vocabulary([row["label"] for row in splits["train"]])
+    except TypeError as error:  # a fault of the file, not of a caller
+        raise UserError(str(error)) from error
+    for name, rows in splits.items():
+        encode_labels([row["label"] for row in rows], labels, source=name)
+    return labels
+
+
+def classification_loss(module: Any, *, label_smoothing: float = 0.0) -> LossFn:
+    """Returns ``(variables, batch, rngs) -> (loss_sum, weight, {"accuracy": hits})``.
+
+    Args:
+      module: called as ``module.apply(variables, input_ids, attention_mask)``.
+      label_smoothing: see `softmax_cross_entropy`.
+
+    Returns:
+      The loss function; it is deterministic where ``rngs`` is empty.
+    """
+
+    def loss_fn(variables, batch, rngs):
+        logits = module.apply(
+            variables,
+            batch["input_ids"],
+            batch["attention_mask"],
+            deterministic=DROPOUT not in rngs,
+            rngs=rngs,
+        )
+        labels, weights = batch["labels"], batch["weights"]
+        loss, weight = softmax_cross_entropy(
+            logits, labels, weights=weights, label_smoothing=label_smoothing
+        )
+        hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))
+        return loss, weight, {"accuracy": hits}
+
+    return loss_fn

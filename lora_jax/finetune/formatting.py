@@ -1,0 +1,62 @@
+"""Numbers for people, and strict JSON for programs."""
+
+import json
+import math
+from typing import Any
+
+
+def perplexity(loss: float) -> float:
+    """Returns e to the loss in nats; infinity where a float can't hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Returns strict JSON: NumPy scalars as numbers, NaN and infinities as null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, bool, type(None))) else str(value)
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes for people: ``1.5 MB`` (powers of ten)."""
+    return f"{count:.0f} B" if count < 1000 else _scaled(count / 1e3, "kB MB GB")
+
+
+def arithmetic(count: float) -> str:
+    """Returns a number of FLOPs for people: ``2.5 TFLOP``."""
+    return _scaled(count / 1e6, "MFLOP GFLOP TFLOP PFLOP")
+
+
+def _scaled(count: float, units: str) -> str:
+    *smaller, unit = units.split()
+    for name in smaller:
+        if count < 1000:
+            unit = name
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 100 else f"{count:,.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: ``8.1 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,325 @@
+"""What settings stand for: a model with adapters, tokenised splits, a loss.
+
+Every command that touches a model builds it here, so that `train`, `plan` and `eval`
+mean the same thing by the same words. What is trained follows from the model: a
+decoder learns to write (`Language`), an encoder to classify (`Classification`).
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax.array_types import PyTree
+from lora_jax.cli.console import Console
+from lora_jax.config import LoRAConfig
+from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.sections import DataSettings, TrainSettings
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.load import LoadedModel
+from lora_jax.models.source import open_source
+from lora_jax.names import FROZEN
+from lora_jax.nn.adapt import Adapted, adapt
+from lora_jax.train.buckets import Schedule, length_buckets
+from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.step import LossFn
+from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.targets import Target
+
+SPLITS = ("train", "validation", "test")
+EVAL_ROWS = 32
+
+Metrics = Mapping[str, float]
+Facts = list[tuple[str, str]]
+
+
+class Split(NamedTuple):
+    """A tokenised split.
+
+    Attributes:
+      examples: as the job's batches take them.
+      truncated: how many were cut to ``max_length``.
+      dropped: how many lost all that counts by that, and are not among ``examples``.
+    """
+
+    examples: list[dict[str, Any]]
+    truncated: int
+    dropped: int = 0
+
+
+@dataclasses.dataclass
+class Job(abc.ABC):
+    """A model with adapters, and its examples, ready to train.
+
+    Attributes:
+      settings: where it came from.
+      devices: where its weights and batches go.
+      lora: the adapters' config, as resolved for this model.
+      loaded: the base.
+      adapted: the base with LoRA.
+      targets: its adapted layers.
+      variables: the three collections, adapters fresh.
+      splits: the tokenised examples.
+    """
+
+    settings: RunSettings
+    devices: Devices
+    lora: LoRAConfig
+    loaded: LoadedModel
+    adapted: Adapted
+    targets: list[Target]
+    variables: dict[str, PyTree]
+    splits: dict[str, Split]
+
+    unit: ClassVar[str]  # what a batch is of, in words
+    weight: ClassVar[str]  # what the loss is a mean over
+    metrics: ClassVar[tuple[str, ...]]  # of a validation; the last one chooses the best
+    best_mode: ClassVar[str]  # "max" or "min"
+
+    @abc.abstractmethod
+    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+        """Returns the loss function of ``module``, the base or the adapted model."""
+
+    @abc.abstractmethod
+    def batches(self) -> Schedule:
+        """Returns the shuffled batches of the training split."""
+
+    @abc.abstractmethod
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """Returns batches of a split in order; epoch 0 holds each example once.
+
+        Args:
+          split: the examples.
+          buckets: lengths to pad to, such as those of training, so that all splits
+            share what is compiled; one more is added where an example is longer.
+        """
+
+    @abc.abstractmethod
+    def tokenize_file(self, path: str) -> Split:
+        """Reads and tokenises a file of examples."""
+
+    @abc.abstractmethod
+    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+        """Measures the frozen base on ``validation`` and, where there is one, ``test``.
+
+        Returns:
+          ``validation_<metric>``, ``test_<metric>`` (None without a test split) of the
+          metric that chooses the best, and whatever else there is to say.
+        """
+
+    @abc.abstractmethod
+    def data_facts(self, batches: Schedule) -> Facts:
+        """Says what the examples are."""
+
+    @abc.abstractmethod
+    def extra(self) -> dict[str, Any]:
+        """Returns what is kept beside an adapter, to use it without these settings."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the frozen base; where it is spread, all processes have to ask."""
+        return fingerprint(self.variables[FROZEN])
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the best step."""
+        return self.metrics[-1]
+
+    def describe(self, metrics: Metrics) -> str:
+        """Words an evaluation's metrics."""
+        return "  ".join(
+            f"{name} {self.show(name, metrics[name])}" for name in self.metrics
+        )
+
+    @staticmethod
+    def show(name: str, value: float | None) -> str:
+        """Words the value of a metric."""
+        if value is None:
+            return "-"
+        return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}"
+
+    def is_better(self, new: float | None, old: float | None) -> bool:
+        """Whether a value of the metric is better than another; any is than NaN."""
+        new, old = (math.nan if x is None else x for x in (new, old))  # null, in JSON
+        if not math.isfinite(old):
+            return math.isfinite(new)
+        return new > old if self.best_mode == "max" else new < old
+
+    def next_commands(self, folder: str) -> list[str]:
+        """Returns commands to try with this kind of run; none by default."""
+        del folder
+        return []
+
+    def samples(self, variables: PyTree) -> list[dict[str, str]]:
+        """Returns what the model writes at ``train.samples``; nothing by default."""
+        del variables
+        return []
+
+
+def open_job(
+    settings: RunSettings,
+    *,
+    splits: Sequence[str] = SPLITS,
+    extra: Mapping[str, Any] | None = None,
+    is_strict: bool = True,
+) -> Job:
+    """Reads the data, loads the base, puts fresh adapters on it, tokenises.
+
+    Args:
+      settings: of the run.
+      splits: which splits are wanted; files of others aren't read, but for train's
+        where classes or a held-out validation come from it.
+      extra: what an adapter of the run has kept beside it, where there is one.
+      is_strict: whether the mesh of the settings must fit; see `open_devices`.
+
+    Returns:
+      The job.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if data or model can't be read, or the adapters don't fit.
+    """
+    from lora_jax.finetune.classification import open_classification
+    from lora_jax.finetune.language import open_language
+
+    devices = open_devices(settings, is_strict=is_strict)
+    is_decoder = not open_source(settings.model.path).family.head
+    if is_decoder:
+        return open_language(settings, devices, splits=splits)
+    return open_classification(settings, devices, splits=splits, extra=extra or {})
+
+
+def attach(
+    settings: RunSettings, devices: Devices, loaded: LoadedModel, lora: LoRAConfig
+) -> dict[str, Any]:
+    """Puts fresh adapters on a base; returns what `Job` says about them."""
+    _, key = jax.random.split(jax.random.key(settings.train.seed))
+    adapted = adapt(loaded.module, lora, *loaded.inputs)
+    targets = adapted.targets(loaded.params)
+    variables = adapted.attach(loaded.params, key)
+    return {
+        "settings": settings,
+        "devices": devices,
+        "loaded": loaded,
+        "lora": lora,
+        "adapted": adapted,
+        "targets": targets,
+        "variables": devices.place(variables, targets),
+    }
+
+
+def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, str]:
+    """Returns the files of splits; what is held out is in the file of train."""
+    files = {name: getattr(data, name) for name in SPLITS}
+    is_held_out = "validation" in splits and files["validation"] is None
+    wanted = {*splits, "train"} if is_held_out else splits
+    return {n: file for n, file in files.items() if n in wanted and file is not None}
+
+
+def source_of(data: DataSettings, split: str) -> str:
+    """Says where the examples of a split come from."""
+    files = data_files(data)
+    return files.get(split) or f"{data.dataset or data.train}, {split}"
+
+
+def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
+    """Takes a validation split from the training examples, where no file gives one.
+
+    Args:
+      rows: examples by split.
+      data: the settings, with ``holdout`` and ``seed``.
+
+    Returns:
+      The splits, in the order of `SPLITS`.
+
+    Raises:
+      UserError: if there are fewer than 2 training examples to share.
+    """
+    is_given = data.validation is not None or "validation" in rows
+    if is_given or "train" not in rows:
+        return rows
+    train = rows["train"]
+    count = max(1, round(data.holdout * len(train)))
+    if count >= len(train):
+        raise UserError(
+            f"data.train has {len(train)} examples, and data.holdout = {data.holdout} "
+            "leaves none to train on; give a data.validation file."
+        )
+    order = np.random.default_rng(data.seed).permutation(len(train))
+    chosen = set(order[:count].tolist())
+    return {
+        "train": [row for i, row in enumerate(train) if i not in chosen],
+        "validation": [row for i, row in enumerate(train) if i in chosen],
+        **{name: found for name, found in rows.items() if name != "train"},
+    }
+
+
+def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
+    """Returns the model's dtypes and places as `load_model` takes them."""
+    kept = settings.model.param_dtype
+    return {
+        "sharding": devices.sharding,
+        "dtype": jnp.dtype(settings.model.dtype),
+        "param_dtype": None if kept is None else jnp.dtype(kept),
+    }
+
+
+def encode_texts(
+    loaded: LoadedModel, texts: list[str], *, max_length: int | None
+) -> Any:
+    """Returns token ids of texts, cut to what the model and the settings allow."""
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{loaded.path} must hold a tokenizer.json to read text; it has none."
+        )
+    longest = loaded.config.max_positions
+    return loaded.tokenizer.encode(
+        texts, max_length=min(max_length or longest, longest)
+    )
+
+
+def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
+    """Returns lengths to pad a split to, none above what the model allows."""
+    return length_buckets(_lengths(split), longest=loaded.config.max_positions)
+
+
+def eval_buckets(
+    split: Split, buckets: Sequence[int], loaded: LoadedModel
+) -> list[int]:
+    """Returns lengths to pad an evaluation to: those given, one more where needed."""
+    own = train_buckets(split, loaded)
+    if not buckets:
+        return own
+    is_longer = max(_lengths(split)) > buckets[-1]
+    return [*buckets, *own[-1:]] if is_longer else list(buckets)
+
+
+def _lengths(split: Split) -> list[int]:
+    return [len(example["input_ids"]) for example in split.examples]
+
+
+def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer that the settings describe."""
+    return lora_optimizer(
+        train.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=round(train.warmup * total_steps),
+        schedule=train.schedule,
+        clip_norm=train.clip_norm,
+        weight_decay=train.weight_decay,
+        lora_b_ratio=train.lora_b_ratio,
+    )
+
+
+def total_steps(train: TrainSettings, steps_per_epoch: int) -> int:
+    """Returns how many steps a run has."""
+    steps = train.epochs * steps_per_epoch
+    return steps if train.max_steps is None else min(steps, train.max_steps)

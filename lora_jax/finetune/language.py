@@ -1,0 +1,244 @@
+"""Training a decoder to write: JSONL text, prompts and completions, or chats."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lora_jax.array_types import PyTree
+from lora_jax.cli.console import Console
+from lora_jax.finetune.devices import Devices
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import perplexity
+from lora_jax.finetune.job import (
+    EVAL_ROWS,
+    Facts,
+    Job,
+    Metrics,
+    Split,
+    attach,
+    data_files,
+    eval_buckets,
+    hold_out,
+    loading,
+    train_buckets,
+)
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.interop.pretrained import load_model
+from lora_jax.models.generate import generate
+from lora_jax.models.load import LoadedModel
+from lora_jax.parallel.processes import together
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.data import TextBatches
+from lora_jax.train.loop import evaluate
+from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.text import MESSAGES, TextData, read_text_examples
+
+MAX_LENGTH = 1024
+SAMPLE_TOKENS = 48
+
+
+@dataclasses.dataclass
+class Language(Job):
+    """See `Job`.
+
+    Attributes:
+      is_chat: whether the training lines are messages; then so are the samples.
+    """
+
+    is_chat: bool = False
+    unit: ClassVar[str] = "rows"
+    weight: ClassVar[str] = "targets"
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    best_mode: ClassVar[str] = "min"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that an example may have."""
+        return _max_length(self.settings, self.loaded)
+
+    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+        """Returns the next-token cross-entropy."""
+        del is_training
+        config = self.loaded.config
+        return make_lm_loss(
+            module, is_tied=config.is_tied, softcap=config.final_softcap
+        )
+
+    def batches(self) -> Schedule:
+        """See `Job.batches`."""
+        train = self.settings.train
+        split = self.splits["train"]
+        packed = self.max_length if self.settings.data.packing else None
+        return TextBatches(
+            split.examples,
+            train.batch_size,
+            None if packed else train_buckets(split, self.loaded),
+            packed_length=packed,
+            seed=train.seed,
+        )
+
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """See `Job.evaluation`; packed as the training split is."""
+        rows = self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
+        if self.settings.data.packing:
+            packed = self.max_length
+            return TextBatches(
+                split.examples, rows, packed_length=packed, shuffle=False
+            )
+        buckets = eval_buckets(split, buckets, self.loaded)
+        return TextBatches(split.examples, rows, buckets, shuffle=False)
+
+    def tokenize_file(self, path: str) -> Split:
+        """See `Job.tokenize_file`."""
+        data = _read(path, self.settings, self.loaded)
+        return Split(list(data.examples), data.truncated, data.dropped)
+
+    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+        """Measures the loss of the base as it is."""
+        step = make_eval_step(self.loss(self.loaded.module, is_training=False))
+        variables = {"params": self.loaded.params}
+        buckets = self.batches().buckets
+        batches = {
+            name: self.evaluation(splits[name], buckets)
+            for name in ("validation", "test")
+            if name in splits
+        }
+        found, done = {}, 0
+        total = sum(b.steps_per_epoch for b in batches.values())
+        with out.progress("base", total) as tick:
+            for name, split in batches.items():
+
+                def show(number: int, note: str, before: int = done) -> None:
+                    tick(before + number, note)
+
+                stream = self.devices.one_epoch(split, show)
+                found[name] = evaluate(step, variables, stream)["loss"]
+                done += split.steps_per_epoch
+        return {
+            "validation_loss": found.get("validation"),
+            "test_loss": found.get("test"),
+            "what": "frozen base",
+        }
+
+    def describe(self, metrics: Metrics) -> str:
+        """Words the loss, and the perplexity it is."""
+        return (
+            f"{super().describe(metrics)}  perplexity {perplexity(metrics['loss']):.2f}"
+        )
+
+    def data_facts(self, batches: Schedule) -> Facts:
+        """See `Job.data_facts`."""
+        assert isinstance(batches, TextBatches)  # `batches` made them
+        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
+        lengths = [len(e["input_ids"]) for e in self.splits["train"].examples]
+        mean = sum(lengths) / len(lengths)
+        tokens = f"{mean:.1f} in the mean, {max(lengths)} at most; "
+        if batches.packed_length:
+            tokens += f"packed to {len(batches):,} rows of {batches.packed_length}"
+        else:
+            tokens += f"padded to {', '.join(map(str, batches.buckets))}"
+        share = batches.targets / sum(lengths)
+        facts = [
+            ("data", ", ".join(sizes)),
+            (
+                "tokens",
+                f"{tokens} ({batches.token_fraction:.0%} of the places are tokens)",
+            ),
+            ("targets", f"{batches.targets:,} tokens count ({share:.0%} of train)"),
+        ]
+        cut = sum(split.truncated for split in self.splits.values())
+        dropped = sum(split.dropped for split in self.splits.values())
+        if cut:
+            said = f"{cut:,} examples were cut to data.max_length = {self.max_length}"
+            if dropped:
+                said += f"; {dropped:,} of them lost all targets and are left out"
+            facts.append(("cut", said))
+        return facts
+
+    def extra(self) -> dict[str, Any]:
+        """See `Job.extra`."""
+        return {"max_length": self.max_length}
+
+    def next_commands(self, folder: str) -> list[str]:
+        """See `Job.next_commands`."""
+        if self.loaded.tokenizer is None:
+            return []
+        chat = "--chat " if self.is_chat else ""
+        return [f"lora-jax generate --adapter {folder} {chat}--prompt TEXT"]
+
+    def samples(self, variables: PyTree) -> list[dict[str, str]]:
+        """Returns what the model writes greedily after each of ``train.samples``."""
+        prompts, tokenizer = self.settings.train.samples, self.loaded.tokenizer
+        if not prompts:
+            return []
+        if tokenizer is None:
+            raise UserError("train.samples needs a tokenizer; the model has none.")
+
+        def write(prompt: str) -> str:
+            messages = [{"role": "user", "content": prompt}]
+            return tokenizer.render_chat(messages) if self.is_chat else prompt
+
+        texts = generate(
+            self.adapted,
+            variables,
+            [tokenizer.encode_text(write(prompt)).ids for prompt in prompts],
+            max_new_tokens=SAMPLE_TOKENS,
+            stop_ids=tokenizer.special.stop_ids,
+        )
+        return [
+            {"prompt": prompt, "text": tokenizer.decode(ids)}
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
+
+
+def open_language(
+    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+) -> Language:
+    """Builds the job; see `open_job`."""
+    if settings.data.dataset is not None:
+        raise UserError(
+            f"data.dataset {settings.data.dataset!r} has labels, for encoders; a "
+            "decoder learns from JSONL files: data.train, data.validation, data.test."
+        )
+    if settings.train.label_smoothing:
+        raise UserError(
+            "train.label_smoothing is of an encoder's classes; a decoder's loss has "
+            f"none. Leave it at 0; got {settings.train.label_smoothing}."
+        )
+    with together():
+        loaded = load_model(
+            settings.model.path,
+            is_scanned=settings.scans_layers,
+            remat=settings.model.remat,
+            **loading(settings, devices),
+        )
+        data = {
+            name: _read(file, settings, loaded)
+            for name, file in data_files(settings.data, splits).items()
+        }
+    job = Language(
+        splits={},
+        is_chat=any(found.kind == MESSAGES for found in data.values()),
+        **attach(settings, devices, loaded, settings.lora),
+    )
+    examples = {name: list(found.examples) for name, found in data.items()}
+    for name, rows in hold_out(examples, settings.data).items():
+        if name in splits:
+            cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
+            job.splits[name] = Split(rows, *cut)
+    return job
+
+
+def _max_length(settings: RunSettings, loaded: LoadedModel) -> int:
+    longest = loaded.config.max_positions
+    return min(settings.data.max_length or MAX_LENGTH, longest)
+
+
+def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> TextData:
+    return read_text_examples(
+        path,
+        loaded.tokenizer,
+        max_length=_max_length(settings, loaded),
+        vocab_size=loaded.config.vocab_size,
+    )

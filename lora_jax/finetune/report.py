@@ -1,0 +1,301 @@
+"""What a training run prints: what was loaded, what is trained, what came of it."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.cli.console import Console
+from lora_jax.files.adapter import TENSORS
+from lora_jax.finetune.formatting import duration, size
+from lora_jax.finetune.job import Job
+from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.load import HEAD
+from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.plan.step import device_bytes
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.state import TrainState
+from lora_jax.tree.partition import count
+from lora_jax.tree.targets import Target
+
+LONG = 12
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of all leaves (arrays, keys, or shapes with a dtype)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def loaded_facts(job: Job) -> list[tuple[str, str]]:
+    """Says which model was loaded, from where, and what was left over or made new."""
+    config, loaded = job.loaded.config, job.loaded
+    facts = [
+        (
+            "model",
+            f"{type(loaded.module).__name__}, {config.num_layers} layers, "
+            f"d {config.hidden_size}, "
+            f"{config.num_heads} heads, MLP {config.mlp_size}, vocabulary "
+            f"{config.vocab_size:,}",
+        ),
+        ("from", str(loaded.path)),
+        (
+            "weights",
+            f"{count(loaded.params):,} parameters, {size(tree_bytes(loaded.params))}, "
+            f"fingerprint {job.fingerprint}",
+        ),
+    ]
+    if loaded.new:
+        facts.append(("new", ", ".join(loaded.new)))
+    if loaded.unused:
+        facts.append(("not used", ", ".join(loaded.unused)))
+    return facts
+
+
+def print_loaded(out: Console, job: Job, batches: Schedule) -> None:
+    """Prints model, data and adapted layers."""
+    out.heading("Loaded")
+    out.facts([*loaded_facts(job), *job.data_facts(batches)])
+    out.heading(f"Adapted layers ({len(job.targets)})")
+    print_targets(out, job.targets)
+
+
+def summarise(
+    job: Job,
+    folder: RunFolder,
+    state: TrainState,
+    *,
+    best: Mapping[str, Any],
+    test: Mapping[str, Any] | None,
+    baseline: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    **numbers: Any,
+) -> dict[str, Any]:
+    """Returns what summary.json holds.
+
+    Args:
+      job: what was trained.
+      folder: of the run, with its adapter.
+      state: after the last step.
+      best: the line of the validation that chose the adapter.
+      test: the adapter's metrics on the test split, if there is one.
+      baseline: the frozen base's line, if it was measured.
+      seconds: spent on each phase.
+      **numbers: ``parameters`` and ``memory_bytes``.
+
+    Returns:
+      JSON values.
+    """
+    aside = ("step", "split", "seconds")
+    curves = folder / CURVES
+    return {
+        "run": str(folder.path),
+        "metric": job.metric,
+        "test": test and {k: test[k] for k in job.metrics},
+        "validation": {k: best[k] for k in ("step", *job.metrics)},
+        "baseline": baseline and {k: v for k, v in baseline.items() if k not in aside},
+        "examples": {k: len(v.examples) for k, v in job.splits.items()},
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        **numbers,
+        "adapter_bytes": (folder / ADAPTER / TENSORS).stat().st_size,
+        "model_bytes": model_bytes(job.loaded.path),
+        "seed": job.settings.train.seed,
+        "device": device(),
+        "mesh": job.devices.sizes,
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "files": {
+            "adapter": str(folder / ADAPTER),
+            "curves": str(curves) if curves.exists() else None,
+        },
+    }
+
+
+def print_result(out: Console, job: Job, summary: Mapping[str, Any]) -> None:
+    """Prints a run's summary and the commands to try next."""
+    base, test, best = summary["baseline"], summary["test"], summary["validation"]
+    metric, rows = job.metric, []
+    if base:
+        values = (base[f"validation_{metric}"], base[f"test_{metric}"])
+        rows.append((base["what"], *(job.show(metric, v) for v in values)))
+    values = (best[metric], test and test[metric])
+    name = f"LoRA, adapter of step {best['step']}"
+    rows.append((name, *(job.show(metric, v) for v in values)))
+    out.heading("Result")
+    out.table((metric, "validation", "test"), rows)
+    adapter, model = summary["adapter_bytes"], summary["model_bytes"]
+    spent = {k: v for k, v in summary["seconds"].items() if k != "total"}
+    out.facts(
+        [
+            (
+                "adapter",
+                f"{size(adapter)} beside the model's {size(model)} "
+                f"({adapter / model:.1%})",
+            ),
+            (
+                "time",
+                f"{duration(summary['seconds']['total'])} in all: "
+                + ", ".join(f"{k} {duration(v)}" for k, v in spent.items()),
+            ),
+            ("run folder", summary["run"]),
+            (
+                "curves",
+                summary["files"]["curves"]
+                or 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib',
+            ),
+        ]
+    )
+    folder = shortest(summary["run"])
+    out.heading("Next")
+    out.say(f"  lora-jax eval --run {folder}")
+    for line in job.next_commands(folder):
+        out.say(f"  {line}")
+    out.say(f"  lora-jax inspect {folder}")
+    out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
+
+
+def shortest(path: str | Path) -> str:
+    """Returns a path relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return min(str(path), relative, key=len)
+
+
+def model_bytes(folder: Path) -> int:
+    """Returns the size of the weights in a model folder."""
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def device() -> str:
+    """Names what the run is on."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        own = getattr(os, "sched_getaffinity", None)  # not on macOS
+        return f"CPU, {len(own(0)) if own else os.cpu_count()} cores"
+    return f"{jax.device_count()} x {first.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on, as far as they are installed."""
+    names = ("lora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        # A checkout on the path is not installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
+    """Returns a title for the curves: what was trained on what."""
+    data = settings.data.dataset or Path(settings.data.train or "").name
+    return (
+        f"LoRA rank {settings.lora.rank} on {data}: {numbers['trainable']:,} trained "
+        f"parameters ({numbers['share']:.2%})"
+    )
+
+
+def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
+    """Returns the table of targets, layers that differ only in their number as one row.
+
+    Args:
+      targets: the adapted layers.
+
+    Returns:
+      Rows of path, number of layers, kind, shape, rank, alpha, parameters of all.
+    """
+    groups: dict[tuple[Any, ...], list[Target]] = {}
+    is_long = len(targets) > LONG
+    for target in targets:
+        name = re.sub(r"\d+", "#", target.path) if is_long else target.path
+        key = (name, target.kind, target.kernel_shape, target.rank, target.alpha)
+        groups.setdefault(key, []).append(target)
+    rows = []
+    for (name, kind, shape, rank, alpha), members in groups.items():
+        numbers = [re.findall(r"\d+", member.path) for member in members]
+        if "#" in name and len(members) > 1 and all(len(n) == 1 for n in numbers):
+            ints = [int(n[0]) for n in numbers]
+            name = name.replace("#", "{" + _ranges(ints) + "}")
+        elif len(members) == 1:
+            name = members[0].path
+        shown = " x ".join(map(str, shape))
+        total = sum(member.trainable for member in members)
+        rows.append((name, len(members), kind, shown, rank, f"{alpha:g}", total))
+    return rows
+
+
+def print_targets(out: Console, targets: Sequence[Target]) -> None:
+    """Prints the table of targets."""
+    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
+    out.table(columns, target_rows(targets))
+
+
+def counts(job: Job) -> dict[str, Any]:
+    """Counts parameters: adapters, head, base, and the share that is trained."""
+    lora = count(job.variables[LORA])
+    params = count(job.variables.get(PARAMS, {}))
+    frozen = count(job.variables[FROZEN])
+    head = count(job.variables.get(PARAMS, {}).get(HEAD, {}))
+    encoder = frozen + params - head
+    return {
+        "adapter": lora,
+        "full": params,
+        "frozen": frozen,
+        "trainable": lora + params,
+        "encoder": encoder,
+        "share": (lora + params) / (frozen + lora + params),
+        "encoder_share": (lora + params - head) / encoder,
+    }
+
+
+def memory_plan(state: TrainState, compiled: Any) -> dict[str, int]:
+    """Says where the bytes of a training step go.
+
+    Args:
+      state: the state.
+      compiled: the step for the largest batch, as XLA compiled it.
+
+    Returns:
+      Bytes on one device: of the frozen base, the trained weights, the optimizer's
+      state, and XLA's temporaries (activations, gradients, workspace).
+    """
+    plan = {
+        "base": device_bytes(state.frozen),
+        "trained": device_bytes(state.trainable),
+        "optimizer": device_bytes(state.opt_state),
+        "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
+    }
+    return {**plan, "total": sum(plan.values())}
+
+
+def memory_text(plan: dict[str, int]) -> str:
+    """Returns a memory plan as one line."""
+    return (
+        f"base {size(plan['base'])} + trained {size(plan['trained'])} + optimizer "
+        f"{size(plan['optimizer'])} + activations and temporaries "
+        f"{size(plan['temporaries'])} = {size(plan['total'])}"
+    )
+
+
+def trained_text(numbers: dict[str, Any]) -> str:
+    """Returns how much is trained as one line."""
+    return (
+        f"{numbers['trainable']:,} of {numbers['frozen'] + numbers['trainable']:,} "
+        f"parameters ({numbers['share']:.2%}): adapters {numbers['adapter']:,}, "
+        f"trained in full {numbers['full']:,}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    if sorted(numbers) == list(range(low, high + 1)):
+        return f"{low}..{high}"
+    return ",".join(map(str, sorted(numbers)))

@@ -1,0 +1,385 @@
+"""One start of a training run: what `lora-jax train` does between words and summary."""
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from lora_jax.cli.console import Console
+from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
+from lora_jax.files.checkpoint import Checkpoints
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune import report
+from lora_jax.finetune.curves import draw_curves
+from lora_jax.finetune.devices import check_batch
+from lora_jax.finetune.formatting import duration
+from lora_jax.finetune.interrupt import Clock, Relay, interruptible
+from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.loop import Fitted, Progress, evaluate, fit
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import make_eval_step, make_train_step
+
+MARGIN = 4_000_000  # bytes of metrics, curves, summary and file-system blocks
+
+
+class Session:
+    """One start of a run, from reading the data to the summary."""
+
+    def __init__(
+        self, settings: RunSettings, folder: RunFolder, out: Console, *, again: str
+    ):
+        self.settings, self.folder, self.out, self.again = settings, folder, out, again
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.stale = 0  # validations since the best
+        self.is_stopped = False  # in good order, by Ctrl-C
+        self.checkpoints: Checkpoints | None = None
+
+    def how_to_resume(self) -> str:
+        """Says what is saved and which command goes on from there."""
+        step = self.checkpoints.latest_step() if self.checkpoints else None
+        if step is None:
+            if not self.folder.is_started():
+                return "Nothing was written yet; start the command again."
+            return (
+                f"No checkpoint was written yet. Start from step 0 with\n  {self.again}"
+            )
+        return f"The checkpoint of step {step} is saved. Go on with\n  {self.again}"
+
+    def prepare(self) -> None:
+        """Reads data and model, and prints what they are; touches no run folder."""
+        with self.timed("load"):
+            self.job = jobs.open_job(self.settings)
+        self.batches = self.job.batches()
+        train = self.settings.train
+        self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
+        half = max(1, -(-self.batches.steps_per_epoch // 2))
+        self.eval_every = min(train.eval_every or half, self.total)
+        self.counts = report.counts(self.job)
+        check_batch(self.settings, self.job.devices)
+        data = [self.job.fingerprint, self.batches.identity()]
+        check_same("the base and the data", data)
+        report.print_loaded(self.out, self.job, self.batches)
+
+    def train(self) -> dict[str, Any]:
+        """Trains, tests, and writes everything down."""
+        job, train = self.job, self.settings.train
+        tx = jobs.optimizer(train, self.total)
+        loss_fn = job.loss(job.adapted, is_training=True)
+        state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
+        step = make_train_step(loss_fn, tx, train.accumulate)
+        self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
+        self.evaluations = {
+            name: job.evaluation(split, self.batches.buckets)
+            for name, split in job.splits.items()
+            if name != "train"
+        }
+        weights = report.tree_bytes((state.trainable, state.opt_state))
+        self.folder.check_space((train.keep + 2) * weights + MARGIN)
+
+        with self._open_checkpoints() as self.checkpoints:
+            state = self._restore(state)
+            memory = self._compile(step, state)
+            baseline = self._baseline()
+            # A run that was stopped early has nothing to go on with.
+            is_over = self.is_out_of_patience()
+            fitted = Fitted(state, True) if is_over else self._fit(state, step)
+            if fitted.is_stopped and not self.is_out_of_patience():
+                self.is_stopped = True
+                raise KeyboardInterrupt
+            return self._finish(fitted.state, baseline, memory)
+
+    def _open_checkpoints(self) -> Checkpoints:
+        config = {
+            section: {k: v for k, v in values.items() if f"{section}.{k}" not in FREE}
+            for section, values in self.settings.to_dict().items()
+        }
+        return Checkpoints(
+            self.folder / CHECKPOINTS,
+            config=config,
+            fingerprint=self.job.fingerprint,
+            data=self.batches.identity(),
+            keep=self.settings.train.keep,
+            best_metric=self.job.metric,
+            best_mode=self.job.best_mode,
+        )
+
+    def _restore(self, state: TrainState) -> TrainState:
+        """Takes up the last checkpoint, if there is one."""
+        assert self.checkpoints is not None  # opened just before
+        if self.checkpoints.latest_step() is not None:
+            logger = logging.getLogger("lora_jax")
+            handler = Relay(self.out)
+            logger.addHandler(handler)
+            try:
+                state = self.checkpoints.restore(state)
+            finally:
+                logger.removeHandler(handler)
+            self.out.heading(f"Resuming at step {int(state.step)} of {self.total}")
+        check_same("the last checkpoint", int(state.step))
+        for line in from_first(self.folder.rewind(int(state.step))):
+            if line["split"] == "validation":
+                self._is_best(line)
+        return state
+
+    def _compile(self, step: Any, state: TrainState) -> dict[str, int]:
+        """Compiles the step for every shape, largest last; prints what it costs."""
+        shapes = self._shapes()
+        with self.timed("compile"), self.out.progress("compile", len(shapes)) as tick:
+            compiled = []
+            for number, batch in enumerate(shapes, start=1):
+                compiled.append(step.lower(state, batch).compile())
+                tick(number, f"{batch['input_ids'].shape[1]} tokens")
+        memory = report.memory_plan(state, compiled[-1])
+        self.out.heading("Plan")
+        self.out.facts(
+            [
+                ("trained", report.trained_text(self.counts)),
+                ("memory", report.memory_text(memory)),
+                (
+                    "steps",
+                    f"{self.total} of {self.settings.train.batch_size} "
+                    f"{self.job.unit}; "
+                    f"validation every {self.eval_every}",
+                ),
+                ("device", f"{report.device()}; {self.job.devices.describe()}"),
+            ]
+        )
+        return memory
+
+    def _shapes(self) -> list[Any]:
+        """Returns one batch of each shape that the run has, shortest first."""
+        found: dict[int, int] = {}
+        for number in range(min(self.total, self.batches.steps_per_epoch)):
+            found.setdefault(self.batches.length_at(number), number)
+            if len(found) == len(self.batches.buckets):
+                break
+        batch_at = self.job.devices.feed(self.batches)
+        return [batch_at(found[length]) for length in sorted(found)]
+
+    def _baseline(self) -> dict[str, Any] | None:
+        """Measures the frozen base; once a run."""
+        for line in from_first(self.folder.metrics()):
+            if line["split"] == "baseline":
+                return line
+        if not self.settings.train.baseline:
+            return None
+        self.out.heading("The frozen base")
+        with self.timed("baseline"):
+            result = self.job.baseline(self.job.splits, self.out)
+        seconds = self.seconds["baseline"]
+        line = {"step": 0, "split": "baseline", **result, "seconds": seconds}
+        metric = self.job.metric
+        shown = self.job.show(metric, result[f"validation_{metric}"])
+        self.out.say(
+            f"  validation {metric} {shown}  ({result['what']}, {duration(seconds)})"
+        )
+        self.folder.log(line)
+        return line
+
+    def _fit(self, state: TrainState, step: Any) -> Fitted:
+        first = int(state.step)
+        self.out.heading("Training")
+        clock = Clock(self.total, self.job.weight)
+        save_every = self.settings.train.save_every or self.eval_every
+        with (
+            self.timed("train"),
+            interruptible(self.out) as should_stop,
+            self.out.progress("train", self.total) as tick,
+        ):
+            tick(first, "")
+
+            def on_log(progress: Progress) -> None:
+                clock.add(progress, first)
+                tick(progress.step, clock.note)
+                self.folder.log(
+                    {
+                        "step": progress.step,
+                        "split": "train",
+                        **progress.metrics,
+                        "skipped": progress.skipped,
+                        f"{self.job.weight}_per_second": progress.examples
+                        / progress.seconds,
+                        "seconds": self.elapsed(),
+                    }
+                )
+
+            def on_validate(state: TrainState) -> None:
+                self._validate(state)
+
+            def on_save(state: TrainState) -> None:
+                if int(state.step) % self.eval_every and int(state.step) != self.total:
+                    self._save(state)  # else the validation has saved it
+
+            fitted = fit(
+                state,
+                step,
+                self.job.devices.feed(self.batches),
+                total_steps=self.total,
+                log_every=self.settings.train.log_every,
+                on_step=lambda number: tick(number, clock.note, quiet=True),
+                on_log=on_log,
+                every=[(self.eval_every, on_validate), (save_every, on_save)],
+                should_stop=self._agreed(should_stop, first),
+            )
+            if fitted.is_stopped and self.checkpoints is not None:
+                self._save(fitted.state)
+                self.checkpoints.wait()
+        if skipped := int(fitted.state.skipped):
+            self.out.say(
+                f"  {skipped} of {self.total} steps were skipped: their loss or "
+                "gradient was not finite. A lower train.learning_rate helps.",
+                style="yellow",
+            )
+        return fitted
+
+    def _agreed(
+        self, should_stop: Callable[[], bool], first: int
+    ) -> Callable[[], bool]:
+        """Whether to stop: asked after each step, answered alike in all processes."""
+        steps = itertools.count(first + 1)
+
+        def is_over() -> bool:
+            is_due = next(steps) % self.settings.train.log_every == 0 or not is_job()
+            return self.is_out_of_patience() or (is_due and is_any(should_stop()))
+
+        return is_over
+
+    def _save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        assert self.checkpoints is not None  # open while training
+        self.checkpoints.save(state, metrics)
+
+    def _validate(self, state: TrainState) -> None:
+        metrics = self._evaluate("validation", state.variables)
+        line = {
+            "step": int(state.step),
+            "split": "validation",
+            **{name: metrics[name] for name in self.job.metrics},
+            "seconds": self.elapsed(),
+        }
+        is_best = self._is_best(line)
+        if is_best:
+            self._save_adapter(state)
+        self.folder.log(line)
+        self._save(state, {name: metrics[name] for name in self.job.metrics})
+        self.out.say(
+            f"  step {line['step']:>5}  validation {self.job.describe(metrics)}"
+            + ("  (best so far)" if is_best else "")
+        )
+        for sample in self.job.samples(state.variables):
+            self.folder.log({"step": line["step"], "split": "sample", **sample})
+            self.out.say(f"    {sample['prompt']!r} -> {sample['text']!r}")
+        if self.is_out_of_patience() and line["step"] < self.total:
+            self.out.say(
+                f"  no better validation for {self.stale} times (train.patience): "
+                "stopping early"
+            )
+
+    def _is_best(self, line: dict[str, Any]) -> bool:
+        """Keeps the first validation, and each better one after it."""
+        metric = self.job.metric
+        if self.best is None or self.job.is_better(line[metric], self.best[metric]):
+            self.best = line
+            if not self.is_out_of_patience():  # the step under way comes too late
+                self.stale = 0
+            return True
+        self.stale += 1
+        return False
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last validations were no better than one before them."""
+        patience = self.settings.train.patience
+        return patience is not None and self.stale >= patience
+
+    def _save_adapter(self, state: TrainState) -> None:
+        save_adapter(
+            self.folder / ADAPTER,
+            state.trainable,
+            self.job.lora,
+            self.job.fingerprint,
+            extra={
+                "model": self.settings.model.path,
+                "param_dtype": self.settings.model.param_dtype,
+                **self.job.extra(),
+                "step": int(state.step),
+            },
+        )
+
+    def _load_adapter(self, state: TrainState) -> Adapter:
+        return load_adapter(
+            self.folder / ADAPTER,
+            expected=state.trainable,
+            fingerprint=self.job.fingerprint,
+        )
+
+    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+        batches: Schedule = self.evaluations[name]
+        with self.timed("evaluate"):
+            stream = self.job.devices.one_epoch(batches)
+            return evaluate(self.eval_step, variables, stream)
+
+    def _finish(
+        self, state: TrainState, baseline: dict[str, Any] | None, memory: dict[str, int]
+    ) -> dict[str, Any]:
+        """Tests the adapter that was kept, as it lies on disk."""
+        assert self.best is not None  # the last step is always validated
+        job, best = self.job, self.best
+        adapter = self._load_adapter(state)
+        if adapter.extra["step"] != best["step"]:
+            # A kill came between an adapter and its checkpoint, and the steps after the
+            # checkpoint before it have gone another way: on another mesh, say.
+            assert self.checkpoints is not None  # open while training
+            self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
+            adapter = self._load_adapter(state)
+        variables = {**state.frozen, **adapter.variables}
+        variables = job.devices.place(variables, job.targets)
+        test = self._evaluate("test", variables) if "test" in job.splits else None
+        if self.folder.is_writer:
+            draw_curves(
+                self.folder.metrics(),
+                self.folder / CURVES,
+                title=report.title(self.settings, self.counts),
+                metrics=job.metrics,
+                baseline=(baseline["what"], baseline[f"validation_{job.metric}"])
+                if baseline
+                else None,
+                chosen=best["step"],
+            )
+        self.seconds["total"] = self.elapsed()
+        summary = report.summarise(
+            job,
+            self.folder,
+            state,
+            best=best,
+            test=test,
+            baseline=baseline,
+            parameters=self.counts,
+            memory_bytes=memory,
+            seconds=self.seconds,
+        )
+        self.folder.summarise(summary)
+        report.print_result(self.out, job, summary)
+        return summary
+
+    def elapsed(self) -> float:
+        """Returns the seconds since the start."""
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a block to a phase, less those of phases inside it."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            inside = sum(self.seconds.values()) - before
+            spent = time.perf_counter() - start - inside
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent

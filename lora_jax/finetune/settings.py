@@ -1,0 +1,313 @@
+"""Settings of a run: one typed truth, filled by a YAML file and by overrides.
+
+A run is described by six small dataclasses. A YAML file fills them, and so does every
+``section.key=value`` on the command line, which is read as the same YAML. Values keep
+their types: ``"8"`` is no rank, and ``true`` is no number. Every fault of a file is
+reported at once, and an unknown key names the nearest one that exists.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import pydantic
+import yaml
+
+from lora_jax.config import LoRAConfig
+from lora_jax.finetune.sections import (
+    DataSettings,
+    MeshSettings,
+    ModelSettings,
+    OutputSettings,
+    TrainSettings,
+)
+from lora_jax.finetune.yaml_file import parse_yaml
+
+
+def _lora(value: Any) -> LoRAConfig:
+    if isinstance(value, LoRAConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping; got {value!r}")
+    try:
+        return LoRAConfig.from_dict(value)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+DEFAULT_LORA = _lora({})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run.
+
+    Attributes:
+      model: the base.
+      data: the examples.
+      output: the run folder.
+      lora: the adapters; see `LoRAConfig`. Of an encoder its ``train`` is the new
+        head, ``["classifier"]``, where nothing else is said.
+      train: the training.
+      mesh: the devices.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    output: OutputSettings
+    lora: Annotated[LoRAConfig, pydantic.PlainValidator(_lora)] = DEFAULT_LORA
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+
+    @property
+    def scans_layers(self) -> bool:
+        """Whether a decoder's blocks are one scanned block; see `ModelSettings`."""
+        asked = self.model.scan
+        return not self.lora.tells_layers_apart if asked is None else asked
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values, by section."""
+        sections = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        return {
+            name: section.to_dict()
+            if isinstance(section, LoRAConfig)
+            else dataclasses.asdict(section)
+            for name, section in sections.items()
+        }
+
+    def to_yaml(self) -> str:
+        """Returns the settings as YAML that `load_settings` reads back unchanged."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "output": OutputSettings,
+    "lora": LoRAConfig,
+    "train": TrainSettings,
+    "mesh": MeshSettings,
+}
+
+
+def load_settings(
+    path: str | os.PathLike, overrides: Sequence[str] = ()
+) -> RunSettings:
+    """Reads a run's settings from a YAML file and ``section.key=value`` overrides.
+
+    Paths in the settings are relative to the working directory; those of files and
+    folders that exist are made absolute.
+
+    Args:
+      path: the YAML file, or a run folder that holds a ``config.yaml``; the run is
+        then where the folder is, wherever it was started.
+      overrides: each ``section.key=value``, the value in YAML.
+
+    Returns:
+      The settings.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming every fault at once: YAML that doesn't parse, unknown sections
+        and keys with the nearest known one, values of the wrong type or out of range.
+    """
+    file = folder = Path(path)
+    is_run = folder.is_dir()
+    if is_run:
+        file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config file at {file}{_nearby(file)}. A config is a YAML file."
+        )
+    tree = parse_yaml(file.read_bytes(), str(file))
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
+        )
+    if is_run and isinstance(tree.get("output"), dict):
+        tree["output"]["dir"] = str(folder)
+    faults = _unknown_keys(tree)
+    for override in overrides:
+        faults += _apply(tree, override)
+    faults += _invalid(tree, {fault.split(":", 1)[0] for fault in faults})
+    if faults:
+        raise ValueError(
+            f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
+            + "\n".join(f"  {fault}" for fault in faults)
+        )
+    return _absolute(_adapter().validate_json(_to_json(tree), strict=True))
+
+
+def differences(old: RunSettings, new: RunSettings) -> list[str]:
+    """Names the settings in which two runs differ.
+
+    Args:
+      old: the settings of the run that exists.
+      new: those asked for.
+
+    Returns:
+      One ``"train.epochs: 1 -> 2"`` for each setting that differs.
+    """
+    before, after = old.to_dict(), new.to_dict()
+    return [
+        f"{section}.{key}: {before[section][key]!r} -> {value!r}"
+        for section, values in after.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns a sentence that names the closest of ``known``, or lists them all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def _apply(tree: dict[str, Any], override: str) -> list[str]:
+    """Sets one override in ``tree``; returns its faults."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot:
+        return [
+            f"{override!r}: an override must be section.key=value, like lora.rank=4"
+        ]
+    if section not in SECTIONS:
+        return [f"{name}: no section {section!r}. {nearest(section, list(SECTIONS))}"]
+    if key not in (fields := _fields(section)):
+        return [f"{name}: unknown key. {nearest(key, fields)}"]
+    hint = get_type_hints(SECTIONS[section]).get(key)
+    is_text = hint is str or (section != "lora" and hint == str | None)
+    try:
+        value = text if is_text and text != "null" else parse_yaml(text, name)
+    except ValueError as error:
+        return [str(error).replace("\n", " ")]
+    if not isinstance(tree.get(section), dict):
+        tree[section] = {}
+    tree[section][key] = value
+    return []
+
+
+def _fields(section: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(SECTIONS[section])]
+
+
+def _unknown_keys(tree: dict[str, Any]) -> list[str]:
+    faults = []
+    for section, values in list(tree.items()):
+        if section not in SECTIONS:
+            faults.append(
+                f"{section}: no such section. {nearest(str(section), list(SECTIONS))}"
+            )
+            del tree[section]
+        elif values is None:
+            del tree[section]
+        elif isinstance(values, dict):
+            known = _fields(section)
+            for key in [key for key in values if key not in known]:
+                hint = nearest(str(key), known)
+                faults.append(f"{section}.{key}: unknown key. {hint}")
+                del values[key]
+    return faults
+
+
+def _invalid(tree: dict[str, Any], reported: set[str]) -> list[str]:
+    """Returns what pydantic and the rules between fields have against ``tree``."""
+    try:
+        settings = _adapter().validate_json(_to_json(tree), strict=True)
+    except pydantic.ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False):
+            where = ".".join(
+                str(part) for part in fault["loc"] if part != "constrained"
+            )
+            where = ".".join(where.split(".")[:2])
+            message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+            message = message.replace("Input should be", "must be", 1)
+            if fault["type"] == "missing":
+                message = "missing, and it has no default"
+            elif where != "lora":
+                message = f"{message}; got {_short(fault['input'])}"
+            line = f"{where}: {message}"
+            if where not in reported and line not in faults:
+                faults.append(line)
+        return faults
+    return _conflicts(settings)
+
+
+def _conflicts(settings: RunSettings) -> list[str]:
+    faults = []
+    data, train = settings.data, settings.train
+    files = [n for n in ("train", "validation", "test") if getattr(data, n) is not None]
+    if data.dataset is not None and files:
+        faults.append(
+            f"data: dataset and {', '.join(files)} are both set; give one or the other"
+        )
+    elif data.dataset is None and "train" not in files:
+        faults.append("data: needs a dataset (vader/movie), or a train file")
+    mesh = {axis: getattr(settings.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    if min(mesh.values()) < -1 or 0 in mesh.values() or [*mesh.values()].count(-1) > 1:
+        faults.append(
+            "mesh: data, fsdp and tensor must be at least 1, and one of them may be -1 "
+            f"for the devices that are left; got {mesh}"
+        )
+    for pattern in settings.mesh.rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(
+                f"mesh.rules: {pattern!r} is no regular expression: {error}; a rule's "
+                "key is the end of a weight's path, like mlp/up/kernel"
+            )
+    if train.batch_size % train.accumulate:
+        faults.append(
+            f"train: batch_size must be a multiple of accumulate = {train.accumulate}; "
+            f"got {train.batch_size}"
+        )
+    return faults
+
+
+def _adapter() -> pydantic.TypeAdapter[RunSettings]:
+    return pydantic.TypeAdapter(RunSettings)
+
+
+def _to_json(tree: Any) -> str:
+    return json.dumps(tree, default=str)
+
+
+def _absolute(settings: RunSettings) -> RunSettings:
+    data = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("train", "validation", "test")
+        if (value := getattr(settings.data, name)) is not None
+    }
+    base = Path(settings.model.path).expanduser()
+    model = {"path": str(base.resolve())} if base.exists() else {}
+    output = {"dir": str(Path(settings.output.dir).expanduser().resolve())}
+    return dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, **data),
+        model=dataclasses.replace(settings.model, **model),
+        output=dataclasses.replace(settings.output, **output),
+    )
+
+
+def _nearby(file: Path) -> str:
+    if not file.parent.is_dir():
+        return f" (there is no folder {file.parent} either)"
+    found = sorted(
+        p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml")
+    )
+    close = difflib.get_close_matches(file.name, found, n=1)
+    return f" (did you mean {file.parent / close[0]}?)" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Other tools' adapters and model names: PEFT, mlx-lm, loralib; loading and export."""

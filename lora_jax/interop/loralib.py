@@ -1,0 +1,125 @@
+"""loralib's state dicts: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]`` by a layer.
+
+They carry no config, so alpha has to be given. Its ``MergedLinear`` adapts some of the
+projections that share one kernel: ``lora_A`` is ``[r n, in]`` for n of them, and
+``lora_B`` ``[n out / m, r]`` of m has the rows of each in turn. That is one adapter of
+rank r n with a block-diagonal B.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.files.safetensors import open_tensors
+from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
+
+
+def read_loralib(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float,
+    enabled: Mapping[str, Sequence[bool]] | None = None,
+) -> ExternalAdapter:
+    """Reads a state dict that loralib's ``lora_state_dict`` returned.
+
+    Args:
+      path: a ``.safetensors`` file, or an ``.npz`` of the tensors by name.
+      alpha: ``lora_alpha`` of all layers.
+      enabled: ``enable_lora`` of each `MergedLinear`, by the end of its name:
+        ``{"c_attn": (True, False, True)}``.
+
+    Returns:
+      The adapter; tensors that are no factors (biases, a head) are trained in full.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is of another kind (a pickle), or tensors are missing,
+        mis-shaped or not finite; one error lists all of them.
+    """
+    path = Path(path)
+    if not alpha > 0:
+        raise ValueError(f"alpha must be above 0; got {alpha!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file; there is none.")
+    tensors = _open(path)
+    arrays, faults = read_floats(tensors, {name: name for name in tensors})
+    names = [name.rpartition(".") for name in tensors]
+    factors = {module for module, _, leaf in names if leaf in ("lora_A", "lora_B")}
+    modules = {}
+    for module in sorted(factors):
+        a, b = (arrays.get(f"{module}.lora_{x}") for x in "AB")
+        faults += [
+            f"missing: {module}.lora_{x}"
+            for x in "AB"
+            if f"{module}.lora_{x}" not in tensors
+        ]
+        if a is None or b is None:
+            continue
+        groups = next(
+            (
+                tuple(map(bool, on))
+                for end, on in (enabled or {}).items()
+                if module == end or module.endswith(f".{end}")
+            ),
+            (True,),
+        )
+        n = sum(groups)
+        rank = b.shape[-1]
+        chains = a.ndim == b.ndim == 2 and a.shape[0] == rank * n and rank
+        if not n or not chains or len(b) % n:
+            faults.append(
+                f"shape: lora_A, lora_B of {module} must be [{n} r, in], [out, r] with "
+                f"{n} of {len(groups)} projections adapted; got {list(a.shape)}, "
+                f"{list(b.shape)}. Say which of a MergedLinear's are: "
+                'enabled={"c_attn": (True, False, True)}'
+            )
+            continue
+        scaling = alpha / rank
+        modules[module] = Factors(
+            a, _block_diagonal(b, groups), scaling, scaling * len(a), is_embedding=None
+        )
+    if not modules and not faults:
+        faults.append("it holds no lora_A and lora_B")
+    if faults:
+        raise report(str(path), faults)
+    kept = {f"{m}.lora_{x}" for m in modules for x in "AB"}
+    return ExternalAdapter(
+        modules=modules,
+        full={name: array for name, array in arrays.items() if name not in kept},
+        base={},
+        config={},
+        origin=str(path),
+    )
+
+
+def _open(path: Path) -> dict[str, np.ndarray]:
+    """Reads every tensor of a file that holds no pickle."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} can't be read as npz: {error}.") from error
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} must be .safetensors or .npz; got {path.suffix!r}. Pickled state "
+            "dicts (.bin, .pt, .pth) are not read: save them with "
+            "`safetensors.torch.save_file`."
+        )
+    reader = open_tensors(path)
+    return {name: reader[name] for name in reader.shapes}
+
+
+def _block_diagonal(b: np.ndarray, groups: Sequence[bool]) -> np.ndarray:
+    """Lays out the rows of the adapted projections over all outputs."""
+    n, rank = sum(groups), b.shape[1]
+    rows = len(b) // n
+    whole = np.zeros((rows * len(groups), rank * n), np.float32)
+    places = [place for place, on in enumerate(groups) if on]
+    for i, place in enumerate(places):
+        part = slice(place * rows, (place + 1) * rows)
+        whole[part, i * rank : (i + 1) * rank] = b[i * rows : (i + 1) * rows]
+    return whole

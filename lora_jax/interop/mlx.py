@@ -1,0 +1,177 @@
+"""mlx-lm adapter folders: ``adapter_config.json`` and ``adapters.safetensors``.
+
+mlx-lm stores ``lora_a`` ``[in, r]`` and ``lora_b`` ``[r, out]``, as Flax does, one rank
+and one ``scale`` (the factor before ``A B`` itself) for all modules, and DoRA's
+magnitudes as ``m``. A module that its config names and the file has not stays silent.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.files.json_file import read_json
+from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
+from lora_jax.interop.peft_config import CONFIG
+
+TENSORS = "adapters.safetensors"
+TYPES = ("lora", "dora")
+_LEAVES = ("lora_a", "lora_b", "m")
+
+
+def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
+    """Reads an mlx-lm adapter folder.
+
+    Args:
+      directory: with `CONFIG` and `TENSORS`.
+
+    Returns:
+      The adapter, its modules by bare Hugging Face name (without ``model.``).
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is damaged, the config is no LoRA's or DoRA's, or tensors
+        are unexpected, missing, mis-shaped or not finite; one error lists all of them.
+    """
+    folder = Path(directory)
+    settings = read_json(folder / CONFIG)
+    kind, rank, scale, dropout = _parameters(settings, folder)
+    if not (folder / TENSORS).is_file():
+        raise FileNotFoundError(f"{folder} must hold {TENSORS}; it has none.")
+    reader = open_tensors(folder / TENSORS)
+    faults = [
+        f"unexpected: {name} is none of {_LEAVES}"
+        for name in reader.shapes
+        if name.rpartition(".")[2] not in _LEAVES
+    ]
+    arrays, bad = read_floats(reader, {name: name for name in reader.shapes})
+    faults += bad
+    modules = {}
+    needed = _LEAVES if kind == "dora" else _LEAVES[:2]
+    for name in dict.fromkeys(n.rpartition(".")[0] for n in reader.shapes):
+        lacking = [leaf for leaf in needed if f"{name}.{leaf}" not in reader.shapes]
+        faults += [f"missing: {name}.{leaf}" for leaf in lacking]
+        a, b, m = (arrays.get(f"{name}.{leaf}") for leaf in _LEAVES)
+        if a is None or b is None:
+            continue
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != rank or b.shape[0] != rank:
+            faults.append(
+                f"shape: lora_a, lora_b of {name} must be [in, {rank}], [{rank}, out]; "
+                f"got {list(a.shape)}, {list(b.shape)}"
+            )
+            continue
+        modules[name.removeprefix("model.")] = Factors(
+            a.T, b.T, scale, scale * rank, m, is_embedding=None
+        )
+    if not modules and not faults:
+        faults.append("it holds no factors of any module")
+    if faults:
+        raise report(str(folder / TENSORS), faults)
+    return ExternalAdapter(
+        modules=modules,
+        full={},
+        base={},
+        config=settings,
+        dropout_rate=dropout,
+        is_tied_once=True,
+        origin=str(folder),
+    )
+
+
+def write_mlx(
+    directory: str | os.PathLike[str], adapter: ExternalAdapter, *, num_layers: int
+) -> Path:
+    """Writes a folder that mlx-lm loads.
+
+    Args:
+      directory: made if absent; an adapter there is replaced once the new one is
+        written.
+      adapter: its modules under mlx-lm's names, ``model.layers.0.self_attn.q_proj``.
+        Ranks are padded to the largest; scalings that differ from the commonest go
+        into B, rounded once.
+      num_layers: of the model.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if something was trained in full, or an embedding has a magnitude or a
+        module a window, for which mlx-lm has no words.
+      OSError: if it can't be written.
+    """
+    modules = adapter.modules
+    faults = [f"{name} is trained in full" for name in adapter.full]
+    faults += [
+        f"{name} is a convolution" for name, f in modules.items() if f.a.ndim > 2
+    ]
+    faults += [
+        f"{name} is an embedding with DoRA, whose magnitudes mlx-lm has a row, not a "
+        "column"
+        for name, f in modules.items()
+        if f.is_embedding and f.magnitude is not None
+    ]
+    if faults:
+        raise ValueError(f"mlx-lm has no words for this: {'; '.join(faults)}.")
+    rank = max(factors.rank for factors in modules.values())
+    scale = Counter(f.scaling for f in modules.values()).most_common(1)[0][0]
+    tensors: dict[str, np.ndarray] = {}
+    keys, first = set(), num_layers
+    for name, factors in modules.items():
+        more, ratio = (0, rank - factors.rank), np.float32(factors.scaling / scale)
+        tensors[f"{name}.lora_a"] = np.pad(factors.a, (more, (0, 0))).T
+        tensors[f"{name}.lora_b"] = np.pad(factors.b * ratio, ((0, 0), more)).T
+        if factors.magnitude is not None:
+            tensors[f"{name}.m"] = factors.magnitude
+        layer = re.fullmatch(r"model\.(?:layers|h)\.(\d+)\.(.+)", name)
+        keys.add(layer[2] if layer else name)
+        first = min(first, int(layer[1])) if layer else first
+    config = {
+        "fine_tune_type": "dora" if adapter.dora else "lora",
+        "num_layers": num_layers - first,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": adapter.dropout_rate,
+            "keys": sorted(keys),
+        },
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
+        write_tensors(weights, tensors, metadata={"format": "mlx"})
+        settled.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _parameters(
+    settings: dict[str, Any], folder: Path
+) -> tuple[str, int, float, float]:
+    """Returns the type, rank, scale and dropout of a config."""
+    kind = settings.get("fine_tune_type", "lora")
+    given = settings.get("lora_parameters")
+    faults = []
+    if kind not in TYPES:
+        faults.append(f"fine_tune_type must be one of {TYPES}; got {kind!r}"[:200])
+    if not isinstance(given, dict):
+        given = {}
+        faults.append("lora_parameters must be an object")
+    rank, scale = given.get("rank"), given.get("scale")
+    dropout = given.get("dropout", 0.0)
+    if type(rank) is not int or rank < 1:
+        faults.append(f"rank must be an integer of at least 1; got {rank!r}"[:200])
+    if type(scale) not in (int, float) or not 0 < float(scale or 0) < math.inf:
+        faults.append(f"scale must be a number above 0; got {scale!r}"[:200])
+    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+        faults.append(f"dropout must be in [0, 1]; got {dropout!r}"[:200])
+    if faults:
+        raise ValueError(
+            f"{folder / CONFIG} has {len(faults)} faults: {'; '.join(faults)}."
+        )
+    return kind, int(rank or 0), float(scale or 0), float(dropout)

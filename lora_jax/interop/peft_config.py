@@ -1,0 +1,323 @@
+"""PEFT's ``adapter_config.json``: read with its own meaning, written for any loader.
+
+Every key is of one of four kinds: read here; without effect on what an adapter
+computes; unsupported unless it has its neutral value (an error that names it); unknown
+(kept and reported).
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.files.json_file import read_json
+from lora_jax.files.optional import load_optional
+
+CONFIG = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # whose format this is
+
+# Initialisations that leave the base as it is. Others decompose it again on loading.
+SILENT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+NO_EFFECT = {
+    *("task_type", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "auto_mapping", "megatron_core", "qalora_group_size"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # inits'
+    *("velora_config", "runtime_config"),  # the backward pass; where it runs
+}
+NEUTRAL = {  # they change the maths unless they have one of these values
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "ensure_weight_tying": (False, None),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+}
+
+
+class PeftConfig(NamedTuple):
+    """What a PEFT config says about modules, with PEFT's own matching.
+
+    Attributes:
+      rank: of modules that no pattern names.
+      alpha: likewise.
+      targets: names or their ends, or one regular expression for the full name.
+      exclude: the same; it wins.
+      layers: indices of the layers to adapt, or None for all.
+      layers_pattern: what stands before a layer's index; empty for anything.
+      rank_pattern: ranks by a regular expression for the end of a name.
+      alpha_pattern: alphas likewise.
+      saved: modules trained in full.
+      rslora: scale by ``alpha / sqrt(rank)``.
+      dora: whether modules have magnitudes.
+      dropout_rate: of the adapters' inputs.
+      bias: biases trained in full.
+      settings: the file as it is.
+      unknown: its keys that nobody here knows.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+    exclude: str | list[str]
+    layers: list[int] | None
+    layers_pattern: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    saved: list[str]
+    rslora: bool
+    dora: bool
+    dropout_rate: float
+    bias: str
+    settings: dict[str, Any]
+    unknown: tuple[str, ...]
+
+    def rank_for(self, name: str) -> int:
+        """Returns the rank of a module; the first pattern that matches wins."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_for(self, name: str) -> float:
+        """Returns alpha for a module, looked up independently of the rank."""
+        return float(_first_match(self.alpha_pattern, name, self.alpha))
+
+    def scaling_for(self, name: str) -> float:
+        """Returns ``alpha / rank``, or ``alpha / sqrt(rank)``."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (rank**0.5 if self.rslora else rank)
+
+    def is_target(self, name: str) -> bool | None:
+        """Says whether PEFT adapts a module.
+
+        Args:
+          name: the module's full Hugging Face name.
+
+        Returns:
+          True or False; None for ``"all-linear"``, which depends on the module's type.
+        """
+        if _is_named(self.exclude, name) or any(
+            match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
+        ):
+            return False
+        if self.targets == "all-linear":
+            return None
+        if isinstance(self.targets, str) or name in self.targets:
+            return _is_named(self.targets, name)
+        return _is_named(self.targets, name) and self._has_layer(name)
+
+    def _has_layer(self, name: str) -> bool:
+        if not self.layers:
+            return True
+        # The first number after any segment, or after one that `layers_pattern` names.
+        named = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        for start in named or [r".*?\.[^.]*"]:
+            if found := match(rf"{start}\.(?P<index>\d+)\.", name):
+                return int(found["index"]) in self.layers
+        return False
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Reads and checks an adapter folder's config.
+
+    Args:
+      folder: the adapter folder.
+
+    Returns:
+      The config.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it isn't JSON, isn't a LoRA's, has values of the wrong type, or
+        asks for what isn't supported; all of it is named at once.
+    """
+    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
+    """Reads a parsed config; see `read_peft_config`."""
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{origin} must have peft_type 'LORA'; got {kind!r}. Other methods of PEFT "
+            "can't be loaded: merge the adapter into its base with PEFT."
+        )
+    values, faults = {}, []
+    for key, (is_valid, wanted, default) in _FIELDS.items():
+        value = settings.get(key)
+        values[key] = default if value is None else value
+        if value is not None and not is_valid(value):
+            faults.append(f"{key} must be {wanted}; got {_short(value)}")
+    if settings.get("target_modules") is None:
+        faults.append("target_modules must name what is adapted; got null")
+    faults += [
+        f"{key} = {_short(settings[key])} is not supported: it changes what the adapter"
+        " computes"
+        for key, neutral in NEUTRAL.items()
+        if key in settings and not any(_same(settings[key], value) for value in neutral)
+    ]
+    init = settings.get("init_lora_weights", True)
+    if not any(_same(init, value) for value in SILENT_INITS):
+        faults.append(
+            f"init_lora_weights = {_short(init)} moves the base, and the file holds "
+            "what is left after that. Save it with PEFT's "
+            "`path_initial_model_for_weight_conversion` as an adapter of the original "
+            "base"
+        )
+    if faults:
+        raise ValueError(f"{origin} has {len(faults)} faults: {'; '.join(faults)}.")
+    known = {*_FIELDS, *NEUTRAL, *NO_EFFECT, "peft_type", "init_lora_weights"}
+    layers = values["layers_to_transform"]
+    pattern = values["layers_pattern"]
+    return PeftConfig(
+        rank=values["r"],
+        alpha=float(values["lora_alpha"]),
+        targets=values["target_modules"],
+        exclude=values["exclude_modules"],
+        layers=[layers] if isinstance(layers, int) else layers,
+        layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
+        rank_pattern=values["rank_pattern"],
+        alpha_pattern=values["alpha_pattern"],
+        saved=list(dict.fromkeys(values["modules_to_save"])),
+        rslora=values["use_rslora"],
+        dora=values["use_dora"],
+        dropout_rate=float(values["lora_dropout"]),
+        bias=values["bias"],
+        settings=dict(settings),
+        unknown=tuple(sorted(set(settings) - known)),
+    )
+
+
+def match(pattern: str, name: str) -> Any:
+    """Matches the start of a module's name, as `re.match`, for a while.
+
+    Args:
+      pattern: a regular expression out of an adapter's file.
+      name: of a module.
+
+    Returns:
+      What matched, or None.
+
+    Raises:
+      ValueError: if it takes over a second, as ``(a+)+`` can; `re` would never end.
+    """
+    regex = load_optional("matching PEFT's patterns", "regex")  # it can be told to stop
+    try:
+        return regex.match(pattern, name, timeout=1.0)
+    except (TimeoutError, regex.error) as error:
+        raise ValueError(
+            f"{CONFIG}: the pattern {_short(pattern)} must be matched against "
+            f"{name!r} within a second, and can't be: {error or 'out of time'}. Write "
+            "it without a repetition inside a repetition."
+        ) from error
+
+
+def _is_named(patterns: str | list[str], name: str) -> bool:
+    if isinstance(patterns, str):
+        return bool(patterns) and match(rf"(?:{patterns})\Z", name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for key, value in patterns.items():
+        if match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal and of one type: 0 is not False here, nor 1 True."""
+    return type(value) is type(neutral) and value == neutral
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= 1 << 20
+
+
+def _is_regex(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _patterns(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def is_valid(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            _is_regex(key) and check(item) for key, item in value.items()
+        )
+
+    return is_valid
+
+
+def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(check(value) for check in checks)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+_NAMES = "a list of names or a regular expression"
+_is_names = _either(_is_regex, _list_of(_is_text))
+# What is read: whether a value will do, what it must be, and PEFT's default.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "r": (_is_rank, "an integer of at least 1", 8),
+    "lora_alpha": (_is_positive, "a number above 0", 8),
+    "target_modules": (_is_names, _NAMES, []),
+    "exclude_modules": (_is_names, _NAMES, []),
+    "layers_to_transform": (
+        _either(_is_int, _list_of(_is_int)),
+        "an integer or a list of them",
+        None,
+    ),
+    "layers_pattern": (
+        _either(_is_regex, _list_of(_is_regex)),
+        "a regular expression or a list of them",
+        [],
+    ),
+    "rank_pattern": (_patterns(_is_rank), "ranks by regular expression", {}),
+    "alpha_pattern": (_patterns(_is_positive), "alphas by regular expression", {}),
+    "modules_to_save": (_list_of(_is_regex), "a list of names", []),
+    "use_rslora": (_is_bool, "true or false", False),
+    "use_dora": (_is_bool, "true or false", False),
+    "fan_in_fan_out": (_is_bool, "true or false", False),
+    "lora_dropout": (_is_share, "in [0, 1]", 0.0),
+    "bias": (
+        lambda value: value in ("none", "lora_only", "all"),
+        "'none', 'lora_only' or 'all'",
+        "none",
+    ),
+}

@@ -1,1 +1,0 @@
-"""Files at the library's borders: weights, checkpoints, tokenizers, packages, data."""

@@ -1,0 +1,212 @@
+"""The parts of a decoder: norms, attention, MLP and the block they make."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from lora_jax.attention.causal import cached_attention, causal_attention
+from lora_jax.attention.rope import apply_rope
+from lora_jax.models.activations import ACTIVATIONS, gate
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.names import LINEAR
+from lora_jax.parallel.activation_sharding import shard_rows
+
+Hidden = Float[Array, "b t d"]
+Layer = int | Int[Array, ""]
+Past = tuple[Array, Array] | None
+NO_WINDOW = 2**30
+
+
+class PositionContext(NamedTuple):
+    """Where the tokens of a batch stand: the same for all layers.
+
+    Attributes:
+      cos: cosines of each rope table, ``[b, t, c]``.
+      sin: sines.
+      slots: ``[b, t]`` slots in the cache when decoding, else None.
+      segment_ids: ``[b, t]`` example of each token of a packed row, or None.
+    """
+
+    cos: tuple[Array, ...]
+    sin: tuple[Array, ...]
+    slots: Array | None
+    segment_ids: Array | None
+
+
+class RMSNorm(nn.Module):
+    """Computes ``x / √(mean(x²) + eps) * (offset + scale)``, in float32.
+
+    Variables: ``scale`` ``[d]``.
+    """
+
+    eps: float
+    offset: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns the normalised ``x``, in ``dtype``."""
+        ones = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+class DecoderModule(nn.Module):
+    """What the parts of a decoder share: the config, the dtype, norms and layers."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
+        """Applies the linear layer called ``name`` to ``[b, t, i]``: ``[b, t, width]``.
+
+        A policy that recomputes may keep the result, by the name `LINEAR`.
+        """
+        layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
+        return checkpoint_name(layer(x), LINEAR)
+
+    def norm(self, name: str) -> nn.Module:
+        """Returns the norm called ``name``."""
+        return make_norm(self.config, self.dtype, name)
+
+
+class Attention(DecoderModule):
+    """Causal self-attention, grouped, with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Attends.
+
+        Args:
+          x: ``[b, t, d]``.
+          place: where the tokens stand.
+          layer: number of the layer, traced if the layers are scanned.
+          past: the layer's keys and values ``[b, s, k, h]`` when decoding.
+
+        Returns:
+          ``[b, t, d]``, and the layer's keys and values with these tokens' in them.
+        """
+        cfg, (b, t, _) = self.config, x.shape
+        n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+        bias = cfg.has_qkv_bias
+        if cfg.is_qkv_fused:
+            qkv = self.dense("qkv", x, (n + 2 * k) * h, bias)
+            query, key, value = jnp.split(qkv, [n * h, (n + k) * h], axis=-1)
+        else:
+            query = self.dense("query", x, n * h, bias)
+            key = self.dense("key", x, k * h, bias)
+            value = self.dense("value", x, k * h, bias)
+        if cfg.qk_norm == "projection":
+            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        query = query.reshape(b, t, n, h)
+        key, value = key.reshape(b, t, k, h), value.reshape(b, t, k, h)
+        if cfg.qk_norm == "head":
+            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        rope = _of_layer(cfg.layer_ropes, layer, len(cfg.ropes))
+        if rope is not None:
+            cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+
+        window = _of_layer(cfg.layer_windows, layer, NO_WINDOW)
+        attend = functools.partial(
+            causal_attention if past is None else cached_attention,
+            scale=cfg.attention_scale,
+            softcap=cfg.attention_softcap,
+            window=window,
+        )
+        if past is None:
+            windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
+            mixed = attend(
+                query,
+                key,
+                value,
+                windows=tuple(sorted(windows)),
+                segment_ids=place.segment_ids,
+            )
+        else:
+            rows = jnp.arange(b)[:, None]
+            key = past[0].at[rows, place.slots].set(key)
+            value = past[1].at[rows, place.slots].set(value)
+            mixed = attend(query, key, value, place.slots)
+        mixed = mixed.reshape(b, t, n * h)
+        y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
+        return y, (key, value)
+
+
+class Mlp(DecoderModule):
+    """Computes ``(act(x W_gate) * x W_up) W_down``, or ``act(x W_up) W_down``."""
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
+        cfg, act = self.config, ACTIVATIONS[self.config.activation]
+        f, bias = cfg.mlp_size, cfg.has_mlp_bias
+
+        if cfg.is_gate_up_fused:
+            both = self.dense("gate_up", x, 2 * f, bias)
+            x = gate(act, *jnp.split(both, 2, axis=-1))  # [b, t, f]
+        elif cfg.is_gated:
+            x = gate(act, self.dense("gate", x, f, bias), self.dense("up", x, f, bias))
+        else:
+            x = jax.checkpoint(act)(self.dense("up", x, f, bias))
+        return self.dense("down", x, cfg.hidden_size, bias)
+
+
+class Block(DecoderModule):
+    """One transformer block: ``x + post(sublayer(pre(x)))``, twice."""
+
+    def __call__(
+        self, x: Hidden, place: PositionContext, layer: Layer
+    ) -> tuple[Hidden, None]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``; see `Attention`."""
+        return self.run(x, place, layer)[0], None
+
+    @nn.compact
+    def run(
+        self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Returns the keys and values of the layer too, for a cache."""
+        placement = self.config.norm_placement
+
+        def pre(name: str, x: Array) -> Array:
+            return self.norm(name)(x) if placement != "post" else x
+
+        def post(name: str, y: Array) -> Array:
+            return self.norm(name)(y) if placement != "pre" else y
+
+        attention = Attention(self.config, self.dtype, name="attention")
+        mlp = Mlp(self.config, self.dtype, name="mlp")
+        y, kept = attention(pre("attention_norm", x), place, layer, past)
+        x = x + post("attention_post_norm", y)
+        x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        return shard_rows(x), kept
+
+
+def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
+    """Makes a norm of the config's kind."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.norm_eps, dtype=dtype, name=name)
+    return RMSNorm(config.norm_eps, config.norm_offset, dtype, name=name)
+
+
+def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
+    """A layer's entry: static where it can be, else looked up by the traced layer."""
+    if len(set(values)) == 1:
+        return values[0]
+    if isinstance(layer, int):
+        return values[layer]
+    return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _pick(tables: tuple[Array, ...], index: Any) -> Array:
+    return tables[index] if isinstance(index, int) else jnp.stack(tables)[index]

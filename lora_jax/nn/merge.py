@@ -1,0 +1,99 @@
+"""The table of a model's own LoRA layers, and merging them into a plain tree.
+
+`LoRADense` and the other twins keep W0 in ``frozen`` and ask their config by path, so
+the layers themselves say what is adapted: the model is traced, as `adapt` traces a
+plain one, and each twin is asked.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.nn.trace import Example, trace_model
+from lora_jax.tree.merge import merge_params
+from lora_jax.tree.partition import join
+from lora_jax.tree.targets import Target, target_at
+
+
+def lora_layer_targets(
+    model: nn.Module,
+    variables: Mapping[str, PyTree],
+    *example_args: Any,
+    **example_kwargs: Any,
+) -> list[Target]:
+    """Returns the table of the LoRA layers that a model is built of.
+
+    Args:
+      model: a Linen module with `LoRADense` or other twins in it, unbound.
+      variables: its collections, arrays or shapes.
+      *example_args: example inputs, used for shapes alone. Optional: without them
+        plausible inputs are tried.
+      **example_kwargs: example keyword arguments.
+
+    Returns:
+      One `Target` an adapted layer, which `merge_params`, `unmerge_params` and
+      `merge_errors` take.
+
+    Raises:
+      ValueError: if no example is given and none of those tried fits, or the model has
+        no adapted LoRA layer.
+    """
+    base = nn.meta.unbox(_base(variables))
+    example = None
+    if example_args or example_kwargs:
+        example = Example.of(*example_args, **example_kwargs)
+    found = trace_model(model, base, example, native=True)
+    rows = [target_at(site, found.configs[site.path]) for site in found.sites]
+    targets = [row for row in rows if row is not None]
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} must have LoRA layers of its own (LoRADense, ...) "
+            f"that their config adapts; {len(rows)} LoRA layers were found, 0 adapted. "
+            "A model of plain layers goes through `adapt(model, config).merge`."
+        )
+    return targets
+
+
+def merge_lora_layers(
+    model: nn.Module,
+    variables: Mapping[str, PyTree],
+    *example_args: Any,
+    **example_kwargs: Any,
+) -> dict[str, PyTree]:
+    """Folds the adapters of a model's own LoRA layers in.
+
+    Args:
+      model: a Linen module with `LoRADense` or other twins in it, unbound.
+      variables: its collections; left as they are.
+      *example_args: example inputs, as for `lora_layer_targets`.
+      **example_kwargs: example keyword arguments.
+
+    Returns:
+      The plain tree of the same model built of Linen's own layers: W0 + scaling * A B
+      under the paths and names of W0.
+
+    Raises:
+      ValueError: as `lora_layer_targets`; or if an adapter is missing, left over, or
+        not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lora_jax import LoRAConfig, LoRADense
+      >>> model = LoRADense(4, lora=LoRAConfig(rank=2, alpha=4, targets=".*"))
+      >>> x = jnp.ones((2, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> params = merge_lora_layers(model, variables)
+      >>> plain = nn.Dense(4).apply({"params": params}, x)
+      >>> bool((plain == model.apply(variables, x)).all())
+      True
+    """
+    targets = lora_layer_targets(model, variables, *example_args, **example_kwargs)
+    base = nn.meta.unbox(_base(variables))
+    return merge_params(base, nn.meta.unbox(variables[LORA]), targets)
+
+
+def _base(variables: Mapping[str, PyTree]) -> dict[str, Any]:
+    return join(variables.get(FROZEN, {}), variables.get(PARAMS, {}))

@@ -1,0 +1,37 @@
+"""Rotary positions: a rotation of pairs, by angles that add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.attention.rope import apply_rope, rope_angles
+
+FREQUENCIES = jnp.array([1.0, 0.1, 0.01])
+
+
+def rotated(x, position):
+    angles = rope_angles(jnp.array([[position]]), FREQUENCIES)
+    return apply_rope(x, jnp.cos(angles), jnp.sin(angles))
+
+
+def test_pairs_turn_like_complex_numbers_and_the_rest_stays():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
+    y = np.asarray(rotated(x, 7))
+    z = np.asarray(x[..., :3] + 1j * x[..., 3:6]) * np.exp(7j * np.asarray(FREQUENCIES))
+    np.testing.assert_allclose(y[..., :3], z.real, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[..., 3:6], z.imag, rtol=1e-5, atol=1e-6)
+    assert (y[..., 6:] == x[..., 6:]).all()
+
+
+def test_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 6))
+    near = (rotated(q, 5) * rotated(k, 2)).sum()
+    far = (rotated(q, 105) * rotated(k, 102)).sum()
+    np.testing.assert_allclose(near, far, rtol=1e-4)
+    assert abs(near - (rotated(q, 5) * rotated(k, 3)).sum()) > 1e-3
+
+
+def test_more_angles_than_half_a_head_are_an_error():
+    with pytest.raises(ValueError, match=r"at most h / 2 = 2 angles .* got 3"):
+        rotated(jnp.ones((1, 1, 1, 4)), 1)

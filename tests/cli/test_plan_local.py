@@ -1,0 +1,87 @@
+"""`lora-jax plan` on this machine: what fits, and what to change where it doesn't."""
+
+import json
+
+import jax
+import pytest
+
+from lora_jax.cli import plan_local
+from lora_jax.finetune.devices import Devices
+from lora_jax.train.state import TrainState
+
+
+def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
+    monkeypatch.setattr(plan_local, "device_memory", lambda device: 3 * 10**6)
+    code, out, shown = call("plan", config, "--json", "--largest-batch")
+    plan = json.loads(out)
+    assert code == 0, shown
+    assert plan["limit"] == 3 * 10**6
+    assert plan["step"]["lora"]["total"] < 3 * 10**6
+    assert plan["largest_batch"] > 8
+    assert plan["remat"] is None  # an encoder has no policies
+    assert "fits this machine's" in shown
+
+
+def test_a_step_that_does_not_fit_names_the_batch_that_does(config, call, monkeypatch):
+    code, out, _ = call("plan", config, "--json")
+    needed = json.loads(out)["step"]["lora"]["total"]
+    monkeypatch.setattr(plan_local, "device_memory", lambda device: needed - 1)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "a step of 8 rows needs" in shown
+    found = int(shown.partition("train.batch_size=")[2].partition(":")[0])
+    assert 1 <= found < 8
+
+
+def test_where_no_batch_fits_the_error_says_what_else_helps(config, call, monkeypatch):
+    monkeypatch.setattr(plan_local, "device_memory", lambda device: 999)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "this machine has 999 B" in shown
+    assert "Not even the smallest batch fits" in shown
+
+
+@pytest.mark.parametrize("stats", [None, {"bytes_limit": 7}], ids=["cpu", "gpu"])
+def test_the_memory_of_a_device_is_its_allocators_or_the_machines(stats):
+    class Device:
+        def memory_stats(self):
+            return stats
+
+    found = plan_local.device_memory(Device())
+    assert found == 7 if stats else found > 2**28
+
+
+def test_steps_are_priced_from_shapes_alone_whatever_the_settings(
+    config, call, monkeypatch
+):
+    create = TrainState.create
+
+    def traced(variables, tx, rng):
+        assert all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(variables))
+        return create(variables, tx, rng)
+
+    monkeypatch.setattr(TrainState, "create", traced)
+    words = ["train.lora_b_ratio=16", "mesh.fsdp=2"]  # no B in a full step; one device
+    code, out, shown = call("plan", config, *words, "--json")
+    assert code == 0, shown
+    assert json.loads(out)["step"]["full"]["total"] > 0
+    assert "one of 1; the run's was" in shown
+
+
+def test_batches_divide_over_the_mesh_as_they_must_in_training(
+    config, call, monkeypatch
+):
+    monkeypatch.setattr(Devices, "parts", 3)
+    code, _, shown = call("plan", config)
+    assert code == 2
+    assert "got 8. Take 6 or 9" in shown
+    units = []
+    monkeypatch.setattr(
+        plan_local, "largest_batch", lambda price, unit: units.append(unit)
+    )
+    words = ["train.batch_size=12", "train.accumulate=2", "--largest-batch"]
+    code, _, shown = call("plan", config, *words)
+    assert code == 0, shown
+    assert units == [6]

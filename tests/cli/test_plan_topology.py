@@ -1,0 +1,102 @@
+"""`lora-jax plan --topology` from a config.json alone; this machine plays the slice."""
+
+import json
+
+import jax
+import pytest
+
+from lora_jax.cli import plan_topology
+from lora_jax.cli.plan_topology import read_mesh
+from lora_jax.finetune.settings import load_settings
+from lora_jax.plan import slices
+from tests.models.golden import GOLDEN
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_topology, "open_slice", lambda name: jax.devices()[:1])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = (GOLDEN / "llama" / "config.json").read_text()
+    (folder / "config.json").write_text(text)  # and no weights
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        f"model: {{path: {folder}, dtype: bfloat16}}\n"
+        f"data: {{train: {tmp_path}/none.jsonl, max_length: 16}}\n"
+        f"output: {{dir: {tmp_path}/run}}\ntrain: {{batch_size: 2}}\n"
+    )
+    return file
+
+
+def test_a_step_is_planned_without_weights_or_data(config, call):
+    code, out, shown = call("plan", config, "--topology", "v5e:4x4", "--json")
+    assert code == 0, shown
+    plan = json.loads(out)
+    assert plan["step"]["batch"] == 2
+    assert plan["step"]["tokens"] == 16
+    assert plan["step"]["fits"]
+    assert plan["step"]["total"] < 2**30
+    assert plan["remat"] == "lora"  # the setting's default
+    assert "frozen base" in shown
+
+
+def test_options_that_mean_nothing_alone_and_bad_names_are_refused(config, call):
+    code, _, shown = call("plan", config, "--batch", "4")
+    assert code == 2
+    assert "--batch must come with --topology" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x5")
+    assert code == 2
+    assert "v5e:4x4, v5e:4x8" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x4", "--mesh", "dta=2")
+    assert code == 2
+    assert "'dta=2'" in shown
+    code, _, shown = call("plan", config, "--topology", "v5e:4x4", "--mesh", "tensor=3")
+    assert code == 2
+    assert "nearest that works" in shown
+
+
+def test_a_step_that_does_not_fit_names_the_next_slice_that_it_fits(
+    config, call, monkeypatch
+):
+    small, large = slices.Chip(999, ("2x2",)), slices.Chip(2**40, ("2x2", "2x4"))
+    monkeypatch.setitem(slices.CHIPS, "v5e", large)
+    chips = {"v5e:2x2": small, "v5e:2x4": large}
+    monkeypatch.setattr(plan_topology, "check_topology", chips.__getitem__)
+    code, _, shown = call("plan", config, "--topology", "v5e:2x2")
+    assert code == 2
+    shown = " ".join(shown.split())
+    assert "a step of 2 x 16 tokens needs at least" in shown
+    assert "a chip has 999 B" in shown
+    assert "--topology v5e:2x4 --batch 2" in shown
+
+
+def test_where_no_slice_is_large_enough_the_error_says_what_else_helps(
+    config, call, monkeypatch
+):
+    chip = slices.Chip(999, ("2x2", "2x4"))
+    monkeypatch.setitem(slices.CHIPS, "v5e", chip)
+    code, _, shown = call("plan", config, "--topology", "v5e:2x2")
+    assert code == 2
+    assert "No larger slice of that chip fits either" in " ".join(shown.split())
+
+
+def test_a_mesh_is_all_fsdp_but_for_what_is_said():
+    assert read_mesh(None) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert read_mesh("tensor=2") == {"data": 1, "fsdp": -1, "tensor": 2}
+    assert read_mesh("data=-1,tensor=2") == {"data": -1, "fsdp": 1, "tensor": 2}
+
+
+def test_the_settings_of_mesh_and_model_are_planned_with(config, call):
+    words = ["plan", config, "--topology", "v5e:4x4", "train.accumulate=2"]
+    code, _, shown = call(*words, "--batch", "3")
+    assert code == 2
+    assert "data x fsdp x accumulate = 1 x 1 x 2 = 2; got batch 3" in shown
+    overrides = ["mesh.uneven=replicate", "mesh.rules={up/kernel: [fsdp]}"]
+    work = plan_topology.workload(
+        load_settings(config, [*overrides, "model.scan=false"]), None
+    )
+    assert work.uneven == "replicate"
+    assert [(path, tuple(spec)) for path, spec in work.rules] == [
+        ("up/kernel", ("fsdp",))
+    ]
+    assert not work.adapted.model.is_scanned

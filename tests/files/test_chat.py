@@ -1,0 +1,209 @@
+"""Chat templates: rendered as transformers does, in a sandbox, with exact borders."""
+
+import sys
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_jax.files.chat import ChatTemplate
+from lora_jax.files.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = CHATML.replace(
+    "{{ '<|im_start|>' + m.role",
+    "{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}!"
+    "{% endgeneration %}{% continue %}{% endif %}{{ '<|im_start|>' + m.role",
+)
+WORDS = st.text(st.sampled_from("ab 1\n\té日😀\u0301<|"), max_size=12)
+
+
+def chat(*contents, roles=("user", "assistant")):
+    return [
+        {"role": roles[i % len(roles)], "content": text}
+        for i, text in enumerate(contents)
+    ]
+
+
+def save_tokenizer(folder, template=CHATML, normalizer=None):
+    """A byte-level tokenizer whose merges cross what they can."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ġ"), ("Ġ", "a"), ("a", "b"), ("Ċ", "Ċ"), ("b", "Ċ"), ("1", "1")]
+    tokens = [*alphabet, *map("".join, merges)]
+    model = tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, newline="")
+    return Tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=["plain", "nfc"])
+def tokenizer(request, tmp_path_factory):
+    normalizer = {"plain": None, "nfc": tokenizers.normalizers.NFC()}[request.param]
+    return save_tokenizer(tmp_path_factory.mktemp("t"), normalizer=normalizer)
+
+
+@given(st.lists(WORDS, min_size=2, max_size=5))
+def test_the_mask_is_right_at_every_token_border(tokenizer, contents):
+    messages = chat(*contents)
+    tokens = tokenizer.encode_chat(messages)
+    # Byte by byte: which come from an assistant's turn, up to its end token.
+    expected = []
+    for message in messages:
+        said = message["role"] == "assistant"
+        head, tail = f"<|im_start|>{message['role']}\n", message["content"]
+        expected += [(c, 0) for c in head] + [(c, said) for c in tail + "<|im_end|>"]
+        expected += [("\n", 0)]
+    text = "".join(c for c, _ in expected)
+    encoding = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+    assert tokens.ids == encoding.ids
+    for (start, end), m in zip(encoding.offsets, tokens.mask, strict=True):
+        assert m == int(any(said for _, said in expected[start:end]))
+
+
+@given(st.lists(WORDS, min_size=2, max_size=5))
+def test_marks_give_the_same_as_their_text(contents):
+    messages = chat(*contents)
+    rendered = ChatTemplate(MARKED, {}).mark_assistant(messages)
+    said = [rendered.text[a:b] for a, b in rendered.spans]
+    assert said == [m["content"] + "!" for m in messages if m["role"] == "assistant"]
+    assert rendered.marked
+    assert rendered.text == ChatTemplate(MARKED, {}).render(messages)
+    assert rendered.text.count("A:") >= len(said)
+
+
+def test_several_turns_of_the_assistant_all_count():
+    rendered = ChatTemplate(CHATML, {}).mark_assistant(chat("q", "one", "r", "two"))
+    assert [rendered.text[a:b] for a, b in rendered.spans] == [
+        "one<|im_end|>\n",
+        "two<|im_end|>\n",
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_an_error():
+    forgets = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{% if loop.last %}<think>{% endif %}{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"same whatever follows.*message 1, .*genera"):
+        ChatTemplate(forgets, {}).mark_assistant(chat("q", "a", "r", "b"))
+
+
+def test_templates_see_what_transformers_shows_them():
+    template = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}\n"
+        "    {% if m.role == 'user' %}\n"
+        "{{ m | tojson }}{{ dict(a=1).a }}{% set ns = namespace(x=2) %}{{ ns.x }}\n"
+        "    {% endif %}\n"
+        "{% endfor %}{{ tools is none }}{{ eos_token is defined }}",
+        {"bos_token": "<s>"},
+    )
+    assert (
+        template.render(chat("<é>")) == '<s>{"role": "user", "content": "<é>"}12\n'
+        "TrueFalse"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "access to attribute 'append'"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "can't set '_x'"),
+        ("{{ range(10000000) | list }}", "[Rr]ange"),
+        ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 10**11 }}", r"\* asks for more than a text may hold"),
+        ("{{ 10**9 * messages }}", r"\* asks for more"),
+        ("{{ 9 ** 99999999 }}", r"\*\* asks for more"),
+        ("{{ '%99999999d' % 1 }}", "% asks for more"),
+        ("{{ '%.99999999f' % 1 }}", "% asks for more"),
+        ("{{ '%(a)99999999d' % {'a': 1} }}", "% asks for more"),
+        ("{{ '%*d' % (99999999, 1) }}", "% asks for more"),
+        ("{{ ('%999999d' * 99) % messages }}", "% asks for more"),
+        ("{{ '%99999999d' | format(1) }}", "% asks for more"),
+        ("{{ strftime_now('%99999999Y') }}", "% asks for more"),
+        ("{{ '{:99999999}'.format(1) }}", "format asks for more"),
+        ("{{ '{a:99999999}'.format_map({'a': 1}) }}", "format_map asks for more"),
+        ("{{ '{:{}}'.format(1, 99999999) }}", "format must be told its widths"),
+        ("{{ 'a'.ljust(99999999) }}", "ljust asks for more"),
+        ("{{ 'a'.rjust(99999999, 'b') }}", "rjust asks for more"),
+        ("{{ ('a' | attr('center'))(99999999) }}", "center asks for more"),
+        ("{{ 'a'.encode().zfill(99999999) }}", "zfill asks for more"),
+        ("{{ ('\t' * 9999).expandtabs(tabsize=9999) }}", "expandtabs asks for more"),
+        ("{{ 'a' | center(99999999) }}", "center asks for more"),
+        ("{{ ['a'] | map('center', 99999999) | list }}", "center asks for more"),
+        ("{{ 'a' | indent(width=99999999, first=true) }}", "indent asks for more"),
+        ("{{ 'a' | batch(99999999, 'b') | list }}", "batch asks for more"),
+        ("{{ messages | tojson(indent=99999999) }}", "tojson asks for more"),
+    ],
+)
+def test_what_a_template_refuses_or_must_not_do_is_an_error(source, message):
+    with pytest.raises(ValueError, match=f"can't write these 1 messages: .*{message}"):
+        ChatTemplate(source, {}).render(chat("x"))
+
+
+def test_texts_are_formatted_and_padded_as_in_python():
+    source = (
+        "{{ '%-4s|%03d|100%%' % ('a', 7) }} {{ '{:>4}{{}}{x:.2f}'.format(1, x=2) }} "
+        "{{ 'ab'.ljust(4, '.') + 'ab'.center(4) + '7'.zfill(3) }} {{ 7 % 4 }} "
+        "{{ '%s!' | format('b') }} {{ 'c' | center(3) }}{{ 'd' | indent(2, true) }}"
+    )
+    text = ChatTemplate(source, {}).render(chat("x"))
+    assert text == "a   |007|100%    1{}2.00 ab.. ab 007 3 b!  c   d"
+
+
+def test_the_day_that_a_template_is_told_is_always_the_same():
+    source = "{{ strftime_now('%d %B %Y, %H:%M') }}"  # as SmolLM3's asks
+    assert ChatTemplate(source, {}).render(chat("x")) == "26 July 2024, 00:00"
+
+
+def test_a_template_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"must be Jinja; it can't be read: .*endfor"):
+        ChatTemplate("{% for m in messages %}", {})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"at least 1 message; got '\[\]'"),
+        ("hi", "list of at least 1 message; got 'hi'"),
+        ([{"role": "user"}], "message 0 .* its content is 'None'"),
+        ([{"role": 3, "content": ""}], "message 0 .* its role is '3'"),
+        (["hi"], "message 0 must be an object"),
+        (chat("a", "b\ufdd0"), "message 1 .*noncharacter"),
+        (chat("a"), r"a turn of the role 'assistant'; got \['user'\]"),
+    ],
+)
+def test_malformed_messages_are_named(messages, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(CHATML, {}).mark_assistant(messages)
+
+
+def test_without_a_template_the_error_says_what_to_do(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "t", template=None)
+    with pytest.raises(ValueError, match="must come with a chat template"):
+        tokenizer.encode_chat(chat("a", "b"))
+
+
+def test_without_jinja2_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'pip install "lora_jax\[train\]"'):
+        ChatTemplate(CHATML, {})

@@ -1,0 +1,156 @@
+import dataclasses
+
+import pytest
+
+from lora_jax.config import LoRAConfig
+from lora_jax.finetune.settings import differences, load_settings
+from lora_jax.finetune.yaml_file import parse_yaml
+
+MINIMAL = """
+model: {path: some/model}
+data: {dataset: vader/movie}
+output: {dir: runs/x}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_fill_what_is_not_said(file):
+    settings = load_settings(file)
+    assert settings.lora == LoRAConfig()
+    assert settings.train.batch_size == 32
+    assert settings.data.max_length is None
+
+
+def test_overrides_are_read_as_yaml_and_keep_their_types(file):
+    settings = load_settings(
+        file,
+        [
+            "lora.rank=4",
+            "lora.targets=[query, value]",
+            "train.learning_rate=3e-4",
+            "train.baseline=false",
+            "train.clip_norm=null",
+            "output.dir=2024",
+            "lora.rank_pattern={query: 2}",
+        ],
+    )
+    assert settings.lora.rank == 4
+    assert settings.lora.targets == ("query", "value")
+    assert settings.lora.rank_pattern == (("query", 2),)
+    assert settings.train.learning_rate == 3e-4
+    assert settings.train.baseline is False
+    assert settings.train.clip_norm is None
+    assert settings.output.dir.endswith("/2024")  # text stays text
+
+
+def test_the_resolved_yaml_reads_back_unchanged(file, tmp_path):
+    settings = load_settings(file, ["lora.rank=4", "train.epochs=3"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(settings.to_yaml())
+    assert load_settings(again) == settings
+
+
+def test_every_fault_of_a_file_is_in_one_error(file):
+    file.write_text(
+        """
+model: {path: abc, poling: cls}
+data: {dataset: vader/movie}
+lora: {rank: 0, alpha: x, targts: [query]}
+train: {batch_size: "8", epochs: 1.0, schedule: lin, warmup: 2}
+trian: {}
+"""
+    )
+    with pytest.raises(ValueError, match="12 faults in the settings") as caught:
+        load_settings(file, ["lora.rnak=3", "rank=3", "trn.x=1"])
+    message = str(caught.value)
+    for line in (
+        "model.poling: unknown key. Did you mean 'pooling'?",
+        "lora.targts: unknown key. Did you mean 'targets'?",
+        "trian: no such section. Did you mean 'train'?",
+        "lora.rnak: unknown key. Did you mean 'rank'?",
+        "'rank=3': an override must be section.key=value",
+        "trn.x: no section 'trn'. Did you mean 'train'?",
+        "output: missing",
+        "alpha must be a number; got 'x'; rank must be at least 1; got 0",
+        "train.batch_size: must be a valid integer; got '8'",
+        "train.epochs: must be a valid integer; got 1.0",
+        "train.schedule: must be 'linear', 'cosine' or 'constant'; got 'lin'",
+        "train.warmup: must be less than 1; got 2",
+    ):
+        assert line in message
+
+
+def test_a_missing_file_names_itself_and_its_neighbour(file):
+    with pytest.raises(FileNotFoundError, match=r"confg\.yaml .*config\.yaml"):
+        load_settings(file.with_name("confg.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=x.jsonl", "dataset and train are both set"),
+        ("data.dataset=null", "needs a dataset"),
+        ("train.accumulate=3", "a multiple of accumulate = 3; got 32"),
+        ("train.learning_rate=0", "must be greater than 0; got 0"),
+        ("train.log_every=[", "train.log_every is not valid YAML"),
+        ("model.dtype=float16", "'float32' or 'bfloat16'; got 'float16'"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(file, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings(file, [override])
+
+
+def test_a_repeated_key_is_an_error(file):
+    file.write_text(MINIMAL + "train: {epochs: 1, epochs: 2}\n")
+    with pytest.raises(ValueError, match="the key 'epochs' is there twice"):
+        load_settings(file)
+
+
+def test_a_key_that_is_a_mapping_is_an_error_and_merging_one_is_not(file):
+    file.write_text(MINIMAL.replace("some/model", "{{MODEL}}"))
+    with pytest.raises(ValueError, match=r"'MODEL': None\} can't be a key"):
+        load_settings(file)
+    text = "{a: &base {x: 1, y: 2}, b: {<<: *base, y: 3}}"
+    assert parse_yaml(text, "here")["b"] == {"x": 1, "y": 3}
+
+
+def test_a_model_that_is_a_file_is_found_from_any_folder(file, tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(file, ["model.path=tiny.gguf"])
+    assert settings.model.path == str(tmp_path / "tiny.gguf")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"model: \xff\n")
+    with pytest.raises(
+        ValueError, match=r"config.yaml is not valid YAML: .*invalid start byte"
+    ):
+        load_settings(file)
+
+
+def test_a_file_without_sections_is_refused(file):
+    file.write_text("just words")
+    with pytest.raises(ValueError, match=r"must hold sections .*got 'just words'"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "+1E-3", ".001"])
+def test_numbers_with_an_exponent_are_numbers(text):
+    assert parse_yaml(text, "here") == 0.001
+
+
+def test_differences_name_what_changed(file):
+    old = load_settings(file)
+    train = dataclasses.replace(old.train, epochs=3)
+    assert differences(old, dataclasses.replace(old, train=train)) == [
+        "train.epochs: 1 -> 3"
+    ]
