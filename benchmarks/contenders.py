@@ -293,7 +293,7 @@ def init(model: nn.Module, *inputs: jax.Array) -> Any:
 
 def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
     """This library's step on scanned blocks; ``options`` are `measured`'s."""
-    model = Decoder(config, dtype=dtype(), is_scanned=True, remat=remat)
+    model = Decoder(config, dtype=dtype(), scan_layers=True, remat=remat)
     return _lm_step(model, _scanned(config, batch), batch, **options)
 
 
@@ -305,13 +305,13 @@ def _lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contend
 
 
 def _full_decoder(config: DecoderConfig, batch: Any) -> Contender:
-    model = Decoder(config, dtype=dtype(), is_scanned=True, remat="lora")
+    model = Decoder(config, dtype=dtype(), scan_layers=True, remat="lora")
     variables = {"params": _copy(_scanned(config, batch))}
     return _trained(make_lm_loss(model, is_tied=False), variables, batch)
 
 
 def _scanned(config: DecoderConfig, batch: Any) -> Any:
-    return init(Decoder(config, dtype=dtype(), is_scanned=True), batch["input_ids"])
+    return init(Decoder(config, dtype=dtype(), scan_layers=True), batch["input_ids"])
 
 
 def _trained(loss_fn: Any, variables: Any, batch: Any, **options: Any) -> Contender:

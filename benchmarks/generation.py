@@ -38,12 +38,12 @@ def _compare(rows: int, rounds: int) -> dict[str, Any]:
     config = contenders.decoder_specs()[0].config
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT))
     timed = {}
-    for is_scanned, what in ((False, ""), (True, ", scanned blocks")):
-        model = Decoder(config, dtype=contenders.dtype(), is_scanned=is_scanned)
+    for scan_layers, what in ((False, ""), (True, ", scanned blocks")):
+        model = Decoder(config, dtype=contenders.dtype(), scan_layers=scan_layers)
         adapted = adapt(model, LoRAConfig(contenders.RANK, contenders.ALPHA), ids)
         variables = adapted.attach(contenders.init(model, ids), jax.random.key(1))
         timed[f"lora_jax{what}"] = _ours(adapted, variables, ids)
-        if not is_scanned:
+        if not scan_layers:
             merged = {"params": adapted.merge(variables)}
             timed["lora_jax, merged"] = _ours(model, merged, ids)
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):

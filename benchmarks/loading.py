@@ -42,7 +42,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
         shape = f"Llama of {layers} layers, d 1024, float32"
         cases = (
             (f"{shape}, 4 safetensors shards", folder, {}),
-            (f"{shape}, layers stacked for nn.scan", folder, {"is_scanned": True}),
+            (f"{shape}, layers stacked for nn.scan", folder, {"scan_layers": True}),
             (f"{shape}, to bfloat16", folder, {"param_dtype": "bfloat16"}),
             ("SmolLM2-135M, GGUF Q4_1 to float32", SMOLLM2, {}),
         )

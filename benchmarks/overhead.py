@@ -32,7 +32,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     shape = (1, TOKENS) if is_on_cpu() else (spec.batch, spec.length)
     ids = np.random.default_rng(0).integers(0, spec.config.vocab_size, shape)
     ids = jnp.asarray(ids, jnp.int32)
-    model = Decoder(spec.config, dtype=contenders.dtype(), is_scanned=True)
+    model = Decoder(spec.config, dtype=contenders.dtype(), scan_layers=True)
     params = contenders.init(model, ids)
 
     def contender(module, variables, **facts):

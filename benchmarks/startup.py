@@ -90,7 +90,7 @@ def _compile(layers: int) -> float:
     )
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, 257))
     batch = contenders.lm_batch(ids)
-    model = Decoder(config, is_scanned=True, remat="lora")
+    model = Decoder(config, scan_layers=True, remat="lora")
     adapted = adapt(model, LoRAConfig(rank=8), batch["input_ids"])
     params = contenders.init(model, batch["input_ids"])
     variables = adapted.attach(params, jax.random.key(1))

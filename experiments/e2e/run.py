@@ -100,7 +100,7 @@ class Task:
     """The model and the tables, loaded once."""
 
     def __init__(self):
-        self.loaded: LoadedModel = load_model(MODEL, is_scanned=True, remat="lora")
+        self.loaded: LoadedModel = load_model(MODEL, scan_layers=True, remat="lora")
         self.tables = split_tables()
 
     def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       For each prompt the text, its token ids, and why it ended.
     """
-    model = load_decoder(args.model, args.adapter, is_scanned=False)
+    model = load_decoder(args.model, args.adapter, scan_layers=False)
     tokenizer = model.loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{model.loaded.path} has no tokenizer; generate needs one.")

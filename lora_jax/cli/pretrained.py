@@ -32,21 +32,21 @@ class Pretrained(NamedTuple):
 
 
 def load_decoder(
-    model: str | None, adapter: str | None, *, is_scanned: bool | None = None
+    model: str | None, adapter: str | None, *, scan_layers: bool | None = None
 ) -> Pretrained:
     """As `load`; an encoder is an error.
 
     Args:
       model: see `load`.
       adapter: see `load`.
-      is_scanned: whether the blocks are one loop, which compiles faster but makes a
+      scan_layers: whether the blocks are one loop, which compiles faster but makes a
         copy of each block's weights when it comes to it. None and True: an adapter of
         ours is put on what it was trained on.
 
     Returns:
       The model.
     """
-    found = load(model, adapter, is_scanned=is_scanned)
+    found = load(model, adapter, scan_layers=scan_layers)
     if found.loaded.family.head:
         raise UserError(
             f"{found.loaded.path} must be a decoder; it is an encoder, which predicts "
@@ -82,8 +82,8 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
                 "name is not looked for: add --model."
             )
         return Pretrained(load_model(model, foreign, **options), {})
-    if options.get("is_scanned"):
-        options["is_scanned"] = None  # as it was trained
+    if options.get("scan_layers"):
+        options["scan_layers"] = None  # as it was trained
     extra = read_adapter_config(folder)["extra"]
     model = model or extra.get("model")
     if model is None:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """
     target = check_target(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=_fault)
-    model = load_decoder(args.model, args.adapter, is_scanned=True)
+    model = load_decoder(args.model, args.adapter, scan_layers=True)
     sequences = _token_ids(model, records, args.data)
     scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     with out.progress("score", len(sequences)) as tick:

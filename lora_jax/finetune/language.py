@@ -209,7 +209,7 @@ def open_language(
     with together():
         loaded = load_model(
             settings.model.path,
-            is_scanned=settings.scans_layers,
+            scan_layers=settings.scans_layers,
             remat=settings.model.remat,
             **loading(settings, devices),
         )

@@ -154,7 +154,7 @@ def _open(
         if pooling or POOLER in paths:
             options["pooling"] = pooling or POOLER
     elif SCANNED in paths:
-        options["is_scanned"] = True
+        options["scan_layers"] = True
     module = family.module(family.read_config(found.settings), **options)
     return _Base(module, family, found.path, tuple(found.names), pooling)
 

@@ -75,7 +75,7 @@ def place_full(
         if lacking:
             faults.append(
                 f"missing: {lacking} of {len(flat[path])} layers of {path}, which are "
-                "one array here; load the model with is_scanned=False"
+                "one array here; load the model with scan_layers=False"
             )
     return {} if faults else {p: _joined(v) for p, v in parts.items()}, faults
 

@@ -41,7 +41,7 @@ def load_model(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     sharding: Sharding = None,
-    is_scanned: bool | None = None,
+    scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
 ) -> LoadedModel:
@@ -68,7 +68,7 @@ def load_model(
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
-      is_scanned: of a decoder: whether its blocks are one `nn.scan`. None: as an
+      scan_layers: of a decoder: whether its blocks are one `nn.scan`. None: as an
         adapter of ours was trained, else not. False also takes apart an adapter that
         was trained on scanned blocks, see `unscan`.
       remat: of a decoder: what the backward pass computes again, "none", "lora" or
@@ -83,7 +83,7 @@ def load_model(
       FileNotFoundError: if there is no such model or adapter.
       ValueError: if the model type is unknown, the config doesn't fit, tensors are
         missing, unexpected, mis-shaped or not finite; if the adapter is damaged or was
-        made on another base, or on single blocks and ``is_scanned``; if both
+        made on another base, or on single blocks and ``scan_layers``; if both
         ``adapter`` and ``lora`` are given, or ``lora`` without ``key``.
     """
     if adapter is not None and lora is not None:
@@ -96,7 +96,7 @@ def load_model(
         "dtype": dtype,
         "param_dtype": param_dtype,
         "sharding": sharding,
-        "is_scanned": bool(is_scanned),
+        "scan_layers": bool(scan_layers),
         "remat": remat,
         "key": key,
     }
@@ -108,7 +108,7 @@ def load_model(
         if (foreign := read_external(folder)) is not None:
             loaded = _load_foreign(path, foreign, num_labels, pooling, options)
         else:
-            own = {**options, "is_scanned": is_scanned}
+            own = {**options, "scan_layers": scan_layers}
             loaded = _load_ours(path, folder, num_labels, pooling, own)
         return _placed(loaded, sharding)
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
@@ -223,13 +223,13 @@ def _load_ours(
             )
         param_dtype = kept
     was_scanned = any(SCANNED in tree for tree in found.variables.values())
-    is_scanned = options["is_scanned"]
-    if is_scanned and not was_scanned:
+    scan_layers = options["scan_layers"]
+    if scan_layers and not was_scanned:
         raise ValueError(
-            f"is_scanned must be False or None for {folder}, which was trained on "
+            f"scan_layers must be False or None for {folder}, which was trained on "
             "blocks that are no nn.scan; got True."
         )
-    options = {**options, "param_dtype": param_dtype, "is_scanned": was_scanned}
+    options = {**options, "param_dtype": param_dtype, "scan_layers": was_scanned}
     loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
     shapes = {  # no arrays: the config may lie about ranks
@@ -246,4 +246,4 @@ def _load_ours(
     )
     variables = {FROZEN: wanted[FROZEN], **found.variables}
     loaded = loaded._replace(module=adapted, variables=variables)
-    return unscan(loaded) if is_scanned is False else loaded
+    return unscan(loaded) if scan_layers is False else loaded

@@ -3,7 +3,7 @@
 `lora_jax.adapt` adds the adapters from outside. Every family of causal language model
 (Llama, Gemma, GPT-2, ...) is this one module under another `DecoderConfig`.
 
-The parameter tree (kernels ``[i, o]``, as Flax stores them); with ``is_scanned`` the
+The parameter tree (kernels ``[i, o]``, as Flax stores them); with ``scan_layers`` the
 blocks are one, ``layers``, with a leading layer axis::
 
     embed/embedding                                  [v, d]
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes, constants and variants.
       dtype: dtype of the computation; parameters keep their own.
-      is_scanned: whether the blocks are one `nn.scan` (compiles faster; parameters have
+      scan_layers: whether the blocks are one `nn.scan` (compiles faster; parameters have
         a leading layer axis under ``layers``) or unrolled.
       remat: what the backward pass computes again: ``"none"``; with ``"lora"`` norms,
         rotations, activations and scores, so that kept are a block's input, ``x A`` and
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    is_scanned: bool = False
+    scan_layers: bool = False
     remat: str = "none"
 
     def __post_init__(self):
@@ -209,12 +209,12 @@ class Decoder(nn.Module):
         if self.remat != "none":
             block = nn.remat(
                 Block,
-                prevent_cse=not self.is_scanned,
+                prevent_cse=not self.scan_layers,
                 policy=REMATS[self.remat],
-                static_argnums=() if self.is_scanned else (3,),  # the layer's number
+                static_argnums=() if self.scan_layers else (3,),  # the layer's number
                 methods=["__call__"],
             )
-        if self.is_scanned:
+        if self.scan_layers:
             scan = {
                 "variable_axes": {"params": 0},
                 "split_rngs": {"params": True, "dropout": True},
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
         self, x: Hidden, place: PositionContext, method: str, cache: Cache | None = None
     ) -> tuple[Hidden, Any]:
         """Runs all blocks; returns ``x`` and (keys, values) of all layers, or None."""
-        if self.is_scanned:
+        if self.scan_layers:
             numbers = jnp.arange(self.config.num_layers)
             past = () if method == "__call__" else (cache and tuple(cache),)
             return getattr(self.layers, method)(x, place, numbers, *past)

@@ -83,7 +83,7 @@ def load_base(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     sharding: Sharding = None,
-    is_scanned: bool = False,
+    scan_layers: bool = False,
     remat: str = "none",
     key: PRNGKey | None = None,
 ) -> LoadedModel:
@@ -100,7 +100,7 @@ def load_base(
                 f"{' and '.join(refused)} must not be given for a decoder; {path} is a "
                 f"{source.settings['model_type']}, whose head predicts tokens."
             )
-        options: dict[str, Any] = {"is_scanned": is_scanned, "remat": remat}
+        options: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     else:
         own_pooling, own_labels = _own_head(source)
         pooling = own_pooling if pooling is None else pooling

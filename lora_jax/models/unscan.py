@@ -36,10 +36,10 @@ def unscan(loaded: LoadedModel) -> LoadedModel:
     """
     adapted = loaded.module if isinstance(loaded.module, Adapted) else None
     model: Any = loaded.module if adapted is None else adapted.model
-    if not getattr(model, "is_scanned", False):
+    if not getattr(model, "scan_layers", False):
         return loaded
     variables = {name: _split(tree) for name, tree in loaded.variables.items()}
-    module = model.clone(is_scanned=False)
+    module = model.clone(scan_layers=False)
     if adapted is not None:
         targets = adapted.targets(loaded.params)
         config = _by_path(adapted.config, targets, variables.get(PARAMS, {}))

@@ -59,7 +59,7 @@ class Workload:
       param_dtype: of the frozen weights.
       remat: what the backward pass computes again; see `Decoder`.
       accumulate: microbatches of a step.
-      is_scanned: whether the blocks are one scanned block; None: where they are alike.
+      scan_layers: whether the blocks are one scanned block; None: where they are alike.
       rules: of the mesh, as `make_sharding` takes them.
       uneven: likewise.
     """
@@ -71,7 +71,7 @@ class Workload:
     param_dtype: Any = jnp.bfloat16
     remat: str = "block"
     accumulate: int = 1
-    is_scanned: bool | None = None
+    scan_layers: bool | None = None
     rules: Rules = ()
     uneven: Literal["error", "replicate"] = "error"
 
@@ -82,7 +82,7 @@ class Workload:
         decoder = Decoder(
             self.config,
             dtype=self.dtype,
-            is_scanned=are_alike if self.is_scanned is None else self.is_scanned,
+            scan_layers=are_alike if self.scan_layers is None else self.scan_layers,
             remat=self.remat,
         )
         return adapt(decoder, self.lora)

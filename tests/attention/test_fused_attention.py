@@ -104,9 +104,9 @@ def test_bidirectional_with_padding(key):
 )
 def test_remat_lora_keeps_what_the_kernel_gave(key, remat, forwards):
     ids = jnp.ones((2, 64), jnp.int32)
-    model = Decoder(CONFIG, dtype=jnp.bfloat16, is_scanned=True, remat=remat)
+    model = Decoder(CONFIG, dtype=jnp.bfloat16, scan_layers=True, remat=remat)
     adapted = adapt(model, LoRAConfig(rank=2, alpha=2), ids)
-    params = jax.jit(Decoder(CONFIG, is_scanned=True).init)(key, ids)["params"]
+    params = jax.jit(Decoder(CONFIG, scan_layers=True).init)(key, ids)["params"]
     variables = adapted.attach(params, key)
     loss = make_lm_loss(adapted, is_tied=False)
     batch = {"input_ids": ids, "labels": ids, "weights": jnp.ones(ids.shape)}

@@ -99,4 +99,4 @@ def test_the_settings_of_mesh_and_model_are_planned_with(config, call):
     assert [(path, tuple(spec)) for path, spec in work.rules] == [
         ("up/kernel", ("fsdp",))
     ]
-    assert not work.adapted.model.is_scanned
+    assert not work.adapted.model.scan_layers

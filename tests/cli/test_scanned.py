@@ -22,7 +22,7 @@ IDS = jnp.array([[5, 6, 7]])
 @pytest.fixture(scope="module")
 def trained():
     lora = LoRAConfig(rank=2, alpha=3, targets=["query", "up"])
-    model = load_model(LLAMA, lora=lora, key=jax.random.key(0), is_scanned=True)
+    model = load_model(LLAMA, lora=lora, key=jax.random.key(0), scan_layers=True)
     rng = np.random.default_rng(0)
     model.variables[LORA] = jax.tree.map(
         lambda a: jnp.float32(rng.standard_normal(a.shape)), model.variables[LORA]
@@ -45,7 +45,7 @@ def test_it_loads_as_it_was_trained(trained, adapter):
 
 
 def test_it_loads_block_by_block(trained, adapter):
-    found = load_model(LLAMA, adapter, is_scanned=False)
+    found = load_model(LLAMA, adapter, scan_layers=False)
     wanted = trained.module.apply(trained.variables, IDS)
     got = found.module.apply(found.variables, IDS)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -57,13 +57,13 @@ def test_one_of_single_blocks_does_not_become_a_stack(tmp_path):
     base = fingerprint(model.variables[FROZEN])
     save_adapter(tmp_path, model.variables, model.module.config, base)
     with pytest.raises(ValueError, match=r"must be False or None .* got True"):
-        load_model(LLAMA, tmp_path, is_scanned=True)
+        load_model(LLAMA, tmp_path, scan_layers=True)
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_a_command_has_its_blocks_as_it_asks(adapter, asked):
-    found = load_decoder(str(LLAMA), str(adapter), is_scanned=asked)
-    assert found.loaded.module.model.is_scanned == (asked is not False)
+    found = load_decoder(str(LLAMA), str(adapter), scan_layers=asked)
+    assert found.loaded.module.model.scan_layers == (asked is not False)
 
 
 def test_it_is_merged_as_plain_layers(trained, adapter, tmp_path, call):

@@ -32,7 +32,7 @@ def test_logits_are_those_of_peft(family, kind):
 @pytest.mark.parametrize(("family", "kind"), SCANNED)
 def test_layers_of_a_scanned_model_are_stacked(family, kind):
     model = load_model(
-        GOLDEN / family, adapter=adapter_of(family, kind), is_scanned=True
+        GOLDEN / family, adapter=adapter_of(family, kind), scan_layers=True
     )
     assert_peft(logits_of(model.module, model.variables, family), family, kind)
 
@@ -239,6 +239,6 @@ def test_layers_of_other_ranks_and_scalings_share_a_scanned_array(tmp_path, copy
 
     edit(folder, change)
     plain = load_model(GOLDEN / "gemma3", adapter=folder)
-    scanned = load_model(GOLDEN / "gemma3", adapter=folder, is_scanned=True)
+    scanned = load_model(GOLDEN / "gemma3", adapter=folder, scan_layers=True)
     logits = [logits_of(m.module, m.variables, "gemma3") for m in (plain, scanned)]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=5e-5)

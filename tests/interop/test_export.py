@@ -67,7 +67,7 @@ def test_import_and_export_are_inverse(family, kind, tmp_path):
 
 def test_a_scanned_model_exports_its_layers_one_by_one(tmp_path):
     model = load_model(
-        GOLDEN / "phi3", adapter=adapter_of("phi3", "dora"), is_scanned=True
+        GOLDEN / "phi3", adapter=adapter_of("phi3", "dora"), scan_layers=True
     )
     exported(tmp_path / "out", model)
     written = load_file(tmp_path / "out" / FILE)

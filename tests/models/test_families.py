@@ -37,11 +37,11 @@ def settings_of(name, file="config.json"):
     return json.loads((GOLDEN / name / file).read_text())
 
 
-@pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_gives_the_logits_of_transformers(name, is_scanned):
-    loaded, golden = load_base(GOLDEN / name, is_scanned=is_scanned), read(name)
-    assert ("layers" in loaded.params) == is_scanned
+def test_a_decoder_gives_the_logits_of_transformers(name, scan_layers):
+    loaded, golden = load_base(GOLDEN / name, scan_layers=scan_layers), read(name)
+    assert ("layers" in loaded.params) == scan_layers
     logits = jax.jit(loaded.module.apply)(
         loaded.variables, jnp.int32(golden["input_ids"])
     )
@@ -83,11 +83,11 @@ def test_every_parameter_has_its_own_tensor_name(name):
     assert [family.bare_name(family.prefix + name) for name in names] == names
 
 
-@pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
-def test_remat_changes_neither_logits_nor_gradients(is_scanned):
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_remat_changes_neither_logits_nor_gradients(scan_layers):
     golden, results, products = read("llama"), {}, {}
     for remat in REMATS:
-        loaded = load_base(GOLDEN / "llama", is_scanned=is_scanned, remat=remat)
+        loaded = load_base(GOLDEN / "llama", scan_layers=scan_layers, remat=remat)
 
         def loss(params, ids, module=loaded.module):
             logits = module.apply({"params": params}, ids)
@@ -107,7 +107,7 @@ def test_remat_changes_neither_logits_nor_gradients(is_scanned):
             largest = np.abs(want).max()
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * largest)
     # "lora" does no product twice; "block" all of a block's but the last.
-    blocks = 1 if is_scanned else loaded.config.num_layers
+    blocks = 1 if scan_layers else loaded.config.num_layers
     assert products["lora"] == products["none"]
     assert products["block"] == products["none"] + blocks * (6 + 2)
 

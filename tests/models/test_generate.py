@@ -24,10 +24,10 @@ def prompts_of(name: str):
     return prompts, [arrays[f"greedy_{i}"].ravel().tolist()[-8:] for i in range(2)]
 
 
-@pytest.mark.parametrize("is_scanned", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, is_scanned):
-    model = load_model(GOLDEN / name, is_scanned=is_scanned)
+def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, scan_layers):
+    model = load_model(GOLDEN / name, scan_layers=scan_layers)
     prompts, greedy = prompts_of(name)
     assert len(prompts[0]) != len(prompts[1])
     assert generate(model.module, model.variables, prompts, max_new_tokens=8) == greedy

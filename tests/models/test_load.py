@@ -97,7 +97,7 @@ def test_read_some_rows_at_a_time_it_is_the_same_model(name, dtype, monkeypatch)
 def test_layers_read_into_one_array_are_the_layers(monkeypatch):
     monkeypatch.setattr("lora_jax.files.safetensors.PIECE", 100)
     folder = GOLDEN.parent / "llama"
-    stacked = load_model(folder, is_scanned=True, param_dtype=jnp.bfloat16).params
+    stacked = load_model(folder, scan_layers=True, param_dtype=jnp.bfloat16).params
     single = load_model(folder).params["layer_1"]
     second = jax.tree.map(lambda a: a[1], stacked["layers"])
     assert equal(second, jax.tree.map(lambda a: a.astype(jnp.bfloat16), single))

@@ -19,7 +19,7 @@ IDS = jnp.array([[5, 6, 7, 8], [9, 2, 3, 1]])
 
 def scanned(family: str, lora: LoRAConfig | None) -> LoadedModel:
     key = None if lora is None else jax.random.key(0)
-    model = load_model(GOLDEN / family, lora=lora, key=key, is_scanned=True)
+    model = load_model(GOLDEN / family, lora=lora, key=key, scan_layers=True)
     rng = np.random.default_rng(0)
     for name in {LORA, PARAMS} & set(model.variables) if lora else ():
         model.variables[name] = jax.tree.map(
@@ -85,7 +85,7 @@ def test_it_writes_the_same_text():
 
 
 def test_the_arrays_lie_in_the_old_ones():
-    before = load_model(GOLDEN / "llama", is_scanned=True, param_dtype=jnp.float32)
+    before = load_model(GOLDEN / "llama", scan_layers=True, param_dtype=jnp.float32)
     after = unscan(before)
     stack = before.params["layers"]["mlp"]["up"]["kernel"]
     starts = [

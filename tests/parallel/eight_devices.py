@@ -50,7 +50,7 @@ CONFIG = DecoderConfig(
     ropes=(Rope(1e4, 2),),
     layer_ropes=(0, 0),
 )
-MODULE = Decoder(CONFIG, is_scanned=True)
+MODULE = Decoder(CONFIG, scan_layers=True)
 TIED = Decoder(dataclasses.replace(CONFIG, is_tied=True))
 LORA = LoRAConfig(rank=3, alpha=7, targets="all-linear")
 ROWS, TIME = 16, 12

@@ -39,7 +39,7 @@ def plan(mesh):
 
 
 def test_the_plan_holds_the_bytes_of_a_real_state(plan):
-    decoder = Decoder(TINY, is_scanned=True, remat="block")
+    decoder = Decoder(TINY, scan_layers=True, remat="block")
     ids = jnp.zeros((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA)
     params = decoder.init(jax.random.key(0), ids)[PARAMS]
@@ -74,7 +74,7 @@ def test_a_step_without_the_memory_does_not_fit(plan, mesh):
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
 def traced(request):
     """A step of the tiny decoder, and what the formula says of it."""
-    decoder = Decoder(TINY, is_scanned=request.param)
+    decoder = Decoder(TINY, scan_layers=request.param)
     ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA, ids)
     params = jax.eval_shape(decoder.init, jax.random.key(0), ids)[PARAMS]
