@@ -81,7 +81,7 @@ def write_llama(folder: Path, layers: int) -> None:
         tensors = {
             f"model.{family.tensor_name(leaf)}".replace(
                 "model.lm_head", "lm_head"
-            ): rng.standard_normal(family.file_shape(leaf[-1], shape), np.float32)
+            ): rng.standard_normal(family.file_shape(leaf, shape), np.float32)
             for leaf, shape in leaves[shard::4]
         }
         file = f"model-{shard}.safetensors"

@@ -9,9 +9,9 @@ from lora_jax.interop.export import export_adapter as export_adapter
 from lora_jax.interop.loralib import read_loralib as read_loralib
 from lora_jax.interop.pretrained import load_model as load_model
 from lora_jax.models.generate import generate as generate
-from lora_jax.models.load import LoadedModel as LoadedModel
+from lora_jax.models.loaded import LoadedModel as LoadedModel
 from lora_jax.models.save import save_model as save_model
-from lora_jax.models.unscan import unscan as unscan
+from lora_jax.models.stacking import unscan as unscan
 from lora_jax.nn.adapt import Adapted as Adapted
 from lora_jax.nn.adapt import adapt as adapt
 from lora_jax.nn.adapt import find_targets as find_targets

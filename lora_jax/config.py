@@ -117,14 +117,13 @@ class LoRAConfig:
         return self.alpha_for(path) / (rank**0.5 if self.rslora else rank)
 
     @property
-    def tells_layers_apart(self) -> bool:
-        """Whether it names blocks by number: then they can't be one scanned block."""
-        named = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
-        for patterns in (self.targets, self.exclude, self.train):
-            named += [patterns] if isinstance(patterns, str) else patterns
-        return self.layers is not None or any(
-            re.search(r"layer_|\\d|[0-9]", pattern) for pattern in named
-        )
+    def patterns(self) -> tuple[Patterns, ...]:
+        """Every pattern of the config by itself, as `matches` takes it."""
+        ends = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        found: list[Patterns] = [f"(.*/)?({end})" for end in ends]
+        for given in (self.targets, self.exclude, self.train):
+            found += [given] if isinstance(given, str) else [[name] for name in given]
+        return tuple(found)
 
     def is_target(self, path: str, *, is_linear: bool = True) -> bool:
         """Says whether the layer at ``path`` gets an adapter.

@@ -22,6 +22,14 @@ BIAS = "bias"
 SCALE = "scale"  # of a norm
 EMBEDDING = "embedding"
 
+# Modules of the models here. A decoder's blocks are ``layer_{i}``, or one `nn.scan`.
+EMBED = "embed"  # a decoder's token embedding, and its head too where they are tied
+HEAD = "head"  # a decoder's output head
+LM_HEAD = "lm_head"  # the same in Hugging Face's words
+LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading axis of layers
+CLASSIFIER = "classifier"  # an encoder's head
+POOLER = "pooler"  # the layer below it in BERT, and that kind of pooling
+
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # axes of a mesh, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # those that split a batch

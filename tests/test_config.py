@@ -209,16 +209,10 @@ def test_a_config_can_not_be_changed():
         LoRAConfig().rank = 4
 
 
-@pytest.mark.parametrize(
-    ("options", "apart"),
-    [
-        ({}, False),
-        ({"targets": ["query", "mlp/up"], "rank_pattern": {"down": 4}}, False),
-        ({"layers": [0]}, True),
-        ({"targets": r".*_\d/mlp/up"}, True),
-        ({"exclude": ["layer_0/mlp/up"]}, True),
-        ({"alpha_pattern": {"layer_1/.*": 4}}, True),
-    ],
-)
-def test_blocks_that_are_named_by_number_are_told_apart(options, apart):
-    assert LoRAConfig(**options).tells_layers_apart == apart
+def test_every_pattern_can_be_matched_by_itself():
+    config = LoRAConfig(
+        targets=["query", "up"], exclude="a.*", rank_pattern={"up|down": 2}
+    )
+    found = config.patterns
+    assert found == ("(.*/)?(up|down)", ["query"], ["up"], "a.*")
+    assert [matches(p, "layer_0/mlp/up") for p in found] == [True, False, True, False]

@@ -22,7 +22,7 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.pretrained import find_adapter, read_external
-from lora_jax.models.load import unscanned
+from lora_jax.models.stacking import layer_slices
 from lora_jax.names import LORA, LORA_A, LORA_B
 
 
@@ -200,11 +200,11 @@ def _layers(
         "alpha": config.alpha_for(path),
         "scaling": scaling,
     }
-    singles = unscanned(tuple(path.split("/")), a.shape)
+    singles = layer_slices({path: a})
     if len(singles) == 1 or a.ndim != 3 or len(a) != len(b):
         return [{"path": path, **facts, **_norms(a, b, scaling=scaling)}]
     return [
-        {"path": "/".join(single), **facts, **_norms(*pair, scaling=scaling)}
+        {"path": single, **facts, **_norms(*pair, scaling=scaling)}
         for single, *pair in zip(singles, a, b, strict=True)
     ]
 

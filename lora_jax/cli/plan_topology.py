@@ -167,7 +167,7 @@ def workload(settings: RunSettings, tokens: int | None) -> Workload:
         param_dtype=jnp.dtype(stored or "float32"),
         remat=settings.model.remat,
         accumulate=settings.train.accumulate,
-        scan_layers=settings.scans_layers,
+        scan_layers=settings.model.scan,
         rules=mesh_rules(settings),
         uneven=settings.mesh.uneven,
     )

@@ -6,7 +6,7 @@ from lora_jax.array_types import PyTree
 from lora_jax.files.adapter import read_adapter_config
 from lora_jax.finetune.errors import UserError
 from lora_jax.interop.pretrained import find_adapter, load_model, read_external
-from lora_jax.models.load import HEAD, LoadedModel
+from lora_jax.models.loaded import LoadedModel
 
 
 class Pretrained(NamedTuple):
@@ -23,7 +23,7 @@ class Pretrained(NamedTuple):
     @property
     def has_head(self) -> bool:
         """Whether there is a classification head to take logits from."""
-        return HEAD in self.loaded.params
+        return self.loaded.has_head
 
     @property
     def variables(self) -> dict[str, PyTree]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.files.json_file import read_json
 
-CONFIG = "preprocessor_config.json"
+IMAGE_CONFIG = "preprocessor_config.json"
 
 Size = tuple[int, int]  # height and width
 
@@ -137,10 +137,10 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
       ValueError: if it isn't JSON, or asks for what isn't supported; all faults at
         once.
     """
-    path = Path(folder) / CONFIG
+    path = Path(folder) / IMAGE_CONFIG
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG}, which says how images are resized and "
+            f"{folder} has no {IMAGE_CONFIG}, which says how images are resized and "
             "normalised; give 'pixel_values' instead of 'image'."
         )
     settings = read_json(path)

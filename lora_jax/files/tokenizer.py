@@ -23,7 +23,7 @@ from lora_jax.files.special_tokens import (
     read_special,
 )
 
-FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
 
 
@@ -225,7 +225,7 @@ class Tokenizer:
             chat template) and ``generation_config.json`` (where generation stops).
         """
         directory = Path(directory)
-        self._tokenizer.save(str(directory / FILE))
+        self._tokenizer.save(str(directory / TOKENIZER_FILE))
         special = self.special
         named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
         settings: dict[str, Any] = {
@@ -368,16 +368,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     path = Path(path)
     if path.suffix == SUFFIX and path.is_file():
         return Tokenizer(path)
-    return Tokenizer(path / FILE) if (path / FILE).is_file() else None
+    return (
+        Tokenizer(path / TOKENIZER_FILE) if (path / TOKENIZER_FILE).is_file() else None
+    )
 
 
 def _read_json(path: Path, tokenizers: Any) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a {FILE}; there is no file.")
+        raise FileNotFoundError(f"{path} must be a {TOKENIZER_FILE}; there is no file.")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
         raise ValueError(
-            f"{path} must be a {FILE} of the tokenizers package; it can't be read: "
-            f"{error}. Copy or download it again."
+            f"{path} must be a {TOKENIZER_FILE} of the tokenizers package; it can't be "
+            f"read: {error}. Copy or download it again."
         ) from error

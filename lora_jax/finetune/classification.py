@@ -29,8 +29,7 @@ from lora_jax.finetune.job import (
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
-from lora_jax.models.load import HEAD
-from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.names import CLASSIFIER, DROPOUT, PARAMS
 from lora_jax.parallel.processes import together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.data import Batches, encode_labels, label_vocabulary, read_jsonl
@@ -129,7 +128,7 @@ class Classification(Job):
     def _sentence_vectors(self, batches: Schedule, tick: Any) -> np.ndarray:
         """What the frozen base hands to its head, ``[n, d]``, in example order."""
         headless = self.loaded.module.clone(num_labels=None)
-        params = {k: v for k, v in self.loaded.params.items() if k != HEAD}
+        params = {k: v for k, v in self.loaded.params.items() if k != CLASSIFIER}
         pool = jax.jit(
             lambda p, ids, mask: headless.apply({"params": p}, ids, mask),
             out_shardings=self.devices.everywhere,
@@ -196,12 +195,12 @@ def open_classification(
         )
     lora = settings.lora
     if not lora.train:
-        lora = dataclasses.replace(lora, train=(HEAD,))
+        lora = dataclasses.replace(lora, train=(CLASSIFIER,))
     attached = attach(settings, devices, loaded, lora)
-    if HEAD not in attached["variables"].get(PARAMS, {}):
+    if CLASSIFIER not in attached["variables"].get(PARAMS, {}):
         raise UserError(
-            f"lora.train must name the head, {HEAD!r}: a new head that is not trained "
-            f"only guesses; got {list(lora.train)}."
+            f"lora.train must name the head, {CLASSIFIER!r}: a new head that is not "
+            f"trained only guesses; got {list(lora.train)}."
         )
     job = Classification(labels=labels, splits={}, **attached)
     wanted = [name for name in rows if name in splits]

@@ -26,6 +26,8 @@ from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
+from lora_jax.models.source import open_source
+from lora_jax.models.stacking import can_scan
 from lora_jax.parallel.processes import together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
@@ -207,9 +209,12 @@ def open_language(
             f"none. Leave it at 0; got {settings.train.label_smoothing}."
         )
     with together():
+        scan = settings.model.scan
+        if scan is None:
+            scan = can_scan(settings.lora, open_source(settings.model.path).config)
         loaded = load_model(
             settings.model.path,
-            scan_layers=settings.scans_layers,
+            scan_layers=scan,
             remat=settings.model.remat,
             **loading(settings, devices),
         )

@@ -17,8 +17,7 @@ from lora_jax.finetune.formatting import duration, size
 from lora_jax.finetune.job import Job
 from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.models.load import HEAD
-from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.names import CLASSIFIER, FROZEN, LORA, PARAMS
 from lora_jax.plan.step import device_bytes
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
@@ -243,7 +242,7 @@ def counts(job: Job) -> dict[str, Any]:
     lora = count(job.variables[LORA])
     params = count(job.variables.get(PARAMS, {}))
     frozen = count(job.variables[FROZEN])
-    head = count(job.variables.get(PARAMS, {}).get(HEAD, {}))
+    head = count(job.variables.get(PARAMS, {}).get(CLASSIFIER, {}))
     encoder = frozen + params - head
     return {
         "adapter": lora,

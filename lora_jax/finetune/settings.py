@@ -64,12 +64,6 @@ class RunSettings:
     train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
 
-    @property
-    def scans_layers(self) -> bool:
-        """Whether a decoder's blocks are one scanned block; see `ModelSettings`."""
-        asked = self.model.scan
-        return not self.lora.tells_layers_apart if asked is None else asked
-
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, by section."""
         sections = {

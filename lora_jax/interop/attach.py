@@ -1,15 +1,14 @@
 """Adapters of other tools put on a model of ours.
 
 PEFT and loralib multiply from the left, ``ΔW = s B A`` of a ``[out, in]`` weight;
-Flax's kernels are ``[in, out]``, so ``lora_a = Aᵀ`` and ``lora_b = Bᵀ`` (for GPT-2's
-Conv1D too, whose weights are ``[in, out]``). Nothing has to be permuted for RoPE: all
-models here rotate halves, as Hugging Face's do, and those read from GGUF files were
-brought to that order when they were read.
+Flax's kernels are ``[in, out]``, so ``lora_a = Aᵀ`` and ``lora_b = Bᵀ`` (also for
+GPT-2's Conv1D, whose weights are ``[in, out]``). Nothing has to be permuted for RoPE:
+all models here rotate halves, as Hugging Face's do, and GGUF files are brought to that
+order when they are read.
 
-What is adapted is what the file has factors of; what its config says must agree.
+The modules that the file has factors of are adapted; its config must agree.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,20 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import LoRAConfig
-from lora_jax.interop.external import ExternalAdapter, Factors, report
-from lora_jax.interop.full_tensors import check_base, place_full, single_leaves
+from lora_jax.interop.external import (
+    ExternalAdapter,
+    ExternalFactors,
+    most_common,
+    report,
+)
+from lora_jax.interop.full_tensors import check_base, place_full
 from lora_jax.interop.fused import fuse_factors, split_factors
-from lora_jax.interop.naming import EMBED, FUSIONS, HEAD, Names, Slot, find_slots
+from lora_jax.interop.naming import FUSIONS, Names
 from lora_jax.interop.peft import saved_faults, target_faults
-from lora_jax.models.family import Family
-from lora_jax.models.load import LoadedModel
-from lora_jax.names import LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.stacking import LayerSlice, layer_slices
+from lora_jax.names import EMBED, HEAD, LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.ops.dora import column_norm
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
 from lora_jax.tree.targets import Site, child
+
+Layers = Mapping[int | None, ExternalFactors]  # of one site; None where not stacked
 
 
 def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
@@ -47,85 +53,96 @@ def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
       collections.
 
     Raises:
-      ValueError: if the adapter has modules that the model has not, or of other
-        shapes, or its config names other modules than it has; one error lists all.
+      ValueError: if the adapter has modules that the model lacks, or of other shapes,
+        or its config names other modules than the file holds; one error lists all.
     """
     example = Example.of(*loaded.inputs)
-    found = trace_model(loaded.module, loaded.params, example)
-    slots, flat = find_slots(found.sites), flatten(loaded.params)
-    leaves = single_leaves(flat)
-    names = Names(loaded.family, list(slots), leaves)
+    sites = {
+        site.path: site
+        for site in trace_model(loaded.module, loaded.params, example).sites
+    }
+    kernels = layer_slices({path: site.kernel_shape for path, site in sites.items()})
+    flat = flatten(loaded.params)
+    leaves = layer_slices(flat)
+    names = Names(loaded.family, list(kernels), leaves)
     spelling = names.spelled_as(adapter.modules)
-    placed, faults = _place(adapter, names, slots, loaded.config)
+    placed, faults = _place(adapter, names, kernels, loaded.config)
     if "peft_type" in adapter.config:
         known = names.modules()
-        strange = [name for name in adapter.modules if known.get(name) not in slots]
+        strange = [name for name in adapter.modules if known.get(name) not in kernels]
         faults += target_faults(adapter, spelling.modules.values(), other=strange)
         faults += saved_faults(adapter, spelling.tensors.values())
     values, wrong = place_full(adapter.full, names, leaves, flat)
-    faults += [
-        *wrong,
-        *check_base(adapter.base, names, leaves, flat),
-        *_shape_faults(placed, slots),
-    ]
+    faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
+    for path, factors in placed.items():
+        is_embedding = sites[kernels[path].path].kind == "embed"
+        faults += _shape_faults(path, factors, kernels[path].shape, is_embedding)
     if faults:
         raise report(adapter.origin, faults)
-    sites = {slots[path].site.path: slots[path].site for path in placed}
-    layers = {path: _site_factors(site, placed, slots) for path, site in sites.items()}
+    layers: dict[str, dict[int | None, ExternalFactors]] = {}
+    for path, factors in placed.items():
+        layers.setdefault(kernels[path].path, {})[kernels[path].index] = factors
     lora = {
         child(path, name): jnp.asarray(leaf)
-        for path, factors in layers.items()
-        for name, leaf in _leaves(sites[path], factors, flat).items()
+        for path, of_site in layers.items()
+        for name, leaf in _leaves(sites[path], of_site, flat).items()
     }
     config = _config(layers, adapter, values)
-    tree = join(unflatten({**flat, **values}), unflatten(lora))
-    variables = partition(tree, config)
+    variables = partition(join(unflatten({**flat, **values}), unflatten(lora)), config)
     trained = flatten(variables.get(PARAMS, {}))
     if set(trained) != set(values):
         missing = [f"missing: values of {p}" for p in trained if p not in values]
         extra = [f"unexpected: values of {p}" for p in values if p not in trained]
         raise report(adapter.origin, missing + extra)
     adapted = adapt(loaded.module, config, *loaded.inputs, deterministic=True)
-    return loaded._replace(module=adapted, variables=variables)
+    return loaded._replace(module=adapted, variables=variables, extra={})
 
 
 def _place(
-    adapter: ExternalAdapter, names: Names, slots: Mapping[str, Slot], config: Any
-) -> tuple[dict[str, Factors], list[str]]:
+    adapter: ExternalAdapter,
+    names: Names,
+    kernels: Mapping[str, LayerSlice],
+    config: Any,
+) -> tuple[dict[str, ExternalFactors], list[str]]:
     """Returns the factors by the paths of the model's modules, and what is wrong."""
     paths, found, faults = names.modules(), {}, []
     for name, factors in adapter.modules.items():
         path = paths.get(name)
         if path is None:
-            known = [n.replace(".", "/") for n, p in paths.items() if p in slots]
+            known = [n.replace(".", "/") for n, p in paths.items() if p in kernels]
             hint = nearest(name.replace(".", "/"), known).replace("/", ".")
             faults.append(
-                f"unexpected: {name} is no module of this model. Did you mean: {hint}?"
+                f"unexpected: {name} is not a module of this model. Did you mean: "
+                f"{hint}?"
             )
         elif path in found:
             faults.append(f"twice: {name} is another name of a module that is there")
         else:
             found[path] = factors
     if not adapter.is_tied_once:
-        faults += _place_tied(found, slots)
-    faults += _place_fused(found, slots, config, rslora=adapter.rslora)
-    if adapter.dora and (
-        lacking := [path for path, f in found.items() if f.magnitude is None]
-    ):
-        faults += [f"missing: magnitude of {path}" for path in lacking]
+        faults += _place_tied(found, kernels)
+    faults += _place_fused(found, kernels, config, rslora=adapter.rslora)
+    if adapter.dora:
+        faults += [
+            f"missing: magnitude of {path}"
+            for path, factors in found.items()
+            if factors.magnitude is None
+        ]
     faults += [
-        f"unexpected: this model has no {path}" for path in found if path not in slots
+        f"unexpected: this model has no {path}" for path in found if path not in kernels
     ]
-    return {path: f for path, f in found.items() if path in slots}, faults
+    return {path: f for path, f in found.items() if path in kernels}, faults
 
 
-def _place_tied(found: dict[str, Factors], slots: Mapping[str, Slot]) -> list[str]:
+def _place_tied(
+    found: dict[str, ExternalFactors], kernels: Mapping[str, LayerSlice]
+) -> list[str]:
     """Makes one of the two adapters of a tied embedding; they must be the same.
 
-    Here an embedding that is the head too has one adapter, in both places. Other tools
-    have one for the lookup and another for the head.
+    Here an embedding that is the head too has one adapter, which acts in both places.
+    Other tools have one for the lookup and another for the head.
     """
-    if HEAD in slots or EMBED not in slots or not {EMBED, HEAD} & set(found):
+    if HEAD in kernels or EMBED not in kernels or not {EMBED, HEAD} & set(found):
         return []
     head, embed = found.pop(HEAD, None), found.get(EMBED)
     if head is not None and embed is not None:
@@ -142,26 +159,29 @@ def _place_tied(found: dict[str, Factors], slots: Mapping[str, Slot]) -> list[st
 
 
 def _place_fused(
-    found: dict[str, Factors], slots: Mapping[str, Slot], config: Any, *, rslora: bool
+    found: dict[str, ExternalFactors],
+    kernels: Mapping[str, LayerSlice],
+    config: Any,
+    *,
+    rslora: bool,
 ) -> list[str]:
-    """Splits adapters of fused projections that the model has split, or fuses them."""
+    """Splits or fuses adapters of projections that the model has split or fused."""
     faults = []
     for fusion in FUSIONS:
-        ends = (fusion.whole, *fusion.parts)
         layers = {
             path.removesuffix(end): None
             for path in found
-            for end in ends
-            if path.endswith("/" + end) and path not in slots
+            for end in (fusion.whole, *fusion.parts)
+            if path.endswith("/" + end) and path not in kernels
         }
         for layer in layers:
             whole, parts = layer + fusion.whole, [layer + p for p in fusion.parts]
             sizes = _part_sizes(config, len(parts))
             try:
-                if whole in found and set(parts) <= set(slots) - set(found):
+                if whole in found and set(parts) <= set(kernels) - set(found):
                     split = split_factors(found.pop(whole), sizes)
                     found.update(zip(parts, split, strict=True))
-                elif whole in slots and whole not in found:
+                elif whole in kernels and whole not in found:
                     group = [found.pop(part, None) for part in parts]
                     found[whole] = fuse_factors(group, sizes, rslora=rslora)
             except ValueError as error:
@@ -178,86 +198,64 @@ def _part_sizes(config: Any, count: int) -> tuple[int, ...]:
 
 
 def _shape_faults(
-    placed: Mapping[str, Factors], slots: Mapping[str, Slot]
+    path: str,
+    factors: ExternalFactors,
+    kernel_shape: tuple[int, ...],
+    is_embedding: bool,
 ) -> list[str]:
+    *window, inputs, outputs = kernel_shape
     faults = []
-    for path, factors in placed.items():
-        slot = slots[path]
-        *window, inputs, outputs = slot.kernel_shape
-        is_embedding = slot.site.kind == "embed"
-        if factors.is_embedding not in (None, is_embedding):
-            kind = "an embedding" if is_embedding else "no embedding"
-            faults.append(f"unexpected: {path} is {kind}; its factors are of the other")
-        wanted = [
-            ("A", factors.a, (factors.rank, inputs, *window)),
-            ("B", factors.b, (outputs, factors.rank)),
-        ]
-        if factors.magnitude is not None:
-            wanted.append(("magnitude", factors.magnitude, (outputs,)))
-        faults += [
-            f"shape: {what} of {path} must be {list(shape)}; got {list(array.shape)}"
-            for what, array, shape in wanted
-            if array.shape != shape
-        ]
+    if factors.is_embedding not in (None, is_embedding):
+        kinds = ("a linear layer", "an embedding")
+        kind, other = kinds[is_embedding], kinds[not is_embedding]
+        faults.append(f"unexpected: {path} is {kind}; its factors are of {other}")
+    wanted = [
+        ("A", factors.a, (factors.rank, inputs, *window)),
+        ("B", factors.b, (outputs, factors.rank)),
+    ]
+    if factors.magnitude is not None:
+        wanted.append(("magnitude", factors.magnitude, (outputs,)))
+    faults += [
+        f"shape: {what} of {path} must be {list(shape)}; got {list(array.shape)}"
+        for what, array, shape in wanted
+        if array.shape != shape
+    ]
     return faults
 
 
-def _site_factors(
-    site: Site, placed: Mapping[str, Factors], slots: Mapping[str, Slot]
-) -> dict[int | None, Factors]:
-    """Returns the factors of each layer of a site; None for one that isn't stacked."""
-    return {
-        slots[path].index: factors
-        for path, factors in placed.items()
-        if slots[path].site.path == site.path
-    }
-
-
-def _lead(layers: Mapping[int | None, Factors]) -> Factors:
+def _lead(layers: Layers) -> ExternalFactors:
     """Returns the layer whose rank and scaling a whole stack has."""
     return max(layers.values(), key=lambda factors: factors.rank)
 
 
-def _leaves(
-    site: Site, layers: Mapping[int | None, Factors], flat: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+def _leaves(site: Site, layers: Layers, flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the adapter leaves of a site, as Flax has them.
 
     Layers of a scanned model share a rank and a scaling: smaller ranks are padded with
     zeros, another scaling goes into B, and a layer without an adapter gets zeros.
     """
-    axes, lead = Family.axes(_lead(layers).a.ndim), _lead(layers)
-    if None in layers:
-        leaves = {LORA_A: lead.a.transpose(axes), LORA_B: lead.b.T}
-        if lead.magnitude is not None:
-            leaves[MAGNITUDE] = lead.magnitude
-        return leaves
-    count, inputs, outputs = len_of(site), lead.a.shape[1:], lead.b.shape[0]
-    a = np.zeros((count, lead.rank, *inputs), np.float32)
-    b = np.zeros((count, outputs, lead.rank), np.float32)
-    for index, factors in layers.items():
-        ratio = np.float32(factors.scaling / lead.scaling)
-        a[index, : factors.rank] = factors.a
-        b[index, :, : factors.rank] = factors.b * ratio
-    stacked = (0, *(axis + 1 for axis in axes))
-    leaves = {LORA_A: a.transpose(stacked), LORA_B: b.transpose(0, 2, 1)}
-    if lead.magnitude is not None:
-        kernel = jnp.asarray(flat[child(site.path, site.weight)])
-        m = np.array(column_norm(kernel, site.contraction))
+    lead, is_stack = _lead(layers), None not in layers
+    a, b, m = lead.a, lead.b, lead.magnitude
+    if is_stack:
+        count = site.kernel_shape[0]
+        a, b = (np.zeros((count, *x.shape), np.float32) for x in (a, b))
+        if m is not None:
+            kernel = jnp.asarray(flat[child(site.path, site.weight)])
+            m = np.array(column_norm(kernel, site.contraction))
         for index, factors in layers.items():
-            m[index] = factors.magnitude
-        leaves[MAGNITUDE] = m
-    places = {LORA_A: site.scanned_a, LORA_B: site.scanned_b, MAGNITUDE: site.scanned_m}
-    return {name: np.moveaxis(x, 0, places[name][0]) for name, x in leaves.items()}
-
-
-def len_of(site: Site) -> int:
-    """Returns how many layers a scanned site stacks."""
-    return site.kernel_shape[0]
+            ratio = np.float32(factors.scaling / lead.scaling)
+            a[index, : factors.rank] = factors.a
+            b[index, :, : factors.rank] = factors.b * ratio
+            if m is not None:
+                m[index] = factors.magnitude
+    rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
+    a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
+    leaves = {LORA_A: a, LORA_B: b.swapaxes(-1, -2)}
+    return leaves if m is None else {**leaves, MAGNITUDE: m}
 
 
 def _config(
-    layers: Mapping[str, Mapping[int | None, Factors]],
+    layers: Mapping[str, Layers],
     adapter: ExternalAdapter,
     values: Mapping[str, Any],
 ) -> LoRAConfig:
@@ -265,7 +263,7 @@ def _config(
     leads = {path: _lead(factors) for path, factors in layers.items()}
     ranks = {path: lead.rank for path, lead in leads.items()}
     alphas = {path: lead.alpha for path, lead in leads.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return LoRAConfig(
         rank=rank,
         alpha=alpha,
@@ -286,7 +284,3 @@ def _modules(values: Iterable[str], bias: str) -> set[str]:
     if bias == "none":
         owners |= {path.rpartition("/")[0] for path in values}
     return owners
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]

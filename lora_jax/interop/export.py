@@ -1,7 +1,7 @@
 """Adapters of ours in the files of other tools.
 
-The names come from the model's family, the shapes from tracing its module: no weight of
-the base is read. A scanned model's layers are written one by one.
+The names come from the model's family, the shapes from tracing its module: no weights
+of the base are read.
 """
 
 import os
@@ -14,28 +14,32 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.interop.external import ExternalAdapter, Factors
-from lora_jax.interop.full_tensors import single_leaves
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
 from lora_jax.interop.mlx import write_mlx
-from lora_jax.interop.naming import EMBED, HEAD, LM_HEAD, Names, find_slots
+from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
 from lora_jax.models.family import Family, config_of
-from lora_jax.models.load import HEAD as CLASSIFIER
-from lora_jax.models.load import SCANNED, LoadedModel, unscanned
-from lora_jax.models.save import POOLER
+from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
+from lora_jax.models.stacking import layer_slices
 from lora_jax.names import (
     BIAS,
-    EMBEDDING,
+    CLASSIFIER,
+    EMBED,
     FROZEN,
+    HEAD,
     KERNEL,
+    LAYERS,
+    LM_HEAD,
     LORA,
     LORA_A,
     LORA_B,
     MAGNITUDE,
     PARAMS,
+    POOLER,
 )
 from lora_jax.nn.adapt import Adapted
 from lora_jax.nn.trace import Example, trace_model
@@ -69,34 +73,34 @@ def export_adapter(
       config: what the adapter was made with.
       source: the base: a `LoadedModel`, or the path it was loaded from, of which the
         config and the tensors' names are read.
-      format: whose folder.
-      portable: of PEFT's: write what every loader (PEFT, vLLM, SGLang, llama.cpp)
-        computes the same: the scaling in B, one rank, no patterns, q, k and v together.
-      pooling: what an encoder's head was trained on; None for the module's own, and
-        where that isn't known for transformers' own.
+      format: ``"peft"`` or ``"mlx"``.
+      portable: writes a PEFT folder that every loader (PEFT, vLLM, SGLang, llama.cpp)
+        computes alike: the scaling in B, one rank, no patterns, q, k and v together.
+      pooling: the pooling that an encoder's head was trained on; None for the module's
+        own, or transformers' where that isn't known.
       skip_head: leaves out a trained head of an encoder.
-      base_model: what the file names as its base; None for the source's own path.
+      base_model: the base that the file names; None for the source's path.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if the adapter is not the config's or not finite, or the format has no
-        way to say it; one error names all of it, and nothing is written.
+      ValueError: if the adapter doesn't fit the config or is not finite, or the format
+        can't hold it; one error names all faults, and nothing is written.
       OSError: if it can't be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}; got {format!r}.")
     if portable and format != "peft":
         raise ValueError(
-            "portable must be False for mlx-lm; its format has no options."
+            "portable must be False for mlx-lm, whose format has no variants."
         )
     base = _open(source, variables, pooling)
     found = trace_model(base.module, None, base.example)
-    weights, slots = flatten(found.params), find_slots(found.sites)
-    unknown = found.unknown
+    weights, unknown = flatten(found.params), found.unknown
+    kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
     targets = select_targets(found.sites, config, weights=weights, unknown=unknown)
-    names = Names(base.family, list(slots), single_leaves(weights))
+    names = Names(base.family, list(kernels), layer_slices(weights))
     if not skip_head:
         _check_head(variables, base)
     adapter = _describe(variables, config, targets, names, skip_head=skip_head)
@@ -104,7 +108,7 @@ def export_adapter(
         return _write_mlx(directory, adapter, names, base)
     spelling = names.spelling()
     if portable:
-        adapter = make_portable(adapter, slots, spelling.modules)
+        adapter = make_portable(adapter, kernels, spelling.modules)
     files = [names.full_name(bare.rpartition(".")[0]) for bare in base.tensors]
     settings: dict[str, Any] = {
         "base_model_name_or_path": base_model or str(base.path),
@@ -125,7 +129,7 @@ class _Base(NamedTuple):
     family: Family
     path: Path
     tensors: tuple[str, ...]  # bare names of those in its files
-    pooling: str | None  # what the head was trained on; None if nobody says
+    pooling: str | None  # that the head was trained on; None if unknown
 
     @property
     def example(self) -> Example:
@@ -153,22 +157,22 @@ def _open(
         options["num_labels"] = None if kernel is None else kernel.shape[-1]
         if pooling or POOLER in paths:
             options["pooling"] = pooling or POOLER
-    elif SCANNED in paths:
+    elif LAYERS in paths:
         options["scan_layers"] = True
-    module = family.module(family.read_config(found.settings), **options)
+    module = family.module(found.config, **options)
     return _Base(module, family, found.path, tuple(found.names), pooling)
 
 
 def _check_head(variables: Mapping[str, PyTree], base: _Base) -> None:
-    """Refuses a head that transformers would feed with something else."""
+    """Raises if transformers would feed the head another pooling than its own."""
     trained, wanted = variables.get(PARAMS, {}), base.family.head_pooling
     if base.pooling in (None, wanted):
         return
     if any(path in trained for path in base.family.head):
         raise ValueError(
-            f"the head must sit on {wanted!r} pooling to be used by transformers; it "
-            f"was trained on {base.pooling!r}. Leave it out (skip_head=True, "
-            "--skip-head), and the adapter alone is exported."
+            f"the head must use {wanted!r} pooling for transformers; it was trained on "
+            f"{base.pooling!r}. Leave it out (skip_head=True, --skip-head) to export "
+            "the adapter alone."
         )
 
 
@@ -184,23 +188,22 @@ def _describe(
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
     spelled, modules = names.spelling().modules, {}
-    for target in targets:
-        a, b = (lora[child(target.path, name)] for name in (LORA_A, LORA_B))
-        a, b = target.batch_first(a, b)
-        m = None
-        if target.dora:
-            m = target.magnitude_first(lora[child(target.path, MAGNITUDE)])
-        path = tuple(target.path.split("/"))
-        for i, single in enumerate(unscanned(path, target.kernel_shape)):
-            own = [x if single == path or x is None else x[i] for x in (a, b, m)]
-            factors, name = _factors(target, *own), "/".join(single)
-            if parts := names.split_names(name):
-                sizes = [len(factors.b) // len(parts)] * len(parts)
-                for part, own in zip(parts, split_factors(factors, sizes), strict=True):
-                    modules[part] = drop_zero_ranks(own, rslora=config.rslora)
-            else:
-                modules[spelled[name]] = factors
-    if EMBED in {target.path for target in targets} and HEAD not in spelled:
+    by_path = {target.path: target for target in targets}
+    kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
+    for path, layer in kernels.items():
+        target = by_path[layer.path]
+        leaves = {
+            name: np.asarray(layer.of(lora[child(target.path, name)]), np.float32)
+            for name in target.leaf_shapes
+        }
+        factors = _factors(target, leaves)
+        if parts := names.split_names(path):
+            sizes = [len(factors.b) // len(parts)] * len(parts)
+            for part, own in zip(parts, split_factors(factors, sizes), strict=True):
+                modules[part] = drop_zero_ranks(own, rslora=config.rslora)
+        else:
+            modules[spelled[path]] = factors
+    if EMBED in by_path and HEAD not in spelled:
         if config.dora:
             raise ValueError(
                 "an adapter with DoRA of an embedding that is the head too can't be "
@@ -219,14 +222,13 @@ def _describe(
     )
 
 
-def _factors(target: Target, a: Any, b: Any, m: Any) -> Factors:
-    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    return Factors(
-        a=a.transpose(np.argsort(Family.axes(a.ndim))),
-        b=b.T,
+def _factors(target: Target, leaves: Mapping[str, np.ndarray]) -> ExternalFactors:
+    return ExternalFactors(
+        a=np.moveaxis(leaves[LORA_A], (-1, -2), (0, 1)),
+        b=leaves[LORA_B].T,
         scaling=target.scaling,
         alpha=target.alpha,
-        magnitude=None if m is None else np.asarray(m, np.float32),
+        magnitude=leaves.get(MAGNITUDE),
         is_embedding=target.kind == "embed",
     )
 
@@ -237,42 +239,35 @@ def _full(
     names: Names,
     skip_head: bool,
     *,
-    adapted: Mapping[str, Factors],
+    adapted: Mapping[str, ExternalFactors],
 ) -> dict[str, np.ndarray]:
     """Returns the tensors of modules trained in full, whole, and trained biases."""
     trained = flatten(variables.get(PARAMS, {}))
     there = flatten(join(variables.get(FROZEN, {}), variables.get(PARAMS, {})))
     spelled = names.spelling().tensors
     tensors, faults = {}, []
-    arrays = {
-        "/".join(single): array if single == tuple(path.split("/")) else array[i]
-        for path, array in there.items()
-        for i, single in enumerate(unscanned(tuple(path.split("/")), array.shape))
-    }
-    for single in single_leaves(trained):
-        module, _, leaf = single.rpartition("/")
-        if skip_head and single.split("/")[0] in names.family.head:
+    slices = layer_slices(there)
+    for leaf in layer_slices(trained):
+        module, _, name = leaf.rpartition("/")
+        if skip_head and leaf.split("/")[0] in names.family.head:
             continue
-        only_bias = leaf == BIAS and config.bias != "none"
-        inside = spelled[single].rpartition(".")[0] in adapted
-        if inside and not only_bias:
+        only_bias = name == BIAS and config.bias != "none"
+        if spelled[leaf].rpartition(".")[0] in adapted and not only_bias:
             faults.append(
-                f"{single} is trained beside an adapter; PEFT has a word for that only "
-                "with bias='lora_only' or 'all'"
+                f"{leaf} is trained beside an adapter, which PEFT's format can hold "
+                "only with bias='lora_only' or 'all'"
             )
         of_module = [p for p in spelled if p.rpartition("/")[0] == module]
-        for path in [single] if only_bias else of_module:
-            if path not in arrays:
+        for path in [leaf] if only_bias else of_module:
+            if path not in slices:
                 faults.append(
-                    f"{path} must be in variables ('frozen'), for PEFT saves modules "
-                    "whole"
+                    f"{path} must be in variables ('frozen'): PEFT saves modules whole"
                 )
                 continue
-            array = np.asarray(arrays[path], np.float32)
-            name = spelled[path]
-            tensors[name] = names.family.to_file(path.rpartition("/")[2], array)
-    embed = spelled.get(f"{EMBED}/{EMBEDDING}")
-    if embed in tensors and f"{HEAD}/{KERNEL}" not in spelled:
+            array = np.asarray(slices[path].of(there[slices[path].path]), np.float32)
+            tensors[spelled[path]] = names.family.to_file(path, array)
+    embed = spelled.get(EMBED_LEAF)
+    if embed in tensors and HEAD_LEAF not in spelled:
         tensors[f"{LM_HEAD}.weight"] = tensors[embed]  # tied
     if faults:
         raise ValueError(f"the adapter can't be exported: {'; '.join(faults)}.")
@@ -280,7 +275,7 @@ def _full(
 
 
 def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
-    """Returns modules_to_save: whole heads by their first word, else full names."""
+    """Returns modules_to_save: first words of whole heads, and other full names."""
     modules = {
         name.rpartition(".")[0]
         for name in adapter.full
@@ -296,7 +291,7 @@ def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
 
 
 def _shortest(chosen: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Returns last words of names where they name no other module, else full names."""
+    """Returns the last words of names that no other module shares, else full names."""
     left = {name.rpartition(".")[2] for name in set(known) - set(chosen)}
     words = {name: name.rpartition(".")[2] for name in chosen}
     return sorted({n if word in left else word for n, word in words.items()})
@@ -310,7 +305,7 @@ def _write_mlx(
 ) -> Path:
     """Writes for mlx-lm, under its names: ``model.`` before everything but the head."""
     if base.family.head:
-        raise ValueError("mlx-lm has causal language models alone; this is an encoder.")
+        raise ValueError("mlx-lm has only causal language models; this is an encoder.")
     modules = dict(adapter.modules)
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too

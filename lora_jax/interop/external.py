@@ -1,17 +1,18 @@
-"""Adapters of other tools, in the words of none of them.
+"""Adapters of other tools, independent of the tool.
 
-PEFT, mlx-lm and loralib store the same matrices under other names and in other
-orientations. Their readers all give a `ExternalAdapter`; what it means for a model of
-ours is said once, in `lora_jax.interop.attach`.
+PEFT, mlx-lm and loralib store the same matrices under different names and in different
+orientations. All their readers return an `ExternalAdapter`, which
+`lora_jax.interop.attach` puts on a model.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class Factors(NamedTuple):
+class ExternalFactors(NamedTuple):
     """One adapted module: ``ΔW = scaling * B A``, in PyTorch's orientation.
 
     Attributes:
@@ -20,8 +21,8 @@ class Factors(NamedTuple):
       scaling: the factor before ``B A``.
       alpha: numerator of the scaling, as the config has it.
       magnitude: DoRA's ``[out]``, or None.
-      is_embedding: whether the tool stored it as an embedding's; None if it can't be
-        told.
+      is_embedding: whether the tool stored it as an embedding's; None if its format
+        doesn't say.
     """
 
     a: np.ndarray
@@ -44,17 +45,17 @@ class ExternalAdapter(NamedTuple):
       modules: the factors by Hugging Face module name.
       full: tensors trained in full, by Hugging Face tensor name.
       base: copies of base weights that the tool put beside them, by tensor name.
-      config: the tool's config, as given, with keys that nobody here knows.
+      config: the tool's config as given, unknown keys included.
       rslora: whether scalings are ``alpha / sqrt(rank)``.
-      dropout_rate: of the adapters' inputs in training.
+      dropout_rate: dropout of the adapters' inputs in training.
       bias: which biases are among ``full``: ``"none"``, ``"lora_only"`` or ``"all"``.
-      is_tied_once: whether the adapter of an embedding that is the head too stands in
-        the file once, for both, and not as two.
-      unknown: keys of the config that are kept and have no meaning here.
+      is_tied_once: whether the file holds one adapter for a tied embedding and head,
+        not two.
+      unknown: keys of the config that have no effect here.
       origin: the folder or file, for errors.
     """
 
-    modules: dict[str, Factors]
+    modules: dict[str, ExternalFactors]
     full: dict[str, np.ndarray]
     base: dict[str, np.ndarray]
     config: Mapping[str, Any]
@@ -72,7 +73,7 @@ class ExternalAdapter(NamedTuple):
 
 
 def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]:
-    """Reads tensors, and gathers what is wrong with their types and values.
+    """Reads tensors, and collects the faults of their types and values.
 
     Args:
       reader: gives ``reader[name]``.
@@ -93,6 +94,11 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
             faults.append(f"not finite: {name}, {count} of {array.size} values")
         arrays[key] = array
     return arrays, faults
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    """Returns the value that occurs most often, the first of several."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def report(origin: str, faults: list[str]) -> ValueError:

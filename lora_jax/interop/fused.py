@@ -1,23 +1,25 @@
 """Adapters of fused projections from those of their parts, and the reverse; exact.
 
-A fused kernel has the outputs of its parts in a row. One part's update of it is the
+A fused kernel has the outputs of its parts side by side. One part's update of it is the
 part's A with a B that is zero for the other outputs::
 
     split:  A' = A                      B' = rows of B of the part
     fuse:   A' = [A_q; A_k; A_v]        B' = blockdiag(B_q, B_k, B_v)
 
-so fusing n parts of rank r gives rank n r. DoRA's magnitudes are one a row, and the
-norm of a row is its own: they are split and joined.
+so fusing n parts of rank r gives rank n r. DoRA's magnitudes are split and joined: each
+is of one output, and its norm depends on no other.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.interop.external import Factors
+from lora_jax.interop.external import ExternalFactors
 
 
-def split_factors(whole: Factors, sizes: Sequence[int]) -> list[Factors]:
+def split_factors(
+    whole: ExternalFactors, sizes: Sequence[int]
+) -> list[ExternalFactors]:
     """Returns the adapters of the parts of a fused projection.
 
     Args:
@@ -31,7 +33,7 @@ def split_factors(whole: Factors, sizes: Sequence[int]) -> list[Factors]:
       ValueError: if the sizes don't add up to the outputs.
 
     Example:
-      >>> whole = Factors(np.ones((1, 2)), np.arange(3.0)[:, None], 1.0, 1.0)
+      >>> whole = ExternalFactors(np.ones((1, 2)), np.arange(3.0)[:, None], 1.0, 1.0)
       >>> [part.b.ravel().tolist() for part in split_factors(whole, (2, 1))]
       [[0.0, 1.0], [2.0]]
     """
@@ -50,21 +52,20 @@ def split_factors(whole: Factors, sizes: Sequence[int]) -> list[Factors]:
     ]
 
 
-def drop_zero_ranks(factors: Factors, *, rslora: bool) -> Factors:
+def drop_zero_ranks(factors: ExternalFactors, *, rslora: bool) -> ExternalFactors:
     """Leaves out the ranks whose column of B is zero; exact.
 
-    What `fuse_factors` made and `split_factors` took apart is thus as it was before.
+    After `split_factors`, this undoes `fuse_factors`.
 
     Args:
       factors: of one module.
       rslora: whether the scaling is ``alpha / sqrt(rank)``.
 
     Returns:
-      An adapter of the ranks that have an effect, or the same one where none or all of
-      them have.
+      An adapter of the ranks that have an effect; the same one if none or all have.
 
     Example:
-      >>> factors = Factors(np.ones((2, 3)), np.array([[0.0, 2.0]]), 0.5, 1.0)
+      >>> factors = ExternalFactors(np.ones((2, 3)), np.array([[0.0, 2.0]]), 0.5, 1.0)
       >>> lean = drop_zero_ranks(factors, rslora=False)
       >>> lean.a.shape, lean.b.tolist(), lean.scaling, lean.alpha
       ((1, 3), [[2.0]], 0.5, 0.5)
@@ -79,8 +80,8 @@ def drop_zero_ranks(factors: Factors, *, rslora: bool) -> Factors:
 
 
 def fuse_factors(
-    parts: Sequence[Factors | None], sizes: Sequence[int], *, rslora: bool
-) -> Factors:
+    parts: Sequence[ExternalFactors | None], sizes: Sequence[int], *, rslora: bool
+) -> ExternalFactors:
     """Returns the adapter of a fused projection.
 
     Args:
@@ -96,7 +97,7 @@ def fuse_factors(
       ValueError: if a part's B has another size, or, with DoRA, a part is missing.
 
     Example:
-      >>> part = Factors(np.ones((1, 2)), np.full((1, 1), 3.0), 2.0, 2.0)
+      >>> part = ExternalFactors(np.ones((1, 2)), np.full((1, 1), 3.0), 2.0, 2.0)
       >>> fuse_factors([part, None, part], (1, 1, 1), rslora=False).b.tolist()
       [[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]
     """
@@ -109,7 +110,7 @@ def fuse_factors(
     has_magnitude = any(part.magnitude is not None for part in there)
     if has_magnitude and len(there) < len(parts):
         wrong.append(
-            "with DoRA every part must have an adapter, for a magnitude is never silent"
+            "with DoRA every part must have an adapter, since a magnitude always acts"
         )
     if wrong:
         raise ValueError(f"the parts can't be fused: {'; '.join(wrong)}.")
@@ -125,7 +126,7 @@ def fuse_factors(
             b[row : row + size, column : column + part.rank] = part.b * ratio
             column += part.rank
         row += size
-    return Factors(
+    return ExternalFactors(
         a=np.concatenate([part.a for part in there]),
         b=b,
         scaling=scaling,

@@ -1,9 +1,9 @@
-"""loralib's state dicts: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]`` by a layer.
+"""loralib's state dicts: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]`` per layer.
 
-They carry no config, so alpha has to be given. Its ``MergedLinear`` adapts some of the
-projections that share one kernel: ``lora_A`` is ``[r n, in]`` for n of them, and
-``lora_B`` ``[n out / m, r]`` of m has the rows of each in turn. That is one adapter of
-rank r n with a block-diagonal B.
+They carry no config, so alpha has to be given. Its ``MergedLinear`` adapts n of the m
+projections that share one kernel: ``lora_A`` is ``[r n, in]``, and ``lora_B``
+``[n out / m, r]`` has the rows of each in turn. That is one adapter of rank r n with a
+block-diagonal B.
 """
 
 import os
@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.files.safetensors import open_tensors
-from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
+from lora_jax.interop.external import (
+    ExternalAdapter,
+    ExternalFactors,
+    read_floats,
+    report,
+)
 
 
 def read_loralib(
@@ -32,18 +37,18 @@ def read_loralib(
         ``{"c_attn": (True, False, True)}``.
 
     Returns:
-      The adapter; tensors that are no factors (biases, a head) are trained in full.
+      The adapter; all other tensors (biases, a head) count as trained in full.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is of another kind (a pickle), or tensors are missing,
+      ValueError: if it is another kind of file (a pickle), or tensors are missing,
         mis-shaped or not finite; one error lists all of them.
     """
     path = Path(path)
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0; got {alpha!r}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file; there is none.")
+        raise FileNotFoundError(f"{path} must be a file; there is no such file.")
     tensors = _open(path)
     arrays, faults = read_floats(tensors, {name: name for name in tensors})
     names = [name.rpartition(".") for name in tensors]
@@ -78,7 +83,7 @@ def read_loralib(
             )
             continue
         scaling = alpha / rank
-        modules[module] = Factors(
+        modules[module] = ExternalFactors(
             a, _block_diagonal(b, groups), scaling, scaling * len(a), is_embedding=None
         )
     if not modules and not faults:
@@ -96,7 +101,7 @@ def read_loralib(
 
 
 def _open(path: Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of a file that holds no pickle."""
+    """Reads every tensor of a file, unpickling nothing."""
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -114,7 +119,7 @@ def _open(path: Path) -> dict[str, np.ndarray]:
 
 
 def _block_diagonal(b: np.ndarray, groups: Sequence[bool]) -> np.ndarray:
-    """Lays out the rows of the adapted projections over all outputs."""
+    """Returns B with the rows of the adapted projections among all outputs."""
     n, rank = sum(groups), b.shape[1]
     rows = len(b) // n
     whole = np.zeros((rows * len(groups), rank * n), np.float32)

@@ -2,23 +2,28 @@
 
 mlx-lm stores ``lora_a`` ``[in, r]`` and ``lora_b`` ``[r, out]``, as Flax does, one rank
 and one ``scale`` (the factor before ``A B`` itself) for all modules, and DoRA's
-magnitudes as ``m``. A module that its config names and the file has not stays silent.
+magnitudes as ``m``. A module that the config names and the file lacks isn't adapted.
 """
 
 import json
 import math
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
-from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
-from lora_jax.interop.peft_config import CONFIG
+from lora_jax.interop.external import (
+    ExternalAdapter,
+    ExternalFactors,
+    most_common,
+    read_floats,
+    report,
+)
 
 TENSORS = "adapters.safetensors"
 TYPES = ("lora", "dora")
@@ -29,24 +34,24 @@ def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
     """Reads an mlx-lm adapter folder.
 
     Args:
-      directory: with `CONFIG` and `TENSORS`.
+      directory: with `ADAPTER_CONFIG` and `TENSORS`.
 
     Returns:
       The adapter, its modules by bare Hugging Face name (without ``model.``).
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged, the config is no LoRA's or DoRA's, or tensors
+      ValueError: if a file is damaged, the config is not of LoRA or DoRA, or tensors
         are unexpected, missing, mis-shaped or not finite; one error lists all of them.
     """
     folder = Path(directory)
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / ADAPTER_CONFIG)
     kind, rank, scale, dropout = _parameters(settings, folder)
     if not (folder / TENSORS).is_file():
         raise FileNotFoundError(f"{folder} must hold {TENSORS}; it has none.")
     reader = open_tensors(folder / TENSORS)
     faults = [
-        f"unexpected: {name} is none of {_LEAVES}"
+        f"unexpected: {name} doesn't end with one of {_LEAVES}"
         for name in reader.shapes
         if name.rpartition(".")[2] not in _LEAVES
     ]
@@ -66,11 +71,11 @@ def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 f"got {list(a.shape)}, {list(b.shape)}"
             )
             continue
-        modules[name.removeprefix("model.")] = Factors(
+        modules[name.removeprefix("model.")] = ExternalFactors(
             a.T, b.T, scale, scale * rank, m, is_embedding=None
         )
     if not modules and not faults:
-        faults.append("it holds no factors of any module")
+        faults.append("it holds no adapters")
     if faults:
         raise report(str(folder / TENSORS), faults)
     return ExternalAdapter(
@@ -93,16 +98,16 @@ def write_mlx(
       directory: made if absent; an adapter there is replaced once the new one is
         written.
       adapter: its modules under mlx-lm's names, ``model.layers.0.self_attn.q_proj``.
-        Ranks are padded to the largest; scalings that differ from the commonest go
-        into B, rounded once.
+        Ranks are padded to the largest; a scaling that differs from the most common one
+        goes into B, rounded once.
       num_layers: of the model.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if something was trained in full, or an embedding has a magnitude or a
-        module a window, for which mlx-lm has no words.
+      ValueError: if something was trained in full, an embedding has a magnitude, or a
+        module is a convolution, which mlx-lm's format can't hold.
       OSError: if it can't be written.
     """
     modules = adapter.modules
@@ -111,15 +116,15 @@ def write_mlx(
         f"{name} is a convolution" for name, f in modules.items() if f.a.ndim > 2
     ]
     faults += [
-        f"{name} is an embedding with DoRA, whose magnitudes mlx-lm has a row, not a "
+        f"{name} is an embedding with DoRA, where mlx-lm has a magnitude a row, not a "
         "column"
         for name, f in modules.items()
         if f.is_embedding and f.magnitude is not None
     ]
     if faults:
-        raise ValueError(f"mlx-lm has no words for this: {'; '.join(faults)}.")
+        raise ValueError(f"mlx-lm's format can't hold this: {'; '.join(faults)}.")
     rank = max(factors.rank for factors in modules.values())
-    scale = Counter(f.scaling for f in modules.values()).most_common(1)[0][0]
+    scale = most_common(factors.scaling for factors in modules.values())
     tensors: dict[str, np.ndarray] = {}
     keys, first = set(), num_layers
     for name, factors in modules.items():
@@ -144,7 +149,7 @@ def write_mlx(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
-    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
+    with replacing(folder / TENSORS, folder / ADAPTER_CONFIG) as (weights, settled):
         write_tensors(weights, tensors, metadata={"format": "mlx"})
         settled.write_text(text, encoding="utf-8")
     return folder
@@ -172,6 +177,6 @@ def _parameters(
         faults.append(f"dropout must be in [0, 1]; got {dropout!r}"[:200])
     if faults:
         raise ValueError(
-            f"{folder / CONFIG} has {len(faults)} faults: {'; '.join(faults)}."
+            f"{folder / ADAPTER_CONFIG} has {len(faults)} faults: {'; '.join(faults)}."
         )
     return kind, int(rank or 0), float(scale or 0), float(dropout)

@@ -1,8 +1,8 @@
 """Hugging Face's names for the modules of a model in memory, in every spelling.
 
-A module has one path here and up to four names there: with the family's prefix or
-without (files of a bare model have none), and as transformers 4 or 5 calls it
-(checkpoints keep the old names, adapters made today carry the new ones).
+A module has one path here and up to four names there: with or without the family's
+prefix (files of a bare model have none), and as transformers 4 or 5 calls it
+(checkpoints keep the old names, adapters made today have the new ones).
 """
 
 import re
@@ -10,23 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.models.family import Family
-from lora_jax.models.load import SCANNED, unscanned
-from lora_jax.tree.targets import Site
-
-EMBED, HEAD = "embed", "head"  # a decoder's; one array where they are tied
-LM_HEAD = "lm_head"  # the head's name; like an encoder's it has no prefix
+from lora_jax.names import EMBED, HEAD, LM_HEAD
 
 
 class Fusion(NamedTuple):
     """Projections that one family stores as one kernel and another as several.
 
     Attributes:
-      whole: end of the path of the one, its outputs in the order of the parts.
-      parts: ends of the paths of the several.
+      whole: end of the path of the one kernel; its outputs are in the order of
+        ``parts``.
+      parts: ends of the paths of the several kernels.
       names: ends of their Hugging Face names, the whole's first.
-      inside: what stands before the layer's path.
-      is_split: whether transformers 5 has the several where the model's files, and
-        the model here, have the one.
+      inside: prefix of the layer's path.
+      is_split: whether transformers 5 has several kernels where the model's files, and
+        the model here, have one.
     """
 
     whole: str
@@ -60,36 +57,6 @@ FUSIONS = (
 )
 
 
-class Slot(NamedTuple):
-    """A module of one layer, wherever its arrays are.
-
-    Attributes:
-      site: the layer in the tree; all layers of a scanned model share one.
-      index: number of the layer in a scanned site, else None.
-    """
-
-    site: Site
-    index: int | None
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of this module's own kernel."""
-        shape = self.site.kernel_shape
-        return shape if self.index is None else shape[1:]
-
-
-def find_slots(sites: Iterable[Site]) -> dict[str, Slot]:
-    """Returns the adaptable modules by the path they have where nothing is scanned."""
-    slots = {}
-    for site in sites:
-        leaf = tuple(site.path.split("/"))
-        singles = unscanned(leaf, site.kernel_shape)
-        for i, single in enumerate(singles):
-            scanned = leaf[0] == SCANNED
-            slots["/".join(single)] = Slot(site, i if scanned else None)
-    return slots
-
-
 class Names:
     """The names that one model's modules and tensors may have in another's file.
 
@@ -102,11 +69,9 @@ class Names:
     def __init__(self, family: Family, modules: Sequence[str], leaves: Iterable[str]):
         self.family = family
         self._bare = {path: str(family.module_name(path)) for path in modules}
-        self._tensors = {
-            path: family.tensor_name(tuple(path.split("/"))) for path in leaves
-        }
+        self._tensors = {path: family.tensor_name(path) for path in leaves}
         layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
-        self._others = {}  # modules of the family that this model has not
+        self._others = {}  # modules of the family that this model lacks
         for layer in layers:
             number = layer.rpartition("_")[2]
             for fusion in FUSIONS:
@@ -181,9 +146,9 @@ class Names:
 
     def _spell(self, bare: str, style: tuple[bool, bool]) -> str:
         has_prefix, is_new = style
-        outside = bare == LM_HEAD or self.family.is_head(f"{bare}.")
+        has_none = bare == LM_HEAD or self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare
-        return bare if outside or not has_prefix else self.family.prefix + bare
+        return bare if has_none or not has_prefix else self.family.prefix + bare
 
     def _spell_tensor(self, bare: str, style: tuple[bool, bool]) -> str:
         module, dot, leaf = bare.rpartition(".")

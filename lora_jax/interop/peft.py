@@ -1,8 +1,7 @@
 """PEFT adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Read strictly (what a name means is in `_SUFFIXES` and nowhere guessed) and written so
-that PEFT loads them. Nothing that a file names is opened: not the base it says it was
-made on, no other folder, no pickle.
+Read strictly (`_SUFFIXES` says what each name means; nothing is guessed) and written so
+that PEFT loads them. Nothing that a file names is opened, and no pickle is read.
 """
 
 import json
@@ -15,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
-from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
+from lora_jax.interop.external import (
+    ExternalAdapter,
+    ExternalFactors,
+    most_common,
+    read_floats,
+    report,
+)
 from lora_jax.interop.peft_config import (
-    CONFIG,
+    ADAPTER_CONFIG,
     PEFT_VERSION,
     PeftConfig,
     match,
@@ -28,15 +33,15 @@ from lora_jax.interop.peft_config import (
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _A, _B, _M, _BASE, _BIAS = "a", "b", "m", "base", "base bias"
-_SUFFIXES = {  # what stands after the module's name, and what it is
-    ".lora_A.weight": (_A, False),
-    ".lora_B.weight": (_B, False),
-    ".lora_embedding_A": (_A, True),
-    ".lora_embedding_B": (_B, True),
-    ".lora_magnitude_vector": (_M, None),
-    ".lora_magnitude_vector.weight": (_M, None),
-    ".base_layer.weight": (_BASE, None),
-    ".base_layer.bias": (_BIAS, None),
+_SUFFIXES = {  # of a tensor's name after the module's, and what the tensor is
+    ".lora_A.weight": _A,
+    ".lora_B.weight": _B,
+    ".lora_embedding_A": _A,
+    ".lora_embedding_B": _B,
+    ".lora_magnitude_vector": _M,
+    ".lora_magnitude_vector.weight": _M,
+    ".base_layer.weight": _BASE,
+    ".base_layer.bias": _BIAS,
 }
 
 
@@ -44,16 +49,16 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     """Reads a PEFT folder.
 
     Args:
-      directory: with `CONFIG` and `TENSORS`.
+      directory: with `ADAPTER_CONFIG` and `TENSORS`.
 
     Returns:
-      The adapter; 16-bit factors are widened to float32.
+      The adapter, in float32.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged, the config asks for what isn't supported, or
-        tensors are of unknown meaning, missing, mis-shaped, of a rank that the config
-        doesn't say, or not finite; one error lists all of them.
+      ValueError: if a file is damaged, the config uses unsupported options, or tensors
+        have unknown names, are missing, mis-shaped, of another rank than the config's,
+        or not finite; one error lists all of them.
     """
     folder = Path(directory)
     config = read_peft_config(folder)
@@ -72,12 +77,12 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     for module in dict.fromkeys(name for name, kind in roles if kind == _A):
         a, b, m = (arrays.get((module, kind)) for kind in (_A, _B, _M))
         if a is None or b is None:
-            continue  # missing or unreadable: said above
+            continue  # missing or unreadable: already reported
         is_embedding = ".lora_embedding_" in roles[module, _A]
         wrong = _shape_faults(module, a, b, m, config)
         faults += wrong
         if not wrong:
-            modules[module] = Factors(
+            modules[module] = ExternalFactors(
                 a=a,
                 b=b.reshape(b.shape[:2]),
                 scaling=config.scaling_for(module),
@@ -86,7 +91,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 is_embedding=is_embedding,
             )
     if not modules and not faults:
-        faults.append("it holds no factors of any module")
+        faults.append("it holds no adapters")
     if faults:
         raise report(str(folder / TENSORS), faults)
     return ExternalAdapter(
@@ -118,7 +123,7 @@ def target_faults(
     Args:
       adapter: as `read_peft` returned it.
       modules: full names of the model's modules.
-      other: names of modules in the file that the model has not; said elsewhere.
+      other: modules in the file that the model doesn't have; reported elsewhere.
 
     Returns:
       A line for each module that is in one and not in the other.
@@ -129,7 +134,7 @@ def target_faults(
         if name in other:
             continue
         wanted = config.is_target(name)
-        if wanted is None:  # all-linear: heads are left out by rules of PEFT's own
+        if wanted is None:  # all-linear: PEFT decides by the type
             continue
         if wanted and name not in adapter.modules:
             faults.append(f"missing: factors of {name}, which target_modules names")
@@ -141,15 +146,15 @@ def target_faults(
 
 
 def saved_faults(adapter: ExternalAdapter, tensors: Iterable[str]) -> list[str]:
-    """Says which tensors are absent though ``modules_to_save`` names their modules.
+    """Finds tensors that are missing from a module that ``modules_to_save`` names.
 
     Args:
       adapter: as `read_peft` returned it.
       tensors: names of the model's parameters.
 
     Returns:
-      A line for each. Names that no module of the model has are no fault: PEFT adds
-      ``classifier`` and ``score`` unasked.
+      A line for each. Names of modules that the model doesn't have are no fault: PEFT
+      adds ``classifier`` and ``score`` unasked.
     """
     saved = parse_config(adapter.config, adapter.origin).saved
     return [
@@ -170,9 +175,9 @@ def write_peft(
     Args:
       directory: made if absent; an adapter there is replaced once the new one is
         written.
-      adapter: what to write; ``config`` is not looked at.
-      settings: keys of ``adapter_config.json`` beside those that follow from
-        ``adapter``: ``target_modules``, ``modules_to_save``, ``task_type``, ....
+      adapter: what to write; its ``config`` is ignored.
+      settings: keys of ``adapter_config.json`` that ``adapter`` doesn't determine, or
+        that replace what it does: ``modules_to_save``, ``task_type``, ....
 
     Returns:
       The folder.
@@ -211,14 +216,14 @@ def write_peft(
     ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
     config = _config(adapter) | dict(settings)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
+    with replacing(folder / TENSORS, folder / ADAPTER_CONFIG) as (weights, settled):
         write_tensors(weights, ordered, metadata={"format": "pt"})
         settled.write_text(text, encoding="utf-8")
     return folder
 
 
 def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Says what each tensor is: ``(module or tensor, kind)``; and what has no role."""
+    """Returns tensors by ``(module or tensor, kind)``, and faults of unknown ones."""
     roles: dict[tuple[str, str], str] = {}
     faults = []
     for name in names:
@@ -228,9 +233,9 @@ def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[s
             faults.append(f"unexpected: {name} does not start with {PREFIX}")
             continue
         if suffix is not None:
-            role = bare.removesuffix(suffix), _SUFFIXES[suffix][0]
+            role = bare.removesuffix(suffix), _SUFFIXES[suffix]
         elif re.search(r"(^|\.)(lora_|token_adapter|base_layer)", bare):
-            faults.append(f"unexpected: {name} is of no known kind")
+            faults.append(f"unexpected: {name} is of an unknown kind")
             continue
         else:
             role = bare, "full"
@@ -241,7 +246,7 @@ def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[s
 
 
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
-    """Names what a module's tensors lack to be whole."""
+    """Names the tensors that adapted modules lack."""
     needed = (_A, _B, _M) if config.dora else (_A, _B)
     words = {_A: "lora_A", _B: "lora_B", _M: "lora_magnitude_vector"}
     modules = dict.fromkeys(name for name, kind in roles if kind in words)
@@ -260,7 +265,7 @@ def _shape_faults(
     m: np.ndarray | None,
     config: PeftConfig,
 ) -> list[str]:
-    """Says what doesn't chain in a module, or isn't of the config's rank."""
+    """Finds shapes in a module that don't chain, or another rank than the config's."""
     rank = config.rank_for(name)
     wanted = [rank, *(["in"] if a.ndim == 2 else ["in", "*k"])]
     faults = []
@@ -279,10 +284,10 @@ def _shape_faults(
 
 
 def _config(adapter: ExternalAdapter) -> dict[str, Any]:
-    """The keys that follow from the modules; patterns name what differs, in full."""
+    """The keys that follow from the modules; patterns are full names."""
     ranks = {name: factors.rank for name, factors in adapter.modules.items()}
     alphas = {name: _number(f.alpha) for name, f in adapter.modules.items()}
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
         "base_model_name_or_path": None,
@@ -303,13 +308,6 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
         "use_dora": adapter.dora,
         "use_rslora": adapter.rslora,
     }
-
-
-def _most_common(values: Mapping[str, Any]) -> Any:
-    counts: dict[Any, int] = {}
-    for value in values.values():
-        counts[value] = counts.get(value, 0) + 1
-    return max(counts, key=lambda value: counts[value])
 
 
 def _number(value: float) -> float | int:

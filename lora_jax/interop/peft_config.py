@@ -1,8 +1,7 @@
 """PEFT's ``adapter_config.json``: read with its own meaning, written for any loader.
 
-Every key is of one of four kinds: read here; without effect on what an adapter
-computes; unsupported unless it has its neutral value (an error that names it); unknown
-(kept and reported).
+A key is either read here, without effect on what an adapter computes, unsupported
+unless it has a neutral value (an error names it), or unknown (kept and reported).
 """
 
 import math
@@ -11,21 +10,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 
-CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # whose format this is
 
-# Initialisations that leave the base as it is. Others decompose it again on loading.
+# Initialisations that leave the base unchanged. The others decompose it on loading.
 SILENT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 NO_EFFECT = {
     *("task_type", "base_model_name_or_path", "inference_mode", "peft_version"),
     *("revision", "auto_mapping", "megatron_core", "qalora_group_size"),
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # inits'
-    *("velora_config", "runtime_config"),  # the backward pass; where it runs
+    # Of initialisations; then of the backward pass and of where it runs.
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    *("velora_config", "runtime_config"),
 }
-NEUTRAL = {  # they change the maths unless they have one of these values
+NEUTRAL = {  # anything but one of these values changes the maths
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "ensure_weight_tying": (False, None),
@@ -42,24 +42,24 @@ NEUTRAL = {  # they change the maths unless they have one of these values
 
 
 class PeftConfig(NamedTuple):
-    """What a PEFT config says about modules, with PEFT's own matching.
+    """A PEFT config, with PEFT's own matching of module names.
 
     Attributes:
-      rank: of modules that no pattern names.
-      alpha: likewise.
+      rank: of modules that no pattern matches.
+      alpha: of modules that no pattern matches.
       targets: names or their ends, or one regular expression for the full name.
-      exclude: the same; it wins.
+      exclude: the same for modules never adapted; wins over ``targets``.
       layers: indices of the layers to adapt, or None for all.
-      layers_pattern: what stands before a layer's index; empty for anything.
+      layers_pattern: names that a layer's index follows; empty for any name.
       rank_pattern: ranks by a regular expression for the end of a name.
-      alpha_pattern: alphas likewise.
+      alpha_pattern: alphas by the same.
       saved: modules trained in full.
       rslora: scale by ``alpha / sqrt(rank)``.
       dora: whether modules have magnitudes.
-      dropout_rate: of the adapters' inputs.
+      dropout_rate: dropout of the adapters' inputs.
       bias: biases trained in full.
-      settings: the file as it is.
-      unknown: its keys that nobody here knows.
+      settings: the file's content.
+      unknown: its keys that are not known here.
     """
 
     rank: int
@@ -113,7 +113,7 @@ class PeftConfig(NamedTuple):
     def _has_layer(self, name: str) -> bool:
         if not self.layers:
             return True
-        # The first number after any segment, or after one that `layers_pattern` names.
+        # The first number after any segment, or after one named by `layers_pattern`.
         named = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
         for start in named or [r".*?\.[^.]*"]:
             if found := match(rf"{start}\.(?P<index>\d+)\.", name):
@@ -132,10 +132,12 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it isn't JSON, isn't a LoRA's, has values of the wrong type, or
-        asks for what isn't supported; all of it is named at once.
+      ValueError: if it isn't JSON, isn't of a LoRA adapter, has values of the wrong
+        type, or uses unsupported options; names all of them.
     """
-    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    return parse_config(
+        read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
+    )
 
 
 def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
@@ -163,8 +165,8 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
     init = settings.get("init_lora_weights", True)
     if not any(_same(init, value) for value in SILENT_INITS):
         faults.append(
-            f"init_lora_weights = {_short(init)} moves the base, and the file holds "
-            "what is left after that. Save it with PEFT's "
+            f"init_lora_weights = {_short(init)} changes the base, and the file is an "
+            "adapter of the changed one. Save it with PEFT's "
             "`path_initial_model_for_weight_conversion` as an adapter of the original "
             "base"
         )
@@ -193,24 +195,24 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
 
 
 def match(pattern: str, name: str) -> Any:
-    """Matches the start of a module's name, as `re.match`, for a while.
+    """Matches the start of a module's name like `re.match`, but gives up in time.
 
     Args:
-      pattern: a regular expression out of an adapter's file.
+      pattern: a regular expression from an adapter's file.
       name: of a module.
 
     Returns:
-      What matched, or None.
+      The match, or None.
 
     Raises:
       ValueError: if it takes over a second, as ``(a+)+`` can; `re` would never end.
     """
-    regex = load_optional("matching PEFT's patterns", "regex")  # it can be told to stop
+    regex = load_optional("matching PEFT's patterns", "regex")  # has a timeout
     try:
         return regex.match(pattern, name, timeout=1.0)
     except (TimeoutError, regex.error) as error:
         raise ValueError(
-            f"{CONFIG}: the pattern {_short(pattern)} must be matched against "
+            f"{ADAPTER_CONFIG}: the pattern {_short(pattern)} must be matched against "
             f"{name!r} within a second, and can't be: {error or 'out of time'}. Write "
             "it without a repetition inside a repetition."
         ) from error
@@ -292,7 +294,7 @@ def _is_share(value: Any) -> bool:
 
 _NAMES = "a list of names or a regular expression"
 _is_names = _either(_is_regex, _list_of(_is_text))
-# What is read: whether a value will do, what it must be, and PEFT's default.
+# The keys that are read: whether a value is valid, what it must be, PEFT's default.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "r": (_is_rank, "an integer of at least 1", 8),
     "lora_alpha": (_is_positive, "a number above 0", 8),

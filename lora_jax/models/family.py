@@ -53,7 +53,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
 
-    def tensor_name(self, path: tuple[str, ...]) -> str:
+    def tensor_name(self, path: str) -> str:
         """The bare Hugging Face name of the leaf at ``path``.
 
         Args:
@@ -65,14 +65,13 @@ class Family:
         Raises:
           ValueError: if the family has no name for it.
         """
-        *modules, leaf = path
-        name = self._named("/".join(path))
-        if name is not None:
+        if (name := self.module_name(path)) is not None:
             return name
-        if (name := self._named("/".join(modules))) is None:
+        module, _, leaf = path.rpartition("/")
+        if (name := self.module_name(module)) is None:
             raise ValueError(
-                f"parameter {'/'.join(path)} must be of a module that has a Hugging "
-                f"Face name; those are {sorted(self.modules)}."
+                f"parameter {path} must belong to a module that has a Hugging Face "
+                f"name; those are {sorted(self.modules)}."
             )
         return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
 
@@ -82,7 +81,9 @@ class Family:
 
     def module_name(self, path: str) -> str | None:
         """The bare Hugging Face name of the module at ``path``, None if it has none."""
-        return self._named(path)
+        number = re.search(r"layer_(\d+)", path)
+        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
+        return template and template.replace("{i}", number[1] if number else "")
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor of this bare name is of the classification head."""
@@ -114,36 +115,34 @@ class Family:
             name = re.sub(old, new, name)
         return name
 
-    def _named(self, path: str) -> str | None:
-        number = re.search(r"layer_(\d+)", path)
-        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
-        return template and template.replace("{i}", number[1] if number else "")
-
-    def from_file(self, leaf: str, array: np.ndarray) -> np.ndarray:
+    def from_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """A file's ``[out, in, *k]`` array as Flax stores it, ``[*k, in, out]``.
 
         Args:
-          leaf: name of the leaf.
+          path: of the leaf; arrays that are not kernels stay as they are.
           array: as the file has it.
 
         Returns:
           A view of it.
         """
-        if leaf != KERNEL or not self.is_transposed:
+        if not self._is_turned(path):
             return array
         return array.transpose(self.axes(array.ndim))
 
-    def to_file(self, leaf: str, array: np.ndarray) -> np.ndarray:
+    def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """`from_file` undone."""
-        if leaf != KERNEL or not self.is_transposed:
+        if not self._is_turned(path):
             return array
         return array.transpose(np.argsort(self.axes(array.ndim)))
 
-    def file_shape(self, leaf: str, shape: Shape) -> Shape:
+    def file_shape(self, path: str, shape: Shape) -> Shape:
         """The shape that a file has for a leaf of ``shape``."""
-        if leaf != KERNEL or not self.is_transposed:
+        if not self._is_turned(path):
             return shape
         return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
+
+    def _is_turned(self, path: str) -> bool:
+        return self.is_transposed and path.rpartition("/")[2] == KERNEL
 
     @staticmethod
     def axes(ndim: int) -> tuple[int, ...]:

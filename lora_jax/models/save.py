@@ -13,22 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 
+from lora_jax.files.images import IMAGE_CONFIG
 from lora_jax.files.safetensors import SINGLE, write_tensors
-from lora_jax.files.special_tokens import GENERATION_CONFIG, TEMPLATE
-from lora_jax.files.tokenizer import load_tokenizer
-from lora_jax.models.load import HEAD, OURS, TIED_HEAD, unscanned
-from lora_jax.models.source import CONFIG, open_source
-from lora_jax.names import KERNEL
+from lora_jax.files.special_tokens import (
+    GENERATION_CONFIG,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+)
+from lora_jax.files.tokenizer import TOKENIZER_FILE, load_tokenizer
+from lora_jax.models.load import OURS, TIED_HEAD
+from lora_jax.models.source import MODEL_CONFIG, open_source
+from lora_jax.models.stacking import layer_slices
+from lora_jax.names import CLASSIFIER, KERNEL, POOLER
+from lora_jax.tree.paths import flatten
 
-POOLER = "pooler"
 # What a folder needs beside weights and config; other files are not the model's.
 OTHER_FILES = (
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    IMAGE_CONFIG,
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
@@ -73,33 +78,31 @@ def save_model(
     model = open_source(source)
     names, family, settings = model.names, model.family, dict(model.settings)
 
-    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(dict(params))
-    ours = {}  # bare name: (leaf of a layer, array of the leaf or a layer of it)
-    for leaf, array in flat.items():
-        singles = unscanned(leaf, array.shape)
-        for i, single in enumerate(singles):
-            part = array if single == leaf else array[i]
-            ours[family.tensor_name(single)] = (single, part)
+    flat = flatten(params)
+    ours = {  # by bare name: the path of the layer's leaf, and its part of the array
+        family.tensor_name(path): (path, part.of(flat[part.path]))
+        for path, part in layer_slices(flat).items()
+    }
     faults = [
         f"missing: {name}"
         for name in names
         if name not in ours and not family.is_unused(name)
     ]
     tensors = {}
-    for name, (leaf, part) in ours.items():
-        array = family.to_file(leaf[-1], np.asarray(part))
+    for name, (path, part) in ours.items():
+        array = family.to_file(path, np.asarray(part))
         # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
         if name in names and model.path.is_dir():
             with np.errstate(over="ignore"):  # not finite, said below
                 array = array.astype(model.dtype(name), copy=False)
         head = family.is_head(name)
         if name not in names and not head:
-            faults.append(f"unexpected: {'/'.join(leaf)}")
+            faults.append(f"unexpected: {path}")
         elif not head and array.shape != model.shape(name):
             wanted = list(model.shape(name))
             faults.append(f"shape: {name} must be {wanted}; got {list(array.shape)}")
         elif not np.isfinite(array).all():
-            faults.append(f"not finite: {'/'.join(leaf)}")
+            faults.append(f"not finite: {path}")
         else:
             tensors[names.get(name, name)] = array
     if faults:
@@ -117,14 +120,14 @@ def save_model(
             own = "mean" if family.head_pooling == POOLER else family.head_pooling
             pooling = POOLER if POOLER in params else own
         settings[OURS] = {"pooling": pooling}
-    if HEAD in params and family.head:
-        count = params[HEAD][KERNEL].shape[-1]
+    if CLASSIFIER in params and family.head:
+        count = params[CLASSIFIER][KERNEL].shape[-1]
         if len(settings.get("id2label") or {}) != count:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
+    (directory / MODEL_CONFIG).write_text(text, encoding="utf-8")
     if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
         tokenizer.save(directory)  # a GGUF file holds it
     for name in OTHER_FILES:

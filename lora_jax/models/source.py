@@ -11,10 +11,9 @@ from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors
+from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
-
-CONFIG = "config.json"
 
 
 class Source(NamedTuple):
@@ -33,6 +32,11 @@ class Source(NamedTuple):
     family: Family
     tensors: Any
     names: dict[str, str]
+
+    @property
+    def config(self) -> Any:
+        """What the family reads from the settings: the module's config."""
+        return self.family.read_config(self.settings)
 
     def pieces(self, bare: str) -> Iterator[tuple[Any, np.ndarray]]:
         """Reads a tensor by its bare name; yields where a piece belongs, and it."""
@@ -87,10 +91,10 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
       FileNotFoundError: if there is no such file.
       ValueError: if it isn't a JSON object, or of an unknown model type.
     """
-    path = Path(folder) / CONFIG
+    path = Path(folder) / MODEL_CONFIG
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} must be a Hugging Face model folder; it has no {CONFIG}."
+            f"{folder} must be a Hugging Face model folder; it has no {MODEL_CONFIG}."
         )
     return check_settings(read_json(path), path)
 

@@ -17,7 +17,7 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FSDP, LORA, TENSOR
+from lora_jax.names import FSDP, LAYERS, LORA, TENSOR
 from lora_jax.ops.contraction import Shape
 from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -25,8 +25,6 @@ from lora_jax.tree.targets import Target, child
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
-
-SCANNED = "layers"  # the decoder's module whose leaves have a leading axis of layers
 
 RULES: Rules = (
     ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
@@ -72,7 +70,7 @@ class WeightSharding:
                 f"{path} {shape}: its rule {spec} has {len(spec) - len(shape)} more "
                 "axes than it"
             )
-        is_stacked = path.startswith(f"{SCANNED}/") and len(spec) < len(shape)
+        is_stacked = path.startswith(f"{LAYERS}/") and len(spec) < len(shape)
         entries = (*(None,) * is_stacked, *spec)
         entries = (*entries, *(None,) * (len(shape) - len(entries)))
         spec = fit_spec(path, shape, entries, self.mesh, self.uneven)

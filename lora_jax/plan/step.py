@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.stacking import can_scan
 from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import batch_sharding, check_rows
@@ -78,11 +79,13 @@ class Workload:
     @property
     def adapted(self) -> Adapted:
         """The decoder with adapters."""
-        are_alike = not self.lora.tells_layers_apart
+        scan = self.scan_layers
+        if scan is None:
+            scan = can_scan(self.lora, self.config)
         decoder = Decoder(
             self.config,
             dtype=self.dtype,
-            scan_layers=are_alike if self.scan_layers is None else self.scan_layers,
+            scan_layers=scan,
             remat=self.remat,
         )
         return adapt(decoder, self.lora)

@@ -52,13 +52,13 @@ def model_dir(tmp_path_factory) -> Path:
     tensors = {}
     for path, shape in param_shapes(BERT, module).items():
         value = 0.3 * rng.standard_normal(shape).astype(np.float32)
-        if path[-1] == "scale":
+        if path.endswith("scale"):
             value = np.ones(shape, np.float32)
-        if "word" in path:  # a pretrained model knows good from bad
+        if "/word/" in path:  # a pretrained model knows good from bad
             feature = rng.standard_normal(16).astype(np.float32)
             value[[WORDS.index(word) for word in GOOD]] += feature
             value[[WORDS.index(word) for word in BAD]] -= feature
-        value = value.T if path[-1] == "kernel" else value
+        value = value.T if path.endswith("kernel") else value
         tensors[BERT.tensor_name(path)] = np.ascontiguousarray(value)
     write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     vocabulary = {word: i for i, word in enumerate(WORDS)}

@@ -187,12 +187,12 @@ def test_all_that_does_not_fit_the_model_is_in_one_error(copy):
     message = error_of("llama", folder)
     self = "model.layers.0.self_attn"
     for line in (
-        f"unexpected: {self}.head_proj is no module of this model. Did you mean: ",
-        "unexpected: model.layers.7.self_attn.v_proj is no module",
+        f"unexpected: {self}.head_proj is not a module of this model. Did you mean: ",
+        "unexpected: model.layers.7.self_attn.v_proj is not a module",
         f"unexpected: factors of {self}.q_proj, which the config does not target",
         f"missing: factors of {self}.k_proj, which target_modules names",
         "shape: B of layer_0/attention/value must be [12, 3]; got [11, 3]",
-        "unexpected: score.weight is no parameter of this model",
+        "unexpected: score.weight is not a parameter of this model",
         "shape: lm_head.weight must be of [20, 43] as Flax has it; got [20, 42]",
     ):
         assert line in message

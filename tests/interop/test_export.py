@@ -168,7 +168,9 @@ def test_a_head_on_another_pooling_is_refused_or_left_out(tmp_path):
         num_labels=3,
         key=jax.random.key(0),
     )
-    with pytest.raises(ValueError, match=r"on 'pooler' pooling .* trained on 'mean'"):
+    with pytest.raises(
+        ValueError, match=r"must use 'pooler' pooling .* trained on 'mean'"
+    ):
         exported(tmp_path / "out", model)
     exported(tmp_path / "out", model, skip_head=True)
     assert settings(tmp_path / "out")["modules_to_save"] is None
@@ -198,9 +200,9 @@ def test_a_portable_adapter_has_one_rank_and_a_factor_of_one(family, tmp_path):
 def test_what_some_loader_refuses_can_not_be_portable(tmp_path):
     cases = {
         ("llama", "dora"): "DoRA's magnitudes",
-        ("llama", "embed"): "model.embed_tokens is no linear layer of a block",
+        ("llama", "embed"): "model.embed_tokens is not a linear layer of a block",
         ("llama", "saved"): "lm_head.weight is trained in full",
-        ("vit", "conv"): "projection is no linear layer",
+        ("vit", "conv"): "projection is not a linear layer",
     }
     for (family, kind), message in cases.items():
         model = load_model(GOLDEN / family, adapter=adapter_of(family, kind))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.interop.external import ExternalAdapter, Factors
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.pretrained import load_model
@@ -17,7 +17,7 @@ def factors(out, inputs, *, rank=2, alpha=3.0, rslora=False, seed=0):
     a, b = (
         rng.standard_normal(s).astype(np.float32) for s in ((rank, inputs), (out, rank))
     )
-    return Factors(a, b, alpha / (rank**0.5 if rslora else rank), alpha)
+    return ExternalFactors(a, b, alpha / (rank**0.5 if rslora else rank), alpha)
 
 
 def delta(part):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.interop.external import ExternalAdapter, Factors
-from lora_jax.interop.mlx import CONFIG, TENSORS, read_mlx, write_mlx
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.interop.mlx import ADAPTER_CONFIG, TENSORS, read_mlx, write_mlx
 
 NAME = "model.layers.3.self_attn.q_proj"
 
@@ -16,7 +16,7 @@ NAME = "model.layers.3.self_attn.q_proj"
 def factors(rank, scaling, seed=0):
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((rank, 5), (4, rank)))
-    return Factors(a, b, scaling, scaling * rank)
+    return ExternalFactors(a, b, scaling, scaling * rank)
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def folder(tmp_path):
 
 
 def configure(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(config))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text()) | changes
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def test_names_shapes_and_config_are_those_of_mlx_lm(folder):
     tensors = load_file(folder / TENSORS)
     shapes = {name: x.shape for name, x in tensors.items()}
     assert shapes == {f"{NAME}.lora_a": (5, 2), f"{NAME}.lora_b": (2, 4)}
-    assert json.loads((folder / CONFIG).read_text()) == {
+    assert json.loads((folder / ADAPTER_CONFIG).read_text()) == {
         "fine_tune_type": "lora",
         "num_layers": 3,  # 3, 4 and 5 of six
         "lora_parameters": {
@@ -105,7 +105,7 @@ def test_all_faults_of_the_tensors_are_in_one_error(folder):
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         read_mlx(folder)
     for line in (
-        "unexpected: model.norm.weight is none of",
+        "unexpected: model.norm.weight doesn't end with one of",
         f"not finite: {NAME}.lora_a, 1 of 10 values",
         "missing: model.layers.4.mlp.up_proj.lora_b",
     ):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.interop.external import ExternalAdapter, Factors
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.peft import TENSORS, read_peft, write_peft
-from lora_jax.interop.peft_config import CONFIG, parse_config
+from lora_jax.interop.peft_config import ADAPTER_CONFIG, parse_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYER = "base_model.model.model.layers.1"
@@ -29,8 +29,8 @@ def edit(folder, change):
 
 
 def configure(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(config))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text()) | changes
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def error_of(folder):
@@ -124,8 +124,11 @@ def test_unknown_keys_are_kept_and_reported(folder):
         ({"trainable_token_indices": [1]}, "trainable_token_indices = [1]"),
         ({"use_qalora": True}, "use_qalora = True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' moves the base"),
-        ({"init_lora_weights": "pissa_niter_4"}, "moves the base"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights = 'pissa' changes the base",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
         ({"peft_type": "LOHA"}, "peft_type 'LORA'; got 'LOHA'"),
         ({"r": 0}, "r must be an integer of at least 1; got 0"),
         ({"r": True}, "r must be an integer of at least 1; got True"),
@@ -176,8 +179,8 @@ def test_all_faults_of_the_tensors_are_in_one_error(folder):
     assert (
         "A of model.layers.1.self_attn.v_proj must be [2, in]; got [3, 20]" in message
     )
-    assert f"{LAYER}.mlp.up_proj.lora_C.weight is of no known kind" in message
-    assert f"{LAYER}.mlp.up_proj.lora_B.bias is of no known kind" in message
+    assert f"{LAYER}.mlp.up_proj.lora_C.weight is of an unknown kind" in message
+    assert f"{LAYER}.mlp.up_proj.lora_B.bias is of an unknown kind" in message
     assert "stray.weight does not start with base_model.model." in message
     assert "base_model.model.step must be floats; got int32" in message
 
@@ -210,7 +213,7 @@ def test_magnitudes_must_be_there_if_and_only_if_dora_is_on(folder):
     ids=["list", "cut", "deep", "type"],
 )
 def test_a_file_that_is_no_config_is_an_error(text, message, folder):
-    (folder / CONFIG).write_text(text)
+    (folder / ADAPTER_CONFIG).write_text(text)
     assert message in error_of(folder)
 
 
@@ -257,11 +260,11 @@ def test_writing_what_was_read_gives_the_same_tensors(tmp_path):
 def test_patterns_are_written_only_where_modules_differ(tmp_path):
     def factors(rank, alpha):
         ones = np.ones((rank, 3), np.float32), np.ones((2, rank), np.float32)
-        return Factors(*ones, alpha / rank, alpha)
+        return ExternalFactors(*ones, alpha / rank, alpha)
 
     modules = {"a.q": factors(2, 4.0), "a.k": factors(2, 4.0), "b.q": factors(1, 3.5)}
     write_peft(tmp_path, ExternalAdapter(modules, {}, {}, {}), {})
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 4)
     assert config["rank_pattern"] == {r"b\.q": 1}
     assert config["alpha_pattern"] == {r"b\.q": 3.5}
@@ -270,7 +273,9 @@ def test_patterns_are_written_only_where_modules_differ(tmp_path):
 
 
 def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
-    bad = Factors(np.full((1, 2), np.inf, np.float32), np.ones((2, 1)), 1.0, 1.0)
+    bad = ExternalFactors(
+        np.full((1, 2), np.inf, np.float32), np.ones((2, 1)), 1.0, 1.0
+    )
     with pytest.raises(ValueError, match=r"must be finite to be saved; m\.lora_A"):
         write_peft(tmp_path / "out", ExternalAdapter({"m": bad}, {}, {}, {}), {})
     assert not (tmp_path / "out").exists()
@@ -284,7 +289,7 @@ def test_an_adapter_stays_whole_where_the_next_one_cannot_be_written(
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     adapter = ExternalAdapter(
-        {"m": Factors(np.ones((2, 3)), np.ones((4, 2)), 1.0, 2.0)}, {}, {}, {}
+        {"m": ExternalFactors(np.ones((2, 3)), np.ones((4, 2)), 1.0, 2.0)}, {}, {}, {}
     )
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)

@@ -264,7 +264,7 @@ def test_every_parameter_has_its_own_tensor_name():
     names = [bert.tensor_name(p) for p in param_shapes(bert, loaded.module)]
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match=r"encoder/typo/kernel"):
-        bert.tensor_name(("encoder", "typo", "kernel"))
+        bert.tensor_name("encoder/typo/kernel")
 
 
 @pytest.fixture(scope="module")

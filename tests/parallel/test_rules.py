@@ -38,12 +38,9 @@ def test_every_weight_of_every_family_has_a_rule(name):
     source = open_source(GOLDEN / name)
     module = source.family.module(source.family.read_config(source.settings))
     shapes = param_shapes(source.family, module)
-    found = resolve_shardings(
-        {"/".join(leaf): shape for leaf, shape in shapes.items()},
-        make_sharding(make_mesh()),
-    )
-    for leaf, shape in shapes.items():
-        spec = found["/".join(leaf)].spec
+    found = resolve_shardings(shapes, make_sharding(make_mesh()))
+    for path, shape in shapes.items():
+        spec, leaf = found[path].spec, path.split("/")
         assert len(spec) == len(shape)
         if leaf[-1] == "kernel" and leaf[-2] not in ("patch", "classifier"):
             assert {"fsdp", "tensor"} == set(spec), leaf

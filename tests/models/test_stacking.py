@@ -1,4 +1,4 @@
-"""A scanned decoder taken apart into its blocks: the same function, nothing copied."""
+"""Scanned blocks and single ones: which may be scanned, and taking a stack apart."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ import pytest
 from lora_jax.config import LoRAConfig
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate
-from lora_jax.models.load import LoadedModel
-from lora_jax.models.unscan import unscan
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.source import open_source
+from lora_jax.models.stacking import can_scan, unscan
 from lora_jax.names import LORA, PARAMS
 from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
@@ -101,3 +102,40 @@ def test_the_arrays_lie_in_the_old_ones():
 def test_what_is_not_scanned_comes_back_as_it_is():
     model = load_model(GOLDEN / "bert")
     assert unscan(model) is model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"targets": ["query", "mlp/up"], "rank_pattern": {"down": 4}},
+        {"targets": ["up", "fc1", "conv2d_3"], "exclude": ["h1"]},
+        {"targets": r"(fc\d|.*/(query|value))", "alpha_pattern": {"w2": 3}},
+        {"targets": r".*layers?(_\d+)?/mlp/(up|down)"},
+        {"targets": ["layers/mlp/up"], "rank_pattern": {"layers/.*": 4}},
+        {"train": ["attention_norm", "embed"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_blocks_that_a_config_treats_alike_can_be_scanned(options):
+    assert can_scan(LoRAConfig(**options), open_source(GOLDEN / "llama").config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": [0]},
+        {"layers": [0, 1]},
+        {"targets": ["layer_0/attention/query"]},
+        {"targets": ["layer_0/mlp/up", "layer_1/mlp/up"]},  # all, but not their stack
+        {"targets": r".*_\d/mlp/up"},
+        {"exclude": ["layer_0/mlp/up"]},
+        {"rank_pattern": {"layer_1/.*": 4}},
+        {"alpha_pattern": {r".*_1/mlp/up": 4}},
+        {"train": ["layer_1"]},
+        {"train": ["layer_1/mlp_norm/scale"]},
+    ],
+    ids=str,
+)
+def test_blocks_that_a_config_tells_apart_can_not_be_scanned(options):
+    assert not can_scan(LoRAConfig(**options), open_source(GOLDEN / "llama").config)

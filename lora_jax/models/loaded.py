@@ -1,0 +1,56 @@
+"""`LoadedModel`: a pretrained model in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from lora_jax.array_types import PyTree
+from lora_jax.files.tokenizer import Tokenizer
+from lora_jax.models.family import Family
+from lora_jax.names import CLASSIFIER, FROZEN, PARAMS
+from lora_jax.tree.partition import join
+
+
+class LoadedModel(NamedTuple):
+    """A pretrained model in memory.
+
+    Attributes:
+      module: the Linen module; ``module.apply(variables, ...)``.
+      variables: ``{"params": ...}``, or, with an adapter or a `LoRAConfig`, the
+        collections ``frozen``, ``lora`` and ``params``.
+      config: the module's config.
+      tokenizer: the model's tokenizer; None where it has none.
+      path: the folder or file that was read.
+      family: how Hugging Face names its config keys and tensors.
+      unused: names of tensors in the file that the module doesn't use.
+      new: paths of parameters that were not in the file and were made here (a head).
+      extra: what `save_adapter` was given to keep beside the adapter; empty for an
+        adapter of another tool, None without one.
+    """
+
+    module: nn.Module
+    variables: dict[str, PyTree]
+    config: Any
+    tokenizer: Tokenizer | None
+    path: Path
+    family: Family
+    unused: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    extra: Mapping[str, Any] | None = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Shapes of one example's inputs."""
+        return self.family.inputs(self.config)
+
+    @property
+    def params(self) -> dict[str, PyTree]:
+        """The base's parameters, a plain nested dictionary."""
+        return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether an encoder has a classification head."""
+        return CLASSIFIER in self.params

@@ -1,0 +1,190 @@
+"""A decoder's blocks as one `nn.scan` and one by one: the same model in two layouts.
+
+Scanned, the parameters of all blocks are one tree under ``layers``, and each leaf has a
+leading axis of layers. That compiles fastest, which suits training; a step of decoding
+would spend most of its time on copying each block's weights and cache out of the stack.
+Files name every layer by itself, so whatever reads or writes them goes through
+`layer_slices`, and is the same code for both layouts.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.array_types import PyTree
+from lora_jax.config import LoRAConfig, matches
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.names import BIAS, LAYERS, PARAMS
+from lora_jax.nn.adapt import Adapted, adapt
+from lora_jax.nn.trace import Example, trace_model
+from lora_jax.ops.contraction import Shape
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import Target
+
+
+class LayerSlice(NamedTuple):
+    """Where the array (or the module) of one layer is.
+
+    Attributes:
+      path: of the array in the model's tree.
+      index: of the layer in that array; None where it isn't a stack.
+      shape: of this layer's part of the array.
+    """
+
+    path: str
+    index: int | None
+    shape: Shape
+
+    def of(self, array: Any) -> Any:
+        """Returns this layer's part of the array at ``path``."""
+        return array if self.index is None else array[self.index]
+
+
+def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
+    """Returns where each layer's part of each array is, by the path in single blocks.
+
+    Args:
+      leaves: arrays, or shapes, by their paths in the model's tree.
+
+    Returns:
+      The slices in the order of ``leaves``. An array that isn't a stack is one slice.
+
+    Example:
+      >>> found = layer_slices({"layers/mlp/up/kernel": (2, 3, 4), "norm/scale": (3,)})
+      >>> found["layer_1/mlp/up/kernel"]
+      LayerSlice(path='layers/mlp/up/kernel', index=1, shape=(3, 4))
+      >>> list(found)
+      ['layer_0/mlp/up/kernel', 'layer_1/mlp/up/kernel', 'norm/scale']
+    """
+    slices = {}
+    for path, leaf in leaves.items():
+        shape = tuple(getattr(leaf, "shape", leaf))
+        if path.split("/")[0] != LAYERS:
+            slices[path] = LayerSlice(path, None, shape)
+            continue
+        for i, single in enumerate(_layer_paths(path, shape[0])):
+            slices[single] = LayerSlice(path, i, shape[1:])
+    return slices
+
+
+def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
+    """Says whether a decoder with these adapters may have its blocks as one `nn.scan`.
+
+    Scanned blocks share one path, so the config has to treat all of them alike: each of
+    its patterns must match all layers of a module or leaf and their stack, or none.
+
+    Args:
+      lora: the adapters.
+      config: the decoder's.
+
+    Returns:
+      False if ``lora`` has ``layers``, or a pattern that tells layers apart.
+
+    Example:
+      >>> config = DecoderConfig(
+      ...     vocab_size=8, hidden_size=4, num_layers=2, num_heads=1, num_kv_heads=1,
+      ...     head_dim=4, mlp_size=8, max_positions=8,
+      ... )
+      >>> can_scan(LoRAConfig(targets=["query"]), config)
+      True
+      >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
+      False
+    """
+    if lora.layers is not None:
+        return False
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    decoder = Decoder(config, scan_layers=True)
+    paths = set()  # of leaves and of modules, which a pattern may name as well
+    for leaf in flatten(trace_model(decoder, None, Example.of(ids)).params):
+        parts = leaf.split("/")
+        if parts[0] == LAYERS:
+            paths |= {"/".join(parts[: i + 1]) for i in range(len(parts))}
+    return not any(
+        _tells_apart(pattern, path, config.num_layers)
+        for pattern in lora.patterns
+        for path in paths
+    )
+
+
+def unscan(loaded: LoadedModel) -> LoadedModel:
+    """Gives every block of a scanned decoder, and its adapters, leaves of their own.
+
+    The function stays the same. On one CPU device the new arrays lie in the old ones
+    (those that XLA's alignment allows). Elsewhere they are copies, and memory holds
+    both until the model that was given is dropped.
+
+    Args:
+      loaded: a decoder, with adapters or without; any other model comes back as it is.
+
+    Returns:
+      The model with ``layer_{i}`` in place of ``layers``. Its `LoRAConfig` names each
+      adapted layer by its path; dropout of adapters is off.
+    """
+    adapted = loaded.module if isinstance(loaded.module, Adapted) else None
+    model: Any = loaded.module if adapted is None else adapted.model
+    if not getattr(model, "scan_layers", False):
+        return loaded
+    variables = {name: _split(tree) for name, tree in loaded.variables.items()}
+    module = model.clone(scan_layers=False)
+    if adapted is not None:
+        targets = adapted.targets(loaded.params)
+        config = _by_layer(adapted.config, targets, variables.get(PARAMS, {}))
+        module = adapt(module, config, *loaded.inputs, deterministic=True)
+    return loaded._replace(module=module, variables=variables)
+
+
+def _layer_paths(path: str, count: int) -> list[str]:
+    """Returns the paths of single layers for one inside the stack."""
+    return [f"layer_{i}{path.removeprefix(LAYERS)}" for i in range(count)]
+
+
+def _tells_apart(pattern: Any, path: str, count: int) -> bool:
+    """Says whether a pattern matches some layer, but not all of them and the stack."""
+    matched = [matches(pattern, single) for single in _layer_paths(path, count)]
+    return any(matched) and not (all(matched) and matches(pattern, path))
+
+
+def _split(tree: PyTree) -> PyTree:
+    """Returns a collection with the leaves of single blocks."""
+    flat = flatten(tree)
+    parts = {
+        path: _layers_of(array) if path.startswith(f"{LAYERS}/") else array
+        for path, array in flat.items()
+    }
+    slices = layer_slices(flat)
+    return unflatten({single: s.of(parts[s.path]) for single, s in slices.items()})
+
+
+def _layers_of(stack: jax.Array) -> Sequence[jax.Array]:
+    if len(stack.devices()) == 1 and next(iter(stack.devices())).platform == "cpu":
+        return [jax.device_put(part) for part in np.asarray(stack)]  # views
+    return _copied_layers(stack)
+
+
+@jax.jit
+def _copied_layers(stack: jax.Array) -> list[jax.Array]:
+    return list(stack)
+
+
+def _by_layer(
+    config: LoRAConfig, targets: Sequence[Target], trained: PyTree
+) -> LoRAConfig:
+    """Returns the config in the paths of single blocks: patterns may name the stack."""
+    of_stack = {target.path: target for target in targets}
+    slices = layer_slices({path: t.kernel_shape for path, t in of_stack.items()})
+    paths = {single: of_stack[s.path] for single, s in slices.items()}
+    is_bias = {path: path.endswith(f"/{BIAS}") for path in flatten(trained)}
+    return dataclasses.replace(
+        config,
+        targets=sorted(paths),
+        exclude=(),
+        rank_pattern={p: t.rank for p, t in paths.items() if t.rank != config.rank},
+        alpha_pattern={p: t.alpha for p, t in paths.items() if t.alpha != config.alpha},
+        train=sorted(p for p in is_bias if config.bias == "none" or not is_bias[p]),
+    )
