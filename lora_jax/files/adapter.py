@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.files.host import host_leaves
+from lora_jax.files.arrays import host_leaves
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
 from lora_jax.names import LORA, TRAINABLE
 from lora_jax.parallel.processes import is_first, wait_for_all
-from lora_jax.tree.paths import unflatten
+from lora_jax.tree.paths import leaves_by_path, unflatten
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
@@ -228,10 +227,7 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _flat(trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(trees))
-    }
+    return leaves_by_path(dict(trees))
 
 
 def _compare(

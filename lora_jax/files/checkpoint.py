@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.host import facts_of, host_leaves, place
+from lora_jax.files.arrays import facts_of, host_leaves, place
 from lora_jax.parallel.processes import is_first, is_lost_peer, wait_for_all
 from lora_jax.train.state import TrainState
 from lora_jax.tree.paths import flatten

@@ -1,8 +1,8 @@
 """GGUF files: llama.cpp's models, read as if they were Hugging Face's.
 
 Names, shapes, the order of rows and the config are those of a Hugging Face folder, so
-that whoever reads one reads the other. Tensors are dequantised to float32 one at a time
-on access: what is had is the rounded model, not the original one.
+one loader reads both. Tensors are dequantised to float32 one at a time on access: the
+result is the rounded model, not the original one.
 
 llama.cpp's converter does two things to weights, and both are undone here. It permutes
 the rows of ``q_proj`` and ``k_proj`` of the *llama* architecture from rotate-half to
@@ -35,24 +35,24 @@ def _gguf() -> Any:
 
 
 class GGUFReader:
-    """The tensors and the config of a GGUF file, in Hugging Face's words.
+    """The tensors and the config of a GGUF file, with Hugging Face's names.
 
-    It reads like `lora_jax.files.safetensors.TensorReader`. The tokenizer is read
-    apart, by `lora_jax.files.gguf_tokenizer`.
+    It has the interface of `lora_jax.files.safetensors.TensorReader`. The tokenizer is
+    read by `lora_jax.files.gguf_tokenizer`.
 
     Attributes:
       files: the one file.
       shapes: from each tensor's Hugging Face name to its shape, ``(out, in)``.
-      metadata: the file's own fields, by the file's own keys.
-      config: what ``config.json`` would hold.
+      metadata: the file's fields, by the file's own keys.
+      config: the equivalent of ``config.json``.
 
     Args:
       path: the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged or no GGUF file; or if its architecture, or one of
-        its tensors, is not known here.
+      ValueError: if it is damaged or not a GGUF file, or its architecture or one of its
+        tensors is not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -108,7 +108,7 @@ class GGUFReader:
         return tensor
 
     def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
-        """Reads one tensor; the one piece that is yielded is all of it."""
+        """Reads one tensor and yields it as a single piece."""
         yield ..., self[name]
 
     def _dequantised(self, name: str, stored: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""What GGUF's names and metadata mean in Hugging Face's words, per architecture.
+"""GGUF's names and metadata translated to Hugging Face's, per architecture.
 
-Only what llama.cpp's converter does for certain is here. Facts that it leaves out of
-the file and llama.cpp fixes in its code (Gemma's window pattern, its attention scale)
-are fixed here too. Anything else that would change the maths is an error, not a guess.
+Constants that llama.cpp keeps in its code and not in the file (Gemma's window pattern,
+its attention scale) are constants here too. Anything else that would change the maths
+is an error: nothing is guessed.
 """
 
 import re
@@ -17,12 +17,12 @@ EMBEDDING = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 GEMMA_LOCAL_ROPE = 10_000.0
 GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
-# Layers of the two models whose attention scale is not that of their head's size.
+# Layers of the two models whose attention scale doesn't follow from the head's size.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
 class Architecture(NamedTuple):
-    """How one architecture of llama.cpp is written.
+    """How llama.cpp writes one architecture.
 
     Attributes:
       model_type: Hugging Face's name of it.
@@ -135,7 +135,7 @@ def hugging_face_config(
     shapes: Mapping[str, tuple[int, ...]],
     rope_factors: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Writes what ``config.json`` would hold.
+    """Returns the equivalent of ``config.json``.
 
     Args:
       path: of the file, for errors.
@@ -147,8 +147,8 @@ def hugging_face_config(
       The config.
 
     Raises:
-      ValueError: listing every field that is missing, of another type than it should
-        be, or that changes the model in a way that is not known here.
+      ValueError: listing every field that is missing, has a wrong type, or changes the
+        model in a way that is not supported.
     """
     name = metadata["general.architecture"]
     fields = _Fields(metadata, name)
@@ -159,7 +159,7 @@ def hugging_face_config(
     if not fields.faults:
         _check_heads(fields, shapes, config)
     if fields.get("expert_count", int, 0):
-        fields.faults.append("expert_count must be 0: experts are not known here")
+        fields.faults.append("expert_count must be 0: experts are not supported")
     if fields.faults:
         raise ValueError(
             f"{path} must hold the metadata of a {name} model; "
@@ -169,7 +169,7 @@ def hugging_face_config(
 
 
 def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
-    """Sizes of the layers and of the rotary embedding."""
+    """Returns the sizes of the layers and of the rotary embedding."""
     rule = ARCHITECTURES[name]
     config: dict[str, Any] = {
         "architectures": [rule.class_name],
@@ -205,7 +205,7 @@ def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
 def _vocabulary(
     fields: "_Fields", shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """What the tensors say, and the ids of special tokens."""
+    """Returns the keys that follow from the tensors, and the ids of special tokens."""
     config: dict[str, Any] = {
         "tie_word_embeddings": OUTPUT not in shapes,
         "attention_bias": any(name.endswith("q_proj.bias") for name in shapes),
@@ -244,7 +244,7 @@ def _check_heads(
 
 
 class _Fields:
-    """An architecture's metadata; what is wrong is kept until all was read."""
+    """Reads an architecture's metadata, collecting the faults."""
 
     def __init__(self, metadata: Mapping[str, Any], prefix: str):
         self.metadata, self.prefix = metadata, prefix
@@ -269,7 +269,7 @@ class _Fields:
 
 
 def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Gemma's own fields, with what llama.cpp has in its code and not in the file."""
+    """Returns Gemma's own keys, with llama.cpp's constants."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"] or 1
     large = layers == GEMMA_27B[name]
     extra: dict[str, Any] = {
@@ -296,7 +296,7 @@ def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, A
 def _rope_scaling(
     fields: _Fields, factors: np.ndarray | None, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The RoPE scaling that the file states, None where it states none."""
+    """Returns the file's RoPE scaling, None if it has none."""
     kind = fields.get("rope.scaling.type", str, "none")
     if factors is not None:
         if found := _llama3_scaling(factors, config):

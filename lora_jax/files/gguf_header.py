@@ -1,9 +1,9 @@
 """The header of a GGUF file, read with every count checked against the file's size.
 
 The `gguf` package's own reader trusts the counts it finds: a truncated or hostile file
-makes it loop and allocate without end, and it takes seconds for a vocabulary. So the
-header (metadata and the table of tensors, a simple format) is walked here, and the
-package does what is hard: undoing the quantisation.
+makes it loop and allocate without end, and a vocabulary takes it seconds. So the header
+(metadata and the table of tensors, a simple format) is read here, and the package is
+used only to undo the quantisation.
 
 References:
   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
@@ -47,7 +47,7 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before the tensors' data.
+    """The part of a file before the tensors' data.
 
     Attributes:
       metadata: values by key; arrays of numbers are NumPy's, of strings lists.
@@ -72,7 +72,7 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no GGUF file, or a count or offset in it can't be true.
+      ValueError: if it is not a GGUF file, or a count or offset in it is impossible.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a GGUF file; there is no file.")
@@ -121,14 +121,14 @@ def _read(
     outside = [n for n, t in tensors.items() if t.offset + t.size > walk.data.size]
     if outside:
         raise ValueError(
-            f"{len(outside)} of {len(tensors)} tensors end behind the file's end, the "
+            f"{len(outside)} of {len(tensors)} tensors end after the file's end, the "
             f"first is {outside[0]!r}"
         )
     return metadata, tensors
 
 
 class _Walk:
-    """A place in the file that moves forward and never behind its end."""
+    """A position in the file that moves forward, never past its end."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.view, self.at = data, data.data, 0
@@ -146,11 +146,11 @@ class _Walk:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
 
     def count(self, least: int, what: str) -> int:
-        """A number of things of which each takes ``least`` bytes or more."""
+        """Reads a number of items that take at least ``least`` bytes each."""
         count = self.number("<u8", f"the number of {what}")
         if count * least > self.data.size - self.at:
             raise ValueError(
-                f"{count} {what[:80]} can't stand in the {self.data.size - self.at} "
+                f"{count} {what[:80]} can't fit in the {self.data.size - self.at} "
                 f"bytes that are left at byte {self.at}"
             )
         return count

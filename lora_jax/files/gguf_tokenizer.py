@@ -1,11 +1,11 @@
 """The tokenizer that a GGUF file carries in its metadata.
 
 Byte-level BPE (``tokenizer.ggml.model`` "gpt2") is rebuilt from tokens and merges. The
-file names the rule that splits text before any merge and leaves the rule itself to
-llama.cpp's code; the rules known here are those of the models' own ``tokenizer.json``.
+file only names the rule that splits text before merging, which llama.cpp has in its
+code; the rules here are those of the models' own ``tokenizer.json``.
 
 SentencePiece's BPE ("llama": Llama 2, Mistral, Phi-3, Gemma) is rebuilt from tokens and
-scores: of two neighbours those are joined whose whole has the highest score.
+scores: neighbours are joined in the order of the joined token's score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.special_tokens import Special
+from lora_jax.files.special_tokens import SpecialTokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
@@ -40,7 +40,9 @@ _KEYS = {
 }
 
 
-def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Any, Special]:
+def build_tokenizer(
+    path: Path, metadata: Mapping[str, Any]
+) -> tuple[Any, SpecialTokens]:
     """Builds the tokenizer that a GGUF file describes.
 
     Args:
@@ -48,11 +50,11 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Any, Speci
       metadata: of its header.
 
     Returns:
-      A ``tokenizers.Tokenizer``, and what is special among its tokens.
+      A ``tokenizers.Tokenizer``, and its special tokens.
 
     Raises:
-      ValueError: if its kind or its rule to split text is not known here, or its parts
-        do not fit together.
+      ValueError: if its kind or its rule to split text is not supported, or its parts
+        don't fit together.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _KEYS:
@@ -60,7 +62,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Any, Speci
             f"{path} must have a byte-level BPE tokenizer ({BYTE_LEVEL!r}) or "
             f"SentencePiece's BPE ({SENTENCEPIECE!r}); its kind is {kind!r}. Give "
             "token ids, or take the model's Hugging Face folder, whose tokenizer.json "
-            "says what a GGUF file leaves out."
+            "holds what a GGUF file leaves out."
         )
     rule: Any = metadata.get("tokenizer.ggml.pre")
     if kind == BYTE_LEVEL and rule not in _SPLITS:
@@ -200,9 +202,9 @@ def _merges(
 
 
 def _add_tokens(tokenizer: Any, tokens: list[str], token_type: np.ndarray) -> None:
-    """Makes the tokens whole that text may hold as they are.
+    """Adds the tokens that are matched in text before anything is split.
 
-    Gemma's runs of spaces are such tokens, and written as marks in older files.
+    Gemma's runs of spaces are such tokens; older files write them as marks.
     """
     from tokenizers import AddedToken
 
@@ -227,7 +229,7 @@ def _begin_with(tokenizer: Any, bos_id: int | None) -> None:
         )
 
 
-def _special(path: Path, metadata: Mapping[str, Any]) -> Special:
+def _special(path: Path, metadata: Mapping[str, Any]) -> SpecialTokens:
     tokens = metadata["tokenizer.ggml.tokens"]
 
     def identity(name: str) -> int | None:
@@ -242,7 +244,7 @@ def _special(path: Path, metadata: Mapping[str, Any]) -> Special:
     eos, bos = identity("eos"), identity("bos")
     template = metadata.get("tokenizer.chat_template")
     ends = (eos, identity("eot"), identity("eom"))
-    return Special(
+    return SpecialTokens(
         bos_id=bos,
         eos_id=eos,
         pad_id=identity("padding"),

@@ -1,4 +1,4 @@
-"""Image files as a model's ``preprocessor_config.json`` wants them.
+"""Image files, processed as a model's ``preprocessor_config.json`` says.
 
 The steps are those of transformers' image processors, in their order: resize and crop
 the bytes with Pillow, rescale, normalise. A setting that asks for anything else is an
@@ -20,7 +20,7 @@ IMAGE_CONFIG = "preprocessor_config.json"
 
 Size = tuple[int, int]  # height and width
 
-# What an absent key means: the class attributes of transformers' processors.
+# Defaults of absent keys: the class attributes of transformers' processors.
 _SHARED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {
@@ -48,15 +48,15 @@ _KINDS["ViTFeatureExtractor"] = "ViT"
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """From an image file to the pixels that a model reads.
+    """Turns an image file into the pixels that a model reads.
 
     Attributes:
-      size: height and width to resize to; one number: of the shorter edge; None: as is.
+      size: height and width to resize to, or the length of the shorter edge, or None.
       resample: Pillow's number of the filter.
       crop: height and width cut from the middle, or None.
-      factor: bytes are multiplied by it.
+      factor: multiplies the bytes.
       mean: of each channel, subtracted after that.
-      std: of each channel, divided by.
+      std: of each channel, by which the difference is divided.
     """
 
     size: Size | int | None
@@ -134,8 +134,7 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it isn't JSON, or asks for what isn't supported; all faults at
-        once.
+      ValueError: if it isn't JSON, or has unsupported settings; names all of them.
     """
     path = Path(folder) / IMAGE_CONFIG
     if not path.is_file():
@@ -158,7 +157,7 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
 
 
 def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProcessor:
-    """Reads the settings of one kind of processor; gathers what is wrong."""
+    """Reads the settings of one kind of processor, collecting the faults."""
     kept = {key: value for key, value in given.items() if value is not None}
     settings = {**_DEFAULTS[kind], **kept}
     for key in sorted(settings):

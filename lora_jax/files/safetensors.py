@@ -20,7 +20,7 @@ from lora_jax.files.optional import load_optional
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers read at once
-LONGEST_NAME = 1000  # of a tensor; real ones have under a hundred letters
+LONGEST_NAME = 1000  # letters of a tensor's name; real ones have under 100
 
 
 def _safetensors() -> Any:
@@ -143,7 +143,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that a sharded model's index names, each inside the folder."""
+    """Returns the files of a sharded model's index, each inside the folder."""
     index = read_json(folder / INDEX)
     try:
         names = sorted(set(index["weight_map"].values()))
@@ -216,11 +216,11 @@ def replacing(*files: Path) -> Iterator[list[Path]]:
     """Replaces files that belong together once all of them are written.
 
     Args:
-      *files: of one folder, there or not.
+      *files: in one folder; they need not exist.
 
     Yields:
-      A file beside each, to write. In the end they take the names one right after the
-      other; after an error none does, and they are gone.
+      A file beside each, to write. At the end these take the names, one right after the
+      other; after an error they are deleted instead.
     """
     written = [file.with_name(f".{file.name}.new") for file in files]
     try:

@@ -1,7 +1,7 @@
-"""Special tokens and the chat template that a model folder states beside its tokenizer.
+"""SpecialTokens tokens and the chat template that a model folder has beside its tokenizer.
 
-The facts are spread over several files: the tokens' text in ``tokenizer_config.json``,
-ids where generation stops in ``generation_config.json`` (or ``config.json``), the chat
+They are spread over several files: the tokens' text in ``tokenizer_config.json``, the
+ids that end a generation in ``generation_config.json`` (or ``config.json``), the chat
 template in ``chat_template.jinja`` or ``tokenizer_config.json``.
 """
 
@@ -17,14 +17,14 @@ MODEL_CONFIG = "config.json"
 TEMPLATE = "chat_template.jinja"
 
 
-class Special(NamedTuple):
-    """What is special among a tokenizer's tokens.
+class SpecialTokens(NamedTuple):
+    """A tokenizer's special tokens.
 
     Attributes:
       bos_id: of the token that begins a text, if there is one.
-      eos_id: of the token that ends a text: training appends it.
-      pad_id: of the token that fills up rows.
-      stop_ids: where generation stops; ``eos_id`` is among them.
+      eos_id: of the token that ends a text, which training appends.
+      pad_id: of the padding token.
+      stop_ids: of the tokens that end a generation, ``eos_id`` among them.
       chat_template: Jinja source, if there is one.
     """
 
@@ -35,15 +35,17 @@ class Special(NamedTuple):
     chat_template: str | None = None
 
 
-def read_special(folder: Path, token_to_id: Callable[[str], int | None]) -> Special:
-    """Reads what a Hugging Face folder says of its special tokens.
+def read_special_tokens(
+    folder: Path, token_to_id: Callable[[str], int | None]
+) -> SpecialTokens:
+    """Reads the special tokens of a Hugging Face folder.
 
     Args:
       folder: a folder; each of the files may be missing.
       token_to_id: the tokenizer's own.
 
     Returns:
-      The facts; a token that isn't in the vocabulary counts as none.
+      The special tokens; one that isn't in the vocabulary counts as absent.
 
     Raises:
       ValueError: if a file is not a JSON object, or an id not a number.
@@ -66,7 +68,7 @@ def read_special(folder: Path, token_to_id: Callable[[str], int | None]) -> Spec
                 stops = stated
     if ids["eos"] is not None:
         stops = [*stops, ids["eos"]]
-    return Special(
+    return SpecialTokens(
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         pad_id=ids["pad"],

@@ -1,9 +1,9 @@
 """Text to token ids and back, by a model's own tokenizer.
 
-A thin wrapper over the ``tokenizers`` package, for ``tokenizer.json`` and for what a
-GGUF file holds. Such files often carry truncation and padding settings of whoever saved
-them (all-MiniLM-L6-v2's pads every text to 128); both are switched off here: truncation
-is asked for and counted, padding is batching's.
+A thin wrapper over the ``tokenizers`` package, for ``tokenizer.json`` and GGUF files.
+A ``tokenizer.json`` often carries truncation and padding settings of whoever saved it
+(all-MiniLM-L6-v2's pads every text to 128); both are switched off here: truncation is
+explicit and counted, and padding is left to batching.
 """
 
 import json
@@ -19,8 +19,8 @@ from lora_jax.files.optional import load_optional
 from lora_jax.files.special_tokens import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
-    Special,
-    read_special,
+    SpecialTokens,
+    read_special_tokens,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -40,12 +40,13 @@ class Encoded(NamedTuple):
 
 
 class TextTokens(NamedTuple):
-    """One text as token ids, each with the characters it stands for.
+    """One text as token ids, each with its characters.
 
     Attributes:
-      ids: the tokens; one that begins every text comes first, none is appended.
-      spans: ``(start, end)`` of each token in the text. A character's several tokens
-        all have its span; a token that begins every text has ``(0, 0)``.
+      ids: the tokens, after a beginning-of-text token where the model has one; none is
+        appended.
+      spans: ``(start, end)`` of each token in the text. Several tokens of one character
+        all have its span; a beginning-of-text token has ``(0, 0)``.
     """
 
     ids: list[int]
@@ -70,29 +71,29 @@ class Tokenizer:
     Attributes:
       path: the file it was read from.
       vocab_size: number of ids, added tokens included.
-      special: ids of special tokens, where generation stops, the chat template: from
-        the files beside a ``tokenizer.json``, or from the GGUF file.
+      special: special tokens and chat template, from the files beside a
+        ``tokenizer.json`` or from the GGUF file.
 
     Args:
       path: a ``tokenizer.json`` or a ``.gguf`` file.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it can't be read, or a GGUF file's tokenizer is of a kind that is
-        not known.
+      ValueError: if it can't be read, or a GGUF file's tokenizer is of an unsupported
+        kind.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         tokenizers = load_optional("reading a tokenizer", "tokenizers")
         self.path = Path(path)
-        self.special: Special
+        self.special: SpecialTokens
         if self.path.suffix == SUFFIX:
             metadata = GGUFReader(self.path).metadata
             self._tokenizer, self.special = build_tokenizer(self.path, metadata)
         else:
             self._tokenizer = _read_json(self.path, tokenizers)
             find = self._tokenizer.token_to_id
-            self.special = read_special(self.path.parent, find)
+            self.special = read_special_tokens(self.path.parent, find)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size: int = self._tokenizer.get_vocab_size()
@@ -144,17 +145,16 @@ class Tokenizer:
         return Encoded([e.ids for e in encodings], truncated)
 
     def encode_text(self, text: str) -> TextTokens:
-        """Encodes one text for a language model, and says where each token lies.
+        """Encodes one text for a language model, with each token's place in it.
 
-        A token that begins every text (BOS) is there once, also where the text itself
-        begins with it, as a rendered chat template does. Tokens that would end every
-        text are left out.
+        A beginning-of-text token (BOS) comes once, even if the text itself begins with
+        it, as a rendered chat template does. End-of-text tokens are left out.
 
         Args:
           text: the text.
 
         Returns:
-          Ids and their places.
+          The ids and their places.
         """
         encoding = self._tokenizer.encode(text)
         own = [i for i, m in enumerate(encoding.special_tokens_mask) if not m]
@@ -187,19 +187,19 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
         """Encodes a conversation, and marks what the assistant says.
 
-        A token that reaches into an assistant's turn belongs to it. The turn ends with
-        its last stop token where only white space follows: nothing is generated there.
+        A token that reaches into an assistant's turn belongs to it. If only white space
+        follows a turn's last stop token, the turn ends there: the model stops too.
 
         Args:
-          messages: each with a ``role`` and a ``content``; one at least the
+          messages: each with a ``role`` and a ``content``; at least one is the
             assistant's.
 
         Returns:
           Ids and mask.
 
         Raises:
-          ValueError: if there is no template, it refuses the messages, or where the
-            assistant's turns lie can't be told; see `ChatTemplate.mark_assistant`.
+          ValueError: if there is no template, it refuses the messages, or the
+            assistant's turns can't be located; see `ChatTemplate.mark_assistant`.
         """
         rendered = self._template().mark_assistant(messages)
         encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
@@ -214,7 +214,7 @@ class Tokenizer:
         return ChatTokens(encoding.ids, mask)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids, without special tokens unless they are asked for."""
+        """Returns the text of ids, by default without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -249,7 +249,7 @@ class Tokenizer:
         return TextStream(self._tokenizer)
 
     def _begin(self) -> list[int]:
-        """Tokens before every text; without a text, those after it can't be told."""
+        """Returns the tokens before every text (an empty one doesn't show which)."""
         encoding = self._tokenizer.encode("x")
         first = encoding.special_tokens_mask.index(0)
         return encoding.ids[:first]
@@ -290,9 +290,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one, and never gives a part of a character.
+    """Decodes ids one by one, never yielding part of a character.
 
-    Bytes that are no UTF-8 are left out, where `Tokenizer.decode` has replacement
+    Bytes that are not UTF-8 are left out, where `Tokenizer.decode` has replacement
     characters.
     """
 
@@ -309,17 +309,17 @@ class TextStream:
           token: the id.
 
         Returns:
-          The text that is complete now and wasn't before; it may be empty.
+          The text that this id completes; it may be empty.
         """
         text = self._stream.step(self._tokenizer, token)
         return (text or "").replace(REPLACEMENT, "")
 
 
 def close_gaps(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Makes every character of a text some token's.
+    """Assigns every character of a text to a token.
 
     Some tokenizers leave characters out of their tokens' offsets: white space before a
-    word (that goes to the word's token here), or an accent that was composed with its
+    word (here it goes to the word's token), or an accent that was composed with its
     letter (to the letter's).
 
     Args:
@@ -344,7 +344,7 @@ def close_gaps(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int,
 
 
 def _extend(spans: list[tuple[int, int]], end: int) -> int:
-    """Lets the last token, and others of the same character, reach to ``end``."""
+    """Extends the last token, and others of the same character, to ``end``."""
     owner = spans[-1] if spans else None
     for i in range(len(spans) - 1, -1, -1):
         if spans[i] != owner:

@@ -11,10 +11,10 @@ Activation = Callable[[Array], Array]
 
 
 def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """Computes ``x * Phi(x)`` with the error function, as BERT was trained with.
+    """Computes ``x * Phi(x)`` with the error function, as BERT was trained.
 
-    ``jax.nn.gelu(approximate=False)`` is the same through ``erfc``, which XLA evaluates
-    by two expansions and a select; ``erf``, as PyTorch has it, is the shorter program.
+    ``jax.nn.gelu(approximate=False)`` computes the same with ``erfc``, which XLA
+    evaluates by two expansions and a select; ``erf``, as in PyTorch, is cheaper.
 
     Args:
       x: inputs ``[*b, f]``.
@@ -49,12 +49,12 @@ ACTIVATIONS: dict[str, Activation] = {
 def gate(
     activation: Activation, x: Float[Array, "*b f"], up: Float[Array, "*b f"]
 ) -> Float[Array, "*b f"]:
-    """Computes ``activation(x) * up``; kept for the backward pass are these two alone.
+    """Computes ``activation(x) * up``, keeping only x and up for the backward pass.
 
     Args:
       activation: one of `ACTIVATIONS`.
-      x: what is activated ``[*b, f]``.
-      up: what is gated ``[*b, f]``.
+      x: input of the activation ``[*b, f]``.
+      up: the gated values ``[*b, f]``.
 
     Returns:
       ``[*b, f]``.

@@ -36,9 +36,9 @@ from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
 TokenIds = Int[Array, "b t"]
-# What the backward pass keeps of a block, from most to least.
+# What the backward pass keeps of a block, from most to least memory.
 REMATS: dict[str, Any] = {
-    "none": None,  # all that it needs
+    "none": None,  # everything it needs
     "lora": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(X_A, LINEAR, ATTENDED),
         is_fused_attention,
@@ -60,9 +60,9 @@ class Cache(NamedTuple):
 
 
 class Head(nn.Dense):
-    """The output head: ``"all-linear"`` leaves it out, a target that names it doesn't.
+    """The output head, which ``"all-linear"`` leaves out; a target may name it.
 
-    As in PEFT; an adapter there would have the loss form every token's logits.
+    As in PEFT. With an adapter here the loss has to form every token's logits.
     """
 
 
@@ -78,9 +78,9 @@ class Decoder(nn.Module):
       scan_layers: whether the blocks are one `nn.scan` (compiles faster; parameters
         have a leading layer axis under ``layers``) or unrolled.
       remat: what the backward pass computes again: ``"none"``; with ``"lora"`` norms,
-        rotations, activations and scores, so that kept are a block's input, ``x A`` and
-        what attention and the linear layers give; or each whole ``"block"``. Unrolled
-        blocks save memory on GPU and TPU alone: XLA:CPU undoes it.
+        rotations, activations and scores, keeping a block's input, ``x A`` and the
+        outputs of attention and of linear layers; or each whole ``"block"``. On
+        unrolled blocks it saves memory only on GPU and TPU: XLA:CPU undoes it.
 
     Raises:
       ValueError: if ``remat`` is unknown.
@@ -113,8 +113,8 @@ class Decoder(nn.Module):
           positions: ``[b, t]`` of the tokens in their example; ``0 ... t-1`` if None.
           segment_ids: ``[b, t]`` example of each token in a packed row; tokens of
             different examples don't see each other.
-          deterministic: False switches the dropout of adapters on; the model itself
-            has none.
+          deterministic: False turns the adapters' dropout on; the model itself has
+            none.
 
         Returns:
           Logits ``[b, t, v]`` float32.
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         """Reads prompts into a new cache.
 
         Args:
-          input_ids: ``[b, t]``, padded to the right; padding is never looked at.
+          input_ids: ``[b, t]``, padded to the right; padding is ignored.
           size: slots of the cache, at least ``t``.
           deterministic: see `__call__`.
 
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
     def _embed(
         self, input_ids, positions, segment_ids
     ) -> tuple[Hidden, PositionContext]:
-        """Looks the tokens up and says where they stand."""
+        """Returns the tokens' embeddings and positions."""
         cfg = self.config
         check_tokens(input_ids, positions, segment_ids, cfg.max_positions)
         if positions is None:

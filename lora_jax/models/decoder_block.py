@@ -23,7 +23,7 @@ NO_WINDOW = 2**30
 
 
 class PositionContext(NamedTuple):
-    """Where the tokens of a batch stand: the same for all layers.
+    """Positions of a batch's tokens, the same for all layers.
 
     Attributes:
       cos: cosines of each rope table, ``[b, t, c]``.
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class DecoderModule(nn.Module):
-    """What the parts of a decoder share: the config, the dtype, norms and layers."""
+    """Base of a decoder's parts: the config, the dtype, norms and linear layers."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
@@ -67,7 +67,7 @@ class DecoderModule(nn.Module):
     def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
         """Applies the linear layer called ``name`` to ``[b, t, i]``: ``[b, t, width]``.
 
-        A policy that recomputes may keep the result, by the name `LINEAR`.
+        A remat policy may keep the result, named `LINEAR`.
         """
         layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
         return checkpoint_name(layer(x), LINEAR)
@@ -88,12 +88,12 @@ class Attention(DecoderModule):
 
         Args:
           x: ``[b, t, d]``.
-          place: where the tokens stand.
+          place: the tokens' positions.
           layer: number of the layer, traced if the layers are scanned.
           past: the layer's keys and values ``[b, s, k, h]`` when decoding.
 
         Returns:
-          ``[b, t, d]``, and the layer's keys and values with these tokens' in them.
+          ``[b, t, d]``, and the layer's keys and values, these tokens' included.
         """
         cfg, (b, t, _) = self.config, x.shape
         n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -175,7 +175,7 @@ class Block(DecoderModule):
     def run(
         self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
     ) -> tuple[Hidden, Past]:
-        """Returns the keys and values of the layer too, for a cache."""
+        """Like `__call__`, and returns the layer's keys and values for a cache."""
         placement = self.config.norm_placement
 
         def pre(name: str, x: Array) -> Array:
@@ -200,7 +200,7 @@ def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
 
 
 def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
-    """A layer's entry: static where it can be, else looked up by the traced layer."""
+    """Returns a layer's entry, static where possible, else by the traced layer."""
     if len(set(values)) == 1:
         return values[0]
     if isinstance(layer, int):

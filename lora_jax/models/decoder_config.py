@@ -1,7 +1,7 @@
-"""What a decoder is made of: sizes, constants, and where the families differ.
+"""`DecoderConfig`: a decoder's sizes, constants, and where the families differ.
 
-One frozen dataclass describes Llama as well as Gemma or GPT-2; a family's mapping only
-fills it in. Nothing here is a model's name.
+One frozen dataclass describes Llama as well as Gemma or GPT-2; a family only fills it
+in. Nothing here depends on a model's name.
 """
 
 import dataclasses
@@ -25,11 +25,12 @@ class Rope:
       kind: how the frequencies are scaled for longer contexts, one of `KINDS`.
       factor: by how much the context was stretched.
       original_max_positions: the context before that.
-      low_freq_factor: llama3: wavelengths above ``original / low`` are stretched whole.
-      high_freq_factor: llama3: those below ``original / high`` not at all.
-      beta_fast: yarn: rotations over the original context above which nothing changes.
-      beta_slow: yarn: those below which all is stretched.
-      truncate: yarn: whether both are brought to whole dimensions.
+      low_freq_factor: llama3: wavelengths above ``original / low`` are stretched fully.
+      high_freq_factor: llama3: those below ``original / high`` are not stretched.
+      beta_fast: yarn: frequencies with more rotations in the original context than this
+        are not stretched.
+      beta_slow: yarn: those with fewer rotations than this are stretched fully.
+      truncate: yarn: whether both limits are rounded to whole dimensions.
       attention_factor: yarn, longrope: factor of cosines and sines.
       divisors: longrope: what each frequency is divided by.
 
@@ -73,7 +74,7 @@ class Rope:
 
     def _yarn(self, plain: np.ndarray) -> np.ndarray:
         def dimension(turns: float) -> float:
-            """The (fractional) pair that turns so often over the original context."""
+            """The (fractional) pair with so many turns in the original context."""
             wavelength = self.original_max_positions / (turns * 2 * math.pi)
             return self.rotary_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
@@ -112,8 +113,8 @@ class DecoderConfig:
       is_qkv_fused: whether query, key and value are one kernel, ``qkv``.
       is_gate_up_fused: whether gate and up are one kernel, ``gate_up``.
       ropes: the tables of rotary frequencies.
-      layer_ropes: which of them each layer uses; None: none (NoPE).
-      layer_windows: sliding window of each layer; None: sees everything before it.
+      layer_ropes: which of them each layer uses; None for no rotation (NoPE).
+      layer_windows: sliding window of each layer; None for full causal attention.
       has_learned_positions: whether there is a learned position embedding.
       attention_scale: of the scores; None for ``1 / √h``.
       attention_softcap: bound of the scores, or None.

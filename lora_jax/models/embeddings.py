@@ -1,4 +1,4 @@
-"""What an encoder's blocks read: embedded tokens, or an image's embedded patches."""
+"""Embeddings of an encoder: of tokens, or of an image's patches."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class Embeddings(nn.Module):
                 f"tokens a row; got shape {input_ids.shape}. Truncate when tokenising: "
                 "`encode(texts, max_length=...)`."
             )
-        # No dtype here: a cast would be of the whole table, not of the rows looked up.
+        # No dtype here: it would cast the whole table, not just the rows looked up.
         word = nn.Embed(
             cfg.vocab_size,
             cfg.hidden_size,
@@ -59,7 +59,7 @@ class Embeddings(nn.Module):
 
 
 def token_positions(input_ids: TokenIds, padding_id: int) -> TokenIds:
-    """RoBERTa's positions: ``padding_id`` plus the count of tokens that are no padding.
+    """RoBERTa's positions: ``padding_id`` plus the count of tokens without padding.
 
     Args:
       input_ids: token ids ``[b, t]``.
@@ -113,7 +113,7 @@ def resize_positions(
     Args:
       table: ``[1, 1 + rows * columns, d]``; the first position is the class token's.
       grid: rows and columns of the table.
-      wanted: those of the result.
+      wanted: rows and columns of the result.
 
     Returns:
       The table ``[1, 1 + rows * columns, d]`` of the wanted grid.
@@ -128,13 +128,13 @@ def resize_positions(
 def cubic_matrix(size: int, wanted: int) -> np.ndarray:
     """Bicubic interpolation of ``size`` samples at ``wanted`` places, as a matrix.
 
-    As PyTorch's ``interpolate(mode="bicubic", align_corners=False)`` has it: samples
-    are centres of cells, Keys' kernel with ``a = -0.75``, edges repeated, and no
-    smoothing where ``wanted`` is the smaller (so not `jax.image.resize`).
+    As in PyTorch's ``interpolate(mode="bicubic", align_corners=False)``: samples are
+    centres of cells, Keys' kernel has ``a = -0.75``, edges repeat, and downsampling
+    doesn't smooth (unlike `jax.image.resize`).
 
     Args:
-      size: samples there are.
-      wanted: samples of the result.
+      size: number of samples.
+      wanted: number of samples in the result.
 
     Returns:
       ``[wanted, size]`` float32; rows sum to 1.

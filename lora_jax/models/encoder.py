@@ -1,7 +1,7 @@
 """Encoders of text and of images as plain Linen modules, with no LoRA inside.
 
-`lora_jax.adapt` adds the adapters from outside, so that these files read as the models
-alone: embeddings, blocks, and a head. Every family (BERT, RoBERTa, ViT, ...) is these
+`lora_jax.adapt` adds the adapters from outside, so these files hold only the models:
+embeddings, blocks, and a head. Every family (BERT, RoBERTa, ViT, ...) is these
 modules under another config.
 
 The parameter tree (kernels ``[i, o]``, as Flax stores them)::
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
           deterministic: False switches dropout on (PRNG stream "dropout").
 
         Returns:
-          Hidden states ``[b, t, d]``; those at padding mean nothing.
+          Hidden states ``[b, t, d]``; ignore those at padding.
 
         Raises:
           ValueError: if the shapes differ or ``t`` exceeds ``config.max_positions``.
@@ -163,9 +163,9 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
     if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
         raise TypeError(
             f"pixel_values must be floats [b, c, y, x]; got dtype "
-            f"{pixel_values.dtype}. Bytes are to be rescaled and normalised first: "
-            "`lora_jax.files.images.load_processor(folder)` does as the model's own "
-            "preprocessor_config.json says."
+            f"{pixel_values.dtype}. Rescale and normalise bytes first: "
+            "`lora_jax.files.images.load_processor(folder)` follows the model's own "
+            "preprocessor_config.json."
         )
     shape, own = pixel_values.shape, (config.image_height, config.image_width)
     is_batch = len(shape) == 4 and shape[1] == config.num_channels

@@ -11,7 +11,7 @@ POOLERS = (None, "relu", "tanh")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What encoders of text and of images have in common.
+    """The fields that encoders of text and of images share.
 
     Attributes:
       hidden_size: width of the model, ``d``.
@@ -26,7 +26,7 @@ class BlockConfig:
       has_layer_scale: whether each sublayer's output has a factor a channel.
       is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, gate and up
         being one kernel.
-      pooler_activation: of the pooling "pooler"; None: there is no pooler.
+      pooler_activation: of the pooling "pooler"; None for models without a pooler.
 
     Raises:
       ValueError: if a size or constant is out of range; every fault is named.
@@ -79,9 +79,9 @@ class EncoderConfig(BlockConfig):
     Attributes:
       vocab_size: rows of the word embedding, ``v``.
       max_positions: the longest sequence.
-      num_token_types: rows of the token type embedding; None: there is none.
-      padding_id: of RoBERTa, whose positions count the tokens that aren't this one,
-        from ``padding_id + 1`` on; None: positions are ``0 ... t-1``.
+      num_token_types: rows of the token type embedding; None for models without one.
+      padding_id: of RoBERTa, whose positions count the other tokens from
+        ``padding_id + 1`` on; None: positions are ``0 ... t-1``.
     """
 
     vocab_size: int
@@ -113,13 +113,13 @@ class ImageEncoderConfig(BlockConfig):
     """An encoder of images, patch by patch; see `BlockConfig`.
 
     Attributes:
-      image_height: pixels that the position table was made for.
+      image_height: in pixels, of the images that the position table is for.
       image_width: the same.
-      patch_height: pixels of a patch.
+      patch_height: in pixels.
       patch_width: the same.
-      num_channels: of an image, ``c``.
-      is_resizable: whether images of other sizes are taken, the position table being
-        resized to their number of patches.
+      num_channels: channels of an image, ``c``.
+      is_resizable: whether images may have other sizes: the position table is resized
+        to their number of patches.
     """
 
     image_height: int

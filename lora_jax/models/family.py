@@ -1,7 +1,7 @@
-"""What a model family is: how Hugging Face names its config keys and its tensors.
+"""`Family`: how Hugging Face names a model's config keys and tensors.
 
-Another family is a small file in `families` and a line in `load.FAMILIES`: which config
-keys mean what, and which tensor each leaf of the module's tree comes from.
+To add a family, write a small file in `families` (which config keys mean what, and
+which tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What there is to know about one ``model_type`` of Hugging Face.
+    """One ``model_type`` of Hugging Face.
 
     Attributes:
       read_config: from a parsed ``config.json`` to the module's config.
-      module: called with the config and keyword options; builds the module.
-      inputs: shapes of one example's inputs, from the config: ``module.init``'s.
-      modules: from a module's path (or a leaf's) in our tree, with ``{i}`` for a
+      module: builds the module from the config and keyword options.
+      inputs: from the config to the shapes of ``module.init``'s inputs.
+      modules: from a module's (or a leaf's) path in our tree, with ``{i}`` for a
         layer's number, to its Hugging Face name.
-      prefix: what the names start with in files saved from a larger model.
+      prefix: of names in files saved from a model with a head.
       unused: expressions for the start of names that a file may hold and the module
-        doesn't need.
+        doesn't use.
       head: paths of the classification head's modules, which are made anew where a
         file has none; empty for a model that predicts tokens.
-      head_pooling: what a head sits on that transformers trained.
-      renames: expressions in a file's module names and what transformers 5, hence an
-        adapter of today, has in their place. Files of either kind are read.
+      head_pooling: the pooling below a head that transformers trained.
+      renames: expressions in a file's module names and what transformers 5, and so
+        an adapter of today, has in their place. Files of either kind are read.
       is_transposed: whether kernels are stored ``[out, in]``.
     """
 
@@ -76,7 +76,7 @@ class Family:
         return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
 
     def is_unused(self, name: str) -> bool:
-        """Whether a file may hold a tensor of this bare name for nothing."""
+        """Whether a file may hold a tensor of this bare name that is not used."""
         return any(re.match(pattern, name) for pattern in self.unused)
 
     def module_name(self, path: str) -> str | None:
@@ -86,18 +86,18 @@ class Family:
         return template and template.replace("{i}", number[1] if number else "")
 
     def is_head(self, name: str) -> bool:
-        """Whether a tensor of this bare name is of the classification head."""
+        """Whether a tensor of this bare name belongs to the classification head."""
         return any(name.startswith(f"{self.modules[path]}.") for path in self.head)
 
     def bare_name(self, name: str) -> str:
-        """A file's name of a tensor as `tensor_name` has it.
+        """A tensor's name in a file, as `tensor_name` has it.
 
         Args:
-          name: with or without the prefix, in the words of any version of transformers.
+          name: with or without the prefix, as any version of transformers has it.
 
         Returns:
-          The name without prefix, with today's words for LayerNorm's weights and the
-          checkpoints' words for modules.
+          The name without prefix, with today's names of LayerNorm's weights and the
+          checkpoints' names of modules.
         """
         bare = name.removeprefix(self.prefix)
         if old := re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare):
@@ -156,11 +156,11 @@ def config_of(module: Any) -> Any:
 
 
 class Fields:
-    """A ``config.json`` being read: wrong types and missing keys are gathered.
+    """Reads a ``config.json``, collecting wrong types and missing keys.
 
     Args:
       config: the parsed file.
-      what: whose config it should be, for the error.
+      what: kind of model, for the error.
     """
 
     def __init__(self, config: Mapping[str, Any], what: str):
@@ -172,7 +172,7 @@ class Fields:
         return self._bounded(key, default, MAX_SIZE)
 
     def layers(self, key: str, default: Any = _MISSING) -> int:
-        """A number of layers: bounded, for all that is made a layer at a time."""
+        """A number of layers, at most `MAX_LAYERS`."""
         return self._bounded(key, default, MAX_LAYERS)
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
@@ -205,7 +205,7 @@ class Fields:
         return self._get(key, None, (dict,), "an object")
 
     def only(self, key: str, value: Any) -> None:
-        """Refuses every value of ``key`` but one: others ask for another model."""
+        """Refuses every value of ``key`` but one: with others it's another model."""
         got = self.config.get(key)
         if got is not None and got != value:
             self.faults.append(f"{key} must be {value!r} here; got {got!r}")
@@ -218,7 +218,7 @@ class Fields:
         """
         if self.faults:
             faults = "; ".join(dict.fromkeys(self.faults))
-            raise ValueError(f"config.json is not of a {self.what}: {faults}.")
+            raise ValueError(f"config.json doesn't fit a {self.what}: {faults}.")
 
     def _bounded(self, key: str, default: Any, most: int) -> Any:
         value = self._get(key, default, (int,), "an integer")

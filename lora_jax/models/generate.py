@@ -2,7 +2,7 @@
 
 Prompts of a batch are padded to the right, and every row keeps its own position, so a
 row's text doesn't depend on its neighbours. Shapes are rounded up: prompts of similar
-lengths, and any number of new tokens up to the cache's size, share what is compiled.
+lengths, and any number of new tokens up to the cache's size, share a compilation.
 """
 
 import functools
@@ -82,7 +82,7 @@ def generate(
     for count in range(max_new_tokens):
         is_last = count + 1 == max_new_tokens
         following = None
-        if not is_last:  # dispatched before the host looks at the tokens it reads
+        if not is_last:  # dispatched before the host reads the current tokens
             following = decode(variables, token, lengths + count, cache, *sampling)
         for row, new in enumerate(np.asarray(token).tolist()):
             if not is_open[row]:
@@ -141,7 +141,7 @@ def _compiled(module: nn.Module, size: int, is_sampled: bool):
         if not is_sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        def draw(row, position, logits):  # a key of its own: neighbours don't matter
+        def draw(row, position, logits):  # its own key: independent of other rows
             own = jax.random.fold_in(jax.random.fold_in(key, row), position)
             return sample(logits, own, *sampling)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.array_types import PRNGKey
-from lora_jax.files.host import empty_aligned
+from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel

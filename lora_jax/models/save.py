@@ -1,9 +1,9 @@
 """A model's parameters back into a plain Hugging Face folder.
 
-What `load_model` read and a merge changed is written under the names, the prefix and
-the dtypes that the source folder has. Tensors that the module has no use for (BERT's
-pooler, say) are copied, so the folder still is what its ``config.json`` says, and
-transformers loads it; a second copy of a tied embedding is left out.
+Parameters that `load_model` read and a merge changed get the names, prefix and dtypes
+of the source folder. Tensors that the module doesn't use (BERT's pooler, say) are
+copied, so that the folder still fits its ``config.json`` and transformers loads it; a
+second copy of a tied embedding is left out.
 """
 
 import json
@@ -29,7 +29,7 @@ from lora_jax.models.stacking import layer_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
 from lora_jax.tree.paths import flatten
 
-# What a folder needs beside weights and config; other files are not the model's.
+# Files that a model folder needs beside weights and config.
 OTHER_FILES = (
     IMAGE_CONFIG,
     TOKENIZER_FILE,
@@ -56,9 +56,9 @@ def save_model(
       params: the module's parameters, a nested dict, such as ``adapted.merge(...)``;
         rounded to the dtypes of the source folder where they were loaded in others.
       source: the folder that the model was loaded from (`LoadedModel.path`).
-      pooling: what the head of an encoder, if there is one, was trained on; kept in
-        ``config.json`` for `load_model`. None: "pooler" where ``params`` has one, what
-        transformers' own heads of images sit on ("cls", DINOv2 "cls_mean"), or "mean".
+      pooling: the pooling that an encoder's head was trained on; kept in
+        ``config.json`` for `load_model`. None: "pooler" if ``params`` has one, else the
+        family's own ("cls", DINOv2 "cls_mean") or "mean".
 
     Returns:
       The folder.
@@ -93,7 +93,7 @@ def save_model(
         array = family.to_file(path, np.asarray(part))
         # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
         if name in names and model.path.is_dir():
-            with np.errstate(over="ignore"):  # not finite, said below
+            with np.errstate(over="ignore"):  # reported below as not finite
                 array = array.astype(model.dtype(name), copy=False)
         head = family.is_head(name)
         if name not in names and not head:

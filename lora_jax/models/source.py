@@ -17,13 +17,13 @@ from lora_jax.models.family import Family
 
 
 class Source(NamedTuple):
-    """A model on disk, nothing of it in memory yet.
+    """A model on disk, not loaded yet.
 
     Attributes:
       path: the folder or file.
-      settings: what its ``config.json`` holds.
-      family: of its model type.
-      tensors: by their names in the file, read on access; with ``shapes``.
+      settings: the content of its ``config.json``.
+      family: the family of its model type.
+      tensors: a reader of its tensors, by their names in the file.
       names: the file's name of each tensor, by its bare name.
     """
 
@@ -47,7 +47,7 @@ class Source(NamedTuple):
         return self.tensors.shapes[self.names[bare]]
 
     def dtype(self, bare: str) -> np.dtype[Any]:
-        """The dtype that a tensor is read in."""
+        """The dtype that a tensor has when it is read."""
         return next(self.pieces(bare))[1].dtype
 
 
@@ -63,7 +63,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
       The model's source.
 
     Raises:
-      FileNotFoundError: if there is nothing there, or no weights.
+      FileNotFoundError: if there is no model, or no weights.
       ValueError: if a file is damaged or the model type unknown.
     """
     found = find_model(path)
@@ -122,7 +122,7 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, str]:
-    """Maps bare tensor names, `Family.bare_name`'s, to a file's own.
+    """Maps bare tensor names (see `Family.bare_name`) to a file's own.
 
     Args:
       tensors: the file's names.

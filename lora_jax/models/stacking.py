@@ -19,11 +19,11 @@ from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig, matches
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.family import Shape
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import BIAS, LAYERS, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.nn.trace import Example, trace_model
-from lora_jax.ops.contraction import Shape
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target
 

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lora_jax.array_types import PyTree
 from lora_jax.names import BATCH_AXES, DATA, FSDP, MESH_AXES, TENSOR
 from lora_jax.parallel.activation_sharding import current_mesh
+from lora_jax.tree.paths import leaves_by_path
 
 AXES, BATCH = MESH_AXES, BATCH_AXES
 
@@ -187,11 +188,8 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
     def whole(leaf: Any) -> int:
         return np.shape(leaf)[0] * parts // own if np.ndim(leaf) else 0
 
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    rows = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "batch": whole(leaf)
-        for path, leaf in leaves
-    }
+    leaves = leaves_by_path(batch)
+    rows = {path or "batch": whole(leaf) for path, leaf in leaves.items()}
     check_rows(rows, mesh)
 
     def put(leaf: Any) -> jax.Array:

@@ -36,7 +36,7 @@ from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_train_step
-from lora_jax.tree.paths import flatten
+from lora_jax.tree.paths import flatten, key_path
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -254,7 +254,7 @@ def state_shapes(
     )
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        parts = key_path(path).split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         sharding = next((where[end] for end in ends if end in where), otherwise)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -17,7 +17,7 @@ import optax
 from lora_jax.array_types import PyTree
 from lora_jax.config import Patterns, matches
 from lora_jax.names import ADAPTER_LEAVES, BIAS, LORA_A, LORA_B, MAGNITUDE, SCALE
-from lora_jax.tree.paths import nearest
+from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
 ADAPTER = "adapter"
 REST = "rest"
@@ -229,7 +229,7 @@ def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
       {'up': {'kernel': False, 'lora_a': True, 'lora_b': True}}
     """
     # Masked-out parts of a tree are no leaves, so what an outer mask hid stays hidden.
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = list(leaves_by_path(tree))
     if not any(map(_is_adapter, paths)):
         raise ValueError(
             f"the tree must hold adapter leaves, named {LORA_A} or {LORA_B}; "
@@ -245,7 +245,7 @@ def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
                 f"Did you mean: {nearest(pattern, names)}?"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _is_adapter(p := _path(path)) or _is_named(train, p), tree
+        lambda path, _: _is_adapter(p := key_path(path)) or _is_named(train, p), tree
     )
 
 
@@ -288,14 +288,14 @@ def decay_mask(tree: PyTree) -> PyTree:
     at_rest = {LORA_A, MAGNITUDE, BIAS, SCALE}
 
     def decays(path: Any, leaf: Any) -> bool:
-        return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(_path(path).split("/"))
+        return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(key_path(path).split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, tree)
 
 
 def _lora_b_mask(tree: PyTree) -> PyTree:
     mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: LORA_B in _path(path).split("/"), tree
+        lambda path, _: LORA_B in key_path(path).split("/"), tree
     )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
@@ -303,10 +303,6 @@ def _lora_b_mask(tree: PyTree) -> PyTree:
             f"{len(jax.tree.leaves(mask))} leaves. Leave it at 1 without adapters."
         )
     return mask
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _is_adapter(path: str) -> bool:

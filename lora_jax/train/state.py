@@ -16,6 +16,7 @@ import optax
 from lora_jax.array_types import PyTree
 from lora_jax.names import TRAINABLE
 from lora_jax.parallel.mesh import mesh_of, on_mesh
+from lora_jax.tree.paths import leaves_by_path
 
 
 @flax.struct.dataclass
@@ -115,7 +116,7 @@ def check_trainable(trainable: Mapping[str, PyTree]) -> None:
       ValueError: if there is no leaf.
       TypeError: if a leaf is not floating; names all of them.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    leaves = leaves_by_path(trainable)
     if not leaves:
         raise ValueError(
             f"variables must have leaves in {' or '.join(map(repr, TRAINABLE))} to "
@@ -123,8 +124,8 @@ def check_trainable(trainable: Mapping[str, PyTree]) -> None:
             "`adapt(model, config).attach(params, key)` adds adapters."
         )
     wrong = [
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({dtype})"
-        for path, leaf in leaves
+        f"{path} ({dtype})"
+        for path, leaf in leaves.items()
         if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating)
     ]
     if wrong:

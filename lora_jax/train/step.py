@@ -19,6 +19,7 @@ from lora_jax.names import DROPOUT
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of, whole_over_batch
 from lora_jax.train.state import TrainState
+from lora_jax.tree.paths import leaves_by_path
 
 Batch = PyTree
 Metrics = dict[str, jax.Array]
@@ -275,10 +276,7 @@ def split_batch(batch: Batch, accumulate: int) -> Batch:
       >>> split_batch({"x": jnp.arange(4)}, 2)["x"].tolist()
       [[0, 2], [1, 3]]
     """
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-    }
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(batch).items()}
     rows = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(rows) != 1 or 0 in rows:
         raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
+from lora_jax.tree.paths import leaves_by_path
 
 SAMPLES = 1024
 _VERSION = "1"
@@ -39,10 +40,7 @@ def fingerprint(tree: PyTree) -> str:
       >>> a == fingerprint({"kernel": np.zeros((3, 2), np.float32)})
       False
     """
-    leaves = sorted(
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    )
+    leaves = sorted(leaves_by_path(tree).items())
     if not leaves:
         raise ValueError("fingerprint needs a tree with at least 1 leaf; got 0.")
     digest = hashlib.sha256()

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the leaves of nested mappings by path.
@@ -43,6 +45,28 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def key_path(path: Any) -> str:
+    """Returns a key path of `jax.tree_util` joined by ``/``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of any tree that JAX knows, by ``/``-joined path.
+
+    Args:
+      tree: of registered nodes; `flatten` is for nested mappings, whose order it keeps.
+
+    Returns:
+      The leaves in JAX's order.
+
+    Example:
+      >>> leaves_by_path({"b": [1, 2], "a": 0})
+      {'a': 0, 'b/0': 1, 'b/1': 2}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {key_path(path): leaf for path, leaf in leaves}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -306,8 +306,8 @@ def test_a_changed_header_gives_a_model_or_a_value_error(tmp_path_factory, whole
         (b"PK\x03\x04" + b"\0" * 60, "doesn't begin with 'GGUF'"),
         (b"GGUF" + b"\1\0\0\0" + b"\0" * 60, r"\(2, 3\), little-endian; got 1"),
         (b"GGUF\0\0\0\3" + b"\0" * 60, "little-endian; got 50331648"),
-        (b"GGUF\3\0\0\0" + b"\xff" * 16, r"18446744073709551615 tensors can't stand"),
-        (b"GGUF\3\0\0\0" + b"\0" * 8 + b"\xff" * 8, r"metadata fields can't stand"),
+        (b"GGUF\3\0\0\0" + b"\xff" * 16, r"18446744073709551615 tensors can't fit"),
+        (b"GGUF\3\0\0\0" + b"\0" * 8 + b"\xff" * 8, r"metadata fields can't fit"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, message):

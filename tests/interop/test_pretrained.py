@@ -44,7 +44,7 @@ def test_an_adapter_that_names_no_base_needs_a_path(tmp_path):
     adapter = save(tmp_path, {})
     with pytest.raises(ValueError, match=r"path must name the base of .*doesn't say"):
         load_model(adapter=adapter)
-    with pytest.raises(ValueError, match="path must name a model .* got None"):
+    with pytest.raises(ValueError, match=r"path must name a model .* got None"):
         load_model()
 
 
@@ -62,5 +62,5 @@ def test_another_tools_base_must_be_a_folder_here(tmp_path, named):
     assert equal(found.variables, load_model(LLAMA, folder).variables)
     assert found.extra == {}
     name(named)
-    with pytest.raises(ValueError, match="path must name the base of .*is not a fol"):
+    with pytest.raises(ValueError, match=r"path must name the base of .*is not a fol"):
         load_model(adapter=read_peft(folder))

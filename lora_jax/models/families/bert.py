@@ -17,14 +17,14 @@ def read_config(config: Config) -> EncoderConfig:
     """Reads the fields of a Hugging Face BERT ``config.json``.
 
     Args:
-      config: the parsed file; keys that don't change the computation are left.
+      config: the parsed file; keys that don't change the computation are ignored.
 
     Returns:
-      The config in this library's words.
+      The module's config.
 
     Raises:
-      ValueError: if a key is missing, out of range, or asks for a BERT that this
-        isn't (a decoder, cross-attention, relative positions).
+      ValueError: if a key is missing, out of range, or asks for an unsupported BERT (a
+        decoder, cross-attention, relative positions).
 
     Example:
       >>> read_config({"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
@@ -38,7 +38,7 @@ def read_config(config: Config) -> EncoderConfig:
 
 
 def read_roberta(config: Config) -> EncoderConfig:
-    """Reads a RoBERTa config: positions count tokens, from the padding's id on."""
+    """Reads a RoBERTa config: positions count tokens from the padding's id on."""
     fields = Fields(config, "RoBERTa encoder")
     arguments = _read_sizes(fields)
     padding = fields.integer("pad_token_id", 1)
@@ -46,7 +46,7 @@ def read_roberta(config: Config) -> EncoderConfig:
     if not 0 <= padding < rows - 1:
         fields.faults.append(
             f"pad_token_id must be in [0, max_position_embeddings - 1 = {rows - 1}), "
-            f"for a position to be left; got {padding}"
+            f"so that positions are left; got {padding}"
         )
     fields.check()
     arguments["max_positions"] = rows - padding - 1
@@ -54,7 +54,7 @@ def read_roberta(config: Config) -> EncoderConfig:
 
 
 def _read_sizes(fields: Fields) -> dict[str, Any]:
-    """Reads what BERT and RoBERTa have under the same keys."""
+    """Reads the keys that BERT and RoBERTa share."""
     for key, value in (
         ("is_decoder", False),
         ("add_cross_attention", False),

@@ -36,7 +36,7 @@ def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
 
 
 def _soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
-    """A bound that is on where the file doesn't say, and off where it says null."""
+    """A soft-cap: the default where the key is absent, none where it is null."""
     if key in fields.config and fields.config[key] is None:
         return None
     return fields.number(key, default)

@@ -18,11 +18,11 @@ Config = Mapping[str, Any]
 
 
 def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str, Any]:
-    """Reads what all decoders of Llama's kind have, under the same keys.
+    """Reads the keys that all Llama-like decoders share.
 
     Args:
       fields: the config.
-      max_positions_default: where the file doesn't say.
+      max_positions_default: where the file has none.
 
     Returns:
       Arguments of `DecoderConfig`.
@@ -45,7 +45,7 @@ def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str
 
 
 def finish(fields: Fields, arguments: dict[str, Any]) -> DecoderConfig:
-    """Raises the faults that were gathered, or builds the config."""
+    """Raises the collected faults, or builds the config."""
     fields.check()
     return DecoderConfig(**arguments)
 
@@ -225,7 +225,7 @@ def decoder_family(
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",),
     is_transposed: bool = True,
 ) -> Family:
-    """Makes a family of `Decoder`; ``modules`` are added to those that all have."""
+    """Makes a family of `Decoder`; the arguments are `Family`'s."""
     return Family(
         read_config=read_config,
         module=Decoder,

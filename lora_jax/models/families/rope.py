@@ -1,4 +1,4 @@
-"""Reading rotary embeddings from a ``config.json``, in the old words and the new."""
+"""Reading rotary embeddings from a ``config.json``, under old and new keys."""
 
 import math
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ def read_rope(
     """Reads one table of rotary frequencies.
 
     Args:
-      fields: the config; faults are gathered there.
+      fields: the config; collects the faults.
       rotary_dim: dimensions of a head that are rotated.
-      default_theta: where the file says none.
+      default_theta: where the file has none.
       settings: the table's own parameters; those of the config by default, where
         ``rope_scaling`` (older files) wins over ``rope_parameters``.
 
@@ -79,7 +79,7 @@ def read_rope(
 
 
 def max_positions(fields: Fields, default: int) -> int:
-    """The longest sequence: of longrope, what its short factors are made for."""
+    """The longest sequence; with longrope, the longest that short factors are for."""
     longest = fields.integer("max_position_embeddings", default)
     settings = fields.config.get("rope_scaling") or fields.config.get("rope_parameters")
     if isinstance(settings, dict):
@@ -90,7 +90,7 @@ def max_positions(fields: Fields, default: int) -> int:
 
 
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
-    """The context before it was stretched."""
+    """The length of the context before it was stretched."""
     key = "original_max_position_embeddings"
     found = fields.config.get(key) or settings.get(key)
     return found or fields.integer("max_position_embeddings", 1)
@@ -115,7 +115,7 @@ def _attention_factor(
 
 
 def _fault(name: str, value: Any) -> str:
-    """Says what ``value`` should have been, or nothing."""
+    """Returns what ``value`` must be; empty if it is."""
     if name == "kind":
         return ""
     if name == "truncate":

@@ -42,7 +42,7 @@ def read_dinov2(config: Config) -> ImageEncoderConfig:
 
 
 def _read_sizes(fields: Fields, *, image: int, patch: int, eps: float) -> dict:
-    """Reads what both families have under the same keys."""
+    """Reads the keys that both families share."""
     image_height, image_width = _read_pair(fields, "image_size", image)
     patch_height, patch_width = _read_pair(fields, "patch_size", patch)
     return {

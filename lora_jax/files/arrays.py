@@ -1,4 +1,4 @@
-"""Leaves of a tree on the host, by path, and onto their devices."""
+"""Arrays between devices and the host: leaves of a tree, and buffers to fill."""
 
 import math
 import zlib
@@ -11,6 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from lora_jax.array_types import PyTree
 from lora_jax.parallel.mesh import put_array
+from lora_jax.tree.paths import key_path, leaves_by_path
 
 ALIGNMENT = 64  # bytes
 
@@ -36,10 +37,7 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
         )
         return convert(process_allgather(leaf, tiled=True) if is_spread else leaf)
 
-    return {
-        _name(path): fetch(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path: fetch(leaf) for path, leaf in leaves_by_path(tree).items()}
 
 
 def place(leaves: dict[str, np.ndarray], like: PyTree) -> PyTree:
@@ -53,7 +51,7 @@ def place(leaves: dict[str, np.ndarray], like: PyTree) -> PyTree:
       A tree of new arrays with the structure, kinds of keys and shardings of ``like``.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _place_one(leaves[_name(path)], leaf), like
+        lambda path, leaf: _place_one(leaves[key_path(path)], leaf), like
     )
 
 
@@ -101,7 +99,3 @@ def _place_one(value: np.ndarray, like: jax.Array) -> jax.Array:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
