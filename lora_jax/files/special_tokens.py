@@ -1,4 +1,4 @@
-"""SpecialTokens tokens and the chat template that a model folder has beside its tokenizer.
+"""Special tokens and the chat template that a model folder has beside its tokenizer.
 
 They are spread over several files: the tokens' text in ``tokenizer_config.json``, the
 ids that end a generation in ``generation_config.json`` (or ``config.json``), the chat

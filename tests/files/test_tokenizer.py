@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.files.special_tokens import Special
+from lora_jax.files.special_tokens import SpecialTokens
 from lora_jax.files.tokenizer import Tokenizer, close_gaps, load_tokenizer
 
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -99,7 +99,7 @@ def save_json(folder, **files):
 
 
 def test_special_tokens_and_templates_come_from_the_files_beside(folder):
-    assert load_tokenizer(folder).special == Special()
+    assert load_tokenizer(folder).special == SpecialTokens()
     save_json(
         folder,
         tokenizer_config={
@@ -112,7 +112,7 @@ def test_special_tokens_and_templates_come_from_the_files_beside(folder):
         generation_config={"eos_token_id": [7], "pad_token_id": 0},
         config={"eos_token_id": 5},
     )
-    expected = Special(2, 3, 0, (3, 7), "A")
+    expected = SpecialTokens(2, 3, 0, (3, 7), "A")
     assert load_tokenizer(folder).special == expected
     (folder / "chat_template.jinja").write_text("B")
     assert load_tokenizer(folder).special == expected._replace(chat_template="B")

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import save_adapter
-from lora_jax.files.fetch import FetchError
 from lora_jax.files.arrays import empty_aligned
+from lora_jax.files.fetch import FetchError
 from lora_jax.files.vader import load_vader
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
