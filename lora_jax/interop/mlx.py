@@ -6,7 +6,6 @@ magnitudes as ``m``. A module that the config names and the file lacks isn't ada
 """
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -24,10 +23,26 @@ from lora_jax.interop.external import (
     read_floats,
     report,
 )
+from lora_jax.interop.peft_config import (
+    Field,
+    is_positive,
+    is_rank,
+    is_share,
+    read_fields,
+)
 
 TENSORS = "adapters.safetensors"
 TYPES = ("lora", "dora")
 _LEAVES = ("lora_a", "lora_b", "m")
+_FIELDS: dict[str, Field] = {
+    "fine_tune_type": (lambda kind: kind in TYPES, f"one of {TYPES}", "lora"),
+    "lora_parameters": (lambda value: isinstance(value, dict), "an object", None),
+}
+_PARAMETERS: dict[str, Field] = {
+    "rank": (is_rank, "an integer of at least 1", None),
+    "scale": (is_positive, "a number above 0", None),
+    "dropout": (is_share, "in [0, 1]", 0.0),
+}
 
 
 def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
@@ -159,24 +174,12 @@ def _parameters(
     settings: dict[str, Any], folder: Path
 ) -> tuple[str, int, float, float]:
     """Returns the type, rank, scale and dropout of a config."""
-    kind = settings.get("fine_tune_type", "lora")
-    given = settings.get("lora_parameters")
-    faults = []
-    if kind not in TYPES:
-        faults.append(f"fine_tune_type must be one of {TYPES}; got {kind!r}"[:200])
-    if not isinstance(given, dict):
-        given = {}
-        faults.append("lora_parameters must be an object")
-    rank, scale = given.get("rank"), given.get("scale")
-    dropout = given.get("dropout", 0.0)
-    if type(rank) is not int or rank < 1:
-        faults.append(f"rank must be an integer of at least 1; got {rank!r}"[:200])
-    if type(scale) not in (int, float) or not 0 < float(scale or 0) < math.inf:
-        faults.append(f"scale must be a number above 0; got {scale!r}"[:200])
-    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
-        faults.append(f"dropout must be in [0, 1]; got {dropout!r}"[:200])
-    if faults:
+    top, faults = read_fields(settings, _FIELDS)
+    given = top["lora_parameters"] if isinstance(top["lora_parameters"], dict) else {}
+    values, wrong = read_fields(given, _PARAMETERS)
+    if faults := faults + wrong:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG} has {len(faults)} faults: {'; '.join(faults)}."
         )
-    return kind, int(rank or 0), float(scale or 0), float(dropout)
+    numbers = float(values["scale"]), float(values["dropout"])
+    return top["fine_tune_type"], values["rank"], *numbers

@@ -14,6 +14,8 @@ from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 
+# Of a key: whether a value is valid, what it must be, and its default.
+Field = tuple[Callable[[Any], bool], str, Any]
 PEFT_VERSION = "0.21.2"  # whose format this is
 
 # Initialisations that leave the base unchanged. The others decompose it on loading.
@@ -148,12 +150,7 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
             f"{origin} must have peft_type 'LORA'; got {kind!r}. Other methods of PEFT "
             "can't be loaded: merge the adapter into its base with PEFT."
         )
-    values, faults = {}, []
-    for key, (is_valid, wanted, default) in _FIELDS.items():
-        value = settings.get(key)
-        values[key] = default if value is None else value
-        if value is not None and not is_valid(value):
-            faults.append(f"{key} must be {wanted}; got {_short(value)}")
+    values, faults = read_fields(settings, _FIELDS)
     if settings.get("target_modules") is None:
         faults.append("target_modules must name what is adapted; got null")
     faults += [
@@ -192,6 +189,27 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         settings=dict(settings),
         unknown=tuple(sorted(set(settings) - known)),
     )
+
+
+def read_fields(
+    settings: Mapping[str, Any], fields: Mapping[str, Field]
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads known keys of a tool's config.
+
+    Args:
+      settings: the config.
+      fields: the keys to read.
+
+    Returns:
+      The value of each key, its default where it is absent or null, and the faults.
+    """
+    values, faults = {}, []
+    for key, (is_valid, wanted, default) in fields.items():
+        value = settings.get(key)
+        values[key] = default if value is None else value
+        if not is_valid(values[key]):
+            faults.append(f"{key} must be {wanted}; got {_short(value)}")
+    return values, faults
 
 
 def match(pattern: str, name: str) -> Any:
@@ -245,11 +263,13 @@ def _is_int(value: Any) -> bool:
     return type(value) is int
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether a value can be a rank."""
     return _is_int(value) and 1 <= value <= 1 << 20
 
 
@@ -280,6 +300,10 @@ def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: any(check(value) for check in checks)
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -288,20 +312,21 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_share(value: Any) -> bool:
+def is_share(value: Any) -> bool:
+    """Whether a value is a number in [0, 1]."""
     return type(value) in (int, float) and 0 <= value <= 1
 
 
 _NAMES = "a list of names or a regular expression"
 _is_names = _either(_is_regex, _list_of(_is_text))
-# The keys that are read: whether a value is valid, what it must be, PEFT's default.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
-    "r": (_is_rank, "an integer of at least 1", 8),
-    "lora_alpha": (_is_positive, "a number above 0", 8),
+# The keys that are read, with PEFT's defaults.
+_FIELDS: dict[str, Field] = {
+    "r": (is_rank, "an integer of at least 1", 8),
+    "lora_alpha": (is_positive, "a number above 0", 8),
     "target_modules": (_is_names, _NAMES, []),
     "exclude_modules": (_is_names, _NAMES, []),
     "layers_to_transform": (
-        _either(_is_int, _list_of(_is_int)),
+        _either(_is_none, _is_int, _list_of(_is_int)),
         "an integer or a list of them",
         None,
     ),
@@ -310,13 +335,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
         "a regular expression or a list of them",
         [],
     ),
-    "rank_pattern": (_patterns(_is_rank), "ranks by regular expression", {}),
-    "alpha_pattern": (_patterns(_is_positive), "alphas by regular expression", {}),
+    "rank_pattern": (_patterns(is_rank), "ranks by regular expression", {}),
+    "alpha_pattern": (_patterns(is_positive), "alphas by regular expression", {}),
     "modules_to_save": (_list_of(_is_regex), "a list of names", []),
     "use_rslora": (_is_bool, "true or false", False),
     "use_dora": (_is_bool, "true or false", False),
     "fan_in_fan_out": (_is_bool, "true or false", False),
-    "lora_dropout": (_is_share, "in [0, 1]", 0.0),
+    "lora_dropout": (is_share, "in [0, 1]", 0.0),
     "bias": (
         lambda value: value in ("none", "lora_only", "all"),
         "'none', 'lora_only' or 'all'",

@@ -24,18 +24,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
 from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layers import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
-TokenIds = Int[Array, "b t"]
 # What the backward pass keeps of a block, from most to least memory.
 REMATS: dict[str, Any] = {
     "none": None,  # everything it needs
@@ -239,7 +239,12 @@ class Decoder(nn.Module):
     ) -> tuple[Hidden, PositionContext]:
         """Returns the tokens' embeddings and positions."""
         cfg = self.config
-        check_tokens(input_ids, positions, segment_ids, cfg.max_positions)
+        check_tokens(
+            cfg.max_positions,
+            input_ids,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
         x = self.embed(input_ids).astype(self.dtype)
@@ -272,32 +277,3 @@ class Decoder(nn.Module):
         if method == "__call__":
             return x, None
         return x, tuple(zip(*kept, strict=True))
-
-
-def check_tokens(
-    input_ids: Any, positions: Any, segment_ids: Any, max_positions: int
-) -> None:
-    """Raises unless the arrays are one batch ``[b, t]`` of tokens that fits."""
-    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise TypeError(
-            f"input_ids must be integers [b, t]; got dtype {input_ids.dtype}. "
-            "Token ids come from a tokenizer; `astype(int32)` if these are ids."
-        )
-    shapes = {
-        name: array.shape
-        for name, array in (("positions", positions), ("segment_ids", segment_ids))
-        if array is not None
-    }
-    if input_ids.ndim != 2 or any(s != input_ids.shape for s in shapes.values()):
-        listed = "".join(f", {name} {shape}" for name, shape in shapes.items())
-        raise ValueError(
-            "input_ids, positions and segment_ids must share one shape [b, t]; got "
-            f"input_ids {input_ids.shape}{listed}. A single sequence needs a batch "
-            "dimension: `ids[None]`."
-        )
-    if input_ids.shape[1] > max_positions:
-        raise ValueError(
-            f"input_ids must have at most max_positions = {max_positions} tokens a "
-            f"row; got shape {input_ids.shape}. Truncate when tokenising, or pack to "
-            "shorter rows."
-        )

@@ -16,6 +16,39 @@ Pixels = Float[Array, "b c y x"]
 Hidden = Float[Array, "b t d"]
 
 
+def check_tokens(max_positions: int, input_ids: Any, **others: Any) -> None:
+    """Raises unless the arrays are one batch ``[b, t]`` of tokens that fits a model.
+
+    Args:
+      max_positions: the longest row of the model.
+      input_ids: token ids.
+      **others: arrays of the same shape, or None.
+
+    Raises:
+      ValueError: if the shapes differ or the rows are too long.
+      TypeError: if ``input_ids`` are not integers.
+    """
+    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise TypeError(
+            f"input_ids must be integers [b, t]; got dtype {input_ids.dtype}. "
+            "Token ids come from a tokenizer; `astype(int32)` if these are ids."
+        )
+    arrays = {"input_ids": input_ids, **others}
+    shapes = {name: x.shape for name, x in arrays.items() if x is not None}
+    shape = input_ids.shape
+    if len(shape) != 2 or set(shapes.values()) != {shape}:
+        raise ValueError(
+            f"{', '.join(arrays)} must share one shape [b, t]; got "
+            f"{', '.join(f'{name} {found}' for name, found in shapes.items())}. A "
+            "single sequence needs a batch dimension: `ids[None]`."
+        )
+    if shape[1] > max_positions:
+        raise ValueError(
+            f"input_ids must have at most max_positions = {max_positions} tokens a "
+            f"row; got shape {shape}. Truncate when tokenising, or pack shorter rows."
+        )
+
+
 class Embeddings(nn.Module):
     """Sums word, position and token type embeddings and normalises the sum."""
 
@@ -27,13 +60,7 @@ class Embeddings(nn.Module):
         self, input_ids: TokenIds, token_type_ids: TokenIds | None = None
     ) -> Hidden:
         """Returns ``[b, t, d]`` for ids ``[b, t]``; without types all are type 0."""
-        cfg, length = self.config, input_ids.shape[1]
-        if length > cfg.max_positions:
-            raise ValueError(
-                f"input_ids must have at most max_positions = {cfg.max_positions} "
-                f"tokens a row; got shape {input_ids.shape}. Truncate when tokenising: "
-                "`encode(texts, max_length=...)`."
-            )
+        cfg = self.config
         # No dtype here: it would cast the whole table, not just the rows looked up.
         word = nn.Embed(
             cfg.vocab_size,
@@ -42,7 +69,7 @@ class Embeddings(nn.Module):
             name="word",
         )
         position = nn.Embed(cfg.position_rows, cfg.hidden_size, name="position")
-        positions = jnp.arange(length)
+        positions = jnp.arange(input_ids.shape[1])
         if cfg.padding_id is not None:
             positions = token_positions(input_ids, cfg.padding_id)
         x = shard_rows(word(input_ids)) + position(positions)

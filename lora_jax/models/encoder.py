@@ -32,6 +32,7 @@ from lora_jax.models.embeddings import (
     PatchEmbeddings,
     Pixels,
     TokenIds,
+    check_tokens,
 )
 from lora_jax.models.encoder_block import Block
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
@@ -80,7 +81,12 @@ class Encoder(nn.Module):
           ValueError: if the shapes differ or ``t`` exceeds ``config.max_positions``.
           TypeError: if ``input_ids`` are not integers.
         """
-        check_inputs(input_ids, attention_mask, token_type_ids)
+        check_tokens(
+            self.config.max_positions,
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+        )
         mask = attention_mask.astype(bool)
         x = Embeddings(self.config, self.dtype, name="embeddings")(
             input_ids, token_type_ids
@@ -137,25 +143,6 @@ def run_blocks(
     if cfg.norm_placement == "pre":
         x = nn.LayerNorm(cfg.norm_eps, dtype=dtype, name="final_norm")(x)
     return x
-
-
-def check_inputs(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:
-    """Raises unless the three arrays are one batch ``[b, t]`` of token ids."""
-    if not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise TypeError(
-            f"input_ids must be integers [b, t]; got dtype {input_ids.dtype}. "
-            "Token ids come from a tokenizer; `astype(int32)` if these are ids."
-        )
-    shapes = {"attention_mask": attention_mask.shape}
-    if token_type_ids is not None:
-        shapes["token_type_ids"] = token_type_ids.shape
-    if input_ids.ndim != 2 or any(s != input_ids.shape for s in shapes.values()):
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(
-            "input_ids, attention_mask and token_type_ids must share one shape "
-            f"[b, t]; got input_ids {input_ids.shape}, {listed}. A single sequence "
-            "needs a batch dimension: `ids[None]`."
-        )
 
 
 def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:

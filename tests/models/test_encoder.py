@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,15 +23,6 @@ TINY = EncoderConfig(
     mlp_size=5,
     max_positions=7,
 )
-
-
-@pytest.fixture
-def untyped():
-    """Lets wrong inputs reach our own checks where jaxtyping's are on."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +186,7 @@ def test_tables_that_are_not_differentiated_have_no_scatter():
     assert "scatter" in str(both)  # the test can see one
 
 
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("unchecked")
 def test_inputs_of_a_wrong_kind_are_named():
     module = SequenceClassifier(TINY)
     ids = jnp.ones((2, 3), jnp.int32)

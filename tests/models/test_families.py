@@ -140,3 +140,21 @@ def test_bfloat16_computes_in_bfloat16(name):
     error = np.abs(logits - want)
     assert error.max() > 1e-4  # it is not float32 after all
     assert error.mean() < 2e-2 * np.abs(want).mean()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_of_a_wrong_kind_are_named():
+    module = load_base(GOLDEN / "llama").module
+    ids, longest = jnp.ones((2, 3), jnp.int32), module.config.max_positions
+
+    def trace(*arrays, **options):
+        jax.eval_shape(lambda: module.init(jax.random.key(0), *arrays, **options))
+
+    with pytest.raises(TypeError, match=r"input_ids must be integers.*float32"):
+        trace(ids.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"\(2, 3\), segment_ids \(2, 2\)"):
+        trace(ids, segment_ids=ids[:, :2])
+    with pytest.raises(ValueError, match="batch dimension"):
+        trace(ids[0])
+    with pytest.raises(ValueError, match=rf"max_positions = {longest} .*\(1, "):
+        trace(jnp.ones((1, longest + 1), jnp.int32))
