@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-OUTPUT = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+from lora_jax.names import LM_HEAD
+
+HEAD_TENSOR = f"{LM_HEAD}.weight"
+EMBED_TENSOR = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 GEMMA_LOCAL_ROPE = 10_000.0
 GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
@@ -40,9 +42,9 @@ class Architecture(NamedTuple):
 
 
 _TOP = {
-    "token_embd.weight": EMBEDDING,
+    "token_embd.weight": EMBED_TENSOR,
     "output_norm.weight": "model.norm.weight",
-    "output.weight": OUTPUT,
+    "output.weight": HEAD_TENSOR,
 }
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -207,14 +209,14 @@ def _vocabulary(
 ) -> dict[str, Any]:
     """Returns the keys that follow from the tensors, and the ids of special tokens."""
     config: dict[str, Any] = {
-        "tie_word_embeddings": OUTPUT not in shapes,
+        "tie_word_embeddings": HEAD_TENSOR not in shapes,
         "attention_bias": any(name.endswith("q_proj.bias") for name in shapes),
         "vocab_size": 0,
     }
     for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = fields.metadata.get(f"tokenizer.ggml.{stored}_token_id")
         config[f"{key}_token_id"] = token if type(token) is int else None
-    embedding = shapes.get(EMBEDDING, ())
+    embedding = shapes.get(EMBED_TENSOR, ())
     if len(embedding) == 2:
         config["vocab_size"] = embedding[0]
     else:

@@ -5,11 +5,17 @@ orientations. All their readers return an `ExternalAdapter`, which
 `lora_jax.interop.attach` puts on a model.
 """
 
+import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
+from lora_jax.files.safetensors import replacing, write_tensors
 
 
 class ExternalFactors(NamedTuple):
@@ -94,6 +100,38 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
             faults.append(f"not finite: {name}, {count} of {array.size} values")
         arrays[key] = array
     return arrays, faults
+
+
+def write_folder(
+    directory: str | os.PathLike[str],
+    file: str,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    kind: str,
+) -> Path:
+    """Writes an adapter folder, replacing one that is there.
+
+    Args:
+      directory: made if absent.
+      file: name of the safetensors file.
+      tensors: its tensors.
+      config: content of ``adapter_config.json``.
+      kind: the ``format`` in the header of ``file``.
+
+    Returns:
+      The folder.
+
+    Raises:
+      OSError: if it can't be written; an adapter there stays whole.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with replacing(folder / file, folder / ADAPTER_CONFIG) as (weights, settled):
+        write_tensors(weights, tensors, metadata={"format": kind})
+        settled.write_text(text, encoding="utf-8")
+    return folder
 
 
 def most_common(values: Iterable[Any]) -> Any:

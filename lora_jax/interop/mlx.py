@@ -5,7 +5,6 @@ and one ``scale`` (the factor before ``A B`` itself) for all modules, and DoRA's
 magnitudes as ``m``. A module that the config names and the file lacks isn't adapted.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.json_file import read_json
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.files.safetensors import open_tensors
 from lora_jax.interop.external import (
+    ADAPTER_CONFIG,
     ExternalAdapter,
     ExternalFactors,
     most_common,
     read_floats,
     report,
+    write_folder,
 )
 from lora_jax.interop.peft_config import (
     Field,
@@ -49,7 +49,7 @@ def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
     """Reads an mlx-lm adapter folder.
 
     Args:
-      directory: with `ADAPTER_CONFIG` and `TENSORS`.
+      directory: with ``adapter_config.json`` and `TENSORS`.
 
     Returns:
       The adapter, its modules by bare Hugging Face name (without ``model.``).
@@ -161,13 +161,7 @@ def write_mlx(
             "keys": sorted(keys),
         },
     }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    with replacing(folder / TENSORS, folder / ADAPTER_CONFIG) as (weights, settled):
-        write_tensors(weights, tensors, metadata={"format": "mlx"})
-        settled.write_text(text, encoding="utf-8")
-    return folder
+    return write_folder(directory, TENSORS, tensors, config, kind="mlx")
 
 
 def _parameters(

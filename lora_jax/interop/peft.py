@@ -4,7 +4,6 @@ Read strictly (`_SUFFIXES` says what each name means; nothing is guessed) and wr
 that PEFT loads them. Nothing that a file names is opened, and no pickle is read.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.files.safetensors import open_tensors
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
     most_common,
     read_floats,
     report,
+    write_folder,
 )
 from lora_jax.interop.peft_config import (
-    ADAPTER_CONFIG,
     PEFT_VERSION,
     PeftConfig,
     match,
@@ -49,7 +48,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     """Reads a PEFT folder.
 
     Args:
-      directory: with `ADAPTER_CONFIG` and `TENSORS`.
+      directory: with ``adapter_config.json`` and `TENSORS`.
 
     Returns:
       The adapter, in float32.
@@ -211,15 +210,9 @@ def write_peft(
     }
     if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
         raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
     config = _config(adapter) | dict(settings)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / TENSORS, folder / ADAPTER_CONFIG) as (weights, settled):
-        write_tensors(weights, ordered, metadata={"format": "pt"})
-        settled.write_text(text, encoding="utf-8")
-    return folder
+    return write_folder(directory, TENSORS, ordered, config, kind="pt")
 
 
 def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[str]]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
+from lora_jax.interop.external import ADAPTER_CONFIG
 
 # Of a key: whether a value is valid, what it must be, and its default.
 Field = tuple[Callable[[Any], bool], str, Any]

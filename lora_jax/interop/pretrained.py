@@ -13,7 +13,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
 from lora_jax.files.json_file import read_json
 from lora_jax.interop.attach import put_adapter
-from lora_jax.interop.external import ExternalAdapter
+from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.models.load import Sharding, load_base
@@ -146,11 +146,11 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no adapter at {folder}: there is no such folder.")
     inside = folder / RUN_ADAPTER
     for candidate in (folder, inside):
-        if (candidate / ours.CONFIG).is_file():
+        if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
     raise FileNotFoundError(
         f"{folder} is neither a run folder nor an adapter folder: it has no "
-        f"{ours.CONFIG}."
+        f"{ADAPTER_CONFIG}."
     )
 
 
@@ -167,7 +167,7 @@ def read_external(folder: Path) -> ExternalAdapter | None:
       FileNotFoundError: if a file is missing.
       ValueError: if a file is damaged or not supported.
     """
-    settings = read_json(folder / ours.CONFIG)
+    settings = read_json(folder / ADAPTER_CONFIG)
     if "fine_tune_type" in settings or "lora_parameters" in settings:
         return read_mlx(folder)
     if "peft_type" not in settings:
@@ -175,7 +175,7 @@ def read_external(folder: Path) -> ExternalAdapter | None:
     found = read_peft(folder)
     if found.unknown:
         warnings.warn(
-            f"{folder / ours.CONFIG} has keys that are not known here and have no "
+            f"{folder / ADAPTER_CONFIG} has keys that are not known here and have no "
             f"effect: {', '.join(found.unknown)}.",
             stacklevel=3,
         )
@@ -209,7 +209,7 @@ def _load_own(
     path: str | os.PathLike[str] | None, folder: Path, options: dict[str, Any]
 ) -> LoadedModel:
     """Loads a base and, strictly, an adapter that this library saved."""
-    found, file = ours.load_adapter(folder), folder / ours.CONFIG
+    found, file = ours.load_adapter(folder), folder / ADAPTER_CONFIG
     path = found.extra.get("model") if path is None else path
     if path is None:
         raise ValueError(

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.interop.external import ExternalAdapter, ExternalFactors
-from lora_jax.interop.mlx import ADAPTER_CONFIG, TENSORS, read_mlx, write_mlx
+from lora_jax.interop.external import (
+    ADAPTER_CONFIG,
+    ExternalAdapter,
+    ExternalFactors,
+)
+from lora_jax.interop.mlx import TENSORS, read_mlx, write_mlx
 
 NAME = "model.layers.3.self_attn.q_proj"
 
