@@ -1,8 +1,8 @@
-"""LoRAConfig: every choice about an adapter, validated at once.
+"""`LoRAConfig`: all options of an adapter, validated at once.
 
-One config drives a whole model: each layer asks it, by its own path
-(``"encoder/layer_0/attention/query"``), whether it is a target, with which rank,
-alpha and scaling. Nothing else in the library decides these things.
+One config serves a whole model: each layer looks up by its own path
+(``"encoder/layer_0/attention/query"``) whether it is a target, and with which rank,
+alpha and scaling. Nothing else in the library decides this.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt, and how: the single truth about rank, alpha and targets.
+    """Which layers of a model to adapt, and how.
 
-    Immutable and hashable (lists and mappings given are kept as tuples), so it can be
-    an attribute of a Linen module.
+    Immutable and hashable (lists and mappings become tuples), so it can be an attribute
+    of a Linen module.
 
     A *path* is a module's place in the parameter tree, joined by ``/``. ``targets``,
     ``exclude`` and ``train`` take either a list of suffixes (``"query"`` matches
@@ -44,9 +44,9 @@ class LoRAConfig:
         first number that ends a segment of its path (``3`` in ``"layer_3/mlp/up"``).
       dropout_rate: probability of zeroing an element of the adapter's input.
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
-      dora: train a magnitude for each output besides, see `lora_jax.ops.dora`.
+      dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
       init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
-        N(0, 1/rank²). B is zero in both (of an embedding: A, and B is drawn).
+        N(0, 1/rank²). B is zero (for an embedding A is zero, and B is drawn).
       train: layers or leaves of the base that are trained in full and live in the
         ``params`` collection (a new head, say).
       bias: biases trained in full: ``"none"``, those of adapted layers

@@ -25,18 +25,18 @@ EMBEDDING = "embedding"
 # Modules of the models here. A decoder's blocks are ``layer_{i}``, or one `nn.scan`.
 EMBED = "embed"  # a decoder's token embedding, and its head too where they are tied
 HEAD = "head"  # a decoder's output head
-LM_HEAD = "lm_head"  # the same in Hugging Face's words
+LM_HEAD = "lm_head"  # Hugging Face's name of it
 LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading axis of layers
 CLASSIFIER = "classifier"  # an encoder's head
-POOLER = "pooler"  # the layer below it in BERT, and that kind of pooling
+POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # axes of a mesh, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
-BATCH_AXES = (DATA, FSDP)  # those that split a batch
+BATCH_AXES = (DATA, FSDP)  # a batch is split over these
 
 DROPOUT = "dropout"  # the PRNG stream that adapter dropout draws from
 
-# What a rematerialisation policy may keep, by `jax.ad_checkpoint.checkpoint_name`.
+# Values a rematerialisation policy may keep: `jax.ad_checkpoint.checkpoint_name`s.
 X_A = "x_a"  # the thin product of a layer's input with A
-LINEAR = "linear"  # what a linear layer of a model gives, its update in it
-ATTENDED = "attended"  # what attention gives
+LINEAR = "linear"  # the output of a model's linear layer, adapter included
+ATTENDED = "attended"  # the output of attention

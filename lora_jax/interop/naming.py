@@ -6,7 +6,7 @@ prefix (files of a bare model have none), and as transformers 4 or 5 calls it
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.models.family import Family
@@ -56,6 +56,14 @@ FUSIONS = (
     ),
 )
 
+Style = tuple[bool, bool]  # with the prefix or not; as in transformers 5 or 4
+STYLES: tuple[Style, ...] = (
+    (True, True),
+    (True, False),
+    (False, True),
+    (False, False),
+)
+
 
 class Names:
     """The names that one model's modules and tensors may have in another's file.
@@ -82,38 +90,29 @@ class Names:
                     self._others[f"{layer}/{end}"] = name.replace("{i}", number)
         if HEAD not in modules and EMBED in modules:
             self._others[HEAD] = LM_HEAD
-        self._styles = [(p, new) for p in (True, False) for new in (True, False)]
 
     def modules(self) -> dict[str, str]:
-        """Returns the path that each name means, in any spelling."""
-        paths: dict[str, str] = {}
-        for style in self._styles:
-            for path, bare in {**self._others, **self._bare}.items():
-                paths.setdefault(self._spell(bare, style), path)
-        return paths
+        """Returns the module's path by each of its names."""
+        return self._paths({**self._others, **self._bare}, self._spell)
 
     def tensors(self) -> dict[str, str]:
-        """Returns the parameter that each tensor name means, in any spelling."""
-        paths: dict[str, str] = {}
-        for style in self._styles:
-            for path, bare in self._tensors.items():
-                paths.setdefault(self._spell_tensor(bare, style), path)
-        return paths
+        """Returns the parameter's path by each of its names."""
+        return self._paths(self._tensors, self._spell_tensor)
 
     def spelled_as(self, names: Iterable[str]) -> "Spelling":
         """Returns the spelling that a file with these module names has."""
         given = set(names)
 
-        def hits(style: tuple[bool, bool]) -> int:
+        def hits(style: Style) -> int:
             return len(given & {self._spell(b, style) for b in self._bare.values()})
 
-        return self.spelling(max(self._styles, key=hits))
+        return self.spelling(max(STYLES, key=hits))
 
-    def spelling(self, style: tuple[bool, bool] = (True, True)) -> "Spelling":
+    def spelling(self, style: Style = STYLES[0]) -> "Spelling":
         """Returns the names of modules and tensors in one style.
 
         Args:
-          style: whether with the prefix, and whether as transformers 5 has them.
+          style: one of `STYLES`; by default that of PEFT today.
 
         Returns:
           Both by path.
@@ -130,27 +129,36 @@ class Names:
           path: of the module.
 
         Returns:
-          One name a part, in the order of their outputs; none if it is one module
+          One name a part, in the order of their outputs; none if the module is one
           there too.
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
             if fusion.is_split and layer != path and layer.startswith(fusion.inside):
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
-                return [self._spell(name, (True, True)) for name in bare]
+                return [self._spell(name, STYLES[0]) for name in bare]
         return []
 
     def full_name(self, bare: str) -> str:
         """Returns a module's name with its prefix, as transformers 5 has it."""
-        return self._spell(bare, (True, True))
+        return self._spell(bare, STYLES[0])
 
-    def _spell(self, bare: str, style: tuple[bool, bool]) -> str:
+    def _paths(
+        self, names: Mapping[str, str], spell: Callable[[str, Style], str]
+    ) -> dict[str, str]:
+        paths: dict[str, str] = {}
+        for style in STYLES:
+            for path, bare in names.items():
+                paths.setdefault(spell(bare, style), path)
+        return paths
+
+    def _spell(self, bare: str, style: Style) -> str:
         has_prefix, is_new = style
         has_none = bare == LM_HEAD or self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare
         return bare if has_none or not has_prefix else self.family.prefix + bare
 
-    def _spell_tensor(self, bare: str, style: tuple[bool, bool]) -> str:
+    def _spell_tensor(self, bare: str, style: Style) -> str:
         module, dot, leaf = bare.rpartition(".")
         return self._spell(module, style) + dot + leaf
 
@@ -159,8 +167,8 @@ class Spelling(NamedTuple):
     """One style of names.
 
     Attributes:
-      modules: by the path of the module.
-      tensors: by the path of the parameter.
+      modules: names by the path of the module.
+      tensors: names by the path of the parameter.
     """
 
     modules: Mapping[str, str]

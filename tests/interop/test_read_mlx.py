@@ -116,7 +116,7 @@ def test_all_faults_of_the_tensors_are_in_one_error(folder):
         assert line in str(error.value)
 
 
-def test_what_mlx_lm_has_no_words_for_is_not_written(tmp_path):
+def test_what_the_format_of_mlx_lm_can_not_hold_is_an_error(tmp_path):
     embed = factors(1, 1.0)._replace(is_embedding=True, magnitude=np.ones(4))
     conv = factors(1, 1.0)._replace(a=np.ones((1, 3, 2, 2)))
     full = {"lm_head.weight": np.ones((2, 2))}

@@ -197,7 +197,7 @@ def test_an_unknown_model_type_lists_the_known_ones(folder):
         load_model(folder)
 
 
-def test_a_config_that_asks_for_sizes_without_measure_names_them(folder):
+def test_unbounded_sizes_in_a_config_are_named(folder):
     edit_config(folder, vocab_size=10**15, num_hidden_layers=10**12)
     with pytest.raises(
         ValueError, match=r"num_hidden_layers must be at most 1000;"
@@ -206,7 +206,7 @@ def test_a_config_that_asks_for_sizes_without_measure_names_them(folder):
     assert f"vocab_size must be at most {2**24}; got {10**15}" in str(e.value)
 
 
-def test_a_model_type_that_is_no_name_is_shown(folder):
+def test_a_model_type_that_is_not_a_name_is_shown(folder):
     edit_config(folder, model_type={"a": 1})
     with pytest.raises(
         ValueError, match=r"model_type must be one of .* got \{'a': 1\}"
@@ -214,7 +214,7 @@ def test_a_model_type_that_is_no_name_is_shown(folder):
         load_model(folder)
 
 
-def test_a_config_that_is_no_json_or_not_there_is_named(folder):
+def test_a_config_that_is_missing_or_not_json_is_named(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json must be JSON"):
         load_model(folder)
