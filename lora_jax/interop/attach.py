@@ -25,7 +25,7 @@ from lora_jax.interop.external import (
 from lora_jax.interop.full_tensors import check_base, place_full
 from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
-from lora_jax.interop.peft import saved_faults, target_faults
+from lora_jax.interop.peft import config_faults
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import EMBED, HEAD, LORA_A, LORA_B, MAGNITUDE, PARAMS
@@ -70,8 +70,8 @@ def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
     if "peft_type" in adapter.config:
         known = names.modules()
         strange = [name for name in adapter.modules if known.get(name) not in kernels]
-        faults += target_faults(adapter, spelling.modules.values(), other=strange)
-        faults += saved_faults(adapter, spelling.tensors.values())
+        found = spelling.modules.values(), spelling.tensors.values()
+        faults += config_faults(adapter, *found, strange=strange)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
     for path, factors in placed.items():

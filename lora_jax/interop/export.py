@@ -170,9 +170,9 @@ def _check_head(variables: Mapping[str, PyTree], base: _Base) -> None:
         return
     if any(path in trained for path in base.family.head):
         raise ValueError(
-            f"the head must use {wanted!r} pooling for transformers; it was trained on "
-            f"{base.pooling!r}. Leave it out (skip_head=True, --skip-head) to export "
-            "the adapter alone."
+            f"the head must be trained on {wanted!r} pooling for transformers to use "
+            f"it; it was trained on {base.pooling!r}. Leave it out (skip_head=True, "
+            "--skip-head) to export the adapter alone."
         )
 
 

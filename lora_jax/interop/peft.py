@@ -6,7 +6,7 @@ that PEFT loads them. Nothing that a file names is opened, and no pickle is read
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,53 +114,42 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     )
 
 
-def target_faults(
-    adapter: ExternalAdapter, modules: Iterable[str], *, other: Any = ()
+def config_faults(
+    adapter: ExternalAdapter,
+    modules: Iterable[str],
+    tensors: Iterable[str],
+    *,
+    strange: Collection[str] = (),
 ) -> list[str]:
-    """Compares the modules in a PEFT file with those that its config names.
+    """Compares what a PEFT file holds with what its config names.
 
     Args:
       adapter: as `read_peft` returned it.
       modules: full names of the model's modules.
-      other: modules in the file that the model doesn't have; reported elsewhere.
+      tensors: names of the model's parameters.
+      strange: modules in the file that the model doesn't have; reported elsewhere.
 
     Returns:
-      A line for each module that is in one and not in the other.
+      A line for each module that is only in the file or only in ``target_modules``, and
+      for each tensor missing from a module in ``modules_to_save``. The latter may name
+      modules that the model doesn't have: PEFT adds ``classifier`` and ``score``.
     """
     config = parse_config(adapter.config, adapter.origin)
     faults = []
     for name in dict.fromkeys((*modules, *adapter.modules)):
-        if name in other:
-            continue
-        wanted = config.is_target(name)
-        if wanted is None:  # all-linear: PEFT decides by the type
-            continue
+        # None for all-linear: PEFT decides by the type.
+        wanted = None if name in strange else config.is_target(name)
         if wanted and name not in adapter.modules:
             faults.append(f"missing: factors of {name}, which target_modules names")
-        elif not wanted and name in adapter.modules:
+        elif wanted is False and name in adapter.modules:
             faults.append(
                 f"unexpected: factors of {name}, which the config does not target"
             )
-    return faults
-
-
-def saved_faults(adapter: ExternalAdapter, tensors: Iterable[str]) -> list[str]:
-    """Finds tensors that are missing from a module that ``modules_to_save`` names.
-
-    Args:
-      adapter: as `read_peft` returned it.
-      tensors: names of the model's parameters.
-
-    Returns:
-      A line for each. Names of modules that the model doesn't have are no fault: PEFT
-      adds ``classifier`` and ``score`` unasked.
-    """
-    saved = parse_config(adapter.config, adapter.origin).saved
-    return [
+    return faults + [
         f"missing: {name}, whose module modules_to_save names"
         for name in tensors
         if name not in adapter.full
-        and any(match(rf"(^|.*\.){s}\.", name) for s in saved)
+        and any(match(rf"(^|.*\.){saved}\.", name) for saved in config.saved)
     ]
 
 

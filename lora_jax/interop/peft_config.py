@@ -8,14 +8,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
 
+Check = Callable[[Any], bool]
 # Of a key: whether a value is valid, what it must be, and its default.
-Field = tuple[Callable[[Any], bool], str, Any]
+Field = tuple[Check, str, Any]
 PEFT_VERSION = "0.21.2"  # whose format this is
 
 # Initialisations that leave the base unchanged. The others decompose it on loading.
@@ -259,8 +261,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int
+def _is_a(kind: type) -> Check:
+    return lambda value: type(value) is kind
 
 
 def is_positive(value: Any) -> bool:
@@ -270,7 +272,7 @@ def is_positive(value: Any) -> bool:
 
 def is_rank(value: Any) -> bool:
     """Whether a value can be a rank."""
-    return _is_int(value) and 1 <= value <= 1 << 20
+    return type(value) is int and 1 <= value <= 1 << 20
 
 
 def _is_regex(value: Any) -> bool:
@@ -283,11 +285,11 @@ def _is_regex(value: Any) -> bool:
     return True
 
 
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _list_of(check: Check) -> Check:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-def _patterns(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _patterns(check: Check) -> Check:
     def is_valid(value: Any) -> bool:
         return isinstance(value, dict) and all(
             _is_regex(key) and check(item) for key, item in value.items()
@@ -296,20 +298,8 @@ def _patterns(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return is_valid
 
 
-def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _either(*checks: Check) -> Check:
     return lambda value: any(check(value) for check in checks)
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
 
 
 def is_share(value: Any) -> bool:
@@ -318,7 +308,7 @@ def is_share(value: Any) -> bool:
 
 
 _NAMES = "a list of names or a regular expression"
-_is_names = _either(_is_regex, _list_of(_is_text))
+_is_names = _either(_is_regex, _list_of(_is_a(str)))
 # The keys that are read, with PEFT's defaults.
 _FIELDS: dict[str, Field] = {
     "r": (is_rank, "an integer of at least 1", 8),
@@ -326,7 +316,7 @@ _FIELDS: dict[str, Field] = {
     "target_modules": (_is_names, _NAMES, []),
     "exclude_modules": (_is_names, _NAMES, []),
     "layers_to_transform": (
-        _either(_is_none, _is_int, _list_of(_is_int)),
+        _either(_is_a(NoneType), _is_a(int), _list_of(_is_a(int))),
         "an integer or a list of them",
         None,
     ),
@@ -338,9 +328,9 @@ _FIELDS: dict[str, Field] = {
     "rank_pattern": (_patterns(is_rank), "ranks by regular expression", {}),
     "alpha_pattern": (_patterns(is_positive), "alphas by regular expression", {}),
     "modules_to_save": (_list_of(_is_regex), "a list of names", []),
-    "use_rslora": (_is_bool, "true or false", False),
-    "use_dora": (_is_bool, "true or false", False),
-    "fan_in_fan_out": (_is_bool, "true or false", False),
+    "use_rslora": (_is_a(bool), "true or false", False),
+    "use_dora": (_is_a(bool), "true or false", False),
+    "fan_in_fan_out": (_is_a(bool), "true or false", False),
     "lora_dropout": (is_share, "in [0, 1]", 0.0),
     "bias": (
         lambda value: value in ("none", "lora_only", "all"),
