@@ -74,7 +74,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         settings = read_settings(found)
         tensors = open_tensors(found)
     family = FAMILIES[settings["model_type"]]
-    names = bare_names(tensors.shapes, family, found)
+    names = _bare_names(tensors.shapes, family, found)
     return Source(found, settings, family, tensors, names)
 
 
@@ -121,20 +121,8 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, str]:
-    """Maps bare tensor names (see `Family.bare_name`) to a file's own.
-
-    Args:
-      tensors: the file's names.
-      family: the model's family.
-      path: the file or folder, for the error.
-
-    Returns:
-      The file's name of each tensor, by its bare name.
-
-    Raises:
-      ValueError: if two tensors have one bare name.
-    """
+def _bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, str]:
+    """Returns the file's name of each tensor by its bare name, `Family.bare_name`."""
     names: dict[str, str] = {}
     faults = []
     for name in sorted(tensors):
