@@ -17,7 +17,7 @@ from lora_jax.nn.apply import (
 )
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
-from lora_jax.nn.trace import find_contraction, is_flagged
+from lora_jax.nn.watch import find_contraction, is_flagged
 from lora_jax.tree.targets import LINEAR_KINDS
 
 

@@ -1,11 +1,5 @@
 """Finding a model's adaptable layers: one abstract trace, nothing computed.
 
-The model's own ``init`` is traced abstractly (no memory, no arithmetic), with every
-layer call watched. Flax's lifted transforms then do the book-keeping for us: a marker
-parameter written beside a kernel comes out of ``nn.scan`` or ``nn.vmap`` with the same
-new axes as the kernel, and since the marker's sizes are like no other, where the new
-axes stand is read off without a guess.
-
 Tracing needs example inputs. Where none are given, the parameters say what they are if
 they can: token ids for an embedding, features as wide as a kernel's input. An input
 counts only if the model, traced with it, has exactly the parameters given. Anything
@@ -27,21 +21,16 @@ from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.nn.apply import AlreadyAdaptedError, call_inputs, rule_of_call
+from lora_jax.names import EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.nn.apply import AlreadyAdaptedError
 from lora_jax.nn.checks import DETERMINISTIC_FLAGS
-from lora_jax.nn.layer_rules import CALL, LayerRule, registered_rules
-from lora_jax.ops.contraction import Contraction, Shape
-from lora_jax.ops.dora import magnitude_shape
-from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Site, UnsupportedWeight, child
+from lora_jax.nn.layer_rules import registered_rules
+from lora_jax.nn.watch import FLAG, Watcher
+from lora_jax.ops.contraction import Shape
+from lora_jax.tree.paths import flatten
+from lora_jax.tree.targets import Site, UnsupportedWeight
 
-_MARKERS = ("__kernel_marker", "__a_marker", "__b_marker", "__magnitude_marker")
-_ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
-_FLAG = "lora_jax"
 _TRACES = itertools.count()
-# Modules that rewrite every parameter of the layer they call, A and B included.
-_REWRITING = (nn.WeightNorm, nn.SpectralNorm)
 
 
 class Example(NamedTuple):
@@ -69,24 +58,33 @@ class Example(NamedTuple):
         ]
         return cls(tuple(shaped), treedef, method)
 
+    def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments, with the flags of inference."""
+        args, kwargs = jax.tree.unflatten(self.treedef, self.leaves)
+        return args, _with_flags(model, self.method, args, kwargs)
+
 
 class Trace(NamedTuple):
     """What one look at a model found; not to be changed, it is remembered.
 
     Attributes:
       sites: layers that can be adapted.
-      unknown: weights that can't be, by path.
+      unsupported: weights that can't be, by path.
       params: shapes of the model's parameters.
       configs: those of the layers themselves, by path, where they are LoRA twins.
       typed: paths of the modules whose outputs have their own ``dtype``, whatever that
         of their parameters is.
+      others: shapes of the model's other collections (``batch_stats``, say).
+      example: the inputs that it was traced with.
     """
 
     sites: tuple[Site, ...]
-    unknown: dict[str, UnsupportedWeight]
+    unsupported: dict[str, UnsupportedWeight]
     params: dict[str, Any]
     configs: dict[str, LoRAConfig]
-    typed: frozenset[str] = frozenset()
+    typed: frozenset[str]
+    others: dict[str, Any]
+    example: Example
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,12 +154,7 @@ def flag_scope(scope: Scope, value: Any) -> None:
       scope: of the model.
       value: hashable; calls with equal values share compilations.
     """
-    scope.flags = freeze({**scope.flags, _FLAG: value})
-
-
-def is_flagged(scope: Scope) -> bool:
-    """Says whether a scope is, or lies below, one that `flag_scope` marked."""
-    return _FLAG in scope.flags
+    scope.flags = freeze({**scope.flags, FLAG: value})
 
 
 def bound_method(
@@ -171,18 +164,6 @@ def bound_method(
     if isinstance(method, str):
         return getattr(model, method)
     return functools.partial(method, model)
-
-
-def find_contraction(
-    rule: LayerRule, module: nn.Module, method: str, inputs: tuple[Any, ...]
-) -> Contraction | str:
-    """Returns the roles of the axes of a layer's weight, or why it has none."""
-    try:
-        if method != CALL:  # a lookup's weight needs no inputs
-            return rule.contraction(module)
-        return rule.contraction(module, *inputs)
-    except ValueError as error:
-        return str(error)
 
 
 def _trace(model: nn.Module, example: Example, lora_layers_only: bool) -> Trace:
@@ -204,58 +185,7 @@ def _look_once(*known: Any) -> Trace:
 
 def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
-    found: dict[str, tuple[str, str, Contraction]] = {}
-    unknown: dict[str, UnsupportedWeight] = {}
-    refused: dict[str, str] = {}  # why a layer of a known type can't be adapted
-    configs: dict[str, LoRAConfig] = {}
-    typed: dict[str, bool] = {}
-    calling: list[type[nn.Module]] = []  # modules whose calls are under way
-    beside = (
-        LORA if lora_layers_only else PARAMS
-    )  # where A, B and m have their scanned axes
-
-    def watch(next_fun, args, kwargs, context):
-        module = context.module
-        calling.append(type(module))
-        y = next_fun(*args, **kwargs)
-        calling.pop()
-        path = "/".join(module.scope.path) if module.scope else ""
-        rule = rule_of_call(context, lora_layers_only=lora_layers_only)
-        own, made = getattr(module, "dtype", None), jax.tree.leaves(y)
-        if own is not None and made:
-            is_own = all(getattr(leaf, "dtype", own) == own for leaf in made)
-            typed[path] = typed.get(path, True) and is_own
-        if rule is not None:
-            inputs = call_inputs(context.orig_method, args, kwargs)
-            contraction = find_contraction(rule, module, context.method_name, inputs)
-            rewriting = next((cls for cls in calling if cls in _REWRITING), None)
-            if rewriting is not None:
-                refused[path] = (
-                    f"nn.{rewriting.__name__} rewrites its parameters at each call, "
-                    "and would rewrite A and B"
-                )
-            elif isinstance(contraction, str):
-                refused[path] = contraction
-            elif found.get(path, (contraction,))[-1] != contraction:
-                refused[path] = f"its calls use the axes of {rule.weight} differently"
-            # Not "path not in found": a lifted transform may trace a layer again.
-            elif not module.scope.has_variable(beside, _MARKERS[1]):
-                found[path] = (rule.kind, rule.weight, contraction)
-                _put_markers(module.scope, rule.weight, contraction, beside)
-                if lora_layers_only:
-                    configs[path] = module.lora
-        for name, value in module.variables.get(PARAMS, {}).items():
-            leaf = nn.meta.unbox(value)
-            if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
-                continue
-            if max(map(jnp.ndim, jax.tree.leaves(leaf)), default=0) > 1:
-                is_linear = rule is not None and rule.kind in LINEAR_KINDS
-                kind = type(module).__name__
-                if rule is not None or child(path, name) not in unknown:
-                    why = refused.get(path, "")
-                    unknown[child(path, name)] = UnsupportedWeight(kind, is_linear, why)
-        return y
-
+    watcher = Watcher(lora_layers_only)
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]
 
     def init(key, dynamic):
@@ -266,10 +196,10 @@ def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -
 
         def run(scope: Scope) -> None:
             bound = model.clone(parent=scope, _deep_clone=True)
-            with nn.intercept_methods(watch):
+            with nn.intercept_methods(watcher):
                 bound_method(bound, example.method)(*args, **kwargs)
 
-        flags = {_FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
+        flags = {FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
         return core.init(run, flags=flags)({PARAMS: key})[1]
 
     variables = jax.eval_shape(init, jax.random.key(0), dynamic)
@@ -278,30 +208,18 @@ def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -
             f"{type(model).__name__} has LoRA layers of its own (a collection "
             f"{FROZEN!r} or {LORA!r}); use it as it is, without `adapt`."
         )
-    flat, markers = {}, {}
-    for collection in (FROZEN, PARAMS, LORA):
-        for path, leaf in flatten(nn.meta.unbox(variables.get(collection, {}))).items():
-            if path.endswith(_MARKERS):
-                markers[path] = leaf
-            elif collection != LORA:
-                flat[path] = leaf
-    found = {path: layer for path, layer in found.items() if path not in refused}
-    unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
-    sites = []
-    for path, (kind, weight, contraction) in found.items():
-        in_kernel, *in_leaves = (
-            tuple(
-                axis
-                for axis, size in enumerate(markers[child(path, name)].shape)
-                if size != _ODD_SIZE
-            )
-            for name in _MARKERS
-        )
-        shape = flat[child(path, weight)].shape
-        stacked = contraction.stacked(in_kernel)
-        sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
-    own = frozenset(path for path, is_own in typed.items() if is_own)
-    return Trace(tuple(sites), unknown, unflatten(flat), configs, own)
+    params, sites = watcher.finish(variables)
+    sown = ("intermediates", FROZEN, LORA, PARAMS)
+    others = {name: tree for name, tree in variables.items() if name not in sown}
+    return Trace(
+        sites,
+        watcher.unsupported,
+        params,
+        watcher.configs,
+        frozenset(path for path, is_own in watcher.typed.items() if is_own),
+        nn.meta.unbox(others),
+        example,
+    )
 
 
 def _with_flags(
@@ -320,19 +238,6 @@ def _with_flags(
         and signature.parameters[name].default in (inspect.Parameter.empty, None)
     }
     return {**kwargs, **unset}
-
-
-def _put_markers(
-    scope: Scope, weight: str, contraction: Contraction, beside: str
-) -> None:
-    """Writes arrays with the axes of kernel, A, B, m, of a size found nowhere else."""
-    held = FROZEN if scope.has_variable(FROZEN, weight) else PARAMS
-    kernel = nn.meta.unbox(scope.get_variable(held, weight)).shape
-    a, b = contraction.factor_shapes(kernel, 1)
-    shapes = (kernel, a, b, magnitude_shape(kernel, contraction))
-    for name, shape in zip(_MARKERS, shapes, strict=True):
-        marker = jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8)
-        scope.put_variable(held if name == _MARKERS[0] else beside, name, marker)
 
 
 def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Example]:

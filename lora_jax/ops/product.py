@@ -105,7 +105,23 @@ def _backward(equation, rate, precision, residuals, dy):
     if is_transposed and not is_small:
         rank_first = jax.lax.optimization_barrier(rank_first)
     rank_first = rank_first.transpose(order)
-    return dropout(dx, rate, key), rank_first, None
+    dx = dropout(dx, rate, key)
+    return _varying_like(dx, x), _varying_like(rank_first, factor), None
+
+
+def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
+    """Sums a gradient over those axes of a `jax.shard_map` that its primal is whole on.
+
+    So `jax.shard_map` checks it (``check_vma``), and plain autodiff does.
+    """
+    own, wanted = (
+        getattr(jax.typeof(a), "vma", frozenset()) for a in (gradient, primal)
+    )
+    if summed := tuple(own - wanted):
+        gradient = jax.lax.psum(gradient, summed)
+    if missing := tuple(wanted - own):
+        gradient = jax.lax.pcast(gradient, missing, to="varying")
+    return gradient
 
 
 factor_product.defvjp(_forward, _backward)

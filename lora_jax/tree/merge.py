@@ -51,10 +51,17 @@ def merge_params(
 
     Raises:
       ValueError: naming every adapter that is missing, has another shape or a NaN or
-        an infinity, and every merged kernel with one; then nothing is merged.
+        an infinity, every merged kernel with one, and every layer that transforms its
+        kernel before use; then nothing is merged.
     """
     flat, adapters = flatten(params), flatten(lora)
     check_adapters(adapters, targets)
+    if transformed := [target.path for target in targets if not target.is_plain]:
+        raise ValueError(
+            f"{', '.join(transformed)} can't be merged: their modules transform the "
+            "kernel before they use it, so no kernel stands for W0 + A B. Use the "
+            "model with its adapters."
+        )
     merged = {}
     for target in targets:
         merge = merge_dora if target.dora else add_delta

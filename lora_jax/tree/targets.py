@@ -37,6 +37,8 @@ class Site:
       scanned_a: where the scanned axes stand in the tree's ``lora_a``.
       scanned_b: where the scanned axes stand in the tree's ``lora_b``.
       scanned_m: where the scanned axes stand in the tree's ``magnitude``.
+      is_plain: whether the layer multiplies by its weight as it is stored; one that
+        transforms it first can be adapted, but not merged.
     """
 
     path: str
@@ -47,6 +49,7 @@ class Site:
     scanned_a: tuple[int, ...] = ()
     scanned_b: tuple[int, ...] = ()
     scanned_m: tuple[int, ...] = ()
+    is_plain: bool = True
 
     @property
     def weight_path(self) -> str:
@@ -66,11 +69,13 @@ class UnsupportedWeight(NamedTuple):
       kind: name of the type of the module that owns it.
       is_linear: whether ``"all-linear"`` covers that type.
       why: what stands in the way, where the type as such can be adapted.
+      shape: of the weight, without scanned axes.
     """
 
     kind: str
     is_linear: bool = False
     why: str = ""
+    shape: Shape = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +199,7 @@ def select_targets(
     config: LoRAConfig,
     *,
     weights: Iterable[str] = (),
-    unknown: Mapping[str, UnsupportedWeight] | None = None,
+    unsupported: Mapping[str, UnsupportedWeight] | None = None,
 ) -> list[Target]:
     """Chooses the layers that ``config`` adapts.
 
@@ -202,7 +207,7 @@ def select_targets(
       sites: every layer that can be adapted.
       config: the choice.
       weights: paths of all leaves of the base, for ``train`` and ``exclude``.
-      unknown: weights that can't be adapted, by path.
+      unsupported: weights that can't be adapted, by path.
 
     Returns:
       One `Target` for each adapted layer, in the order of ``sites``.
@@ -211,9 +216,9 @@ def select_targets(
       ValueError: naming every pattern that matches nothing (with the nearest path),
         every target that can't be adapted, or that no layer is left.
     """
-    unknown = unknown or {}
+    unsupported = unsupported or {}
     paths = [site.path for site in sites]
-    others = [*unknown, *(_owner(path) for path in unknown)]
+    others = [*unsupported, *(_owner(path) for path in unsupported)]
     faults = [
         *_unmatched("targets", config.targets, paths, "kernels", others=others),
         *_unmatched("exclude", config.exclude, paths, "kernels", others=others),
@@ -228,10 +233,17 @@ def select_targets(
         f"targets={_shown(config.targets)} name {path!r}, a weight of {weight.kind}, "
         f"which can't be adapted{': ' * bool(weight.why)}{weight.why.rstrip('.')}. "
         "Teach it with `register_layer`, or exclude it."
-        for path, weight in unknown.items()
+        for path, weight in unsupported.items()
         if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
+    if config.dora:
+        faults += [
+            f"dora=True needs the kernel that {site.path!r} multiplies by, and its "
+            f"module transforms {site.weight!r} first. Exclude it, or leave dora out."
+            for site in sites
+            if not site.is_plain and _is_chosen(site, config)
+        ]
     chosen = [t for site in sites if (t := target_at(site, config)) is not None]
     if not chosen and not faults:
         faults.append(
@@ -242,6 +254,34 @@ def select_targets(
     if faults:
         raise ValueError(" ".join(faults))
     return chosen
+
+
+def left_out(
+    unsupported: Mapping[str, UnsupportedWeight], config: LoRAConfig
+) -> dict[str, UnsupportedWeight]:
+    """Returns the weights that ``"all-linear"`` would cover if LoRA knew their layers.
+
+    Args:
+      unsupported: weights that can't be adapted, by path.
+      config: the choice; with other targets than ``"all-linear"`` nothing is left out.
+
+    Returns:
+      Those of at least two axes that are no table of positions (a first axis of 1) and
+      that ``exclude`` and ``train`` don't name.
+    """
+    if config.targets != ALL_LINEAR:
+        return {}
+    return {
+        path: weight
+        for path, weight in unsupported.items()
+        if len(weight.shape) > 1
+        and min(weight.shape) > 1
+        and not any(
+            matches(out, p)
+            for out in (config.exclude, config.train)
+            for p in (path, _owner(path))
+        )
+    }
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
