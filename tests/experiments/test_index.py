@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from lora_jax.files import index
-from lora_jax.files.index import JSON_TYPE, fetch_source, pip_config, places
+from experiments import index
+from experiments.index import JSON_TYPE, fetch_source, pip_config, places
 
 FILE = "demo_data-1.0.tar.gz"
 REQUIREMENT = "Demo.Data==1.0"
