@@ -45,7 +45,7 @@ from lora_jax import (
 
 SEED = 0
 BATCH, LEARNING_RATE, EPOCHS = 16, 1e-3, 1
-SENTENCES = 4  # of a training table, at most: 25 minutes must do on 2 slow cores
+SENTENCES = 4  # at most, of a training table: a budget of 25 minutes on 2 slow cores
 VALIDATION_TABLES, TEST_TABLES, SHOTS, MAX_NEW = 40, 200, 5, 64
 PLAN = {
     "base": {},

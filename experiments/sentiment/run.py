@@ -355,6 +355,8 @@ def report() -> None:
     }
     (RESULTS / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "table.md").write_text(table + "\n")
+    headline = to_markdown(rows[:3], total)  # probe, LoRA, full fine-tuning
+    (RESULTS / "headline.md").write_text(headline + "\n")
     (RESULTS / "tuning.md").write_text(tuning_table(runs) + "\n")
     plot(rows, RESULTS / "accuracy.png")
     print(table)

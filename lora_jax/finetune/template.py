@@ -1,7 +1,6 @@
 """A commented config.yaml to start from: every setting, its default and its meaning.
 
-The comments are the docstrings of the settings' dataclasses, so that a key is documented
-in one place.
+The comments are the docstrings of the settings' dataclasses: a key is documented once.
 """
 
 import dataclasses
