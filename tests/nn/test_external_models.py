@@ -144,9 +144,9 @@ def test_a_is_uniform_over_the_fan_in_and_no_two_matrices_are_alike(ready):
         if target.kind == "embed":  # the roles are swapped
             assert not a.any()
             a = b.T
-        stacked = len(target.site.contraction.split(target.kernel_shape)[0])
+        stacked = len(target.contraction.split(target.kernel_shape)[0])
         matrices = a.reshape(int(np.prod(a.shape[:stacked])), -1)
-        fan_in = target.site.contraction.matrix_size(target.kernel_shape)[0]
+        fan_in = target.contraction.matrix_size(target.kernel_shape)[0]
         if target.kind == "embed":
             fan_in = target.kernel_shape[1]
         bound = 1 / np.sqrt(fan_in)
