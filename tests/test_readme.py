@@ -12,6 +12,7 @@ from benchmarks.report import MARKS, PAGES, ROOT
 from lora_jax import load_model
 from lora_jax.cli.main import main
 from lora_jax.cli.parser import COMMANDS
+from tests.test_layout import MAY_IMPORT
 from tests.tiny_decoder import make_decoder
 
 TEXTS = (*PAGES, ROOT / ".github" / "CONTRIBUTING.md")
@@ -49,6 +50,23 @@ def test_commands_and_modules_that_are_named_exist(page):
     assert {a or b for a, b in words} <= set(COMMANDS)
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
+
+
+def test_the_guide_names_every_part_in_order_and_files_that_exist():
+    text = TEXTS[-1].read_text()
+    section = text.split("| part | what it is |")[1].split("\n\n")[0]
+    parts = [
+        n for row in re.findall(r"^\| (`.*?) \|", section, re.M) for n in quoted(row)
+    ]
+    assert parts == list(MAY_IMPORT)
+    paths = [p for p in quoted(text) if re.match(r"(lora_jax|tests|benchmarks)/\w", p)]
+    missing = [p for p in paths if "NAME" not in p and not (ROOT / p).exists()]
+    assert len(paths) > 10
+    assert missing == []
+
+
+def quoted(text):
+    return re.findall(r"`([^`\n]+)`", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
