@@ -135,7 +135,7 @@ def trace_model(
             continue
         if shapes_of(found.params) == shapes:
             return found
-        tried.append(f"{_describe(candidate)} has other parameters")
+        tried.append(f"{_describe(candidate)} makes other parameters")
     why = (
         f"{tried[0][:300]}" if tried else "its inputs can't be read from its parameters"
     )

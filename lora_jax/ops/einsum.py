@@ -246,7 +246,8 @@ def lora_einsum(
 def _bias_of(parsed: Equation, kernel: AnyFloat, bias: AnyFloat) -> AnyFloat:
     """Lays a bias with an element for each output out like the output."""
     shape = magnitude_shape(tuple(kernel.shape), parsed.contraction)
-    layout = parsed.over_output(jnp.broadcast_to(jnp.int8(0), shape)).shape
+    per_output = jax.ShapeDtypeStruct(shape, bias.dtype)
+    layout = jax.eval_shape(parsed.over_output, per_output).shape
     wanted, got = ([n for n in s if n > 1] for s in (layout, bias.shape))
     if wanted != got:
         raise ValueError(
