@@ -196,7 +196,7 @@ def versions() -> dict[str, str]:
 
 def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
     """Returns a title for the curves: what was trained on what."""
-    data = settings.data.dataset or Path(settings.data.train or "").name
+    data = Path(settings.data.train).name
     return (
         f"LoRA rank {settings.lora.rank} on {data}: {numbers['trainable']:,} trained "
         f"parameters ({numbers['share']:.2%})"
