@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import pickle
 
 import pytest
 
@@ -216,3 +218,12 @@ def test_every_pattern_can_be_matched_by_itself():
     found = config.patterns
     assert found == ("(.*/)?(up|down)", ["query"], ["up"], "a.*")
     assert [matches(p, "layer_0/mlp/up") for p in found] == [True, False, True, False]
+
+
+def test_the_names_of_peft_are_told_in_ours():
+    with pytest.raises(TypeError, match="r is rank here; target_modules is targets"):
+        LoRAConfig(r=8, target_modules=["q"])  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match="lora_alpha is alpha here"):
+        LoRAConfig.from_dict({"lora_alpha": 16})
+    assert copy.deepcopy(LoRAConfig(rank=3)) == LoRAConfig(rank=3)
+    assert pickle.loads(pickle.dumps(LoRAConfig(rank=3))) == LoRAConfig(rank=3)

