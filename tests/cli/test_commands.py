@@ -101,6 +101,14 @@ def test_plan_counts_targets_and_prices_a_step(config, call):
     assert plan["steps"] == {"total": 24, "per_epoch": 12}
 
 
+def test_a_run_says_that_it_needs_what_was_planned(run_dir, config, call):
+    _, out, _ = call("plan", config, "--json")
+    planned = json.loads(out)["step"]["lora"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert planned.pop("flops") > 0
+    assert summary["memory_bytes"] == planned
+
+
 def test_plan_prints_for_people_without_json(config, call):
     code, out, shown = call("plan", config, "lora.targets=[query]")
     assert code == 0
