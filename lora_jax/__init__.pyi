@@ -5,6 +5,7 @@ from lora_jax.files.adapter import load_adapter as load_adapter
 from lora_jax.files.adapter import save_adapter as save_adapter
 from lora_jax.files.checkpoint import Checkpoints as Checkpoints
 from lora_jax.files.vader import load_vader as load_vader
+from lora_jax.finetune.run import fine_tune as fine_tune
 from lora_jax.interop.export import export_adapter as export_adapter
 from lora_jax.interop.loralib import read_loralib as read_loralib
 from lora_jax.interop.pretrained import load_model as load_model
@@ -40,6 +41,7 @@ from lora_jax.parallel.rules import partitioned_rules as partitioned_rules
 from lora_jax.parallel.rules import shard_variables as shard_variables
 from lora_jax.train.causal_lm import causal_lm as causal_lm
 from lora_jax.train.causal_lm import make_lm_loss as make_lm_loss
+from lora_jax.train.classification import classification_loss as classification_loss
 from lora_jax.train.data import Batches as Batches
 from lora_jax.train.data import TextBatches as TextBatches
 from lora_jax.train.loop import evaluate as evaluate

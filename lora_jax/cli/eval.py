@@ -7,9 +7,10 @@ from lora_jax.cli.console import Console
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.formatting import perplexity
+from lora_jax.finetune.formatting import metric_text, perplexity
 from lora_jax.finetune.run_folder import ADAPTER, open_run
 from lora_jax.finetune.settings import load_settings
+from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FROZEN, TRAINABLE
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import make_eval_step
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     needed = () if args.data else (args.split,)
     if args.base:
         needed = ("train", "validation", args.split)
-    job = jobs.open_job(settings, splits=needed, extra=adapter.extra, is_strict=False)
+    job = open_job(settings, splits=needed, extra=adapter.extra, is_strict=False)
     if args.data:
         wanted = job.tokenize_file(args.data)
     elif args.split not in job.splits:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         what = f"adapter of step {adapter.extra['step']}"
         metrics = {name: measured[name] for name in job.metrics}
     out.heading(f"{what} on {source}")
-    shown = [(name, job.show(name, value)) for name, value in metrics.items()]
+    shown = [(name, metric_text(name, value)) for name, value in metrics.items()]
     if "loss" in metrics and job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
         shown.append(("perplexity", f"{metrics['perplexity']:.3f}"))

@@ -12,6 +12,7 @@ from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import arithmetic, size
 from lora_jax.finetune.settings import load_settings
+from lora_jax.finetune.tasks import open_job
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if args.topology is not None:
         return plan_topology.run(settings, args, out)
     _refuse_ahead(args)
-    job = jobs.open_job(settings, splits=["train"], is_strict=False)
+    job = open_job(settings, splits=["train"], is_strict=False)
     check_batch(settings, job.devices)
     batches = job.batches()
     report.print_loaded(out, job, batches)

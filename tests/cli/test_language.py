@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli.main import main
-from lora_jax.finetune.report import shortest
+from lora_jax.cli.train import shortest
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
