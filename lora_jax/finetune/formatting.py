@@ -34,7 +34,7 @@ def metric_text(name: str, value: float | None) -> str:
     """Returns the value of a metric for people; a dash where there is none."""
     if value is None:
         return "-"
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}"
+    return format(value, {"accuracy": ".1%", "perplexity": ".3f"}.get(name, ".4f"))
 
 
 def size(count: float) -> str:

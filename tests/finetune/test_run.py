@@ -56,10 +56,13 @@ def test_it_prints_nothing_and_returns_the_metrics(tree, tmp_path, capfd):
 
 def test_its_model_loads_with_the_adapter(run, data_dir):
     loaded = run.load()
-    rows = map(json.loads, (data_dir / "test.jsonl").read_text().splitlines())
+    text = (data_dir / "test.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     hits = []
-    for row in rows:
-        ids = jnp.array([loaded.tokenizer.encode_text(row["text"]).ids])
+    for row, ids in zip(
+        rows, loaded.tokenizer.encode([row["text"] for row in rows]).ids, strict=True
+    ):
+        ids = jnp.array([ids])
         logits = loaded.module.apply(loaded.variables, ids, jnp.ones_like(ids))
         hits.append(["bad", "good"][int(logits.argmax())] == row["label"])
     assert sum(hits) / len(hits) == run.summary["test"]["accuracy"]
