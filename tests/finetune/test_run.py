@@ -3,15 +3,17 @@
 import json
 import signal
 
-import jax.numpy as jnp
 import pytest
 import yaml
 
 from lora_jax import fine_tune
+from lora_jax.finetune.encode import encode
 from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.evaluation import evaluate_run
 from lora_jax.finetune.reporter import Reporter
+from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.settings import load_settings
-from lora_jax.train.data import Batches
+from lora_jax.train.data import Batches, read_jsonl
 from tests.tiny_decoder import make_decoder
 
 
@@ -54,18 +56,20 @@ def test_it_prints_nothing_and_returns_the_metrics(tree, tmp_path, capfd):
     assert run.prompt is None
 
 
-def test_its_model_loads_with_the_adapter(run, data_dir):
-    loaded = run.load()
-    text = (data_dir / "test.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
-    hits = []
-    for row, ids in zip(
-        rows, loaded.tokenizer.encode([row["text"] for row in rows]).ids, strict=True
-    ):
-        ids = jnp.array([ids])
-        logits = loaded.module.apply(loaded.variables, ids, jnp.ones_like(ids))
-        hits.append(["bad", "good"][int(logits.argmax())] == row["label"])
+def test_it_is_evaluated_and_encodes_in_silence(run, data_dir, capfd):
+    found = evaluate_run(*open_run(run.path))
+    assert found.metrics == pytest.approx(run.summary["test"], rel=1e-5)
+    assert found.examples == 25
+    path = str(data_dir / "test.jsonl")
+    records = read_jsonl(path)
+    lines, cut = encode(run.load(), records, path, batch_size=16)
+    assert cut == 0
+    hits = [
+        ["bad", "good"][line["logits"].index(max(line["logits"]))] == record["label"]
+        for line, record in zip(lines, records, strict=True)
+    ]
     assert sum(hits) / len(hits) == run.summary["test"]["accuracy"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_file_settings_and_a_dictionary_are_the_same_run(config, tree, run, tmp_path):
