@@ -14,34 +14,13 @@ import flax.linen as nn
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import (
-    ADAPTER_LEAVES,
-    FROZEN,
-    LORA,
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
-    PARAMS,
-)
-from lora_jax.nn.checks import (
-    check_adapter,
-    check_kernels,
-    check_shapes,
-    is_deterministic,
-)
-from lora_jax.nn.dora import init_magnitude, scale_output, scale_query
-from lora_jax.nn.layers import (
-    ATTEND,
-    adapter_update,
-    call_inputs,
-    init_factors,
-    layer_of_call,
-)
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.nn.checks import check_kernels, check_shapes, is_deterministic
+from lora_jax.nn.intercept import make_interceptor
 from lora_jax.nn.trace import (
     Example,
     Trace,
     bound_method,
-    find_contraction,
     flag_scope,
     shapes_of,
     trace_model,
@@ -49,7 +28,7 @@ from lora_jax.nn.trace import (
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
 from lora_jax.tree.partition import join, partition, widened
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Target, child, select_targets
+from lora_jax.tree.targets import Target, child, select_targets
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
@@ -248,7 +227,12 @@ class Adapted(nn.Module):
         deterministic = deterministic or initializing
         assert self.scope is not None
         flag_scope(self.scope, (self.config, deterministic))
-        intercept = self._interceptor(deterministic, initializing)
+        intercept = make_interceptor(
+            self.config,
+            len(self.scope.path),
+            deterministic=deterministic,
+            initializing=initializing,
+        )
 
         def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with nn.intercept_methods(intercept):
@@ -262,57 +246,6 @@ class Adapted(nn.Module):
             mutable=any(self.is_mutable_collection(c) for c in _MAPPED),
         )
         return run(self.model, *args, **kwargs)
-
-    def _interceptor(self, deterministic: bool, initializing: bool):
-        config, root = self.config, len(self.scope.path) if self.scope else 0
-
-        def intercept(next_fun, args, kwargs, context):
-            module, scope = context.module, context.module.scope
-            method, layer = context.method_name, layer_of_call(context)
-            if layer is None:
-                return next_fun(*args, **kwargs)
-            path = "/".join(scope.path[root:])
-            if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
-                scaling = config.scaling_for(path)
-                (query,) = call_inputs(context.orig_method, args, kwargs)
-                factors = (scope.get_variable(PARAMS, name) for name in ADAPTER_LEAVES)
-                args = (scale_query(query, module, *factors, scaling=scaling),)
-                kwargs = {}
-            y = next_fun(*args, **kwargs)
-            is_target = config.is_target(path, is_linear=layer.kind in LINEAR_KINDS)
-            if not is_target and not scope.has_variable(PARAMS, LORA_A):
-                return y
-            inputs = call_inputs(context.orig_method, args, kwargs)
-            if initializing and is_target and not scope.has_variable(PARAMS, LORA_A):
-                a, b = init_factors(module, inputs, config, path)
-                scope.put_variable(PARAMS, LORA_A, a)
-                scope.put_variable(PARAMS, LORA_B, b)
-                if config.dora:
-                    m = init_magnitude(module, inputs)
-                    scope.put_variable(PARAMS, MAGNITUDE, m)
-            a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
-            contraction = find_contraction(layer, module, method, inputs)
-            if isinstance(contraction, str):
-                raise ValueError(f"{path!r} can't be adapted: {contraction}")
-            check_adapter(path, layer, scope, contraction, config, is_target)
-            y = y + adapter_update(
-                module,
-                method,
-                inputs,
-                a,
-                b,
-                config=config,
-                path=path,
-                deterministic=deterministic,
-                dtype=y.dtype,
-            )
-            m = scope.get_variable(PARAMS, MAGNITUDE)
-            if m is None:
-                return y
-            scaling = config.scaling_for(path)
-            return scale_output(y, module, method, inputs, a, b, m, scaling=scaling)
-
-        return intercept
 
 
 def adapt(
@@ -330,7 +263,8 @@ def adapt(
         lifted transforms.
       config: what to adapt, and how.
       *example_args: example inputs (arrays or `jax.ShapeDtypeStruct`), used for shapes
-        alone. Optional: without them plausible inputs are tried.
+        alone. A model of one input, token ids or features, does without them: its
+        parameters tell.
       deterministic: see `Adapted`.
       example_method: method the example inputs are for.
       **example_kwargs: example keyword arguments.

@@ -145,6 +145,7 @@ def low_rank_update(
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
+    hidden: AnyFloat | None = None,
 ) -> AnyFloat:
     """Computes ``scaling * (x A) B``, the whole of what LoRA adds to a layer.
 
@@ -159,6 +160,7 @@ def low_rank_update(
       dropout_key: PRNG key, needed where the rate is above 0.
       precision: as in `jax.lax.dot_general`.
       dtype: of the computation and the result; default: that of ``x``.
+      hidden: ``dropout(x) A`` where the caller has it, see `lora_jax.ops.shared`.
 
     Returns:
       The update, in ``dtype``.
@@ -170,7 +172,9 @@ def low_rank_update(
     check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
     key = check_dropout(dropout_rate, dropout_key)
     x = x.astype(x.dtype if dtype is None else dtype)
-    h: Any = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
+    h: Any = hidden  # [..., r]
+    if h is None:
+        h = factor_product(down, dropout_rate, precision, x, lora_a, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # the thin side is cheap to scale
     return factor_product(up, 0.0, precision, h, lora_b)
 

@@ -161,7 +161,7 @@ def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
 
 
 def _options(target: Target) -> dict[str, Any]:
-    return {"scaling": target.scaling, "contraction": target.site.contraction}
+    return {"scaling": target.scaling, "contraction": target.contraction}
 
 
 def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
@@ -172,4 +172,4 @@ def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
     if not target.dora:
         return wanted
     scale = dora_scale(jnp.asarray(kernel), *leaves, **_options(target))
-    return np.asarray(over_kernel(scale, target.site.contraction)) * wanted
+    return np.asarray(over_kernel(scale, target.contraction)) * wanted
