@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.cli.console import Console
-from lora_jax.finetune import job as jobs
 from lora_jax.finetune import report
 from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import arithmetic, duration, size
 from lora_jax.finetune.pricing import JobSteps, slice_steps
 from lora_jax.finetune.settings import RunSettings, load_settings
+from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FSDP
 from lora_jax.parallel.mesh import AXES
 from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
@@ -66,7 +66,7 @@ def _plan_local(
             f"{shown} must come with --topology, v5e:4x4 say. On this machine the "
             "step is that of the data: train.batch_size, data.max_length."
         )
-    job = jobs.open_job(settings, splits=["train"], is_strict=False)
+    job = open_job(settings, splits=["train"], is_strict=False)
     check_batch(settings, job.devices)
     steps = JobSteps(job)
     report.print_loaded(out, job, steps.batches)

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from lora_jax.cli.inspect import singular_values
 from lora_jax.files.adapter import load_adapter, save_adapter
 from lora_jax.files.safetensors import open_tensors
+from lora_jax.finetune.inspection import singular_values
 
 
 def test_a_run_folder_holds_what_the_readme_says(run_dir):
@@ -241,7 +241,7 @@ def peft_folder(path):
         (["merge", "--adapter", "{tmp}/no", "--out", "{tmp}/m"], "no adapter at"),
         (
             ["encode", "--data", "{tmp}/bad.jsonl", "--out", "{tmp}/o"],
-            "'text' must be a string; got int",
+            "'text' must be a string; got 3",
         ),
         (
             ["encode", "--data", "{tmp}/ok.jsonl", "--out", "{tmp}/o"],
@@ -257,7 +257,7 @@ def peft_folder(path):
         ),
         (
             ["encode", "--data", "{tmp}/image.jsonl", *MODEL_AND_OUT],
-            "image.jsonl, line 1: the model reads text",
+            "image.jsonl: example 1: the model reads text",
         ),
     ],
 )
