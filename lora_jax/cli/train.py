@@ -127,7 +127,8 @@ def _print_result(out: Console, done: Run) -> None:
     )
     folder = shortest(done.path)
     out.heading("Next")
-    out.say(f"  lora-jax eval --run {folder}")
+    split = "" if test else " --split validation"
+    out.say(f"  lora-jax eval --run {folder}{split}")
     if done.prompt:
         chat = "--chat " if done.prompt == "chat" else ""
         out.say(f"  lora-jax generate --adapter {folder} {chat}--prompt TEXT")

@@ -21,6 +21,7 @@ from lora_jax.finetune.job import (
     eval_buckets,
     hold_out,
     loading,
+    max_tokens,
     train_buckets,
 )
 from lora_jax.finetune.reporter import Reporter
@@ -136,14 +137,15 @@ class Classification(Job):
         padded = ", ".join(map(str, batches.buckets))
         tokens = f"{lengths.mean():.1f} in the mean, {lengths.max()} at most, to "
         tokens += padded
+        _, limit, lowered = max_tokens(data, self.loaded, MAX_LENGTH)
         if cut := sum(split.truncated for split in self.splits.values()):
-            limit = data.max_length or MAX_LENGTH
-            tokens += f"; {cut:,} texts were cut to data.max_length = {limit}"
+            tokens += f"; {cut:,} texts were cut to {limit}"
         classes = f"{self.labels}; {self.labels[0]!r} is {share:.1%} of train"
         return [
             ("data", ", ".join(sizes)),
             ("classes", classes),
             ("tokens", tokens),
+            *lowered,
         ]
 
     def extra(self) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def evaluate_run(
     elif split in job.splits:
         wanted = job.splits[split]
     else:
-        raise UserError(f"the run has no {split} split; name a data file to evaluate.")
+        raise UserError(
+            f"the run has no {split} split: its data.{split} is null. Name a file by "
+            "--data, or another split by --split validation."
+        )
 
     if is_base:
         found = job.baseline({**job.splits, "test": wanted}, out)

@@ -255,6 +255,30 @@ def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
     }
 
 
+def max_tokens(
+    data: DataSettings, loaded: LoadedModel, default: int
+) -> tuple[int, str, Facts]:
+    """Returns how many tokens an example may have: what is asked, or the model takes.
+
+    Args:
+      data: the settings, with ``max_length``.
+      loaded: the model.
+      default: where nothing is asked.
+
+    Returns:
+      The limit, its name, and what there is to say where more was asked.
+    """
+    longest = loaded.config.max_positions
+    asked = default if data.max_length is None else data.max_length
+    if asked <= longest:
+        return asked, f"data.max_length = {asked}", []
+    name = f"{longest} tokens, the model's context"
+    if data.max_length is None:
+        return longest, name, []
+    said = f"{name}; data.max_length = {asked} is more"
+    return longest, name, [("max length", said)]
+
+
 def encode_texts(
     loaded: LoadedModel, texts: list[str], *, max_length: int | None
 ) -> Any:

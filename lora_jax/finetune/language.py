@@ -19,10 +19,12 @@ from lora_jax.finetune.job import (
     eval_buckets,
     hold_out,
     loading,
+    max_tokens,
     train_buckets,
 )
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
@@ -46,9 +48,11 @@ class Language(Job):
 
     Attributes:
       is_chat: whether the training lines are messages; then so are the samples.
+      ends: how often each token ends a turn of the assistant's in the training file.
     """
 
     is_chat: bool = False
+    ends: Mapping[int, int] = dataclasses.field(default_factory=dict)
     unit: ClassVar[str] = "rows"
     weight: ClassVar[str] = "targets"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -57,7 +61,7 @@ class Language(Job):
     @property
     def max_length(self) -> int:
         """Tokens that an example may have."""
-        return _max_length(self.settings, self.loaded)
+        return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
         """Returns the next-token cross-entropy."""
@@ -139,12 +143,15 @@ class Language(Job):
         ]
         cut = sum(split.truncated for split in self.splits.values())
         dropped = sum(split.dropped for split in self.splits.values())
+        _, limit, lowered = max_tokens(self.settings.data, self.loaded, MAX_LENGTH)
         if cut:
-            said = f"{cut:,} examples were cut to data.max_length = {self.max_length}"
+            said = f"{cut:,} examples were cut to {limit}"
             if dropped:
                 said += f"; {dropped:,} of them lost all targets and are left out"
             facts.append(("cut", said))
-        return facts
+        tokenizer = self.loaded.tokenizer
+        endless = endless_turns(tokenizer, self.ends) if tokenizer else ""
+        return facts + lowered + ([("warning", endless)] if endless else [])
 
     def extra(self) -> dict[str, Any]:
         """See `Job.extra`."""
@@ -165,14 +172,15 @@ class Language(Job):
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
 
-        def write(prompt: str) -> str:
-            messages = [{"role": "user", "content": prompt}]
-            return tokenizer.render_chat(messages) if self.is_chat else prompt
+        def encode(prompt: str) -> list[int]:
+            if self.is_chat:
+                return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
+            return tokenizer.encode_text(prompt).ids
 
         texts = generate(
             self.adapted,
             variables,
-            [tokenizer.encode_text(write(prompt)).ids for prompt in prompts],
+            [encode(prompt) for prompt in prompts],
             max_new_tokens=SAMPLE_TOKENS,
             stop_ids=tokenizer.special.stop_ids,
         )
@@ -208,25 +216,30 @@ def open_language(
     job = Language(
         splits={},
         is_chat=any(found.kind == MESSAGES for found in data.values()),
+        ends=data["train"].ends if "train" in data else {},
         **attach(settings, devices, loaded, settings.lora),
     )
-    examples = {name: list(found.examples) for name, found in data.items()}
-    for name, rows in hold_out(examples, settings.data).items():
+    for name, rows in hold_out(
+        {name: _by_line(found) for name, found in data.items()}, settings.data
+    ).items():
         if name in splits:
             cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
-            job.splits[name] = Split(rows, *cut)
+            job.splits[name] = Split([e for row in rows for e in row], *cut)
     return job
 
 
-def _max_length(settings: RunSettings, loaded: LoadedModel) -> int:
-    longest = loaded.config.max_positions
-    return min(settings.data.max_length or MAX_LENGTH, longest)
+def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
+    """Groups the examples of each line, so that none is held out without the others."""
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for line, example in zip(data.lines, data.examples, strict=True):
+        rows.setdefault(line, []).append(dict(example))
+    return [*rows.values()]
 
 
 def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> TextData:
     return read_text_examples(
         path,
         loaded.tokenizer,
-        max_length=_max_length(settings, loaded),
+        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
         vocab_size=loaded.config.vocab_size,
     )

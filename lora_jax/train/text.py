@@ -8,12 +8,13 @@ that the model never sees in one text; a token that reaches over the border coun
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_jax.train.examples import read_jsonl
+from lora_jax.train.examples import nearest, read_jsonl
 
 IGNORED = -100  # a label that doesn't count, as Hugging Face writes it
 MESSAGES = "messages"
@@ -23,7 +24,9 @@ KINDS = {  # the keys that make a record one of a kind
     "prompt and completion": ("prompt", "completion"),
     "text": ("text",),
 }
+OPTIONAL = {"input_ids": ("loss_mask", "labels"), MESSAGES: ("tools",)}
 
+Record = Mapping[str, Any]
 Example = dict[str, np.ndarray]
 
 
@@ -32,7 +35,7 @@ class TextEncoder(Protocol):
 
     @property
     def special(self) -> Any:
-        """Has ``eos_id``, the token that ends a text, or None."""
+        """Has ``eos_id``, the token that ends a text, or None, and ``stop_ids``."""
         ...
 
     @property
@@ -44,9 +47,28 @@ class TextEncoder(Protocol):
         """Gives ``ids`` and ``spans``, the characters that each token stands for."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Any:
-        """Gives ``ids`` and ``mask``, 1 for what the assistant says."""
+    def encode_chat(
+        self, messages: Sequence[Record], *, tools: Sequence[Any] | None = None
+    ) -> Any:
+        """Gives ``ids``, ``mask`` and ``ends`` of each text that a chat takes.
+
+        The mask is 1 for what the assistant says; its turns have ends.
+        """
         ...
+
+
+class Encoded(NamedTuple):
+    """A line's tokens; a chat may have several.
+
+    Attributes:
+      ids: the tokens.
+      mask: 1 where a token counts.
+      ends: the last token of each turn of the assistant's, in a chat.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    ends: Sequence[int] = ()
 
 
 class TextData(NamedTuple):
@@ -54,17 +76,22 @@ class TextData(NamedTuple):
 
     Attributes:
       examples: each with ``input_ids`` ``[t]`` int32 and ``loss_mask`` ``[t]`` uint8.
+      lines: from which line each is, counted from 0. A chat gives several examples
+        where its template writes earlier turns otherwise once later ones follow.
       truncated: how many were cut to ``max_length``, those that were dropped included.
       dropped: how many lost all their targets by that, and are not among ``examples``.
       targets: how many tokens of ``examples`` count.
       kind: of the lines, a key of `KINDS`.
+      ends: how often each token ends a turn of the assistant's.
     """
 
     examples: list[Example]
+    lines: list[int]
     truncated: int
     dropped: int
     targets: int
     kind: str
+    ends: Mapping[int, int]
 
 
 def read_text_examples(
@@ -77,10 +104,11 @@ def read_text_examples(
     """Reads a JSONL file for a causal language model, strictly.
 
     All lines are of one kind: ``{"text"}``, where all tokens count; ``{"prompt",
-    "completion"}``; ``{"messages"}``, where the assistant's turns count; or
+    "completion"}``; ``{"messages"}``, with ``"tools"`` if there are any, where the
+    assistant's turns count, but for those with a ``"weight"`` of 0; or
     ``{"input_ids"}`` with, if not all count, ``"loss_mask"`` (0 and 1) or ``"labels"``
-    (the ids themselves, -100 where they don't count; not shifted). Other keys are left
-    alone. Texts and completions end with the tokenizer's EOS, which counts.
+    (the ids themselves, -100 where they don't count; not shifted). Any other key is an
+    error. Texts and completions end with the tokenizer's EOS, which counts.
 
     Args:
       path: the file.
@@ -104,71 +132,116 @@ def read_text_examples(
         vocab_size = tokenizer.vocab_size if tokenizer else np.iinfo(np.int32).max
     kinds: set[str] = set()
     examples: list[Example] = []
+    lines: list[int] = []
+    ends: Counter[int] = Counter()
 
     def check(record: dict[str, Any]) -> str:
-        kind, fault = _kind(record, kinds)
-        if fault:
-            return fault
         try:
-            ids, mask = _ENCODERS[kind](record, tokenizer)
+            kind = kind_of(record)
+            if kinds and kind not in kinds:
+                before = next(iter(kinds))
+                raise ValueError(f"is {kind}, and the lines before are {before}")
+            kinds.add(kind)
+            found = encode_record(record, tokenizer, vocab_size=vocab_size)
         except (ValueError, TypeError) as error:
             return str(error)
-        mask = [0, *mask[1:]]
-        if not any(mask):
-            return f"{kind} must give at least 1 target; got 0 of {len(ids)} tokens"
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            return (
-                f"token ids must be in [0, {vocab_size}); got {min(ids)} to {max(ids)}"
+        number = lines[-1] + 1 if lines else 0
+        for ids, mask, each in found:
+            lines.append(number)
+            ends.update(each)
+            examples.append(
+                {
+                    "input_ids": np.asarray(ids, np.int32),
+                    "loss_mask": np.asarray(mask, np.uint8),
+                }
             )
-        examples.append(
-            {
-                "input_ids": np.asarray(ids, np.int32),
-                "loss_mask": np.asarray(mask, np.uint8),
-            }
-        )
         return ""
 
     read_jsonl(path, fields={}, check=check)
-    return _truncate(examples, max_length, str(path), kinds.pop())
-
-
-def _truncate(
-    examples: list[Example], max_length: int | None, path: str, kind: str
-) -> TextData:
-    longest = max(len(e["input_ids"]) for e in examples)
-    limit = longest if max_length is None else max_length
+    limit = max(len(e["input_ids"]) for e in examples)
+    longest, limit = limit, limit if max_length is None else max_length
     truncated = sum(len(e["input_ids"]) > limit for e in examples)
     cut = [{key: values[:limit] for key, values in e.items()} for e in examples]
-    kept = [e for e in cut if e["loss_mask"].any()]
+    kept = [i for i, e in enumerate(cut) if e["loss_mask"].any()]
     if not kept:
         raise ValueError(
             f"{path}: max_length = {limit} must leave targets; it cuts off those of "
             f"all {len(cut)} examples, the longest of {longest} tokens. Raise it."
         )
-    targets = sum(int(e["loss_mask"].sum()) for e in kept)
-    return TextData(kept, truncated, len(cut) - len(kept), targets, kind)
+    return TextData(
+        examples=[cut[i] for i in kept],
+        lines=[lines[i] for i in kept],
+        truncated=truncated,
+        dropped=len(cut) - len(kept),
+        targets=sum(int(cut[i]["loss_mask"].sum()) for i in kept),
+        kind=kinds.pop(),
+        ends=ends,
+    )
 
 
-def _kind(record: Mapping[str, Any], kinds: set[str]) -> tuple[str, str]:
-    """Returns a record's kind, and what is wrong with it."""
-    found = [kind for kind, keys in KINDS.items() if any(k in record for k in keys)]
+def encode_record(
+    record: Record, tokenizer: TextEncoder | None, *, vocab_size: int
+) -> list[Encoded]:
+    """Encodes a line; see `read_text_examples`.
+
+    Args:
+      record: the line.
+      tokenizer: None for token ids without one.
+      vocab_size: ids must be below it.
+
+    Returns:
+      The examples it gives, at least one.
+
+    Raises:
+      ValueError: if it is of no kind, has a key that nothing reads, or no target.
+      TypeError: if a value is of the wrong type.
+    """
+    kind = kind_of(record)
+    found = _ENCODERS[kind](record, tokenizer)
+    found = [each._replace(mask=[0, *each.mask[1:]]) for each in found]
+    kept = [each for each in found if any(each.mask)]
+    if not kept:
+        count = sum(len(each.ids) for each in found)
+        raise ValueError(f"{kind} must give at least 1 target; got 0 of {count} tokens")
+    low, high = min(min(e.ids) for e in kept), max(max(e.ids) for e in kept)
+    if not 0 <= low <= high < vocab_size:
+        raise ValueError(f"token ids must be in [0, {vocab_size}); got {low} to {high}")
+    return kept
+
+
+def kind_of(record: Record) -> str:
+    """Returns a line's kind.
+
+    Args:
+      record: the line.
+
+    Returns:
+      A key of `KINDS`.
+
+    Raises:
+      ValueError: if it has not all keys of just one kind, or others besides.
+    """
+    keys = sorted(record)
+    found = [kind for kind, own in KINDS.items() if any(k in record for k in own)]
     if len(found) != 1:
-        return "", (
-            f"must hold one of {', '.join(KINDS)}; its keys are {sorted(record)}"[:300]
+        raise ValueError(
+            f"must hold one of {', '.join(KINDS)}; its keys are {keys}"[:300]
         )
     kind = found[0]
-    missing = [key for key in KINDS[kind] if key not in record]
-    if missing:
-        return kind, f"has no {missing[0]!r}; its keys are {sorted(record)}"[:300]
-    if kinds and kind not in kinds:
-        return kind, f"is {kind}, and the lines before are {next(iter(kinds))}"
-    kinds.add(kind)
-    return kind, ""
+    for key in KINDS[kind]:
+        if key not in record:
+            raise ValueError(f"has no {key!r}; its keys are {keys}"[:300])
+    known = (*KINDS[kind], *OPTIONAL.get(kind, ()))
+    for key in keys:
+        if key not in known:
+            hint = nearest(key, known)
+            raise ValueError(f"has a key that nothing reads, {key[:40]!r}; {hint}")
+    return kind
 
 
 def _from_text(
     record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> tuple[list[int], list[int]]:
+) -> list[Encoded]:
     text = _string(record, "text")
     tokens = _needed(tokenizer).encode_text(text)
     return _end(tokens.ids, [1] * len(tokens.ids), tokenizer)
@@ -176,7 +249,7 @@ def _from_text(
 
 def _from_completion(
     record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> tuple[list[int], list[int]]:
+) -> list[Encoded]:
     completion = _string(record, "completion")
     prompt = _string(record, "prompt", may_be_empty=True)
     tokens = _needed(tokenizer).encode_text(prompt + completion)
@@ -186,14 +259,16 @@ def _from_completion(
 
 def _from_messages(
     record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> tuple[list[int], list[int]]:
-    tokens = _needed(tokenizer).encode_chat(record["messages"])
-    return tokens.ids, tokens.mask
+) -> list[Encoded]:
+    chats = _needed(tokenizer).encode_chat(
+        record["messages"], tools=record.get("tools")
+    )
+    return [Encoded(chat.ids, chat.mask, chat.ends) for chat in chats]
 
 
 def _from_ids(
     record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> tuple[list[int], list[int]]:
+) -> list[Encoded]:
     ids = _integers(record, "input_ids")
     if "labels" in record and "loss_mask" in record:
         raise ValueError("must have 'labels' or 'loss_mask'; got both")
@@ -206,14 +281,14 @@ def _from_ids(
     if key == "loss_mask":
         if not {*given} <= {0, 1}:
             raise ValueError(f"'loss_mask' must be 0 and 1; got {sorted({*given})[:8]}")
-        return ids, given
+        return [Encoded(ids, given)]
     wrong = [i for i, y in enumerate(given) if y not in (IGNORED, ids[i])]
     if wrong:
         raise ValueError(
             f"'labels' must be the input_ids, not shifted, or {IGNORED}; got "
             f"{given[wrong[0]]} for {ids[wrong[0]]} at index {wrong[0]}"
         )
-    return ids, [int(y != IGNORED) for y in given]
+    return [Encoded(ids, [int(y != IGNORED) for y in given])]
 
 
 _ENCODERS = {
@@ -226,14 +301,14 @@ _ENCODERS = {
 
 def _end(
     ids: list[int], mask: list[int], tokenizer: TextEncoder | None
-) -> tuple[list[int], list[int]]:
+) -> list[Encoded]:
     """Appends EOS, unless the text wrote it."""
     eos = _needed(tokenizer).special.eos_id
     if eos is None:
         raise ValueError("a text must end with the tokenizer's EOS token; it has none")
     if ids and ids[-1] == eos:
-        return ids, mask
-    return [*ids, eos], [*mask, 1]
+        return [Encoded(ids, mask)]
+    return [Encoded([*ids, eos], [*mask, 1])]
 
 
 def _needed(tokenizer: TextEncoder | None) -> TextEncoder:

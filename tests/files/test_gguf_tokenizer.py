@@ -254,7 +254,7 @@ def test_chats_are_those_of_transformers(smollm, golden):
         messages = chat["messages"]
         assert smollm.render_chat(messages, add_generation_prompt=False) == chat["text"]
         assert smollm.render_chat(messages[:-1]) == chat["prompt"]
-        tokens = smollm.encode_chat(messages)
+        (tokens,) = smollm.encode_chat(messages)
         assert smollm.decode(tokens.ids, skip_special=False) == chat["text"]
         said = [i for i, m in zip(tokens.ids, tokens.mask, strict=True) if m]
         assert (
@@ -275,6 +275,6 @@ def test_marked_turns_are_those_of_transformers(smollm, golden, monkeypatch):
     for chat in golden["chats"]:
         messages, text = chat["messages"], chat["marked_text"]
         assert smollm.render_chat(messages, add_generation_prompt=False) == text
-        tokens = smollm.encode_chat(messages)
+        (tokens,) = smollm.encode_chat(messages)
         assert tokens.ids == chat["marked_ids"]
         assert tokens.mask == chat["marked_mask"]

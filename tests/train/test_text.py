@@ -42,7 +42,7 @@ def counted(example, tokenizer):
 
 
 def test_a_text_counts_whole_but_for_its_first_token(tmp_path, tokenizer):
-    data = read(tmp_path, tokenizer, {"text": "ab\n a", "other": 1})
+    data = read(tmp_path, tokenizer, {"text": "ab\n a"})
     (example,) = data.examples
     assert tokenizer.decode(example["input_ids"], skip_special=False) == (
         "ab\n a<|im_end|>"
@@ -136,6 +136,14 @@ BAD_LINES = [  # after a good line of prompt and completion
     ({"prompt": "a", "completion": "b", "text": "c"}, "must hold one of"),
     ({"prompt": "a", "completion": " \n"}, "'completion' must not be empty"),
     ({"prompt": 1, "completion": "b"}, "'prompt' must be str; got 1"),
+    (
+        {"prompt": "a", "completion": "b", "promt": "c"},
+        "has a key that nothing reads, 'promt'; did you mean 'prompt'?",
+    ),
+    (
+        {"prompt": "a", "completion": "b", "id": 1},
+        "has a key that nothing reads, 'id'; known: prompt, completion",
+    ),
     ({"prompt": "a", "completion": None}, "'completion' must be str; got None"),
 ]
 

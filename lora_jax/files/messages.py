@@ -1,0 +1,118 @@
+"""The messages and tools of a conversation, checked before a template sees them.
+
+A template takes what it is given: it writes a turn of the role ``usr``, and drops a key
+that it doesn't know. Neither can be seen in a loss, so both are errors here. What a
+template knows are the words of its source.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lora_jax.files.chat_worker import CLOSE, OPEN
+from lora_jax.train.examples import nearest
+
+Message = Mapping[str, Any]
+
+ASSISTANT = "assistant"
+WEIGHT = "weight"  # 0 where a turn is not trained on; no template sees it
+CALLS = "tool_calls"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+KEYS = ("role", "content", CALLS, "tool_call_id", "name", WEIGHT)
+
+
+def check_messages(messages: Any, words: Collection[str]) -> None:
+    """Raises unless a conversation is one that a template can write whole.
+
+    Args:
+      messages: a list of objects. Each has a ``role``, one of `ROLES` or a word of the
+        template, and a string as ``content``, which may be null or absent beside
+        ``tool_calls``. Other keys are those of `KEYS` and words of the template.
+      words: names and strings in the template's source.
+
+    Raises:
+      ValueError: naming the first message that is wrong.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(
+            "messages must be a list of at least 1 message; got "
+            f"{str(messages)[:40]!r}."
+        )
+    for i, message in enumerate(messages):
+        if fault := _fault(message, words):
+            raise ValueError(f"message {i} {fault}.")
+
+
+def check_tools(tools: Any, words: Collection[str]) -> None:
+    """Raises unless tools are None or a list of objects that a template writes.
+
+    Args:
+      tools: JSON schemas; an empty list is no tool.
+      words: names and strings in the template's source.
+
+    Raises:
+      ValueError: saying what is wrong.
+    """
+    if not isinstance(tools, list | tuple | None) or not all(
+        isinstance(tool, Mapping) for tool in tools or ()
+    ):
+        raise ValueError(
+            f"tools must be a list of objects, JSON schemas; got {str(tools)[:40]!r}."
+        )
+    if tools and "tools" not in words:
+        raise ValueError(
+            f"tools must be none, because the chat template has no place for them; got "
+            f"{len(tools)}. Write them into a system message."
+        )
+
+
+def counted_turns(messages: Sequence[Message]) -> list[int]:
+    """Returns which messages are trained on: the assistant's, but for weights of 0.
+
+    Args:
+      messages: in which `check_messages` finds no fault.
+
+    Returns:
+      Their indices, at least one.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    turns = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT]
+    if not turns:
+        roles = [m["role"] for m in messages]
+        raise ValueError(
+            f"messages must hold a turn of the role {ASSISTANT!r}; got {roles[:8]}."
+        )
+    counted = [i for i in turns if messages[i].get(WEIGHT) != 0]
+    if not counted:
+        raise ValueError(
+            f"messages must hold a turn of the role {ASSISTANT!r} that counts; all "
+            f"{len(turns)} have the weight 0."
+        )
+    return counted
+
+
+def _fault(message: Any, words: Collection[str]) -> str:
+    if not isinstance(message, Mapping):
+        return f"must be an object; got {str(message)[:40]!r}"
+    for key in message:
+        if key not in KEYS and key not in words:
+            hint = nearest(str(key), KEYS)
+            return f"has a key that nothing reads, {str(key)[:40]!r}; {hint}"
+    role, content, weight = (message.get(k) for k in ("role", "content", WEIGHT))
+    calls = message.get(CALLS)
+    if not isinstance(role, str):
+        return f"must have a string as role; got {str(role)[:40]!r}"
+    if role not in ROLES and role not in words:
+        return f"has an unknown role, {role[:40]!r}; {nearest(role, ROLES)}"
+    if not isinstance(content, str) and not (content is None and calls):
+        return f"must have a string as content; got {str(content)[:40]!r}"
+    if OPEN in (content or "") or CLOSE in (content or ""):
+        return "must be text; it holds the noncharacter U+FDD0 or U+FDD1"
+    if calls and CALLS not in words:
+        return f"has {CALLS}, for which the chat template has no place"
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        return f"must have a weight of 0 or 1; got {str(weight)[:40]!r}"
+    if weight and role != ASSISTANT:
+        return f"must have no weight but 0: only turns of {ASSISTANT!r} are trained on"
+    return ""

@@ -1,0 +1,237 @@
+"""Conversations: nothing is dropped in silence, each turn as it would be generated."""
+
+import pytest
+import tokenizers
+
+from lora_jax.files.chat import ChatTemplate
+from lora_jax.files.tokenizer import Tokenizer
+from tests.files.test_chat import CHATML, MARKED, chat, save_tokenizer
+
+TOOLED = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson }}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+) + CHATML.replace(
+    "m.content +",
+    "(m.content or '') + (m.tool_calls | tojson if m.tool_calls else '') +",
+)
+# What Qwen3's template does with thoughts, in its own words; without its tools.
+QWEN3 = (
+    """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- else %}
+            {%- if '</think>' in content %}
+"""
+    "                {%- set reasoning_content = content.split('</think>')[0]"
+    ".rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}\n"
+    "                {%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
+    """
+            {%- endif %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+"""
+    "                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + "
+    "reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
+    """
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+)
+
+
+def said(rendered):
+    return [
+        "".join(rendered.text[start:end] for start, end in turn)
+        for turn in rendered.turns
+    ]
+
+
+@pytest.mark.parametrize("contents", [("q", "<think>\nt\n</think>\n\na"), ("q", "a")])
+def test_a_turn_is_trained_as_it_would_be_generated(contents):
+    template = ChatTemplate(QWEN3, {})
+    messages = chat(*contents, "r", "<think>\nu\n</think>\n\nb", "s")
+    first, second = template.mark_assistant(messages)
+    thought = (
+        "<think>\nt\n</think>\n\n"
+        if "</think>" in contents[1]
+        else ("<think>\n\n</think>\n\n")
+    )
+    asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert first.text == f"{asked}{thought}a<|im_end|>\n"
+    assert said(first) == [f"{thought}a<|im_end|>\n"]
+    again = "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    end = "<think>\nu\n</think>\n\nb<|im_end|>\n"
+    assert second.text == f"{asked}a<|im_end|>\n{again}{end}"
+    assert said(second) == [end]
+    for rendered, stop in ((first, 1), (second, 3)):
+        before = template.render(messages[:stop], add_generation_prompt=True)
+        assert rendered.text.startswith(before)
+        assert rendered.turns[0][0][0] == len(before)
+
+
+def test_turns_of_one_rendering_share_a_text():
+    thoughts = ("<think>\nt\n</think>\n\na", "<think>\nu\n</think>\n\nb")
+    messages = [*chat("q"), *chat(*thoughts, roles=("assistant",))]
+    (rendered,) = ChatTemplate(QWEN3, {}).mark_assistant(messages)
+    assert said(rendered) == [f"{thought}<|im_end|>\n" for thought in thoughts]
+
+
+def test_a_template_that_marks_turns_but_drops_thoughts_gives_several_texts():
+    forgets = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content if loop.last else m.content[-1] }};"
+        "{% endgeneration %}{% else %}{{ m.content }};{% endif %}{% endfor %}"
+    )
+    first, second = ChatTemplate(forgets, {}).mark_assistant(chat("q", "ta", "r", "ub"))
+    assert (first.text, said(first)) == ("user:q;assistant:ta;", ["ta;"])
+    assert second.text == "user:q;assistant:a;user:r;assistant:ub;"
+    assert said(second) == ["ub;"]
+
+
+DEFAULT = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+) + CHATML
+
+
+@pytest.mark.parametrize("source", [CHATML, DEFAULT, QWEN3])
+def test_a_conversation_may_begin_with_the_assistant(source):
+    roles = ("assistant", "user")
+    template = ChatTemplate(source, {})
+    messages = chat("Hello!", "q", "Aha", roles=roles)
+    rendered = template.mark_assistant(messages)
+    turns = [text for each in rendered for text in said(each)]
+    assert [turn.split("</think>\n\n")[-1] for turn in turns] == [
+        "Hello!<|im_end|>\n",
+        "Aha<|im_end|>\n",
+    ]
+    assert "Be kind" not in "".join(turns)
+    assert "user" not in "".join(turns)
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED])
+def test_a_turn_of_weight_0_is_written_but_does_not_count(source):
+    messages = chat("q", "WRONG", "r", "ok")
+    messages[1]["weight"] = 0
+    (rendered,) = ChatTemplate(source, {}).mark_assistant(messages)
+    assert "WRONG" in rendered.text
+    assert [text[:2] for text in said(rendered)] == ["ok"]
+    messages[3]["weight"] = 0
+    with pytest.raises(ValueError, match="that counts; all 2 have the weight 0"):
+        ChatTemplate(source, {}).mark_assistant(messages)
+
+
+def test_no_template_sees_a_weight():
+    template = ChatTemplate("{{ messages | tojson }}", {})
+    assert template.render([{"role": "user", "content": "x", "weight": 0}]) == (
+        '[{"role": "user", "content": "x"}]'
+    )
+
+
+def test_tools_and_calls_are_written_and_calls_count(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+    messages = [*chat("rain?"), call, {"role": "tool", "content": "no"}]
+    messages += chat("No rain.", roles=("assistant",))
+    (rendered,) = ChatTemplate(TOOLED, {}).mark_assistant(messages, tools=tools)
+    assert rendered.text.startswith('<|im_start|>system\nTools: [{"type": "function"')
+    assert said(rendered)[0] == '[{"name": "weather"}]<|im_end|>\n'
+    tokenizer = save_tokenizer(tmp_path / "t", TOOLED)
+    (tokens,) = tokenizer.encode_chat(messages, tools=tools)
+    assert tokenizer.decode(tokens.ids, skip_special=False) == rendered.text
+    with pytest.raises(ValueError, match=r"tools must be none, .* no place .* got 1"):
+        ChatTemplate(CHATML, {}).render(messages[:1], tools=tools)
+    with pytest.raises(ValueError, match=r"message 1 has tool_calls, .* no place"):
+        ChatTemplate(CHATML, {}).render(messages)
+    with pytest.raises(ValueError, match=r"tools must be a list of objects.*'weather'"):
+        ChatTemplate(TOOLED, {}).render(messages[:1], tools="weather")
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"role": "usr"}, "has an unknown role, 'usr'; did you mean 'user'?"),
+        (
+            {"contnt": "b"},
+            "a key that nothing reads, 'contnt'; did you mean 'content'?",
+        ),
+        ({"thinking": "b"}, "a key that nothing reads, 'thinking'; known: role, cont"),
+        ({"weight": 0.5}, "must have a weight of 0 or 1; got '0.5'"),
+        ({"weight": True}, "must have a weight of 0 or 1; got 'True'"),
+        ({"weight": 1}, "no weight but 0: only turns of 'assistant' are trained on"),
+    ],
+)
+def test_what_no_one_understands_is_an_error(message, fault):
+    messages = [*chat("q"), {"role": "user", "content": "a"} | message]
+    with pytest.raises(ValueError, match="message 1 ") as error:
+        ChatTemplate(CHATML, {}).render(messages)
+    assert fault in str(error.value)
+
+
+def test_roles_and_keys_that_a_template_names_are_understood():
+    source = "{% for m in messages %}{% if m.role == 'ipython' %}{{ m['plan'] }}"
+    template = ChatTemplate(source + "{% endif %}{% endfor %} usr, thinking", {})
+    message = {"role": "ipython", "content": "", "plan": "b"}
+    assert template.render([message]) == "b usr, thinking"
+    with pytest.raises(ValueError, match="unknown role"):  # text is not the program
+        template.render([message | {"role": "usr"}])
+
+
+def test_a_prompt_has_the_tokens_that_training_has_before_the_answer(tmp_path):
+    folder = tmp_path / "t"
+    save_tokenizer(folder)
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_special_tokens(["<s>"])
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+    )
+    raw.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    begin = raw.token_to_id("<s>")
+    assert tokenizer.encode_text("q").ids[0] == begin
+    (tokens,) = tokenizer.encode_chat(chat("q", "a"))
+    asked = tokenizer.encode_prompt(chat("q"))
+    assert begin not in tokens.ids
+    assert asked == tokens.ids[: len(asked)]
+    assert tokens.mask[: len(asked) + 1] == [0] * len(asked) + [1]
+    assert tokens.ends == [tokenizer.special.eos_id]
+
+
+def test_the_token_that_a_turn_ends_in_is_told(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "t", CHATML.replace("<|im_end|>", "</e>"))
+    (tokens,) = tokenizer.encode_chat(chat("q", "a", "r", "b"))
+    assert tokenizer.decode(tokens.ends) == ">>"
+    assert tokenizer.special_ids.keys() == {"<|im_start|>", "<|im_end|>"}
