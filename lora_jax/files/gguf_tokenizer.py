@@ -33,6 +33,12 @@ _SPLITS = {  # a regular expression; None for GPT-2's own
     "qwen2": _QWEN2,
     "smollm": None,
 }
+_NAMED = {  # names of special tokens in templates, and in GGUF
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # as the format spells it
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 _LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
 _KEYS = {
     BYTE_LEVEL: {"tokens": list, "merges": list, "token_type": np.ndarray},
@@ -248,4 +254,11 @@ def _special(path: Path, metadata: Mapping[str, Any]) -> Special:
         pad_id=identity("padding"),
         stop_ids=tuple(sorted({token for token in ends if token is not None})),
         chat_template=template if isinstance(template, str) else None,
+        template_file=path,
+        texts={
+            name: tokens[token]
+            for name, key in _NAMED.items()
+            if type(token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int
+            and 0 <= token < len(tokens)
+        },
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.attention import blockwise
 from lora_jax.attention.blockwise import (
     MIN_BLOCK,
     MaskInputs,
@@ -12,7 +13,6 @@ from lora_jax.attention.blockwise import (
     blockwise_attention,
 )
 from lora_jax.attention.causal import bidirectional_attention, causal_attention
-from lora_jax.attention import blockwise
 
 T = 2 * MIN_BLOCK + 9  # three blocks, the last one short
 SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
