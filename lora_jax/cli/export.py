@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
+from lora_jax.cli.jsonl import check_new_folder
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.errors import UserError
@@ -26,8 +27,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       Where it lies, its format, and how many layers it adapts.
     """
     target = Path(args.out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
+    check_new_folder(target)
     variables, config, source, extra = _read(find_adapter(args.adapter), args.model)
     export_adapter(
         target,

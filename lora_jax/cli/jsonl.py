@@ -1,4 +1,4 @@
-"""Files of lines, in and out: what `encode` and `score` share."""
+"""What commands write to, and files of lines, in and out."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import is_leftover, write_text
 from lora_jax.finetune.errors import UserError
 from lora_jax.train.buckets import length_buckets
 
@@ -23,12 +24,16 @@ def check_target(out: str, data: str) -> Path:
     return target
 
 
+def check_new_folder(target: Path) -> None:
+    """Raises unless ``--out`` is absent or empty, but for what a kill has left."""
+    is_free = target.is_dir() and all(is_leftover(p.name) for p in target.iterdir())
+    if target.exists() and not is_free:
+        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
+
+
 def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines: all of them under the file's name, or none."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def by_length(

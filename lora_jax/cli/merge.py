@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.console import Console
+from lora_jax.cli.jsonl import check_new_folder
 from lora_jax.cli.pretrained import load
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
 from lora_jax.models.save import save_model
@@ -23,8 +23,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       Where it lies, and the largest merge error of a layer.
     """
     target = Path(args.out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
+    check_new_folder(target)
     model = load(args.model, args.adapter)
     merged = model.loaded.module.merge(model.variables)
     errors = model.loaded.module.merge_errors(model.variables)

@@ -18,9 +18,10 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.host import host_leaves
 from lora_jax.files.json_file import read_json
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.files.safetensors import open_tensors, write_tensors
 from lora_jax.names import LORA, TRAINABLE
 from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.tree.paths import unflatten
@@ -112,10 +113,10 @@ def _write(
             f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
             "exists or can be made."
         ) from error
-    with replacing(directory / TENSORS, directory / CONFIG) as (tensors, config):
-        write_tensors(tensors, arrays, metadata={"format": FORMAT})
-        whole = {**meta, "sha256": _sha256(tensors)}
-        config.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    with new_folder(directory) as new:
+        write_tensors(new / TENSORS, arrays, metadata={"format": FORMAT})
+        whole = {**meta, "sha256": _sha256(new / TENSORS)}
+        write_text(new / CONFIG, json.dumps(whole, indent=2) + "\n")
 
 
 def load_adapter(

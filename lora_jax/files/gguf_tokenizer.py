@@ -34,6 +34,9 @@ _SPLITS = {  # a regular expression; None for GPT-2's own
     "smollm": None,
 }
 _NAMED = {  # names of special tokens in templates, and in GGUF
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "pad_token": "padding",
     "unk_token": "unknown",
     "sep_token": "seperator",  # as the format spells it
     "cls_token": "cls",

@@ -4,16 +4,15 @@ Reading goes through the header and a memory map, so a model never needs more me
 than its own size plus a piece of one tensor. Nothing here unpickles.
 """
 
-import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import new_file
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 
@@ -192,41 +191,13 @@ def write_tensors(
     """
     library, path = _safetensors(), Path(path)
     arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        library.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's is for the owner alone
-        os.replace(temporary, path)
+        with new_file(path) as new:
+            library.numpy.save_file(arrays, new, metadata=dict(metadata or {}))
     except (OSError, library.SafetensorError) as error:
         size = sum(a.nbytes for a in arrays.values())
         raise OSError(
             f"{path} ({size} bytes) can't be written: {error}. Free some disk space or "
             "choose another folder; no file of this name was changed."
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return path.stat().st_size
-
-
-@contextlib.contextmanager
-def replacing(*files: Path) -> Iterator[list[Path]]:
-    """Replaces files that belong together once all of them are written.
-
-    Args:
-      *files: of one folder, there or not.
-
-    Yields:
-      A file beside each, to write. In the end they take the names one right after the
-      other; after an error none does, and they are gone.
-    """
-    written = [file.with_name(f".{file.name}.new") for file in files]
-    try:
-        yield written
-        for new, file in zip(written, files, strict=True):
-            new.replace(file)
-    finally:
-        for new in written:
-            new.unlink(missing_ok=True)

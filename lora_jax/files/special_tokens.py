@@ -86,7 +86,7 @@ def read_special(folder: Path, token_to_id: Callable[[str], int | None]) -> Spec
 
 def _texts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers gives a template: every named token, and the list of others."""
-    named = {
+    named: dict[str, Any] = {
         key: _text(value) for key, value in config.items() if key.endswith("_token")
     }
     others = config.get("additional_special_tokens")

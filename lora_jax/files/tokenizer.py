@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.files.atomic import new_file, write_text
 from lora_jax.files.chat import ChatTemplate, Message
 from lora_jax.files.encoding import check_text, close_gaps, explained
 from lora_jax.files.gguf import SUFFIX, GGUFReader
@@ -247,10 +248,11 @@ class Tokenizer:
             chat template) and ``generation_config.json`` (where generation stops).
         """
         directory = Path(directory)
-        self._tokenizer.save(str(directory / FILE))
+        with new_file(directory / FILE) as new:
+            self._tokenizer.save(str(new))
         special = self.special
         named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
-        settings: dict[str, Any] = {
+        settings: dict[str, Any] = dict(special.texts) | {
             f"{name}_token": self._tokenizer.id_to_token(token)
             for name, token in named.items()
             if token is not None
@@ -264,7 +266,7 @@ class Tokenizer:
             (GENERATION_CONFIG, stops),
         ):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (directory / file).write_text(text, encoding="utf-8")
+            write_text(directory / file, text)
 
     def stream(self) -> "TextStream":
         """Returns a decoder for ids that come one by one."""

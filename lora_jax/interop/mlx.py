@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.json_file import read_json
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.files.safetensors import open_tensors, write_tensors
 from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
 from lora_jax.interop.peft_config import CONFIG
 
@@ -142,11 +143,10 @@ def write_mlx(
         },
     }
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
-    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
-        write_tensors(weights, tensors, metadata={"format": "mlx"})
-        settled.write_text(text, encoding="utf-8")
+    with new_folder(folder) as new:
+        write_tensors(new / TENSORS, tensors, metadata={"format": "mlx"})
+        write_text(new / CONFIG, text)
     return folder
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
+from lora_jax.files.atomic import new_folder, write_text
+from lora_jax.files.safetensors import open_tensors, write_tensors
 from lora_jax.interop.external import ExternalAdapter, Factors, read_floats, report
 from lora_jax.interop.peft_config import (
     CONFIG,
@@ -207,13 +208,12 @@ def write_peft(
     if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
         raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
     config = _config(adapter) | dict(settings)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / TENSORS, folder / CONFIG) as (weights, settled):
-        write_tensors(weights, ordered, metadata={"format": "pt"})
-        settled.write_text(text, encoding="utf-8")
+    with new_folder(folder) as new:
+        write_tensors(new / TENSORS, ordered, metadata={"format": "pt"})
+        write_text(new / CONFIG, text)
     return folder
 
 
