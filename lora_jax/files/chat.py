@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.files import chat_worker
 from lora_jax.files.chat_worker import CLOSE, OPEN
+from lora_jax.files.encoding import MAX_TEXT
 from lora_jax.files.optional import load_optional
 
 ASSISTANT = "assistant"
@@ -29,7 +30,6 @@ SECONDS = 2.0  # of processor time, that one text may take
 MORE_SECONDS = 0.01  # for each beginning of it that is written too
 PATIENCE = 15.0  # seconds by the clock; a busy machine runs a process now and then
 MEMORY = 256 << 20  # bytes
-MAX_TEXT = 1 << 20  # letters
 
 Message = Mapping[str, Any]
 
@@ -84,7 +84,7 @@ class ChatTemplate:
             "source": source,
             "tokens": dict(tokens),
             "memory": MEMORY,
-            "letters": MAX_TEXT,
+            "letters": MAX_TEXT,  # in bytes, where it is encoded
             "seconds": SECONDS,
         }
         self._fault = ""  # a limit that was passed is not tried again
@@ -204,9 +204,9 @@ class ChatTemplate:
             except _LimitError as limit:
                 self._worker = None
                 self._fault = (
-                    f"{self.name} must write a text of at most {MAX_TEXT:,} letters "
-                    f"within {SECONDS:g} s and {MEMORY >> 20} MiB; it {limit}. It is "
-                    "faulty or hostile: take the one of the model's first publisher."
+                    f"{self.name} must write a text within {SECONDS:g} s and "
+                    f"{MEMORY >> 20} MiB; it {limit}. It is faulty or hostile: take "
+                    "the one of the model's first publisher."
                 )
                 raise ValueError(self._fault) from None
             except BaseException:  # an answer may be under way still

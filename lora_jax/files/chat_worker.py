@@ -105,7 +105,8 @@ def _render(template: Any, first: dict[str, Any], request: dict[str, Any]) -> An
             **first["tokens"],
         )
         if len(text) > first["letters"]:
-            raise MemoryError
+            most = f"at most {first['letters']:,}"
+            raise ValueError(f"the text must have {most} letters; it has {len(text):,}")
         return text
 
     text, ends = write(None, request["prompt"]), []
