@@ -53,7 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     text = read_text(file)
     try:
-        settings = json.loads(text, parse_int=_integer)
+        settings = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON; it can't be read: {error}.") from error
     if not isinstance(settings, dict):
@@ -61,6 +61,21 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file} must be a JSON object; got {type(settings).__name__}."
         )
     return settings
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON as `read_json` does.
+
+    Args:
+      text: the JSON.
+
+    Returns:
+      Its value.
+
+    Raises:
+      ValueError: if it is no JSON.
+    """
+    return json.loads(text, parse_int=_integer)
 
 
 def _integer(digits: str) -> int | float:

@@ -1,5 +1,6 @@
 """A lock file: one process at a time, and a dead one never in the way."""
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -21,7 +22,7 @@ class Lock:
     not believed.
 
     Args:
-      path: the file; made if absent, and left when the lock is released.
+      path: the file; made if absent, and removed when the lock is released.
 
     Raises:
       LockedError: if another has it, naming its process and host.
@@ -29,19 +30,46 @@ class Lock:
     """
 
     def __init__(self, path: Path):
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        handle = os.open(path, flags, 0o666)
-        self.release = weakref.finalize(self, os.close, handle)
-        me = {"pid": os.getpid(), "host": socket.gethostname()}
-        if not is_locked(handle):
-            owner = os.pread(handle, 1 << 10, 0).decode("utf-8", "replace")
-            if owner == json.dumps(me):
+        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        handle = _take(path)
+        if handle is None:
+            owner = _read(path)
+            if owner == me:
                 gc.collect()  # this process's own, if nobody refers to it any more
-            if owner != json.dumps(me) or not is_locked(handle):
-                self.release()
+                handle = _take(path)
+            if handle is None:
                 raise LockedError(f"{path} is held by {_named(owner)}")
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(me).encode(), 0)
+        os.pwrite(handle, me.encode(), 0)
+        self.release = weakref.finalize(self, _release, path, handle)
+
+
+def _take(path: Path) -> int | None:
+    """Opens and locks the file, or returns None if another process has it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    while True:
+        handle = os.open(path, flags, 0o666)
+        if not is_locked(handle):
+            os.close(handle)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # its owner has just removed it
+
+
+def _release(path: Path, handle: int) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    os.close(handle)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(1 << 10).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def is_locked(handle: int) -> bool:

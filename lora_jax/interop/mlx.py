@@ -6,7 +6,6 @@ magnitudes as ``m``. A module that its config names and the file has not stays s
 """
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.config import LEAST, MAX_RANK
 from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors, write_tensors
@@ -164,9 +164,9 @@ def _parameters(
         faults.append("lora_parameters must be an object")
     rank, scale = given.get("rank"), given.get("scale")
     dropout = given.get("dropout", 0.0)
-    if type(rank) is not int or rank < 1:
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         faults.append(f"rank must be an integer of at least 1; got {rank!r}"[:200])
-    if type(scale) not in (int, float) or not 0 < float(scale or 0) < math.inf:
+    if type(scale) not in (int, float) or not LEAST <= (scale or 0) <= 1 / LEAST:
         faults.append(f"scale must be a number above 0; got {scale!r}"[:200])
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         faults.append(f"dropout must be in [0, 1]; got {dropout!r}"[:200])

@@ -5,12 +5,12 @@ computes; unsupported unless it has its neutral value (an error that names it); 
 (kept and reported).
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.config import LEAST, MAX_RANK
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 
@@ -244,11 +244,11 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and LEAST <= value <= 1 / LEAST
 
 
 def _is_rank(value: Any) -> bool:
-    return _is_int(value) and 1 <= value <= 1 << 20
+    return _is_int(value) and 1 <= value <= MAX_RANK
 
 
 def _is_regex(value: Any) -> bool:

@@ -166,6 +166,7 @@ def test_a_lock_names_its_owner_and_ends_with_it(tmp_path):
         Lock(tmp_path / "lock")
     mine.release()
     Lock(tmp_path / "lock").release()
+    assert not (tmp_path / "lock").exists()
 
 
 def test_a_lock_is_no_link(tmp_path):
