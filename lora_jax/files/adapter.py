@@ -282,7 +282,7 @@ def _compare(
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
     bad = {
-        path: int(np.sum(~np.isfinite(array.astype(np.float32))))
+        path: int(np.sum(~np.isfinite(_as_float32(array))))
         for path, array in arrays.items()
         if jnp.issubdtype(array.dtype, jnp.floating)
     }
@@ -291,6 +291,11 @@ def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
         for path, count in bad.items()
         if count
     ]
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float32 can't hold counts as infinite
+        return array.astype(np.float32)
 
 
 def _sha256(file: Path) -> str:

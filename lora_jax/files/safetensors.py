@@ -19,6 +19,7 @@ from lora_jax.files.optional import load_optional
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers read at once
+LONGEST_FILE = 255  # letters of a file's name
 LONGEST_NAME = 1000  # of a tensor; real ones have under a hundred letters
 
 
@@ -151,12 +152,11 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
             f"file names; it can't be read: {error!r}."
         ) from error
-    outside = [
-        n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."
-    ]
+    outside = [n for n in names if not _is_file_name(n)]
     if outside:
+        got = repr(outside)[:200]
         raise ValueError(
-            f"{folder / INDEX} must name files in its own folder; got {outside}."
+            f"{folder / INDEX} must name files in its own folder; got {got}."
         )
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
@@ -165,6 +165,11 @@ def _shards(folder: Path) -> list[Path]:
             f"{', '.join(missing)}. Download the folder again."
         )
     return [folder / n for n in names]
+
+
+def _is_file_name(name: Any) -> bool:
+    is_text = isinstance(name, str) and 0 < len(name) <= LONGEST_FILE
+    return is_text and Path(name).name == name and name != ".."
 
 
 def write_tensors(
