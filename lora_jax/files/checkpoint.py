@@ -98,7 +98,7 @@ class Checkpoints:
             ) from error
         for step in self.all_steps():
             with contextlib.suppress(_DamagedError):
-                self._note(step, self._restore(step, meta=self._args.JsonRestore()))
+                self._note(step, self._meta(step))
 
     def save(
         self, state: TrainState, metrics: Mapping[str, float] | None = None
@@ -251,18 +251,30 @@ class Checkpoints:
             self._scores[step] = score if self._best_mode == "min" else -score
 
     def _read(self, step: int, state: TrainState) -> TrainState:
-        args = self._args
-        meta = self._restore(step, meta=args.JsonRestore())
-        if meta.get("format") != FORMAT or "leaves" not in meta:
-            raise _DamagedError("its metadata is not that of a checkpoint")
+        args, meta = self._args, self._meta(step)
         here = host_leaves(state.changing, copy=False)
         self._check(step, meta, here)
         saved = self._restore(step, state=args.StandardRestore(here))
         for path, leaf in saved.items():
-            if facts_of(leaf) != meta["leaves"][path]:
+            if list(facts_of(leaf)) != list(meta["leaves"].get(path, ())):
                 raise _DamagedError(f"{path} is not what was saved")
         own = place(saved, state.changing)
         return TrainState(frozen=state.frozen, **own)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Reads what was saved beside a state, as far as it is used here."""
+        meta = self._restore(step, meta=self._args.JsonRestore())
+        is_whole = isinstance(meta, dict) and meta.get("format") == FORMAT
+        if is_whole:
+            leaves, metrics = meta.get("leaves"), meta.get("metrics", {})
+            is_whole = isinstance(leaves, dict) and isinstance(metrics, dict)
+            is_whole = is_whole and all(isinstance(f, list) for f in leaves.values())
+            is_whole = is_whole and all(
+                type(value) in (int, float) for value in metrics.values()
+            )
+        if not is_whole:
+            raise _DamagedError("its metadata is not that of a checkpoint")
+        return meta
 
     def _restore(self, step: int, **item: Any) -> Any:
         try:

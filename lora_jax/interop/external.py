@@ -84,10 +84,11 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
     arrays, faults = {}, []
     for key, name in names.items():
         array = reader[name]
-        if array.dtype.kind in "iubcOSU":
+        if array.dtype.kind in "iubcOSUMm" or array.dtype.names:
             faults.append(f"dtype: {name} must be floats; got {array.dtype}")
             continue
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # not finite, below
+            array = array.astype(np.float32)
         count = int(array.size - np.isfinite(array).sum())
         if count:
             faults.append(f"not finite: {name}, {count} of {array.size} values")

@@ -68,7 +68,7 @@ class Outside:
         if not self.is_on:
             return
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
             is_write = isinstance(flags, int) and flags & writes
             if not is_write or not isinstance(path, str | bytes | os.PathLike):

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -21,6 +23,7 @@ from lora_jax.files.json_file import parse_json
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.settings import load_settings
+from lora_jax.interop.loralib import read_loralib
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.models.families import FAMILIES
@@ -294,6 +297,36 @@ def _own(rng: Random, folder: Path) -> None:
     (folder / "adapter.safetensors").write_bytes(tensors)
 
 
+def _npz_sample() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, **{"q.lora_A": np.ones((2, 3)), "q.lora_B": np.ones((4, 2))}
+    )
+    return buffer.getvalue()
+
+
+NPZ = _npz_sample()
+with zipfile.ZipFile(io.BytesIO(NPZ)) as _archive:
+    NPZ_MEMBERS = {name: _archive.read(name) for name in _archive.namelist()}
+
+
+def _npz(rng: Random, folder: Path) -> None:
+    """Half of them with right checksums of the members."""
+    if rng.random() < 0.5:
+        data = damage_bytes(rng, NPZ)
+    else:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as new:
+            for name, content in NPZ_MEMBERS.items():
+                new.writestr(name, damage_bytes(rng, content))
+        data = buffer.getvalue()
+    (folder / "lora.npz").write_bytes(data)
+
+
+def _read_npz(folder: Path) -> None:
+    read_loralib(folder / "lora.npz", alpha=4.0)
+
+
 CONFIGS = [json.loads(p.read_bytes()) for p in sorted(GOLDEN.glob("*/config.json"))]
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
@@ -391,5 +424,6 @@ TARGETS = [
     Target("peft", _peft, _read_peft, 15),
     Target("mlx", _mlx, read_mlx, 15),
     Target("adapter", _own, load_adapter, 15),
+    Target("npz", _npz, _read_npz, 10),
     Target("config", _config, _read_config, 20, names_file=False),
 ]
