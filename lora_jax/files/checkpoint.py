@@ -264,15 +264,7 @@ class Checkpoints:
     def _meta(self, step: int) -> dict[str, Any]:
         """Reads what was saved beside a state, as far as it is used here."""
         meta = self._restore(step, meta=self._args.JsonRestore())
-        is_whole = isinstance(meta, dict) and meta.get("format") == FORMAT
-        if is_whole:
-            leaves, metrics = meta.get("leaves"), meta.get("metrics", {})
-            is_whole = isinstance(leaves, dict) and isinstance(metrics, dict)
-            is_whole = is_whole and all(isinstance(f, list) for f in leaves.values())
-            is_whole = is_whole and all(
-                type(value) in (int, float) for value in metrics.values()
-            )
-        if not is_whole:
+        if not _is_meta(meta):
             raise _DamagedError("its metadata is not that of a checkpoint")
         return meta
 
@@ -368,6 +360,19 @@ class _writing:
 def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
     scored = [(scores[step], step) for step in steps if step in scores]
     return min(scored)[1] if scored else None
+
+
+def _is_meta(meta: Any) -> bool:
+    """Says whether JSON is what `Checkpoints.save` wrote, as far as it is used here."""
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        return False
+    leaves, metrics = meta.get("leaves"), meta.get("metrics", {})
+    return (
+        isinstance(leaves, dict)
+        and all(isinstance(facts, list) for facts in leaves.values())
+        and isinstance(metrics, dict)
+        and all(type(value) in (int, float) for value in metrics.values())
+    )
 
 
 def _as_json(value: Any) -> Any:
