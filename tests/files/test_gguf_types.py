@@ -5,7 +5,7 @@ import pytest
 from lora_jax.files.gguf import GGUFReader
 from lora_jax.files.tokenizer import Tokenizer
 from tests.fuzz.mutate import encode_gguf
-from tests.fuzz.targets import GGUF
+from tests.fuzz.samples import GGUF
 
 
 def write(folder, **changes):
