@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.extend.core import Primitive
 
-from lora_jax.attention.dot_product import attention, choose_implementation
 from lora_jax.attention import dot_product as ops
+from lora_jax.attention.dot_product import attention, choose_implementation
 from lora_jax.ops.shared import shared_updates
 from tests.reference import assert_close
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.attention import causal, splash
 from lora_jax.attention.causal import causal_attention
 from lora_jax.attention.splash import can_splash, splash_attention
-from lora_jax.attention import causal, splash
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import make_mesh
 
