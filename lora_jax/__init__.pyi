@@ -16,7 +16,7 @@ from lora_jax.nn.adapt import Adapted as Adapted
 from lora_jax.nn.adapt import adapt as adapt
 from lora_jax.nn.adapt import find_targets as find_targets
 from lora_jax.nn.attention import LoRAAttention as LoRAAttention
-from lora_jax.nn.layers import register_layer as register_layer
+from lora_jax.nn.layer_rules import register_layer as register_layer
 from lora_jax.nn.lora_layers import LoRAConv as LoRAConv
 from lora_jax.nn.lora_layers import LoRADense as LoRADense
 from lora_jax.nn.lora_layers import LoRADenseGeneral as LoRADenseGeneral

@@ -81,6 +81,13 @@ class LoRAConfig:
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
 
+    def __new__(cls, *args: Any, **fields: Any) -> "LoRAConfig":
+        """Says what PEFT's names are called here."""
+        del args
+        if unknown := [name for name in fields if name not in cls.__dataclass_fields__]:
+            raise TypeError(_unknown_fields(unknown, cls.__dataclass_fields__))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "train", "layers"):
             value = getattr(self, name)
@@ -191,10 +198,7 @@ class LoRAConfig:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
-            raise ValueError(
-                f"LoRAConfig has no field {', '.join(unknown)}; "
-                f"its fields are {', '.join(known)}."
-            )
+            raise ValueError(_unknown_fields(unknown, known))
         return cls(**fields)
 
 
@@ -224,6 +228,28 @@ def _first_match(pattern: PatternValues, path: str, default: Any) -> Any:
         if re.match(rf"(.*/)?({key})$", path):
             return value
     return default
+
+
+_PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout_rate",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "modules_to_save": "train",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+}
+
+
+def _unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
+    hints = [f"{n} is {_PEFT_NAMES[n]} here" for n in unknown if n in _PEFT_NAMES]
+    return (
+        f"LoRAConfig has no field {', '.join(unknown)}; its fields are "
+        f"{', '.join(known)}.{' ' * bool(hints)}{'; '.join(hints)}" + "." * bool(hints)
+    )
 
 
 def _report(faults: list[str]) -> str:

@@ -94,8 +94,8 @@ def export_adapter(
     base = _open(source, variables, pooling)
     found = trace_model(base.module, None, base.example)
     weights, slots = flatten(found.params), find_slots(found.sites)
-    unknown = found.unknown
-    targets = select_targets(found.sites, config, weights=weights, unknown=unknown)
+    unknown = found.unsupported
+    targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
     names = Names(base.family, list(slots), single_leaves(weights))
     if not skip_head:
         _check_head(variables, base)

@@ -31,7 +31,7 @@ from lora_jax.attention.rope import rope_angles
 from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import ATTENDED, LINEAR, X_A
-from lora_jax.nn.layers import register_layer
+from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 

@@ -7,15 +7,18 @@ with ``lora_a`` and ``lora_b`` beside the kernels they adapt, so that its own
 layer gets ``scaling * (x A) B`` added to its output (and is scaled, with DoRA).
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.names import (
-    ADAPTER_LEAVES,
+    DROPOUT,
     FROZEN,
     LORA,
     LORA_A,
@@ -23,25 +26,13 @@ from lora_jax.names import (
     MAGNITUDE,
     PARAMS,
 )
-from lora_jax.nn.checks import (
-    check_adapter,
-    check_kernels,
-    check_shapes,
-    is_deterministic,
-)
-from lora_jax.nn.dora import init_magnitude, scale_output, scale_query
-from lora_jax.nn.layers import (
-    ATTEND,
-    adapter_update,
-    call_inputs,
-    init_factors,
-    layer_of_call,
-)
+from lora_jax.nn.checks import check_kernels, check_shapes, is_deterministic
+from lora_jax.nn.exactness import check_merged, is_concrete
+from lora_jax.nn.intercept import make_interceptor
 from lora_jax.nn.trace import (
     Example,
     Trace,
     bound_method,
-    find_contraction,
     flag_scope,
     shapes_of,
     trace_model,
@@ -49,7 +40,7 @@ from lora_jax.nn.trace import (
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
 from lora_jax.tree.partition import join, partition, widened
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Target, child, select_targets
+from lora_jax.tree.targets import Target, child, left_out, select_targets
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
@@ -143,6 +134,11 @@ class Adapted(nn.Module):
             config names what is not there.
         """
         params = nn.meta.unbox(params)
+        if set(params) == {PARAMS}:
+            raise ValueError(
+                f"params must be the model's own tree; got {{{PARAMS!r}: ...}}. Pass "
+                f"variables[{PARAMS!r}]."
+            )
         targets = self.targets(params)
         check_kernels(params, targets)
         flat, adapters = flatten(params), {}
@@ -180,21 +176,53 @@ class Adapted(nn.Module):
         """Returns the base alone, a plain tree: `attach` undone, save upcasting."""
         return join(variables[FROZEN], variables.get(PARAMS, {}))
 
-    def merge(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    def merge(
+        self, variables: Mapping[str, PyTree], *, check: bool = True
+    ) -> dict[str, PyTree]:
         """Folds the adapters in.
 
         Args:
           variables: the three collections; left as they are.
+          check: whether the merged model is run beside the adapted one on one example
+            of random numbers. It tells a weight that the model also reads directly,
+            where no adapter acts. Left out under `jax.jit` and for several processes.
 
         Returns:
           A plain tree for ``model.apply({"params": tree}, x)``: kernels in the dtype of
           the base, and what was trained in full in that of its training, unrounded.
 
         Raises:
-          ValueError: if an adapter is missing, left over, or not finite.
+          ValueError: if an adapter is missing, left over, or not finite; if a layer
+            transforms its kernel before use, so that no kernel is the merged one; or if
+            the merged model is not the adapted one.
         """
         base = nn.meta.unbox(self.detach(variables))
-        return merge_params(base, variables[LORA], self.targets(base))
+        found = self._trace(base)
+        merged = merge_params(base, variables.get(LORA, {}), self._select(found))
+        if check and jax.process_count() == 1 and is_concrete(merged):
+            others, example = found.others, found.example
+            inputs = (others, example.arguments(self.model))
+
+            def run(module: nn.Module, variables: Mapping[str, Any], drawn: Any) -> Any:
+                others, (args, kwargs) = drawn
+                return module.apply(
+                    {**others, **variables},
+                    *args,
+                    method=example.method,
+                    mutable=[*others],
+                    rngs={DROPOUT: jax.random.key(0)},
+                    **kwargs,
+                )[0]
+
+            silent = self.clone(deterministic=True)
+            check_merged(
+                lambda drawn: run(silent, variables, drawn),
+                lambda params, drawn: run(self.model, {PARAMS: params}, drawn),
+                base,
+                merged,
+                inputs,
+            )
+        return merged
 
     def unmerge(
         self, merged: Mapping[str, Any], variables: Mapping[str, PyTree]
@@ -232,12 +260,27 @@ class Adapted(nn.Module):
         return found
 
     def _select(self, found: Trace) -> list[Target]:
-        return select_targets(
+        chosen = select_targets(
             found.sites,
             self.config,
             weights=flatten(found.params),
-            unknown=found.unknown,
+            unsupported=found.unsupported,
         )
+        if left := left_out(found.unsupported, self.config):
+            kinds = Counter(weight.kind for weight in left.values())
+            first = {weight.kind: path for path, weight in reversed(left.items())}
+            shown = ", ".join(
+                f"{first[kind]} ({kind}"
+                + (f", and {n - 1} more of its kind)" if n > 1 else ")")
+                for kind, n in kinds.items()
+            )
+            warnings.warn(
+                f"targets='all-linear' does not adapt {shown}: LoRA does not know "
+                "their layers. `register_layer` teaches it one; `exclude` says that "
+                "they are to stay as they are.",
+                stacklevel=3,
+            )
+        return chosen
 
     def _run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the model on the joined tree, with every layer watched."""
@@ -248,7 +291,12 @@ class Adapted(nn.Module):
         deterministic = deterministic or initializing
         assert self.scope is not None
         flag_scope(self.scope, (self.config, deterministic))
-        intercept = self._interceptor(deterministic, initializing)
+        intercept = make_interceptor(
+            self.config,
+            len(self.scope.path),
+            deterministic=deterministic,
+            initializing=initializing,
+        )
 
         def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with nn.intercept_methods(intercept):
@@ -262,57 +310,6 @@ class Adapted(nn.Module):
             mutable=any(self.is_mutable_collection(c) for c in _MAPPED),
         )
         return run(self.model, *args, **kwargs)
-
-    def _interceptor(self, deterministic: bool, initializing: bool):
-        config, root = self.config, len(self.scope.path) if self.scope else 0
-
-        def intercept(next_fun, args, kwargs, context):
-            module, scope = context.module, context.module.scope
-            method, layer = context.method_name, layer_of_call(context)
-            if layer is None:
-                return next_fun(*args, **kwargs)
-            path = "/".join(scope.path[root:])
-            if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
-                scaling = config.scaling_for(path)
-                (query,) = call_inputs(context.orig_method, args, kwargs)
-                factors = (scope.get_variable(PARAMS, name) for name in ADAPTER_LEAVES)
-                args = (scale_query(query, module, *factors, scaling=scaling),)
-                kwargs = {}
-            y = next_fun(*args, **kwargs)
-            is_target = config.is_target(path, is_linear=layer.kind in LINEAR_KINDS)
-            if not is_target and not scope.has_variable(PARAMS, LORA_A):
-                return y
-            inputs = call_inputs(context.orig_method, args, kwargs)
-            if initializing and is_target and not scope.has_variable(PARAMS, LORA_A):
-                a, b = init_factors(module, inputs, config, path)
-                scope.put_variable(PARAMS, LORA_A, a)
-                scope.put_variable(PARAMS, LORA_B, b)
-                if config.dora:
-                    m = init_magnitude(module, inputs)
-                    scope.put_variable(PARAMS, MAGNITUDE, m)
-            a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
-            contraction = find_contraction(layer, module, method, inputs)
-            if isinstance(contraction, str):
-                raise ValueError(f"{path!r} can't be adapted: {contraction}")
-            check_adapter(path, layer, scope, contraction, config, is_target)
-            y = y + adapter_update(
-                module,
-                method,
-                inputs,
-                a,
-                b,
-                config=config,
-                path=path,
-                deterministic=deterministic,
-                dtype=y.dtype,
-            )
-            m = scope.get_variable(PARAMS, MAGNITUDE)
-            if m is None:
-                return y
-            scaling = config.scaling_for(path)
-            return scale_output(y, module, method, inputs, a, b, m, scaling=scaling)
-
-        return intercept
 
 
 def adapt(
@@ -330,7 +327,8 @@ def adapt(
         lifted transforms.
       config: what to adapt, and how.
       *example_args: example inputs (arrays or `jax.ShapeDtypeStruct`), used for shapes
-        alone. Optional: without them plausible inputs are tried.
+        alone. A model of one input, token ids or features, does without them: its
+        parameters tell.
       deterministic: see `Adapted`.
       example_method: method the example inputs are for.
       **example_kwargs: example keyword arguments.

@@ -11,28 +11,29 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.attention.dot_product import Implementation, attention, check_attention
 from lora_jax.config import LoRAConfig
-from lora_jax.names import DROPOUT, PARAMS
-from lora_jax.nn.base import Factors, FrozenLayer, LoRALayer, check_config
-from lora_jax.nn.dora import OutputScale, output_scale
+from lora_jax.names import BIAS, KERNEL
+from lora_jax.nn.apply import Factors, base_weight, dropout_key
+from lora_jax.nn.base import FrozenLayer, LoRALayer, check_config
 from lora_jax.nn.lora_layers import LoRADenseGeneral
-from lora_jax.ops.dora import rescale
+from lora_jax.ops.einsum import lora_einsum
 from lora_jax.ops.product import check_floating
-from lora_jax.ops.shared import shared_updates
+from lora_jax.ops.shared import shared_hidden
 
 CACHE = "cache"
 
 
 class _Projected(NamedTuple):
-    """The base output of a projection, and what its update is made of."""
+    """The base output of a projection, and what its adapter is applied with."""
 
     y: AnyFloat  # [*b, t, n, h]
+    kernel: AnyFloat  # [d, n, h]
+    bias: AnyFloat | None  # [n, h]
     factors: Factors | None
     scaling: float
-    dora: OutputScale | None
 
 
 class _Projection(LoRALayer, nn.DenseGeneral):
-    """A `LoRADenseGeneral` that leaves adding its update to the caller.
+    """A `LoRADenseGeneral` that leaves applying its adapter to the caller.
 
     So that layers of one input can share one product ``x @ [A1 | A2 | ...]``.
     """
@@ -42,13 +43,10 @@ class _Projection(LoRALayer, nn.DenseGeneral):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> _Projected:
-        y = super().__call__(inputs)
-        factors = self._factors(inputs)
-        scaling, dora = self.lora.scaling_for(self._lora_path()), None
-        if factors is not None and factors.magnitude is not None:
-            a, b, m = factors.lora_a, factors.lora_b, factors.magnitude
-            dora = output_scale(self, (inputs,), a, b, m, scaling=scaling)
-        return _Projected(y, factors, scaling, dora)
+        y, factors = super().__call__(inputs), self._factors(inputs)
+        kernel, bias = (base_weight(self, name) for name in (KERNEL, BIAS))
+        scaling = self.lora.scaling_for(self._lora_path())
+        return _Projected(y, kernel, bias, factors, scaling)
 
 
 class _FrozenLayerNorm(FrozenLayer, nn.LayerNorm):
@@ -197,7 +195,7 @@ class LoRAAttention(nn.Module):
             deterministic = True
         drops = self.dropout_rate > 0.0 and not deterministic
         if drops and dropout_rng is None:
-            dropout_rng = self._dropout_key(f"dropout_rate={self.dropout_rate}")
+            dropout_rng = dropout_key(self, f"dropout_rate={self.dropout_rate}")
 
         query, key, value = self._project(
             {"query": inputs_q, "key": inputs_k, "value": inputs_v}, deterministic
@@ -301,37 +299,34 @@ class LoRAAttention(nn.Module):
         heads = {name: part.y for name, part in projected.items()}
         for x in {id(x): x for x in inputs.values()}.values():
             adapted = {
-                name: (part.factors.lora_a, part.factors.lora_b)
+                name: (part, part.factors)
                 for name, part in projected.items()
                 if inputs[name] is x and part.factors is not None
             }
             if not adapted:
                 continue
-            rate = 0.0 if deterministic else self.lora.dropout_rate
-            updates = shared_updates(
-                x,
-                list(adapted.values()),
-                scalings=[projected[name].scaling for name in adapted],
-                dropout_rate=rate,
-                dropout_key=self._dropout_key(f"lora.dropout_rate={rate}")
-                if rate
-                else None,
-                precision=self.precision,
-                dtype=heads[next(iter(adapted))].dtype,
-            )
-            for name, update in zip(adapted, updates, strict=True):
-                heads[name] = heads[name] + update.astype(heads[name].dtype)
-                if (dora := projected[name].dora) is not None:
-                    heads[name] = rescale(heads[name], *dora)
+            x = x.astype(heads[next(iter(adapted))].dtype)
+            options: dict[str, Any] = {"precision": self.precision}
+            if not deterministic and (rate := self.lora.dropout_rate):
+                key = dropout_key(self, f"lora.dropout_rate={rate}")
+                options |= {"dropout_rate": rate, "dropout_key": key}
+            all_a = [factors.lora_a for _, factors in adapted.values()]
+            hidden = shared_hidden(x, all_a, **options)
+            for (name, (part, factors)), h in zip(adapted.items(), hidden, strict=True):
+                heads[name] = lora_einsum(
+                    "...d,dnh->...nh",
+                    x,
+                    part.kernel,
+                    factors.lora_a,
+                    factors.lora_b,
+                    scaling=part.scaling,
+                    bias=part.bias,
+                    magnitude=factors.magnitude,
+                    base_output=part.y,
+                    hidden=h,
+                    precision=self.precision,
+                )
         return list(heads.values())
-
-    def _dropout_key(self, what: str) -> PRNGKey:
-        if not (self.has_rng(DROPOUT) or self.has_rng(PARAMS)):
-            raise ValueError(
-                f"rngs must have {DROPOUT!r} for {what}; got none. Pass "
-                f"`rngs={{{DROPOUT!r}: key}}` or `deterministic=True`."
-            )
-        return self.make_rng(DROPOUT)
 
     def _cached(
         self, query: AnyFloat, key: AnyFloat, value: AnyFloat

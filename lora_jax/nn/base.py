@@ -1,7 +1,7 @@
 """What LoRA modules share: W0 in ``frozen``, A and B in ``lora``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,25 +10,16 @@ import jax.numpy as jnp
 from lora_jax.array_types import AnyFloat
 from lora_jax.config import LoRAConfig
 from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
-from lora_jax.nn.dora import init_magnitude, scale_output
-from lora_jax.nn.layers import LINEAR_KINDS, adapter_update, init_factors, layer_of
-from lora_jax.ops.contraction import Contraction, Shape
-from lora_jax.ops.dora import magnitude_shape
-from lora_jax.tree.targets import child
-
-
-class Factors(NamedTuple):
-    """What is trained of one layer.
-
-    Attributes:
-      lora_a: ``A`` ``[*batch, *in, r]``.
-      lora_b: ``B`` ``[*batch, r, *out]``.
-      magnitude: DoRA's ``m`` ``[*batch, *out]``, or None.
-    """
-
-    lora_a: AnyFloat
-    lora_b: AnyFloat
-    magnitude: AnyFloat | None = None
+from lora_jax.nn.apply import (
+    Factors,
+    adapted_query,
+    apply_adapter,
+    base_weight,
+    init_factors,
+)
+from lora_jax.nn.checks import check_factors_fit
+from lora_jax.nn.layer_rules import CALL, rule_of
+from lora_jax.tree.targets import LINEAR_KINDS, child
 
 
 def check_config(lora: Any) -> None:
@@ -108,18 +99,18 @@ class FrozenLayer:
         return "/".join(self.scope.path)
 
     def _is_target(self) -> bool:
-        layer = layer_of(self)  # pyright: ignore[reportArgumentType] - a module
-        return layer is not None and self.lora.is_target(
-            self._lora_path(), is_linear=layer.kind in LINEAR_KINDS
+        rule = rule_of(self)  # pyright: ignore[reportArgumentType] - a module
+        return rule is not None and self.lora.is_target(
+            self._lora_path(), is_linear=rule.kind in LINEAR_KINDS
         )
 
 
 class LoRALayer(FrozenLayer):
-    """Mixin that turns a Linen layer into its LoRA twin.
+    """Mixin that adds LoRA to a Linen layer.
 
-    The twin runs the Linen class's own code for the base. Which rank, alpha and scaling
-    apply, and whether the layer is adapted at all, is asked of ``lora`` with the
-    module's path.
+    The Linen class's own code computes the base. Which rank, alpha and scaling apply,
+    and whether the layer is adapted at all, is asked of ``lora`` with the module's
+    path.
 
     Attributes:
       lora: the config, one for the whole model.
@@ -129,9 +120,7 @@ class LoRALayer(FrozenLayer):
     deterministic: bool | None
 
     def _factors(self, *inputs: Any) -> Factors | None:
-        """Declares what is trained, or returns None if this layer is no target."""
-        layer = layer_of(self)  # pyright: ignore[reportArgumentType] - a module
-        assert layer is not None
+        """Declares what is trained, or returns None if this layer is not a target."""
         path = self._lora_path()
         if not self._is_target():
             if self.scope.has_variable(LORA, LORA_A):
@@ -140,86 +129,65 @@ class LoRALayer(FrozenLayer):
                     f"does not target {path!r}. Load the adapter with its own config."
                 )
             return None
-        drawn: list[tuple[AnyFloat, AnyFloat]] = []
+        if not self.lora.dora and self.scope.has_variable(LORA, MAGNITUDE):
+            raise ValueError(
+                f"variables[{LORA!r}] has {child(path, MAGNITUDE)!r}, but the config "
+                "has dora=False. Load the adapter with its own config."
+            )
+        module: Any = self  # a mixin to the checker, but a module
+        fresh: list[Factors] = []
 
         def draw(index: int) -> AnyFloat:
-            if not drawn:
-                drawn.append(init_factors(self, inputs, self.lora, path))  # pyright: ignore[reportArgumentType] - a module
-            return drawn[0][index]
+            if not fresh:
+                fresh.append(init_factors(module, inputs, self.lora, path))
+            return fresh[0][index]  # pyright: ignore[reportReturnType] - not None
 
-        values = []
-        for index, name in enumerate((LORA_A, LORA_B)):
+        names = (LORA_A, LORA_B, MAGNITUDE)[: 3 if self.lora.dora else 2]
+        for name in names:
             self._require(LORA, name)
-            values.append(self.variable(LORA, name, draw, index).value)
-        factors = Factors(*values)
-        rank = self.lora.rank_for(path)
-        shape = self._weight_shape(layer.weight)
-        contraction = layer.contraction(self, *inputs)
-        wanted = contraction.factor_shapes(shape, rank)
-        if (jnp.shape(factors.lora_a), jnp.shape(factors.lora_b)) != wanted:
-            raise ValueError(
-                f"lora_a, lora_b of {path!r} must be {wanted[0]}, {wanted[1]} for rank "
-                f"{rank} and a kernel of shape {shape}; got "
-                f"{jnp.shape(factors.lora_a)}, {jnp.shape(factors.lora_b)}."
-            )
-        return factors._replace(magnitude=self._magnitude(inputs, shape, contraction))
+        factors = Factors(
+            *(self.variable(LORA, name, draw, i).value for i, name in enumerate(names))
+        )
+        rule = rule_of(module)
+        assert rule is not None  # it is a target
+        shape = jnp.shape(base_weight(module, rule.weight))
+        roles = rule.contraction(module, *inputs)
+        check_factors_fit(path, factors, shape, roles, self.lora)
+        return factors
 
-    def _magnitude(
-        self, inputs: tuple[Any, ...], shape: Shape, contraction: Contraction
-    ) -> AnyFloat | None:
-        """Declares DoRA's m, or returns None without DoRA."""
-        path = child(self._lora_path(), MAGNITUDE)
-        if not self.lora.dora:
-            if self.scope.has_variable(LORA, MAGNITUDE):
-                raise ValueError(
-                    f"variables[{LORA!r}] has {path!r}, but the config has dora=False. "
-                    "Load the adapter with its own config."
-                )
-            return None
-        self._require(LORA, MAGNITUDE)
-        value = self.variable(LORA, MAGNITUDE, init_magnitude, self, inputs).value
-        wanted = magnitude_shape(shape, contraction)
-        if jnp.shape(value) != wanted:
-            raise ValueError(f"{path} must be {wanted}; got {jnp.shape(value)}.")
-        return value
+    def _adapted_query(self, query: AnyFloat, factors: Factors | None) -> AnyFloat:
+        """Returns the query of a tied head: scaled, with DoRA."""
+        if factors is None:
+            return query
+        module: Any = self
+        scaling = self.lora.scaling_for(self._lora_path())
+        return adapted_query(module, query, factors, scaling)
 
-    def _weight_shape(self, name: str) -> tuple[int, ...]:
-        held = PARAMS if self.scope.has_variable(PARAMS, name) else FROZEN
-        return jnp.shape(nn.meta.unbox(self.scope.get_variable(held, name)))
-
-    def _updated(
+    def _adapted(
         self,
         y: AnyFloat,
         factors: Factors | None,
         inputs: tuple[Any, ...],
         deterministic: bool | None = None,
-        method: str = "__call__",
-        *,
-        drops: bool = True,
+        method: str = CALL,
     ) -> AnyFloat:
-        """Adds the adapter's update to the base output ``y``; scales it for DoRA."""
+        """Applies the adapter to the base output ``y``, if there is one."""
         if factors is None:
             return y
-        drops = drops and self.lora.dropout_rate > 0
+        is_lookup = method == CALL and isinstance(self, nn.Embed)  # drops nothing
+        drops = self.lora.dropout_rate > 0 and not is_lookup
         if drops:
             drops = not nn.merge_param(
                 "deterministic", self.deterministic, deterministic
             )
-        module: Any = self  # a mixin to the checker, but a module
-        path = self._lora_path()
-        a, b, m = factors
-        y = y + adapter_update(
+        module: Any = self
+        return apply_adapter(
             module,
             method,
             inputs,
-            a,
-            b,
+            y,
+            factors,
             config=self.lora,
-            path=path,
+            path=self._lora_path(),
             deterministic=not drops,
-            dtype=y.dtype,
         )
-        if m is None:
-            return y
-        scaling = self.lora.scaling_for(path)
-        return scale_output(y, module, method, inputs, a, b, m, scaling=scaling)

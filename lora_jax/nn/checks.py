@@ -1,23 +1,30 @@
 """What is checked before an adapter meets a model, and how a call's flags are read."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core.scope import Scope
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
-from lora_jax.nn.layers import Layer
-from lora_jax.nn.trace import DETERMINISTIC_FLAGS
-from lora_jax.ops.contraction import Contraction
+from lora_jax.names import LORA, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.nn.apply import Factors
+from lora_jax.ops.contraction import Contraction, Shape
+from lora_jax.ops.dora import magnitude_shape
 from lora_jax.ops.merge import is_finite
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target, child
+
+# Flags of a call and their values at inference.
+DETERMINISTIC_FLAGS = {
+    "deterministic": True,
+    "train": False,
+    "training": False,
+    "is_training": False,
+}
 
 
 def is_deterministic(
@@ -47,47 +54,70 @@ def is_deterministic(
     return False
 
 
-def check_adapter(
-    path: str,
-    layer: Layer,
-    scope: Scope,
-    contraction: Contraction,
-    config: LoRAConfig,
-    is_target: bool,
+MAKE_OR_LOAD = "Make the variables with `attach`, or load them for this config."
+
+
+def check_presence(
+    path: str, factors: Sequence[Any], config: LoRAConfig, is_target: bool
 ) -> None:
-    """Raises unless the adapter of a called layer is the one the config asks for.
+    """Raises unless a called layer has an adapter if and only if the config adapts it.
 
     Args:
       path: of the layer, as the config's patterns see it.
-      layer: its description.
-      scope: that holds its kernel, A, B and magnitude.
-      contraction: roles of the kernel's axes.
-      config: says of which rank it must be, and whether with DoRA.
+      factors: its A, B and magnitude; None for what is not there.
+      config: says whether there must be a magnitude.
       is_target: whether the config adapts the layer.
 
     Raises:
-      ValueError: if A, B or the magnitude is missing, not wanted, or of another shape.
+      ValueError: if A, B or the magnitude is missing or not wanted.
     """
-    a, b = (scope.get_variable(PARAMS, name) for name in (LORA_A, LORA_B))
-    cause = "Make the variables with `attach`, or load them for this config."
+    a, b, magnitude = factors
     if not is_target or a is None or b is None:
         raise ValueError(
             f"the collection {LORA!r} must have {child(path, LORA_A)!r} and {LORA_B!r} "
             f"if and only if the config targets {path!r}; got "
-            f"{'no adapter for a target' if is_target else 'one too many'}. {cause}"
+            f"{'no adapter for a target' if is_target else 'one too many'}. "
+            f"{MAKE_OR_LOAD}"
         )
-    kernel = nn.meta.unbox(scope.get_variable(PARAMS, layer.weight))
-    wanted = contraction.factor_shapes(kernel.shape, config.rank_for(path))
-    if (a.shape, b.shape) != wanted:
-        raise ValueError(
-            f"lora_a, lora_b of {path!r} must be {wanted[0]}, {wanted[1]} for rank "
-            f"{config.rank_for(path)}; got {a.shape}, {b.shape}. {cause}"
-        )
-    magnitude = scope.get_variable(PARAMS, MAGNITUDE)
     if (magnitude is not None) != config.dora:
         raise ValueError(
             f"the collection {LORA!r} must have {child(path, MAGNITUDE)!r} if and only "
-            f"if the config has dora=True; got dora={config.dora}. {cause}"
+            f"if the config has dora=True; got dora={config.dora}. {MAKE_OR_LOAD}"
+        )
+
+
+def check_factors_fit(
+    path: str,
+    factors: Factors,
+    kernel_shape: Shape,
+    contraction: Contraction,
+    config: LoRAConfig,
+) -> None:
+    """Raises unless a layer's factors have the shapes that the config asks for.
+
+    Args:
+      path: of the layer, as the config's patterns see it.
+      factors: what is trained of it.
+      kernel_shape: of its weight.
+      contraction: roles of the kernel's axes.
+      config: gives the rank.
+
+    Raises:
+      ValueError: if A, B or the magnitude has another shape.
+    """
+    rank = config.rank_for(path)
+    a, b = contraction.factor_shapes(kernel_shape, rank)
+    got = jnp.shape(factors.lora_a), jnp.shape(factors.lora_b)
+    if got != (a, b):
+        raise ValueError(
+            f"lora_a, lora_b of {path!r} must be {a}, {b} for rank {rank} and a kernel "
+            f"of shape {kernel_shape}; got {got[0]}, {got[1]}. {MAKE_OR_LOAD}"
+        )
+    wanted = magnitude_shape(kernel_shape, contraction)
+    if factors.magnitude is not None and jnp.shape(factors.magnitude) != wanted:
+        raise ValueError(
+            f"{child(path, MAGNITUDE)} must be {wanted}; "
+            f"got {jnp.shape(factors.magnitude)}. {MAKE_OR_LOAD}"
         )
 
 

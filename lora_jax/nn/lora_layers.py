@@ -1,7 +1,7 @@
-"""Twins of Linen's linear layers, embeddings and convolutions.
+"""Linen's linear layers, embeddings and convolutions with LoRA.
 
-Each takes the arguments of its `flax.linen` twin plus ``lora``, loads the twin's
-parameters into ``frozen`` as they are, and is bit-equal to it until A and B are
+Each takes the arguments of its `flax.linen` counterpart plus ``lora``, loads that
+layer's parameters into ``frozen`` as they are, and is bit-equal to it until A and B are
 trained.
 """
 
@@ -10,7 +10,7 @@ import jax
 
 from lora_jax.config import LoRAConfig
 from lora_jax.nn.base import LoRALayer
-from lora_jax.nn.dora import scale_query
+from lora_jax.nn.layer_rules import ATTEND
 
 
 class LoRADense(LoRALayer, nn.Dense):
@@ -44,7 +44,7 @@ class LoRADense(LoRALayer, nn.Dense):
     ) -> jax.Array:
         """Applies the layer to ``[*b, i]``; see `flax.linen.Dense`."""
         y = super().__call__(inputs)
-        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
 
 
 class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
@@ -67,7 +67,7 @@ class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
     ) -> jax.Array:
         """Applies the layer; see `flax.linen.DenseGeneral`."""
         y = super().__call__(inputs)
-        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
 
 
 class LoRAEinsum(LoRALayer, nn.Einsum):
@@ -94,7 +94,7 @@ class LoRAEinsum(LoRALayer, nn.Einsum):
         """Applies the equation; see `flax.linen.Einsum`."""
         y = super().__call__(inputs, einsum_str)
         call = (inputs, einsum_str)
-        return self._updated(y, self._factors(*call), call, deterministic)
+        return self._adapted(y, self._factors(*call), call, deterministic)
 
 
 class LoRAConv(LoRALayer, nn.Conv):
@@ -120,7 +120,7 @@ class LoRAConv(LoRALayer, nn.Conv):
     ) -> jax.Array:
         """Applies the convolution to ``[*b, *spatial, i]``; see `flax.linen.Conv`."""
         y = super().__call__(inputs)
-        return self._updated(y, self._factors(inputs), (inputs,), deterministic)
+        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
 
 
 class LoRAEmbed(LoRALayer, nn.Embed):
@@ -146,14 +146,10 @@ class LoRAEmbed(LoRALayer, nn.Embed):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Looks up rows ``[*b]`` of the table; see `flax.linen.Embed`."""
         y = super().__call__(inputs)
-        return self._updated(y, self.factors, (inputs,), drops=False)
+        return self._adapted(y, self.factors, (inputs,))
 
     def attend(self, query: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Multiplies ``[*b, d]`` by the transposed table; see `flax.linen.Embed`."""
-        factors = self.factors
-        if factors is not None and factors.magnitude is not None:
-            a, b, m = factors.lora_a, factors.lora_b, factors.magnitude
-            scaling = self.lora.scaling_for(self._lora_path())
-            query = scale_query(query, self, a, b, m, scaling=scaling)
+        query = self._adapted_query(query, self.factors)
         y = super().attend(query)
-        return self._updated(y, self.factors, (query,), deterministic, "attend")
+        return self._adapted(y, self.factors, (query,), deterministic, ATTEND)

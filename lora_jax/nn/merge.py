@@ -45,7 +45,7 @@ def lora_layer_targets(
     example = None
     if example_args or example_kwargs:
         example = Example.of(*example_args, **example_kwargs)
-    found = trace_model(model, base, example, native=True)
+    found = trace_model(model, base, example, lora_layers_only=True)
     rows = [target_at(site, found.configs[site.path]) for site in found.sites]
     targets = [row for row in rows if row is not None]
     if not targets:

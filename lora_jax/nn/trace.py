@@ -1,21 +1,14 @@
-"""Looking at a model without running it: which layers can be adapted.
+"""Finding a model's adaptable layers: one abstract trace, nothing computed.
 
-The model's own ``init`` is traced abstractly (no memory, no arithmetic), with every
-layer call watched. Flax's lifted transforms then do the book-keeping for us: a marker
-parameter written beside a kernel comes out of ``nn.scan`` or ``nn.vmap`` with the same
-new axes as the kernel, and since the marker's sizes are like no other, where the new
-axes stand is read off without a guess.
-
-Tracing needs example inputs. Where none are given, a few plausible ones are tried
-(token ids; features of a width that a kernel has; an image): the shape checks that Flax
-makes for every parameter let only a fitting one through, and which one it is makes no
-difference to the kernels.
+Tracing needs example inputs. Where none are given, the parameters say what they are if
+they can: token ids for an embedding, features as wide as a kernel's input. An input
+counts only if the model, traced with it, has exactly the parameters given. Anything
+else (images, masks, several inputs) has to be given.
 """
 
 import functools
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,33 +18,19 @@ import jax.numpy as jnp
 from flax import core
 from flax.core import freeze
 from flax.core.scope import Scope
+from flax.errors import FlaxError
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import BIAS, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
-from lora_jax.nn.layers import (
-    AlreadyAdaptedError,
-    Layer,
-    call_inputs,
-    layer_of_call,
-    registered_layers,
-)
-from lora_jax.ops.contraction import Contraction, Shape
-from lora_jax.ops.dora import magnitude_shape
-from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import LINEAR_KINDS, Site, UnsupportedWeight, child
+from lora_jax.names import EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.nn.apply import AlreadyAdaptedError
+from lora_jax.nn.checks import DETERMINISTIC_FLAGS
+from lora_jax.nn.layer_rules import registered_rules
+from lora_jax.nn.watch import FLAG, Watcher
+from lora_jax.ops.contraction import Shape
+from lora_jax.tree.paths import flatten
+from lora_jax.tree.targets import Site, UnsupportedWeight
 
-_MARKERS = ("__kernel_marker", "__a_marker", "__b_marker", "__magnitude_marker")
-_ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
-_FLAG = "lora_jax"
 _TRACES = itertools.count()
-
-# Flags of a call and their values at inference.
-DETERMINISTIC_FLAGS = {
-    "deterministic": True,
-    "train": False,
-    "training": False,
-    "is_training": False,
-}
 
 
 class Example(NamedTuple):
@@ -79,24 +58,33 @@ class Example(NamedTuple):
         ]
         return cls(tuple(shaped), treedef, method)
 
+    def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments, with the flags of inference."""
+        args, kwargs = jax.tree.unflatten(self.treedef, self.leaves)
+        return args, _with_flags(model, self.method, args, kwargs)
+
 
 class Trace(NamedTuple):
     """What one look at a model found; not to be changed, it is remembered.
 
     Attributes:
       sites: layers that can be adapted.
-      unknown: weights that can't be, by path.
+      unsupported: weights that can't be, by path.
       params: shapes of the model's parameters.
       configs: those of the layers themselves, by path, where they are LoRA twins.
       typed: paths of the modules whose outputs have their own ``dtype``, whatever that
         of their parameters is.
+      others: shapes of the model's other collections (``batch_stats``, say).
+      example: the inputs that it was traced with.
     """
 
     sites: tuple[Site, ...]
-    unknown: dict[str, UnsupportedWeight]
+    unsupported: dict[str, UnsupportedWeight]
     params: dict[str, Any]
     configs: dict[str, LoRAConfig]
-    typed: frozenset[str] = frozenset()
+    typed: frozenset[str]
+    others: dict[str, Any]
+    example: Example
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +102,7 @@ def trace_model(
     params: Mapping[str, Any] | None,
     example: Example | None,
     *,
-    native: bool = False,
+    lora_layers_only: bool = False,
 ) -> Trace:
     """Finds every layer of ``model`` that can be adapted.
 
@@ -122,37 +110,37 @@ def trace_model(
 
     Args:
       model: any Linen module, unbound.
-      params: its parameter tree, for the choice of inputs where no example is given.
-      example: example inputs, or None to try plausible ones.
-      native: whether to find the model's LoRA twins instead of plain layers.
+      params: its parameter tree, which may tell the inputs where no example is given.
+      example: example inputs, or None.
+      lora_layers_only: whether to find the model's LoRA layers instead of plain ones.
 
     Returns:
       The layers and the shapes of all parameters.
 
     Raises:
-      ValueError: if no example is given and none of those tried fits.
+      ValueError: if no example is given and the parameters don't tell one.
     """
     if example is not None:
-        return _trace(model, example, native)
-    shapes = shapes_of(params or {})
-    tried = []
-    for candidate in _plausible_examples(model, shapes):
+        return _trace(model, example, lora_layers_only)
+    shapes, tried = shapes_of(params or {}), []
+    for candidate in _examples_from(model, shapes):
         try:
-            found = _trace(model, candidate, native)
+            found = _trace(model, candidate, lora_layers_only)
         except AlreadyAdaptedError:
             raise
-        except Exception as error:  # whatever a wrong input provokes
-            tried.append(f"{_describe(candidate)}: {type(error).__name__}")
+        except (TypeError, ValueError, FlaxError) as error:
+            tried.append(f"{_describe(candidate)}: {type(error).__name__}: {error}")
             continue
         if shapes_of(found.params) == shapes:
             return found
-        tried.append(f"{_describe(candidate)}: other parameters")
-    held = ", ".join(list(shapes)[:6]) or "none"
+        tried.append(f"{_describe(candidate)} makes other parameters")
+    why = (
+        f"{tried[0][:300]}" if tried else "its inputs can't be read from its parameters"
+    )
     raise ValueError(
-        f"{type(model).__name__} must be traced to find its layers, and none of "
-        f"{len(tried)} plausible inputs fits it and its parameters ({held})"
-        f"{': ' * bool(tried)}{'; '.join(tried[:6])}. Give example inputs behind the "
-        "other arguments."
+        f"{type(model).__name__} needs example inputs for its layers to be found: "
+        f"{why}. Pass them after the config (arrays or jax.ShapeDtypeStruct), for "
+        "example adapt(model, config, jnp.ones((1, 224, 224, 3)))."
     )
 
 
@@ -166,7 +154,7 @@ def flag_scope(scope: Scope, value: Any) -> None:
       scope: of the model.
       value: hashable; calls with equal values share compilations.
     """
-    scope.flags = freeze({**scope.flags, _FLAG: value})
+    scope.flags = freeze({**scope.flags, FLAG: value})
 
 
 def bound_method(
@@ -178,22 +166,10 @@ def bound_method(
     return functools.partial(method, model)
 
 
-def find_contraction(
-    layer: Layer, module: nn.Module, method: str, inputs: tuple[Any, ...]
-) -> Contraction | str:
-    """Returns the roles of the axes of a layer's weight, or why it has none."""
-    try:
-        if method != "__call__":  # a lookup's weight needs no inputs
-            return layer.contraction(module)
-        return layer.contraction(module, *inputs)
-    except ValueError as error:
-        return str(error)
-
-
-def _trace(model: nn.Module, example: Example, native: bool) -> Trace:
+def _trace(model: nn.Module, example: Example, lora_layers_only: bool) -> Trace:
     """Traces, or remembers it; a bound model's scope holds arrays, and isn't kept."""
     x64 = jax.config.values["jax_enable_x64"]
-    known = (model, example, native, registered_layers(), x64)
+    known = (model, example, lora_layers_only, registered_rules(), x64)
     try:
         hash(known)
     except TypeError:
@@ -207,49 +183,9 @@ def _look_once(*known: Any) -> Trace:
     return _look(*known)
 
 
-def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
+def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -> Trace:
     """Traces ``model.init`` once, watching every layer."""
-    found: dict[str, tuple[str, str, Contraction]] = {}
-    unknown: dict[str, UnsupportedWeight] = {}
-    refused: dict[str, str] = {}  # why a layer of a known type can't be adapted
-    configs: dict[str, LoRAConfig] = {}
-    typed: dict[str, bool] = {}
-    beside = LORA if native else PARAMS  # where A, B and m have their scanned axes
-
-    def watch(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        module = context.module
-        path = "/".join(module.scope.path) if module.scope else ""
-        layer = layer_of_call(context, native=native)
-        own, made = getattr(module, "dtype", None), jax.tree.leaves(y)
-        if own is not None and made:
-            is_own = all(getattr(leaf, "dtype", own) == own for leaf in made)
-            typed[path] = typed.get(path, True) and is_own
-        if layer is not None:
-            inputs = call_inputs(context.orig_method, args, kwargs)
-            contraction = find_contraction(layer, module, context.method_name, inputs)
-            if isinstance(contraction, str):
-                refused[path] = contraction
-            elif found.get(path, (contraction,))[-1] != contraction:
-                refused[path] = f"its calls use the axes of {layer.weight} differently"
-            # Not "path not in found": a lifted transform may trace a layer again.
-            elif not module.scope.has_variable(beside, _MARKERS[1]):
-                found[path] = (layer.kind, layer.weight, contraction)
-                _put_markers(module.scope, layer.weight, contraction, beside)
-                if native:
-                    configs[path] = module.lora
-        for name, value in module.variables.get(PARAMS, {}).items():
-            leaf = nn.meta.unbox(value)
-            if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
-                continue
-            if max(map(jnp.ndim, jax.tree.leaves(leaf)), default=0) > 1:
-                is_linear = layer is not None and layer.kind in LINEAR_KINDS
-                kind = type(module).__name__
-                if layer is not None or child(path, name) not in unknown:
-                    why = refused.get(path, "")
-                    unknown[child(path, name)] = UnsupportedWeight(kind, is_linear, why)
-        return y
-
+    watcher = Watcher(lora_layers_only)
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]
 
     def init(key, dynamic):
@@ -260,42 +196,30 @@ def _look(model: nn.Module, example: Example, native: bool, *_: Any) -> Trace:
 
         def run(scope: Scope) -> None:
             bound = model.clone(parent=scope, _deep_clone=True)
-            with nn.intercept_methods(watch):
+            with nn.intercept_methods(watcher):
                 bound_method(bound, example.method)(*args, **kwargs)
 
-        flags = {_FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
+        flags = {FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
         return core.init(run, flags=flags)({PARAMS: key})[1]
 
     variables = jax.eval_shape(init, jax.random.key(0), dynamic)
-    if not native and (FROZEN in variables or LORA in variables):
+    if not lora_layers_only and (FROZEN in variables or LORA in variables):
         raise AlreadyAdaptedError(
             f"{type(model).__name__} has LoRA layers of its own (a collection "
             f"{FROZEN!r} or {LORA!r}); use it as it is, without `adapt`."
         )
-    flat, markers = {}, {}
-    for collection in (FROZEN, PARAMS, LORA):
-        for path, leaf in flatten(nn.meta.unbox(variables.get(collection, {}))).items():
-            if path.endswith(_MARKERS):
-                markers[path] = leaf
-            elif collection != LORA:
-                flat[path] = leaf
-    found = {path: layer for path, layer in found.items() if path not in refused}
-    unknown = {p: w for p, w in unknown.items() if p.rpartition("/")[0] not in found}
-    sites = []
-    for path, (kind, weight, contraction) in found.items():
-        in_kernel, *in_leaves = (
-            tuple(
-                axis
-                for axis, size in enumerate(markers[child(path, name)].shape)
-                if size != _ODD_SIZE
-            )
-            for name in _MARKERS
-        )
-        shape = flat[child(path, weight)].shape
-        stacked = contraction.stacked(in_kernel)
-        sites.append(Site(path, kind, weight, shape, stacked, *in_leaves))
-    own = frozenset(path for path, is_own in typed.items() if is_own)
-    return Trace(tuple(sites), unknown, unflatten(flat), configs, own)
+    params, sites = watcher.finish(variables)
+    sown = ("intermediates", FROZEN, LORA, PARAMS)
+    others = {name: tree for name, tree in variables.items() if name not in sown}
+    return Trace(
+        sites,
+        watcher.unsupported,
+        params,
+        watcher.configs,
+        frozenset(path for path, is_own in watcher.typed.items() if is_own),
+        nn.meta.unbox(others),
+        example,
+    )
 
 
 def _with_flags(
@@ -316,71 +240,33 @@ def _with_flags(
     return {**kwargs, **unset}
 
 
-def _put_markers(
-    scope: Scope, weight: str, contraction: Contraction, beside: str
-) -> None:
-    """Writes arrays with the axes of kernel, A, B, m, of a size found nowhere else."""
-    held = FROZEN if scope.has_variable(FROZEN, weight) else PARAMS
-    kernel = nn.meta.unbox(scope.get_variable(held, weight)).shape
-    a, b = contraction.factor_shapes(kernel, 1)
-    shapes = (kernel, a, b, magnitude_shape(kernel, contraction))
-    for name, shape in zip(_MARKERS, shapes, strict=True):
-        marker = jnp.zeros((_ODD_SIZE,) * len(shape), jnp.int8)
-        scope.put_variable(held if name == _MARKERS[0] else beside, name, marker)
-
-
-def _plausible_examples(
-    model: nn.Module, shapes: Mapping[str, Shape]
-) -> Iterator[Example]:
-    """Yields inputs a model with these parameters may take."""
-    signature = inspect.signature(type(model).__call__)
+def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Example]:
+    """Yields the inputs that a model of one input has by its parameters."""
+    parameters = list(inspect.signature(type(model).__call__).parameters.values())[1:]
+    flags: dict[str, Any] = {
+        p.name: DETERMINISTIC_FLAGS[p.name]
+        for p in parameters
+        if p.name in DETERMINISTIC_FLAGS
+    }
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
     required = [
         p
-        for p in list(signature.parameters.values())[1:]
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters
+        if p.default is p.empty and p.kind in positional and p.name not in flags
     ]
-    flags: dict[str, Any] = {
-        name: value
-        for name, value in DETERMINISTIC_FLAGS.items()
-        if name in signature.parameters
-    }
-    others = [p for p in required if p.name not in flags]
-    for shape, dtype in _plausible_shapes(shapes):
-        first = jax.ShapeDtypeStruct(shape, dtype)
-        # Further required arguments are masks or ids, or inputs like the first.
-        for second in dict.fromkeys(
-            [jax.ShapeDtypeStruct(shape[:2], jnp.int32), first]
-            if others[1:]
-            else [first]
-        ):
-            args = [first, *(second for _ in others[1:])]
-            named = {p.name: arg for p, arg in zip(others, args, strict=False)}
-            # A model that takes *args (nn.Sequential) is given the one input.
-            yield Example.of(*args[len(named) :], **named, **flags)
-
-
-def _plausible_shapes(shapes: Mapping[str, Shape]) -> Iterator[tuple[Shape, Any]]:
-    length = 8
-    if any(path.endswith(EMBEDDING) for path in shapes):
-        yield (1, length), jnp.int32
-    kernels = [s for path, s in shapes.items() if path.endswith(KERNEL)]
-    for kernel in kernels:
-        if len(kernel) == 4:  # an image for the first convolution: [k, k, i, o]
-            sides = {224, 32, 64, 28}
-            tables = (t for t in shapes.values() if all(isinstance(n, int) for n in t))
-            for table in tables:  # a learned position table tells the side
-                tokens = table[-2] if len(table) in (2, 3) else 0
-                sides |= {
-                    math.isqrt(n) * kernel[0] for n in (tokens, tokens - 1) if n > 0
-                }
-            for side in sorted(sides, reverse=True):
-                yield (1, side, side, kernel[2]), jnp.float32
-                yield (1, kernel[2], side, side), jnp.float32
-    widths = dict.fromkeys(size for kernel in kernels for size in kernel)
-    for width in widths:
-        yield (1, length, width), jnp.float32
-        yield (1, width), jnp.float32
+    if len(required) > 1:
+        return
+    if any(path.rpartition("/")[2] == EMBEDDING for path in shapes):
+        yield Example.of(jax.ShapeDtypeStruct((1, 8), jnp.int32), **flags)
+    kernels = [s for path, s in shapes.items() if path.rpartition("/")[2] == KERNEL]
+    if any(len(kernel) > 3 for kernel in kernels):
+        return  # images: their size is in no kernel
+    for width in dict.fromkeys(kernel[0] for kernel in kernels):
+        for shape in ((1, 8, width), (1, width)):
+            yield Example.of(jax.ShapeDtypeStruct(shape, jnp.float32), **flags)
 
 
 def _describe(example: Example) -> str:

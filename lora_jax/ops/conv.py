@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat, Bias, PRNGKey
 from lora_jax.ops.contraction import Contraction, check_bias, check_factors
+from lora_jax.ops.dora import dora_scale, rescale
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -42,6 +43,8 @@ def lora_conv(
     *,
     scaling: float | jax.Array,
     bias: Bias | None = None,
+    magnitude: Bias | None = None,
+    base_output: AnyFloat | None = None,
     strides: int | Sequence[int] = 1,
     padding: PaddingLike = "SAME",
     input_dilation: int | Sequence[int] = 1,
@@ -64,6 +67,8 @@ def lora_conv(
       lora_b: ``B`` ``[r, o]``; with groups ``[groups, r, o/groups]``.
       scaling: ``alpha / rank``.
       bias: frozen base bias ``[o]``, or None.
+      magnitude: DoRA's ``m`` ``[o]``, or None; see `lora_dense`.
+      base_output: of the frozen convolution, bias included, where it has been computed.
       strides: of the window, one for all or one an axis.
       padding: as in `flax.linen.Conv`: ``SAME``, ``VALID``, ``CIRCULAR``, ``REFLECT``,
         ``CAUSAL``, or numbers of elements.
@@ -75,7 +80,8 @@ def lora_conv(
       precision: as in `jax.lax.conv_general_dilated`.
 
     Returns:
-      Outputs ``[*b, *spatial', o]``, in the dtype of ``x``.
+      Outputs ``[*b, *spatial', o]``, in the dtype of ``x`` (of ``base_output`` if it is
+      given).
 
     Raises:
       ValueError: if shapes, groups or padding do not fit.
@@ -99,9 +105,8 @@ def lora_conv(
             f"x, kernel must have {groups} x i/groups and a multiple of {groups} "
             f"channels; got {x.shape[-1]} inputs for a kernel of shape {kernel.shape}."
         )
-    check_factors(
-        kernel.shape, lora_a.shape, lora_b.shape, conv_contraction(spatial, groups)
-    )
+    roles = conv_contraction(spatial, groups)
+    check_factors(kernel.shape, lora_a.shape, lora_b.shape, roles)
     check_bias(bias, kernel.shape)
     window = {
         "strides": strides,
@@ -111,8 +116,12 @@ def lora_conv(
         "groups": groups,
         "precision": precision,
     }
-    update = conv_update(
-        x,
+    y = base_output
+    if y is None:
+        y = _conv(x, kernel, **window)
+        y = y if bias is None else y + bias.astype(y.dtype)
+    y = y + _update(
+        x.astype(y.dtype),
         lora_a,
         lora_b,
         scaling=scaling,
@@ -120,41 +129,27 @@ def lora_conv(
         dropout_key=dropout_key,
         **window,
     )
-    y = _conv(x, kernel, **window)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
-    return y + update
+    if magnitude is None:
+        return y
+    m_over_n = dora_scale(
+        kernel, lora_a, lora_b, magnitude, scaling=scaling, contraction=roles
+    )
+    return rescale(y, m_over_n, bias)
 
 
-def conv_update(
+def _update(
     x: AnyFloat,
     lora_a: AnyFloat,
     lora_b: AnyFloat,
     *,
     scaling: float | jax.Array,
-    groups: int = 1,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
-    precision: jax.lax.PrecisionLike = None,
+    groups: int,
+    dropout_rate: float,
+    dropout_key: PRNGKey | None,
+    precision: jax.lax.PrecisionLike,
     **window,
 ) -> AnyFloat:
-    """Computes ``scaling * conv1x1(conv(x, A), B)``, the update alone.
-
-    Args:
-      x: inputs ``[*b, *spatial, i]``.
-      lora_a: A, as in `lora_conv`.
-      lora_b: B, as in `lora_conv`.
-      scaling: ``alpha / rank``.
-      groups: number of feature groups.
-      dropout_rate: probability of dropping an element of ``x``.
-      dropout_key: PRNG key, needed where the rate is above 0.
-      precision: as in `jax.lax.conv_general_dilated`.
-      **window: strides, padding and dilations, as in `lora_conv`.
-
-    Returns:
-      The update ``[*b, *spatial', o]``.
-    """
-    check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
+    """Computes ``scaling * conv1x1(conv(x, A), B)``, the update alone."""
     key = check_dropout(dropout_rate, dropout_key)
     if groups > 1:  # [g, *k, i, r] -> [*k, i, g * r], the layout of a grouped kernel
         lora_a = jnp.moveaxis(lora_a, 0, -2)

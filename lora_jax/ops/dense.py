@@ -1,10 +1,25 @@
-"""LoRA's equation: ``y = x W0 + scaling * (x A) B``."""
+"""LoRA's equation: ``y = x W0 + scaling * (x A) B``.
+
+The function below is what every adapted dense layer of a model runs: `LoRADense`, the
+layers of an `adapt`-ed model, attention's projections. They hand it the output of their
+own frozen layer as ``base_output``; called alone, it computes that itself.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array_types import Bias, Inputs, Kernel, LoraA, LoraB, Outputs, PRNGKey
+from lora_jax.array_types import (
+    AnyFloat,
+    Bias,
+    Inputs,
+    Kernel,
+    LoraA,
+    LoraB,
+    Outputs,
+    PRNGKey,
+)
 from lora_jax.ops.contraction import check_bias, check_factors
+from lora_jax.ops.dora import dora_scale, rescale
 from lora_jax.ops.product import check_floating, low_rank_update
 
 _LEADING = "abcdefghjklmnpqstuvwxyz"  # labels of the leading dimensions: not i, o, R
@@ -18,6 +33,9 @@ def lora_dense(
     *,
     scaling: float | jax.Array,
     bias: Bias | None = None,
+    magnitude: Bias | None = None,
+    base_output: Outputs | None = None,
+    hidden: AnyFloat | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -26,7 +44,8 @@ def lora_dense(
 
     Computes ``y = x @ W0 + bias + scaling * (dropout(x) @ A) @ B`` without forming the
     ``[i, o]`` product ``A @ B``: the update costs ``r * (i + o)`` multiply-adds a row,
-    the base ``i * o``.
+    the base ``i * o``. With a ``magnitude`` (DoRA) all but the bias is scaled by
+    ``magnitude / n``, ``n`` the column norms of ``W0 + scaling * A @ B``.
 
     The update has a backward pass of its own (`lora_jax.ops.product`), so forward-mode
     differentiation (`jax.jvp`, `jax.jacfwd`) of it is a ``TypeError`` from JAX; reverse
@@ -40,12 +59,17 @@ def lora_dense(
       lora_b: up-projection ``B`` ``[r, o]``, zero at init.
       scaling: ``alpha / rank``; see `LoRAConfig.scaling_for`.
       bias: frozen base bias ``[o]``, or None.
+      magnitude: DoRA's ``m`` ``[o]``, `column_norm` of the kernel at init, or None.
+      base_output: ``x @ W0 + bias`` ``[*b, o]`` where the frozen layer has computed it;
+        sets the dtype of the result. Chaining calls by it puts several adapters on one
+        layer.
+      hidden: ``dropout(x) @ A`` ``[*b, r]`` where `shared_hidden` has computed it.
       dropout_rate: probability of dropping an element of the update's input.
       dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
-      Outputs ``[*b, o]``, in the dtype of ``x``.
+      Outputs ``[*b, o]``, in the dtype of ``x`` (of ``base_output`` if it is given).
 
     Raises:
       ValueError: if the shapes do not chain, or the dropout rate is outside [0, 1] or
@@ -61,7 +85,8 @@ def lora_dense(
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1. The paper multiplies
       from the left (``W0 + B A``), we from the right: our ``lora_a`` and ``lora_b``
-      are the transposes of its ``A`` and ``B``.
+      are the transposes of its ``A`` and ``B``. DoRA: Liu et al.,
+      https://arxiv.org/abs/2402.09353, equations 5 and 11.
     """
     check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b, bias=bias)
     check_factors(kernel.shape, lora_a.shape, lora_b.shape)
@@ -71,34 +96,25 @@ def lora_dense(
             f"{kernel.shape}; got {x.shape}."
         )
     check_bias(bias, kernel.shape)
-    update = dense_update(
+    y = base_output
+    if y is None:
+        y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)  # [*b, o]
+        y = y if bias is None else y + bias.astype(y.dtype)
+    b = _LEADING[: x.ndim - 1]
+    y = y + low_rank_update(
+        f"{b}i,iR->{b}R",
+        f"{b}R,Ro->{b}o",
         x,
         lora_a,
         lora_b,
         scaling=scaling,
+        hidden=hidden,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         precision=precision,
+        dtype=y.dtype,
     )
-    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)  # [*b, o]
-    if bias is not None:
-        y = y + bias.astype(x.dtype)
-    return y + update
-
-
-def dense_update(x: Inputs, lora_a: LoraA, lora_b: LoraB, **options) -> Outputs:
-    """Computes ``scaling * (x @ A) @ B``, the update alone.
-
-    Args:
-      x: inputs ``[*b, i]``.
-      lora_a: ``A`` ``[i, r]``.
-      lora_b: ``B`` ``[r, o]``.
-      **options: as in `lora_jax.ops.product.low_rank_update`.
-
-    Returns:
-      The update ``[*b, o]``.
-    """
-    b = _LEADING[: x.ndim - 1]
-    return low_rank_update(
-        f"{b}i,iR->{b}R", f"{b}R,Ro->{b}o", x, lora_a, lora_b, **options
-    )
+    if magnitude is None:
+        return y
+    m_over_n = dora_scale(kernel, lora_a, lora_b, magnitude, scaling=scaling)
+    return rescale(y, m_over_n, bias)

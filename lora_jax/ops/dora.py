@@ -3,7 +3,8 @@
 ``y = (m / n) (x W0 + scaling * (x A) B) + bias``, where ``n`` are the column norms of
 ``W0 + scaling * A B`` and ``m``, which is trained, starts as those of ``W0``. So DoRA
 is LoRA's own output times one number an output, and every LoRA layer becomes a DoRA
-layer by `rescale`. For the gradient ``n`` is a constant (section 4.3 of the paper).
+layer by `rescale`: the ops take ``m`` as ``magnitude``. For the gradient ``n`` is a
+constant (section 4.3 of the paper).
 
 The norms never form the ``[i, o]`` product ``A B``::
 
@@ -20,59 +21,10 @@ import string
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat, Bias, Inputs, Kernel, LoraA, LoraB, Outputs
+from lora_jax.array_types import AnyFloat
 from lora_jax.ops.contraction import DENSE, Contraction, Shape, check_factors
-from lora_jax.ops.dense import lora_dense
 from lora_jax.ops.merge import delta_kernel
 from lora_jax.ops.product import check_floating
-
-
-def dora_dense(
-    x: Inputs,
-    kernel: Kernel,
-    lora_a: LoraA,
-    lora_b: LoraB,
-    magnitude: Bias,
-    *,
-    scaling: float | jax.Array,
-    bias: Bias | None = None,
-    **options,
-) -> Outputs:
-    """Applies a frozen dense layer with DoRA.
-
-    Computes ``y = (m / n) * (x @ W0 + scaling * (dropout(x) @ A) @ B) + bias`` with
-    ``n`` the column norms of ``W0 + scaling * A @ B``, a constant for the gradient.
-
-    Args:
-      x: inputs ``[*b, i]``; sets the dtype of the computation and of the result.
-      kernel: frozen base weight ``W0`` ``[i, o]``.
-      lora_a: ``A`` ``[i, r]``, random at init.
-      lora_b: ``B`` ``[r, o]``, zero at init.
-      magnitude: ``m`` ``[o]``, `column_norm` of ``kernel`` at init.
-      scaling: ``alpha / rank``.
-      bias: frozen base bias ``[o]``, or None.
-      **options: dropout (of the update's input only, not of the base's) and precision,
-        as in `lora_dense`.
-
-    Returns:
-      Outputs ``[*b, o]``, in the dtype of ``x``.
-
-    Raises:
-      ValueError: if the shapes do not chain, or the dropout rate lacks its key.
-      TypeError: if an array is not floating.
-
-    Example:
-      >>> x, w0, a, b = (jnp.ones(s) for s in [(2, 4), (4, 3), (4, 1), (1, 3)])
-      >>> dora_dense(x, w0, a, b, 5 * jnp.ones(3), scaling=0.5)[0].tolist()
-      [10.0, 10.0, 10.0]
-
-    References:
-      Liu et al., https://arxiv.org/abs/2402.09353, equations 5 and 11. Its ``V`` is our
-      ``W0``; its ``B A`` is our ``scaling * A B``, transposed.
-    """
-    y = lora_dense(x, kernel, lora_a, lora_b, scaling=scaling, bias=bias, **options)
-    scale = dora_scale(kernel, lora_a, lora_b, magnitude, scaling=scaling)
-    return rescale(y, scale, bias)
 
 
 def rescale(y: AnyFloat, scale: AnyFloat, bias: AnyFloat | None = None) -> AnyFloat:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.ops.contraction import Contraction, check_factors
+from lora_jax.ops.dora import dora_scale, magnitude_shape, rescale
 from lora_jax.ops.product import RANK, check_floating, low_rank_update
 
 _SPARE = "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSQPONMLKJIHGFEDCBA"
@@ -49,6 +50,14 @@ class Equation(NamedTuple):
         """Equation of ``h B``."""
         batch, _, outputs = self._roles()
         return f"{self._hidden()},{batch}{RANK}{outputs}->{self.out}"
+
+    def over_output(self, per_output: AnyFloat) -> AnyFloat:
+        """Lays ``[*batch, *out]`` out for broadcasting over the output."""
+        batch, _, outputs = self._roles()
+        labels = batch + outputs
+        ordered = [labels.index(label) for label in self.out if label in labels]
+        others = [i for i, label in enumerate(self.out) if label not in labels]
+        return jnp.expand_dims(jnp.transpose(per_output, ordered), others)
 
     def _hidden(self) -> str:
         return "".join(c for c in self.x if c in self.out) + RANK
@@ -141,15 +150,19 @@ def lora_einsum(
     lora_b: AnyFloat,
     *,
     scaling: float | jax.Array,
+    bias: AnyFloat | None = None,
+    magnitude: AnyFloat | None = None,
+    base_output: AnyFloat | None = None,
+    hidden: AnyFloat | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> AnyFloat:
     """Applies a frozen einsum plus its low-rank update.
 
-    Computes ``einsum(equation, x, W0) + scaling * (x A) B``, equal to
-    ``einsum(equation, x, merge_kernel(W0, A, B))``. Every batch element of the kernel
-    (an expert) has an A and a B of its own.
+    Computes ``einsum(equation, x, W0) + bias + scaling * (x A) B``, equal to
+    ``einsum(equation, x, merge_kernel(W0, A, B)) + bias``. Every batch element
+    of the kernel (an expert) has an A and a B of its own.
 
     Args:
       equation: explicit, two operands, ``"btd,dnh->btnh"``; ``...`` allowed in ``x``
@@ -159,12 +172,17 @@ def lora_einsum(
       lora_a: ``A`` ``[*batch, *in, r]``, the kernel's axes in the kernel's order.
       lora_b: ``B`` ``[*batch, r, *out]``, likewise.
       scaling: ``alpha / rank``.
+      bias: frozen base bias with an element for each output, or None.
+      magnitude: DoRA's ``m`` ``[*batch, *out]``, or None; see `lora_dense`.
+      base_output: of the frozen layer, bias included, where it has been computed.
+      hidden: ``dropout(x) A`` where `shared_hidden` has computed it.
       dropout_rate: probability of dropping an element of the update's input.
       dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
-      The output of the equation, in the dtype of ``x``.
+      The output of the equation, in the dtype of ``x`` (of ``base_output`` if it is
+      given).
 
     Raises:
       ValueError: if the equation can't be adapted or shapes do not chain.
@@ -180,7 +198,7 @@ def lora_einsum(
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1.
     """
-    check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b)
+    check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b, bias=bias)
     parsed = parse_equation(equation, x.ndim)
     if len(parsed.kernel) != kernel.ndim:
         raise ValueError(
@@ -198,16 +216,42 @@ def lora_einsum(
             f"{kernel.shape}: {'; '.join(clashes)}."
         )
     check_factors(kernel.shape, lora_a.shape, lora_b.shape, parsed.contraction)
-    update = low_rank_update(
+    y = base_output
+    if y is None:
+        y = jnp.einsum(equation, x, kernel.astype(x.dtype), precision=precision)
+        y = y if bias is None else y + _bias_of(parsed, kernel, bias).astype(y.dtype)
+    y = y + low_rank_update(
         parsed.down,
         parsed.up,
         x,
         lora_a,
         lora_b,
         scaling=scaling,
+        hidden=hidden,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         precision=precision,
+        dtype=y.dtype,
     )
-    y = jnp.einsum(equation, x, kernel.astype(x.dtype), precision=precision)
-    return y + update
+    if magnitude is None:
+        return y
+    roles = parsed.contraction
+    m_over_n = dora_scale(
+        kernel, lora_a, lora_b, magnitude, scaling=scaling, contraction=roles
+    )
+    bias = None if bias is None else _bias_of(parsed, kernel, bias)
+    return rescale(y, parsed.over_output(m_over_n), bias)
+
+
+def _bias_of(parsed: Equation, kernel: AnyFloat, bias: AnyFloat) -> AnyFloat:
+    """Lays a bias with an element for each output out like the output."""
+    shape = magnitude_shape(tuple(kernel.shape), parsed.contraction)
+    per_output = jax.ShapeDtypeStruct(shape, bias.dtype)
+    layout = jax.eval_shape(parsed.over_output, per_output).shape
+    wanted, got = ([n for n in s if n > 1] for s in (layout, bias.shape))
+    if wanted != got:
+        raise ValueError(
+            f"bias must have one element for each output, {list(layout)}; "
+            f"got {bias.shape}."
+        )
+    return jnp.reshape(bias, layout)

@@ -2,16 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from lora_jax.array_types import (
     AnyFloat,
     Embedding,
     EmbeddingA,
     EmbeddingB,
+    PRNGKey,
     TokenIds,
 )
 from lora_jax.ops.contraction import check_factors
+from lora_jax.ops.dora import dora_scale, rescale
 from lora_jax.ops.product import (
     check_floating,
     factor_product,
@@ -29,20 +30,27 @@ def lora_embed(
     lora_b: EmbeddingB,
     *,
     scaling: float | jax.Array,
+    magnitude: AnyFloat | None = None,
+    base_output: AnyFloat | None = None,
 ) -> AnyFloat:
     """Looks up rows of a frozen table plus its low-rank update.
 
-    Computes ``E[ids] + scaling * A[ids] @ B``: a dense layer on one-hot inputs.
+    Computes ``E[ids] + scaling * A[ids] @ B``: a dense layer on one-hot inputs, for
+    which there is no dropout.
 
     Args:
       ids: row numbers ``[*b]``, integers; out of range gives NaN, as in `jnp.take`.
       embedding: frozen table ``E`` ``[v, d]``; sets the dtype of the result.
-      lora_a: ``A`` ``[v, r]``, random at init.
-      lora_b: ``B`` ``[r, d]``, zero at init.
+      lora_a: ``A`` ``[v, r]``, zero at init.
+      lora_b: ``B`` ``[r, d]``, random at init.
       scaling: ``alpha / rank``.
+      magnitude: DoRA's ``m`` ``[d]``, or None; see `lora_dense`.
+      base_output: ``E[ids]`` ``[*b, d]`` where it has been looked up; sets the dtype of
+        the result.
 
     Returns:
-      Rows ``[*b, d]``, in the dtype of ``embedding``.
+      Rows ``[*b, d]``, in the dtype of ``embedding`` (of ``base_output`` if it is
+      given).
 
     Raises:
       ValueError: if the shapes do not chain.
@@ -61,10 +69,15 @@ def lora_embed(
     check_factors(embedding.shape, lora_a.shape, lora_b.shape)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be integers; got {ids.dtype}.")
-    rows = jnp.take(embedding, ids, axis=0)  # [*b, d]
-    return rows + embed_update(
-        ids, lora_a, lora_b, scaling=scaling, dtype=embedding.dtype
-    )
+    y = jnp.take(embedding, ids, axis=0) if base_output is None else base_output
+    b = _LEADING[: ids.ndim]
+    h = jnp.take(lora_a, ids, axis=0).astype(y.dtype)  # [*b, r]
+    h = scale(h, scaling)
+    update: AnyFloat = factor_product(f"{b}R,Rd->{b}d", 0.0, None, h, lora_b)
+    y = y + update
+    if magnitude is None:
+        return y
+    return rescale(y, dora_scale(embedding, lora_a, lora_b, magnitude, scaling=scaling))
 
 
 def lora_attend(
@@ -74,11 +87,17 @@ def lora_attend(
     lora_b: EmbeddingB,
     *,
     scaling: float | jax.Array,
+    magnitude: AnyFloat | None = None,
+    base_output: AnyFloat | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> AnyFloat:
     """Multiplies by the transposed table: the logits of a tied output head.
 
     Computes ``x @ (E + scaling * A @ B).T`` as ``x Eᵀ + scaling * (x Bᵀ) Aᵀ``, with the
-    same A and B as the lookup.
+    same A and B as the lookup. DoRA's scale is one number for each of the ``d`` inputs
+    here, so it scales ``x``.
 
     Args:
       x: queries ``[*b, d]``; sets the dtype of the computation and of the result.
@@ -86,12 +105,20 @@ def lora_attend(
       lora_a: ``A`` ``[v, r]``.
       lora_b: ``B`` ``[r, d]``.
       scaling: ``alpha / rank``.
+      magnitude: DoRA's ``m`` ``[d]``, or None; not beside ``base_output``, whose
+        queries are to be scaled first, by `dora_query`.
+      base_output: ``x Eᵀ`` ``[*b, v]`` where it has been computed; sets the dtype of
+        the result.
+      dropout_rate: probability of dropping an element of the update's input.
+      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      precision: as in `jax.lax.dot_general`.
 
     Returns:
-      Logits ``[*b, v]``, in the dtype of ``x``.
+      Logits ``[*b, v]``, in the dtype of ``x`` (of ``base_output`` if it is given).
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes do not chain, the dropout rate lacks its key, or both
+        ``magnitude`` and ``base_output`` are given.
       TypeError: if an array is not floating.
     """
     check_floating(x=x, embedding=embedding, lora_a=lora_a, lora_b=lora_b)
@@ -101,29 +128,51 @@ def lora_attend(
             f"x must be [*b, d] = [*b, {embedding.shape[1]}] for a table of shape "
             f"{embedding.shape}; got {x.shape}."
         )
-    logits = jnp.dot(x, embedding.T.astype(x.dtype))  # [*b, v]
-    return logits + attend_update(x, lora_a, lora_b, scaling=scaling)
+    if magnitude is not None:
+        if base_output is not None:
+            raise ValueError(
+                "magnitude and base_output must not both be given; DoRA scales the "
+                "queries of a tied head: pass them through `dora_query` first."
+            )
+        x = dora_query(x, embedding, lora_a, lora_b, magnitude, scaling=scaling)
+    y = base_output
+    if y is None:
+        y = jnp.dot(x, embedding.T.astype(x.dtype), precision=precision)  # [*b, v]
+    b = _LEADING[: x.ndim - 1]
+    return y + low_rank_update(
+        f"{b}d,Rd->{b}R",
+        f"{b}R,vR->{b}v",
+        x,
+        lora_b,
+        lora_a,
+        scaling=scaling,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+        dtype=y.dtype,
+    )
 
 
-def embed_update(
-    ids: TokenIds,
+def dora_query(
+    x: AnyFloat,
+    embedding: Embedding,
     lora_a: EmbeddingA,
     lora_b: EmbeddingB,
+    magnitude: AnyFloat,
     *,
     scaling: float | jax.Array,
-    dtype: DTypeLike,
 ) -> AnyFloat:
-    """Computes ``scaling * A[ids] @ B`` ``[*b, d]``, the update of a lookup alone."""
-    b = _LEADING[: ids.ndim]
-    h = jnp.take(lora_a, ids, axis=0).astype(dtype)  # [*b, r]
-    return factor_product(f"{b}R,Rd->{b}d", 0.0, None, scale(h, scaling), lora_b)
+    """Scales the input of a tied head: ``x (m / n ⊙ (E + scaling * A B))ᵀ``.
 
+    Args:
+      x: queries ``[*b, d]``.
+      embedding: frozen table ``E`` ``[v, d]``.
+      lora_a: ``A`` ``[v, r]``.
+      lora_b: ``B`` ``[r, d]``.
+      magnitude: DoRA's ``m`` ``[d]``.
+      scaling: ``alpha / rank``.
 
-def attend_update(
-    x: AnyFloat, lora_a: EmbeddingA, lora_b: EmbeddingB, **options
-) -> AnyFloat:
-    """Computes ``scaling * (x @ Bᵀ) @ Aᵀ`` ``[*b, v]``, the update of a tied head."""
-    b = _LEADING[: x.ndim - 1]
-    return low_rank_update(
-        f"{b}d,Rd->{b}R", f"{b}R,vR->{b}v", x, lora_b, lora_a, **options
-    )
+    Returns:
+      ``x * m / n``, what the adapted table is to be multiplied by.
+    """
+    return rescale(x, dora_scale(embedding, lora_a, lora_b, magnitude, scaling=scaling))

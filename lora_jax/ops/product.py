@@ -105,7 +105,23 @@ def _backward(equation, rate, precision, residuals, dy):
     if is_transposed and not is_small:
         rank_first = jax.lax.optimization_barrier(rank_first)
     rank_first = rank_first.transpose(order)
-    return dropout(dx, rate, key), rank_first, None
+    dx = dropout(dx, rate, key)
+    return _varying_like(dx, x), _varying_like(rank_first, factor), None
+
+
+def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
+    """Sums a gradient over those axes of a `jax.shard_map` that its primal is whole on.
+
+    So `jax.shard_map` checks it (``check_vma``), and plain autodiff does.
+    """
+    own, wanted = (
+        getattr(jax.typeof(a), "vma", frozenset()) for a in (gradient, primal)
+    )
+    if summed := tuple(own - wanted):
+        gradient = jax.lax.psum(gradient, summed)
+    if missing := tuple(wanted - own):
+        gradient = jax.lax.pcast(gradient, missing, to="varying")
+    return gradient
 
 
 factor_product.defvjp(_forward, _backward)
@@ -145,6 +161,7 @@ def low_rank_update(
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
+    hidden: AnyFloat | None = None,
 ) -> AnyFloat:
     """Computes ``scaling * (x A) B``, the whole of what LoRA adds to a layer.
 
@@ -159,6 +176,7 @@ def low_rank_update(
       dropout_key: PRNG key, needed where the rate is above 0.
       precision: as in `jax.lax.dot_general`.
       dtype: of the computation and the result; default: that of ``x``.
+      hidden: ``dropout(x) A`` where the caller has it, see `lora_jax.ops.shared`.
 
     Returns:
       The update, in ``dtype``.
@@ -170,7 +188,9 @@ def low_rank_update(
     check_floating(x=x, lora_a=lora_a, lora_b=lora_b)
     key = check_dropout(dropout_rate, dropout_key)
     x = x.astype(x.dtype if dtype is None else dtype)
-    h: Any = factor_product(down, dropout_rate, precision, x, lora_a, key)  # [..., r]
+    h: Any = hidden  # [..., r]
+    if h is None:
+        h = factor_product(down, dropout_rate, precision, x, lora_a, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # the thin side is cheap to scale
     return factor_product(up, 0.0, precision, h, lora_b)
 

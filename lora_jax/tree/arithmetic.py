@@ -60,7 +60,7 @@ def fit_adapter(
             faults.append(f"{row.path} is no target")
         elif other.dora != row.dora:
             faults.append(f"{row.path} must have dora={row.dora}; got {other.dora}")
-        elif other.kernel_shape != row.kernel_shape or other.site != row.site:
+        elif not other.is_same_layer(row):
             faults.append(
                 f"{row.path} must have a kernel {row.kernel_shape} of the same layout; "
                 f"got {other.kernel_shape}"
@@ -95,7 +95,7 @@ def fit_adapter(
 def _padded(a, b, source: Target, target: Target):
     """Pads the rank of A (its last axis) and B (the one after its batch axes)."""
     more = (0, target.rank - source.rank)
-    rank_axis = len(source.site.contraction.split(source.kernel_shape)[0])
+    rank_axis = len(source.contraction.split(source.kernel_shape)[0])
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [more])
     sides = [(0, 0)] * b.ndim
     sides[rank_axis] = more

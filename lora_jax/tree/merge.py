@@ -51,10 +51,17 @@ def merge_params(
 
     Raises:
       ValueError: naming every adapter that is missing, has another shape or a NaN or
-        an infinity, and every merged kernel with one; then nothing is merged.
+        an infinity, every merged kernel with one, and every layer that transforms its
+        kernel before use; then nothing is merged.
     """
     flat, adapters = flatten(params), flatten(lora)
     check_adapters(adapters, targets)
+    if transformed := [target.path for target in targets if not target.is_plain]:
+        raise ValueError(
+            f"{', '.join(transformed)} can't be merged: their modules transform the "
+            "kernel before they use it, so no kernel stands for W0 + A B. Use the "
+            "model with its adapters."
+        )
     merged = {}
     for target in targets:
         merge = merge_dora if target.dora else add_delta
@@ -161,7 +168,7 @@ def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
 
 
 def _options(target: Target) -> dict[str, Any]:
-    return {"scaling": target.scaling, "contraction": target.site.contraction}
+    return {"scaling": target.scaling, "contraction": target.contraction}
 
 
 def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
@@ -172,4 +179,4 @@ def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
     if not target.dora:
         return wanted
     scale = dora_scale(jnp.asarray(kernel), *leaves, **_options(target))
-    return np.asarray(over_kernel(scale, target.site.contraction)) * wanted
+    return np.asarray(over_kernel(scale, target.contraction)) * wanted

@@ -24,7 +24,8 @@ from lora_jax.tree.paths import nearest
 LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
 
 
-class Site(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Site:
     """A layer that can be adapted.
 
     Attributes:
@@ -36,6 +37,8 @@ class Site(NamedTuple):
       scanned_a: where the scanned axes stand in the tree's ``lora_a``.
       scanned_b: where the scanned axes stand in the tree's ``lora_b``.
       scanned_m: where the scanned axes stand in the tree's ``magnitude``.
+      is_plain: whether the layer multiplies by its weight as it is stored; one that
+        transforms it first can be adapted, but not merged.
     """
 
     path: str
@@ -46,6 +49,17 @@ class Site(NamedTuple):
     scanned_a: tuple[int, ...] = ()
     scanned_b: tuple[int, ...] = ()
     scanned_m: tuple[int, ...] = ()
+    is_plain: bool = True
+
+    @property
+    def weight_path(self) -> str:
+        """Path of ``W0`` itself."""
+        return child(self.path, self.weight)
+
+    def is_same_layer(self, other: "Site") -> bool:
+        """Says whether path, kernel and layout are those of another record."""
+        names = [field.name for field in dataclasses.fields(Site)]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 class UnsupportedWeight(NamedTuple):
@@ -55,49 +69,41 @@ class UnsupportedWeight(NamedTuple):
       kind: name of the type of the module that owns it.
       is_linear: whether ``"all-linear"`` covers that type.
       why: what stands in the way, where the type as such can be adapted.
+      shape: of the weight, without scanned axes.
     """
 
     kind: str
     is_linear: bool = False
     why: str = ""
+    shape: Shape = ()
 
 
-class Target(NamedTuple):
-    """An adapted layer: one row of the table.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target(Site):
+    """An adapted layer: a `Site` and what the config says about it.
 
     Attributes:
-      path: of the layer in the parameter tree.
-      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
-      kernel_shape: shape of ``W0`` in the tree.
       rank: ``r``.
       alpha: numerator of the scaling.
       scaling: the factor before ``A B``.
-      trainable: number of elements of A and B together, and of m with DoRA.
-      site: the layer as it was found.
       dora: whether it has a magnitude.
     """
 
-    path: str
-    kind: str
-    kernel_shape: Shape
     rank: int
     alpha: float
     scaling: float
-    trainable: int
-    site: Site
     dora: bool = False
 
     @property
-    def weight_path(self) -> str:
-        """Path of ``W0`` itself."""
-        return child(self.path, self.site.weight)
+    def trainable(self) -> int:
+        """Number of elements of A and B together, and of m with DoRA."""
+        return sum(map(math.prod, self.leaf_shapes.values()))
 
     @property
     def factor_shapes(self) -> tuple[Shape, Shape]:
         """Shapes of ``lora_a`` and ``lora_b`` as the parameter tree has them."""
-        site = self.site
-        a, b = site.contraction.factor_shapes(self.kernel_shape, self.rank)
-        return _stacked_at(a, site.scanned_a), _stacked_at(b, site.scanned_b)
+        a, b = self.contraction.factor_shapes(self.kernel_shape, self.rank)
+        return _stacked_at(a, self.scanned_a), _stacked_at(b, self.scanned_b)
 
     @property
     def leaf_shapes(self) -> dict[str, Shape]:
@@ -105,8 +111,8 @@ class Target(NamedTuple):
         a, b = self.factor_shapes
         shapes: dict[str, Shape] = {LORA_A: a, LORA_B: b}
         if self.dora:
-            m = magnitude_shape(self.kernel_shape, self.site.contraction)
-            shapes[MAGNITUDE] = _stacked_at(m, self.site.scanned_m)
+            m = magnitude_shape(self.kernel_shape, self.contraction)
+            shapes[MAGNITUDE] = _stacked_at(m, self.scanned_m)
         return shapes
 
     def leaf_axes(self, of_kernel: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
@@ -121,7 +127,7 @@ class Target(NamedTuple):
           m those of the output axes, all those of the batch axes. The rank, and both
           axes that the outputs of a grouped convolution are split into, have None.
         """
-        site, roles = self.site, self.site.contraction
+        roles = self.contraction
         batch, inputs, outputs = (
             tuple(of_kernel[axis] for axis in axes)
             for axes in (roles.batch, roles.inputs, roles.outputs)
@@ -129,12 +135,12 @@ class Target(NamedTuple):
         if roles.groups > 1:
             batch, outputs = (*batch, None), (None,)
         axes = {
-            LORA_A: _stacked_at((*batch, *inputs, None), site.scanned_a),
-            LORA_B: _stacked_at((*batch, None, *outputs), site.scanned_b),
+            LORA_A: _stacked_at((*batch, *inputs, None), self.scanned_a),
+            LORA_B: _stacked_at((*batch, None, *outputs), self.scanned_b),
         }
         if self.dora:
             stored = batch[:-1] if roles.groups > 1 else batch
-            axes[MAGNITUDE] = _stacked_at((*stored, *outputs), site.scanned_m)
+            axes[MAGNITUDE] = _stacked_at((*stored, *outputs), self.scanned_m)
         return axes
 
     def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
@@ -151,7 +157,7 @@ class Target(NamedTuple):
             path_key(key, self.path),
             self.kernel_shape,
             self.rank,
-            contraction=self.site.contraction,
+            contraction=self.contraction,
             init=init,  # pyright: ignore[reportArgumentType] - LoRAConfig checked it
             one_hot=self.kind == "embed",
         )
@@ -159,29 +165,27 @@ class Target(NamedTuple):
 
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
         """Returns DoRA's m, the column norms of ``W0``, as the tree has it."""
-        m = column_norm(jnp.asarray(kernel), self.site.contraction)
-        scanned = self.site.scanned_m
+        m = column_norm(jnp.asarray(kernel), self.contraction)
+        scanned = self.scanned_m
         return jnp.moveaxis(m, range(len(scanned)), scanned)
 
     def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
         """Returns the tree's m with the scanned axes in front, as ops want it."""
-        scanned = self.site.scanned_m
+        scanned = self.scanned_m
         return jnp.moveaxis(magnitude, scanned, range(len(scanned)))
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes where the tree has them."""
-        site = self.site
         return (
-            jnp.moveaxis(a, range(len(site.scanned_a)), site.scanned_a),
-            jnp.moveaxis(b, range(len(site.scanned_b)), site.scanned_b),
+            jnp.moveaxis(a, range(len(self.scanned_a)), self.scanned_a),
+            jnp.moveaxis(b, range(len(self.scanned_b)), self.scanned_b),
         )
 
     def batch_first(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns the tree's A and B with the scanned axes in front, as ops want."""
-        site = self.site
         return (
-            jnp.moveaxis(a, site.scanned_a, range(len(site.scanned_a))),
-            jnp.moveaxis(b, site.scanned_b, range(len(site.scanned_b))),
+            jnp.moveaxis(a, self.scanned_a, range(len(self.scanned_a))),
+            jnp.moveaxis(b, self.scanned_b, range(len(self.scanned_b))),
         )
 
 
@@ -195,7 +199,7 @@ def select_targets(
     config: LoRAConfig,
     *,
     weights: Iterable[str] = (),
-    unknown: Mapping[str, UnsupportedWeight] | None = None,
+    unsupported: Mapping[str, UnsupportedWeight] | None = None,
 ) -> list[Target]:
     """Chooses the layers that ``config`` adapts.
 
@@ -203,7 +207,7 @@ def select_targets(
       sites: every layer that can be adapted.
       config: the choice.
       weights: paths of all leaves of the base, for ``train`` and ``exclude``.
-      unknown: weights that can't be adapted, by path.
+      unsupported: weights that can't be adapted, by path.
 
     Returns:
       One `Target` for each adapted layer, in the order of ``sites``.
@@ -212,9 +216,9 @@ def select_targets(
       ValueError: naming every pattern that matches nothing (with the nearest path),
         every target that can't be adapted, or that no layer is left.
     """
-    unknown = unknown or {}
+    unsupported = unsupported or {}
     paths = [site.path for site in sites]
-    others = [*unknown, *(_owner(path) for path in unknown)]
+    others = [*unsupported, *(_owner(path) for path in unsupported)]
     faults = [
         *_unmatched("targets", config.targets, paths, "kernels", others=others),
         *_unmatched("exclude", config.exclude, paths, "kernels", others=others),
@@ -229,10 +233,17 @@ def select_targets(
         f"targets={_shown(config.targets)} name {path!r}, a weight of {weight.kind}, "
         f"which can't be adapted{': ' * bool(weight.why)}{weight.why.rstrip('.')}. "
         "Teach it with `register_layer`, or exclude it."
-        for path, weight in unknown.items()
+        for path, weight in unsupported.items()
         if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
+    if config.dora:
+        faults += [
+            f"dora=True needs the kernel that {site.path!r} multiplies by, and its "
+            f"module transforms {site.weight!r} first. Exclude it, or leave dora out."
+            for site in sites
+            if not site.is_plain and _is_chosen(site, config)
+        ]
     chosen = [t for site in sites if (t := target_at(site, config)) is not None]
     if not chosen and not faults:
         faults.append(
@@ -243,6 +254,34 @@ def select_targets(
     if faults:
         raise ValueError(" ".join(faults))
     return chosen
+
+
+def left_out(
+    unsupported: Mapping[str, UnsupportedWeight], config: LoRAConfig
+) -> dict[str, UnsupportedWeight]:
+    """Returns the weights that ``"all-linear"`` would cover if LoRA knew their layers.
+
+    Args:
+      unsupported: weights that can't be adapted, by path.
+      config: the choice; with other targets than ``"all-linear"`` nothing is left out.
+
+    Returns:
+      Those of at least two axes that are no table of positions (a first axis of 1) and
+      that ``exclude`` and ``train`` don't name.
+    """
+    if config.targets != ALL_LINEAR:
+        return {}
+    return {
+        path: weight
+        for path, weight in unsupported.items()
+        if len(weight.shape) > 1
+        and min(weight.shape) > 1
+        and not any(
+            matches(out, p)
+            for out in (config.exclude, config.train)
+            for p in (path, _owner(path))
+        )
+    }
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
@@ -257,19 +296,11 @@ def target_at(site: Site, config: LoRAConfig) -> Target | None:
     """
     if not _is_chosen(site, config):
         return None
-    rank = config.rank_for(site.path)
-    shapes = list(site.contraction.factor_shapes(site.kernel_shape, rank))
-    if config.dora:
-        shapes.append(magnitude_shape(site.kernel_shape, site.contraction))
     return Target(
-        path=site.path,
-        kind=site.kind,
-        kernel_shape=site.kernel_shape,
-        rank=rank,
+        **{field.name: getattr(site, field.name) for field in dataclasses.fields(Site)},
+        rank=config.rank_for(site.path),
         alpha=config.alpha_for(site.path),
         scaling=config.scaling_for(site.path),
-        trainable=sum(map(math.prod, shapes)),
-        site=site,
         dora=config.dora,
     )
 

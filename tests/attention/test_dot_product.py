@@ -8,7 +8,6 @@ from jax.extend.core import Primitive
 
 from lora_jax.attention import dot_product as ops
 from lora_jax.attention.dot_product import attention, choose_implementation
-from lora_jax.ops.shared import shared_updates
 from tests.reference import assert_close
 
 GENERATOR = np.random.default_rng(0)
@@ -126,57 +125,3 @@ def test_what_a_policy_may_keep_of_cudnn_is_its_forward_pass():
         if ops.is_fused_attention(Primitive(name), jnp.ones(1), scale=1.0)
     ]
     assert kept == ["dot_product_attention_fwd_wrapper"]
-
-
-def test_shared_updates_are_the_separate_ones():
-    x = normal(2, 5, 6)
-    factors = [
-        (normal(6, 3), normal(3, 4, 2)),
-        (normal(6, 1), normal(1, 2, 2)),
-        (normal(6, 2), normal(2, 7)),
-    ]
-    scalings = (0.5, 2.0, 3.0)
-
-    def separate(x, factors):
-        pairs = zip(factors, scalings, strict=True)
-        return [s * jnp.einsum("bti,ir,r...->bt...", x, a, b) for (a, b), s in pairs]
-
-    def shared(x, factors):
-        return shared_updates(x, factors, scalings=scalings)
-
-    def both(f):
-        y, pull = jax.vjp(f, x, factors)
-        return y, pull(jax.tree.map(jnp.cos, y))
-
-    jax.tree.map(assert_close, jax.jit(both, static_argnums=0)(shared), both(separate))
-
-
-def test_shared_updates_read_x_once():
-    x, a, b = normal(2, 5, 6), normal(6, 3), normal(3, 4)
-
-    def update(x):
-        return shared_updates(x, [(a, b)] * 3, scalings=(1.0, 1.0, 1.0))
-
-    hlo = jax.jit(update).lower(x).as_text()
-    assert hlo.count("tensor<2x5x6xf32>, tensor<6x9xf32>") == 1
-
-
-def test_shared_updates_share_one_dropout_mask():
-    x, a, b = normal(2, 5, 6), normal(6, 3), normal(3, 4)
-    first, second = shared_updates(
-        *(x, [(a, b), (a, b)]),
-        scalings=(1.0, 1.0),
-        dropout_rate=0.5,
-        dropout_key=jax.random.key(0),
-    )
-    assert np.array_equal(first, second)
-    assert not np.allclose(first, (x @ a) @ b)
-
-
-def test_shared_updates_name_every_layer_at_fault():
-    x, a, b = normal(2, 6), normal(6, 3), normal(3, 4)
-    with pytest.raises(ValueError, match=r"in = 6; got \(5, 3\), \(3, 4\)") as error:
-        shared_updates(x, [(a[:5], b), (a, b), (a, b.T)], scalings=(1.0, 1.0, 1.0))
-    assert "lora_a[2], lora_b[2] must be" in str(error.value)
-    assert "lora_a[1]" not in str(error.value)
-    assert shared_updates(x, [], scalings=[]) == []

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_jax.finetune import session
 from lora_jax.cli.main import main
+from lora_jax.finetune import session
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import Job, hold_out, open_job
 from lora_jax.finetune.run_folder import RunFolder

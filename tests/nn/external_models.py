@@ -31,7 +31,7 @@ from tests.nn.external_modules import (
 )
 
 
-class Foreign(NamedTuple):
+class External(NamedTuple):
     name: str
     model: nn.Module
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Foreign(NamedTuple):
     targets: Any = "all-linear"
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never changed
     rank: int = 2
-    is_guessed: bool = True  # whether its inputs can be guessed
+    is_told: bool = True  # whether its parameters tell its input
 
     def config(self, **fields) -> LoRAConfig:
         return LoRAConfig(**{**self.defaults(), **fields})
@@ -78,7 +78,7 @@ _BLOCK = (*_attention("attn"), "up", "down")
 _MHA = "MultiHeadDotProductAttention_0"
 
 MODELS = [
-    Foreign(
+    External(
         "resnet",
         ResNet(),
         (_floats(2, 8, 8, 3),),
@@ -90,8 +90,9 @@ MODELS = [
         ),
         targets=r".*(conv_init|Conv_\d|proj|head)",
         kwargs={"train": False},
+        is_told=False,
     ),
-    Foreign(
+    External(
         "vit",
         ViT(),
         (_floats(2, 8, 8, 3),),
@@ -103,15 +104,16 @@ MODELS = [
             ),
             "head",
         ),
+        is_told=False,
     ),
-    Foreign(
+    External(
         "scanned",
         ScannedDecoder(),
         (_ids(2, 5),),
         (*(f"layers/{name}" for name in _BLOCK), "lm_head"),
         rank=4,  # as many as layers and heads
     ),
-    Foreign(
+    External(
         "scanned_axis_1",
         ScannedDecoder(axis=1),
         (_ids(2, 5),),
@@ -119,27 +121,28 @@ MODELS = [
         targets=["query", "key", "value", "out", "up", "down"],
         rank=4,
     ),
-    Foreign(
+    External(
         "nested_scan",
         NestedScan(),
         (_floats(2, 6),),
         ("outer/inner/heads",),
+        is_told=False,
     ),
-    Foreign(
+    External(
         "vmapped_experts",
         VmappedExperts(),
         (_floats(2, 6),),
         ("router", "experts/up", "experts/down"),
         rank=3,  # as many as experts
     ),
-    Foreign(
+    External(
         "einsum_moe",
         EinsumMoE(),
         (_floats(2, 5, 6),),
         ("router", "up", "down"),
         rank=3,
     ),
-    Foreign(
+    External(
         "encoder_decoder",
         EncoderDecoder(),
         (_ids(2, 5), _ids(2, 5)),
@@ -153,28 +156,29 @@ MODELS = [
             "mlp/layers_2",
         ),
         targets=r".+",
+        is_told=False,
     ),
-    Foreign("albert", Albert(), (_floats(2, 6),), ("block/up", "block/down", "twice")),
+    External("albert", Albert(), (_floats(2, 6),), ("block/up", "block/down", "twice")),
     # 16 rows: XLA:CPU compiles a loop of less than a kilobyte (the base's alone, were
     # there 2) into a single kernel, in which a product sums in another order.
-    Foreign(
+    External(
         "broadcast_scan",
         BroadcastScan(),
         (_floats(16, 6),),
         ("block/heads",),
     ),
-    Foreign("child_model", Inner(), (_floats(2, 6),), ("model/up", "model/down")),
-    Foreign("boxed", Boxed(), (_floats(2, 6),), ("up", "down")),
-    Foreign("jitted", Jitted(), (_floats(2, 6),), ("block/up", "block/down", "out")),
-    Foreign(
+    External("child_model", Inner(), (_floats(2, 6),), ("model/up", "model/down")),
+    External("boxed", Boxed(), (_floats(2, 6),), ("up", "down")),
+    External("jitted", Jitted(), (_floats(2, 6),), ("block/up", "block/down", "out")),
+    External(
         "odds",
         Odds(),
         (_floats(2, 4, 6),),
         ("general", "scaled", "conv", "rematted", "einsum"),
         targets=["general", "scaled", "conv", "rematted", "einsum"],
-        is_guessed=False,
+        is_told=False,
     ),
-    Foreign(
+    External(
         "attention_alone",
         nn.MultiHeadDotProductAttention(num_heads=4),
         (_floats(2, 5, 16),),

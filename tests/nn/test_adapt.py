@@ -10,12 +10,12 @@ import pytest
 
 from lora_jax import LoRAConfig, adapt
 from lora_jax.tree.paths import flatten
-from tests.nn.external_models import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.external_models import MODELS, External, assert_same_tree, trained
 from tests.nn.external_modules import Expert
 from tests.nn.tools import key, normal
 from tests.reference import assert_close
 
-CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
+CASES: dict[str, External] = {case.name: case for case in MODELS}
 X = normal((2, 6))
 EXPERT = {
     "up": {"kernel": normal((6, 12)), "bias": normal((12,))},

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lora_jax import LoRAConfig, LoRADense, adapt, find_targets
-from tests.nn.external_models import MODELS, Foreign
+from tests.nn.external_models import MODELS, External
 from tests.nn.external_modules import Expert
 from tests.nn.tools import key, normal
 
-CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
+CASES: dict[str, External] = {case.name: case for case in MODELS}
 X = normal((2, 6))
 EXPERT = {
     "up": {"kernel": normal((6, 12)), "bias": normal((12,))},
@@ -130,7 +130,7 @@ def test_kernels_must_be_finite_floats(module):
 def test_adapters_of_another_config_are_refused():
     variables = expert().attach(EXPERT, key(1))
     with pytest.raises(
-        ValueError, match=r"must be \(6, 3\), \(3, 12\) for rank 3; got"
+        ValueError, match=r"must be \(6, 3\), \(3, 12\) for rank 3 and a kernel"
     ):
         expert(rank=3).apply(variables, X)
     with pytest.raises(ValueError, match="no adapter for a target"):

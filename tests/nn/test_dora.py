@@ -13,12 +13,12 @@ import lora_jax
 from lora_jax import LoRAAttention, LoRAConfig, LoRADense, LoRAEmbed, adapt, count
 from lora_jax.tree.paths import flatten
 from tests import reference
-from tests.nn.external_models import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.external_models import MODELS, External, assert_same_tree, trained
 from tests.nn.test_module_laws import MODULE_CASES
 from tests.nn.tools import initialised, key, normal
 
 ALPHA, RANK = 7.0, 3
-CASES: dict[str, Foreign] = {case.name: case for case in MODELS}
+CASES: dict[str, External] = {case.name: case for case in MODELS}
 FOREIGN = ("scanned_axis_1", "encoder_decoder", "odds")
 foreign = pytest.mark.parametrize("name", FOREIGN)
 

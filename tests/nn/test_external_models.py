@@ -9,14 +9,14 @@ from lora_jax import adapt
 from lora_jax.nn.trace import shapes_of
 from lora_jax.tree.partition import count
 from lora_jax.tree.paths import flatten
-from tests.nn.external_models import MODELS, Foreign, assert_same_tree, trained
+from tests.nn.external_models import MODELS, External, assert_same_tree, trained
 from tests.nn.tools import key
 
 
 class Ready:
     """A model with its base, adapters and outputs, made once for all tests of it."""
 
-    def __init__(self, case: Foreign):
+    def __init__(self, case: External):
         self.case = case
         self.model = case.model
         self.base = case.variables()
@@ -46,17 +46,17 @@ def test_the_named_layers_are_found(ready):
     assert sorted(t.path for t in ready.adapted.targets()) == sorted(ready.case.paths)
 
 
-def test_probing_finds_what_an_example_finds(ready):
-    probed = adapt(ready.model, ready.case.config())
-    if not ready.case.is_guessed:
-        with pytest.raises(ValueError, match="Give example inputs behind"):
-            probed.targets(ready.params)
+def test_parameters_tell_what_an_example_tells(ready):
+    told = adapt(ready.model, ready.case.config())
+    if not ready.case.is_told:
+        with pytest.raises(ValueError, match="needs example inputs"):
+            told.targets(ready.params)
         return
-    assert probed.targets(ready.params) == ready.adapted.targets()
+    assert told.targets(ready.params) == ready.adapted.targets()
     shapes = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), ready.params
     )
-    assert probed.targets(shapes) == ready.adapted.targets()
+    assert told.targets(shapes) == ready.adapted.targets()
 
 
 @pytest.mark.optimized
@@ -147,9 +147,9 @@ def test_a_is_uniform_over_the_fan_in_and_no_two_matrices_are_alike(ready):
         if target.kind == "embed":  # the roles are swapped
             assert not a.any()
             a = b.T
-        stacked = len(target.site.contraction.split(target.kernel_shape)[0])
+        stacked = len(target.contraction.split(target.kernel_shape)[0])
         matrices = a.reshape(int(np.prod(a.shape[:stacked])), -1)
-        fan_in = target.site.contraction.matrix_size(target.kernel_shape)[0]
+        fan_in = target.contraction.matrix_size(target.kernel_shape)[0]
         if target.kind == "embed":
             fan_in = target.kernel_shape[1]
         bound = 1 / np.sqrt(fan_in)

@@ -131,5 +131,5 @@ def test_a_plain_model_and_an_adapter_that_is_not_the_models_are_refused():
     wide = {**given, "lora": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 4))}}
     with pytest.raises(ValueError, match=r"lora_a .*\(3, 2\)"):
         merge_lora_layers(twin, wide)
-    with pytest.raises(ValueError, match=r"none of \d+ plausible inputs"):
+    with pytest.raises(ValueError, match="LoRADense needs example inputs"):
         merge_lora_layers(twin, {**given, "frozen": {"kernel": jnp.ones((3, 5))}})

@@ -1,4 +1,4 @@
-"""Looking at models: stacked axes, guessed inputs, what an example may be."""
+"""Tracing models: stacked axes, inputs told by parameters, what an example may be."""
 
 import flax.linen as nn
 import jax
@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 
 from lora_jax import LoRAConfig, adapt, find_targets, register_layer
-from lora_jax.nn import layers, trace
+from lora_jax.nn import layer_rules, trace
 from lora_jax.nn.trace import Example, shapes_of, trace_model
 from tests.nn.external_models import MODELS
 from tests.nn.external_modules import ViT, ViTBlock
 from tests.nn.tools import normal
+
+
+class Blend(nn.Module):
+    @nn.compact
+    def __call__(self, x, other):
+        return nn.Dense(3)(x + other)
+
 
 CASES = {case.name: case for case in MODELS}
 X = np.ones((3, 2), np.float32)
@@ -56,7 +63,8 @@ def test_shapes_will_do_as_examples_and_as_params():
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     init = jax.eval_shape(case.model.init, jax.random.key(0), image)
     by_example = find_targets(case.model, None, case.config(), image)
-    assert find_targets(case.model, init["params"], case.config()) == by_example
+    by_params = find_targets(case.model, init["params"], case.config(), image)
+    assert by_params == by_example
 
 
 def test_flags_that_an_example_leaves_open_are_those_of_inference():
@@ -64,28 +72,56 @@ def test_flags_that_an_example_leaves_open_are_those_of_inference():
     assert len(rows) == 6
 
 
-def test_an_image_side_is_found_from_the_position_table():
-    image = jax.ShapeDtypeStruct((1, 20, 20, 3), jnp.float32)
-    params = jax.eval_shape(ViT().init, jax.random.key(0), image)["params"]
-    assert len(find_targets(ViT(), params, LoRAConfig(rank=2))) == 13
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (ViT(), [(1, 20, 20, 3)]),  # an image's size is in no kernel
+        (nn.MultiHeadDotProductAttention(2), [(1, 5, 6)]),
+        (Blend(), [(1, 4), (1, 4)]),  # two inputs
+    ],
+    ids=["image", "told", "two"],
+)
+def test_inputs_are_asked_for_where_the_parameters_do_not_tell_them(model, inputs):
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    config = LoRAConfig(rank=2)
+    wanted = find_targets(model, params, config, *inputs)
+    if isinstance(model, nn.MultiHeadDotProductAttention):
+        assert find_targets(model, params, config) == wanted
+        return
+    message = rf"{type(model).__name__} needs example inputs .* Pass them after"
+    with pytest.raises(ValueError, match=message):
+        find_targets(model, params, config)
 
 
-def test_a_model_that_no_guess_fits_asks_for_inputs():
+def test_what_the_told_input_provoked_is_in_the_message():
     class Odd(nn.Module):
         @nn.compact
         def __call__(self, x, *, weights):
             return nn.Dense(3)(x * weights["scale"])
 
     params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-    with pytest.raises(ValueError, match=r"Odd must be traced .* Give example inputs"):
+    with pytest.raises(ValueError, match=r"Odd needs .* float32\[1, 8, 2\]: TypeError"):
         adapt(Odd(), LoRAConfig(rank=2)).targets(params)
     x = {"weights": {"scale": jnp.ones(2)}}
     rows = adapt(Odd(), LoRAConfig(rank=2), jnp.ones((1, 2)), **x).targets(params)
     assert [row.path for row in rows] == ["Dense_0"]
 
 
+def test_an_error_of_the_model_itself_is_not_swallowed():
+    class Broken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.Dense(3)(x)
+            raise RuntimeError("not yet written")
+
+    params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    with pytest.raises(RuntimeError, match="not yet written"):
+        adapt(Broken(), LoRAConfig(rank=2)).targets(params)
+
+
 def test_params_are_needed_where_there_is_no_example():
-    with pytest.raises(ValueError, match="Dense must be traced"):
+    with pytest.raises(ValueError, match="Dense needs example inputs"):
         adapt(nn.Dense(3), LoRAConfig(rank=2)).targets()
 
 
@@ -130,7 +166,7 @@ def test_equal_models_are_looked_at_once(monkeypatch):
 
 
 def test_a_layer_registered_later_is_found(monkeypatch):
-    monkeypatch.setattr(layers, "_LAYERS", dict(layers._LAYERS))
+    monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
     config = LoRAConfig(targets=".*")
     with pytest.raises(ValueError, match="weights"):
         find_targets(Plain(4), None, config, X)

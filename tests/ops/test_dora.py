@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops import DENSE, Contraction, column_norm, dora_dense, merge_dora
+from lora_jax.ops import DENSE, Contraction, column_norm, lora_dense, merge_dora
 from lora_jax.ops.dora import adapted_norm, dora_scale, rescale
 from tests import reference
 from tests.laws import RANK, SCALING, equations, normal
 from tests.reference import TOLERANCE, assert_close
+
+
+def dora_dense(x, kernel, lora_a, lora_b, magnitude, **options):
+    return lora_dense(x, kernel, lora_a, lora_b, magnitude=magnitude, **options)
+
 
 # Kernel, contraction, how A and B multiply; three experts and heads: as many as ranks.
 LAYOUTS = {

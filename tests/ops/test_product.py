@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops.conv import conv_update
-from lora_jax.ops.embed import embed_update
+from lora_jax.ops import lora_conv, lora_dense, lora_einsum, lora_embed
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -16,7 +15,6 @@ from lora_jax.ops.product import (
     factor_product,
     low_rank_update,
 )
-from lora_jax.ops.shared import shared_updates
 from tests.laws import normal
 from tests.reference import assert_close
 
@@ -119,31 +117,24 @@ def test_the_gradient_by_a_traced_scaling_is_right():
 
 
 ONE = jnp.ones((1, 1))
-UPDATES = {
-    "dense": lambda x, s: low_rank_update("bi,iR->bR", "bR,Ro->bo", x, *2 * [ONE], **s),
-    "conv": lambda x, s: conv_update(
-        *(x[None], ONE[None], ONE),
-        **s,
-        strides=1,
-        padding="VALID",
-        input_dilation=1,
-        kernel_dilation=1,
+ZERO = jnp.zeros((1, 1))  # a kernel: the output is the update
+LAYERS = {
+    "dense": lambda x, s: lora_dense(x, ZERO, ONE, ONE, **s),
+    "einsum": lambda x, s: lora_einsum("bi,io->bo", x, ZERO, ONE, ONE, **s),
+    "hidden": lambda x, s: lora_dense(x, ZERO, ONE, ONE, hidden=x, **s),
+    "conv": lambda x, s: lora_conv(x[None], ZERO[None], ONE[None], ONE, **s),
+    "embed": lambda x, s: lora_embed(
+        jnp.arange(len(x)), 0 * x, x.astype("float32"), ONE, **s
     ),
-    "embed": lambda x, s: embed_update(
-        jnp.arange(len(x)), x.astype("float32"), ONE, dtype=x.dtype, **s
-    ),
-    "attention": lambda x, s: shared_updates(x, [(ONE, ONE)], scalings=[s["scaling"]])[
-        0
-    ],
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layer", UPDATES)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_the_scaling_is_not_rounded_to_the_dtype_of_the_computation(layer, dtype):
     x = jnp.arange(128.0, 256)[:, None].astype(dtype)
     want = (x.astype("float32") * np.float32(4 / 3)).astype(dtype)
-    got = UPDATES[layer](x, {"scaling": 4 / 3})
+    got = LAYERS[layer](x, {"scaling": 4 / 3})
     np.testing.assert_array_equal(got.ravel(), want.ravel())
 
 

@@ -75,7 +75,7 @@ def test_a_named_layer_that_cannot_be_adapted_is_an_error():
     unknown = {
         "block_0/attn/rel/table": UnsupportedWeight("RelativePosition", False, "")
     }
-    text = message(LoRAConfig(targets=["rel"]), unknown=unknown)
+    text = message(LoRAConfig(targets=["rel"]), unsupported=unknown)
     assert "RelativePosition" in text
     assert "can't be adapted" in text
 

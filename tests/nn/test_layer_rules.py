@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import LoRAConfig, LoRADense, adapt, find_targets, register_layer
-from lora_jax.nn import layers
-from lora_jax.nn.layers import call_inputs, layer_of
+from lora_jax.nn import layer_rules
+from lora_jax.nn.apply import call_inputs
+from lora_jax.nn.layer_rules import rule_of
 from tests.nn.tools import key, normal, tuned
 from tests.reference import assert_close
 
@@ -29,7 +30,7 @@ class Transposed(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(layers, "_LAYERS", dict(layers._LAYERS))
+    monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def registry(monkeypatch):
 )
 def test_a_registered_layer_is_adapted_and_merged(equation, registry):
     model = Transposed(6)
-    assert layer_of(model) is None
+    assert rule_of(model) is None
     register_layer(Transposed, equation, weight="weight")
     adapted = adapt(model, LoRAConfig(rank=3, alpha=7.0, targets=".*"), X)
     params = jax.jit(model.init)(key(0), X)["params"]
@@ -66,11 +67,11 @@ def test_kinds():
         LoRADense(2): "dense",
     }
     for module, kind in kinds.items():
-        layer = layer_of(module)
+        layer = rule_of(module)
         assert layer is not None
         assert layer.kind == kind
-    assert layer_of(nn.LayerNorm()) is None
-    assert layer_of(nn.Conv(2, (3,), mask=jnp.ones((3, 8, 2)))) is None
+    assert rule_of(nn.LayerNorm()) is None
+    assert rule_of(nn.Conv(2, (3,), mask=jnp.ones((3, 8, 2)))) is None
 
 
 def test_only_a_module_class_can_be_registered():

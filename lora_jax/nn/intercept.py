@@ -1,0 +1,86 @@
+"""What happens to each layer call of an `adapt`-ed model."""
+
+from typing import Any
+
+from flax.core.scope import Scope
+
+from lora_jax.config import LoRAConfig
+from lora_jax.names import ADAPTER_LEAVES, LORA_A, MAGNITUDE, PARAMS
+from lora_jax.nn.apply import (
+    Factors,
+    adapted_query,
+    apply_adapter,
+    base_weight,
+    call_inputs,
+    init_factors,
+    rule_of_call,
+)
+from lora_jax.nn.checks import check_factors_fit, check_presence
+from lora_jax.nn.layer_rules import ATTEND
+from lora_jax.nn.watch import find_contraction, is_flagged
+from lora_jax.tree.targets import LINEAR_KINDS
+
+
+def make_interceptor(
+    config: LoRAConfig, root: int, *, deterministic: bool, initializing: bool
+) -> Any:
+    """Returns the function for `flax.linen.intercept_methods` that adapts layers.
+
+    Args:
+      config: what is adapted.
+      root: depth of the model's scope; paths start below it.
+      deterministic: switches adapter dropout off.
+      initializing: whether missing adapters are drawn.
+
+    Returns:
+      The interceptor: it runs each layer as it is, then applies the layer's adapter.
+    """
+
+    def intercept(next_fun, args, kwargs, context):
+        module, scope = context.module, context.module.scope
+        method, rule = context.method_name, rule_of_call(context)
+        # A layer applied to variables of its own (`head.apply({...}, x)`) is none
+        # of this model's.
+        if rule is None or not is_flagged(scope):
+            return next_fun(*args, **kwargs)
+        path = "/".join(scope.path[root:])
+        inputs = call_inputs(context.orig_method, args, kwargs)
+        if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
+            query = adapted_query(
+                module, inputs[0], held_factors(scope), config.scaling_for(path)
+            )
+            inputs, args, kwargs = (query,), (query,), {}
+        y = next_fun(*args, **kwargs)
+        is_target = config.is_target(path, is_linear=rule.kind in LINEAR_KINDS)
+        has_adapter = scope.has_variable(PARAMS, LORA_A)
+        if not is_target and not has_adapter:
+            return y
+        if initializing and is_target and not has_adapter:
+            fresh = init_factors(module, inputs, config, path)
+            for name, value in zip(ADAPTER_LEAVES, fresh, strict=True):
+                if value is not None:
+                    scope.put_variable(PARAMS, name, value)
+        factors = held_factors(scope)
+        contraction = find_contraction(rule, module, method, inputs)
+        if isinstance(contraction, str):
+            raise ValueError(f"{path!r} can't be adapted: {contraction}")
+        check_presence(path, factors, config, is_target)
+        shape = base_weight(module, rule.weight).shape
+        check_factors_fit(path, factors, shape, contraction, config)
+        return apply_adapter(
+            module,
+            method,
+            inputs,
+            y,
+            factors,
+            config=config,
+            path=path,
+            deterministic=deterministic,
+        )
+
+    return intercept
+
+
+def held_factors(scope: Scope) -> Factors:
+    """Returns what stands beside a kernel; None for what doesn't."""
+    return Factors(*(scope.get_variable(PARAMS, name) for name in ADAPTER_LEAVES))
