@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-# JAX else takes most of a GPU's memory at once, and torch finds none.
+# By default JAX takes most of a GPU's memory at once, and leaves none for torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from lora_jax.cli import huge_pages

@@ -5,8 +5,8 @@ A contender that isn't installed is left out, with a note. Our decoders are scan
 blocks, as `lora-jax train` has them. qwix and plain autodiff run on this library's own
 models, with its attention; nnx.LoRA on the same decoder written for NNX, PEFT on
 transformers' Llama and BERT, eager and compiled. The base is float32 on a CPU, bfloat16
-elsewhere. Beside them stands what no step does without: the base's matmuls, forward and
-for the gradient of their inputs, and nothing else.
+elsewhere. For comparison, the work that no step can avoid: the base's matmuls, forward
+and for the gradient of their inputs, and nothing else.
 """
 
 import functools

@@ -1,9 +1,8 @@
 """Tokens a second with a cache: adapters beside their layers, merged, and PEFT's.
 
 The first decoder of `benchmarks.contenders` continues prompts greedily. A call is
-measured as a user makes it, with the reading of the prompts; PEFT's is transformers'
-`generate`.
-Blocks are unrolled, as `load_model` has them if not told otherwise; as one `nn.scan`
+measured as a user makes it, reading the prompts included; PEFT's is transformers'
+`generate`. Blocks are unrolled, which is the default of `load_model`; as one `nn.scan`
 they are copied out of their stack for each token.
 """
 

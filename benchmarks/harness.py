@@ -1,8 +1,8 @@
 """Timing turn by turn in one process, every sample kept.
 
 Machines are shared and noisy, so what counts is the ratio of two contenders that were
-timed turn by turn; absolute times are told beside it. Who comes first is drawn anew in
-each round: what runs after another library finds its threads and memory.
+timed turn by turn; absolute times stand beside it. The order is drawn again in each
+round, because what runs after another library finds its threads and memory.
 """
 
 import contextlib

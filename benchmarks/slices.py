@@ -43,7 +43,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     Returns:
       One row a compilation, or a slice that the weights overflow.
     """
-    from lora_jax.plan.fit import smallest_slice
+    from lora_jax.plan.fit import first_fitting
     from lora_jax.plan.slices import CHIPS
 
     rows = [price(*NAMED)]
@@ -51,7 +51,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
         return rows
     for model in MODELS:
         for kind, chip in CHIPS.items():
-            _, tried = smallest_slice(
+            _, tried = first_fitting(
                 lambda name, model=model: _Priced(**price(model, name)),
                 [f"{kind}:{shape}" for shape in chip.slices],
             )
@@ -61,7 +61,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 class _Priced(types.SimpleNamespace):
-    """A row as `smallest_slice` wants a plan."""
+    """A row as `first_fitting` wants a plan."""
 
 
 def price(model: str, topology: str) -> dict[str, Any]:
@@ -132,10 +132,10 @@ def _line(row: dict[str, Any]) -> str:
 def _plan(model: str, topology: str) -> dict[str, Any]:
     import jax.numpy as jnp
 
-    from lora_jax import LoRAConfig, make_mesh
+    from lora_jax import LoRAConfig
     from lora_jax.models.families import FAMILIES
-    from lora_jax.plan.slices import check_topology, chips_of, open_slice
-    from lora_jax.plan.step import Workload, plan_step
+    from lora_jax.plan.slices import chips_of
+    from lora_jax.plan.topology import SliceSteps, Workload
 
     settings = json.loads((FOLDER / model / "config.json").read_text())
     work = Workload(
@@ -146,15 +146,12 @@ def _plan(model: str, topology: str) -> dict[str, Any]:
         param_dtype=jnp.bfloat16,
         remat=REMAT,
     )
-    mesh = make_mesh(data=1, fsdp=-1, devices=open_slice(topology))
+    steps = SliceSteps(work, topology, {"data": 1, "fsdp": -1})
     wall, cpu = time.perf_counter(), time.process_time()
-    plan = plan_step(
-        work, mesh, chips_of(topology), limit=check_topology(topology).memory
-    )
-    values = plan._asdict()
-    flops = values.pop("flops")
+    plan = steps.price(chips_of(topology), REMAT)
+    flops = steps.flops(plan)
     return {
-        **values,
+        **plan._asdict(),
         "total": plan.total,
         "flops": flops.lora,
         "saved": round(flops.saved, 4),

@@ -1,68 +1,90 @@
-"""The public names of `lora_jax`: the module that each one is imported from."""
+"""The public names of `lora_jax`, by purpose, and the module that defines each."""
 
-from lora_jax.config import LoRAConfig as LoRAConfig
-from lora_jax.files.adapter import load_adapter as load_adapter
-from lora_jax.files.adapter import save_adapter as save_adapter
-from lora_jax.files.checkpoint import Checkpoints as Checkpoints
-from lora_jax.files.vader import load_vader as load_vader
-from lora_jax.interop.export import export_adapter as export_adapter
-from lora_jax.interop.loralib import read_loralib as read_loralib
-from lora_jax.interop.pretrained import load_model as load_model
-from lora_jax.models.generate import generate as generate
-from lora_jax.models.load import LoadedModel as LoadedModel
-from lora_jax.models.save import save_model as save_model
-from lora_jax.models.unscan import unscan as unscan
-from lora_jax.nn.adapt import Adapted as Adapted
-from lora_jax.nn.adapt import adapt as adapt
-from lora_jax.nn.adapt import find_targets as find_targets
-from lora_jax.nn.attention import LoRAAttention as LoRAAttention
-from lora_jax.nn.layer_rules import register_layer as register_layer
-from lora_jax.nn.lora_layers import LoRAConv as LoRAConv
-from lora_jax.nn.lora_layers import LoRADense as LoRADense
-from lora_jax.nn.lora_layers import LoRADenseGeneral as LoRADenseGeneral
-from lora_jax.nn.lora_layers import LoRAEinsum as LoRAEinsum
-from lora_jax.nn.lora_layers import LoRAEmbed as LoRAEmbed
-from lora_jax.nn.merge import lora_layer_targets as lora_layer_targets
-from lora_jax.nn.merge import merge_lora_layers as merge_lora_layers
-from lora_jax.ops import Contraction as Contraction
-from lora_jax.ops import init_adapter as init_adapter
-from lora_jax.ops import lora_attend as lora_attend
-from lora_jax.ops import lora_conv as lora_conv
-from lora_jax.ops import lora_dense as lora_dense
-from lora_jax.ops import lora_einsum as lora_einsum
-from lora_jax.ops import lora_embed as lora_embed
-from lora_jax.ops import merge_kernel as merge_kernel
-from lora_jax.parallel.mesh import make_mesh as make_mesh
-from lora_jax.parallel.mesh import process_rows as process_rows
-from lora_jax.parallel.mesh import shard_batch as shard_batch
-from lora_jax.parallel.rules import make_sharding as make_sharding
-from lora_jax.parallel.rules import partitioned_rules as partitioned_rules
-from lora_jax.parallel.rules import shard_variables as shard_variables
-from lora_jax.train.causal_lm import causal_lm as causal_lm
-from lora_jax.train.causal_lm import make_lm_loss as make_lm_loss
-from lora_jax.train.data import Batches as Batches
-from lora_jax.train.data import TextBatches as TextBatches
-from lora_jax.train.loop import evaluate as evaluate
-from lora_jax.train.loop import fit as fit
-from lora_jax.train.losses import contrastive as contrastive
-from lora_jax.train.losses import softmax_cross_entropy as softmax_cross_entropy
-from lora_jax.train.losses import squared_error as squared_error
-from lora_jax.train.optimizer import adapter_labels as adapter_labels
-from lora_jax.train.optimizer import adapter_mask as adapter_mask
-from lora_jax.train.optimizer import adapters_only as adapters_only
-from lora_jax.train.optimizer import lora_optimizer as lora_optimizer
-from lora_jax.train.probe import fit_probe as fit_probe
-from lora_jax.train.probe import probe_accuracy as probe_accuracy
-from lora_jax.train.state import TrainState as TrainState
-from lora_jax.train.step import make_eval_step as make_eval_step
-from lora_jax.train.step import make_train_step as make_train_step
-from lora_jax.tree.arithmetic import fit_adapter as fit_adapter
-from lora_jax.tree.fingerprint import fingerprint as fingerprint
-from lora_jax.tree.merge import MergeError as MergeError
-from lora_jax.tree.merge import merge_errors as merge_errors
-from lora_jax.tree.merge import merge_params as merge_params
-from lora_jax.tree.merge import unmerge_params as unmerge_params
-from lora_jax.tree.partition import count as count
-from lora_jax.tree.partition import join as join
-from lora_jax.tree.partition import partition as partition
-from lora_jax.tree.targets import Target as Target
+# Every choice about an adapter.
+from .config import LoRAConfig as LoRAConfig
+
+# Pure functions: arrays in, arrays out.
+from .ops import Contraction as Contraction
+from .ops import init_adapter as init_adapter
+from .ops import lora_attend as lora_attend
+from .ops import lora_conv as lora_conv
+from .ops import lora_dense as lora_dense
+from .ops import lora_einsum as lora_einsum
+from .ops import lora_embed as lora_embed
+from .ops import merge_kernel as merge_kernel
+
+# Linen modules.
+from .nn.attention import LoRAAttention as LoRAAttention
+from .nn.lora_layers import LoRAConv as LoRAConv
+from .nn.lora_layers import LoRADense as LoRADense
+from .nn.lora_layers import LoRADenseGeneral as LoRADenseGeneral
+from .nn.lora_layers import LoRAEinsum as LoRAEinsum
+from .nn.lora_layers import LoRAEmbed as LoRAEmbed
+from .nn.merge import lora_layer_targets as lora_layer_targets
+from .nn.merge import merge_lora_layers as merge_lora_layers
+from .nn.merge import merge_twins as merge_twins
+from .nn.merge import twin_targets as twin_targets
+
+# LoRA on a model that was written without it.
+from .nn.adapt import Adapted as Adapted
+from .nn.adapt import adapt as adapt
+from .nn.adapt import find_targets as find_targets
+from .nn.layer_rules import register_layer as register_layer
+from .tree.targets import Target as Target
+
+# Training.
+from .train.loop import evaluate as evaluate
+from .train.loop import fit as fit
+from .train.optimizer import adapter_labels as adapter_labels
+from .train.optimizer import adapter_mask as adapter_mask
+from .train.optimizer import adapters_only as adapters_only
+from .train.optimizer import lora_optimizer as lora_optimizer
+from .train.probe import fit_probe as fit_probe
+from .train.probe import probe_accuracy as probe_accuracy
+from .train.state import TrainState as TrainState
+from .train.step import make_eval_step as make_eval_step
+from .train.step import make_train_step as make_train_step
+
+# Losses.
+from .train.causal_lm import causal_lm as causal_lm
+from .train.causal_lm import make_lm_loss as make_lm_loss
+from .train.losses import contrastive as contrastive
+from .train.losses import softmax_cross_entropy as softmax_cross_entropy
+from .train.losses import squared_error as squared_error
+
+# Data.
+from .train.data import Batches as Batches
+from .train.data import TextBatches as TextBatches
+
+# Pretrained models.
+from .interop.pretrained import load_model as load_model
+from .models.generate import generate as generate
+from .models.load import LoadedModel as LoadedModel
+from .models.save import save_model as save_model
+from .models.unscan import unscan as unscan
+
+# Files: adapters, checkpoints, other tools' formats.
+from .files.adapter import load_adapter as load_adapter
+from .files.adapter import save_adapter as save_adapter
+from .files.checkpoint import Checkpoints as Checkpoints
+from .interop.export import export_adapter as export_adapter
+from .interop.loralib import read_loralib as read_loralib
+
+# Many devices.
+from .parallel.mesh import make_mesh as make_mesh
+from .parallel.mesh import process_rows as process_rows
+from .parallel.mesh import shard_batch as shard_batch
+from .parallel.rules import make_sharding as make_sharding
+from .parallel.rules import partitioned_rules as partitioned_rules
+from .parallel.rules import shard_variables as shard_variables
+
+# Arithmetic on trees of adapters and of parameters.
+from .tree.arithmetic import fit_adapter as fit_adapter
+from .tree.fingerprint import fingerprint as fingerprint
+from .tree.merge import MergeError as MergeError
+from .tree.merge import merge_errors as merge_errors
+from .tree.merge import merge_params as merge_params
+from .tree.merge import unmerge_params as unmerge_params
+from .tree.partition import count as count
+from .tree.partition import join as join
+from .tree.partition import partition as partition

@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import pickle
 
 import pytest
 
@@ -222,3 +224,12 @@ def test_a_config_can_not_be_changed():
 )
 def test_blocks_that_are_named_by_number_are_told_apart(options, apart):
     assert LoRAConfig(**options).tells_layers_apart == apart
+
+
+def test_the_names_of_peft_are_told_in_ours():
+    with pytest.raises(TypeError, match="r is rank here; target_modules is targets"):
+        LoRAConfig(r=8, target_modules=["q"])  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match="lora_alpha is alpha here"):
+        LoRAConfig.from_dict({"lora_alpha": 16})
+    assert copy.deepcopy(LoRAConfig(rank=3)) == LoRAConfig(rank=3)
+    assert pickle.loads(pickle.dumps(LoRAConfig(rank=3))) == LoRAConfig(rank=3)

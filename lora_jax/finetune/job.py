@@ -227,7 +227,7 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
 def source_of(data: DataSettings, split: str) -> str:
     """Says where the examples of a split come from."""
     files = data_files(data)
-    return files.get(split) or f"{data.dataset or data.train}, {split}"
+    return files.get(split) or f"{data.train}, {split}"
 
 
 def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:

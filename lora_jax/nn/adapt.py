@@ -17,15 +17,7 @@ import jax
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import (
-    DROPOUT,
-    FROZEN,
-    LORA,
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
-    PARAMS,
-)
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.checks import check_kernels, check_shapes, is_deterministic
 from lora_jax.nn.exactness import check_merged, is_concrete
 from lora_jax.nn.intercept import make_interceptor
@@ -87,20 +79,24 @@ class Adapted(nn.Module):
             return lambda *args, **kwargs: self._run(name, *args, **kwargs)
         return super().__getattr__(name)
 
+    @nn.nowrap
     def apply(self, variables, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.apply`; ``method`` is one of the wrapped model's."""
         return super().apply(variables, *args, method=_on_model(method), **kwargs)
 
+    @nn.nowrap
     def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
         example = Example.of(*args, method=method or "__call__", **kwargs)
         self._select(trace_model(self.model, None, example))
         return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
 
+    @nn.nowrap
     def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
         """As `flax.linen.Module.init`, with fresh base and adapters."""
         return self.init_with_output(rngs, *args, method=method, **kwargs)[1]
 
+    @nn.nowrap
     def targets(self, params: Mapping[str, Any] | None = None) -> list[Target]:
         """Returns the table of adapted layers.
 
@@ -116,6 +112,7 @@ class Adapted(nn.Module):
         """
         return self._select(self._trace(params))
 
+    @nn.nowrap
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
         """Puts fresh adapters beside pretrained parameters.
 
@@ -153,6 +150,7 @@ class Adapted(nn.Module):
             partition(join(params, unflatten(adapters)), self.config)
         )
 
+    @nn.nowrap
     def upcast_trained(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Makes what is trained in full float32 where it is bfloat16 or float16.
 
@@ -172,10 +170,12 @@ class Adapted(nn.Module):
         typed = self._trace(self.detach(variables)).typed
         return {**variables, PARAMS: widened(variables[PARAMS], typed)}
 
+    @nn.nowrap
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns the base alone, a plain tree: `attach` undone, save upcasting."""
         return join(variables[FROZEN], variables.get(PARAMS, {}))
 
+    @nn.nowrap
     def merge(
         self, variables: Mapping[str, PyTree], *, check: bool = True
     ) -> dict[str, PyTree]:
@@ -200,30 +200,17 @@ class Adapted(nn.Module):
         found = self._trace(base)
         merged = merge_params(base, variables.get(LORA, {}), self._select(found))
         if check and jax.process_count() == 1 and is_concrete(merged):
-            others, example = found.others, found.example
-            inputs = (others, example.arguments(self.model))
-
-            def run(module: nn.Module, variables: Mapping[str, Any], drawn: Any) -> Any:
-                others, (args, kwargs) = drawn
-                return module.apply(
-                    {**others, **variables},
-                    *args,
-                    method=example.method,
-                    mutable=[*others],
-                    rngs={DROPOUT: jax.random.key(0)},
-                    **kwargs,
-                )[0]
-
-            silent = self.clone(deterministic=True)
+            example = found.example
             check_merged(
-                lambda drawn: run(silent, variables, drawn),
-                lambda params, drawn: run(self.model, {PARAMS: params}, drawn),
-                base,
-                merged,
-                inputs,
+                (self.clone(deterministic=True), variables),
+                (self.model, {PARAMS: base}, {PARAMS: merged}),
+                found.others,
+                example.arguments(self.model),
+                example.method,
             )
         return merged
 
+    @nn.nowrap
     def unmerge(
         self, merged: Mapping[str, Any], variables: Mapping[str, PyTree]
     ) -> dict[str, PyTree]:
@@ -239,6 +226,7 @@ class Adapted(nn.Module):
         base = nn.meta.unbox(self.detach(variables))
         return unmerge_params(merged, base, self.targets(base))
 
+    @nn.nowrap
     def merge_errors(self, variables: Mapping[str, PyTree]) -> list[MergeError]:
         """Measures what merging loses by rounding to the base's dtype.
 
@@ -253,12 +241,14 @@ class Adapted(nn.Module):
         merged = merge_params(base, variables[LORA], targets)
         return merge_errors(base, merged, variables[LORA], targets)
 
+    @nn.nowrap
     def _trace(self, params: Mapping[str, Any] | None) -> Trace:
         found = trace_model(self.model, params, self.example)
         if params is not None:
             check_shapes(shapes_of(found.params), shapes_of(params))
         return found
 
+    @nn.nowrap
     def _select(self, found: Trace) -> list[Target]:
         chosen = select_targets(
             found.sites,

@@ -8,7 +8,7 @@ model when adapters are merged.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax.names import PARAMS
+from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.layer_rules import CALL, LayerRule
 from lora_jax.ops.merge import delta_kernel
-from lora_jax.tree.paths import flatten
 
 _LINEN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed, nn.Conv)
 _REPLACEABLE = (  # attributes by which a user's own product takes the place of JAX's
@@ -137,36 +136,56 @@ def is_concrete(tree: Any) -> bool:
 
 
 def check_merged(
-    adapted: Callable[..., Any],
-    plain: Callable[..., Any],
-    base: Mapping[str, Any],
-    merged: Mapping[str, Any],
-    inputs: Any,
+    adapted: tuple[nn.Module, Mapping[str, Any]],
+    plain: tuple[nn.Module, Mapping[str, Any], Mapping[str, Any]],
+    others: Mapping[str, Any],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    method: Any,
 ) -> None:
     """Raises unless a merged model computes what the adapted one does.
 
     Args:
-      adapted: the model with its adapters, a function of ``inputs``.
-      plain: the plain model, a function of parameters and ``inputs``.
-      base: its parameters before merging.
-      merged: and after.
-      inputs: one example, of the shapes and values of which nothing is asked.
+      adapted: the model with its adapters, deterministic, and its variables.
+      plain: the plain model, its variables before merging and after.
+      others: shapes of the collections that both have besides.
+      inputs: arguments and keyword arguments of one example; of arrays only shapes and
+        dtypes are looked at.
+      method: that the example is for.
 
     Raises:
       ValueError: if the outputs differ by far more than rounding.
+
+    Warns:
+      UserWarning: if the example does not run.
     """
-    drawn = jax.tree.map(_Drawing(), inputs)
+    draw = _Drawing()
+    args, kwargs = jax.tree.map(draw, inputs)
+    kept = {name: tree for name, tree in others.items() if name != "cache"}
+    kept = jax.tree.map(draw, kept)
+
+    def run(module: nn.Module, variables: Mapping[str, Any]) -> list[jax.Array]:
+        outputs, _ = module.apply(
+            {**kept, **variables},
+            *args,
+            method=method,
+            mutable=[*others],
+            rngs={DROPOUT: jax.random.key(0)},
+            **kwargs,
+        )
+        return _floats(outputs)
+
+    module, base, merged = plain
     try:
-        wanted = _floats(adapted(drawn))
-        got, before = (_floats(plain(tree, drawn)) for tree in (merged, base))
-    except Exception as error:
+        wanted = run(*adapted)
+        got, before = run(module, merged), run(module, base)
+    except Exception as error:  # whatever random numbers provoke
         warnings.warn(
             "the merged model could not be compared with the adapted one, for the "
             f"example made from its inputs' shapes does not run: {error!r:.300}",
             stacklevel=3,
         )
         return
-    types = {x.dtype.name for x in (*wanted, *jax.tree.leaves(flatten(base)))}
+    types = {x.dtype.name for x in (*wanted, *jax.tree.leaves(base))}
     is_wide = types <= {"float32", "float64", *(t for t in types if "int" in t)}
     rounding = 1e-3 if is_wide else 5e-2
     for w, g, b in zip(wanted, got, before, strict=True):

@@ -97,3 +97,7 @@ def merge_lora_layers(
 
 def _base(variables: Mapping[str, PyTree]) -> dict[str, Any]:
     return join(variables.get(FROZEN, {}), variables.get(PARAMS, {}))
+
+
+# Their names before 0.1.0 was released.
+merge_twins, twin_targets = merge_lora_layers, lora_layer_targets

@@ -114,14 +114,19 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
 
     So `jax.shard_map` checks it (``check_vma``), and plain autodiff does.
     """
-    own, wanted = (
-        getattr(jax.typeof(a), "vma", frozenset()) for a in (gradient, primal)
-    )
+    own, wanted = _varying_axes(gradient), _varying_axes(primal)
     if summed := tuple(own - wanted):
         gradient = jax.lax.psum(gradient, summed)
     if missing := tuple(wanted - own):
         gradient = jax.lax.pcast(gradient, missing, to="varying")
     return gradient
+
+
+def _varying_axes(array: AnyFloat) -> frozenset[str]:
+    """Returns the axes of a `jax.shard_map` over which an array differs."""
+    aval = jax.typeof(array)  # JAX 0.10 has `mat.varying`, those before `vma`
+    varying = getattr(getattr(aval, "mat", None), "varying", None)
+    return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
 
 factor_product.defvjp(_forward, _backward)

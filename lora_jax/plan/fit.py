@@ -1,32 +1,21 @@
-"""What fits: the largest batch on given devices, the smallest slice for a batch.
+"""What fits: the first of several choices, the largest batch.
 
-A compilation takes minutes, so neither is bisected. Memory grows by a constant for each
-row: two compilations give the line, a third checks the answer, and only where it was
-wrong are there more.
+A compilation takes minutes, so no batch is bisected. Memory grows by a constant for
+each row: two compilations give the line, a third checks the answer, and only where it
+was wrong are there more.
 """
 
-import os
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
+
+from lora_jax.models.decoder import REMATS
+from lora_jax.plan.step import StepPlan
+
+Price = Callable[[int, str | None], StepPlan]  # of a number of rows, and a remat policy
 
 
 class Priced(Protocol):
-    """What a step needs, as `StepPlan` says it: bytes, and whether they are there."""
-
-    @property
-    def batch(self) -> int:
-        """Rows."""
-        ...
-
-    @property
-    def total(self) -> int:
-        """Bytes a device."""
-        ...
-
-    @property
-    def limit(self) -> int:
-        """Bytes that a device has."""
-        ...
+    """Anything with a price that may be too high."""
 
     @property
     def fits(self) -> bool:
@@ -34,25 +23,49 @@ class Priced(Protocol):
         ...
 
 
-P = TypeVar("P", bound=Priced)
+K, P = TypeVar("K"), TypeVar("P", bound=Priced)
 
 
-def device_memory(device: Any) -> int:
-    """Returns the bytes of memory that a device can hold arrays in.
+def first_fitting(
+    price: Callable[[K], P], choices: Iterable[K]
+) -> tuple[K | None, dict[K, P]]:
+    """Finds the first choice that a step fits with: a slice, a remat policy.
 
     Args:
-      device: a `jax.Device` of this machine.
+      price: the plan of a choice. Where the weights alone are too large it compiles
+        nothing, so small slices cost nothing.
+      choices: from what is liked best, or is smallest.
 
     Returns:
-      What its allocator may take; of a CPU the machine's memory.
+      The first that fits, or None, and the plans of all that were tried.
     """
-    stats = device.memory_stats() or {}
-    if limit := stats.get("bytes_limit"):
-        return int(limit)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tried = {}
+    for choice in choices:
+        tried[choice] = price(choice)
+        if tried[choice].fits:
+            return choice, tried
+    return None, tried
 
 
-def largest_batch(price: Callable[[int], P], unit: int) -> P | None:
+def fitting_remat(price: Price, rows: int, remat: str | None) -> list[StepPlan]:
+    """Tries what a decoder's backward pass computes again, until the step fits.
+
+    Args:
+      price: of a step.
+      rows: of its batch.
+      remat: the policy to begin with, on which follow those that keep less; None for
+        a model that has none.
+
+    Returns:
+      The plans in the order in which they were tried: the last one fits, or none does.
+    """
+    policies = list(REMATS)
+    choices = [None] if remat is None else policies[policies.index(remat) :]
+    _, tried = first_fitting(lambda policy: price(rows, policy), choices)
+    return list(tried.values())
+
+
+def largest_batch(price: Callable[[int], StepPlan], unit: int) -> StepPlan | None:
     """Finds the largest batch that fits, with at most 5 compilations.
 
     Args:
@@ -87,24 +100,3 @@ def largest_batch(price: Callable[[int], P], unit: int) -> P | None:
         between = low.batch + share * (high.batch - low.batch)
         guess = min(int(between) // unit, high.batch // unit - 1)
     return low
-
-
-def smallest_slice(
-    price: Callable[[str], P], slices: Iterable[str]
-) -> tuple[str | None, dict[str, P]]:
-    """Finds the smallest slice that a step fits.
-
-    Args:
-      price: the plan on a slice. Where the weights alone are too large it compiles
-        nothing, so small slices cost nothing.
-      slices: from the smallest.
-
-    Returns:
-      The first that fits, or None, and the plans of all that were tried.
-    """
-    tried = {}
-    for name in slices:
-        tried[name] = price(name)
-        if tried[name].fits:
-            return name, tried
-    return None, tried

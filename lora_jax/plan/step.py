@@ -1,41 +1,19 @@
-"""The price of a decoder's training step, from shapes alone.
+"""The price of a training step: compiled from shapes alone, and never run."""
 
-The step is the real one, `make_train_step` over `make_lm_loss`, lowered for abstract
-arrays with their shardings and compiled for devices that need not be there. No weight
-is ever made.
-"""
-
-import dataclasses
+import math
 import re
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 
-from lora_jax.config import LoRAConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.names import PARAMS
-from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import batch_sharding, check_rows
-from lora_jax.parallel.rules import (
-    Rules,
-    WeightSharding,
-    adapter_shardings,
-    make_sharding,
-    resolve_shardings,
-)
-from lora_jax.plan.flops import StepFlops, step_flops
-from lora_jax.plan.slices import uncached
-from lora_jax.train.causal_lm import make_lm_loss
-from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.plan.flops import traced_flops
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_train_step
-from lora_jax.tree.paths import flatten
+from lora_jax.train.step import Batch, TrainStep
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -47,57 +25,6 @@ _TOO_LARGE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is trained.
-
-    Attributes:
-      config: the decoder's sizes.
-      lora: its adapters.
-      tokens: of a row, ``t``.
-      dtype: of the computation.
-      param_dtype: of the frozen weights.
-      remat: what the backward pass computes again; see `Decoder`.
-      accumulate: microbatches of a step.
-      is_scanned: whether the blocks are one scanned block; None: where they are alike.
-      rules: of the mesh, as `make_sharding` takes them.
-      uneven: likewise.
-    """
-
-    config: DecoderConfig
-    lora: LoRAConfig
-    tokens: int
-    dtype: Any = jnp.bfloat16
-    param_dtype: Any = jnp.bfloat16
-    remat: str = "block"
-    accumulate: int = 1
-    is_scanned: bool | None = None
-    rules: Rules = ()
-    uneven: Literal["error", "replicate"] = "error"
-
-    @property
-    def adapted(self) -> Adapted:
-        """The decoder with adapters."""
-        are_alike = not self.lora.tells_layers_apart
-        decoder = Decoder(
-            self.config,
-            dtype=self.dtype,
-            is_scanned=are_alike if self.is_scanned is None else self.is_scanned,
-            remat=self.remat,
-        )
-        return adapt(decoder, self.lora)
-
-    def params(self) -> dict[str, Any]:
-        """Returns the shapes of the frozen weights, a plain nested dictionary."""
-        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(self.adapted.model.init, jax.random.key(0), ids)
-
-        def typed(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, self.param_dtype)
-
-        return jax.tree.map(typed, shapes[PARAMS])
-
-
 class StepPlan(NamedTuple):
     """What a step needs on each device.
 
@@ -105,23 +32,23 @@ class StepPlan(NamedTuple):
       devices: how many there are.
       batch: rows of the whole batch.
       tokens: of a row.
-      remat: what the backward pass computes again.
+      remat: what a decoder's backward pass computes again; None of other models.
       base: bytes of frozen weights a device.
       trained: bytes of adapters, and of weights that are trained in full.
       optimizer: bytes of its state.
       other: bytes of the batch, counters and the layout's padding.
       temporaries: bytes of activations, gradients and workspace; None where the
         weights alone are too large and nothing was compiled.
-      limit: bytes that a device has.
+      limit: bytes that a device has; ``sys.maxsize`` where nobody asked.
       fits: whether the step does: where XLA knows the device, whether it compiled.
-      flops: of the whole step, by formula.
-      compile_seconds: lowering and compiling; 0 where nothing was compiled.
+      flops: of the whole step's products, as traced; 0 where nothing was compiled.
+      compile_seconds: tracing, lowering and compiling; 0 where nothing was compiled.
     """
 
     devices: int
     batch: int
     tokens: int
-    remat: str
+    remat: str | None
     base: int
     trained: int
     optimizer: int
@@ -129,7 +56,7 @@ class StepPlan(NamedTuple):
     temporaries: int | None
     limit: int
     fits: bool
-    flops: StepFlops
+    flops: float
     compile_seconds: float
 
     @property
@@ -138,92 +65,81 @@ class StepPlan(NamedTuple):
         parts = (self.base, self.trained, self.optimizer, self.other)
         return sum(parts) + (self.temporaries or 0)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The bytes by what they are for, and ``total``, as JSON values."""
+        names = ("base", "trained", "optimizer", "other", "temporaries", "total")
+        return {name: getattr(self, name) for name in names}
 
-def plan_step(work: Workload, mesh: Mesh, batch: int, *, limit: int) -> StepPlan:
+
+def price_step(
+    step: TrainStep,
+    state: TrainState,
+    batch: Batch,
+    *,
+    limit: int | None = None,
+    remat: str | None = None,
+    even_if_too_large: bool = False,
+) -> StepPlan:
     """Lowers and compiles one training step; says what it needs.
 
     Args:
-      work: what is trained.
-      mesh: from `make_mesh`, of devices that may be absent.
-      batch: rows of the whole batch.
-      limit: bytes of memory that a device has.
+      step: from `make_train_step`.
+      state: arrays, or shapes with shardings, on devices that may be absent.
+      batch: likewise, with ``input_ids`` ``[b, t]``.
+      limit: bytes that a device has; None for a step that is to be run whatever it
+        needs.
+      remat: what is computed again, for the record.
+      even_if_too_large: whether to compile what can't fit, for the weights alone are
+        larger than ``limit``.
 
     Returns:
       The plan. A step that is too large is no error: the plan says so.
 
     Raises:
-      ValueError: if the batch or a weight doesn't divide over the mesh, or the config
-        names layers that aren't there.
+      jax.errors.JaxRuntimeError: if it doesn't compile: for another reason than its
+        size, or without a ``limit``.
     """
-    check_rows({"batch": batch}, mesh, accumulate=work.accumulate)
-    adapted, params = work.adapted, work.params()
-    tx = lora_optimizer(1e-4, total_steps=1000)
-    sharding = make_sharding(mesh, work.rules, uneven=work.uneven)
-    state = abstract_state(adapted, params, tx, sharding)
-    rows = batch_sharding(mesh)
-    tokens = (batch, work.tokens)
-    examples = {
-        "input_ids": jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows),
-        "labels": jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows),
-        "weights": jax.ShapeDtypeStruct(tokens, jnp.float32, sharding=rows),
-    }
-    parts = {
-        "base": device_bytes(state.frozen),
-        "trained": device_bytes(state.trainable),
-        "optimizer": device_bytes(state.opt_state),
-        "other": device_bytes(examples),
-    }
-    known = sum(parts.values())
-    temporaries, fits, seconds = None, known <= limit, 0.0
-    if fits:
-        cfg = work.config
-        loss = make_lm_loss(adapted, is_tied=cfg.is_tied, softcap=cfg.final_softcap)
-        step = make_train_step(loss, tx, work.accumulate)
-        start = time.perf_counter()
-        arguments, temporaries, fits = _compile(step.lower(state, examples))
-        seconds = time.perf_counter() - start
-        if arguments is not None:
-            parts["other"] += max(0, arguments - known)
-        fits = fits and sum(parts.values()) + temporaries <= limit
-    return StepPlan(
-        devices=mesh.size,
-        batch=batch,
-        tokens=work.tokens,
-        remat=work.remat,
-        **parts,
-        temporaries=temporaries,
-        limit=limit,
-        fits=fits,
-        flops=step_flops(
-            work.config, params, adapted.targets(params), batch, work.tokens, work.remat
-        ),
-        compile_seconds=seconds,
+    rows, tokens = batch["input_ids"].shape
+    plan = StepPlan(
+        devices=state.step.sharding.num_devices,
+        batch=rows,
+        tokens=tokens,
+        remat=remat,
+        base=device_bytes(state.frozen),
+        trained=device_bytes(state.trainable),
+        optimizer=device_bytes(state.opt_state),
+        other=device_bytes(batch),
+        temporaries=None,
+        limit=sys.maxsize if limit is None else limit,
+        fits=False,
+        flops=0.0,
+        compile_seconds=0.0,
     )
-
-
-def abstract_state(
-    adapted: Adapted, params: Any, tx: Any, sharding: WeightSharding
-) -> TrainState:
-    """Returns the state before the first step, as shapes with shardings.
-
-    Args:
-      adapted: the model.
-      params: shapes of its frozen weights.
-      tx: the optimizer.
-      sharding: of the base's weights on a mesh.
-
-    Returns:
-      As `state_shapes`.
-
-    Raises:
-      ValueError: naming every weight that the mesh doesn't divide.
-    """
-    variables = jax.eval_shape(adapted.attach, params, jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
-    where = resolve_shardings(shapes, sharding)
-    where |= adapter_shardings(where, adapted.targets(params))
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return state_shapes(variables, tx, where, everywhere)
+    if plan.total > plan.limit and not even_if_too_large:
+        return plan
+    start = time.perf_counter()
+    traced = step.trace(state, batch)
+    arguments, refused = 0, None
+    try:
+        memory = traced.lower().compile().memory_analysis()
+        arguments, temporaries = (
+            int(memory.argument_size_in_bytes),
+            int(memory.temp_size_in_bytes),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        # A TPU's compiler refuses what is too large, and says how large it is.
+        refused = limit and parse_too_large(str(error))
+        if not refused:
+            raise
+        temporaries, _ = refused
+    plan = plan._replace(
+        other=plan.other + max(0, arguments - plan.total),
+        temporaries=temporaries,
+        flops=traced_flops(traced.jaxpr.jaxpr),
+        compile_seconds=time.perf_counter() - start,
+    )
+    return plan._replace(fits=not refused and plan.total <= plan.limit)
 
 
 def state_shapes(
@@ -260,17 +176,14 @@ def state_shapes(
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes on one device of shapes with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        total += jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
-    return total
+    """Returns the bytes on one device of arrays, or of shapes with shardings."""
 
+    def own(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)  # of NumPy's arrays none
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
 
-def fitting_remat(plans: Sequence[StepPlan]) -> str | None:
-    """Returns the first policy whose step fits, None if none does."""
-    return next((plan.remat for plan in plans if plan.fits), None)
+    return sum(map(own, jax.tree.leaves(tree)))
 
 
 def parse_too_large(message: str) -> tuple[int, int] | None:
@@ -288,20 +201,3 @@ def parse_too_large(message: str) -> tuple[int, int] | None:
                 round(float(limit) * UNITS[limit_unit]),
             )
     return None
-
-
-def _compile(lowered: Any) -> tuple[int | None, int, bool]:
-    """Compiles; returns bytes of arguments (if known) and temporaries, and if it fits.
-
-    A TPU's compiler refuses what is too large for the chip, and says how large it is.
-    """
-    try:
-        with uncached():
-            memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        too_large = parse_too_large(str(error))
-        if too_large is None:
-            raise
-        return None, too_large[0], False
-    arguments = int(memory.argument_size_in_bytes)
-    return arguments, int(memory.temp_size_in_bytes), True

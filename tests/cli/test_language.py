@@ -11,8 +11,6 @@ from lora_jax.finetune.report import shortest
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
-SETS = ("train", "test")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -196,10 +194,6 @@ def test_packing_and_patience(config, tmp_path, call):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["data.dataset=vader/movie", *(f"data.{s}=null" for s in SETS)],
-            "has labels",
-        ),
         (["lora.targets=[q_proj]"], "attention/query"),
         (["data.max_length=3"], "it cuts off those of all 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),

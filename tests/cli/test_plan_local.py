@@ -5,13 +5,15 @@ import json
 import jax
 import pytest
 
-from lora_jax.cli import plan_local
+from lora_jax.cli import plan as command
+from lora_jax.finetune import pricing
 from lora_jax.finetune.devices import Devices
+from lora_jax.plan.local import device_memory
 from lora_jax.train.state import TrainState
 
 
 def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
-    monkeypatch.setattr(plan_local, "device_memory", lambda device: 3 * 10**6)
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 3 * 10**6)
     code, out, shown = call("plan", config, "--json", "--largest-batch")
     plan = json.loads(out)
     assert code == 0, shown
@@ -25,17 +27,17 @@ def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
 def test_a_step_that_does_not_fit_names_the_batch_that_does(config, call, monkeypatch):
     code, out, _ = call("plan", config, "--json")
     needed = json.loads(out)["step"]["lora"]["total"]
-    monkeypatch.setattr(plan_local, "device_memory", lambda device: needed - 1)
+    monkeypatch.setattr(pricing, "device_memory", lambda device: needed - 1)
     code, _, shown = call("plan", config)
     assert code == 2
     shown = " ".join(shown.split())
-    assert "a step of 8 rows needs" in shown
+    assert "a step of 8 x 16 tokens needs" in shown
     found = int(shown.partition("train.batch_size=")[2].partition(":")[0])
     assert 1 <= found < 8
 
 
 def test_where_no_batch_fits_the_error_says_what_else_helps(config, call, monkeypatch):
-    monkeypatch.setattr(plan_local, "device_memory", lambda device: 999)
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 999)
     code, _, shown = call("plan", config)
     assert code == 2
     shown = " ".join(shown.split())
@@ -49,7 +51,7 @@ def test_the_memory_of_a_device_is_its_allocators_or_the_machines(stats):
         def memory_stats(self):
             return stats
 
-    found = plan_local.device_memory(Device())
+    found = device_memory(Device())
     assert found == 7 if stats else found > 2**28
 
 
@@ -79,7 +81,7 @@ def test_batches_divide_over_the_mesh_as_they_must_in_training(
     assert "got 8. Take 6 or 9" in shown
     units = []
     monkeypatch.setattr(
-        plan_local, "largest_batch", lambda price, unit: units.append(unit)
+        command, "largest_batch", lambda price, unit: units.append(unit)
     )
     words = ["train.batch_size=12", "train.accumulate=2", "--largest-batch"]
     code, _, shown = call("plan", config, *words)

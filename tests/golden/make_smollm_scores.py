@@ -17,7 +17,7 @@ import gguf
 import torch
 import transformers
 
-from lora_jax.files.vader import load_editorials
+from experiments.vader import load_editorials
 from tests.golden.make_smollm_tokens import SlowBPE
 
 COUNT = 3

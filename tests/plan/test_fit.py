@@ -2,17 +2,16 @@
 
 import pytest
 
-from lora_jax.plan.fit import largest_batch, smallest_slice
-from lora_jax.plan.flops import StepFlops
+from lora_jax.plan.fit import first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.step import StepPlan
 
 
-def made(batch, total, limit=100):
+def made(batch, total, limit=100, remat="block"):
     return StepPlan(
         devices=1,
         batch=batch,
         tokens=8,
-        remat="block",
+        remat=remat,
         base=0,
         trained=0,
         optimizer=0,
@@ -20,7 +19,7 @@ def made(batch, total, limit=100):
         temporaries=total,
         limit=limit,
         fits=total <= limit,
-        flops=StepFlops(2.0, 3.0),
+        flops=2.0,
         compile_seconds=1.0,
     )
 
@@ -57,9 +56,29 @@ def test_small_answers_need_no_line(each, batch):
 
 def test_the_smallest_slice_is_the_first_that_fits():
     sizes = {"2x2": 200, "2x4": 120, "4x4": 80, "4x8": 60}
-    name, tried = smallest_slice(lambda name: made(1, sizes[name]), sizes)
+    name, tried = first_fitting(lambda name: made(1, sizes[name]), sizes)
     assert name == "4x4"
     assert list(tried) == ["2x2", "2x4", "4x4"]
-    name, tried = smallest_slice(lambda name: made(1, 101), sizes)
+    name, tried = first_fitting(lambda name: made(1, 101), sizes)
     assert name is None
     assert len(tried) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "needs", "tried"),
+    [
+        ("none", {"none": 101, "lora": 100}, ["none", "lora"]),
+        ("lora", {"lora": 120, "block": 110}, ["lora", "block"]),  # neither fits
+        ("block", {"block": 50}, ["block"]),
+        (None, {None: 50}, [None]),  # an encoder has no policies
+    ],
+)
+def test_policies_are_tried_from_the_one_asked_for_until_the_step_fits(
+    asked, needs, tried
+):
+    plans = fitting_remat(
+        lambda rows, remat: made(rows, needs[remat], remat=remat), 3, asked
+    )
+    assert [plan.remat for plan in plans] == tried
+    assert [plan.batch for plan in plans] == [3] * len(tried)
+    assert plans[-1].fits == (list(needs.values())[-1] <= 100)

@@ -10,7 +10,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.plan.slices import CHIPS, GIB, check_topology, chips_of, open_slice
-from lora_jax.plan.step import Workload, plan_step
+from lora_jax.plan.topology import Workload
 
 TINY = DecoderConfig(
     vocab_size=512,
@@ -65,7 +65,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there():
     assert len(devices) == 4
     work = Workload(TINY, LoRAConfig(rank=4, alpha=8), tokens=128)
     mesh = make_mesh(data=1, fsdp=4, devices=devices)
-    plan = plan_step(work, mesh, 4, limit=16 * GIB)
+    plan = work.price(mesh, 4, limit=16 * GIB)
     assert plan.fits
     assert plan.temporaries
     assert plan.total < 100e6

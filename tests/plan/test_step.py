@@ -10,13 +10,8 @@ from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.plan.flops import step_flops, traced_flops
-from lora_jax.plan.step import (
-    Workload,
-    device_bytes,
-    fitting_remat,
-    parse_too_large,
-    plan_step,
-)
+from lora_jax.plan.step import device_bytes, parse_too_large, price_step
+from lora_jax.plan.topology import Workload
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.state import TrainState
@@ -35,7 +30,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def plan(mesh):
-    return plan_step(WORK, mesh, 2, limit=BIG)
+    return WORK.price(mesh, 2, limit=BIG)
 
 
 def test_the_plan_holds_the_bytes_of_a_real_state(plan):
@@ -59,16 +54,18 @@ def test_the_plan_holds_the_bytes_of_a_real_state(plan):
     assert plan.temporaries == memory.temp_size_in_bytes
     assert plan.fits
     assert plan.total < BIG
+    same = price_step(step, state, batch)
+    assert same.parts == plan.parts
+    assert same.flops == plan.flops > 0
+    assert same.fits
 
 
 def test_a_step_without_the_memory_does_not_fit(plan, mesh):
-    assert not plan_step(WORK, mesh, 2, limit=plan.total - 1).fits
-    alone = plan_step(WORK, mesh, 2, limit=plan.base)
+    assert not WORK.price(mesh, 2, limit=plan.total - 1).fits
+    alone = WORK.price(mesh, 2, limit=plan.base)
     assert not alone.fits
     assert alone.temporaries is None
-    assert alone.compile_seconds == 0
-    assert fitting_remat([alone, plan]) == "block"
-    assert fitting_remat([alone]) is None
+    assert alone.compile_seconds == alone.flops == 0
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
@@ -118,7 +115,7 @@ def test_loops_branches_and_convolutions_are_counted():
 
 def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(mesh):
     with pytest.raises(ValueError, match="must divide by data x fsdp"):
-        plan_step(WORK, mesh, 0, limit=BIG)
+        WORK.price(mesh, 0, limit=BIG)
     assert parse_too_large("something else") is None
     message = (
         "the total memory required for HLO temporaries (27.01G) exceeds available HBM "

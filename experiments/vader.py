@@ -2,9 +2,10 @@
 
 Each sentence carries the mean of twenty people's ratings from -4 to 4. The label is
 its sign: 1 above zero, 0 otherwise; the few rated exactly zero count as 0, which is how
-the movie domain comes to 5,242 and 5,363 sentences. The files lie inside the source
+the movie domain comes to 5,242 and 5,363 sentences. The files are in the source
 archive of the package vaderSentiment (MIT; the texts are third parties'), so they are
-fetched and never kept in this repository. They are sorted, movies by label: shuffle.
+fetched and never kept in this repository. They are sorted, the movies by label, so they
+have to be shuffled.
 
 References:
   Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.files.fetch import fetch_package
+from experiments.fetch import fetch_package
 
 PACKAGE = "vaderSentiment==3.3.2"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -167,4 +168,4 @@ def _member(archive: Path, name: str) -> bytes:
             f"{archive} must be a .tar.gz that holds {name}; it can't be read: "
             f"{error}. Delete its folder in the cache to fetch it again."
         ) from error
-    raise ValueError(f"{archive}: {name} must be a file; it is none.")
+    raise ValueError(f"{archive}: {name} must be a file; it is not.")

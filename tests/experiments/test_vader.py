@@ -5,9 +5,9 @@ import tarfile
 
 import pytest
 
-from lora_jax.files import vader
-from lora_jax.files.fetch import FetchError
-from lora_jax.files.vader import DOMAINS, Domain, load_vader, parse_ratings
+from experiments import vader
+from experiments.fetch import FetchError
+from experiments.vader import DOMAINS, Domain, load_vader, parse_ratings
 
 
 @pytest.fixture

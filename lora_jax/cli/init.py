@@ -1,0 +1,37 @@
+"""`lora-jax init`: writes a commented config.yaml to start from."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_jax.cli.console import Console
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.template import config_template
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Writes the file.
+
+    Args:
+      args: ``file``.
+      out: where to print.
+
+    Returns:
+      The file's name.
+
+    Raises:
+      UserError: if the file exists.
+    """
+    file = Path(args.file)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(config_template())
+    except FileExistsError:
+        raise UserError(
+            f"{file} exists already, and is left alone. Name another file."
+        ) from None
+    out.say(
+        f"{file} holds every setting. Next: put your model, data and run folder in,"
+    )
+    out.say(f"then `lora-jax plan {file}` and `lora-jax train {file}`.")
+    return {"config": str(file)}

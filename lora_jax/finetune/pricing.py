@@ -1,0 +1,136 @@
+"""The training steps that settings describe, priced before any is run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.files.fetch import find_model
+from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune.devices import mesh_rules
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.language import MAX_LENGTH
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.source import check_settings, read_settings
+from lora_jax.names import PARAMS
+from lora_jax.nn.adapt import adapt
+from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.plan.local import device_memory, price_local
+from lora_jax.plan.step import StepPlan
+from lora_jax.plan.topology import Workload
+
+
+class JobSteps:
+    """A job's steps on this machine, of batches of its longest shape.
+
+    Attributes:
+      job: from `open_job`.
+      batches: of its training split.
+      total: steps of the run.
+      longest: a batch of the longest shape.
+      remat: what the backward pass is to compute again; None of an encoder.
+    """
+
+    def __init__(self, job: jobs.Job) -> None:
+        self.job, self.batches = job, job.batches()
+        per_epoch = self.batches.steps_per_epoch
+        self.total = jobs.total_steps(job.settings.train, per_epoch)
+        number = max(range(min(self.total, per_epoch)), key=self.batches.length_at)
+        self.longest = self.batches.batch_at(number)
+        is_decoder = isinstance(job.loaded.config, DecoderConfig)
+        self.remat = job.settings.model.remat if is_decoder else None
+
+    def price(
+        self, rows: int, remat: str | None, *, trains_all: bool = False
+    ) -> StepPlan:
+        """Prices a step of so many rows.
+
+        Args:
+          rows: of the batch.
+          remat: what a decoder's backward pass computes again.
+          trains_all: whether the whole base is trained, without adapters; compiled
+            however large it is, to be compared with.
+
+        Returns:
+          The plan.
+        """
+        job, loaded, train = self.job, self.job.loaded, self.job.settings.train
+        module = loaded.module if remat is None else loaded.module.clone(remat=remat)
+        variables = {PARAMS: loaded.params}
+        if trains_all:
+            train = dataclasses.replace(train, lora_b_ratio=1.0)  # there is no B
+        else:
+            module = adapt(module, job.lora, *loaded.inputs)
+            variables = job.variables
+        return price_local(
+            job.loss(module, is_training=True),
+            jobs.optimizer(train, self.total),
+            variables,
+            self.longest,
+            rows,
+            accumulate=train.accumulate,
+            limit=device_memory(jax.local_devices()[0]),
+            remat=remat,
+            even_if_too_large=trains_all,
+        )
+
+    def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:
+        """Returns the arithmetic of two steps, with adapters and with all trained.
+
+        A decoder's is by formula, because cuDNN's attention can't be traced.
+        """
+        if plan.remat is None:
+            return StepFlops(plan.flops, full.flops)
+        loaded, shape = self.job.loaded, (plan.batch, plan.tokens, plan.remat)
+        return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
+
+
+def workload(settings: RunSettings, tokens: int | None) -> Workload:
+    """Reads what is trained from settings and the model's config alone.
+
+    Args:
+      settings: of the run.
+      tokens: of a row; None for ``data.max_length``.
+
+    Returns:
+      The workload.
+
+    Raises:
+      UserError: if the model is an encoder, or a row longer than its context.
+    """
+    found = find_model(settings.model.path)
+    if found.suffix == SUFFIX:
+        config_json = check_settings(GGUFReader(found).config, found)
+    else:
+        config_json = read_settings(found)
+    family = FAMILIES[config_json["model_type"]]
+    if family.head:
+        raise UserError(
+            f"--topology plans decoders; {found} is a {config_json['model_type']}, an "
+            "encoder. Without --topology its step is compiled for this machine."
+        )
+    config = family.read_config(config_json)
+    tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
+    if tokens > config.max_positions:
+        raise UserError(
+            f"--tokens must be at most the model's context, {config.max_positions}; "
+            f"got {tokens}."
+        )
+    stored = settings.model.param_dtype or config_json.get(
+        "dtype", config_json.get("torch_dtype")
+    )
+    return Workload(
+        config=config,
+        lora=settings.lora,
+        tokens=tokens,
+        dtype=jnp.dtype(settings.model.dtype),
+        param_dtype=jnp.dtype(stored or "float32"),
+        remat=settings.model.remat,
+        accumulate=settings.train.accumulate,
+        is_scanned=settings.scans_layers,
+        rules=mesh_rules(settings),
+        uneven=settings.mesh.uneven,
+    )
