@@ -70,9 +70,13 @@ class Case(NamedTuple):
         return "lora_a" if self.zero == "lora_b" else "lora_b"
 
 
+# Random bits take XLA seconds to optimise, for nothing where they are drawn once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 @functools.cache
 def compiled_init(case: Case) -> Callable[..., Arrays]:
-    return jax.jit(case.init)
+    return jax.jit(case.init, compiler_options=QUICK)
 
 
 def tuned(case: Case, key: jax.Array) -> Arrays:

@@ -226,6 +226,7 @@ def test_all_linears_of_an_encoder_are_adapted_and_merge(name, lora):
     np.testing.assert_allclose(merged, changed, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_the_patch_projection_is_adapted_when_it_is_named():
     base = load_base(GOLDEN / "dinov2")
     adapted = adapt(base.module, LoRAConfig(rank=2, alpha=3, targets=["patch"]))
