@@ -129,11 +129,12 @@ def _train_and_print(config: str) -> None:
     from lora_jax.finetune import job
     from lora_jax.finetune.report import tree_bytes
     from lora_jax.finetune.settings import load_settings
+    from lora_jax.finetune.tasks import open_job
     from lora_jax.train.state import TrainState
     from lora_jax.train.step import make_train_step
 
     settings = load_settings(config, [])
-    opened = job.open_job(settings, splits=["train"])
+    opened = open_job(settings, splits=["train"])
     batches = opened.batches()
     total = job.total_steps(settings.train, batches.steps_per_epoch)
     tx = job.optimizer(settings.train, total)

@@ -132,23 +132,25 @@ def _line(row: dict[str, Any]) -> str:
 def _plan(model: str, topology: str) -> dict[str, Any]:
     import jax.numpy as jnp
 
-    from lora_jax import LoRAConfig
+    from lora_jax import LoRAConfig, make_mesh, make_sharding
+    from lora_jax.models.decoder import Decoder
     from lora_jax.models.families import FAMILIES
-    from lora_jax.plan.slices import chips_of
-    from lora_jax.plan.topology import SliceSteps, Workload
+    from lora_jax.plan.slices import check_topology, chips_of, open_slice
+    from lora_jax.plan.topology import DecoderSteps
 
     settings = json.loads((FOLDER / model / "config.json").read_text())
-    work = Workload(
-        FAMILIES[settings["model_type"]].read_config(settings),
+    config = FAMILIES[settings["model_type"]].read_config(settings)
+    mesh = make_mesh(data=1, fsdp=-1, devices=open_slice(topology))
+    steps = DecoderSteps(
+        Decoder(config, dtype=jnp.bfloat16, is_scanned=True, remat=REMAT),
         LoRAConfig(rank=RANK, alpha=ALPHA),
         TOKENS,
-        dtype=jnp.bfloat16,
+        make_sharding(mesh),
+        check_topology(topology).memory,
         param_dtype=jnp.bfloat16,
-        remat=REMAT,
     )
-    steps = SliceSteps(work, topology, {"data": 1, "fsdp": -1})
     wall, cpu = time.perf_counter(), time.process_time()
-    plan = steps.price(chips_of(topology), REMAT)
+    plan = steps.price(chips_of(topology))
     flops = steps.flops(plan)
     return {
         **plan._asdict(),

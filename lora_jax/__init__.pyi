@@ -48,6 +48,7 @@ from .train.step import make_train_step as make_train_step
 # Losses.
 from .train.causal_lm import causal_lm as causal_lm
 from .train.causal_lm import make_lm_loss as make_lm_loss
+from .train.classification import classification_loss as classification_loss
 from .train.losses import contrastive as contrastive
 from .train.losses import softmax_cross_entropy as softmax_cross_entropy
 from .train.losses import squared_error as squared_error
@@ -55,6 +56,9 @@ from .train.losses import squared_error as squared_error
 # Data.
 from .train.data import Batches as Batches
 from .train.data import TextBatches as TextBatches
+
+# Whole runs: a config in, a run folder out.
+from .finetune.run import fine_tune as fine_tune
 
 # Pretrained models.
 from .interop.pretrained import load_model as load_model

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from lora_jax.finetune.formatting import to_json
+from lora_jax.finetune.reporter import Reporter, Tick
 
 SECONDS_BETWEEN_LINES = 5.0
 PLAIN_WIDTH = 140
@@ -30,7 +31,7 @@ class _Rich(RichConsole):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-class Console:
+class Console(Reporter):
     """Prints for people, and for programs where ``as_json`` is set."""
 
     def __init__(self, *, as_json: bool = False):
@@ -47,11 +48,6 @@ class Console:
     def say(self, text: str = "", *, style: str | None = None) -> None:
         """Prints one line as it is (square brackets mean nothing)."""
         self._rich.print(escape(text), style=style)
-
-    def heading(self, text: str) -> None:
-        """Prints a heading with an empty line above it."""
-        self.say()
-        self.say(text, style="bold")
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Prints aligned ``name  value`` lines."""
@@ -76,18 +72,10 @@ class Console:
             print(to_json(result, indent=2), flush=True)
 
     @contextlib.contextmanager
-    def progress(self, name: str, total: int) -> Iterator["Ticker"]:
-        """Shows progress towards ``total`` until the block ends.
-
-        Args:
-          name: what is being done.
-          total: how many units there are.
-
-        Yields:
-          A `Ticker` to be called with the units done and a few words about them.
-        """
+    def progress(self, name: str, total: int) -> Iterator[Tick]:
+        """Shows a live bar, or a plain line every few seconds."""
         if not self.is_live:
-            yield Ticker(self, name, total)
+            yield self._lines(name, total)
             return
         columns = [
             TextColumn("{task.description}"),
@@ -97,39 +85,24 @@ class Console:
         ]
         with Progress(*columns, console=self._rich, refresh_per_second=4) as bar:
             task = bar.add_task(name, total=total, note="")
-            yield Ticker(
-                self,
-                name,
-                total,
-                lambda n, note: bar.update(task, completed=n, note=note),
-            )
 
+            def show(done: int, note: str = "", *, quiet: bool = False) -> None:
+                bar.update(task, completed=done, note=note)
 
-class Ticker:
-    """Shows how far something is: a live bar, or a plain line every few seconds."""
+            yield show
 
-    def __init__(self, console: Console, name: str, total: int, update=None):
-        self._console, self._name, self._total = console, name, total
-        self._update = update
-        self._last = time.monotonic()
+    def _lines(self, name: str, total: int) -> Tick:
+        """Returns a `Tick` that prints a plain line every few seconds."""
+        last = time.monotonic()
 
-    def __call__(self, done: int, note: str = "", *, quiet: bool = False) -> None:
-        """Shows that ``done`` units are through.
+        def show(done: int, note: str = "", *, quiet: bool = False) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if not quiet and (done >= total or now - last >= SECONDS_BETWEEN_LINES):
+                last = now
+                self.say(f"  {name} {done}/{total}  {note}".rstrip())
 
-        Args:
-          done: how many.
-          note: a few words beside the bar.
-          quiet: moves the bar, but is not worth a line where there is no bar.
-        """
-        if self._update is not None:
-            self._update(done, note)
-            return
-        if quiet:
-            return
-        now = time.monotonic()
-        if done >= self._total or now - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = now
-            self._console.say(f"  {self._name} {done}/{self._total}  {note}".rstrip())
+        return show
 
 
 def _cell(value: Any) -> str:

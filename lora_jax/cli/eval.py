@@ -4,15 +4,11 @@ import argparse
 from typing import Any
 
 from lora_jax.cli.console import Console
-from lora_jax.files.adapter import load_adapter
-from lora_jax.finetune import job as jobs
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.formatting import perplexity
-from lora_jax.finetune.run_folder import ADAPTER, open_run
+from lora_jax.finetune.evaluation import evaluate_run
+from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.settings import load_settings
-from lora_jax.names import FROZEN, TRAINABLE
-from lora_jax.train.loop import evaluate
-from lora_jax.train.step import make_eval_step
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -38,49 +34,22 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"Evaluate it as it is with --run {folder.path}; --data gives it "
             "another file.",
         )
-    source = args.data or jobs.source_of(settings.data, args.split)
-    adapter = load_adapter(folder / ADAPTER)
-    needed = () if args.data else (args.split,)
-    if args.base:
-        needed = ("train", "validation", args.split)
-    job = jobs.open_job(settings, splits=needed, extra=adapter.extra, is_strict=False)
-    if args.data:
-        wanted = job.tokenize_file(args.data)
-    elif args.split not in job.splits:
-        raise UserError(
-            f"the run has no {args.split} split. --data FILE evaluates any other file."
-        )
-    else:
-        wanted = job.splits[args.split]
-
-    if args.base:
-        found = job.baseline({**job.splits, "test": wanted}, out)
-        what, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
-    else:
-        expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
-        adapter = load_adapter(
-            folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
-        )
-        variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
-        variables = job.devices.place(variables, job.targets)
-        step = make_eval_step(job.loss(job.adapted, is_training=False))
-        batches = job.evaluation(wanted)
-        with out.progress("evaluate", batches.steps_per_epoch) as tick:
-            measured = evaluate(step, variables, job.devices.one_epoch(batches, tick))
-        what = f"adapter of step {adapter.extra['step']}"
-        metrics = {name: measured[name] for name in job.metrics}
-    out.heading(f"{what} on {source}")
-    shown = [(name, job.show(name, value)) for name, value in metrics.items()]
-    if "loss" in metrics and job.metric == "loss":
-        metrics["perplexity"] = perplexity(metrics["loss"])
-        shown.append(("perplexity", f"{metrics['perplexity']:.3f}"))
-    count = len(wanted.examples)
-    notes = [("devices", job.devices.note)] if job.devices.note else []
-    out.facts([("examples", f"{count:,}"), *shown, *notes])
+    found = evaluate_run(
+        folder,
+        settings,
+        data=args.data,
+        split=args.split,
+        is_base=args.base,
+        reporter=out,
+    )
+    out.heading(f"{found.model} on {found.data}")
+    facts = [("examples", f"{found.examples:,}")]
+    facts += [(name, metric_text(name, v)) for name, v in found.metrics.items()]
+    out.facts(facts + ([("devices", found.devices)] if found.devices else []))
     return {
-        **metrics,
-        "examples": count,
-        "data": source,
-        "model": what,
+        **found.metrics,
+        "examples": found.examples,
+        "data": found.data,
+        "model": found.model,
         "run": str(folder.path),
     }

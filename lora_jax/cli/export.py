@@ -6,10 +6,12 @@ from typing import Any
 
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
+from lora_jax.cli.outputs import new_folder
+from lora_jax.cli.pretrained import base_of
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import load_adapter
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size
+from lora_jax.finetune.report import model_bytes
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.pretrained import find_adapter, load_model, read_external
 from lora_jax.models.load import LoadedModel
@@ -25,9 +27,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       Where it lies, its format, and how many layers it adapts.
     """
-    target = Path(args.out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
+    target = new_folder(args.out)
     variables, config, source, extra = _read(find_adapter(args.adapter), args.model)
     export_adapter(
         target,
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         base_model=args.model or extra.get("model"),
     )
     files = sorted(target.glob("*.safetensors"))
-    total = sum(file.stat().st_size for file in files)
+    total = model_bytes(target)
     shown = args.format + (", portable" if args.portable else "")
     out.heading("Exported")
     out.facts(
@@ -63,19 +63,10 @@ def _read(
     folder: Path, model: str | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
     """Reads an adapter: ours needs names alone, another tool's the model to fit to."""
-    foreign = read_external(folder)
-    if foreign is None:
+    external = read_external(folder)
+    base = base_of(folder, model, external)
+    if external is None:
         found = load_adapter(folder)
-        source = model or found.extra.get("model")
-        if source is None:
-            raise UserError(
-                f"{folder} does not say which model it was trained on: add --model."
-            )
-        return found.variables, found.config, source, found.extra
-    if model is None:
-        raise UserError(
-            f"{folder} is an adapter of another tool, and the base that it may name is "
-            "not looked for: add --model."
-        )
-    loaded = load_model(model, foreign)
+        return found.variables, found.config, base, found.extra
+    loaded = load_model(base, external)
     return loaded.variables, loaded.module.config, loaded, {}

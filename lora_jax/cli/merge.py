@@ -1,14 +1,14 @@
 """`lora-jax merge`: an adapter folded into its base, as a plain Hugging Face folder."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.console import Console
+from lora_jax.cli.outputs import new_folder
 from lora_jax.cli.pretrained import load
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
+from lora_jax.models.load import HEAD
 from lora_jax.models.save import save_model
 
 
@@ -22,17 +22,17 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       Where it lies, and the largest merge error of a layer.
     """
-    target = Path(args.out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target} exists and is not empty; name a new folder.")
-    model = load(args.model, args.adapter)
-    merged = model.loaded.module.merge(model.variables)
-    errors = model.loaded.module.merge_errors(model.variables)
-    pooling = getattr(model.loaded.module.model, "pooling", None)
-    save_model(target, merged, model.loaded.path, pooling=pooling)
+    target = new_folder(args.out)
+    loaded = load(args.model, args.adapter)
+    adapted: Any = loaded.module
+    merged = adapted.merge(loaded.variables)
+    errors = adapted.merge_errors(loaded.variables)
+    pooling = getattr(adapted.model, "pooling", None)
+    save_model(target, merged, loaded.path, pooling=pooling)
+    has_head = HEAD in loaded.params
     worst = max(errors, key=lambda error: error.relative)
     facts = [
-        ("base", str(model.loaded.path)),
+        ("base", str(loaded.path)),
         ("adapter", f"{args.adapter}, {len(errors)} layers"),
         (
             "merge error",
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         ),
         ("folder", f"{target} ({size(model_bytes(target))} of weights)"),
     ]
-    if model.has_head:
+    if has_head:
         kept = f"classifier.weight, classifier.bias, on {pooling} pooling"
         facts.append(("head", f"{kept} (config.json says so)"))
     out.heading("Merged")
@@ -52,6 +52,6 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "merge_error": worst.relative,
         "merge_error_layer": worst.path,
         "largest_error": max(error.largest for error in errors),
-        "has_head": model.has_head,
+        "has_head": has_head,
         "model_bytes": model_bytes(target),
     }

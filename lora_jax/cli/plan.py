@@ -5,24 +5,24 @@ TPU slice that need not be there: then nothing but the model's config is read.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.cli.console import Console
-from lora_jax.finetune import job as jobs
 from lora_jax.finetune import report
 from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import arithmetic, duration, size
-from lora_jax.finetune.pricing import JobSteps, workload
+from lora_jax.finetune.pricing import JobSteps, slice_steps
 from lora_jax.finetune.settings import RunSettings, load_settings
+from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FSDP
 from lora_jax.parallel.mesh import AXES
 from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops
-from lora_jax.plan.slices import check_topology, chips_of
+from lora_jax.plan.slices import chips_of, slices_like
 from lora_jax.plan.step import StepPlan
-from lora_jax.plan.topology import SliceSteps
 
 PARTS = {
     "frozen base": "base",
@@ -32,26 +32,7 @@ PARTS = {
     "activations and temporaries": "temporaries",
     "memory in all": "total",
 }
-
-
-class _Asked(NamedTuple):
-    """How steps are priced.
-
-    Attributes:
-      price: of a number of rows and a remat policy; prints a line.
-      unit: rows that every batch has to divide by.
-      remat: of the settings, what the backward pass computes again.
-      device: what has to have the memory, in words.
-    """
-
-    price: Price
-    unit: int
-    remat: str | None
-    device: str
-
-    def largest(self, remat: str | None) -> StepPlan | None:
-        """Returns the largest batch that fits under a policy."""
-        return largest_batch(lambda rows: self.price(rows, remat), self.unit)
+TARGET = ("path", "kind", "kernel_shape", "rank", "alpha", "scaling", "trainable")
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -85,7 +66,7 @@ def _plan_local(
             f"{shown} must come with --topology, v5e:4x4 say. On this machine the "
             "step is that of the data: train.batch_size, data.max_length."
         )
-    job = jobs.open_job(settings, splits=["train"], is_strict=False)
+    job = open_job(settings, splits=["train"], is_strict=False)
     check_batch(settings, job.devices)
     steps = JobSteps(job)
     report.print_loaded(out, job, steps.batches)
@@ -97,41 +78,29 @@ def _plan_local(
         f"A training step of {rows} x {tokens} tokens, the longest shape "
         f"({report.device()})"
     )
-    asked = _Asked(
-        price=_printed(steps.price, "this machine", out),
-        unit=settings.train.accumulate * job.devices.parts,
-        remat=steps.remat,
-        device="this machine",
-    )
-    plan = fitting_remat(asked.price, rows, steps.remat)[-1]
+    price = _printed(steps.price, "this machine", out)
+    plan = fitting_remat(price, rows, steps.remat)[-1]
+    unit = settings.train.accumulate * job.devices.parts
+
+    def way_out() -> str:
+        if found := largest_batch(lambda rows: price(rows, plan.remat), unit):
+            return (
+                f"The largest batch that fits is train.batch_size={found.batch}: "
+                f"{size(found.total)}."
+            )
+        return (
+            "Not even the smallest batch fits: take shorter rows (data.max_length) or "
+            "model.param_dtype=bfloat16."
+        )
+
+    _check_fits(plan, "this machine", way_out, args)
     full = steps.price(rows, plan.remat, trains_all=True)
     flops = steps.flops(plan, full)
     _print_plans(out, {"LoRA": plan, "full fine-tuning": full}, flops)
-
-    def way_out() -> str:
-        found = asked.largest(plan.remat)
-        if found is None:
-            return (
-                "Not even the smallest batch fits: take shorter rows "
-                "(data.max_length) or model.param_dtype=bfloat16."
-            )
-        return (
-            f"The largest batch that fits is train.batch_size={found.batch}: "
-            f"{size(found.total)}."
-        )
-
+    out.say(f"  {_verdict(plan, 'this machine', steps.remat)}")
     return {
         "targets": [
-            {
-                "path": target.path,
-                "kind": target.kind,
-                "kernel_shape": list(target.kernel_shape),
-                "rank": target.rank,
-                "alpha": target.alpha,
-                "scaling": target.scaling,
-                "trainable": target.trainable,
-            }
-            for target in job.targets
+            {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
@@ -141,7 +110,8 @@ def _plan_local(
             "full": {**full.parts, "flops": flops.full},
         },
         "limit": plan.limit,
-        **_conclude(asked, plan, way_out, args, out),
+        "remat": plan.remat if plan.fits else None,
+        "largest_batch": _largest(price, plan, unit, args, out),
         "device": report.device(),
     }
 
@@ -150,72 +120,71 @@ def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
     """Plans a decoder's step on a TPU slice."""
-    chip, work = check_topology(args.topology), workload(settings, args.tokens)
-    steps = SliceSteps(work, args.topology, read_mesh(args.mesh))
+    topology, mesh = args.topology, read_mesh(args.mesh)
+    steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size
-    axes = ", ".join(f"{name} {n}" for name, n in steps.mesh.shape.items())
+    sizes = steps.sharding.mesh.shape
     out.heading(
-        f"A training step of {rows} x {work.tokens} tokens, compiled for "
-        f"{args.topology}: {steps.mesh.size} chips of {size(chip.memory)} ({axes})"
+        f"A training step of {rows} x {steps.tokens} tokens, compiled for {topology}: "
+        f"{chips_of(topology)} chips of {size(steps.limit)} "
+        f"({', '.join(f'{name} {n}' for name, n in sizes.items())})"
     )
-    kind = args.topology.partition(":")[0]
-    asked = _Asked(
-        price=_printed(steps.price, args.topology, out),
-        unit=steps.rows(),
-        remat=work.remat,
-        device=f"a {kind} chip",
-    )
-    *before, plan = fitting_remat(asked.price, rows, work.remat)
+    price, remat = _printed(steps.price, topology, out), steps.decoder.remat
+    *before, plan = fitting_remat(price, rows, remat)
     _print_plans(out, {"LoRA": plan}, steps.flops(plan))
+    chip = f"a {topology.partition(':')[0]} chip"
+    out.say(f"  {_verdict(plan, chip, remat)}")
 
     def first_slice(
         is_asked: Callable[[str, int], bool],
     ) -> tuple[str | None, dict[str, StepPlan]]:
-        siblings = steps.siblings(rows)
+        """Finds the smallest slice of those asked for, by name and least batch."""
+        found = {}
+        for name in slices_like(topology):
+            with contextlib.suppress(ValueError):  # the mesh doesn't divide its chips
+                other = slice_steps(settings, name, mesh, args.tokens)
+                if is_asked(name, least := other.rows(rows)):
+                    found[name] = _printed(other.price, name, out), least
 
         def price(name: str) -> StepPlan:
-            steps, least = siblings[name]
-            return _printed(steps.price, name, out)(least, plan.remat)
+            price, least = found[name]
+            return price(least, plan.remat)
 
-        return first_fitting(
-            price,
-            [name for name, (_, least) in siblings.items() if is_asked(name, least)],
-        )
+        return first_fitting(price, found)
 
     def way_out() -> str:
         out.say("  looking for a larger slice that it fits")
-        own = chips_of(args.topology)
+        own = chips_of(topology)
         found, tried = first_slice(lambda name, least: chips_of(name) > own)
-        if found is None:
+        if found:
             return (
-                "No larger slice of that chip fits either; take another chip, shorter "
-                "rows (--tokens) or a mesh with tensor=2."
+                f"The nearest that it fits: --topology {found} --batch "
+                f"{tried[found].batch}, {size(tried[found].total)} a chip."
             )
         return (
-            f"The nearest that it fits: --topology {found} --batch "
-            f"{tried[found].batch}, {size(tried[found].total)} a chip."
+            "No larger slice of that chip fits either; take another chip, shorter rows "
+            "(--tokens) or a mesh with tensor=2."
         )
 
     def describe(plan: StepPlan) -> dict[str, Any]:
         flops = steps.flops(plan)
-        return {
-            **plan._asdict(),
-            "total": plan.total,
-            "flops": {**flops._asdict(), "saved": flops.saved},
-        }
+        flops = {**flops._asdict(), "saved": flops.saved}
+        return {**plan._asdict(), "total": plan.total, "flops": flops}
 
+    _check_fits(plan, chip, way_out, args)
     result = {
-        "topology": args.topology,
-        "mesh": dict(steps.mesh.shape),
+        "topology": topology,
+        "mesh": dict(sizes),
         "step": describe(plan),
+        "remat": plan.remat if plan.fits else None,
         "tried": [describe(other) for other in before],
-        **_conclude(asked, plan, way_out, args, out),
+        "largest_batch": _largest(price, plan, steps.rows(), args, out),
     }
     if args.smallest_slice:
         smallest, tried = first_slice(lambda name, least: least == rows)
         result["smallest_slice"] = smallest
         result["slices"] = {name: describe(other) for name, other in tried.items()}
-        out.say(f"  smallest slice: {smallest or f'no {kind} slice tried fits'}")
+        out.say(f"  smallest slice: {smallest or 'no slice of that chip fits'}")
     return result
 
 
@@ -271,61 +240,55 @@ def _print_plans(out: Console, plans: dict[str, StepPlan], flops: StepFlops) -> 
     rows = []
     for label, part in PARTS.items():
         values = [plan.parts[part] for plan in plans.values()]
-        shown = ["-" if value is None else size(value) for value in values]
-        rows.append([label, *shown])
+        rows.append([label, *("-" if n is None else size(n) for n in values)])
         if len(values) > 1:
             lora, full = values
             rows[-1].append(f"{lora / full:.2f}" if lora and full else "-")
-    ratio = ["ratio"] if len(plans) > 1 else []
-    rows.append(
-        [
-            "fits",
-            *(("no", "yes")[p.fits] for p in plans.values()),
-            *([""] if ratio else []),
-        ]
-    )
-    out.table(("bytes a device", *plans, *ratio), rows)
-    saved = ""
+    out.table(("bytes a device", *plans, "ratio")[: len(rows[0])], rows)
+    (plan, *_), saved = plans.values(), ""
     if flops.lora and flops.full:
         saved = (
-            f"{arithmetic(flops.lora)} a step; full fine-tuning "
+            f"{arithmetic(flops.lora)} a step, full fine-tuning "
             f"{arithmetic(flops.full)}: LoRA saves {flops.saved:.0%} "
+            f"({'by formula' if plan.remat else 'as traced'}); "
         )
-    out.say(f"  {saved}(memory as XLA counts it for the compiled step)")
+    out.say(f"  {saved}memory as XLA counts it for the compiled step")
 
 
-def _conclude(
-    asked: _Asked,
-    plan: StepPlan,
-    way_out: Callable[[], str],
-    args: argparse.Namespace,
-    out: Console,
-) -> dict[str, Any]:
-    """Says whether a step fits, and finds the largest batch where that is asked for.
-
-    Raises:
-      UserError: if the step does not fit, and nothing that would was asked for.
-    """
+def _verdict(plan: StepPlan, device: str, asked: str | None) -> str:
+    """Says whether a step fits, and under which policy."""
     policy = _policy(", with ", plan.remat)
-    if plan.fits and plan.remat != asked.remat:
+    if plan.fits and plan.remat != asked:
         policy += f": set model.remat={plan.remat}"
-    verdict = "fits" if plan.fits else "does not fit"
-    out.say(f"  {verdict} {asked.device}'s {size(plan.limit)}{policy}")
-    if not (plan.fits or args.largest_batch or args.smallest_slice):
-        least = "" if plan.temporaries else "at least "  # weights alone, not compiled
-        each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
-        raise UserError(
-            f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
-            f"{size(plan.total)}{each}{_policy(' with ', plan.remat)}; {asked.device} "
-            f"has {size(plan.limit)}. {way_out()}"
-        )
-    largest = None
-    if args.largest_batch:
-        found = asked.largest(plan.remat)
-        largest = found and found.batch
-        text = f"{largest} rows" if found else f"not even {asked.unit} rows fit"
-        out.say(f"  largest batch that fits: {text} of {plan.tokens} tokens")
-    return {"remat": plan.remat if plan.fits else None, "largest_batch": largest}
+    verb = "fits" if plan.fits else "does not fit"
+    return f"{verb} {device}'s {size(plan.limit)}{policy}"
+
+
+def _check_fits(
+    plan: StepPlan, device: str, way_out: Callable[[], str], args: argparse.Namespace
+) -> None:
+    """Raises if a step does not fit, and nothing that would was asked for."""
+    if plan.fits or args.largest_batch or args.smallest_slice:
+        return
+    least = "" if plan.temporaries else "at least "  # weights alone, not compiled
+    each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
+    raise UserError(
+        f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
+        f"{size(plan.total)}{each}{_policy(' with ', plan.remat)}; {device} has "
+        f"{size(plan.limit)}. {way_out()}"
+    )
+
+
+def _largest(
+    price: Price, plan: StepPlan, unit: int, args: argparse.Namespace, out: Console
+) -> int | None:
+    """Finds and prints the largest batch under a plan's policy, if it is asked for."""
+    if not args.largest_batch:
+        return None
+    found = largest_batch(lambda rows: price(rows, plan.remat), unit)
+    text = f"{found.batch} rows" if found else f"not even {unit} rows"
+    out.say(f"  largest batch that fits: {text} of {plan.tokens} tokens")
+    return found and found.batch
 
 
 def _policy(start: str, remat: str | None) -> str:

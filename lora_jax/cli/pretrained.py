@@ -1,67 +1,24 @@
-"""`--model` and `--adapter`: what the words of the commands stand for."""
+"""`--model` and `--adapter`: what they stand for."""
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from lora_jax.array_types import PyTree
-from lora_jax.files.adapter import read_adapter_config
+from lora_jax.files.adapter import CONFIG, FORMAT, read_adapter_config
+from lora_jax.files.json_file import read_json
 from lora_jax.finetune.errors import UserError
+from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.pretrained import find_adapter, load_model, read_external
-from lora_jax.models.load import HEAD, LoadedModel
+from lora_jax.models.load import LoadedModel
 
 
-class Pretrained(NamedTuple):
-    """A model, perhaps with an adapter on it.
-
-    Attributes:
-      loaded: the model, with the adapter if there is one.
-      extra: what the adapter's saver kept beside it; None without an adapter.
-    """
-
-    loaded: LoadedModel
-    extra: dict[str, Any] | None
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is a classification head to take logits from."""
-        return HEAD in self.loaded.params
-
-    @property
-    def variables(self) -> dict[str, PyTree]:
-        """What ``loaded.module.apply`` takes."""
-        return self.loaded.variables
-
-
-def load_decoder(
-    model: str | None, adapter: str | None, *, is_scanned: bool | None = None
-) -> Pretrained:
-    """As `load`; an encoder is an error.
-
-    Args:
-      model: see `load`.
-      adapter: see `load`.
-      is_scanned: whether the blocks are one loop, which compiles faster but makes a
-        copy of each block's weights when it comes to it. None and True: an adapter of
-        ours is put on what it was trained on.
-
-    Returns:
-      The model.
-    """
-    found = load(model, adapter, is_scanned=is_scanned)
-    if found.loaded.family.head:
-        raise UserError(
-            f"{found.loaded.path} must be a decoder; it is an encoder, which predicts "
-            "no tokens. `lora-jax encode` gives its embeddings."
-        )
-    return found
-
-
-def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
+def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
     """Loads a model and puts an adapter on it.
 
     Args:
       model: folder, package or hub id; None takes that which the adapter names.
       adapter: run folder, adapter folder of ours or of another tool, or None.
-      **options: as for `load_model`.
+      **options: as for `load_model`; an adapter of ours that is asked to be scanned is
+        put on what it was trained on.
 
     Returns:
       The model.
@@ -73,21 +30,70 @@ def load(model: str | None, adapter: str | None, **options: Any) -> Pretrained:
     if adapter is None:
         if model is None:
             raise UserError("--model is missing: which model is to be used?")
-        return Pretrained(load_model(model, **options), None)
+        return load_model(model, **options)
     folder = find_adapter(adapter)
-    if (foreign := read_external(folder)) is not None:
-        if model is None:
-            raise UserError(
-                f"{folder} is an adapter of another tool, and the base that it may "
-                "name is not looked for: add --model."
-            )
-        return Pretrained(load_model(model, foreign, **options), {})
-    if options.get("is_scanned"):
+    external = read_external(folder)
+    if external is None and options.get("is_scanned"):
         options["is_scanned"] = None  # as it was trained
-    extra = read_adapter_config(folder)["extra"]
-    model = model or extra.get("model")
+    base = base_of(folder, model, external)
+    return load_model(base, external or folder, **options)
+
+
+def load_decoder(
+    model: str | None, adapter: str | None, *, is_scanned: bool | None = None
+) -> LoadedModel:
+    """As `load`; an encoder is an error.
+
+    Args:
+      model: see `load`.
+      adapter: see `load`.
+      is_scanned: whether the blocks are one loop, which compiles faster but makes a
+        copy of each block's weights when it comes to it.
+
+    Returns:
+      The model.
+    """
+    loaded = load(model, adapter, is_scanned=is_scanned)
+    if loaded.family.head:
+        raise UserError(
+            f"{loaded.path} must be a decoder; it is an encoder, which predicts no "
+            "tokens. `lora-jax encode` gives its embeddings."
+        )
+    return loaded
+
+
+def base_of(folder: Path, model: str | None, external: ExternalAdapter | None) -> str:
+    """Returns the model that was asked for, or that an adapter was trained on.
+
+    Args:
+      folder: of the adapter.
+      model: what was asked for.
+      external: the adapter, if it is another tool's.
+
+    Returns:
+      Folder, package or hub id.
+
+    Raises:
+      UserError: if neither says which.
+    """
+    if model is not None:
+        return model
+    if external is not None:
+        raise UserError(
+            f"{folder} is an adapter of another tool, and the base that it may name is "
+            "not looked for: add --model."
+        )
+    model = read_adapter_config(folder)["extra"].get("model")
     if model is None:
         raise UserError(
             f"{folder} does not say which model it was trained on: add --model."
         )
-    return Pretrained(load_model(model, folder, **options), extra)
+    return model
+
+
+def adapter_extra(adapter: str | None) -> dict[str, Any]:
+    """Returns what was kept beside an adapter of ours; nothing of another tool's."""
+    if adapter is None:
+        return {}
+    meta = read_json(find_adapter(adapter) / CONFIG)
+    return meta["extra"] if meta.get("format") == FORMAT else {}

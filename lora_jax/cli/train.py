@@ -1,72 +1,91 @@
-"""`lora-jax train`: from a config to an adapter and honest numbers about it."""
+"""`lora-jax train`: fine-tunes a model as a config says."""
 
 import argparse
-import errno
+import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.console import Console
-from lora_jax.finetune.devices import join
-from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.run_folder import RunFolder
-from lora_jax.finetune.session import Session
-from lora_jax.finetune.settings import load_settings
-from lora_jax.parallel.processes import (
-    check_same,
-    is_first,
-    is_lost_peer,
-    shut_down,
-    together,
-)
+from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.formatting import duration, metric_text, size
+from lora_jax.finetune.run import Run, fine_tune
+from lora_jax.parallel.processes import is_first, shut_down, start
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Trains.
 
     Args:
-      args: ``config``, ``overrides``, ``resume``, ``overwrite``.
+      args: ``config``, ``overrides``, ``resume``, ``overwrite``, and those of `join`.
       out: where to print.
 
     Returns:
       What summary.json holds.
     """
     join(args, out)
-    with together():
-        settings = load_settings(args.config, args.overrides)
-        folder = RunFolder(settings.output.dir, is_writer=is_first())
-        if folder.is_writer:
-            folder.check(settings, resume=args.resume, overwrite=args.overwrite)
-    session = Session(settings, folder, out, again=_again(args))
+    out.resume = _again(args)
     try:
-        with together():
-            check_same("the settings", [settings.to_dict(), args.resume])
-            session.prepare()
-            if not args.resume:
-                folder.create(settings, overwrite=args.overwrite)
-        summary = session.train()
-        shut_down()
-        return summary
-    except KeyboardInterrupt:
-        said = f"interrupted. {session.how_to_resume()}"
-        if session.is_stopped:
+        done = fine_tune(
+            args.config,
+            args.overrides,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            reporter=out,
+        )
+    except Interrupted as stop:
+        if stop.is_orderly:
             shut_down()
-        raise UserError(said, code=130) from None
-    except Exception as error:
-        if is_lost_peer(error):
-            raise UserError(
-                "another process of this run has ended, and the others can't go on "
-                f"without it (its own message says why). {session.how_to_resume()}\n"
-                f"JAX saw: {str(error).splitlines()[0][:200]}",
-                code=1,
-            ) from error
-        if isinstance(error, OSError) and (
-            error.errno == errno.ENOSPC or "disk" in str(error)
-        ):
-            said = f"{error}\n{session.how_to_resume()}"
-            raise UserError(said, code=1) from error
-        if session.checkpoints and session.checkpoints.latest_step() is not None:
-            out.say(session.how_to_resume())
-        raise
+        raise UserError(str(stop), code=130) from None
+    _print_result(out, done)
+    shut_down()
+    return done.summary
+
+
+def join(args: argparse.Namespace, out: Console) -> None:
+    """Makes this process one of many where the command line says so; mutes all but one.
+
+    Args:
+      args: ``coordinator``, ``processes``, ``process_id``, or ``distributed`` for what
+        the cluster says; ``start_timeout`` in seconds.
+      out: of this process.
+
+    Raises:
+      UserError: if the options don't go together.
+      ValueError: if a number is out of range, or no cluster is found.
+      OSError: if the coordinator can't be reached.
+    """
+    own = {
+        "--coordinator": args.coordinator,
+        "--processes": args.processes,
+        "--process-id": args.process_id,
+    }
+    given = [name for name, value in own.items() if value is not None]
+    if args.distributed and given:
+        raise UserError(
+            f"--distributed asks the cluster for what {', '.join(given)} says; give "
+            "one or the other."
+        )
+    if given and len(given) < len(own):
+        missing = ", ".join(name for name in own if name not in given)
+        raise UserError(
+            f"{', '.join(given)} must come with {missing}; --distributed asks SLURM, "
+            "Kubernetes, Open MPI or the TPU pod for all three."
+        )
+    if given:
+        out.say(
+            f"Process {args.process_id} of {args.processes} waits for the others at "
+            f"{args.coordinator}, for {args.start_timeout} s at most"
+        )
+    if given or args.distributed:
+        start(*own.values(), timeout=args.start_timeout)
+        if not is_first():
+            out.mute()
+
+
+def shortest(path: str | Path) -> str:
+    """Returns a path relative to the working directory where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def _again(args: argparse.Namespace) -> str:
@@ -77,3 +96,40 @@ def _again(args: argparse.Namespace) -> str:
         words += ["--processes", str(args.processes)]
         words += ["--process-id", str(args.process_id)]
     return shlex.join(words)
+
+
+def _print_result(out: Console, done: Run) -> None:
+    """Prints a run's summary and the commands to try next."""
+    summary = done.summary
+    base, test, best = summary["baseline"], summary["test"], summary["validation"]
+    metric, rows = summary["metric"], []
+    if base:
+        values = (base[f"validation_{metric}"], base[f"test_{metric}"])
+        rows.append((base["what"], *(metric_text(metric, v) for v in values)))
+    values = (best[metric], test and test[metric])
+    name = f"LoRA, adapter of step {best['step']}"
+    rows.append((name, *(metric_text(metric, v) for v in values)))
+    out.heading("Result")
+    out.table((metric, "validation", "test"), rows)
+    adapter, model = summary["adapter_bytes"], summary["model_bytes"]
+    share = f"{size(adapter)} beside the model's {size(model)} ({adapter / model:.1%})"
+    spent = dict(summary["seconds"])
+    total = duration(spent.pop("total"))
+    phases = ", ".join(f"{name} {duration(each)}" for name, each in spent.items())
+    undrawn = 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib'
+    out.facts(
+        [
+            ("adapter", share),
+            ("time", f"{total} in all: {phases}"),
+            ("run folder", str(done.path)),
+            ("curves", summary["files"]["curves"] or undrawn),
+        ]
+    )
+    folder = shortest(done.path)
+    out.heading("Next")
+    out.say(f"  lora-jax eval --run {folder}")
+    if done.prompt:
+        chat = "--chat " if done.prompt == "chat" else ""
+        out.say(f"  lora-jax generate --adapter {folder} {chat}--prompt TEXT")
+    out.say(f"  lora-jax inspect {folder}")
+    out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")

@@ -1,14 +1,12 @@
 """Training an encoder to classify: texts with labels, a new head, accuracy."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli.console import Console
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import (
@@ -25,15 +23,16 @@ from lora_jax.finetune.job import (
     loading,
     train_buckets,
 )
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import HEAD
-from lora_jax.names import DROPOUT, PARAMS
+from lora_jax.names import PARAMS
 from lora_jax.parallel.processes import together
 from lora_jax.train.buckets import Schedule
+from lora_jax.train.classification import classification_loss
 from lora_jax.train.data import Batches, encode_labels, label_vocabulary, read_jsonl
-from lora_jax.train.losses import softmax_cross_entropy
 from lora_jax.train.probe import fit_probe, probe_accuracy
 from lora_jax.train.step import LossFn
 
@@ -93,26 +92,16 @@ class Classification(Job):
         """See `Job.tokenize_file`."""
         return self.tokenize(read_jsonl(path), path)
 
-    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Fits a linear head on cached sentence vectors of the frozen base.
 
         ``train`` is fitted on, ``validation`` chooses the L2 penalty, ``test`` is
         scored once.
         """
-        buckets = self.batches().buckets
-        batches = {n: self.evaluation(split, buckets) for n, split in splits.items()}
-        pairs, done = {}, 0
-        total = sum(b.steps_per_epoch for b in batches.values())
-        with out.progress("encode", total) as tick:
-            for name, split in batches.items():
-
-                def show(number: int, note: str, before: int = done) -> None:
-                    tick(before + number, note)
-
-                vectors = self._sentence_vectors(split, show)
-                labels = np.array([e["label"] for e in splits[name].examples])
-                pairs[name] = (vectors, labels)
-                done += split.steps_per_epoch
+        pairs = {}
+        for name, schedule, stream in self.streams(splits, "encode", out):
+            labels = np.array([e["label"] for e in splits[name].examples])
+            pairs[name] = (self._sentence_vectors(schedule, stream), labels)
         vectors, labels = pairs["train"]
         probe = fit_probe(
             vectors, labels, pairs["validation"], num_labels=len(self.labels)
@@ -125,7 +114,7 @@ class Classification(Job):
             "what": "frozen base + linear head",
         }
 
-    def _sentence_vectors(self, batches: Schedule, tick: Any) -> np.ndarray:
+    def _sentence_vectors(self, batches: Schedule, stream: Iterator[Any]) -> np.ndarray:
         """What the frozen base hands to its head, ``[n, d]``, in example order."""
         headless = self.loaded.module.clone(num_labels=None)
         params = {k: v for k, v in self.loaded.params.items() if k != HEAD}
@@ -134,7 +123,7 @@ class Classification(Job):
             out_shardings=self.devices.everywhere,
         )
         out = np.zeros((len(batches), self.loaded.config.hidden_size), np.float32)
-        for step, batch in enumerate(self.devices.one_epoch(batches, tick)):
+        for step, batch in enumerate(stream):
             members = batches.indices_at(step)
             vectors = pool(params, batch["input_ids"], batch["attention_mask"])
             out[members] = np.asarray(vectors)[: len(members)]
@@ -235,32 +224,3 @@ def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
     for name, rows in splits.items():
         encode_labels([row["label"] for row in rows], labels, source=name)
     return labels
-
-
-def classification_loss(module: Any, *, label_smoothing: float = 0.0) -> LossFn:
-    """Returns ``(variables, batch, rngs) -> (loss_sum, weight, {"accuracy": hits})``.
-
-    Args:
-      module: called as ``module.apply(variables, input_ids, attention_mask)``.
-      label_smoothing: see `softmax_cross_entropy`.
-
-    Returns:
-      The loss function; it is deterministic where ``rngs`` is empty.
-    """
-
-    def loss_fn(variables, batch, rngs):
-        logits = module.apply(
-            variables,
-            batch["input_ids"],
-            batch["attention_mask"],
-            deterministic=DROPOUT not in rngs,
-            rngs=rngs,
-        )
-        labels, weights = batch["labels"], batch["weights"]
-        loss, weight = softmax_cross_entropy(
-            logits, labels, weights=weights, label_smoothing=label_smoothing
-        )
-        hits = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels))
-        return loss, weight, {"accuracy": hits}
-
-    return loss_fn

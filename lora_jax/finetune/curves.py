@@ -31,16 +31,13 @@ def draw_curves(
       False if matplotlib is not installed and nothing was drawn.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    width = 5 * len(metrics)
-    figure, grid = plt.subplots(
-        1, len(metrics), figsize=(width, 3.8), layout="constrained", squeeze=False
-    )
+    # Not by pyplot, which would change the backend of a notebook.
+    figure = Figure(figsize=(5 * len(metrics), 3.8), layout="constrained")
+    grid = figure.subplots(1, len(metrics), squeeze=False)
     axes = dict(zip(metrics, grid[0], strict=True))
     for name, axis in axes.items():
         train = _series(lines, "train", name)
@@ -79,7 +76,6 @@ def draw_curves(
     axes["loss"].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return True
 
 

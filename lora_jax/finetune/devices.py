@@ -1,6 +1,5 @@
 """The devices of a run: the mesh of its settings, and what is laid out on it."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +9,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import Console
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.parallel.mesh import AXES, BATCH, make_mesh, process_rows, shard_batch
-from lora_jax.parallel.processes import is_first, start
 from lora_jax.parallel.rules import (
     Rules,
     WeightSharding,
@@ -103,47 +99,6 @@ class Devices:
         shown = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items())
         count = jax.process_count()
         return shown + (f", {count} processes" if count > 1 else "")
-
-
-def join(args: argparse.Namespace, out: Console) -> None:
-    """Makes this process one of many where the command line says so; mutes all but one.
-
-    Args:
-      args: ``coordinator``, ``processes``, ``process_id``, or ``distributed`` for what
-        the cluster says; ``start_timeout`` in seconds.
-      out: of this process.
-
-    Raises:
-      UserError: if the words don't go together.
-      ValueError: if a number is out of range, or no cluster is found.
-      OSError: if the coordinator can't be reached.
-    """
-    own = {
-        "--coordinator": args.coordinator,
-        "--processes": args.processes,
-        "--process-id": args.process_id,
-    }
-    given = [name for name, value in own.items() if value is not None]
-    if args.distributed and given:
-        raise UserError(
-            f"--distributed asks the cluster for what {', '.join(given)} says; give "
-            "one or the other."
-        )
-    if given and len(given) < len(own):
-        missing = ", ".join(name for name in own if name not in given)
-        raise UserError(
-            f"{', '.join(given)} must come with {missing}; --distributed asks SLURM, "
-            "Kubernetes, Open MPI or the TPU pod for all three."
-        )
-    if given:
-        out.say(
-            f"Process {args.process_id} of {args.processes} waits for the others at "
-            f"{args.coordinator}, for {args.start_timeout} s at most"
-        )
-    if given or args.distributed:
-        start(*own.values(), timeout=args.start_timeout)
-        if not is_first():
-            out.mute()
 
 
 def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:

@@ -2,13 +2,25 @@
 
 
 class UserError(Exception):
-    """An error the user can fix; shown without a traceback.
+    """An error the user can fix; the command line shows it without a traceback.
 
     Attributes:
-      code: exit code of the process: 2 for bad input, 130 for Ctrl-C, 1 for a machine
+      code: exit code of a command: 2 for bad input, 130 for Ctrl-C, 1 for a machine
         that could not do it (a full disk).
     """
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was stopped by Ctrl-C or SIGTERM; the message says how to go on.
+
+    Attributes:
+      is_orderly: whether all processes of the run stopped after the same step.
+    """
+
+    def __init__(self, message: str, *, is_orderly: bool):
+        super().__init__(message)
+        self.is_orderly = is_orderly

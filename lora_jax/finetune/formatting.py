@@ -30,6 +30,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)
 
 
+def metric_text(name: str, value: float | None) -> str:
+    """Returns the value of a metric for people; a dash where there is none."""
+    if value is None:
+        return "-"
+    return format(value, {"accuracy": ".1%", "perplexity": ".3f"}.get(name, ".4f"))
+
+
 def size(count: float) -> str:
     """Returns a number of bytes for people: ``1.5 MB`` (powers of ten)."""
     return f"{count:.0f} B" if count < 1000 else _scaled(count / 1e3, "kB MB GB")

@@ -6,13 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from lora_jax.cli.console import Console
 from lora_jax.finetune.formatting import duration
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.train.loop import Progress
 
 
 @contextlib.contextmanager
-def interruptible(out: Console) -> Iterator[Callable[[], bool]]:
+def interruptible(out: Reporter) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C (or SIGTERM) into a request, the second into an exception.
 
     Args:
@@ -73,7 +73,7 @@ class Clock:
 class Relay(logging.Handler):
     """Shows the library's warnings (a damaged checkpoint, say) to whoever watches."""
 
-    def __init__(self, out: Console):
+    def __init__(self, out: Reporter):
         super().__init__(logging.WARNING)
         self._out = out
 

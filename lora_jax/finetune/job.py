@@ -1,16 +1,15 @@
 """What settings stand for: a model with adapters, tokenised splits, a loss.
 
-Every command that touches a model builds it here, so that `train`, `plan` and `eval`
-mean the same thing by the same words. What is trained follows from the model: a
-decoder learns to write (`Language`), an encoder to classify (`Classification`).
+`Job` is the base of the tasks, `Classification` and `Language`; `tasks.open_job` picks
+one. What they share stands below it.
 """
 
 import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,14 @@ import numpy as np
 import optax
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import Console
 from lora_jax.config import LoRAConfig
-from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import LoadedModel
-from lora_jax.models.source import open_source
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
@@ -107,7 +106,7 @@ class Job(abc.ABC):
         """Reads and tokenises a file of examples."""
 
     @abc.abstractmethod
-    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Measures the frozen base on ``validation`` and, where there is one, ``test``.
 
         Returns:
@@ -136,15 +135,32 @@ class Job(abc.ABC):
     def describe(self, metrics: Metrics) -> str:
         """Words an evaluation's metrics."""
         return "  ".join(
-            f"{name} {self.show(name, metrics[name])}" for name in self.metrics
+            f"{name} {metric_text(name, metrics[name])}" for name in self.metrics
         )
 
-    @staticmethod
-    def show(name: str, value: float | None) -> str:
-        """Words the value of a metric."""
-        if value is None:
-            return "-"
-        return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}"
+    def streams(
+        self, splits: Mapping[str, Split], what: str, out: Reporter
+    ) -> Iterator[tuple[str, Schedule, Iterator[Any]]]:
+        """Goes through splits under one progress bar, each example once.
+
+        Args:
+          splits: the examples.
+          what: is being done, for the bar.
+          out: where to show it.
+
+        Yields:
+          A split's name, its schedule and its batches, to be used up before the next.
+        """
+        buckets, done = self.batches().buckets, 0
+        found = {name: self.evaluation(s, buckets) for name, s in splits.items()}
+        with out.progress(what, sum(s.steps_per_epoch for s in found.values())) as tick:
+            for name, schedule in found.items():
+
+                def show(number: int, note: str, before: int = done) -> None:
+                    tick(before + number, note)
+
+                yield name, schedule, self.devices.one_epoch(schedule, show)
+                done += schedule.steps_per_epoch
 
     def is_better(self, new: float | None, old: float | None) -> bool:
         """Whether a value of the metric is better than another; any is than NaN."""
@@ -153,48 +169,15 @@ class Job(abc.ABC):
             return math.isfinite(new)
         return new > old if self.best_mode == "max" else new < old
 
-    def next_commands(self, folder: str) -> list[str]:
-        """Returns commands to try with this kind of run; none by default."""
-        del folder
-        return []
+    @property
+    def prompt(self) -> Literal["text", "chat"] | None:
+        """What the trained model continues; None, the default, if it writes nothing."""
+        return None
 
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
         """Returns what the model writes at ``train.samples``; nothing by default."""
         del variables
         return []
-
-
-def open_job(
-    settings: RunSettings,
-    *,
-    splits: Sequence[str] = SPLITS,
-    extra: Mapping[str, Any] | None = None,
-    is_strict: bool = True,
-) -> Job:
-    """Reads the data, loads the base, puts fresh adapters on it, tokenises.
-
-    Args:
-      settings: of the run.
-      splits: which splits are wanted; files of others aren't read, but for train's
-        where classes or a held-out validation come from it.
-      extra: what an adapter of the run has kept beside it, where there is one.
-      is_strict: whether the mesh of the settings must fit; see `open_devices`.
-
-    Returns:
-      The job.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: if data or model can't be read, or the adapters don't fit.
-    """
-    from lora_jax.finetune.classification import open_classification
-    from lora_jax.finetune.language import open_language
-
-    devices = open_devices(settings, is_strict=is_strict)
-    is_decoder = not open_source(settings.model.path).family.head
-    if is_decoder:
-        return open_language(settings, devices, splits=splits)
-    return open_classification(settings, devices, splits=splits, extra=extra or {})
 
 
 def attach(

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lora_jax.array_types import PyTree
-from lora_jax.cli.console import Console
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
@@ -22,6 +21,7 @@ from lora_jax.finetune.job import (
     loading,
     train_buckets,
 )
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.generate import generate
@@ -94,27 +94,15 @@ class Language(Job):
         data = _read(path, self.settings, self.loaded)
         return Split(list(data.examples), data.truncated, data.dropped)
 
-    def baseline(self, splits: Mapping[str, Split], out: Console) -> dict[str, Any]:
+    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Measures the loss of the base as it is."""
         step = make_eval_step(self.loss(self.loaded.module, is_training=False))
         variables = {"params": self.loaded.params}
-        buckets = self.batches().buckets
-        batches = {
-            name: self.evaluation(splits[name], buckets)
-            for name in ("validation", "test")
-            if name in splits
+        measured = {name: s for name, s in splits.items() if name != "train"}
+        found = {
+            name: evaluate(step, variables, stream)["loss"]
+            for name, _, stream in self.streams(measured, "base", out)
         }
-        found, done = {}, 0
-        total = sum(b.steps_per_epoch for b in batches.values())
-        with out.progress("base", total) as tick:
-            for name, split in batches.items():
-
-                def show(number: int, note: str, before: int = done) -> None:
-                    tick(before + number, note)
-
-                stream = self.devices.one_epoch(split, show)
-                found[name] = evaluate(step, variables, stream)["loss"]
-                done += split.steps_per_epoch
         return {
             "validation_loss": found.get("validation"),
             "test_loss": found.get("test"),
@@ -160,12 +148,12 @@ class Language(Job):
         """See `Job.extra`."""
         return {"max_length": self.max_length}
 
-    def next_commands(self, folder: str) -> list[str]:
-        """See `Job.next_commands`."""
+    @property
+    def prompt(self) -> Literal["text", "chat"] | None:
+        """See `Job.prompt`; without a tokenizer there are no texts."""
         if self.loaded.tokenizer is None:
-            return []
-        chat = "--chat " if self.is_chat else ""
-        return [f"lora-jax generate --adapter {folder} {chat}--prompt TEXT"]
+            return None
+        return "chat" if self.is_chat else "text"
 
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
         """Returns what the model writes greedily after each of ``train.samples``."""

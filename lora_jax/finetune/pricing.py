@@ -1,6 +1,7 @@
 """The training steps that settings describe, priced before any is run."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,19 @@ from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_settings
 from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import adapt
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.rules import make_sharding
+from lora_jax.plan.fit import device_memory
 from lora_jax.plan.flops import StepFlops, step_flops
-from lora_jax.plan.local import device_memory, price_local
-from lora_jax.plan.step import StepPlan
-from lora_jax.plan.topology import Workload
+from lora_jax.plan.slices import check_topology, open_slice
+from lora_jax.plan.step import StepPlan, price_training
+from lora_jax.plan.topology import DecoderSteps
 
 
 class JobSteps:
@@ -65,7 +70,7 @@ class JobSteps:
         else:
             module = adapt(module, job.lora, *loaded.inputs)
             variables = job.variables
-        return price_local(
+        return price_training(
             job.loss(module, is_training=True),
             jobs.optimizer(train, self.total),
             variables,
@@ -88,20 +93,25 @@ class JobSteps:
         return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
 
 
-def workload(settings: RunSettings, tokens: int | None) -> Workload:
-    """Reads what is trained from settings and the model's config alone.
+def slice_steps(
+    settings: RunSettings, topology: str, mesh: Mapping[str, int], tokens: int | None
+) -> DecoderSteps:
+    """Returns a decoder's steps on a TPU slice, from settings and its config alone.
 
     Args:
       settings: of the run.
+      topology: the slice, ``"v5e:4x4"``.
+      mesh: sizes of its axes; one may be -1.
       tokens: of a row; None for ``data.max_length``.
 
     Returns:
-      The workload.
+      The steps.
 
     Raises:
       UserError: if the model is an encoder, or a row longer than its context.
+      ValueError: if there is no such slice, or the mesh doesn't divide it.
     """
-    found = find_model(settings.model.path)
+    limit, found = check_topology(topology).memory, find_model(settings.model.path)
     if found.suffix == SUFFIX:
         config_json = check_settings(GGUFReader(found).config, found)
     else:
@@ -119,18 +129,19 @@ def workload(settings: RunSettings, tokens: int | None) -> Workload:
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
-    stored = settings.model.param_dtype or config_json.get(
-        "dtype", config_json.get("torch_dtype")
-    )
-    return Workload(
-        config=config,
-        lora=settings.lora,
-        tokens=tokens,
-        dtype=jnp.dtype(settings.model.dtype),
-        param_dtype=jnp.dtype(stored or "float32"),
-        remat=settings.model.remat,
+    stored = config_json.get("dtype", config_json.get("torch_dtype"))
+    devices = make_mesh(**mesh, devices=open_slice(topology))
+    return DecoderSteps(
+        Decoder(
+            config,
+            dtype=jnp.dtype(settings.model.dtype),
+            is_scanned=settings.scans_layers,
+            remat=settings.model.remat,
+        ),
+        settings.lora,
+        tokens,
+        make_sharding(devices, mesh_rules(settings), uneven=settings.mesh.uneven),
+        limit,
+        param_dtype=jnp.dtype(settings.model.param_dtype or stored or "float32"),
         accumulate=settings.train.accumulate,
-        is_scanned=settings.scans_layers,
-        rules=mesh_rules(settings),
-        uneven=settings.mesh.uneven,
     )

@@ -1,4 +1,4 @@
-"""What a training run prints: what was loaded, what is trained, what came of it."""
+"""What a training run reports: what was loaded, what is trained, what came of it."""
 
 import contextlib
 import importlib.metadata
@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from lora_jax.cli.console import Console
 from lora_jax.files.adapter import TENSORS
-from lora_jax.finetune.formatting import duration, size
+from lora_jax.finetune.formatting import size
 from lora_jax.finetune.job import Job
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import HEAD
@@ -57,7 +57,7 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
     return facts
 
 
-def print_loaded(out: Console, job: Job, batches: Schedule) -> None:
+def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     """Prints model, data and adapted layers."""
     out.heading("Loaded")
     out.facts([*loaded_facts(job), *job.data_facts(batches)])
@@ -116,55 +116,6 @@ def summarise(
             "curves": str(curves) if curves.exists() else None,
         },
     }
-
-
-def print_result(out: Console, job: Job, summary: Mapping[str, Any]) -> None:
-    """Prints a run's summary and the commands to try next."""
-    base, test, best = summary["baseline"], summary["test"], summary["validation"]
-    metric, rows = job.metric, []
-    if base:
-        values = (base[f"validation_{metric}"], base[f"test_{metric}"])
-        rows.append((base["what"], *(job.show(metric, v) for v in values)))
-    values = (best[metric], test and test[metric])
-    name = f"LoRA, adapter of step {best['step']}"
-    rows.append((name, *(job.show(metric, v) for v in values)))
-    out.heading("Result")
-    out.table((metric, "validation", "test"), rows)
-    adapter, model = summary["adapter_bytes"], summary["model_bytes"]
-    spent = {k: v for k, v in summary["seconds"].items() if k != "total"}
-    out.facts(
-        [
-            (
-                "adapter",
-                f"{size(adapter)} beside the model's {size(model)} "
-                f"({adapter / model:.1%})",
-            ),
-            (
-                "time",
-                f"{duration(summary['seconds']['total'])} in all: "
-                + ", ".join(f"{k} {duration(v)}" for k, v in spent.items()),
-            ),
-            ("run folder", summary["run"]),
-            (
-                "curves",
-                summary["files"]["curves"]
-                or 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib',
-            ),
-        ]
-    )
-    folder = shortest(summary["run"])
-    out.heading("Next")
-    out.say(f"  lora-jax eval --run {folder}")
-    for line in job.next_commands(folder):
-        out.say(f"  {line}")
-    out.say(f"  lora-jax inspect {folder}")
-    out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
-
-
-def shortest(path: str | Path) -> str:
-    """Returns a path relative to the working directory where that is shorter."""
-    relative = os.path.relpath(path)
-    return min(str(path), relative, key=len)
 
 
 def model_bytes(folder: Path) -> int:
@@ -231,7 +182,7 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def print_targets(out: Console, targets: Sequence[Target]) -> None:
+def print_targets(out: Reporter, targets: Sequence[Target]) -> None:
     """Prints the table of targets."""
     columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
     out.table(columns, target_rows(targets))

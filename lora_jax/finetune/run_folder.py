@@ -12,13 +12,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files import adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size, to_json
 from lora_jax.finetune.sections import MeshSettings
-from lora_jax.finetune.settings import RunSettings, differences, load_settings
+from lora_jax.finetune.settings import (
+    CONFIG,
+    RunSettings,
+    differences,
+    load_settings,
+)
+from lora_jax.interop.pretrained import RUN_ADAPTER
 
-CONFIG = "config.yaml"
-ADAPTER = "adapter"
+ADAPTER = RUN_ADAPTER
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -48,7 +54,7 @@ class RunFolder:
         return self.path / name
 
     def check(self, settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
-        """Says no before anything is computed, if the folder can't be used.
+        """Checks that the folder can be used, before anything is computed.
 
         Args:
           settings: of the run that is to go there.
@@ -79,20 +85,21 @@ class RunFolder:
             )
         elif found and not overwrite:
             raise UserError(
-                f"{self.path} holds a run already ({self.state()}). Add --resume to go "
-                "on with it, --overwrite to delete it, or choose another output.dir."
+                f"{self.path} holds a run already ({self.state()}). Add --resume (in "
+                "Python: resume=True) to go on with it, --overwrite (overwrite=True) "
+                "to delete it, or choose another output.dir."
             )
         elif strange := sorted(set(found) - OWN_NAMES):
             raise UserError(
-                f"{self.path} holds more than a run ({', '.join(strange)}), so "
-                "--overwrite will not delete it. Move that away first."
+                f"{self.path} holds more than a run ({', '.join(strange)}), so it is "
+                "not overwritten. Move that away first."
             )
 
     def _check_resume(self, settings: RunSettings) -> None:
         if not self.is_started():
             raise UserError(
-                f"nothing to resume: there is no run in {self.path}. "
-                "Leave --resume out to start one."
+                f"nothing to resume: there is no run in {self.path}. Start one without "
+                "--resume (in Python: resume=True)."
             )
         self.check_settings(
             settings, "Resume it as it was started, or choose another output.dir."
@@ -164,8 +171,9 @@ class RunFolder:
         except FileExistsError:
             raise UserError(
                 f"another process has just started a run in {self.path}. Processes of "
-                "one run need --distributed, or --coordinator and its options; other "
-                "runs another output.dir."
+                "one run must be joined (--distributed, or --coordinator and its "
+                "options; in Python jax.distributed.initialize); another run needs "
+                "another output.dir."
             ) from None
 
     def check_space(self, needed: int) -> None:
@@ -239,9 +247,9 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
     run = RunFolder(path)
     if not run.is_started():
         raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
-    if not (run / ADAPTER / "adapter_config.json").is_file():
+    if not (run / ADAPTER / adapter.CONFIG).is_file():
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "
-            f"validation writes it. `lora-jax train {path} --resume` goes on."
+            f"validation writes it. `lora-jax train {path} --resume` goes on with it."
         )
     return run, load_settings(run / CONFIG)

@@ -1,4 +1,4 @@
-"""One start of a training run: what `lora-jax train` does between words and summary."""
+"""One start of a training run, from reading the data to the summary."""
 
 import contextlib
 import itertools
@@ -9,17 +9,18 @@ from typing import Any
 
 import jax
 
-from lora_jax.cli.console import Console
 from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
 from lora_jax.files.checkpoint import Checkpoints
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune import report
 from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.devices import check_batch
-from lora_jax.finetune.formatting import duration
+from lora_jax.finetune.formatting import duration, metric_text
 from lora_jax.finetune.interrupt import Clock, Relay, interruptible
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.plan.step import price_step
 from lora_jax.train.buckets import Schedule
@@ -31,34 +32,42 @@ MARGIN = 4_000_000  # bytes of metrics, curves, summary and file-system blocks
 
 
 class Session:
-    """One start of a run, from reading the data to the summary."""
+    """One start of a run: `prepare`, then `train`.
 
-    def __init__(
-        self, settings: RunSettings, folder: RunFolder, out: Console, *, again: str
-    ):
-        self.settings, self.folder, self.out, self.again = settings, folder, out, again
+    Attributes:
+      settings: of the run.
+      folder: of the run.
+      out: where to report.
+      seconds: spent on each phase so far.
+      best: the line of the best validation so far.
+      stale: validations since the best.
+      is_stopped: whether Ctrl-C has ended it, in good order.
+      checkpoints: once they are open.
+    """
+
+    def __init__(self, settings: RunSettings, folder: RunFolder, out: Reporter):
+        self.settings, self.folder, self.out = settings, folder, out
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
-        self.stale = 0  # validations since the best
-        self.is_stopped = False  # in good order, by Ctrl-C
+        self.stale = 0
+        self.is_stopped = False
         self.checkpoints: Checkpoints | None = None
 
     def how_to_resume(self) -> str:
-        """Says what is saved and which command goes on from there."""
+        """Says what is saved and how to go on from there."""
         step = self.checkpoints.latest_step() if self.checkpoints else None
-        if step is None:
-            if not self.folder.is_started():
-                return "Nothing was written yet; start the command again."
-            return (
-                f"No checkpoint was written yet. Start from step 0 with\n  {self.again}"
-            )
-        return f"The checkpoint of step {step} is saved. Go on with\n  {self.again}"
+        again = self.out.resume
+        if step is not None:
+            return f"The checkpoint of step {step} is saved. Go on with\n  {again}"
+        if self.folder.is_started():
+            return f"No checkpoint was written yet. Start from step 0 with\n  {again}"
+        return "Nothing was written yet; start it again."
 
     def prepare(self) -> None:
-        """Reads data and model, and prints what they are; touches no run folder."""
+        """Reads data and model, and reports what they are; touches no run folder."""
         with self.timed("load"):
-            self.job = jobs.open_job(self.settings)
+            self.job = open_job(self.settings)
         self.batches = self.job.batches()
         train = self.settings.train
         self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
@@ -132,7 +141,7 @@ class Session:
         return state
 
     def _compile(self, step: Any, state: TrainState) -> dict[str, int]:
-        """Compiles the step for every shape, largest last; prints what it costs."""
+        """Compiles the step for every shape, largest last; reports what it costs."""
         shapes = self._shapes()
         with self.timed("compile"), self.out.progress("compile", len(shapes)) as tick:
             plans = []
@@ -179,7 +188,7 @@ class Session:
         seconds = self.seconds["baseline"]
         line = {"step": 0, "split": "baseline", **result, "seconds": seconds}
         metric = self.job.metric
-        shown = self.job.show(metric, result[f"validation_{metric}"])
+        shown = metric_text(metric, result[f"validation_{metric}"])
         self.out.say(
             f"  validation {metric} {shown}  ({result['what']}, {duration(seconds)})"
         )
@@ -367,7 +376,6 @@ class Session:
             seconds=self.seconds,
         )
         self.folder.summarise(summary)
-        report.print_result(self.out, job, summary)
         return summary
 
     def elapsed(self) -> float:

@@ -1,17 +1,18 @@
 """Settings of a run: one typed truth, filled by a YAML file and by overrides.
 
-A run is described by six small dataclasses. A YAML file fills them, and so does every
-``section.key=value`` on the command line, which is read as the same YAML. Values keep
-their types: ``"8"`` is no rank, and ``true`` is no number. Every fault of a file is
-reported at once, and an unknown key names the nearest one that exists.
+A run is described by six small dataclasses. A YAML file or a nested dictionary fills
+them, and so does every ``section.key=value`` override, which is read as the same YAML.
+Values keep their types: ``"8"`` is not a rank, and ``true`` is not a number. Every
+fault is reported at once, and an unknown key names the nearest one that exists.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -27,6 +28,8 @@ from lora_jax.finetune.sections import (
     TrainSettings,
 )
 from lora_jax.finetune.yaml_file import parse_yaml
+
+CONFIG = "config.yaml"  # the settings' file in a run folder
 
 
 def _lora(value: Any) -> LoRAConfig:
@@ -97,17 +100,19 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def load_settings(
-    path: str | os.PathLike, overrides: Sequence[str] = ()
-) -> RunSettings:
-    """Reads a run's settings from a YAML file and ``section.key=value`` overrides.
+Config = str | os.PathLike[str] | Mapping[str, Any] | RunSettings
+
+
+def load_settings(config: Config, overrides: Sequence[str] = ()) -> RunSettings:
+    """Reads a run's settings and ``section.key=value`` overrides.
 
     Paths in the settings are relative to the working directory; those of files and
     folders that exist are made absolute.
 
     Args:
-      path: the YAML file, or a run folder that holds a ``config.yaml``; the run is
-        then where the folder is, wherever it was started.
+      config: a YAML file, or a run folder that holds a ``config.yaml`` (the run is then
+        where the folder is, wherever it was started); the same as a nested dictionary,
+        whose ``lora`` may be a `LoRAConfig`; or settings.
       overrides: each ``section.key=value``, the value in YAML.
 
     Returns:
@@ -118,28 +123,18 @@ def load_settings(
       ValueError: naming every fault at once: YAML that doesn't parse, unknown sections
         and keys with the nearest known one, values of the wrong type or out of range.
     """
-    file = folder = Path(path)
-    is_run = folder.is_dir()
-    if is_run:
-        file = folder / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no config file at {file}{_nearby(file)}. A config is a YAML file."
-        )
-    tree = parse_yaml(file.read_bytes(), str(file))
+    name, tree = _read(config)
     if not isinstance(tree, dict):
         raise ValueError(
-            f"{file} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
+            f"{name} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
         )
-    if is_run and isinstance(tree.get("output"), dict):
-        tree["output"]["dir"] = str(folder)
     faults = _unknown_keys(tree)
     for override in overrides:
         faults += _apply(tree, override)
     faults += _invalid(tree, {fault.split(":", 1)[0] for fault in faults})
     if faults:
         raise ValueError(
-            f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
+            f"{name}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
             + "\n".join(f"  {fault}" for fault in faults)
         )
     return _absolute(_adapter().validate_json(_to_json(tree), strict=True))
@@ -164,10 +159,26 @@ def differences(old: RunSettings, new: RunSettings) -> list[str]:
     ]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns a sentence that names the closest of ``known``, or lists them all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+def _read(config: Config) -> tuple[str, Any]:
+    """Returns what to call a config in errors, and its tree, which may be changed."""
+    if isinstance(config, RunSettings):
+        return "config", config.to_dict()
+    if isinstance(config, Mapping):
+        lora = config.get("lora")
+        own = {"lora": lora.to_dict()} if isinstance(lora, LoRAConfig) else {}
+        return "config", copy.deepcopy({**config, **own})
+    file = folder = Path(config)
+    is_run = folder.is_dir()
+    if is_run:
+        file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config file at {file}{_nearby(file)}. A config is a YAML file."
+        )
+    tree = parse_yaml(file.read_bytes(), str(file))
+    if is_run and isinstance(tree, dict) and isinstance(tree.get("output"), dict):
+        tree["output"]["dir"] = str(folder)
+    return str(file), tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> list[str]:
@@ -179,9 +190,9 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
             f"{override!r}: an override must be section.key=value, like lora.rank=4"
         ]
     if section not in SECTIONS:
-        return [f"{name}: no section {section!r}. {nearest(section, list(SECTIONS))}"]
+        return [f"{name}: no section {section!r}. {_suggest(section, list(SECTIONS))}"]
     if key not in (fields := _fields(section)):
-        return [f"{name}: unknown key. {nearest(key, fields)}"]
+        return [f"{name}: unknown key. {_suggest(key, fields)}"]
     hint = get_type_hints(SECTIONS[section]).get(key)
     is_text = hint is str or (section != "lora" and hint == str | None)
     try:
@@ -194,6 +205,12 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     return []
 
 
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """Returns a sentence that names the closest of ``known``, or lists them all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
 def _fields(section: str) -> list[str]:
     return [field.name for field in dataclasses.fields(SECTIONS[section])]
 
@@ -203,7 +220,7 @@ def _unknown_keys(tree: dict[str, Any]) -> list[str]:
     for section, values in list(tree.items()):
         if section not in SECTIONS:
             faults.append(
-                f"{section}: no such section. {nearest(str(section), list(SECTIONS))}"
+                f"{section}: no such section. {_suggest(str(section), list(SECTIONS))}"
             )
             del tree[section]
         elif values is None:
@@ -211,7 +228,7 @@ def _unknown_keys(tree: dict[str, Any]) -> list[str]:
         elif isinstance(values, dict):
             known = _fields(section)
             for key in [key for key in values if key not in known]:
-                hint = nearest(str(key), known)
+                hint = _suggest(str(key), known)
                 faults.append(f"{section}.{key}: unknown key. {hint}")
                 del values[key]
     return faults

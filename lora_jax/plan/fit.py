@@ -1,34 +1,39 @@
-"""What fits: the first of several choices, the largest batch.
+"""What fits: the first of several choices, the largest batch; how much there is.
 
 A compilation takes minutes, so no batch is bisected. Memory grows by a constant for
 each row: two compilations give the line, a third checks the answer, and only where it
 was wrong are there more.
 """
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lora_jax.models.decoder import REMATS
 from lora_jax.plan.step import StepPlan
 
 Price = Callable[[int, str | None], StepPlan]  # of a number of rows, and a remat policy
+K = TypeVar("K")
 
 
-class Priced(Protocol):
-    """Anything with a price that may be too high."""
+def device_memory(device: Any) -> int:
+    """Returns the bytes that arrays on a `jax.Device` of this machine can take.
 
-    @property
-    def fits(self) -> bool:
-        """Whether the step does."""
-        ...
+    Args:
+      device: the device.
 
-
-K, P = TypeVar("K"), TypeVar("P", bound=Priced)
+    Returns:
+      What its allocator may take; of a CPU the machine's memory.
+    """
+    stats = device.memory_stats() or {}
+    if limit := stats.get("bytes_limit"):
+        return int(limit)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def first_fitting(
-    price: Callable[[K], P], choices: Iterable[K]
-) -> tuple[K | None, dict[K, P]]:
+    price: Callable[[K], StepPlan], choices: Iterable[K]
+) -> tuple[K | None, dict[K, StepPlan]]:
     """Finds the first choice that a step fits with: a slice, a remat policy.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 GIB = 2**30
 
@@ -82,6 +83,12 @@ def chips_of(name: str) -> int:
     return math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
 
+def slices_like(name: str) -> list[str]:
+    """Returns all slices of the same kind of chip, from the smallest."""
+    kind = name.partition(":")[0]
+    return [f"{kind}:{shape}" for shape in CHIPS[kind].slices]
+
+
 def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
     """Returns two shapes with a number of chips near to that of ``shape``."""
     sides = shape.split("x")
@@ -129,9 +136,14 @@ def open_slice(name: str) -> list[Any]:
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
     """Keeps programs out of JAX's cache: those for absent devices can't be loaded."""
+
+    def switch(is_on: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", is_on)
+        compilation_cache.reset_cache()  # which looks at that but once
+
     before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+    switch(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        switch(before)

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.flops import traced_flops
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import Batch, TrainStep
+from lora_jax.train.step import Batch, LossFn, TrainStep, make_train_step
+from lora_jax.tree.paths import flatten
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)i?B?"
-# How XLA says that a program does not fit: what it wanted, and what there was.
+# How XLA says that a program does not fit, and how many bytes it wanted.
+_SIZE = r"([\d.]+)([KMGT]?)"
 _TOO_LARGE = (
-    rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
-    rf"total memory required \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
-    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"(?:HLO temporaries|total memory required) \({_SIZE}i?B?\) exceeds available HBM",
+    rf"Used {_SIZE}i?B? of \S+ hbm",
 )
 
 
@@ -72,6 +73,50 @@ class StepPlan(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
 
+def price_training(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rows: int,
+    *,
+    accumulate: int = 1,
+    where: Mapping[str, Sharding] | None = None,
+    **options: Any,
+) -> StepPlan:
+    """Prices the step that `make_train_step` would make; allocates nothing.
+
+    Args:
+      loss_fn: as `make_train_step` takes it.
+      tx: the optimizer.
+      variables: arrays or shapes, by collection.
+      batch: arrays or shapes, of any number of rows.
+      rows: of the batch to price.
+      accumulate: microbatches of a step.
+      where: shardings by the path of a variable, or by the end of it; None for those
+        of the arrays.
+      **options: of `price_step`.
+
+    Returns:
+      The plan; see `price_step`.
+    """
+    if where is None:
+        where = {path: leaf.sharding for path, leaf in flatten(variables).items()}
+    everywhere = by_rows = next(iter(where.values()))
+    if isinstance(everywhere, NamedSharding):
+        mesh: Any = everywhere.mesh
+        everywhere, by_rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+    state = _state_shapes(variables, tx, where, everywhere)
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            (rows, *leaf.shape[1:]), leaf.dtype, sharding=by_rows
+        )
+        for name, leaf in batch.items()
+    }
+    step = make_train_step(loss_fn, tx, accumulate)
+    return price_step(step, state, shapes, **options)
+
+
 def price_step(
     step: TrainStep,
     state: TrainState,
@@ -120,19 +165,18 @@ def price_step(
         return plan
     start = time.perf_counter()
     traced = step.trace(state, batch)
-    arguments, refused = 0, None
+    refused = None
     try:
-        memory = traced.lower().compile().memory_analysis()
-        arguments, temporaries = (
-            int(memory.argument_size_in_bytes),
-            int(memory.temp_size_in_bytes),
-        )
+        memory: Any = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler refuses what is too large, and says how large it is.
         refused = limit and parse_too_large(str(error))
         if not refused:
             raise
-        temporaries, _ = refused
+        arguments, temporaries = 0, refused
+    else:
+        arguments = int(memory.argument_size_in_bytes)
+        temporaries = int(memory.temp_size_in_bytes)
     plan = plan._replace(
         other=plan.other + max(0, arguments - plan.total),
         temporaries=temporaries,
@@ -142,7 +186,32 @@ def price_step(
     return plan._replace(fits=not refused and plan.total <= plan.limit)
 
 
-def state_shapes(
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes on one device of arrays, or of shapes with shardings."""
+
+    def own(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)  # of NumPy's arrays none
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(own, jax.tree.leaves(tree)))
+
+
+def parse_too_large(message: str) -> int | None:
+    """Reads the bytes that a step wants from XLA's refusal, None if it is another.
+
+    Example:
+      >>> parse_too_large("Used 20.50G of 15.75G hbm.") == 20.5 * 2**30
+      True
+    """
+    for pattern in _TOO_LARGE:
+        if found := re.search(pattern, message):
+            wanted, unit = found.groups()
+            return round(float(wanted) * UNITS[unit])
+    return None
+
+
+def _state_shapes(
     variables: Mapping[str, Any],
     tx: optax.GradientTransformation,
     where: Mapping[str, Sharding],
@@ -150,15 +219,8 @@ def state_shapes(
 ) -> TrainState:
     """Returns what `TrainState.create` would, as shapes; nothing is allocated.
 
-    Args:
-      variables: arrays or shapes, by collection.
-      tx: the optimizer.
-      where: shardings by the path of a variable, or by the end of it.
-      otherwise: the sharding of all else.
-
-    Returns:
-      A `TrainState` of ``jax.ShapeDtypeStruct``: what the optimizer keeps of a leaf
-      lies where the leaf does.
+    What the optimizer keeps of a leaf lies where the leaf does, all else in
+    ``otherwise``.
     """
     state = jax.eval_shape(
         lambda variables, key: TrainState.create(variables, tx, key),
@@ -173,31 +235,3 @@ def state_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def device_bytes(tree: Any) -> int:
-    """Returns the bytes on one device of arrays, or of shapes with shardings."""
-
-    def own(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)  # of NumPy's arrays none
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(map(own, jax.tree.leaves(tree)))
-
-
-def parse_too_large(message: str) -> tuple[int, int] | None:
-    """Reads bytes wanted and bytes there from XLA's refusal, None if it is another.
-
-    Example:
-      >>> parse_too_large("Used 20.50G of 15.75G hbm.") == (20.5 * 2**30, 15.75 * 2**30)
-      True
-    """
-    for pattern in _TOO_LARGE:
-        if found := re.search(pattern, message):
-            wanted, unit, limit, limit_unit = found.groups()
-            return (
-                round(float(wanted) * UNITS[unit]),
-                round(float(limit) * UNITS[limit_unit]),
-            )
-    return None

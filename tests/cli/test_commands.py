@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from lora_jax.cli.inspect import singular_values
 from lora_jax.files.adapter import load_adapter, save_adapter
 from lora_jax.files.safetensors import open_tensors
+from lora_jax.finetune.inspection import singular_values
 
 
 def test_a_run_folder_holds_what_the_readme_says(run_dir):
@@ -99,6 +99,14 @@ def test_plan_counts_targets_and_prices_a_step(config, call):
     assert min(lora["flops"], full["flops"]) > 0
     assert "full fine-tuning" in shown
     assert plan["steps"] == {"total": 24, "per_epoch": 12}
+
+
+def test_a_run_says_that_it_needs_what_was_planned(run_dir, config, call):
+    _, out, _ = call("plan", config, "--json")
+    planned = json.loads(out)["step"]["lora"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert planned.pop("flops") > 0
+    assert summary["memory_bytes"] == planned
 
 
 def test_plan_prints_for_people_without_json(config, call):
@@ -233,7 +241,7 @@ def peft_folder(path):
         (["merge", "--adapter", "{tmp}/no", "--out", "{tmp}/m"], "no adapter at"),
         (
             ["encode", "--data", "{tmp}/bad.jsonl", "--out", "{tmp}/o"],
-            "'text' must be a string; got int",
+            "'text' must be a string; got 3",
         ),
         (
             ["encode", "--data", "{tmp}/ok.jsonl", "--out", "{tmp}/o"],
@@ -249,7 +257,7 @@ def peft_folder(path):
         ),
         (
             ["encode", "--data", "{tmp}/image.jsonl", *MODEL_AND_OUT],
-            "image.jsonl, line 1: the model reads text",
+            "image.jsonl: example 1: the model reads text",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli.main import main
-from lora_jax.finetune.report import shortest
+from lora_jax.cli.train import shortest
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
@@ -213,7 +213,7 @@ def test_bad_requests_are_refused(folder, tmp_path, call):
     long = write(tmp_path / "long.jsonl", [{"input_ids": [1] * 5000}])
     out = ["--out", tmp_path / "o"]
     for words, message in (
-        (["score", "--data", bad, *out], "'text' must be str; got 3"),
+        (["score", "--data", bad, *out], "'text' must be a string; got 3"),
         (["score", "--data", ids, *out], "ids must be in [0, 43); got 1 to 99"),
         (["score", "--data", long, *out], "the model's context; got 5000"),
         (["generate", "--prompt", ""], "prompt 0 has no token"),

@@ -76,6 +76,18 @@ def test_errors_become_a_message_and_an_exit_code(
     assert "Traceback" not in shown
 
 
+def test_what_was_noted_about_an_error_is_shown(monkeypatch, capsys):
+    def fail(args):
+        error = ValueError("no such file")
+        error.add_note("The checkpoint of step 3 is saved.")
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["inspect", "x"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.endswith("no such file\nThe checkpoint of step 3 is saved.\n")
+
+
 def test_warnings_are_shown_without_the_code_behind_them(monkeypatch, capsys):
     def run(args, out):
         warnings.warn("rank 9 is more than it needs", UserWarning, stacklevel=1)

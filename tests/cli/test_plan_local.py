@@ -8,7 +8,7 @@ import pytest
 from lora_jax.cli import plan as command
 from lora_jax.finetune import pricing
 from lora_jax.finetune.devices import Devices
-from lora_jax.plan.local import device_memory
+from lora_jax.plan.fit import device_memory
 from lora_jax.train.state import TrainState
 
 

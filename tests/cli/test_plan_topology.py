@@ -5,17 +5,16 @@ import json
 import jax
 import pytest
 
-from lora_jax.cli import plan as command
 from lora_jax.cli.plan import read_mesh
-from lora_jax.finetune.pricing import workload
+from lora_jax.finetune import pricing
 from lora_jax.finetune.settings import load_settings
-from lora_jax.plan import slices, topology
+from lora_jax.plan import slices
 from tests.models.golden import GOLDEN
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(topology, "open_slice", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(pricing, "open_slice", lambda name: jax.devices()[:1])
     folder = tmp_path / "model"
     folder.mkdir()
     text = (GOLDEN / "llama" / "config.json").read_text()
@@ -62,8 +61,7 @@ def test_a_step_that_does_not_fit_names_the_next_slice_that_it_fits(
     small, large = slices.Chip(999, ("2x2",)), slices.Chip(2**40, ("2x2", "2x4"))
     monkeypatch.setitem(slices.CHIPS, "v5e", large)
     chips = {"v5e:2x2": small, "v5e:2x4": large}
-    for module in (command, topology):
-        monkeypatch.setattr(module, "check_topology", chips.__getitem__)
+    monkeypatch.setattr(pricing, "check_topology", chips.__getitem__)
     code, _, shown = call("plan", config, "--topology", "v5e:2x2")
     assert code == 2
     shown = " ".join(shown.split())
@@ -94,9 +92,32 @@ def test_the_settings_of_mesh_and_model_are_planned_with(config, call):
     assert code == 2
     assert "data x fsdp x accumulate = 1 x 1 x 2 = 2; got batch 3" in shown
     overrides = ["mesh.uneven=replicate", "mesh.rules={up/kernel: [fsdp]}"]
-    work = workload(load_settings(config, [*overrides, "model.scan=false"]), None)
-    assert work.uneven == "replicate"
-    assert [(path, tuple(spec)) for path, spec in work.rules] == [
+    settings = load_settings(config, [*overrides, "model.scan=false"])
+    steps = pricing.slice_steps(settings, "v5e:4x4", read_mesh(None), None)
+    assert steps.sharding.uneven == "replicate"
+    assert [(path, tuple(spec)) for path, spec in steps.sharding.rules] == [
         ("up/kernel", ("fsdp",))
     ]
-    assert not work.adapted.model.is_scanned
+    assert not steps.decoder.is_scanned
+
+
+def test_the_policy_that_fits_is_named_and_the_slice_too(config, call, monkeypatch):
+    words = ["plan", config, "--topology", "v5e:2x2", "--json"]
+    needed = {}
+    for remat in ("none", "lora"):
+        code, out, _ = call(*words, f"model.remat={remat}")
+        needed[remat] = json.loads(out)["step"]["total"]
+    assert needed["lora"] < needed["none"]
+    monkeypatch.setitem(
+        slices.CHIPS, "v5e", slices.Chip(needed["none"] - 1, ("1x1", "2x2"))
+    )
+    options = ["model.remat=none", "--largest-batch", "--smallest-slice"]
+    code, out, shown = call(*words, *options)
+    assert code == 0, shown
+    plan = json.loads(out)
+    assert plan["remat"] == plan["step"]["remat"] == "lora"
+    assert [tried["remat"] for tried in plan["tried"]] == ["none"]
+    assert plan["largest_batch"] >= 2
+    assert plan["smallest_slice"] == "v5e:1x1"
+    assert list(plan["slices"]) == ["v5e:1x1"]
+    assert "with remat lora: set model.remat=lora" in shown

@@ -63,7 +63,7 @@ def test_one_of_single_blocks_does_not_become_a_stack(tmp_path):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_a_command_has_its_blocks_as_it_asks(adapter, asked):
     found = load_decoder(str(LLAMA), str(adapter), is_scanned=asked)
-    assert found.loaded.module.model.is_scanned == (asked is not False)
+    assert found.module.model.is_scanned == (asked is not False)
 
 
 def test_it_is_merged_as_plain_layers(trained, adapter, tmp_path, call):

@@ -14,9 +14,10 @@ from experiments.sentiment.train import arguments
 from lora_jax.cli.main import main
 from lora_jax.finetune import session
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.job import Job, hold_out, open_job
+from lora_jax.finetune.job import Job, hold_out
 from lora_jax.finetune.run_folder import RunFolder
 from lora_jax.finetune.settings import load_settings
+from lora_jax.finetune.tasks import open_job
 from lora_jax.train.data import Batches
 
 

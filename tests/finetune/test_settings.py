@@ -153,3 +153,19 @@ def test_differences_name_what_changed(file):
     assert differences(old, dataclasses.replace(old, train=train)) == [
         "train.epochs: 1 -> 3"
     ]
+
+
+def test_a_dictionary_and_settings_are_configs_too():
+    tree = {**parse_yaml(MINIMAL, "minimal"), "lora": LoRAConfig(rank=3)}
+    settings = load_settings(tree, ["train.epochs=2"])
+    assert settings.lora.rank == 3
+    assert tree.keys() == {"model", "data", "output", "lora"}  # not changed
+    assert load_settings(settings) == settings
+    assert load_settings(settings, ["lora.rank=4"]).lora.rank == 4
+
+
+def test_the_faults_of_a_dictionary_are_named():
+    tree = {"model": {"path": 3}, "dta": {}, "output": {"dir": "x"}}
+    with pytest.raises(ValueError, match=r"config: 3 faults .*\n.*Did you mean 'data'"):
+        load_settings(tree)
+    assert "dta" in tree

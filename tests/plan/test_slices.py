@@ -4,13 +4,25 @@ import importlib.util
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.config import LoRAConfig
+from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.plan.slices import CHIPS, GIB, check_topology, chips_of, open_slice
-from lora_jax.plan.topology import Workload
+from lora_jax.parallel.rules import make_sharding
+from lora_jax.plan.slices import (
+    CHIPS,
+    GIB,
+    check_topology,
+    chips_of,
+    open_slice,
+    slices_like,
+    uncached,
+)
+from lora_jax.plan.topology import DecoderSteps
 
 TINY = DecoderConfig(
     vocab_size=512,
@@ -48,6 +60,40 @@ def test_a_chip_that_does_not_exist_names_the_nearest():
         check_topology("v5x:4x4")
 
 
+def test_slices_of_a_chip_are_named_from_the_smallest():
+    names = slices_like("v5p:4x4x4")
+    assert names[0] == "v5p:2x2x1"
+    assert "v5p:4x4x4" in names
+    assert [chips_of(name) for name in names] == sorted(map(chips_of, names))
+
+
+def test_programs_stay_out_of_a_cache_that_is_in_use(tmp_path):
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in options}
+
+    def cached(number):
+        """Compiles a program of its own; counts the files in the cache."""
+        jax.jit(lambda x: x * number).lower(1.0).compile()
+        return len(list(tmp_path.iterdir()))
+
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        count = cached(2.5)
+        assert count > 0
+        with uncached():
+            assert cached(3.5) == count
+        assert cached(4.5) > count
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -63,9 +109,16 @@ def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
 def test_a_step_is_compiled_for_a_slice_that_is_not_there():
     devices = open_slice("v5e:2x2")
     assert len(devices) == 4
-    work = Workload(TINY, LoRAConfig(rank=4, alpha=8), tokens=128)
-    mesh = make_mesh(data=1, fsdp=4, devices=devices)
-    plan = work.price(mesh, 4, limit=16 * GIB)
+    sharding = make_sharding(make_mesh(data=1, fsdp=4, devices=devices))
+    lora = LoRAConfig(rank=4, alpha=8)
+    steps = DecoderSteps(
+        Decoder(TINY, dtype=jnp.bfloat16, is_scanned=True, remat="block"),
+        lora,
+        128,
+        sharding,
+        16 * GIB,
+    )
+    plan = steps.price(4)
     assert plan.fits
     assert plan.temporaries
     assert plan.total < 100e6

@@ -1,5 +1,7 @@
 """The price of a step, on this machine's one device."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,9 +11,10 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.rules import make_sharding
 from lora_jax.plan.flops import step_flops, traced_flops
 from lora_jax.plan.step import device_bytes, parse_too_large, price_step
-from lora_jax.plan.topology import Workload
+from lora_jax.plan.topology import DecoderSteps
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.state import TrainState
@@ -19,18 +22,20 @@ from lora_jax.train.step import make_train_step
 from tests.plan.test_slices import TINY
 
 LORA = LoRAConfig(rank=4, alpha=8)
-WORK = Workload(TINY, LORA, tokens=32, dtype=jnp.float32, param_dtype=jnp.float32)
 BIG = 2**40
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(devices=jax.devices()[:1])
+def steps():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    decoder = Decoder(TINY, is_scanned=True, remat="block")
+    sharding = make_sharding(mesh)
+    return DecoderSteps(decoder, LORA, 32, sharding, BIG, param_dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def plan(mesh):
-    return WORK.price(mesh, 2, limit=BIG)
+def plan(steps):
+    return steps.price(2)
 
 
 def test_the_plan_holds_the_bytes_of_a_real_state(plan):
@@ -60,12 +65,52 @@ def test_the_plan_holds_the_bytes_of_a_real_state(plan):
     assert same.fits
 
 
-def test_a_step_without_the_memory_does_not_fit(plan, mesh):
-    assert not WORK.price(mesh, 2, limit=plan.total - 1).fits
-    alone = WORK.price(mesh, 2, limit=plan.base)
+def test_a_step_without_the_memory_does_not_fit(steps, plan):
+    assert not replace(steps, limit=plan.total - 1).price(2).fits
+    alone = replace(steps, limit=plan.base).price(2)
     assert not alone.fits
     assert alone.temporaries is None
     assert alone.compile_seconds == alone.flops == 0
+
+
+def test_a_policy_is_the_decoders_or_another(steps, plan):
+    other = steps.price(2, "none")
+    assert (plan.remat, other.remat) == ("block", "none")
+    assert steps.flops(other).lora < steps.flops(plan).lora
+    assert other.flops < plan.flops
+
+
+class _Refused:
+    """A step that a TPU's compiler refuses."""
+
+    jaxpr = jax.make_jaxpr(jnp.sin)(1.0)
+
+    def __init__(self, message):
+        self.message = message
+
+    def trace(self, state, batch):
+        return self
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_what_the_compiler_refuses_does_not_fit_or_is_an_error(plan):
+    zero = jnp.zeros(3)
+    state = TrainState(zero, {}, {"frozen": zero}, (), zero, zero)
+    batch = {"input_ids": zero.reshape(1, 3)}
+    step = _Refused("Ran out of memory: Used 20.50G of 15.75G hbm.")
+    found = price_step(step, state, batch, limit=16 * 2**30)
+    assert not found.fits
+    assert found.temporaries == 20.5 * 2**30
+    assert found.base == 12
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Ran out"):
+        price_step(step, state, batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another reason"):
+        price_step(_Refused("another reason"), state, batch, limit=BIG)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
@@ -113,18 +158,19 @@ def test_loops_branches_and_convolutions_are_counted():
     assert found == 2 * (2 * 8 * 4 * 5 * 3 + 2 * 4 * 4 * 8 + 2 * 4 * 4 * 4)
 
 
-def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(mesh):
+def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(steps):
     with pytest.raises(ValueError, match="must divide by data x fsdp"):
-        WORK.price(mesh, 0, limit=BIG)
+        steps.price(0)
     assert parse_too_large("something else") is None
     message = (
         "the total memory required for HLO temporaries (27.01G) exceeds available HBM "
         "(15.75G)."
     )
-    assert parse_too_large(message) == (round(27.01 * 2**30), round(15.75 * 2**30))
+    assert parse_too_large(message) == round(27.01 * 2**30)
 
 
-def test_shapes_with_shardings_are_counted_a_device(mesh):
+def test_shapes_with_shardings_are_counted_a_device():
+    mesh = make_mesh(devices=jax.devices()[:1])
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=whole)
     assert device_bytes({"a": leaf}) == 24

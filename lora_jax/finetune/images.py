@@ -1,4 +1,4 @@
-"""What `lora-jax encode` does with lines of images, for models that read them."""
+"""Lines of images: their faults, and batches of pixels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 
 from lora_jax.files.images import ImageProcessor, load_processor
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.lines import Batch, check_faults
 from lora_jax.models.encoder_config import ImageEncoderConfig
 
 IMAGE, PIXELS = "image", "pixel_values"
-Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # which lines, and the model's inputs
 
 
 def is_image(record: Mapping[str, Any]) -> bool:
@@ -61,13 +61,11 @@ def image_batches(
     """
     home = Path(data).parent
     missing = [
-        f"{data}, line {number}: no image at {home / record[IMAGE]}"
+        f"{data}: example {number}: no image at {home / record[IMAGE]}"
         for number, record in enumerate(records, start=1)
         if IMAGE in record and not (home / record[IMAGE]).is_file()
     ]
-    if missing:
-        more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
-        raise UserError("missing images\n  " + "\n  ".join(missing[:20]) + more)
+    check_faults("missing images", missing)
     has_files = any(IMAGE in record for record in records)
     processor = load_processor(folder) if has_files else None
     for start in range(0, len(records), rows):
@@ -76,7 +74,7 @@ def image_batches(
             try:
                 pixels = _read(config, processor, home, records[i])
             except ValueError as error:
-                raise UserError(f"{data}, line {i + 1}: {error}") from error
+                raise UserError(f"{data}: example {i + 1}: {error}") from error
             by_shape.setdefault(pixels.shape, []).append((i, pixels))
         for shape, images in by_shape.items():
             batch = np.zeros((rows, *shape), np.float32)

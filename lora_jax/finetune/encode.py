@@ -1,0 +1,147 @@
+"""Embeddings, and logits where there is a head, of texts, token ids or images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.images import image_batches, image_fault, is_image
+from lora_jax.finetune.job import encode_texts
+from lora_jax.finetune.lines import (
+    Batch,
+    by_length,
+    check_faults,
+    check_ids,
+    is_ints,
+    text_fault,
+)
+from lora_jax.finetune.reporter import Reporter
+from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.load import HEAD, LoadedModel
+
+
+class Encoded(NamedTuple):
+    """Encoded lines.
+
+    Attributes:
+      lines: the ``"embedding"`` of each line and, if there is a head, its ``"logits"``.
+      truncated: how many texts were cut.
+    """
+
+    lines: list[dict[str, list[float]]]
+    truncated: int
+
+
+def record_fault(record: Mapping[str, Any]) -> str:
+    """Says what is wrong with a line to encode; empty if nothing is."""
+    if is_image(record):
+        return image_fault(record)
+    if not {"text", "input_ids"} & record.keys():
+        return "must have 'text', 'input_ids', or of an image 'image' or 'pixel_values'"
+    if fault := text_fault(record):
+        return fault
+    ids, mask = record.get("input_ids"), record.get("attention_mask")
+    is_fit = mask is None or (
+        ids is not None
+        and is_ints(mask)
+        and len(mask) == len(ids)
+        and set(mask) <= {0, 1}
+    )
+    return "" if is_fit else "'attention_mask' must be a 0 or 1 for each of 'input_ids'"
+
+
+def encode(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    path: str,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    reporter: Reporter | None = None,
+) -> Encoded:
+    """Encodes lines, all of text (or token ids) or all of images.
+
+    Args:
+      loaded: an encoder.
+      records: the lines, in which `record_fault` finds none.
+      path: their file: images are relative to its folder, errors name it.
+      batch_size: lines at once.
+      max_length: ids kept of a text; None for all that the model takes.
+      reporter: shows the progress.
+
+    Returns:
+      The lines' embeddings, in their order.
+
+    Raises:
+      UserError: if the model is a decoder, or a line is not what it reads.
+    """
+    config = loaded.config
+    if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
+        raise UserError(
+            f"{loaded.path} must be an encoder, of text or of images; its config is a "
+            f"{type(config).__name__}. Decoders have `generate` and `score`."
+        )
+    reads_images = isinstance(config, ImageEncoderConfig)
+    wanted = "images ('image', 'pixel_values')" if reads_images else "text"
+    faults = [
+        f"{path}: example {number}: the model reads {wanted}"
+        for number, record in enumerate(records, start=1)
+        if is_image(record) != reads_images
+    ]
+    check_faults("bad lines", faults)
+    rows, truncated = min(batch_size, len(records)), 0
+    if isinstance(config, ImageEncoderConfig):
+        batches = image_batches(config, loaded.path, records, rows, path)
+    else:
+        sequences, truncated = _token_ids(loaded, records, max_length)
+        check_ids(sequences, config, path)
+        batches = _text_batches(sequences, records, rows, config.max_positions)
+
+    def forward(variables, *inputs):
+        apply = loaded.module.apply
+        embedding = apply(variables, *inputs, method="embed")
+        has_head = HEAD in loaded.params
+        return embedding, apply(variables, *inputs) if has_head else None
+
+    compiled, done = jax.jit(forward), 0
+    lines: list[dict[str, list[float]]] = [{}] * len(records)
+    with (reporter or Reporter()).progress("encode", len(records)) as tick:
+        for members, inputs in batches:
+            embedding, logits = jax.device_get(compiled(loaded.variables, *inputs))
+            for row, member in enumerate(members):
+                lines[member] = {"embedding": embedding[row].tolist()}
+                if logits is not None:
+                    lines[member]["logits"] = logits[row].tolist()
+            done += len(members)
+            tick(done, "lines")
+    return Encoded(lines, truncated)
+
+
+def _token_ids(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], max_length: int | None
+) -> tuple[list[list[int]], int]:
+    """Returns the ids of each line, and how many texts were cut."""
+    texts = [record["text"] for record in records if "text" in record]
+    if not texts:
+        return [record["input_ids"] for record in records], 0
+    encoded = encode_texts(loaded, texts, max_length=max_length)
+    ids = iter(encoded.ids)
+    sequences = [next(ids) if "text" in r else r["input_ids"] for r in records]
+    return sequences, encoded.truncated
+
+
+def _text_batches(
+    sequences: Sequence[list[int]],
+    records: Sequence[Mapping[str, Any]],
+    rows: int,
+    longest: int,
+) -> Iterator[Batch]:
+    """Yields ids and masks, shortest first."""
+    masks = [
+        ("input_ids" in record and record.get("attention_mask")) or [1] * len(ids)
+        for ids, record in zip(sequences, records, strict=True)
+    ]
+    for members, (ids, mask) in by_length(rows, longest, sequences, masks):
+        mask[len(members) :, 0] = 1  # filler attends to something
+        yield members, (ids, mask)

@@ -1,0 +1,211 @@
+"""What is in an adapter, run or model folder; damage included.
+
+The norm of an update ``scaling * A B`` comes from its factors: with ``A = Qa Ra`` and
+``Bᵀ = Qb Rb`` its singular values are those of the ``[r, r]`` matrix ``Ra Rbᵀ``, so the
+``[in, out]`` product is never formed.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.config import LoRAConfig
+from lora_jax.files import adapter as ours
+from lora_jax.files.fetch import SCHEME, find_model
+from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.safetensors import TensorReader, open_tensors
+from lora_jax.finetune import settings
+from lora_jax.finetune.errors import UserError
+from lora_jax.interop.external import ExternalAdapter
+from lora_jax.interop.pretrained import find_adapter, read_external
+from lora_jax.models import source
+from lora_jax.models.load import unscanned
+from lora_jax.names import LORA, LORA_A, LORA_B
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """Reads all that is in a folder or a GGUF file.
+
+    Args:
+      path: a run folder, an adapter folder of ours or of another tool, a model folder,
+        a GGUF file or a package's model.
+
+    Returns:
+      JSON values. Of an adapter ``"kind": "adapter"``, what its config says, a row for
+      each of its ``"layers"``, what is trained in ``"full"``, and, if another tool
+      wrote it, ``"tool"``; of a model ``"kind": "model"`` and a row for each of its
+      ``"tensors"``. ``"not_finite"`` counts NaN and infinities by tensor.
+
+    Raises:
+      UserError: if it is none of these.
+      ValueError: if a file is damaged.
+    """
+    folder = find_model(path) if path.startswith(SCHEME) else Path(path)
+    if folder.suffix == SUFFIX and folder.is_file():
+        return _inspect_model(folder, GGUFReader(folder))
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}, nor a {SUFFIX} file.")
+    if any((folder / name).is_file() for name in (settings.CONFIG, ours.CONFIG)):
+        found = find_adapter(folder)
+        external = read_external(found)
+        if external is not None:
+            return _inspect_external(external, found)
+        return _inspect_adapter(found)
+    if (folder / source.CONFIG).is_file():
+        return _inspect_model(folder, open_tensors(folder))
+    raise UserError(
+        f"{folder} is no run folder ({settings.CONFIG}), adapter folder "
+        f"({ours.CONFIG}) or model folder ({source.CONFIG})."
+    )
+
+
+def singular_values(a: np.ndarray, b: np.ndarray, *, scaling: float) -> np.ndarray:
+    """Returns the singular values of ``scaling * A B`` without forming it.
+
+    Args:
+      a: ``[i, r]``.
+      b: ``[r, o]``.
+      scaling: the factor.
+
+    Returns:
+      At most ``r`` float64 values, largest first.
+
+    Example:
+      >>> a, b = np.array([[3.0], [4.0]]), np.array([[1.0, 0.0]])
+      >>> singular_values(a, b, scaling=2.0).round(6).tolist()
+      [10.0]
+    """
+    left = np.asarray(np.linalg.qr(a.astype(np.float64), mode="r"))
+    right = np.asarray(np.linalg.qr(b.astype(np.float64).T, mode="r"))
+    return abs(scaling) * np.linalg.svd(left @ right.T, compute_uv=False)
+
+
+def _inspect_adapter(folder: Path) -> dict[str, Any]:
+    meta = ours.read_adapter_config(folder)
+    config = LoRAConfig.from_dict(meta["lora"])
+    reader = open_tensors(folder / ours.TENSORS)
+    prefix, suffix = f"{LORA}/", f"/{LORA_A}"
+    layers = [
+        row
+        for name in reader.shapes
+        if name.startswith(prefix) and name.endswith(suffix)
+        for row in _layers(
+            reader, name.removeprefix(prefix).removesuffix(suffix), config
+        )
+    ]
+    shapes = reader.shapes.items()
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "lora": meta["lora"],
+        "base": meta["base"],
+        "trainable": meta["trainable"],
+        "extra": meta["extra"],
+        "layers": sorted(layers, key=lambda row: _natural(row["path"])),
+        "full": {n: list(s) for n, s in shapes if not n.startswith(prefix)},
+        "not_finite": _not_finite(reader),
+    }
+
+
+def _inspect_external(adapter: ExternalAdapter, folder: Path) -> dict[str, Any]:
+    """Describes an adapter that another tool wrote; reading it has checked it."""
+    layers = [
+        {
+            "path": name,
+            "rank": factors.rank,
+            "alpha": factors.alpha,
+            "scaling": factors.scaling,
+            **_norms(factors.a.T, factors.b.T, scaling=factors.scaling),
+        }
+        for name, factors in adapter.modules.items()
+    ]
+    leaves = [
+        leaf for f in adapter.modules.values() for leaf in (f.a, f.b, f.magnitude)
+    ]
+    arrays = [*leaves, *adapter.full.values()]
+    return {
+        "kind": "adapter",
+        "tool": "PEFT" if "peft_type" in adapter.config else "mlx-lm",
+        "path": str(folder),
+        "config": dict(adapter.config),
+        "variant": [name for name in ("rslora", "dora") if getattr(adapter, name)],
+        "unknown": list(adapter.unknown),
+        "trainable": sum(array.size for array in arrays if array is not None),
+        "layers": sorted(layers, key=lambda row: _natural(row["path"])),
+        "full": {name: list(array.shape) for name, array in adapter.full.items()},
+        "not_finite": {},
+    }
+
+
+def _layers(
+    reader: TensorReader, path: str, config: LoRAConfig
+) -> list[dict[str, Any]]:
+    """Returns a row for each layer that an adapter's leaves hold: one, or a stack."""
+    a = reader[f"{LORA}/{path}/{LORA_A}"]
+    name = f"{LORA}/{path}/{LORA_B}"
+    if name not in reader.shapes:
+        raise UserError(f"the adapter has {path}/{LORA_A} but no {path}/{LORA_B}.")
+    b = reader[name]
+    scaling = config.scaling_for(path)
+    facts = {
+        "rank": config.rank_for(path),
+        "alpha": config.alpha_for(path),
+        "scaling": scaling,
+    }
+    singles = unscanned(tuple(path.split("/")), a.shape)
+    if len(singles) == 1 or a.ndim != 3 or len(a) != len(b):
+        return [{"path": path, **facts, **_norms(a, b, scaling=scaling)}]
+    return [
+        {"path": "/".join(single), **facts, **_norms(*pair, scaling=scaling)}
+        for single, *pair in zip(singles, a, b, strict=True)
+    ]
+
+
+def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
+    """Returns the norms of ``scaling * A B``; None where it is no finite matrix."""
+    is_matrix = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    if is_matrix and np.isfinite(a).all() and np.isfinite(b).all():
+        values = singular_values(a, b, scaling=scaling)
+        return {"norm": float(np.linalg.norm(values)), "top": float(values[0])}
+    return {"norm": None, "top": None}
+
+
+def _inspect_model(folder: Path, reader: Any) -> dict[str, Any]:
+    tensors = []
+    for name in sorted(reader.shapes, key=_natural):
+        array = reader[name]
+        is_float = array.dtype.kind not in "iub"
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "dtype": str(array.dtype),
+                "norm": float(np.linalg.norm(array.astype(np.float64)))
+                if is_float
+                else None,
+            }
+        )
+    return {
+        "kind": "model",
+        "path": str(folder),
+        "parameters": sum(int(np.prod(shape)) for shape in reader.shapes.values()),
+        "tensors": tensors,
+        "not_finite": _not_finite(reader),
+    }
+
+
+def _not_finite(reader: Any) -> dict[str, int]:
+    """Returns how many values are NaN or infinite, for each tensor that has any."""
+    counts = {
+        name: int(np.sum(~np.isfinite(array.astype(np.float32))))
+        for name in reader.shapes
+        if (array := reader[name]).dtype.kind not in "iub"
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]
