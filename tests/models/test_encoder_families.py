@@ -226,15 +226,13 @@ def test_all_linears_of_an_encoder_are_adapted_and_merge(name, lora):
     np.testing.assert_allclose(merged, changed, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.optimized
 def test_the_patch_projection_is_adapted_when_it_is_named():
-    base = load_base(GOLDEN / "dinov2")
-    adapted = adapt(base.module, LoRAConfig(rank=2, alpha=3, targets=["patch"]))
+    base, x = load_base(GOLDEN / "dinov2"), arguments("dinov2")
+    adapted = adapt(base.module, LoRAConfig(rank=2, alpha=3, targets=["patch"]), *x)
     (target,) = adapted.targets(base.params)
     assert (target.path, target.kind) == ("encoder/embeddings/patch", "conv")
     assert target.kernel_shape == (4, 4, 3, 21)
     variables = adapted.attach(base.params, jax.random.key(0))
-    x = arguments("dinov2")
     apply, want = jax.jit(adapted.apply), jax.jit(base.module.apply)(base.variables, *x)
     np.testing.assert_array_equal(apply(variables, *x), want)
     variables["lora"] = random_like(variables["lora"])
