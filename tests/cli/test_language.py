@@ -91,6 +91,7 @@ def test_the_adapter_is_talked_to(run, folder, call):
     assert out.count("green .") == out.count("blue .") == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_base_that_was_cast_is_used_like_any_other(config, tmp_path, call):
     run, merged = tmp_path / "run", tmp_path / "merged"
     words = ["model.param_dtype=bfloat16", "train.max_steps=2", f"output.dir={run}"]
