@@ -5,18 +5,23 @@ GPU, with float32 that is float32. Tests that hold XLA:CPU's bits or its program
 there.
 """
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
+
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most tests compile much and run it once: the costly optimisations of machine code
     # are left out, here and in the processes started here, but for tests marked
     # "optimized". JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them everywhere.
-    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-        # XLA's older emitters of machine code take a third of the time to compile.
+    is_quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+    # XLA's older emitters of machine code take a third of the time to compile. A jaxlib
+    # that doesn't know the flag aborts, so those alone that do are given it.
+    if is_quick and importlib.metadata.version("jaxlib").startswith("0.10."):
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
+        os.environ["XLA_FLAGS"] = f"{OLDER_EMITTERS} {flags}"
 else:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -59,7 +64,7 @@ def _optimized(
     before = jax.config.read(name)
     if before and request.node.get_closest_marker("optimized"):
         jax.config.update(name, False)
-        if jax.default_backend() == "cpu":
+        if OLDER_EMITTERS in os.environ.get("XLA_FLAGS", ""):
             monkeypatch.setattr(compiler, "get_compile_options", _default_emitters)
     yield
     jax.config.update(name, before)
