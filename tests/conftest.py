@@ -9,8 +9,6 @@ import importlib.metadata
 import os
 from collections.abc import Iterator
 
-OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most tests compile much and run it once: the costly optimisations of machine code
@@ -21,7 +19,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # that doesn't know the flag aborts, so those alone that do are given it.
     if is_quick and importlib.metadata.version("jaxlib").startswith("0.10."):
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{OLDER_EMITTERS} {flags}"
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
 else:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -64,7 +62,7 @@ def _optimized(
     before = jax.config.read(name)
     if before and request.node.get_closest_marker("optimized"):
         jax.config.update(name, False)
-        if OLDER_EMITTERS in os.environ.get("XLA_FLAGS", ""):
+        if "fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
             monkeypatch.setattr(compiler, "get_compile_options", _default_emitters)
     yield
     jax.config.update(name, before)
