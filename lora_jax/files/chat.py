@@ -217,7 +217,8 @@ class ChatTemplate:
         other[turn] = {**messages[turn], "content": PROBE}
         written = self._render(other, tools, False)["text"]
         pairs = zip(text, written, strict=False)
-        return next(n for n, (a, b) in enumerate(pairs) if a != b)
+        end = min(len(text), len(written))
+        return next((n for n, (a, b) in enumerate(pairs) if a != b), end)
 
     def _render(
         self,

@@ -71,7 +71,7 @@ def build_tokenizer(
             f"{path} must have a byte-level BPE tokenizer ({BYTE_LEVEL!r}) or "
             f"SentencePiece's BPE ({SENTENCEPIECE!r}); its kind is {_short(kind)}. "
             "Give token ids, or take the model's Hugging Face folder, whose "
-            "tokenizer.json says what a GGUF file leaves out."
+            "tokenizer.json holds what a GGUF file leaves out."
         )
     rule: Any = metadata.get("tokenizer.ggml.pre")
     if kind == BYTE_LEVEL and not (isinstance(rule, str) and rule in _SPLITS):

@@ -153,10 +153,10 @@ class Tokenizer:
           text: the text.
 
         Returns:
-          Ids and their places.
+          The ids and their places.
 
         Raises:
-          ValueError: if the text is no Unicode or over 1 MiB, or the tokenizer fails.
+          ValueError: if the text is not Unicode or over 1 MiB, or the tokenizer fails.
         """
         encoding = self._encode(text)
         own = [i for i, m in enumerate(encoding.special_tokens_mask) if not m]
@@ -249,7 +249,7 @@ class Tokenizer:
         return {token.content: i for i, token in added.items() if token.special}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids, without special tokens unless they are asked for."""
+        """Returns the text of ids, by default without special tokens."""
         with explained(self.path, "a tokenizer"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
@@ -291,7 +291,7 @@ class Tokenizer:
             return self._tokenizer.encode(text, **options)
 
     def _begin(self) -> list[int]:
-        """Tokens before every text; without a text, those after it can't be told."""
+        """Returns the tokens before every text (an empty one doesn't show which)."""
         encoding = self._encode("x")
         mask = encoding.special_tokens_mask
         return encoding.ids[: mask.index(0) if 0 in mask else None]
