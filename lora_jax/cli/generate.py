@@ -3,14 +3,21 @@
 import argparse
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import jax
 
 from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import load_decoder
+from lora_jax.files.messages import ASSISTANT
+from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.lines import check_faults
+from lora_jax.finetune.turns import endless_turns
 from lora_jax.models.generate import generate
+from lora_jax.train.data import read_jsonl
+from lora_jax.train.text import MESSAGES, kind_of
 
 DEFAULT_TOKENS = 128
 
@@ -19,21 +26,28 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates.
 
     Args:
-      args: ``model``, ``adapter``, ``prompt`` (a list), ``max_new_tokens``,
-        ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``, ``chat``.
+      args: ``model``, ``adapter``, ``prompt`` (a list) or ``messages`` (a file),
+        ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
+        ``chat``, ``system``.
       out: where to print; one prompt's text is streamed.
 
     Returns:
       For each prompt the text, its token ids, and why it ended.
     """
+    chats = _chats(args)
     loaded = load_decoder(args.model, args.adapter, scan_layers=False)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.path} has no tokenizer; generate needs one.")
-    texts = args.prompt
-    if args.chat:
-        texts = [tokenizer.render_chat([{"role": "user", "content": t}]) for t in texts]
-    prompts = [tokenizer.encode_text(text).ids for text in texts]
+    stop_tokens = _stop_tokens(args.stop, tokenizer)
+    stop_texts = [stop for stop in args.stop if stop not in stop_tokens.values()]
+    if chats:
+        _warn_of_endless(tokenizer, args.stop)
+        prompts = _encode(chats, tokenizer, args.messages)
+        asked = [str(chat["messages"][-1]["content"]) for chat in chats]
+    else:
+        asked = args.prompt
+        prompts = [tokenizer.encode_text(text).ids for text in asked]
     room = loaded.config.max_positions - max(map(len, prompts))
     limit = args.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
     streams = [tokenizer.stream() for _ in prompts]
@@ -44,14 +58,17 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
     def on_token(row: int, ids: list[int]) -> bool:
         nonlocal shown
+        if ids[-1] in stop_tokens:
+            stopped[row] = stop_tokens[ids[-1]]
+            return True
         written[row] += streams[row].push(ids[-1])
-        found = [s for s in args.stop if s in written[row]]
+        found = [s for s in stop_texts if s in written[row]]
         if found:
             stopped[row] = min(found, key=written[row].index)
             written[row] = written[row][: written[row].index(stopped[row])]
         if is_streamed:
             # What may be the beginning of a stop string waits.
-            end = len(written[row]) if found else _safe(written[row], args.stop)
+            end = len(written[row]) if found else _safe(written[row], stop_texts)
             print(written[row][shown:end], end="", flush=True)
             shown = max(shown, end)
         return bool(found)
@@ -69,11 +86,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         key=jax.random.key(args.seed),
         on_token=on_token,
     )
+    tokens = [
+        ids[:-1] if ids[-1:] and ids[-1] in stop_tokens else ids for ids in tokens
+    ]
     seconds = time.perf_counter() - start
     if is_streamed:
         print(written[0][shown:], flush=True)
     else:
-        for prompt, text in zip(args.prompt, written, strict=True):
+        for prompt, text in zip(asked, written, strict=True):
             out.heading(prompt)
             out.say(text)
     count = sum(len(ids) for ids in tokens)
@@ -88,11 +108,93 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
                 "stopped_by": _reason(stop, len(new), limit),
             }
             for prompt, text, ids, new, stop in zip(
-                args.prompt, written, prompts, tokens, stopped, strict=True
+                asked, written, prompts, tokens, stopped, strict=True
             )
         ],
         "seconds": round(seconds, 3),
     }
+
+
+def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the conversations to be gone on with; none without ``--chat``."""
+    if args.system is not None and not args.chat:
+        raise UserError("--system goes with --chat: it is the system's message there.")
+    if args.messages is None:
+        system = [] if args.system is None else [_message("system", args.system)]
+        texts = args.prompt if args.chat else []
+        return [{"messages": [*system, _message("user", text)]} for text in texts]
+    if args.chat:
+        raise UserError("--chat goes with --prompt; the lines of --messages are chats.")
+    chats = read_jsonl(args.messages, fields={}, check=_fault)
+    for chat in chats:
+        while chat["messages"][-1]["role"] == ASSISTANT:
+            del chat["messages"][-1]
+    return chats
+
+
+def _fault(record: dict[str, Any]) -> str:
+    """Says why a line can't be answered; empty if it can."""
+    try:
+        kind = kind_of(record)
+    except ValueError as error:
+        return str(error)
+    if kind != MESSAGES:
+        return f"must be messages; it is {kind}"
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str)
+        for message in messages
+    ):
+        return "messages must be a list of objects, each with a role"
+    if all(message["role"] == ASSISTANT for message in messages):
+        return f"messages must hold one that is not the {ASSISTANT}'s, to answer"
+    return ""
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _encode(
+    chats: list[dict[str, Any]], tokenizer: Tokenizer, path: str | None
+) -> list[list[int]]:
+    prompts, faults = [], []
+    for number, chat in enumerate(chats, start=1):
+        try:
+            found = tokenizer.encode_prompt(chat["messages"], tools=chat.get("tools"))
+        except ValueError as error:
+            faults.append(f"{path or '--prompt'}: example {number}: {error}")
+        else:
+            prompts.append(found)
+    check_faults("conversations that can't be written", faults)
+    return prompts
+
+
+def _stop_tokens(stops: list[str], tokenizer: Tokenizer) -> dict[int, str]:
+    """Returns which stop strings are special tokens: those are in no text."""
+    special = tokenizer.special_ids
+    for stop in stops:
+        inside = [text for text in special if text in stop and text != stop]
+        if inside and stop not in special:
+            raise UserError(
+                f"--stop {stop!r} must be a text or a special token; it holds the "
+                f"token {inside[0]!r} and more, and no text does. Give the token alone."
+            )
+    return {special[stop]: stop for stop in stops if stop in special}
+
+
+def _warn_of_endless(tokenizer: Tokenizer, stops: list[str]) -> None:
+    """Warns if the template's turns end in what nothing stops at."""
+    try:
+        chats = tokenizer.encode_chat([_message("user", "?"), _message(ASSISTANT, "!")])
+    except ValueError:  # not every template can be asked this
+        return
+    ends = Counter(end for chat in chats for end in chat.ends)
+    for end in [*ends]:
+        if tokenizer.decode([end], skip_special=False) in stops:
+            del ends[end]
+    if said := endless_turns(tokenizer, ends):
+        print(f"lora-jax generate: warning: {said}", file=sys.stderr)
 
 
 def _safe(text: str, stops: list[str]) -> int:

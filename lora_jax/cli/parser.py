@@ -196,12 +196,18 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=False)
-    command.add_argument(
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
         "--prompt",
         action="append",
-        required=True,
         metavar="TEXT",
         help="what to continue; given several times, a batch",
+    )
+    asked.add_argument(
+        "--messages",
+        metavar="FILE",
+        help="JSONL: a line is {messages}, and {tools} if there are any, as for train; "
+        "the assistant's turns at the end of a line are left out and written anew",
     )
     command.add_argument(
         "--max-new-tokens",
@@ -220,19 +226,30 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
     command.add_argument("--seed", type=int, default=0, metavar="S")
     command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends a text"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a text; it may be a special token, as <|im_end|>",
     )
     command.add_argument(
         "--chat",
         action="store_true",
         help="the prompt is a user's message, put into the model's chat template",
     )
+    command.add_argument(
+        "--system", metavar="TEXT", help="a system's message before it, with --chat"
+    )
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=False)
     command.add_argument(
-        "--data", metavar="FILE", required=True, help="JSONL: text or input_ids a line"
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="JSONL: a line is {text} or {input_ids}; or as for train, {messages} or "
+        "{prompt, completion}, of which the sum is over what train counts",
     )
     command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=8, metavar="N")

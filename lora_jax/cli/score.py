@@ -7,8 +7,7 @@ from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load_decoder
 from lora_jax.finetune.formatting import perplexity, size
-from lora_jax.finetune.lines import text_fault
-from lora_jax.finetune.score import score
+from lora_jax.finetune.score import Scored, score, score_fault
 from lora_jax.train.data import read_jsonl
 
 
@@ -23,25 +22,38 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       How many lines and tokens, and the mean log-probability of a token.
     """
     target = new_file(args.out, args.data)
-    records = read_jsonl(args.data, fields={}, check=text_fault)
+    records = read_jsonl(args.data, fields={}, check=score_fault)
     loaded = load_decoder(args.model, args.adapter, scan_layers=True)
     scores = score(loaded, records, args.data, batch_size=args.batch_size, reporter=out)
-    lines = [
-        {"tokens": len(row) + 1, "logprobs": row.tolist(), "sum": float(row.sum())}
-        for row in scores
-    ]
+    lines = [_line(row, records[row.line]) for row in scores]
     write_lines(target, lines)
-    count = sum(len(row) for row in scores)
+    count = sum(int(row.counted.sum()) for row in scores)
     mean = sum(line["sum"] for line in lines) / max(count, 1)
     out.say(
-        f"{len(lines):,} lines, {count:,} scored tokens, mean log-probability "
+        f"{len(records):,} lines, {count:,} scored tokens, mean log-probability "
         f"{mean:.4f} (perplexity {perplexity(-mean):.3f}), in {target} "
         f"({size(target.stat().st_size)})"
     )
     return {
-        "lines": len(lines),
+        "lines": len(records),
         "scored_tokens": count,
         "mean_logprob": mean,
         "perplexity": perplexity(-mean),
         "out": str(target),
     }
+
+
+def _line(row: Scored, record: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is written of a line's tokens.
+
+    Of a line as for train, which may give several, it says which line it is, from 1,
+    and which of the tokens count.
+    """
+    found = {
+        "tokens": len(row.logprobs) + 1,
+        "logprobs": row.logprobs.tolist(),
+        "sum": float(row.logprobs[row.counted == 1].sum()),
+    }
+    if "text" in record or "input_ids" in record:
+        return found
+    return {"line": row.line + 1, **found, "loss_mask": row.counted.tolist()}

@@ -42,11 +42,11 @@ def mark_tokens(
       Ids, mask and ends.
 
     Example:
-      >>> rendered = Rendered("q? a! ", [[(3, 6)]], marked=False)
-      >>> mark_tokens(rendered, [5, 6, 7, 8], [(0, 2), (2, 4), (4, 5), (5, 6)], {7})
+      >>> rendered = Rendered("q? a! q", [[(3, 6)]], marked=False)
+      >>> mark_tokens(rendered, [5, 6, 7, 8], [(0, 2), (2, 4), (4, 5), (5, 7)], {7})
       ChatTokens(ids=[5, 6, 7, 8], mask=[0, 1, 1, 0], ends=[7])
     """
-    blank = [not rendered.text[start:end].strip() for start, end in spans]
+    text = rendered.text
     mask, ends = [0] * len(ids), []
     for turn in rendered.turns:
         inside = [
@@ -54,17 +54,20 @@ def mark_tokens(
             for i, (a, b) in enumerate(spans)
             if any(a < end and b > start for start, end in turn)
         ]
-        # What is before the white space at its end, which may be a stop token itself.
-        said = next(
+        # Up to the last stop token with white space alone after it, or else to the end.
+        stop = next(
             (
-                inside[: n + 1]
+                n
                 for n, i in reversed([*enumerate(inside)])
-                if ids[i] in stop_ids or not blank[i]
+                if ids[i] in stop_ids and not text[spans[i][1] : turn[-1][1]].strip()
             ),
-            inside,
+            None,
         )
-        if not rendered.marked and said and ids[said[-1]] in stop_ids:
-            inside = said
+        if stop is None:
+            said = [i for i in inside if text[slice(*spans[i])].strip()]
+        else:
+            said = inside[: stop + 1]
+            inside = inside if rendered.marked else said
         for i in inside:
             mask[i] = 1
         ends += [ids[i] for i in said[-1:]]

@@ -1,16 +1,42 @@
 """Log-probabilities of the tokens of texts, by a decoder."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.lines import by_length, check_ids
+from lora_jax.finetune.lines import by_length, check_faults, check_ids, text_fault
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.load import LoadedModel
 from lora_jax.train.causal_lm import chunk_tokens
+from lora_jax.train.text import MESSAGES, Encoded, encode_record, kind_of
+
+
+class Scored(NamedTuple):
+    """The tokens of a line but the first; a chat may have several of these.
+
+    Attributes:
+      line: the number of the line, from 0.
+      logprobs: ``log p(token | those before it)``.
+      counted: 1 for each token that training counts, 0 for the others.
+    """
+
+    line: int
+    logprobs: np.ndarray
+    counted: np.ndarray
+
+
+def score_fault(record: Mapping[str, Any]) -> str:
+    """Says what is wrong with a line to score; empty if nothing is."""
+    if not _is_trained(record):
+        return text_fault(record)
+    try:
+        kind_of(record)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def score(
@@ -20,25 +46,29 @@ def score(
     *,
     batch_size: int = 8,
     reporter: Reporter | None = None,
-) -> list[np.ndarray]:
+) -> list[Scored]:
     """Returns ``log p(token | those before it)`` of each line's tokens but the first.
+
+    Texts and token ids are scored as they are, and all their tokens count. Messages,
+    and prompts with completions, become tokens as in training, where some count.
 
     Args:
       loaded: a decoder.
-      records: the lines, in which `lines.text_fault` finds none.
+      records: the lines, in which `score_fault` finds none.
       path: their file, for errors.
       batch_size: lines at once.
       reporter: shows the progress.
 
     Returns:
-      An array of one float less than a line has tokens, for each line.
+      The scores in the order of the lines, each one shorter than its tokens.
 
     Raises:
       UserError: if texts can't be tokenised, or a line is not what the model reads.
     """
     if loaded.tokenizer is None and any("text" in record for record in records):
         raise UserError(f"{loaded.path} has no tokenizer; {path} must hold ids.")
-    sequences = [_token_ids(loaded, record) for record in records]
+    encoded = _encode(loaded, records, path)
+    sequences = [each.ids for _, each in encoded]
     apply, config = loaded.module.apply, loaded.config
     check_ids(sequences, config, path)
     chunk = chunk_tokens(config.vocab_size)
@@ -68,11 +98,35 @@ def score(
                 scores[member] = found[row, : len(sequences[member]) - 1]
             done += len(members)
             tick(done, "lines")
-    return scores
+    return [
+        Scored(line, logprobs, np.array(each.mask[1:], np.uint8))
+        for (line, each), logprobs in zip(encoded, scores, strict=True)
+    ]
 
 
-def _token_ids(loaded: LoadedModel, record: Mapping[str, Any]) -> list[int]:
-    if "input_ids" in record:
-        return record["input_ids"]
-    assert loaded.tokenizer is not None  # looked at before
-    return loaded.tokenizer.encode_text(record["text"]).ids
+def _is_trained(record: Mapping[str, Any]) -> bool:
+    return MESSAGES in record or "prompt" in record
+
+
+def _encode(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], path: str
+) -> list[tuple[int, Encoded]]:
+    """Returns the tokens of lines, each with its line's number."""
+    tokenizer, size = loaded.tokenizer, loaded.config.vocab_size
+    encoded, faults = [], []
+    for line, record in enumerate(records):
+        if _is_trained(record):
+            try:
+                found = encode_record(record, tokenizer, vocab_size=size)
+            except (ValueError, TypeError) as error:
+                faults.append(f"{path}: example {line + 1}: {error}")
+                continue
+        else:
+            ids = record.get("input_ids")
+            if ids is None:
+                assert tokenizer is not None  # looked at before
+                ids = tokenizer.encode_text(record["text"]).ids
+            found = [Encoded(ids, [1] * len(ids))]
+        encoded += [(line, each) for each in found]
+    check_faults("lines that can't be scored", faults)
+    return encoded

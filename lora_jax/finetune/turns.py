@@ -26,8 +26,8 @@ def endless_turns(tokenizer: Tokenizer, ends: Mapping[int, int]) -> str:
     known = ", ".join(map(text, stops)) or "the model has none"
     last = max(others, key=others.__getitem__)
     return (
-        f"{sum(others.values()):,} of {sum(ends.values()):,} turns of the assistant "
-        f"end in {text(last)}, which is no stop token ({known}): a generation goes on "
-        "after it. Name it in the eos_token_id of generation_config.json, or to "
-        "generate by --stop, or end the turns of the chat template in a stop token."
+        f"the assistant's turns end in {text(last)} ({sum(others.values()):,} of "
+        f"{sum(ends.values()):,}), which is no stop token ({known}): a generation goes "
+        "on after it. Name it in the eos_token_id of generation_config.json, or to "
+        "generate by --stop, or end the chat template's turns in a stop token."
     )

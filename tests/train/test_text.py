@@ -10,7 +10,8 @@ from hypothesis import given
 
 from lora_jax.train.data import TextBatches
 from lora_jax.train.text import read_text_examples
-from tests.files.test_chat import CHATML, WORDS, save_tokenizer
+from tests.files.test_chat import CHATML, WORDS, chat, save_tokenizer
+from tests.files.test_messages import QWEN3
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,43 @@ def test_messages_count_where_the_assistant_speaks(tmp_path, tokenizer):
     ]
     data = read(tmp_path, tokenizer, {"messages": messages})
     assert counted(data.examples[0], tokenizer) == "ab<|im_end|>"
+
+
+def test_tools_weights_and_ends_of_a_chat(tmp_path, tokenizer):
+    messages = chat("11", "ab", "1", "a1")
+    messages[1]["weight"] = 0
+    data = read(tmp_path, tokenizer, {"messages": messages, "tools": []})
+    assert counted(data.examples[0], tokenizer) == "a1<|im_end|>"
+    assert data.ends == {tokenizer.special.eos_id: 1}
+    tooled = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    other = save_tokenizer(tmp_path / "t", tooled)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    data = read(tmp_path, other, {"messages": messages, "tools": tools})
+    text = other.decode(data.examples[0]["input_ids"].tolist())
+    assert text.startswith(json.dumps(tools))
+    with pytest.raises(ValueError, match=r"jsonl:1: tools must be none.*; got 1"):
+        read(tmp_path, tokenizer, {"messages": messages, "tools": tools})
+    with pytest.raises(ValueError, match=r"jsonl:1: .*'tool'; did you mean 'tools'\?"):
+        read(tmp_path, tokenizer, {"messages": messages, "tool": tools})
+    data = read(
+        tmp_path,
+        save_tokenizer(tmp_path / "e", CHATML.replace("_end", "")),
+        {"messages": messages},
+    )
+    assert tokenizer.special.eos_id not in data.ends
+
+
+def test_a_chat_whose_template_drops_thoughts_gives_an_example_a_turn(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "t", QWEN3)
+    thought = "<think>\n1\n</think>\n\n"
+    long = chat("1", f"{thought}a", "1", f"{thought}b")
+    data = read(tmp_path, tokenizer, {"messages": chat("1", "a")}, {"messages": long})
+    assert data.lines == [0, 1, 1]
+    assert [counted(e, tokenizer) for e in data.examples[1:]] == [
+        f"{thought}a<|im_end|>",
+        f"{thought}b<|im_end|>",
+    ]
+    assert sum(data.ends.values()) == 3
 
 
 def test_token_ids_work_without_a_tokenizer(tmp_path):
