@@ -24,6 +24,7 @@ from lora_jax.files import chat_worker
 from lora_jax.files.chat_worker import CLOSE, OPEN, REFUSED
 from lora_jax.files.encoding import MAX_TEXT
 from lora_jax.files.messages import (
+    ASSISTANT,
     WEIGHT,
     Message,
     check_messages,
@@ -140,7 +141,8 @@ class ChatTemplate:
 
         A template may mark the turns itself, with ``{% generation %}``. In the text of
         any other, a turn lies between the end of the text up to it (with the prompt to
-        generate) and the end of the text after it.
+        generate) and the end of the text after it. A beginning that the template won't
+        write, of no messages say, ends where the text begins to depend on the turn.
 
         Args:
           messages: each with a ``role`` and a ``content``; one at least the
@@ -156,9 +158,10 @@ class ChatTemplate:
         """
         self._check(messages, tools)
         turns, stop = counted_turns(messages), len(messages)
+        find = self._find_marks if self._marks else self._find
         texts: list[Rendered] = []
         while turns:
-            rendered, found = self._find(messages[:stop], turns, tools)
+            rendered, found = find(messages[:stop], turns, tools)
             if found:
                 texts.append(rendered)
             elif stop == turns[-1] + 1:
@@ -184,41 +187,38 @@ class ChatTemplate:
         tools: Sequence[Any] | None,
     ) -> tuple[Rendered, set[int]]:
         """Writes messages as one text; returns it and which of the turns are in it."""
-        prompt = not self._marks
-        beginnings = [end for i in turns for end in ((i, prompt), (i + 1, False))]
+        beginnings = [end for i in turns for end in ((i, True), (i + 1, False))]
         answer = self._render(messages, tools, False, beginnings)
-        text, marks = _read_marks(answer["text"])
-        found: dict[int, list[tuple[int, int]]] = {}
-        for i, start, end in zip(
-            turns, answer["ends"][::2], answer["ends"][1::2], strict=True
-        ):
+        text, ends, found = answer["text"], answer["ends"], {}
+        for i, start, end in zip(turns, ends[::2], ends[1::2], strict=True):
             if start == REFUSED or (start is None and i == 0):
-                start = self._before_content(messages, i, tools, answer["text"])
-            if end is None or start is None or not start <= end:
-                continue
-            found[i] = [(start, end)]
-            if self._marks:  # its place in the marked text tells whose a mark is
-                found[i] = [span for at, span in marks if start <= at < end]
-        return Rendered(text, [*found.values()], self._marks), {*found}
+                other = [*messages]
+                other[i] = {**messages[i], "content": PROBE}
+                start = _same(text, self._render(other, tools, False)["text"])
+            if end is not None and start is not None and start <= end:
+                found[i] = [(start, end)]
+        return Rendered(text, [*found.values()], marked=False), {*found}
 
-    def _before_content(
+    def _find_marks(
         self,
         messages: Sequence[Message],
-        turn: int,
+        turns: Sequence[int],
         tools: Sequence[Any] | None,
-        text: str,
-    ) -> int:
-        """How much of a text doesn't depend on what a message says.
-
-        There a turn begins whose beginning alone the template won't write, as that of
-        a conversation's first message.
-        """
-        other = [*messages]
-        other[turn] = {**messages[turn], "content": PROBE}
-        written = self._render(other, tools, False)["text"]
-        pairs = zip(text, written, strict=False)
-        end = min(len(text), len(written))
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), end)
+    ) -> tuple[Rendered, set[int]]:
+        """As `_find`, by the template's own marks."""
+        whole = self._render(messages, tools, False)["text"]
+        text, marks = _read_marks(whole)
+        found = {}
+        for i in turns:
+            after = self._render(messages[: i + 1], tools, False)["text"]
+            own = _read_marks(after)[1]
+            first = 0
+            if any(m["role"] == ASSISTANT for m in messages[:i]):
+                before = self._render(messages[:i], tools, False)["text"]
+                first = len(_read_marks(before)[1])
+            if not own[first:] or own[-1][0] < _same(whole, after):
+                found[i] = [span for _, span in marks[first : len(own)]]
+        return Rendered(text, [*found.values()], marked=True), {*found}
 
     def _render(
         self,
@@ -333,6 +333,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError):
             pipe.close()  # pyright: ignore[reportOptionalMemberAccess]  # both are pipes
     process.wait()
+
+
+def _same(one: str, other: str) -> int:
+    """Returns how many characters two texts have in common from their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _read_marks(marked: str) -> tuple[str, list[tuple[int, tuple[int, int]]]]:

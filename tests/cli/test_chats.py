@@ -9,6 +9,8 @@ import tokenizers
 from lora_jax.cli.main import main
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import language
+from lora_jax.finetune.settings import load_settings
+from lora_jax.finetune.tasks import open_job
 from tests.tiny_decoder import TEMPLATE, WORDS, make_decoder
 
 SKY = [
@@ -244,3 +246,35 @@ def test_a_max_length_above_the_context_is_told(config, tmp_path, call, folder):
     said = f"{longest} tokens, the model's context"
     assert f"{said}; data.max_length = 9999 is more" in out
     assert f"4 examples were cut to {said}" in out
+
+
+def test_no_conversation_is_in_two_splits(folder, tmp_path):
+    """Where a template drops earlier thoughts, each turn is an example of its own."""
+    thought = "{{ 'is ' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+    template = TEMPLATE.replace("{{ m.content }}", thought)
+    place = with_template(folder, tmp_path, template)
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": f"w{16 + i}"}
+                for role in ("assistant", "system", "assistant")
+            ]
+        }
+        for i in range(8)
+    ]
+    data = write(tmp_path / "train.jsonl", rows)
+    settings = load_settings(
+        {
+            "model": {"path": str(place)},
+            "data": {"train": str(data), "holdout": 0.5},
+            "output": {"dir": str(tmp_path / "run")},
+        }
+    )
+    job = open_job(settings, splits=("train", "validation"))
+    said = {
+        name: [max(e["input_ids"]) for e in split.examples]
+        for name, split in job.splits.items()
+    }
+    assert {name: len(ids) for name, ids in said.items()} == dict.fromkeys(said, 8)
+    assert not {*said["train"]} & {*said["validation"]}
+    assert len({*said["train"]}) == len({*said["validation"]}) == 4
