@@ -1,7 +1,9 @@
 """Conversations: nothing is dropped in silence, each turn as it would be generated."""
 
+import json
+from pathlib import Path
+
 import pytest
-import tokenizers
 
 from lora_jax.files.chat import ChatTemplate
 from lora_jax.files.tokenizer import Tokenizer
@@ -14,62 +16,10 @@ TOOLED = (
     "m.content +",
     "(m.content or '') + (m.tool_calls | tojson if m.tool_calls else '') +",
 )
+GOLDEN = Path(__file__).parents[1] / "golden"
 # What Qwen3's template does with thoughts, in its own words; without its tools.
-QWEN3 = (
-    """{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" %}
-        {%- set ns.multi_step_tool = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set reasoning_content = '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set reasoning_content = message.reasoning_content %}
-        {%- else %}
-            {%- if '</think>' in content %}
-"""
-    "                {%- set reasoning_content = content.split('</think>')[0]"
-    ".rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}\n"
-    "                {%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
-    """
-            {%- endif %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last_query_index %}
-            {%- if loop.last or (not loop.last and reasoning_content) %}
-"""
-    "                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + "
-    "reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
-    """
-            {%- else %}
-                {{- '<|im_start|>' + message.role + '\\n' + content }}
-            {%- endif %}
-        {%- else %}
-            {{- '<|im_start|>' + message.role + '\\n' + content }}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-)
+QWEN3 = (GOLDEN / "qwen3_turns.jinja").read_text(encoding="utf-8")
+CHAT_IDS = json.loads((GOLDEN / "chat_ids.json").read_text(encoding="utf-8"))
 
 
 def said(rendered):
@@ -210,24 +160,22 @@ def test_roles_and_keys_that_a_template_names_are_understood():
         template.render([message | {"role": "usr"}])
 
 
-def test_a_prompt_has_the_tokens_that_training_has_before_the_answer(tmp_path):
-    folder = tmp_path / "t"
-    save_tokenizer(folder)
-    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.add_special_tokens(["<s>"])
-    raw.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
-    )
-    raw.save(str(folder / "tokenizer.json"))
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    begin = raw.token_to_id("<s>")
-    assert tokenizer.encode_text("q").ids[0] == begin
-    (tokens,) = tokenizer.encode_chat(chat("q", "a"))
-    asked = tokenizer.encode_prompt(chat("q"))
-    assert begin not in tokens.ids
-    assert asked == tokens.ids[: len(asked)]
-    assert tokens.mask[: len(asked) + 1] == [0] * len(asked) + [1]
-    assert tokens.ends == [tokenizer.special.eos_id]
+@pytest.mark.parametrize("chat", CHAT_IDS["chats"])
+def test_chats_and_prompts_have_the_ids_of_transformers(chat, tmp_path):
+    """No BOS, where the template writes none but the tokenizer begins texts with it."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(CHAT_IDS["tokenizer"]))
+    template = {"qwen3": QWEN3, "tooled": CHAT_IDS["tooled"]}[chat["template"]]
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode_text("q").ids[0] == tokenizer.special_ids["<s>"]
+    messages, tools = chat["messages"], chat["tools"]
+    last = tokenizer.encode_chat(messages, tools=tools)[-1]
+    assert last.ids == chat["ids"]
+    asked = tokenizer.encode_prompt(messages[:-1], tools=tools)
+    assert asked == chat["prompt"] == last.ids[: len(asked)]
+    assert last.mask[len(asked) - 1 : len(asked) + 1] == [0, 1]
+    assert {*last.ends} == {tokenizer.special.eos_id}
 
 
 def test_the_token_that_a_turn_ends_in_is_told(tmp_path):
