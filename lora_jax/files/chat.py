@@ -27,6 +27,7 @@ from lora_jax.files.messages import (
     ASSISTANT,
     WEIGHT,
     Message,
+    check_calls,
     check_messages,
     check_tools,
     counted_turns,
@@ -244,6 +245,7 @@ class ChatTemplate:
                 f"{self.name} can't write these {len(messages)} messages: "
                 f"{answer['error']}"
             )
+        check_calls(messages, answer["text"])
         return answer
 
     def _ask(self, request: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ that it doesn't know. Neither can be seen in a loss, so both are errors here. Wh
 template knows are the words of its source.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,32 @@ def check_tools(tools: Any, words: Collection[str]) -> None:
         )
 
 
+def check_calls(messages: Sequence[Message], text: str) -> None:
+    """Raises if a call's arguments, given as a text of JSON, were written in quotes.
+
+    OpenAI's files hold such texts; most templates want the object.
+
+    Args:
+      messages: in which `check_messages` finds no fault.
+      text: that the template wrote of them.
+
+    Raises:
+      ValueError: naming the message.
+    """
+    for i, message in enumerate(messages):
+        calls = message.get(CALLS)
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, Mapping) else {}
+            given = function.get("arguments") if isinstance(function, Mapping) else None
+            quoted = json.dumps(given, ensure_ascii=False)
+            if isinstance(given, str) and quoted != f'"{given}"' and quoted in text:
+                raise ValueError(
+                    f"message {i} must have an object as arguments of its {CALLS}; got "
+                    f"the string {given[:40]!r}, which the chat template writes in "
+                    "quotes."
+                )
+
+
 def counted_turns(messages: Sequence[Message]) -> list[int]:
     """Returns which messages are trained on: the assistant's, but for weights of 0.
 
@@ -109,6 +136,8 @@ def _fault(message: Any, words: Collection[str]) -> str:
         return f"must have a string as content; got {str(content)[:40]!r}"
     if OPEN in (content or "") or CLOSE in (content or ""):
         return "must be text; it holds the noncharacter U+FDD0 or U+FDD1"
+    if calls and not isinstance(calls, list):
+        return f"must have a list as {CALLS}; got {str(calls)[:40]!r}"
     if calls and CALLS not in words:
         return f"has {CALLS}, for which the chat template has no place"
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):

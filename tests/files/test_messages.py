@@ -130,6 +130,20 @@ def test_tools_and_calls_are_written_and_calls_count(tmp_path):
         ChatTemplate(TOOLED, {}).render(messages[:1], tools="weather")
 
 
+def test_arguments_of_calls_are_not_quoted_twice():
+    call = {"function": {"name": "rain", "arguments": '{"city": "é"}'}}
+    messages = [*chat("q"), {"role": "assistant", "tool_calls": [call]}]
+    template = ChatTemplate(TOOLED, {})
+    with pytest.raises(ValueError, match=r"message 1 .* an object .*city.* in quotes"):
+        template.render(messages)
+    as_text = TOOLED.replace(
+        "m.tool_calls | tojson", "m.tool_calls[0].function.arguments"
+    )
+    assert '{"city": "é"}<|im_end|>' in ChatTemplate(as_text, {}).render(messages)
+    call["function"]["arguments"] = {"city": "é"}
+    assert '{"city": "é"}}' in template.render(messages)
+
+
 @pytest.mark.parametrize(
     ("message", "fault"),
     [
@@ -140,6 +154,7 @@ def test_tools_and_calls_are_written_and_calls_count(tmp_path):
         ),
         ({"thinking": "b"}, "a key that nothing reads, 'thinking'; known: role, cont"),
         ({"weight": 0.5}, "must have a weight of 0 or 1; got '0.5'"),
+        ({"tool_calls": "f()"}, "must have a list as tool_calls; got 'f()'"),
         ({"weight": True}, "must have a weight of 0 or 1; got 'True'"),
         ({"weight": 1}, "no weight but 0: only turns of 'assistant' are trained on"),
     ],
