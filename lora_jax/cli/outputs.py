@@ -1,4 +1,4 @@
-"""Where commands write: new files and folders."""
+"""Checking and writing the output files and folders of commands."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,10 @@ from lora_jax.finetune.errors import UserError
 
 
 def new_file(out: str, data: str) -> Path:
-    """Returns the file to write; raises where it can't be written or is the data."""
+    """Returns the file to write; raises if it can't be written or is the data file."""
     target = Path(out)
     if not target.parent.is_dir():
-        raise UserError(f"--out {target}: there is no folder {target.parent}.")
+        raise UserError(f"--out {target}: the folder {target.parent} does not exist.")
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; it must be a file.")
     if target.exists() and Path(data).exists() and target.samefile(data):
@@ -21,7 +21,7 @@ def new_file(out: str, data: str) -> Path:
 
 
 def new_folder(out: str) -> Path:
-    """Returns the folder to write; raises if there is something in it."""
+    """Returns the folder to write; raises if it is not empty."""
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} exists and is not empty; name a new folder.")

@@ -1,9 +1,9 @@
-"""How LoRA meets each type of Linen layer: one registry for all of `lora_jax.nn`.
+"""How LoRA applies to each type of Linen layer: the registry for `lora_jax.nn`.
 
-A `LayerRule` says which weight of a module is adapted, what role its axes have, and
-which op applies the adapter. The base layer itself is never rewritten: its output,
-whatever it does about bias, padding or dtype, is handed to the op. So an adapter with
-``B = 0`` is bit-equal to the base by construction.
+A `LayerRule` defines which weight of a module is adapted, the roles of its axes, and
+the op that applies the adapter. The base layer itself is never reimplemented: its
+output, with its own bias, padding and dtype handling, is passed to the op. An adapter
+with ``B = 0`` is therefore bitwise equal to the base.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CALL, ATTEND = "__call__", "attend"
 
 
 class LayerRule(NamedTuple):
-    """What LoRA has to know about a type of layer.
+    """How to adapt one type of layer.
 
     Attributes:
       kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
@@ -32,7 +32,7 @@ class LayerRule(NamedTuple):
       methods: methods whose output is adapted.
       contraction: ``(module, x, *args) -> Contraction`` of the weight.
       apply: ``(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> y'``:
-        calls the op with the base's output ``y``; the options are the op's.
+        calls the op with the base's output ``y`` and the op's options.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class LayerRule(NamedTuple):
 def einsum_rule(
     kind: str, equation: Callable[..., str], weight: str = KERNEL
 ) -> LayerRule:
-    """Makes the `LayerRule` of a module that is one einsum of its input and a kernel.
+    """Makes the `LayerRule` of a module that computes an einsum with a kernel.
 
     Args:
       kind: name in the table of targets.
@@ -62,7 +62,7 @@ def einsum_rule(
     def apply(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> AnyFloat:
         del method
         options.setdefault("precision", getattr(module, "precision", None))
-        x = inputs[0].astype(y.dtype)  # integers too, as Linen's layers take them
+        x = inputs[0].astype(y.dtype)  # Linen's layers also accept integers
         return lora_einsum(
             equation(module, *inputs),
             x,
@@ -83,15 +83,15 @@ def register_layer(
     weight: str = KERNEL,
     kind: str = "einsum",
 ) -> None:
-    """Teaches LoRA a layer of your own: any module that is an einsum with a kernel.
+    """Makes a custom layer adaptable: any module that computes an einsum with a kernel.
 
     Args:
       module_type: the Linen class; its subclasses are covered too.
-      equation: of its ``__call__``, ``"...i,io->...o"``, or a function
+      equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
         ``(module, x, *args) -> equation``.
       weight: name of the kernel parameter.
-      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; a layer
-        of a kind of its own has to be named.
+      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
+        of a new kind must be named in the config.
 
     Raises:
       TypeError: if ``module_type`` is not a Linen module class.
@@ -113,14 +113,14 @@ def register_layer(
 
 
 def registered_rules() -> tuple[tuple[type[nn.Module], LayerRule], ...]:
-    """Returns the rule of every layer that LoRA knows, with its type."""
+    """Returns every registered layer type with its rule."""
     return tuple(_RULES.items())
 
 
 def registered_type(module: nn.Module) -> type[nn.Module] | None:
-    """Returns the registered class that a module is of, or None."""
+    """Returns the registered class of a module, or None."""
     if getattr(module, "mask", None) is not None and isinstance(module, nn.Conv):
-        return None  # a masked kernel is not the kernel the tree holds
+        return None  # a masked kernel differs from the one in the tree
     return next((cls for cls in type(module).__mro__ if cls in _RULES), None)
 
 
@@ -168,7 +168,7 @@ def _embed(module, method, inputs, y, table, lora_a, lora_b, **options) -> AnyFl
         query = inputs[0].astype(y.dtype)
         return lora_attend(query, table, lora_a, lora_b, base_output=y, **options)
     for name in ("dropout_rate", "dropout_key"):
-        options.pop(name, None)  # a lookup's input is one-hot: nothing to drop
+        options.pop(name, None)  # no dropout: the input is one-hot
     return lora_embed(inputs[0], table, lora_a, lora_b, base_output=y, **options)
 
 

@@ -88,7 +88,7 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_on_a_cpu_long_rows_take_their_heads_in_turn():
+def test_on_a_cpu_long_rows_process_their_heads_in_chunks():
     def temporaries(cache):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blockwise, "CACHE_BYTES", cache)
@@ -101,10 +101,10 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("options", "heads", "keys", "parts"),
+    ("options", "heads", "keys", "chunks"),
     [
         pytest.param(CAUSAL, 16, 512, 4, id="cut to the cache"),
-        pytest.param(CAUSAL, 14, 512, 7, id="parts are alike"),
+        pytest.param(CAUSAL, 14, 512, 7, id="equal chunks"),
         pytest.param(CAUSAL, 2, 2**20, 2, id="a head at least"),
         pytest.param(CAUSAL, 16, MIN_BLOCK, 1, id="one block"),
         pytest.param(ENCODER, 16, 512, 4, id="encoder"),
@@ -112,8 +112,8 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
         pytest.param(ENCODER, 64, 2 * MIN_BLOCK, 4, id="encoder, two blocks"),
     ],
 )
-def test_parts_divide_the_heads(options, heads, keys, parts):
-    assert blockwise._parts(options, heads, MIN_BLOCK, keys) == parts
+def test_chunks_divide_the_heads(options, heads, keys, chunks):
+    assert blockwise._num_chunks(options, heads, MIN_BLOCK, keys) == chunks
 
 
 def test_no_scores_are_kept_for_the_backward_pass():

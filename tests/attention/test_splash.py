@@ -113,5 +113,5 @@ def test_the_kernel_takes_what_divides_over_a_tpus_mesh(monkeypatch):
     assert not can_splash(query, key)  # spread nobody says how
     with on_mesh_of(make_mesh(devices=jax.devices()[:1])):
         assert can_splash(query, key)
-        monkeypatch.setattr(splash, "row_parts", lambda: 3)
+        monkeypatch.setattr(splash, "num_row_shards", lambda: 3)
         assert not can_splash(query, key)

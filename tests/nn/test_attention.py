@@ -243,7 +243,7 @@ def test_a_cache_that_does_not_fit_is_an_error():
     decoder = LoRAAttention(4, decode=True, lora=CONFIG)
     variables = initialised(decoder, (2, 5, 12))
     decode = functools.partial(decoder.apply, variables, mutable="cache")
-    with pytest.raises(ValueError, match=r"up to the 5 of its cache.* \(2, 6, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"at most 5 new positions.* \(2, 6, 4, 3\)"):
         decode(normal((2, 6, 12)))
     with pytest.raises(ValueError, match=r"\*b = \[2\].* got \(3, 1, 4, 3\)"):
         decode(normal((3, 1, 12)))
@@ -357,10 +357,14 @@ def test_adapter_dropout_is_of_the_adapters_alone():
         ),
         ({"num_heads": 0}, (X,), "num_heads must be at least 1; got 0"),
         ({"dropout_rate": 1.5}, (X,), "dropout_rate must be in [0, 1); got 1.5"),
-        ({}, (X, None, X), "inputs_k must be given where inputs_v is"),
+        ({}, (X, None, X), "inputs_k must be given if inputs_v is"),
         ({}, (X, MEMORY, X), "key, value must be [*b, s, k, h]"),
         ({}, (X, normal((3, 7, 10))), "with *b = [2]"),
-        ({"is_causal": True}, (X, MEMORY), "is_causal needs as many queries as keys"),
+        (
+            {"is_causal": True},
+            (X, MEMORY),
+            "is_causal requires equal query and key",
+        ),
         ({"dropout_rate": 0.5}, (X,), "deterministic"),
         (
             {"dropout_rate": 0.5, "deterministic": False},

@@ -40,7 +40,7 @@ def attached(name: str):
 
 # --- Twins
 
-TWINS = {  # a twin, its linen class, inputs, how A and B multiply, the input axes
+LORA_LAYERS = {  # LoRA layer, arguments, input shape, einsum of A and B, input axes
     "dense": ("Dense", (8,), {}, (2, 5, 10), "ir,ro->io", (0,)),
     "heads_in": ("DenseGeneral", ((3, 5),), {}, (2, 4, 10), "dr,rnh->dnh", (0,)),
     "heads_out": (
@@ -63,14 +63,14 @@ TWINS = {  # a twin, its linen class, inputs, how A and B multiply, the input ax
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", LORA_LAYERS)
 def test_a_twin_is_its_layer_with_the_scaled_and_merged_kernel(name):
-    kind, args, kwargs, shape, factors, inputs = TWINS[name]
-    twin = getattr(lora_jax, f"LoRA{kind}")(*args, **kwargs, lora=config())
+    kind, args, kwargs, shape, factors, inputs = LORA_LAYERS[name]
+    layer = getattr(lora_jax, f"LoRA{kind}")(*args, **kwargs, lora=config())
     linen = getattr(nn, kind)(*args, **kwargs)
     x = normal(shape)
-    made = initialised(twin, shape)
-    apply, base = jax.jit(twin.apply), jax.jit(linen.apply)
+    made = initialised(layer, shape)
+    apply, base = jax.jit(layer.apply), jax.jit(linen.apply)
     # Close, not equal: kernel and norms were computed in one program, fused.
     reference.assert_close(apply(made, x), base({"params": made["frozen"]}, x))
     variables = trained(made)
@@ -87,34 +87,34 @@ def test_a_twin_is_its_layer_with_the_scaled_and_merged_kernel(name):
 
 @pytest.mark.parametrize("method", ["__call__", "attend"])
 def test_an_embedding_scales_columns_for_lookups_and_for_a_tied_head(method):
-    twin = LoRAEmbed(11, 5, lora=config())
-    variables = trained(initialised_embed := twin.init(key(0), jnp.arange(3)))
+    layer = LoRAEmbed(11, 5, lora=config())
+    variables = trained(initialised_embed := layer.init(key(0), jnp.arange(3)))
     x = normal((4, 5)) if method == "attend" else jnp.array([3, 0, 10])
     table, (a, b, m) = variables["frozen"]["embedding"], variables["lora"].values()
     assert m.shape == (5,)
     merged = reference.dora_merge(table, a, b, m, ALPHA / RANK)
     wanted = np.asarray(x) @ merged.T if method == "attend" else merged[np.asarray(x)]
-    reference.assert_close(twin.apply(variables, x, method=method), wanted)
+    reference.assert_close(layer.apply(variables, x, method=method), wanted)
     base = nn.Embed(11, 5)
     plain = {"params": initialised_embed["frozen"]}
-    got = jax.jit(functools.partial(twin.apply, method=method))(initialised_embed, x)
+    got = jax.jit(functools.partial(layer.apply, method=method))(initialised_embed, x)
     wanted = jax.jit(functools.partial(base.apply, method=method))(plain, x)
     np.testing.assert_array_equal(got, wanted)
 
 
 def test_attention_scales_each_projection():
     fields = {"num_heads": 4, "qkv_features": 8}
-    twin = LoRAAttention(**fields, lora=config(targets=["query", "value", "out"]))
+    layer = LoRAAttention(**fields, lora=config(targets=["query", "value", "out"]))
     base = nn.MultiHeadDotProductAttention(**fields)
     x = normal((2, 5, 8))
-    made = initialised(twin, x.shape)
+    made = initialised(layer, x.shape)
     assert made["lora"]["query"]["magnitude"].shape == (4, 2)
     variables = trained(made)
     frozen = variables["frozen"]
     variables["frozen"] = jax.tree.map(lambda w: w + 0.1 * normal(w.shape), frozen)
     foreign = adapt(base, config(targets=["query", "value", "out"]), x)
     wanted = foreign.apply(variables, x)
-    reference.assert_close(jax.jit(twin.apply)(variables, x), wanted)
+    reference.assert_close(jax.jit(layer.apply)(variables, x), wanted)
     merged = {"params": foreign.merge(variables)}
     reference.assert_close(base.apply(merged, x), wanted)
 
@@ -165,19 +165,19 @@ def test_plain_lora_is_the_same_program_as_without_dora_in_the_house():
 @pytest.mark.parametrize("dora", [True, False])
 def test_a_twin_refuses_the_others_adapter(dora):
     x = normal((2, 6))
-    twin, other = (LoRADense(4, lora=config(dora=d)) for d in (dora, not dora))
+    layer, other = (LoRADense(4, lora=config(dora=d)) for d in (dora, not dora))
     variables = other.init(key(0), x)
     message = "must have 'magnitude'; got none" if dora else "config has dora=False"
     with pytest.raises(ValueError, match=message):
-        twin.apply(variables, x)
+        layer.apply(variables, x)
 
 
 def test_a_twin_refuses_a_magnitude_of_another_shape():
-    x, twin = normal((2, 6)), LoRADense(4, lora=config())
-    variables = twin.init(key(0), x)
+    x, layer = normal((2, 6)), LoRADense(4, lora=config())
+    variables = layer.init(key(0), x)
     variables["lora"]["magnitude"] = jnp.ones(6)
     with pytest.raises(ValueError, match=r"magnitude must be \(4,\); got \(6,\)"):
-        twin.apply(variables, x)
+        layer.apply(variables, x)
 
 
 # --- adapt

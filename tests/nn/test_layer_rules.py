@@ -53,7 +53,7 @@ def test_a_subclass_is_its_base_class():
     class Wide(nn.Dense):
         pass
 
-    (target,) = find_targets(Wide(6), None, LoRAConfig(rank=3, targets=".*"), X)
+    (target,) = find_targets(Wide(6), LoRAConfig(rank=3, targets=".*"), X)
     assert (target.kind, target.kernel_shape, target.trainable) == ("dense", (8, 6), 42)
 
 

@@ -25,7 +25,7 @@ NONE = LoRAConfig(rank=3, targets=["elsewhere"])
 IDS = jnp.asarray([[1, 4, 0], [2, 2, 6]])
 X = normal((3, 4, 8))
 
-TWINS = {
+LORA_LAYERS = {
     "dense": (LoRADense, nn.Dense, (6,), {}, X),
     "heads": (LoRADenseGeneral, nn.DenseGeneral, ((3, 2),), {}, X),
     "two_axes": (LoRADenseGeneral, nn.DenseGeneral, (5,), {"axis": (-2, -1)}, X),
@@ -41,11 +41,11 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", LORA_LAYERS)
 def test_a_twin_loads_linens_parameters_and_is_bit_equal(name):
-    twin, linen, args, options, x = TWINS[name]
+    lora_cls, linen, args, options, x = LORA_LAYERS[name]
     plain = linen(*args, **options)
-    layer = twin(*args, **options, lora=ALL)
+    layer = lora_cls(*args, **options, lora=ALL)
     variables = jax.jit(layer.init)(key(0), x)
     params = jax.jit(plain.init)(key(0), x)["params"]
     assert equal(variables["frozen"], params)
@@ -58,13 +58,13 @@ def test_a_twin_loads_linens_parameters_and_is_bit_equal(name):
         return plain.apply({"params": params}, x), layer.apply(mine, x)
 
     assert equal(*both(params))
-    untargeted = twin(*args, **options, lora=NONE)
+    untargeted = lora_cls(*args, **options, lora=NONE)
     assert set(jax.eval_shape(untargeted.init, key(0), x)) == {"frozen"}
     assert equal(jax.jit(untargeted.apply)({"frozen": params}, x), both(params)[0])
 
 
 class Model(nn.Module):
-    """A small model of every twin, driven by one config."""
+    """A small model of every LoRA layer, with one config."""
 
     lora: LoRAConfig
 
@@ -187,10 +187,10 @@ def test_adding_a_target_changes_no_other_adapter():
 # --- Dropout
 
 
-@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
-def test_integers_are_taken_as_linen_takes_them(is_twin):
+@pytest.mark.parametrize("is_lora_layer", [True, False], ids=["LoRA layer", "adapted"])
+def test_integers_are_taken_as_linen_takes_them(is_lora_layer):
     x = jnp.arange(24).reshape(3, 8)
-    layer = LoRADense(6, lora=ALL) if is_twin else adapt(nn.Dense(6), ALL, x)
+    layer = LoRADense(6, lora=ALL) if is_lora_layer else adapt(nn.Dense(6), ALL, x)
     variables = tuned(jax.jit(layer.init)(key(0), x))
     got = layer.apply(variables, x)
     assert np.array_equal(got, layer.apply(variables, x.astype("float32")))
@@ -229,15 +229,15 @@ def test_a_lookup_drops_nothing_whatever_the_switch(deterministic):
     assert np.array_equal(layer.apply(variables, IDS), plain)  # no key needed
 
 
-@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
-def test_a_tied_head_drops_elements_of_its_query(is_twin):
+@pytest.mark.parametrize("is_lora_layer", [True, False], ids=["LoRA layer", "adapted"])
+def test_a_tied_head_drops_elements_of_its_query(is_lora_layer):
     query, table = normal((2, 4)), nn.Embed(7, 4)
 
     def attend(rate, *, off=False):
         config = LoRAConfig(rank=3, alpha=7.0, targets=".*", dropout_rate=rate)
         layer = (
             LoRAEmbed(7, 4, deterministic=off, lora=config)
-            if is_twin
+            if is_lora_layer
             else adapt(table, config, IDS, deterministic=off)
         )
         variables = tuned(jax.jit(layer.init)(key(0), IDS))
@@ -340,10 +340,10 @@ def test_a_rank_above_the_smaller_side_is_a_warning():
     "call",
     [
         lambda model: adapt(model, ALL, IDS).init(key(0), IDS),
-        lambda model: find_targets(model, None, ALL, IDS),
+        lambda model: find_targets(model, ALL, IDS),
     ],
     ids=["init", "find_targets"],
 )
 def test_adapting_a_model_that_has_lora_layers_is_an_error(call):
-    with pytest.raises(ValueError, match="LoRA layers of its own, 'embed' for one"):
+    with pytest.raises(ValueError, match="already has LoRA layers, such as 'embed'"):
         call(Model(LoRAConfig(rank=2)))

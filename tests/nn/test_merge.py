@@ -35,11 +35,11 @@ CONFIG = LoRAConfig(
 def model_of(config: LoRAConfig | None):
     """Returns a model of twins, or of Linen's own layers, with the same parameters."""
 
-    def make(twin, linen, *args, **kwargs):
+    def make(lora_cls, linen, *args, **kwargs):
         return (
             linen(*args, **kwargs)
             if config is None
-            else twin(*args, **kwargs, lora=config)
+            else lora_cls(*args, **kwargs, lora=config)
         )
 
     class Layer(nn.Module):
@@ -126,10 +126,10 @@ def test_a_plain_model_and_an_adapter_that_is_not_the_models_are_refused():
     none = LoRADense(4, lora=LoRAConfig(targets=["other"]))
     with pytest.raises(ValueError, match=r"1 LoRA layers were found, 0 adapted"):
         merge_lora_layers(none, none.init(key(0), jnp.ones((1, 3))))
-    twin = LoRADense(4, lora=LoRAConfig(rank=2, alpha=3, targets=".*"))
-    given = twin.init(key(0), jnp.ones((1, 3)))
+    layer = LoRADense(4, lora=LoRAConfig(rank=2, alpha=3, targets=".*"))
+    given = layer.init(key(0), jnp.ones((1, 3)))
     wide = {**given, "lora": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 4))}}
     with pytest.raises(ValueError, match=r"lora_a .*\(3, 2\)"):
-        merge_lora_layers(twin, wide)
+        merge_lora_layers(layer, wide)
     with pytest.raises(ValueError, match="LoRADense needs example inputs"):
-        merge_lora_layers(twin, {**given, "frozen": {"kernel": jnp.ones((3, 5))}})
+        merge_lora_layers(layer, {**given, "frozen": {"kernel": jnp.ones((3, 5))}})

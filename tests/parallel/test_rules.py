@@ -67,7 +67,7 @@ def test_every_weight_that_can_not_be_sharded_is_named():
     with pytest.raises(ValueError, match="3 of 4 weights can't be sharded") as error:
         resolve_shardings(shapes, sharding)
     message = str(error.value)
-    assert "a/scale (3,): no rule covers it; add ('scale', PartitionSpec())" in message
+    assert "a/scale (3,): no rule matches it; add ('scale', PartitionSpec())" in message
     assert f"x/b (3,): its rule {P('data', None)} has 1 more axes" in message
     assert "uneven='replicate'" in message
     assert "norm/scale" not in message
@@ -78,8 +78,8 @@ def test_axes_that_do_not_divide_say_what_would():
     with pytest.raises(ValueError, match="axis 0, 6, must divide") as error:
         fit_spec("w", (6, 12), entries, Eight(), "error")  # pyright: ignore[reportArgumentType] - sizes alone
     assert str(error.value) == (
-        "w (6, 12): axis 0, 6, must divide by tensor = 4; 3 or 6 would; "
-        "axis 1, 12, must divide by data x tensor = 8; 6 or 12 would"
+        "w (6, 12): axis 0, 6, must be divisible by tensor = 4; 3 or 6 would work; "
+        "axis 1, 12, must be divisible by data x tensor = 8; 6 or 12 would work"
     )
     spec = fit_spec("w", (6, 16), entries, Eight(), "replicate")  # pyright: ignore[reportArgumentType] - sizes alone
     assert spec == P(None, ("data", "tensor"))
@@ -197,6 +197,6 @@ def test_adapters_follow_the_roles_of_the_axes_not_their_number():
         placed["lora"]["heads"]["lora_a"], variables["lora"]["heads"]["lora_a"]
     )
     with pytest.raises(
-        ValueError, match="targets must hold every adapter; back/lora_a"
+        ValueError, match="targets must include every adapter; back/lora_a"
     ):
         shard_variables(variables, make_sharding(mesh, rules), targets[:1])

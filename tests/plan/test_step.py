@@ -159,7 +159,7 @@ def test_loops_branches_and_convolutions_are_counted():
 
 
 def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(steps):
-    with pytest.raises(ValueError, match="must divide by data x fsdp"):
+    with pytest.raises(ValueError, match="must be divisible by data x fsdp"):
         steps.price(0)
     assert parse_too_large("something else") is None
     message = (
