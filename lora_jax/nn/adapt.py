@@ -122,8 +122,10 @@ class Adapted(nn.Module):
           key: PRNG key for the adapters; each layer folds in its path.
 
         Returns:
-          ``{"frozen": ..., "lora": ..., "params": ...}``; the output is bitwise equal
-          to the base's until an adapter is trained.
+          ``{"frozen": ..., "lora": ..., "params": ...}``; until an adapter is trained
+          the output is bitwise equal to the base's. With DoRA it may differ by rounding
+          (1e-6) where XLA sums a norm in another order than here: inside `nn.scan`, and
+          for convolutions.
 
         Raises:
           ValueError: if ``params`` don't match the model or contain NaN, or the config

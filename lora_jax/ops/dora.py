@@ -72,9 +72,9 @@ def dora_scale(
       contraction: the kernel's axes.
 
     Returns:
-      The scale ``[*batch, *out]``, float32 (float64 if the kernel is): exactly 1 where
-      ``B = 0`` and ``m`` is the `column_norm`, and also 1 where ``n`` is 0, which
-      avoids a division by zero.
+      The scale ``[*batch, *out]``, float32 (float64 if the kernel is). It is 1 where
+      ``B = 0`` and ``m`` is the `column_norm`, exactly so if both norms are compiled
+      alike (not inside a scan); and 1 where ``n`` is 0, to avoid dividing by zero.
 
     Raises:
       ValueError: if the shapes are incompatible.
