@@ -85,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = (OURS, BLOCK, PLAIN)
     lines = [
         "| tokens | "
-        + " | ".join(f"{name}: ms a step, temporaries" for name in names)
+        + " | ".join(f"{name}: ms per step, temporaries" for name in names)
         + " | time / plain | temporaries / plain |",
         "|---" * (len(names) + 3) + "|",
     ]

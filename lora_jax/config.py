@@ -14,7 +14,7 @@ from typing import Any, Literal
 ALL_LINEAR = "all-linear"
 INITS = ("uniform", "gaussian")
 MAX_RANK = 1 << 20
-LEAST = 1e-30  # of numbers that become float32, and the reciprocal of the largest
+LEAST = 1e-30  # smallest alpha, for float32; its reciprocal is the largest
 BIASES = ("none", "lora_only", "all")
 
 Patterns = str | Sequence[str]

@@ -24,7 +24,7 @@ rules. ``train.batch_size`` must be divisible by data x fsdp x ``train.accumulat
 
 - anywhere, process I of N: ``lora-jax train my.yaml --coordinator HOST:1234 --processes
   N --process-id I``, where process 0 runs on HOST;
-- SLURM, one task a GPU: ``srun lora-jax train my.yaml --distributed``;
+- SLURM, one task per GPU: ``srun lora-jax train my.yaml --distributed``;
 - Kubernetes: ``lora-jax train my.yaml --distributed`` in the pods of an indexed Job or
   a JobSet with a headless service; the image needs ``jax[k8s]``, and the service
   account permission to read pods, jobs and services;

@@ -1,4 +1,4 @@
-"""What `adapt` refuses, and in which words."""
+"""Errors of `adapt` and their messages."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Unparsable(nn.Module):
 
 
 class TwoWays(nn.Module):
-    """A kernel that is multiplied by, and then by its transpose."""
+    """Multiplies by a kernel, then by its transpose."""
 
     back: str = "bo,io->bi"
 
@@ -90,7 +90,7 @@ def test_a_layer_that_cannot_be_adapted_is_named():
     assert [t.path for t in find_targets(Unparsable(), excluded, X)] == ["out"]
 
 
-def test_layers_must_exist_and_be_apart():
+def test_layers_must_exist_and_not_be_stacked():
     case = CASES["vit"]
     rows = find_targets(case.model, case.config(layers=[1]), *case.args)
     assert {row.path.split("/")[0] for row in rows} == {"block_1"}
@@ -103,7 +103,7 @@ def test_layers_must_exist_and_be_apart():
         find_targets(case.model, case.config(layers=[0]), *case.args)
 
 
-def test_params_of_another_model_are_told_leaf_by_leaf():
+def test_params_of_another_model_are_listed_leaf_by_leaf():
     wrong = {
         "up": {"kernel": jnp.ones((6, 13)), "bias": jnp.ones(12)},
         "left": {"b": X},
@@ -129,7 +129,7 @@ def test_kernels_must_be_finite_floats(module):
         expert().attach(with_kernel(module.ones((6, 12), "i1")), key(0))
 
 
-def test_adapters_of_another_config_are_refused():
+def test_adapters_of_another_config_are_rejected():
     variables = expert().attach(EXPERT, key(1))
     with pytest.raises(
         ValueError, match=r"must be \(6, 3\), \(3, 12\) for rank 3 and a kernel"
@@ -146,14 +146,14 @@ def test_a_rank_above_the_smaller_side_warns():
         expert(rank=7).attach(EXPERT, key(1))
 
 
-def test_a_model_with_lora_of_its_own_is_refused():
+def test_a_model_with_lora_layers_is_rejected():
     for example in ((X,), ()):
         adapted = adapt(LoRADense(3, lora=LoRAConfig(rank=2)), LoRAConfig(), *example)
         with pytest.raises(ValueError, match="already has LoRA layers"):
             adapted.targets({"kernel": normal((6, 3)), "bias": normal((3,))})
 
 
-def test_wrong_types_are_told():
+def test_wrong_types_are_errors():
     with pytest.raises(TypeError, match=r"model must be a flax.linen Module; got int"):
         adapt(3, LoRAConfig())
     with pytest.raises(TypeError, match=r"config must be a LoRAConfig; got dict"):

@@ -1,4 +1,4 @@
-"""DoRA in modules: the twins against NumPy, `adapt` on foreign models."""
+"""DoRA in modules: LoRA layers against NumPy, `adapt` on external models."""
 
 import functools
 
@@ -38,7 +38,7 @@ def attached(name: str):
     return adapted_of(name).attach(CASES[name].variables()["params"], key(1))
 
 
-# --- Twins
+# --- LoRA layers
 
 LORA_LAYERS = {  # LoRA layer, arguments, input shape, einsum of A and B, input axes
     "dense": ("Dense", (8,), {}, (2, 5, 10), "ir,ro->io", (0,)),
@@ -64,7 +64,7 @@ LORA_LAYERS = {  # LoRA layer, arguments, input shape, einsum of A and B, input 
 
 
 @pytest.mark.parametrize("name", LORA_LAYERS)
-def test_a_twin_is_its_layer_with_the_scaled_and_merged_kernel(name):
+def test_a_lora_layer_equals_its_layer_with_the_merged_kernel(name):
     kind, args, kwargs, shape, factors, inputs = LORA_LAYERS[name]
     layer = getattr(lora_jax, f"LoRA{kind}")(*args, **kwargs, lora=config())
     linen = getattr(nn, kind)(*args, **kwargs)
@@ -119,7 +119,7 @@ def test_attention_scales_each_projection():
     reference.assert_close(base.apply(merged, x), wanted)
 
 
-def test_a_twin_is_scanned_and_rematerialised():
+def test_a_lora_layer_works_under_scan_and_remat():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -154,8 +154,8 @@ def test_a_twin_is_scanned_and_rematerialised():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(got))
 
 
-def test_plain_lora_is_the_same_program_as_without_dora_in_the_house():
-    """Its jaxpr has nothing that DoRA brings: no norm, no barrier, no checkpoint."""
+def test_plain_lora_compiles_to_a_program_without_dora():
+    """Its jaxpr has nothing of DoRA: no norm, no barrier, no checkpoint."""
     for case in MODULE_CASES:
         arrays = case.init(key(0))
         text = str(jax.make_jaxpr(lambda a, c=case: c.apply(*a, ALPHA / RANK))(arrays))
@@ -163,7 +163,7 @@ def test_plain_lora_is_the_same_program_as_without_dora_in_the_house():
 
 
 @pytest.mark.parametrize("dora", [True, False])
-def test_a_twin_refuses_the_others_adapter(dora):
+def test_a_lora_layer_rejects_an_adapter_of_the_other_kind(dora):
     x = normal((2, 6))
     layer, other = (LoRADense(4, lora=config(dora=d)) for d in (dora, not dora))
     variables = other.init(key(0), x)
@@ -172,7 +172,7 @@ def test_a_twin_refuses_the_others_adapter(dora):
         layer.apply(variables, x)
 
 
-def test_a_twin_refuses_a_magnitude_of_another_shape():
+def test_a_lora_layer_rejects_a_magnitude_of_the_wrong_shape():
     x, layer = normal((2, 6)), LoRADense(4, lora=config())
     variables = layer.init(key(0), x)
     variables["lora"]["magnitude"] = jnp.ones(6)
@@ -184,7 +184,7 @@ def test_a_twin_refuses_a_magnitude_of_another_shape():
 
 
 @foreign
-def test_a_foreign_model_is_silent_at_init_and_merges_to_what_it_computes(name):
+def test_an_external_model_is_unchanged_at_init_and_merges_exactly(name):
     case, adapted, start = CASES[name], adapted_of(name), attached(name)
     params = case.variables()["params"]
     run, base = jax.jit(adapted.apply), jax.jit(case.model.apply)
@@ -218,7 +218,7 @@ def test_the_table_of_targets_has_the_shapes_of_the_tree(name):
     assert {p: leaf.shape for p, leaf in flatten(made["lora"]).items()} == wanted
 
 
-def test_a_bfloat16_base_stays_so_and_is_silent():
+def test_a_bfloat16_base_is_preserved_and_unchanged_at_init():
     case, adapted = CASES["scanned_axis_1"], adapted_of("scanned_axis_1")
     half = jax.tree.map(lambda w: w.astype("bfloat16"), case.variables()["params"])
     variables = adapted.attach(half, key(1))
@@ -259,7 +259,7 @@ def test_training_moves_a_b_and_m_and_leaves_the_base_bit_identical():
     assert_same_tree(start["frozen"], kept)
 
 
-def test_adapt_refuses_an_adapter_with_or_without_its_magnitude():
+def test_adapt_rejects_an_unexpected_or_missing_magnitude():
     case = CASES["boxed"]
     start = attached("boxed")
     plain = adapt(case.model, case.config(), *case.args)

@@ -1,4 +1,4 @@
-"""The twins of Linen's layers under every law that the pure functions obey."""
+"""The LoRA layers under every law that the pure functions obey."""
 
 import functools
 
@@ -115,8 +115,7 @@ MODULE_CASES = (
 )
 
 
-# A module adds variables to a pure function, and what derivatives are made of is held
-# there; here are the laws that variables could break.
+# A module adds variables to a pure function; these are the laws that could break.
 OF_FUNCTIONS = (
     laws.check_gradients,
     laws.check_second_derivatives,
@@ -156,8 +155,8 @@ def test_a_broken_module_breaks_its_law(law, apply, key):
         law(DENSE._replace(apply=apply), key)
 
 
-def test_an_adapter_is_no_constant_and_no_copy_of_the_base():
-    """Law 11: W0 comes in as an argument; no constant of its size is compiled in."""
+def test_an_adapter_is_neither_a_constant_nor_a_copy_of_the_base():
+    """Law 11: W0 is an argument; no constant of its size is compiled in."""
     layer = LoRADense(64, lora=LoRAConfig(rank=2))
     x = jax.numpy.ones((3, 32))
     variables = layer.init(jax.random.key(0), x)

@@ -67,7 +67,7 @@ def test_layers_without_an_adapter_get_no_update():
         )
 
 
-def test_a_smaller_rank_is_refused():
+def test_a_smaller_rank_is_rejected():
     case = CASES["vmapped_experts"]
     two, one = (adapt(case.model, case.config(rank=r), *case.args) for r in (2, 1))
     lora = two.attach(case.variables()["params"], jax.random.key(0))["lora"]
