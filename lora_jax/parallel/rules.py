@@ -67,8 +67,8 @@ class WeightSharding:
             )
         if len(spec) > len(shape):
             raise ValueError(
-                f"{path} {shape}: its rule {spec} has {len(spec) - len(shape)} axes "
-                "too many"
+                f"{path} {shape}: its rule {spec} has {len(spec) - len(shape)} more "
+                "axes than the weight"
             )
         is_stacked = path.startswith(f"{LAYERS}/") and len(spec) < len(shape)
         entries = (*(None,) * is_stacked, *spec)
