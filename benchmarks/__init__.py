@@ -1,4 +1,4 @@
-"""Benchmarks: named shapes, one harness, one file a comparison, one report.
+"""Benchmarks: named shapes, one harness, one file per comparison, one report.
 
 ``python -m benchmarks`` lists them; ``python -m benchmarks lora_vs_full`` runs one.
 """

@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-# By default JAX takes most of a GPU's memory at once, and leaves none for torch.
+# By default JAX preallocates most of a GPU's memory, leaving none for torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from lora_jax.cli import huge_pages
 
-if __name__ == "__main__":  # as `lora-jax` does; before JAX and torch are there
+if __name__ == "__main__":  # as `lora-jax` does; before importing JAX and torch
     huge_pages.ask()
 
 from benchmarks import compare, harness, report
@@ -33,13 +33,13 @@ QUICK = ("contenders", "overhead")
 
 
 def main() -> None:
-    """Runs what the command line names."""
+    """Runs the comparisons named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="comparisons to run, or 'report'")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer samples and shapes, in a results file of its own; without names: "
+        help="fewer samples and shapes, in a separate results file; without names: "
         f"{' and '.join(QUICK)}",
     )
     args = parser.parse_args()
@@ -48,16 +48,14 @@ def main() -> None:
             parser.error("compare takes two results files: compare OLD.json NEW.json")
         sys.exit(not compare.main(*map(Path, args.names[1:])))
     if unknown := sorted(set(args.names) - {*COMPARISONS, "report"}):
-        parser.error(f"no benchmark {unknown}; there are {COMPARISONS} and 'report'")
+        parser.error(f"unknown benchmark {unknown}; use {COMPARISONS} or 'report'")
     names = args.names or (QUICK if args.quick else ())
     if not names:
         for name in COMPARISONS:
             module = importlib.import_module(f"benchmarks.{name}")
             print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
-        print("report: tables and plots of benchmarks/results/, the README's tables")
-        print(
-            "compare OLD.json NEW.json: two results files, so that a regression shows"
-        )
+        print("report: make tables and plots from benchmarks/results/")
+        print("compare OLD.json NEW.json: compare two results files for regressions")
     for name in names:
         if name == "report":
             report.main()

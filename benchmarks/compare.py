@@ -1,4 +1,4 @@
-"""Two results files of one comparison, side by side: a regression shows."""
+"""Compares two results files of one benchmark to find regressions."""
 
 import json
 from collections.abc import Iterator
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 MEASURES = ("median_ms", "temp_bytes", "flops", "compile_seconds")
-NOISE = 0.1  # of a ratio; these machines are shared
+NOISE = 0.1  # relative change that is noise on shared machines
 
 
 def main(old: Path, new: Path) -> bool:
-    """Prints new / old of every measure of every contender that both files have.
+    """Prints the ratio new / old of every measure that both files have.
 
     Args:
-      old: a results file, JSON.
-      new: another of the same comparison.
+      old: a JSON results file.
+      new: another results file of the same comparison.
 
     Returns:
-      Whether nothing grew by more than `NOISE`.
+      Whether no measure grew by more than `NOISE`.
 
     Raises:
-      ValueError: if the files are of different comparisons.
+      ValueError: if the files are from different comparisons.
     """
     records = [json.loads(path.read_text()) for path in (old, new)]
     names = [record["comparison"] for record in records]
     if names[0] != names[1]:
-        raise ValueError(f"{old} is of {names[0]!r}, {new} of {names[1]!r}.")
+        raise ValueError(f"{old} is from {names[0]!r}, {new} from {names[1]!r}.")
     before, after = (dict(_measures(record["rows"])) for record in records)
     for record in records:
         print(f"{record['commit']}, {record['device']}, {record['date']}")

@@ -1,12 +1,12 @@
-"""One LoRA step of a decoder, an encoder and a layer: this library, and others.
+"""One LoRA training step of a decoder, an encoder and a layer, against other libraries.
 
-They take turns. Same sizes, batch, dtype, rank and targets; Adam on the adapters.
-A contender that isn't installed is left out, with a note. Our decoders are scanned
-blocks, as `lora-jax train` has them. qwix and plain autodiff run on this library's own
+The contenders alternate, with the same sizes, batch, dtype, rank and targets, and Adam
+on the adapters. Those that aren't installed are skipped with a note. Our decoders have
+scanned blocks, as in `lora-jax train`. qwix and plain autodiff run on this library's
 models, with its attention; nnx.LoRA on the same decoder written for NNX, PEFT on
 transformers' Llama and BERT, eager and compiled. The base is float32 on a CPU, bfloat16
-elsewhere. For comparison, the work that no step can avoid: the base's matmuls, forward
-and for the gradient of their inputs, and nothing else.
+elsewhere. A lower bound for any step is included: only the base's matmuls, in the
+forward pass and for the input gradients.
 """
 
 import functools
@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
     Attributes:
       width: ``n``.
-      dtype: of the computation.
+      dtype: computation dtype.
     """
 
     width: int
@@ -75,10 +75,10 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all contenders that are installed.
 
     Args:
-      quick: the first decoder alone beside plain autodiff and PEFT, fewer samples.
+      quick: only the first decoder, plain autodiff and PEFT, with fewer samples.
 
     Returns:
-      One row a model: the samples of each contender, and who is missing.
+      One row per model: the samples of each contender, and the missing ones.
     """
     decoders = decoder_specs()
     rows = [_decoders(spec, quick) for spec in (decoders[:1] if quick else decoders)]
@@ -89,7 +89,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 def decoder_specs() -> tuple[specs.DecoderSpec, ...]:
-    """Returns the decoders that suit this device, that with fewest layers first."""
+    """Returns the decoders suitable for this device, fewest layers first."""
     return specs.CPU_DECODERS if is_on_cpu() else specs.ACCELERATOR_DECODERS
 
 
@@ -110,7 +110,7 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
             "full fine-tuning": lambda: _full_decoder(config, batch),
             "flax nnx.LoRA": lambda: nnx_lora(config, task),
         }
-    if not is_on_cpu():  # there a loop's slices of W0 cost something
+    if not is_on_cpu():  # slicing W0 in a loop has a cost there
         makers[f"{OURS}, unrolled"] = lambda: _lm_step(task.model, task.params, batch)
     makers[FLOOR] = lambda: matmuls(task.params, spec.batch * spec.length)
     name = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
@@ -141,7 +141,7 @@ def encoder_task(spec: specs.EncoderSpec) -> tuple[Task, np.ndarray, np.ndarray]
 
 
 def _layers(spec: specs.DenseSpec) -> dict:
-    """A layer that is trained alone, on the squared error."""
+    """Runs a single layer trained on the squared error."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, spec.tokens, spec.width), np.float32)
     model, inputs = Layer(spec.width, dtype()), (jnp.asarray(x, dtype()),)
@@ -162,11 +162,11 @@ def own(task: Task, **options: Any) -> Makers:
     """Our step, full fine-tuning and plain autodiff of any model.
 
     Args:
-      task: what is trained.
-      **options: of `LoRAConfig`.
+      task: the model and its batch.
+      **options: passed to `LoRAConfig`.
 
     Returns:
-      By name, what makes each.
+      A function by name that makes each contender.
     """
     adapted = adapt(task.model, LoRAConfig(RANK, ALPHA, **options), *task.inputs)
 
@@ -192,7 +192,7 @@ def _alternate(
     quick: bool = False,
     calls: int = 1,
 ) -> dict[str, Any]:
-    """Adds those contenders that are installed, and times all."""
+    """Adds the contenders that are installed, and times all of them."""
     missing = []
     if importlib.util.find_spec("qwix") is None:
         missing.append("qwix (not installed)")
@@ -201,7 +201,7 @@ def _alternate(
     if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
         peft = functools.partial(torch_peft.contender, lora=PEFT_LORA, rate=RATE)
         makers["PEFT on torch, eager"] = lambda: peft(*torch())
-        if not quick:  # its compiler takes minutes
+        if not quick:  # compiling takes minutes
             makers["PEFT on torch, compiled"] = lambda: peft(*torch(), compiles=True)
     else:
         missing.append("PEFT (not installed)")
@@ -225,7 +225,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ours = row[OURS]
         lines += [
             f"{row['shape']}, rank {RANK} on all linears, {row['dtype']}:\n",
-            "| contender | ms a step (quartiles) | lora_jax / it | temporaries | "
+            "| contender | ms per step (quartiles) | lora_jax / it | temporaries | "
             "trained |",
             "|---|---|---|---|---|",
         ]
@@ -243,13 +243,13 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{found['trained']:,} |"
             )
         if row["missing"]:
-            lines.append(f"\nLeft out: {', '.join(row['missing'])}.")
+            lines.append(f"\nNot run: {', '.join(row['missing'])}.")
         lines.append("")
     return "\n".join(lines[:-1])
 
 
 def _copy(tree: Any) -> Any:
-    """For a step that donates what it trains."""
+    """Copies arrays for a step that donates them."""
     return jax.tree.map(jnp.copy, tree)
 
 
@@ -263,7 +263,7 @@ def lm_batch(ids: np.ndarray) -> dict[str, jax.Array]:
 
 
 def lm_task(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Task:
-    """Returns next-token prediction by a decoder whose blocks are not scanned."""
+    """Returns next-token prediction with a decoder whose blocks are not scanned."""
     model, ids = Decoder(config, dtype=dtype()), batch["input_ids"]
     return Task(model, init(model, ids), (ids,), _mean_loss(batch["labels"]))
 
@@ -276,7 +276,7 @@ def _mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return loss
 
 
-@functools.lru_cache(maxsize=2)  # contenders that read one base hold it once
+@functools.lru_cache(maxsize=2)  # contenders share one copy of the base
 def _init(model: nn.Module, shapes: tuple[Any, ...]) -> Any:
     def draw(key):
         zeros = [jnp.zeros(shape, kind) for shape, kind in shapes]
@@ -287,12 +287,12 @@ def _init(model: nn.Module, shapes: tuple[Any, ...]) -> Any:
 
 
 def init(model: nn.Module, *inputs: jax.Array) -> Any:
-    """Draws the parameters of a model, in `dtype`; a model's are drawn once."""
+    """Initialises the parameters of a model in `dtype`, with caching."""
     return _init(model, tuple((x.shape, jnp.result_type(x)) for x in inputs))
 
 
 def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
-    """This library's step on scanned blocks; ``options`` are `measured`'s."""
+    """This library's step on scanned blocks; ``options`` are passed to `measured`."""
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat=remat)
     return _lm_step(model, _scanned(config, batch), batch, **options)
 

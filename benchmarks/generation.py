@@ -1,9 +1,8 @@
-"""Tokens a second with a cache: adapters beside their layers, merged, and PEFT's.
+"""Generation speed with a KV cache: unmerged and merged adapters, and PEFT.
 
-The first decoder of `benchmarks.contenders` continues prompts greedily. A call is
-measured as a user makes it, reading the prompts included; PEFT's is transformers'
-`generate`. Blocks are unrolled, which is the default of `load_model`; as one `nn.scan`
-they are copied out of their stack for each token.
+The first decoder of `benchmarks.contenders` continues prompts greedily. Times include
+the prefill; PEFT uses transformers' `generate`. Blocks are unrolled, the default of
+`load_model`; with `nn.scan`, weights are copied out of their stack for each token.
 """
 
 import importlib.util
@@ -28,7 +27,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
       quick: fewer samples.
 
     Returns:
-      One row a batch size.
+      One row per batch size.
     """
     return [_compare(rows, 3 if quick else 9) for rows in BATCHES]
 
@@ -86,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
         f"{rows[0]['model']}, prompts of {PROMPT} tokens, {NEW} new ones:\n",
-        "| prompts | with | ms (quartiles) | new tokens a second | lora_jax / it |",
+        "| prompts | with | ms (quartiles) | new tokens per second | lora_jax / it |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,8 +1,8 @@
-"""Timing turn by turn in one process, every sample kept.
+"""Timing contenders alternately in one process, keeping every sample.
 
-Machines are shared and noisy, so what counts is the ratio of two contenders that were
-timed turn by turn; absolute times stand beside it. The order is drawn again in each
-round, because what runs after another library finds its threads and memory.
+Machines are shared and noisy, so the meaningful number is the ratio of two contenders
+timed alternately; absolute times are reported beside it. The order is shuffled in each
+round, because the preceding contender's threads and memory affect the next one.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-QUICK = "-quick"  # at the end of a file's name
+QUICK = "-quick"  # suffix of file names
 
 
 class Contender(NamedTuple):
-    """One way to do the work.
+    """One implementation of the work.
 
     Attributes:
-      run: does it once and returns device arrays to wait for; None where it is too
-        large to run.
-      compile_seconds: what compiling it took.
-      flops: by XLA's cost analysis, or None where it doesn't count them all.
+      run: runs it once and returns device arrays to wait for; None if it is too large
+        to run.
+      compile_seconds: compilation time.
+      flops: from XLA's cost analysis, or None if that is incomplete.
       temp_bytes: XLA's temporaries, or None.
       facts: anything else to record (optimizer bytes, parameters).
     """
@@ -45,13 +45,13 @@ class Contender(NamedTuple):
 def measured(
     lowered: Any, run: Callable[[], Any], *, limit: int | None = None, **facts: Any
 ) -> Contender:
-    """Compiles, keeps what XLA says of the program, and warms up.
+    """Compiles, records XLA's analysis of the program, and warms up.
 
     Args:
-      lowered: a ``jax.stages.Lowered`` of the same program that ``run`` calls.
-      run: does the work once.
-      limit: bytes of temporaries above which the program is not run.
-      **facts: recorded as they are.
+      lowered: a ``jax.stages.Lowered`` of the program that ``run`` calls.
+      run: runs the work once.
+      limit: maximum bytes of temporaries; a larger program is not run.
+      **facts: further facts to record.
 
     Returns:
       The contender, ready to be timed.
@@ -64,7 +64,7 @@ def measured(
     fits = limit is None or bytes_ is None or bytes_ <= limit
     for _ in range(2 * fits):
         jax.block_until_ready(run())
-    # On a GPU matmuls are calls of a library, which XLA doesn't count.
+    # On a GPU, matmuls are library calls, which XLA doesn't count.
     counted = None if jax.default_backend() == "gpu" else compiled.cost_analysis()
     flops = (counted or {}).get("flops")
     return Contender(run if fits else None, seconds, flops, bytes_, facts)
@@ -73,16 +73,16 @@ def measured(
 def alternate(
     contenders: Mapping[str, Contender], rounds: int, calls: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Times all contenders turn by turn, in an order drawn anew each round.
+    """Times all contenders alternately, in an order shuffled each round.
 
     Args:
-      contenders: by name.
-      rounds: samples of each.
-      calls: calls in one sample, waited for together.
+      contenders: contenders by name.
+      rounds: number of samples of each.
+      calls: calls per sample.
 
     Returns:
-      For each name its samples in milliseconds a call, median, quartiles, and what XLA
-      said.
+      For each name its samples in milliseconds per call, median, quartiles, and XLA's
+      analysis.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     runs = {name: contender.run for name, contender in contenders.items()}
@@ -120,7 +120,7 @@ def summary(ms: list[float]) -> dict[str, Any]:
 
 
 def is_on_cpu() -> bool:
-    """Returns whether what is measured is a CPU."""
+    """Returns whether the benchmarks run on a CPU."""
     return jax.default_backend() == "cpu"
 
 
@@ -128,10 +128,10 @@ def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
     """Writes one results file: device, versions, commit, date, all samples.
 
     Args:
-      name: of the comparison.
+      name: name of the comparison.
       rows: its measurements.
-      quick: whether they are those of ``--quick``: a file of their own, of which
-        the report takes no notice.
+      quick: whether they are from ``--quick``; these go to a separate file, which the
+        report ignores.
 
     Returns:
       The file.
@@ -155,7 +155,7 @@ def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of what is measured, as far as it is installed."""
+    """Returns the versions of the measured libraries that are installed."""
     found = {}
     for name in ("jax", "flax", "numpy", "qwix", "torch", "transformers", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -164,7 +164,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Returns the processor's name, and whether it has AVX-512 where that is told."""
+    """Returns the processor's name, and whether it has AVX-512 if known."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -177,7 +177,7 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the tree that is measured, "unknown" outside of git."""
+    """Returns the current git commit, or "unknown"."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],

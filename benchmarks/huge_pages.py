@@ -1,7 +1,7 @@
-"""A step with memory in pages of 2 MiB beside one with pages of 4 KiB (Linux).
+"""A training step with 2 MiB memory pages against 4 KiB pages (Linux).
 
-``lora-jax`` and these benchmarks ask for the large ones (`lora_jax.cli.huge_pages`);
-glibc decides when a process starts, so processes take turns here.
+``lora-jax`` and these benchmarks enable huge pages (`lora_jax.cli.huge_pages`). glibc
+reads the setting at process start, so this alternates between processes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.rivals import RATE
 from lora_jax.cli.huge_pages import HUGETLB, TUNABLES
 
 PAGES = {"4 KiB": 0, "2 MiB": 1}
-CALLS = 5  # of each contender in a process
+CALLS = 5  # per contender and process
 PEFT = "PEFT on torch, eager"
 
 
@@ -28,13 +28,13 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs both encoders.
 
     Args:
-      quick: the first one, fewer processes.
+      quick: only the first one, with fewer processes.
 
     Returns:
-      One row a contender and a model.
+      One row per contender and model.
     """
     if sys.platform != "linux" or not is_on_cpu():
-        raise SystemExit("huge_pages: the comparison is of a CPU's pages, under Linux.")
+        raise SystemExit("huge_pages: this comparison needs a CPU and Linux.")
     rows = []
     for number, spec in enumerate(specs.ENCODERS[: 1 if quick else None]):
         runs: dict[str, list[dict[str, Any]]] = {size: [] for size in PAGES}
@@ -83,7 +83,7 @@ def _process(number: int, hugetlb: int) -> dict[str, Any]:
 
 
 def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All samples of a contender; page faults a step, over its processes."""
+    """Joins a contender's samples and page faults per step over its processes."""
     faults = sum(run["faults"] for run in runs) / len(runs)
     return {**summary([ms for run in runs for ms in run["ms"]]), "faults": faults}
 

@@ -1,8 +1,9 @@
-"""Memory and time of a step by sequence length, beside plain autodiff.
+"""Memory and time of a training step by sequence length, against plain autodiff.
 
 One row of tokens through 4 layers of the first decoder of `benchmarks.contenders`.
 Plain autodiff is ``x W + s (x A) B`` as written, with `jax.nn.dot_product_attention`
-and all logits. What would take more bytes than `sizes` says is compiled and not run.
+and all logits. Programs that need more memory than the limit in `sizes` are compiled
+but not run.
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all lengths.
 
     Args:
-      quick: the three shortest, as few samples as the long ones have.
+      quick: only the three shortest, with fewer samples.
 
     Returns:
-      One row a length.
+      One row per length.
     """
     lengths, limit = sizes()
     lengths = lengths[:3] if quick else lengths
@@ -35,11 +36,11 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 def sizes() -> tuple[tuple[int, ...], int]:
-    """Returns the lengths for this device, and the most bytes of temporaries."""
+    """Returns the lengths for this device, and the maximum bytes of temporaries."""
     if is_on_cpu():
         return (512, 1024, 2048, 4096, 8192), 8 * 2**30
     memory = jax.devices()[0].memory_stats()["bytes_limit"]
-    return (2048, 4096, 8192, 16384, 32768), memory // 2  # the rest holds weights
+    return (2048, 4096, 8192, 16384, 32768), memory // 2  # the rest is for weights
 
 
 def compare(t: int, limit: int, rounds: int) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = (OURS, BLOCK, PLAIN)
     lines = [
         "| tokens | "
-        + " | ".join(f"{name}: ms a step, temporaries" for name in names)
+        + " | ".join(f"{name}: ms per step, temporaries" for name in names)
         + " | time / plain | temporaries / plain |",
         "|---" * (len(names) + 3) + "|",
     ]

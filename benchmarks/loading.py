@@ -1,6 +1,6 @@
-"""Peak memory of loading a model: how many copies of itself does it take?
+"""Peak memory of loading a model, relative to the model's size.
 
-Each case loads in a process of its own.
+Each case runs in its own process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
       quick: a smaller Llama.
 
     Returns:
-      One row a case.
+      One row per case.
     """
     layers = 4 if quick else LLAMA["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_llama(folder: Path, layers: int) -> None:
-    """Writes a random model in four shards, with its index."""
+    """Writes a random model in four shards, with an index."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -98,7 +98,7 @@ def _measure(path: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_and_print(path: str, options: dict[str, Any]) -> None:
-    """Loads one model while a thread looks at the memory every millisecond."""
+    """Loads one model while a thread samples the memory every millisecond."""
     import jax
     import jax.numpy as jnp
 
@@ -106,7 +106,7 @@ def _load_and_print(path: str, options: dict[str, Any]) -> None:
 
     if "param_dtype" in options:
         options["param_dtype"] = jnp.dtype(options["param_dtype"])
-    jnp.zeros(8).block_until_ready()  # the backend's own memory is not the model's
+    jnp.zeros(8).block_until_ready()  # exclude the backend's own memory
     before = anonymous_bytes()
     start = time.perf_counter()
     with peak_watched() as peak:

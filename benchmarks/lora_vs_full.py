@@ -1,8 +1,8 @@
-"""A LoRA step against a full fine-tuning step of the same code, shapes and optimizer.
+"""A LoRA step against a full fine-tuning step with the same code and optimizer.
 
 The formula: per token and ``N x N`` matrix a full step costs ``6 N²`` floating-point
 operations, a LoRA step ``4 N² + 12 N r`` (no dW0), a ratio of ``2/3 + 2 r / N``. Adam
-holds 8 bytes a trainable parameter.
+needs 8 bytes per trainable parameter.
 """
 
 import functools
@@ -46,7 +46,7 @@ def compare_dense(spec: specs.DenseSpec, rounds: int) -> dict[str, Any]:
         y, pull = jax.vjp(jnp.matmul, x, kernel)
         return pull(y)
 
-    # The same layer, two ways: equal outputs if the merged kernel is used.
+    # Both compute the same layer: equal outputs if the merged kernel is used.
     dx_lora = np.asarray(lora(x, kernel, a, b)[0])
     dx_full = np.asarray(full(x, kernel + scaling * a @ b)[0])
     error = np.abs(dx_lora - dx_full).max() / np.abs(dx_full).max()
@@ -139,7 +139,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
       quick: fewer samples and no 4096 x 4096 layer.
 
     Returns:
-      One row a shape.
+      One row per shape.
     """
     rounds = 7 if quick else 25
     dense = [s for s in specs.DENSE if not quick or s.width < 4096]

@@ -1,6 +1,6 @@
-"""Resident memory of this process, watched while something runs.
+"""Measuring this process's peak resident memory.
 
-Anonymous memory is what counts (``RssAnon``): the system can drop the pages of a
+Counts only anonymous memory (``RssAnon``): the system can drop the pages of a
 memory-mapped file at any time.
 """
 
@@ -21,10 +21,10 @@ def anonymous_bytes() -> int:
 
 @contextlib.contextmanager
 def peak_watched() -> Iterator[list[int]]:
-    """Looks at the memory every millisecond while its body runs.
+    """Samples the memory every millisecond while its body runs.
 
     Yields:
-      A list that holds the peak afterwards.
+      A list that contains the peak afterwards.
     """
     found, is_done = [0], threading.Event()
 

@@ -1,6 +1,6 @@
 """The decoder of `benchmarks.contenders` written for flax NNX, with `nnx.LoRA`.
 
-As a user of NNX would write it; attention is this library's, to its advantage.
+Written as an NNX user would, except that it uses this library's faster attention.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from lora_jax.models.decoder_config import DecoderConfig
 
 
 def lora_linear(i: int, o: int, rank: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LoRA:
-    """A base `nnx.Linear` ``[i, o]`` without bias in an `nnx.LoRA`."""
+    """Makes an `nnx.LoRA` around an `nnx.Linear` ``[i, o]`` without bias."""
     base = nnx.Linear(i, o, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
     return nnx.LoRA(i, rank, o, base_module=base, dtype=dtype, rngs=rngs)
 

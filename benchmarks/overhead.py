@@ -1,7 +1,7 @@
-"""Inference with adapters, unmerged by rank and merged, beside the base.
+"""Inference cost of unmerged adapters by rank, and merged ones, against the base.
 
-Merged, the model is the base with other numbers. Unmerged, each layer multiplies by A
-and B too: ``r (in + out) / (in out)`` of its FLOPs, summed over the adapted layers.
+A merged model has the same cost as the base. Unmerged, each adapted layer also
+multiplies by A and B, which adds ``r (in + out) / (in out)`` of its FLOPs.
 """
 
 import math
@@ -20,7 +20,7 @@ RANKS, TOKENS = (4, 16, 64, 256), 512
 
 
 def main(quick: bool) -> list[dict[str, Any]]:
-    """Times one forward pass, hidden states only: of 1 x 512 tokens on a CPU.
+    """Times one forward pass to the hidden states (1 x 512 tokens on a CPU).
 
     Args:
       quick: fewer samples and ranks.

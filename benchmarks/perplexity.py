@@ -1,8 +1,7 @@
-"""Perplexity of SmolLM2-135M on real prose: `lora-jax score`, and transformers.
+"""Perplexity of SmolLM2-135M on prose: `lora-jax score` against transformers.
 
-Both read the same 4-bit file, in float32. The prose is whole editorials of the New
-York Times, as VADER's ground truth has them; each is scored by itself, from its second
-token.
+Both read the same 4-bit file and compute in float32. The texts are New York Times
+editorials from VADER's ground truth, each scored separately from its second token.
 """
 
 import argparse
@@ -68,7 +67,7 @@ def _by_lora_jax(texts: list[str]) -> tuple[list[float], list[list[int]]]:
     from lora_jax.files.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2())
-    assert tokenizer is not None  # the file holds one
+    assert tokenizer is not None
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

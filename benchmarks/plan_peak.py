@@ -1,11 +1,11 @@
-"""What `lora-jax plan` says a step needs, against the memory of a process that trains.
+"""Memory predicted by `lora-jax plan` against measured memory of a training process.
 
-Two processes a case. The first is the command, ``lora-jax plan CONFIG --json``: the
+Each case runs two processes. The first is ``lora-jax plan CONFIG --json``: the
 predicted peak is its frozen base, trained weights, optimizer and temporaries. The
-second opens the same job, makes the same state and trains: the measured peak is by how
-much its anonymous resident memory rises while it steps, after a first step, plus the
-bytes of the arrays that it holds all along. What is left out so is the memory of
-Python, JAX and the compiler (some 300 MB), of which a plan says nothing.
+second builds the same job and state and trains: the measured peak is the increase of
+its anonymous resident memory during the steps after the first, plus the bytes of its
+persistent arrays. This excludes the memory of Python, JAX and the compiler (about
+300 MB), which a plan does not cover.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.loading import write_llama
 from benchmarks.memory import anonymous_bytes, peak_watched
 from experiments.fetch import minilm
 
-STEPS, SETTLE = 4, 2.0  # steps that are watched; seconds of rest before them
+STEPS, SETTLE = 4, 2.0  # measured steps; seconds to wait before them
 WORDS = ("the", "film", "is", "a", "lovely", "and", "quiet", "story", "of", "two")
 
 
@@ -29,10 +29,10 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all cases.
 
     Args:
-      quick: the encoder alone.
+      quick: only the encoder.
 
     Returns:
-      One row a case.
+      One row per case.
     """
     with tempfile.TemporaryDirectory() as folder:
         cases = _write_cases(Path(folder), quick)
@@ -123,7 +123,7 @@ def _compare(config: Path) -> dict[str, Any]:
 
 
 def _train_and_print(config: str) -> None:
-    """Trains a few steps while a thread looks at the memory."""
+    """Trains a few steps while a thread samples the memory."""
     import jax
 
     from lora_jax.finetune import job
@@ -144,7 +144,7 @@ def _train_and_print(config: str) -> None:
     batch = batches.batch_at(0)
     state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
-    time.sleep(SETTLE)  # what the step has freed goes back to the system
+    time.sleep(SETTLE)  # let the allocator return freed memory to the system
     before, held = anonymous_bytes(), tree_bytes(state)
     with peak_watched() as peak:
         for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Pictures of results files: step time by contender, cost by length and by rank."""
+"""Plots of results files: step time by contender, cost by length and by rank."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,12 +17,12 @@ Rows = list[dict[str, Any]]
 
 
 def draw(comparison: str, rows: Rows, path: Path) -> None:
-    """Draws a results file beside it.
+    """Plots the results of a comparison.
 
     Args:
-      comparison: its name; those without a picture are left alone.
+      comparison: its name; does nothing for those without a plot.
       rows: its measurements.
-      path: the picture to write.
+      path: the image file to write.
     """
     if comparison not in PICTURES:
         return
@@ -34,7 +34,7 @@ def draw(comparison: str, rows: Rows, path: Path) -> None:
 
 
 def _contenders(rows: Rows) -> Any:
-    """A bar a contender, the fastest first, with quartiles and the ratio to ours."""
+    """Draws a bar per contender, fastest first, with quartiles and ratio to ours."""
     columns = min(2, len(rows))
     lines = -(-len(rows) // columns)
     figure, grid = plt.subplots(
@@ -69,7 +69,7 @@ def _contenders(rows: Rows) -> Any:
             )
         axis.set_xlim(0, 1.12 * max(high))
         axis.set_title(row["shape"], fontsize=10)
-        axis.set_xlabel("ms a step, median and quartiles", fontsize=9)
+        axis.set_xlabel("ms per step, median and quartiles", fontsize=9)
         axis.tick_params(labelsize=9)
     return figure
 
@@ -81,7 +81,7 @@ def _color(name: str) -> str:
 
 
 def _lengths(rows: Rows) -> Any:
-    """Temporaries and time against the tokens of a row, on logarithmic axes."""
+    """Draws temporaries and time against tokens per row, on logarithmic axes."""
     figure, (memory, time) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     tokens = [row["tokens"] for row in rows]
     names = {lengths.OURS: BLUE, lengths.BLOCK: LIGHT, lengths.PLAIN: ORANGE}
@@ -95,9 +95,9 @@ def _lengths(rows: Rows) -> Any:
     memory.axhline(limit, color=GREY, linestyle="--", linewidth=1)
     memory.annotate("not run above this", (tokens[0], limit), va="bottom", fontsize=8)
     memory.set(ylabel="temporaries, MB")
-    time.set(ylabel="ms a step, median")
+    time.set(ylabel="ms per step, median")
     for axis in (memory, time):
-        axis.set(xscale="log", yscale="log", xlabel="tokens of a row")
+        axis.set(xscale="log", yscale="log", xlabel="tokens per row")
         axis.set_xticks(tokens, [f"{t:,}" for t in tokens])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -108,7 +108,7 @@ def _lengths(rows: Rows) -> Any:
 
 
 def _overhead(rows: Rows) -> Any:
-    """What unmerged adapters add to a forward pass, by rank, and the formula."""
+    """Draws the overhead of unmerged adapters by rank, and the formula."""
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     (row,) = rows
     base = row["base"]
@@ -131,7 +131,7 @@ def _overhead(rows: Rows) -> Any:
     axis.set(
         xscale="log",
         xlabel="rank, all linears",
-        ylabel="over the base's forward pass, %",
+        ylabel="overhead over the base's forward pass, %",
     )
     axis.set_ylim(bottom=0)
     axis.set_xticks(numbers, [str(number) for number in numbers])

@@ -1,4 +1,4 @@
-"""Makes tables and pictures of results files, and puts the tables into the READMEs."""
+"""Makes tables and plots from results files, and inserts the tables in the READMEs."""
 
 import importlib
 import json
@@ -17,9 +17,9 @@ MARKS = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def main() -> None:
-    """Writes a table beside each results file, and a picture where there is one.
+    """Writes a table and, where defined, a plot beside each results file.
 
-    The READMEs' tables are filled with those that they name.
+    Also updates the tables in the READMEs.
     """
     from benchmarks import plots  # matplotlib is in the extra `experiments`
 

@@ -1,6 +1,6 @@
-"""The contenders of `benchmarks.contenders` that JAX differentiates, not our code.
+"""The contenders of `benchmarks.contenders` that rely on JAX's autodiff.
 
-Plain autodiff, qwix and nnx.LoRA; and the base's matmuls, which no step does without.
+Plain autodiff, qwix and nnx.LoRA; and the base's matmuls alone, as a lower bound.
 """
 
 import functools
@@ -21,13 +21,13 @@ TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 class Task(NamedTuple):
-    """A model and a batch, for the contenders that JAX differentiates.
+    """A model and a batch, for the contenders that rely on autodiff.
 
     Attributes:
-      model: with no LoRA inside.
+      model: the model without LoRA.
       params: its parameters.
       inputs: arguments of its call.
-      loss: of what the call returns.
+      loss: maps its outputs to the loss.
     """
 
     model: nn.Module
@@ -37,12 +37,12 @@ class Task(NamedTuple):
 
 
 def dtype() -> Any:
-    """Returns the dtype of the base and of the computation."""
+    """Returns the dtype of the base and the computation."""
     return jnp.float32 if is_on_cpu() else jnp.bfloat16
 
 
 def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
-    """A contender that is a jitted ``(state, ...) -> (state, loss)``."""
+    """Makes a contender from a jitted ``(state, ...) -> (state, loss)``."""
     lowered, holder = step.lower(state, *rest), [state]
 
     def run() -> Any:
@@ -55,7 +55,7 @@ def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
 def _by_autodiff(
     forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
 ) -> Contender:
-    """Adam on ``adapters`` for ``forward(adapters, frozen) -> outputs``, all by JAX."""
+    """Adam on the adapters of ``forward(adapters, frozen) -> outputs``, by autodiff."""
     tx = optax.adam(RATE)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -72,7 +72,7 @@ def _by_autodiff(
 
 
 def plain(task: Task, **options: Any) -> Contender:
-    """``x W + s (x A) B`` as anyone would write it, differentiated by JAX."""
+    """``x W + s (x A) B`` written directly, differentiated by JAX."""
     config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
     adapted = adapt(task.model, config, *task.inputs)
     adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
@@ -96,7 +96,7 @@ def plain(task: Task, **options: Any) -> Contender:
 
 
 def matmuls(params: Any, tokens: int) -> Contender:
-    """No step, but what none does without: ``x W`` and ``dy Wᵀ`` of every linear."""
+    """A lower bound for any step: ``x W`` and ``dy Wᵀ`` of every linear layer."""
     kernels = [
         leaf.reshape(leaf.shape[0], -1)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -105,7 +105,7 @@ def matmuls(params: Any, tokens: int) -> Contender:
 
     @jax.jit
     def run(kernels, rows):
-        rows = dict(rows)  # by width; each product goes into the next
+        rows = dict(rows)  # by width; each product feeds the next
         for kernel in kernels:
             x = rows[kernel.shape[0]]
             rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
@@ -118,7 +118,7 @@ def matmuls(params: Any, tokens: int) -> Contender:
 
 
 def _linears(params: Any) -> list[str]:
-    """Names of the linears that all contenders adapt: those of this model's blocks."""
+    """Returns the names of the linear layers in the model's blocks."""
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     names = {path[-2].key for path, _ in paths}
     return [name for name in TARGETS if name in names]
@@ -152,7 +152,7 @@ def qwix_lora(task: Task) -> Contender:
 
 
 def nnx_lora(config: DecoderConfig, task: Task) -> Contender:
-    """`nnx.LoRA` in the decoder written for NNX."""
+    """`nnx.LoRA` on the decoder written for NNX."""
     from flax import nnx
 
     from benchmarks.nnx_decoder import NnxDecoder

@@ -1,13 +1,13 @@
-"""TPU slices for large decoders, planned without a TPU: what fits, on how few chips.
+"""The smallest TPU slices for large decoders, planned without a TPU.
 
-Each model's LoRA step (rank 16 on all linears, bfloat16, layers computed again in the
-backward pass) is compiled by libtpu for slices of each chip, from the smallest, until
-it fits: one row of 4,096 tokens a chip, weights and rows cut over the whole slice
-(fsdp). Shapes only: the sizes are those of each model's public ``config.json``, kept in
-``benchmarks/models/``. A slice that the weights alone overflow is not compiled.
+libtpu compiles each model's LoRA step (rank 16 on all linears, bfloat16, blocks
+rematerialised) for slices of each chip, smallest first, until it fits: one row of 4,096
+tokens per chip, weights and rows sharded over the whole slice (fsdp). It uses shapes
+only, from each model's public ``config.json`` in ``benchmarks/models/``. A slice too
+small for the weights alone is not compiled.
 
-A compilation takes minutes, so each one is appended to ``results/slices.jsonl`` when it
-is done, and a second run goes on from there; delete the file to begin anew.
+A compilation takes minutes, so each result is appended to ``results/slices.jsonl``, and
+a second run continues from there; delete the file to start over.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, commit
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-MODELS = {  # name: whose config.json
+MODELS = {  # name: source of its config.json
     "llama-3.1-8b": "huggingface.co/meta-llama/Llama-3.1-8B",
     "llama-3.1-70b": "huggingface.co/meta-llama/Llama-3.1-70B",
     "qwen3-32b": "huggingface.co/Qwen/Qwen3-32B",
@@ -30,7 +30,7 @@ MODELS = {  # name: whose config.json
 FOLDER = Path(__file__).parent / "models"
 DONE = RESULTS / "slices.jsonl"
 RANK, ALPHA, TOKENS, REMAT = 16, 32, 4096, "block"
-NAMED = ("llama-3.1-8b", "v5e:4x4")  # compiled whatever else fits
+NAMED = ("llama-3.1-8b", "v5e:4x4")  # always compiled
 GIB = 2**30
 
 
@@ -38,10 +38,10 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Plans all models on all chips.
 
     Args:
-      quick: the smallest model on the slice of `NAMED` alone.
+      quick: only the smallest model on the slice of `NAMED`.
 
     Returns:
-      One row a compilation, or a slice that the weights overflow.
+      One row per slice tried.
     """
     from lora_jax.plan.fit import first_fitting
     from lora_jax.plan.slices import CHIPS
@@ -61,18 +61,18 @@ def main(quick: bool) -> list[dict[str, Any]]:
 
 
 class _Priced(types.SimpleNamespace):
-    """A row as `first_fitting` wants a plan."""
+    """A row with the attributes of a plan, for `first_fitting`."""
 
 
 def price(model: str, topology: str) -> dict[str, Any]:
-    """Plans one model on one slice, or reads what a former run found.
+    """Plans one model on one slice, or reads the result of a previous run.
 
     Args:
-      model: of `MODELS`.
+      model: a key of `MODELS`.
       topology: the slice.
 
     Returns:
-      The row, as it stands in `DONE`.
+      The row, as in `DONE`.
     """
     asked = {
         "model": model,
@@ -97,7 +97,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
         "| model | slice | rows | weights, adapters, optimizer | activations and "
-        "temporaries | in all, a chip | fits | compiled in (CPU time) |",
+        "temporaries | total per chip | fits | compiled in (CPU time) |",
         "|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
     ]

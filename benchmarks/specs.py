@@ -1,4 +1,4 @@
-"""Named shapes of real models, so that a figure says what it was measured on."""
+"""Named shapes of real models, for reproducible measurements."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class DenseSpec(NamedTuple):
     """One square dense layer in the middle of a network.
 
     Attributes:
-      name: what the report calls it.
+      name: its name in the report.
       width: ``N``, inputs and outputs.
       rank: ``r``.
       tokens: rows of the input.
@@ -27,11 +27,11 @@ class EncoderSpec(NamedTuple):
     """One encoder with a classification head.
 
     Attributes:
-      name: what the report calls it.
-      config: its sizes.
+      name: its name in the report.
+      config: its config.
       rank: ``r``, on every linear layer.
-      batch: rows of a batch.
-      length: tokens of a row.
+      batch: rows per batch.
+      length: tokens per row.
     """
 
     name: str
@@ -42,13 +42,13 @@ class EncoderSpec(NamedTuple):
 
 
 class DecoderSpec(NamedTuple):
-    """One decoder that learns the next token.
+    """One decoder trained on next-token prediction.
 
     Attributes:
-      name: what the report calls it.
-      config: its sizes.
-      batch: rows of a batch.
-      length: tokens of a row.
+      name: its name in the report.
+      config: its config.
+      batch: rows per batch.
+      length: tokens per row.
     """
 
     name: str

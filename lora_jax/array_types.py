@@ -1,4 +1,4 @@
-"""The legend of dimension letters and one alias for each role of an array.
+"""Array type aliases, and the letters that name dimensions.
 
 Letters (LoRA's own A and B are upper case)::
 

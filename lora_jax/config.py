@@ -1,7 +1,7 @@
-"""`LoRAConfig`: all options of an adapter, validated at once.
+"""`LoRAConfig`: all adapter options, validated together.
 
-One config serves a whole model: each layer looks up by its own path
-(``"encoder/layer_0/attention/query"``) whether it is a target, and with which rank,
+One config serves a whole model: each layer uses its own path
+(``"encoder/layer_0/attention/query"``) to look up whether it is a target and its rank,
 alpha and scaling. Nothing else in the library decides this.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 ALL_LINEAR = "all-linear"
 INITS = ("uniform", "gaussian")
 MAX_RANK = 1 << 20
-LEAST = 1e-30  # of numbers that become float32, and the reciprocal of the largest
+LEAST = 1e-30  # smallest alpha, for float32; its reciprocal is the largest
 BIASES = ("none", "lora_only", "all")
 
 Patterns = str | Sequence[str]
@@ -28,11 +28,10 @@ class LoRAConfig:
     Immutable and hashable (lists and mappings become tuples), so it can be an attribute
     of a Linen module.
 
-    A *path* is a module's place in the parameter tree, joined by ``/``. ``targets``,
+    A *path* locates a module in the parameter tree, joined by ``/``. ``targets``,
     ``exclude`` and ``train`` take either a list of suffixes (``"query"`` matches
-    ``"query"`` and ``"block_0/attn/query"``, not ``"subquery"``), or one string that is
-    a regular expression for the full path. ``exclude`` and ``train`` win over
-    ``targets``.
+    ``"query"`` and ``"block_0/attn/query"``, not ``"subquery"``) or one regular
+    expression for the full path. ``exclude`` and ``train`` override ``targets``.
 
     Attributes:
       rank: ``r``, the inner dimension of ``A B``; at least 1.
@@ -40,8 +39,8 @@ class LoRAConfig:
       targets: layers to adapt; ``"all-linear"`` is every ``Dense``, ``DenseGeneral``
         and ``Einsum`` that is neither excluded nor trained in full.
       exclude: layers never adapted.
-      rank_pattern: ``{pattern: rank}`` for layers that differ; a pattern is a regular
-        expression for the end of a path, and the first match wins.
+      rank_pattern: ``{pattern: rank}`` overrides; a pattern is a regular expression for
+        the end of a path, and the first match wins.
       alpha_pattern: ``{pattern: alpha}``, looked up independently of the rank.
       layers: indices of the layers to adapt, or None for all; a layer's index is the
         first number that ends a segment of its path (``3`` in ``"layer_3/mlp/up"``).
@@ -50,14 +49,14 @@ class LoRAConfig:
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
       init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
         N(0, 1/rank²). B is zero (for an embedding A is zero, and B is drawn).
-      train: layers or leaves of the base that are trained in full and live in the
-        ``params`` collection (a new head, say).
+      train: layers or leaves of the base that are trained in full, in the ``params``
+        collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
         (``"lora_only"``), or ``"all"``.
 
     Raises:
-      ValueError: naming every field that is out of range, at once.
-      TypeError: naming every field that has the wrong type, at once.
+      ValueError: lists every field that is out of range.
+      TypeError: lists every field that has the wrong type.
 
     Example:
       >>> config = LoRAConfig(rank=8, alpha=16, rank_pattern={"layer_0/.*": 4})
@@ -85,7 +84,7 @@ class LoRAConfig:
     bias: Literal["none", "lora_only", "all"] = "none"
 
     def __new__(cls, *args: Any, **fields: Any) -> "LoRAConfig":
-        """Says what PEFT's names are called here."""
+        """Rejects unknown fields, translating PEFT's names in the error."""
         del args
         if unknown := [name for name in fields if name not in cls.__dataclass_fields__]:
             raise TypeError(_unknown_fields(unknown, cls.__dataclass_fields__))
@@ -107,11 +106,11 @@ class LoRAConfig:
                     f"got {value!r}."
                 )
             object.__setattr__(self, name, tuple((k, v) for k, v in pairs))
-        type_faults, value_faults = _faults(self)
-        if type_faults:
-            raise TypeError(_report(type_faults + value_faults))
-        if value_faults:
-            raise ValueError(_report(value_faults))
+        type_errors, value_errors = _errors(self)
+        if type_errors:
+            raise TypeError(_report(type_errors + value_errors))
+        if value_errors:
+            raise ValueError(_report(value_errors))
 
     def rank_for(self, path: str) -> int:
         """Returns the rank of the layer at ``path``."""
@@ -122,13 +121,13 @@ class LoRAConfig:
         return float(_first_match(self.alpha_pattern, path, self.alpha))
 
     def scaling_for(self, path: str) -> float:
-        """Returns the factor before ``A B``: ``alpha / rank`` or ``alpha / √rank``."""
+        """Returns the factor of ``A B``: ``alpha / rank`` or ``alpha / √rank``."""
         rank = self.rank_for(path)
         return self.alpha_for(path) / (rank**0.5 if self.rslora else rank)
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
-        """Every pattern of the config by itself, as `matches` takes it."""
+        """Every pattern of the config, each in the form that `matches` takes."""
         ends = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
         found: list[Patterns] = [f"(.*/)?({end})" for end in ends]
         for given in (self.targets, self.exclude, self.train):
@@ -136,12 +135,12 @@ class LoRAConfig:
         return tuple(found)
 
     def is_target(self, path: str, *, is_linear: bool = True) -> bool:
-        """Says whether the layer at ``path`` gets an adapter.
+        """Returns whether the layer at ``path`` gets an adapter.
 
         Args:
-          path: the layer's place in the parameter tree.
+          path: the layer's path in the parameter tree.
           is_linear: whether ``"all-linear"`` covers it (embeddings and convolutions
-            have to be named).
+            must be named).
 
         Returns:
           True if a target pattern matches, its layer index is among ``layers``, and
@@ -156,23 +155,22 @@ class LoRAConfig:
         )
 
     def is_trained(self, path: str, *, is_adapted: bool) -> bool:
-        """Says whether the base leaf at ``path`` is trained in full.
+        """Returns whether the base leaf at ``path`` is trained in full.
 
         Args:
-          path: of a leaf, ``"classifier/kernel"``; ``train`` may name the leaf itself
-            or any module above it.
+          path: the leaf's path, ``"classifier/kernel"``; ``train`` may name the leaf
+            itself or any module above it.
           is_adapted: whether the module that owns the leaf has an adapter.
 
         Returns:
-          True for leaves that ``train`` names and for the biases that ``bias`` asks
-          for.
+          True for leaves that ``train`` names and biases that ``bias`` selects.
         """
         is_bias = path.rpartition("/")[2] == "bias"
         wanted = self.bias == "all" or (self.bias == "lora_only" and is_adapted)
         return (is_bias and wanted) or self._trains(path)
 
     def _trains(self, path: str) -> bool:
-        """Says whether ``train`` names ``path`` or a module above it."""
+        """Returns whether ``train`` names ``path`` or a module above it."""
         parts = path.split("/")
         return any(
             matches(self.train, "/".join(parts[: i + 1])) for i in range(len(parts))
@@ -190,13 +188,13 @@ class LoRAConfig:
         """Builds a config from `to_dict`'s result.
 
         Args:
-          fields: values by field name; absent ones keep their defaults.
+          fields: values by field name; missing fields keep their defaults.
 
         Returns:
           The config.
 
         Raises:
-          ValueError: if a key is not a field; names all of them.
+          ValueError: lists every key that is not a field.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
@@ -205,10 +203,10 @@ class LoRAConfig:
 
 
 def matches(patterns: Patterns, path: str) -> bool:
-    """Says whether ``path`` ends with a listed suffix, or fully matches a regex.
+    """Returns whether ``path`` ends with a listed suffix, or fully matches a regex.
 
     Args:
-      patterns: a list of suffixes made of whole segments, or one regular expression.
+      patterns: a list of suffixes of whole path segments, or one regular expression.
       path: a ``/``-joined path.
 
     Returns:
@@ -254,8 +252,8 @@ def _unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
     )
 
 
-def _report(faults: list[str]) -> str:
-    return "LoRAConfig: " + "; ".join(faults) + "."
+def _report(errors: list[str]) -> str:
+    return "LoRAConfig: " + "; ".join(errors) + "."
 
 
 def _short(value: Any) -> str:
@@ -272,8 +270,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
-    """Returns the faults of type and of value, in the order of the fields."""
+def _errors(config: LoRAConfig) -> tuple[list[str], list[str]]:
+    """Returns the type errors and the value errors, in field order."""
     types: list[str] = []
     values: list[str] = []
 
@@ -305,13 +303,15 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         value = getattr(config, name)
         if isinstance(value, str):
             if value != ALL_LINEAR or name != "targets":
-                values.extend(_regex_fault(name, value))
+                values.extend(_regex_error(name, value))
             if value == "":
                 values.append(f"{name} must not be the empty string")
         elif not (isinstance(value, tuple) and all(isinstance(p, str) for p in value)):
             types.append(f"{name} must be a string or a list of strings; got {value!r}")
         elif any(p == "" for p in value):
-            values.append(f"{name} must not hold the empty string; got {list(value)}")
+            values.append(
+                f"{name} must not contain the empty string; got {list(value)}"
+            )
     if config.targets == ():
         values.append("targets must name at least one layer; got an empty list")
     for name, check_value in (
@@ -324,7 +324,7 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
             for key in sorted({str(key) for key in keys if keys.count(key) > 1})
         )
         for key, value in getattr(config, name):
-            values.extend(_regex_fault(name, key))
+            values.extend(_regex_error(name, key))
             check_value(f"{name}[{key!r}]", value)
     if config.layers is not None and not (
         isinstance(config.layers, tuple) and all(map(_is_int, config.layers))
@@ -334,7 +334,8 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
         not config.layers or any(index < 0 for index in config.layers)
     ):
         values.append(
-            f"layers must be indices from 0, at least one; got {list(config.layers)}"
+            "layers must be a non-empty list of non-negative indices; got "
+            f"{list(config.layers)}"
         )
 
     def in_unit(p: float) -> bool:
@@ -360,7 +361,7 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
     return types, values
 
 
-def _regex_fault(name: str, pattern: Any) -> list[str]:
+def _regex_error(name: str, pattern: Any) -> list[str]:
     if not isinstance(pattern, str):
         return [f"{name} must have strings as patterns; got {pattern!r}"]
     try:

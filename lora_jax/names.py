@@ -1,6 +1,6 @@
-"""Names of variable collections, leaves and mesh axes, each written once.
+"""Names of variable collections, leaves and mesh axes.
 
-A variables dictionary of this library has three collections::
+This library keeps its variables in three collections::
 
     {"frozen": W0 (every base weight),
      "lora":   lora_a, lora_b (and DoRA's magnitude), at the paths of the kernels,
@@ -19,24 +19,24 @@ ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
 
 KERNEL = "kernel"
 BIAS = "bias"
-SCALE = "scale"  # of a norm
+SCALE = "scale"  # a norm's
 EMBEDDING = "embedding"
 
-# Modules of the models here. A decoder's blocks are ``layer_{i}``, or one `nn.scan`.
-EMBED = "embed"  # a decoder's token embedding, and its head too where they are tied
+# Modules of the built-in models. A decoder's blocks are ``layer_{i}`` or one `nn.scan`.
+EMBED = "embed"  # a decoder's token embedding, also its output head where tied
 HEAD = "head"  # a decoder's output head
-LM_HEAD = "lm_head"  # Hugging Face's name of it
-LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading axis of layers
+LM_HEAD = "lm_head"  # Hugging Face's name for it
+LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading layer axis
 CLASSIFIER = "classifier"  # an encoder's head
 POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # axes of a mesh, see `parallel.mesh`
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # mesh axes, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
-BATCH_AXES = (DATA, FSDP)  # a batch is split over these
+BATCH_AXES = (DATA, FSDP)  # the axes a batch is sharded over
 
-DROPOUT = "dropout"  # the PRNG stream that adapter dropout draws from
+DROPOUT = "dropout"  # the PRNG stream for adapter dropout
 
-# Values a rematerialisation policy may keep: `jax.ad_checkpoint.checkpoint_name`s.
-X_A = "x_a"  # the thin product of a layer's input with A
-LINEAR = "linear"  # the output of a model's linear layer, adapter included
+# Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.
+X_A = "x_a"  # x A, of rank width
+LINEAR = "linear"  # the output of a linear layer, adapter included
 ATTENDED = "attended"  # the output of attention

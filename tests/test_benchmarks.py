@@ -31,7 +31,7 @@ def test_two_results_files_side_by_side(tmp_path, capsys):
 def test_files_of_different_comparisons_are_refused(tmp_path):
     old, new = (record(tmp_path / name, ours=1.0) for name in ("a.json", "b.json"))
     new.write_text(new.read_text().replace("steps", "loading"))
-    with pytest.raises(ValueError, match=r"is of 'steps', .* of 'loading'"):
+    with pytest.raises(ValueError, match=r"is from 'steps', .* from 'loading'"):
         compare.main(old, new)
 
 

@@ -151,17 +151,17 @@ def test_unknown_fields_are_all_named():
         (
             {"targets": ["a", ""]},
             ValueError,
-            r"must not hold the empty string; got \['a",
+            r"must not contain the empty string; got \['a",
         ),
         ({"targets": [1]}, TypeError, r"a string or a list of strings; got \(1,\)"),
         ({"targets": "("}, ValueError, r"targets is not a regular expression: '\('"),
         ({"exclude": None}, TypeError, "exclude must be a string or a list"),
         ({"layers": 3}, TypeError, "layers must be a list of integers; got 3"),
-        ({"layers": []}, ValueError, r"indices from 0, at least one; got \[\]"),
+        ({"layers": []}, ValueError, r"non-negative indices; got \[\]"),
         (
             {"layers": [0, -1]},
             ValueError,
-            r"indices from 0, at least one; got \[0, -1\]",
+            r"non-negative indices; got \[0, -1\]",
         ),
         ({"dropout_rate": 1.5}, ValueError, r"must be in \[0, 1\]; got 1\.5"),
         ({"dropout_rate": math.nan}, ValueError, r"must be in \[0, 1\]; got nan"),
@@ -203,7 +203,7 @@ def test_every_value_fault_is_named_at_once():
         "alpha must be above 0; got -1",
         "targets must name at least one layer",
         "dropout_rate must be in [0, 1]; got 1.5",
-        "indices from 0, at least one; got [-1]",
+        "non-negative indices; got [-1]",
     ):
         assert part in str(caught.value)
 

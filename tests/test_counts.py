@@ -65,7 +65,7 @@ def test_published_counts(name):
         i: jax.ShapeDtypeStruct((1, i), jnp.float32) for _, i, _ in sizes
     }  # shapes only: GPT-3 takes no memory
     config = LoRAConfig(rank=rank, targets=targets)
-    found = find_targets(Stack(layers, sizes), None, config, inputs)
+    found = find_targets(Stack(layers, sizes), config, inputs)
     assert sum(target.trainable for target in found) == wanted
 
 
@@ -73,7 +73,7 @@ def test_dora_adds_an_output_sized_magnitude_a_layer():
     layers, sizes, targets, rank, plain = CASES["Llama-3.2-3B"]
     x = {i: jax.ShapeDtypeStruct((1, i), jnp.float32) for _, i, _ in sizes}
     config = LoRAConfig(rank=rank, targets=targets, dora=True)
-    found = find_targets(Stack(layers, sizes), None, config, x)
+    found = find_targets(Stack(layers, sizes), config, x)
     trained = sum(target.trainable for target in found)
     assert trained == plain + 28 * (3072 + 1024) == 9_289_728
 

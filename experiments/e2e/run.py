@@ -1,8 +1,8 @@
-"""A language model learns to say what a table says: E2E, the LoRA paper's own task.
+"""Table-to-text generation with a language model: E2E, as in the LoRA paper.
 
-Trains the adapters of the plan that ``results/runs.jsonl`` lacks (10 to 20 minutes each
-on 2 cores), scores them and the base on held-out tables, and makes the table and the
-plot from that file.
+Trains the adapters missing from ``results/runs.jsonl`` (10 to 20 minutes each on 2
+cores), scores them and the base on held-out tables, and makes the table and the plot
+from that file.
 
     python -m experiments.e2e.run            # everything that is missing
     python -m experiments.e2e.run --report   # table and plot only
@@ -45,7 +45,7 @@ from lora_jax import (
 
 SEED = 0
 BATCH, LEARNING_RATE, EPOCHS = 16, 1e-3, 1
-SENTENCES = 4  # at most, of a training table: a budget of 25 minutes on 2 slow cores
+SENTENCES = 4  # maximum per training table: a budget of 25 minutes on 2 slow cores
 VALIDATION_TABLES, TEST_TABLES, SHOTS, MAX_NEW = 40, 200, 5, 64
 PLAN = {
     "base": {},
@@ -57,11 +57,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ADAPTERS = Path("runs/e2e")
 
-Table = tuple[str, list[str]]  # slots and the sentences people wrote for them
+Table = tuple[str, list[str]]  # slots, and human-written sentences for them
 
 
 def read_tables(split: str) -> list[Table]:
-    """Reads a split: every table once, with all its sentences, in the file's order."""
+    """Reads a split: every table once, with all its sentences, in file order."""
     tables: dict[str, list[str]] = {}
     with gzip.open(HERE / "data" / f"{split}.txt.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -71,7 +71,7 @@ def read_tables(split: str) -> list[Table]:
 
 
 class Tables(NamedTuple):
-    """Who sees which tables; no table is in two of them."""
+    """The disjoint splits of the tables."""
 
     train: list[Table]
     validation: list[Table]
@@ -80,7 +80,7 @@ class Tables(NamedTuple):
 
 
 def split_tables() -> Tables:
-    """Splits the tables, and writes the examples of the prompted base."""
+    """Splits the tables, and writes the few-shot examples for the base."""
     tables, rng = read_tables("valid"), random.Random(SEED)
     rng.shuffle(tables)
     validation, train = tables[:VALIDATION_TABLES], tables[VALIDATION_TABLES:]
@@ -104,7 +104,7 @@ class Task:
         self.tables = split_tables()
 
     def example(self, prompt: str, sentence: str, *, ends: bool) -> dict[str, Any]:
-        """Tokens of both; the sentence counts, and the EOS if it ends."""
+        """Tokenises both; the loss covers the sentence, and EOS if ``ends``."""
         tokenizer = self.loaded.tokenizer
         text = tokenizer.encode_text(prompt + sentence)
         mask = [int(end > len(prompt)) for _, end in text.spans]
@@ -113,7 +113,7 @@ class Task:
 
 
 def nll(task: Task, module, variables, tables: list[Table], before: str = "") -> float:
-    """Nats a token of one sentence a table, its end mark not counted."""
+    """Returns the loss in nats per token on one sentence per table, without EOS."""
     rng = random.Random(SEED)
     examples = [
         task.example(f"{before}{slots}\n", rng.choice(sentences), ends=False)
@@ -127,7 +127,7 @@ def nll(task: Task, module, variables, tables: list[Table], before: str = "") ->
 def write_sentences(
     task: Task, module, variables, tables: list[Table], before: str = ""
 ) -> list[str]:
-    """Continues each table greedily, up to the end of the line."""
+    """Generates a sentence for each table greedily, up to the end of the line."""
     tokenizer = task.loaded.tokenizer
     model = unscan(task.loaded._replace(module=module, variables=variables))
     prompts = [tokenizer.encode_text(f"{before}{slots}\n").ids for slots, _ in tables]
@@ -165,7 +165,7 @@ def bleu(sentences: list[str], tables: list[Table]) -> float:
 def train(task: Task, name: str, spec: dict[str, Any]):
     """Trains one adapter for one epoch; returns module, variables and its record.
 
-    An adapter that was trained before is taken from `ADAPTERS`.
+    An existing adapter is loaded from `ADAPTERS` instead.
     """
     place = ADAPTERS / name.replace(",", "").replace(" ", "-")
     lora_key, step_key = jax.random.split(jax.random.key(SEED))
@@ -184,7 +184,7 @@ def train(task: Task, name: str, spec: dict[str, Any]):
         before = load_adapter(place, expected=variables, fingerprint=base)
         record = before.extra["training"]
         if record["examples"] != len(examples):
-            raise SystemExit(f"{place} is of another plan: move it away.")
+            raise SystemExit(f"{place} is from a different plan: move it away.")
         return module, {**variables, **before.variables}, record
     batches = TextBatches(examples, BATCH, seed=SEED)
     steps = EPOCHS * batches.steps_per_epoch
@@ -238,7 +238,7 @@ def train(task: Task, name: str, spec: dict[str, Any]):
 
 
 def run_plan() -> None:
-    """Trains and scores what results/runs.jsonl lacks."""
+    """Trains and scores the runs missing from results/runs.jsonl."""
     missing = {k: v for k, v in PLAN.items() if k not in read_runs()}
     if not missing:
         return
@@ -268,7 +268,7 @@ def run_plan() -> None:
 
 
 def read_runs() -> dict[str, dict[str, Any]]:
-    """Returns every run that was recorded, by its name, in the order of the plan."""
+    """Returns every recorded run by name, in the order of the plan."""
     path = RESULTS / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     runs = {run["name"]: run for run in map(json.loads, lines)}
@@ -279,7 +279,7 @@ def report() -> None:
     """Writes the table, the examples and the plot from the runs."""
     runs = read_runs()
     lines = [
-        "| | trained | training | nats a token | perplexity | BLEU |",
+        "| | trained | training | nats per token | perplexity | BLEU |",
         "|---|---|---|---|---|---|",
     ]
     for name in PLAN:
@@ -318,7 +318,7 @@ def _plot(runs: dict[str, dict[str, Any]]) -> None:
     for name, run in runs.items():
         if "curve" in run:
             axes.plot(*zip(*run["curve"], strict=True), marker="o", label=name)
-    axes.set(xlabel="step", ylabel="validation loss, nats a token")
+    axes.set(xlabel="step", ylabel="validation loss, nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

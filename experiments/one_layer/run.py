@@ -1,7 +1,8 @@
-"""One layer, by hand: what LoRA's equation does, in numbers and three plots.
+"""LoRA on a single layer, in numbers and three plots.
 
-A 10 → 8 layer without bias. Its weight should change by a matrix of rank 3; Adam may
-only move A and B. Run it: ``python -m experiments.one_layer.run`` (seconds on a CPU).
+A 10 → 8 layer without bias, whose target differs from its weight by a matrix of rank 3;
+Adam trains only A and B. Run it with ``python -m experiments.one_layer.run`` (seconds
+on a CPU).
 """
 
 import argparse
@@ -28,10 +29,10 @@ HERE = Path(__file__).parent
 
 
 def make_task(key):
-    """Returns inputs, the frozen kernel and the kernel the data was made with.
+    """Returns inputs, the frozen kernel and the target kernel.
 
-    The inputs are white (``xᵀ x = n I``), so that the squared loss is the squared
-    distance of the kernels, and the best rank-r answer is the truncated SVD.
+    The inputs are white (``xᵀ x = n I``), so the squared loss is the squared distance
+    between kernels, and the optimal rank-r change is the truncated SVD.
     """
     k1, k2, k3, k4 = jax.random.split(key, 4)
     x = jnp.linalg.qr(jax.random.normal(k1, (EXAMPLES, IN)))[0] * EXAMPLES**0.5
@@ -43,7 +44,7 @@ def make_task(key):
 
 @functools.partial(jax.jit, static_argnames=("rank", "steps"))
 def fit(kernel, x, target, key, alpha, learning_rate, *, rank, steps=STEPS):
-    """Trains A and B with Adam; the kernel is an argument, never differentiated.
+    """Trains A and B with Adam; the kernel is never differentiated.
 
     Returns:
       A, B and the loss before every step.
@@ -69,7 +70,7 @@ def fit(kernel, x, target, key, alpha, learning_rate, *, rank, steps=STEPS):
 
 
 def count_table():
-    """Returns one row a rank: shapes and counts, against the full layer."""
+    """Returns one row per rank: shapes and counts, against the full layer."""
     rows = []
     for rank in RANKS:
         a, b = init_adapter(jax.random.key(0), (IN, OUT), rank)
@@ -88,7 +89,7 @@ def count_table():
 
 
 def recovery():
-    """Fits every rank from every seed; returns distances and the SVD's bounds."""
+    """Fits every rank with every seed; returns distances and SVD bounds."""
     x, kernel, target = make_task(jax.random.key(42))
     before = np.asarray(kernel).copy()
     singular = np.linalg.svd(np.asarray(target - kernel, np.float64), compute_uv=False)
@@ -122,13 +123,13 @@ def alpha_against_rate():
     run = jax.vmap(run, in_axes=(None, None, None, 0, None, None))  # seeds
     run = jax.vmap(run, in_axes=(None, None, None, None, None, 0))  # learning rates
     run = jax.vmap(run, in_axes=(None, None, None, None, 0, None))  # alphas
-    alphas = jnp.array(ALPHAS) * PLANTED  # so that alpha / r is what ALPHAS says
+    alphas = jnp.array(ALPHAS) * PLANTED  # ALPHAS are values of alpha / r
     _, losses = run(kernel, x, target, keys, alphas, jnp.array(RATES))
     return np.median(np.asarray(losses)[..., -1], axis=-1)  # [alphas, rates]
 
 
 def plot(rows, curves, grid, folder):
-    """Draws the three pictures of the README."""
+    """Draws the README's three plots."""
     import matplotlib
 
     matplotlib.use("Agg")

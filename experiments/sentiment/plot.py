@@ -1,4 +1,4 @@
-"""The picture of `run.py`: what each method reaches, for how many parameters."""
+"""The plot of `run.py`: test accuracy of each method by number of parameters."""
 
 import statistics
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws test accuracy against the number of trained parameters."""
+    """Plots test accuracy against the number of trained parameters."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for index, row in enumerate(rows):
         xs = [row["trainable"]] * len(row["test"])

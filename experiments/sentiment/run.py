@@ -1,9 +1,9 @@
-"""Frozen probe, LoRA and full fine-tuning of a sentence encoder, compared fairly.
+"""Linear probe, LoRA and full fine-tuning of a sentence encoder, tuned alike.
 
-Runs every configuration of the plan that ``results/runs.jsonl`` lacks (a few minutes
-each on 2 cores), then makes the table and the plot from that file. Each method tries
-the same number of settings with seed 0; the lowest validation loss chooses, and three
-seeds of the chosen ones are compared on the test sentences.
+Runs every configuration missing from ``results/runs.jsonl`` (a few minutes each on 2
+cores), then makes the table and the plot from that file. Each method tries the same
+number of settings with seed 0; the one with the lowest validation loss is compared on
+the test sentences with three seeds.
 
     python -m experiments.sentiment.run            # everything that is missing
     python -m experiments.sentiment.run --report   # table and plot only
@@ -73,11 +73,11 @@ TRIES = {  # values of SETTING
         (None, None, 3e-4, 32, None, 0.0),
         (None, None, 2e-4, 64, None, 0.0),
         (None, None, 2e-4, 32, None, 0.1),
-        (None, None, 3e-4, 64, None, 0.0),  # for LoRA's try that was superseded
+        (None, None, 3e-4, 64, None, 0.0),  # matches LoRA's superseded try
     ),
 }
 PROBE, LORA, FULL = ({"method": name} for name in ("probe", "lora", "full"))
-SWEEP = (  # what differs from LoRA's chosen setting
+SWEEP = (  # differences from LoRA's selected setting
     {"rank": 1},
     {"rank": 8},
     {"rank": 16},
@@ -115,7 +115,7 @@ class Task:
 
 
 def run_probe(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
-    """Fits a linear head on the frozen sentence vectors."""
+    """Fits a linear head on the frozen base's sentence vectors."""
     headless = task.loaded.module.clone(num_labels=None)
     params = {k: v for k, v in task.loaded.params.items() if k != HEAD}
     pool = jax.jit(lambda ids, mask: headless.apply({"params": params}, ids, mask))
@@ -200,7 +200,7 @@ def run_training(task: Task, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_plan(task: Task) -> None:
-    """Runs what is missing: tuning first, then the seeds at the settings it chose."""
+    """Runs what is missing: tuning first, then the seeds at the selected settings."""
 
     def done(spec):
         if of(read_runs(), spec):
@@ -222,9 +222,9 @@ def run_plan(task: Task) -> None:
 
 
 def read_runs() -> list[dict[str, Any]]:
-    """Returns the recorded runs, without those superseded by a change of the library.
+    """Returns the recorded runs, without those superseded by changes in the library.
 
-    The first ones recorded no dropout rate: it was 0.
+    Early runs have no recorded dropout rate: it was 0.
     """
     path = RESULTS / "runs.jsonl"
     lines = path.open() if path.exists() else ()
@@ -239,7 +239,7 @@ def settings_of(base: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def chosen_setting(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tried setting of the lowest validation loss at the first seed."""
+    """Returns the setting with the lowest validation loss at the first seed."""
 
     def loss(setting):
         (run,) = of(runs, {**base, **setting, "seed": SEEDS[0]})
@@ -249,7 +249,7 @@ def chosen_setting(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what three seeds compare: each method as chosen, and LoRA's sweep."""
+    """Returns the specs compared over seeds: selected settings, and LoRA's sweep."""
     main = {**LORA, **chosen_setting(runs, LORA)}
     sweep = [{**main, **change} for change in SWEEP]
     full = {**FULL, **chosen_setting(runs, FULL)}
@@ -257,13 +257,13 @@ def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of(runs: list[dict[str, Any]], spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the runs of a specification, in the order of their seeds."""
+    """Returns the runs of a spec, ordered by seed."""
     found = [r for r in runs if all(r.get(k) == v for k, v in spec.items())]
     return sorted(found, key=lambda run: run.get("seed", 0))
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row a method: test accuracy over seeds at its chosen setting."""
+    """Returns one row per method: test accuracy over seeds at its selected setting."""
     rows = []
     for spec in (PROBE, *compared(runs)):
         if found := of(runs, spec):
@@ -274,7 +274,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def label(spec: dict[str, Any]) -> str:
-    """Returns what a method is called in the tables and the plot."""
+    """Returns the name of a method in the tables and the plot."""
     if spec["method"] == "probe":
         return "frozen base, linear head"
     if spec["method"] == "full":
@@ -308,7 +308,7 @@ def to_markdown(rows: list[dict[str, Any]], total: int) -> str:
 
 
 def tuning_table(runs: list[dict[str, Any]]) -> str:
-    """Returns the README's table of what the tuning saw; the chosen ones are bold."""
+    """Returns the README's table of the tuning runs, with selected settings bold."""
     lines = [
         "| method | learning rate | batch | alpha / r | dropout | validation loss | "
         "validation accuracy, % |",
@@ -340,7 +340,7 @@ def report() -> None:
     ]
     if missing:
         raise SystemExit(
-            f"{len(missing)} tuning runs are missing, so nothing is chosen yet; run "
+            f"{len(missing)} tuning runs are missing, so no setting is selected; run "
             "without --report:\n" + "\n".join(map(json.dumps, missing))
         )
     rows = summarise(runs)
@@ -364,7 +364,7 @@ def report() -> None:
 
 
 def check_main_config(chosen: dict[str, Any]) -> None:
-    """Raises unless the main job's config is LoRA's chosen setting."""
+    """Raises unless config.yaml has LoRA's selected setting."""
     settings = yaml.safe_load((HERE / "config.yaml").read_text())
     lora, train = settings["lora"], settings["train"]
     ours = {

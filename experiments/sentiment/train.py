@@ -1,11 +1,11 @@
-"""The main job: says whether a sentence from a film review is positive or negative.
+"""Sentiment classification: is a sentence from a film review positive or negative?
 
     python -m experiments.sentiment.train
     python -m experiments.sentiment.train lora.rank=4 output.dir=runs/rank-4
 
-Fetches all-MiniLM-L6-v2 and VADER's sentences into the cache, writes the three splits
-there as JSONL files, and hands both to ``lora-jax train`` with the `config.yaml` beside
-this file. Settings and options of that command may follow.
+Downloads all-MiniLM-L6-v2 and VADER's sentences to the cache, writes the three splits
+there as JSONL files, and runs ``lora-jax train`` on them with the `config.yaml` beside
+this file. Further settings and options of that command may follow.
 """
 
 import json
@@ -23,13 +23,13 @@ CONFIG = Path(__file__).with_name("config.yaml")
 
 
 def arguments(more: Sequence[str] = ()) -> list[str]:
-    """Fetches the model and the data.
+    """Downloads the model and the data.
 
     Args:
-      more: settings and options that follow.
+      more: further settings and options.
 
     Returns:
-      The command line of ``lora-jax`` that trains on them.
+      The arguments for ``lora-jax`` to train on them.
     """
     paths = {"model.path": minilm()}
     for name, rows in load_vader("vader/movie", seed=0)._asdict().items():
@@ -41,7 +41,7 @@ def arguments(more: Sequence[str] = ()) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that other processes see all of it or nothing."""
+    """Writes a file atomically."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False
     ) as file:

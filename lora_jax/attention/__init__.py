@@ -1,1 +1,1 @@
-"""Attention kernels: masked, causal and blockwise; LoRA has no part in them."""
+"""Attention kernels: masked, causal and blockwise. Independent of LoRA."""

@@ -1,12 +1,11 @@
-"""Self-attention in blocks, forward and backward, that keeps no scores.
+"""Blockwise self-attention, forward and backward, that never stores the scores.
 
-The forward pass takes the queries a block at a time, each against the keys that it may
-see (if causal, those up to its own end). Kept for the backward pass are its operands,
-its result and one number a query, ``log Σ exp(score)``. The backward pass takes the
-keys a block at a time, each against the queries that may see it, and makes their
-probabilities again, from ``K Qᵀ``: the compiler can't take that for the forward pass's
-``Q Kᵀ``, and so keeps neither. On a CPU long rows do both in a loop, a few heads at a
-time.
+The forward pass processes the queries block by block, each against the keys visible to
+it (if causal, those up to the block's end). The residuals are the operands, the result
+and one number per query, ``log Σ exp(score)``. The backward pass processes the keys
+block by block, each against the queries that see it, and recomputes the probabilities
+from ``K Qᵀ``: the compiler can't recognise the forward pass's ``Q Kᵀ`` in it, so it
+stores neither. On a CPU both passes loop over a few heads at a time for long rows.
 
 References:
   Dao et al., https://arxiv.org/abs/2205.14135, algorithms 1 and 4.
@@ -24,19 +23,19 @@ from lora_jax.names import ATTENDED
 from lora_jax.parallel.activation_sharding import target_platform
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16
-CACHE_BYTES = 2**19  # of scores at once, on a CPU
+CACHE_BYTES = 2**19  # size of the scores computed at once on a CPU
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Options(NamedTuple):
-    """What is static of an attention.
+    """Static attention options.
 
     Attributes:
-      scale: of the scores.
-      is_causal: whether a query sees no later keys.
-      softcap: bound of the scores, or None.
-      window: keys that a query sees, itself included, or None; causal only.
-      size: tokens of a block.
+      scale: factor of the scores.
+      is_causal: whether later keys are masked.
+      size: block size in tokens.
+      softcap: bound on the scores, or None.
+      window: number of keys a query sees, including its own, or None; causal only.
     """
 
     scale: float
@@ -46,27 +45,27 @@ class Options(NamedTuple):
     window: int | None = None
 
     def blocks(self, t: int) -> list[tuple[int, int]]:
-        """Returns the first token of each block and the one after its last."""
+        """Returns the start and end of each block."""
         return [(i, min(i + self.size, t)) for i in range(0, t, self.size)]
 
     def keys_of(self, start: int, stop: int, t: int) -> tuple[int, int]:
-        """Returns the range of keys that queries ``start ... stop - 1`` may see."""
+        """Returns the range of keys visible to queries ``start ... stop - 1``."""
         first = 0 if self.window is None else max(0, start - self.window + 1)
         return first, stop if self.is_causal else t
 
     def queries_of(self, start: int, stop: int, t: int) -> tuple[int, int]:
-        """Returns the range of queries that may see keys ``start ... stop - 1``."""
+        """Returns the range of queries that see keys ``start ... stop - 1``."""
         last = t if self.window is None else min(t, stop - 1 + self.window)
         return start if self.is_causal else 0, last
 
 
 class MaskInputs(NamedTuple):
-    """What is traced of the mask.
+    """The arrays that define the attention mask.
 
     Attributes:
-      window: as in `Options`, an array, or None.
-      segment_ids: ``[b, t]`` example of each token, or None.
-      keys: ``[b, t]``, False for keys that no query sees (padding), or None.
+      window: as in `Options` but traced, or None.
+      segment_ids: ``[b, t]``, the example each token belongs to, or None.
+      keys: ``[b, t]``, False for padding keys, or None.
     """
 
     window: Int[Array, ""] | None = None
@@ -75,7 +74,7 @@ class MaskInputs(NamedTuple):
 
 
 def block_size(t: int) -> int:
-    """Returns how many tokens to take at once: few blocks, small enough for a cache."""
+    """Returns the block size in tokens: few blocks, each small enough for the cache."""
     return max(MIN_BLOCK, -(-t // MAX_BLOCKS))
 
 
@@ -84,18 +83,19 @@ def blockwise_attention(
     key: Float[Array, "b t k h"],
     value: Float[Array, "b t k h"],
     options: Options,
-    seen: MaskInputs,
+    mask_inputs: MaskInputs,
 ) -> Float[Array, "b t n h"]:
-    """Computes ``softmax(cap(scale * query keyᵀ)) value`` over the keys that are seen.
+    """Computes ``softmax(cap(scale * query keyᵀ)) value`` over the visible keys.
 
-    The softmax is in float32. A query that sees no key gets the mean of those in reach.
+    The softmax is in float32. A query whose keys are all masked gets the mean over the
+    keys in its causal range.
 
     Args:
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``.
       value: ``[b, t, k, h]``.
-      options: what is static.
-      seen: what is traced.
+      options: the static options.
+      mask_inputs: the mask.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -103,23 +103,23 @@ def blockwise_attention(
     b, t, n, h = query.shape
     k = key.shape[2]
     rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(b, k, t * (n // k), h)  # the group of a key head side by side
+    rows = rows.reshape(b, k, t * (n // k), h)  # query heads of one key head adjacent
     operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2))
-    parts = _parts(options, b * k, options.size * (n // k), t)
-    if parts > 1:
-        out: Any = _in_turn(options, operands, seen, parts)
+    chunks = _num_chunks(options, b * k, options.size * (n // k), t)
+    if chunks > 1:
+        out: Any = _attend_in_chunks(options, operands, mask_inputs, chunks)
     else:
-        out = _attend(options, *operands, seen)
+        out = _attend(options, *operands, mask_inputs)
     out = out.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4)
     return out.reshape(query.shape)
 
 
-def _parts(options: Options, heads: int, queries: int, keys: int) -> int:
-    """Returns into how many parts to cut the key heads of all rows.
+def _num_chunks(options: Options, heads: int, queries: int, keys: int) -> int:
+    """Returns the number of chunks to split the key heads of all rows into.
 
-    On a CPU scores of one part after the other stay in its cache, and take less memory.
-    Not on several devices, where a loop would move what lies on them all; nor for rows
-    of one block, where there is too little to gain.
+    On a CPU the scores of one chunk fit in the cache, which also saves memory. Not
+    chunked on several devices, where the loop would move sharded data, nor for rows of
+    a single block, where there is little to gain.
     """
     if keys <= MIN_BLOCK or target_platform() != "cpu" or jax.device_count() > 1:
         return 1
@@ -129,30 +129,32 @@ def _parts(options: Options, heads: int, queries: int, keys: int) -> int:
     )
 
 
-def _in_turn(options: Options, operands, seen: MaskInputs, parts: int) -> Array:
-    """`_attend`, a part of the key heads of all rows after the other."""
+def _attend_in_chunks(
+    options: Options, operands, mask_inputs: MaskInputs, chunks: int
+) -> Array:
+    """Runs `_attend` on one chunk of the key heads at a time."""
     b, k = operands[0].shape[:2]
 
     def cut(x: Array) -> Array:
-        return x.reshape(parts, b * k // parts, 1, *x.shape[2:])
+        return x.reshape(chunks, b * k // chunks, 1, *x.shape[2:])
 
-    def of_heads(x: Array) -> Array:  # [b, t]
-        return jnp.repeat(x, k, axis=0).reshape(parts, -1, x.shape[1])
+    def for_heads(x: Array) -> Array:  # [b, t]
+        return jnp.repeat(x, k, axis=0).reshape(chunks, -1, x.shape[1])
 
-    by_row = jax.tree.map(of_heads, seen._replace(window=None))
+    by_row = jax.tree.map(for_heads, mask_inputs._replace(window=None))
     return jax.lax.map(
-        lambda xs: _attend(options, *xs[0], xs[1]._replace(window=seen.window)),
+        lambda xs: _attend(options, *xs[0], xs[1]._replace(window=mask_inputs.window)),
         (tuple(map(cut, operands)), by_row),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, query, key, value, seen: MaskInputs) -> Array:
+def _attend(options: Options, query, key, value, mask_inputs: MaskInputs) -> Array:
     """``query [b, k, t g, h]``, ``key, value [b, k, t, h]``."""
-    return _forward(options, query, key, value, seen)[0]
+    return _forward(options, query, key, value, mask_inputs)[0]
 
 
-def _forward(options: Options, query, key, value, seen: MaskInputs):
+def _forward(options: Options, query, key, value, mask_inputs: MaskInputs):
     t = key.shape[2]
     g = query.shape[2] // t
     outs, totals = [], []
@@ -161,7 +163,7 @@ def _forward(options: Options, query, key, value, seen: MaskInputs):
         q = query[:, :, start * g : stop * g]
         k, v = (x[:, :, slice(*reach)] for x in (key, value))
         scores = _scores("bkth,bksh->bkts", q, k, options)
-        mask = _mask((start, stop), reach, options, seen)  # [b or 1, t, s]
+        mask = _mask((start, stop), reach, options, mask_inputs)  # [b or 1, t, s]
         if mask is not None:
             scores = jnp.where(_for_group(mask, g)[:, None], scores, _LOWEST)
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -171,14 +173,14 @@ def _forward(options: Options, query, key, value, seen: MaskInputs):
         outs.append((mixed / total).astype(q.dtype))
         totals.append((top + jnp.log(total))[..., 0])
     out, total = (
-        checkpoint_name(jnp.concatenate(parts, axis=2), ATTENDED)
-        for parts in (outs, totals)
+        checkpoint_name(jnp.concatenate(blocks, axis=2), ATTENDED)
+        for blocks in (outs, totals)
     )
-    return out, (query, key, value, seen, out, total)
+    return out, (query, key, value, mask_inputs, out, total)
 
 
 def _backward(options: Options, residuals, d_out):
-    query, key, value, seen, out, total = residuals
+    query, key, value, mask_inputs, out, total = residuals
     t = key.shape[2]
     g = query.shape[2] // t
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -191,7 +193,7 @@ def _backward(options: Options, residuals, d_out):
         k, v = key[:, :, start:stop], value[:, :, start:stop]
         scores = _scores("bksh,bkth->bkst", k, q, options)
         log_p = scores - total[:, :, None, rows]
-        mask = _mask(reach, (start, stop), options, seen)
+        mask = _mask(reach, (start, stop), options, mask_inputs)
         if mask is not None:
             mask = _for_group(mask, g).swapaxes(1, 2)[:, None]  # [b, 1, s, t g]
             log_p = jnp.where(mask, log_p, -jnp.inf)
@@ -217,7 +219,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(equation: str, x: Array, y: Array, options: Options) -> Array:
-    """The scaled and bounded scores, in float32."""
+    """Returns the scaled and capped scores, in float32."""
     scores = _dot(equation, x, y) * options.scale
     cap = options.softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
@@ -228,23 +230,26 @@ def _dot(equation: str, x: Array, y: Array) -> Array:
 
 
 def _mask(
-    queries: tuple[int, int], keys: tuple[int, int], options: Options, seen: MaskInputs
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    options: Options,
+    mask_inputs: MaskInputs,
 ) -> Array | None:
-    """Which keys these queries may see: boolean ``[b or 1, t or 1, s]``; None: all."""
+    """Returns the mask ``[b or 1, t or 1, s]``, True = visible, or None if all are."""
     masks = []
     if options.is_causal:
         distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)
         masks.append((distance >= 0)[None])
-        windows = [w for w in (options.window, seen.window) if w is not None]
+        windows = [w for w in (options.window, mask_inputs.window) if w is not None]
         masks += [(distance < window)[None] for window in windows]
-    if seen.segment_ids is not None:
-        of_queries = seen.segment_ids[:, slice(*queries), None]
-        masks.append(of_queries == seen.segment_ids[:, None, slice(*keys)])
-    if seen.keys is not None:
-        masks.append(seen.keys[:, None, slice(*keys)])
+    if mask_inputs.segment_ids is not None:
+        of_queries = mask_inputs.segment_ids[:, slice(*queries), None]
+        masks.append(of_queries == mask_inputs.segment_ids[:, None, slice(*keys)])
+    if mask_inputs.keys is not None:
+        masks.append(mask_inputs.keys[:, None, slice(*keys)])
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def _for_group(mask: Array, g: int) -> Array:
-    """Repeats the rows of a mask for the queries that share a key head."""
+    """Repeats the rows of a mask for the query heads that share a key head."""
     return mask if mask.shape[1] == 1 else jnp.repeat(mask, g, axis=1)

@@ -1,7 +1,7 @@
-"""The attention of decoders and encoders: causal, from a cache, bidirectional.
+"""Attention for decoders and encoders: causal, with a KV cache, bidirectional.
 
-Half of a causal score matrix is masked away. In blocks
-(`lora_jax.attention.blockwise`) that half is never computed.
+The masked half of a causal score matrix is skipped by working in blocks
+(`lora_jax.attention.blockwise`).
 """
 
 import jax
@@ -32,7 +32,7 @@ def causal_attention(
     windows: tuple[int, ...] = (),
     segment_ids: Int[Array, "b t"] | None = None,
 ) -> Queries:
-    """Attends from each token to itself and to earlier tokens of its segment.
+    """Attends from each token to itself and to earlier tokens in its segment.
 
     Computes ``softmax(cap(scale * query keyᵀ)) value`` over keys ``s <= t`` with
     ``t - s < window`` and equal segments, where ``cap(z) = c tanh(z / c)``; the softmax
@@ -42,13 +42,13 @@ def causal_attention(
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``, where ``k`` divides ``n``.
       value: ``[b, t, k, h]``.
-      scale: of the scores; ``1 / √h`` if None.
-      softcap: ``c``, bound of the scores; None for no bound.
-      window: keys that a query sees, itself included; None for all. A traced integer
-        masks the rest instead of leaving it out.
-      windows: the values that a traced window may have. With them a TPU's kernels, one
-        a value, leave the rest out; others don't need them.
-      segment_ids: ``[b, t]`` example of each token in a packed row.
+      scale: factor of the scores; ``1 / √h`` if None.
+      softcap: ``c``, bound on the scores; None for no bound.
+      window: number of keys a query sees, including its own; None for all. With a
+        traced integer the other keys are masked instead of skipped.
+      windows: the possible values of a traced window. TPUs then compile one kernel per
+        value, which skips the other keys; other platforms ignore it.
+      segment_ids: ``[b, t]``, the example each token of a packed row belongs to.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -61,6 +61,7 @@ def causal_attention(
     factor: float = h**-0.5 if scale is None else scale
     is_traced = isinstance(window, jax.Array)
     if (windows or not is_traced) and can_splash(query, key):
+        index = jnp.argmax(jnp.asarray(windows) == window) if is_traced else None
         return splash_attention(
             query,
             key,
@@ -68,10 +69,10 @@ def causal_attention(
             scale=factor,
             softcap=softcap,
             windows=windows if is_traced else (window,),
-            chosen=jnp.argmax(jnp.asarray(windows) == window) if is_traced else None,
+            window_index=index,
             segment_ids=segment_ids,
         )
-    same = None if segment_ids is None else _same(segment_ids, segment_ids)
+    same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
     is_fused = choose_implementation(query, key, mask=same) == "cudnn"
     if is_fused and softcap is None and not is_traced:
         reach = None if window is None or window >= t else (window - 1, 0)
@@ -87,12 +88,12 @@ def causal_attention(
         )
 
     options = Options(factor, is_causal=True, size=block_size(t), softcap=softcap)
-    seen = MaskInputs(segment_ids=segment_ids)
+    mask_inputs = MaskInputs(segment_ids=segment_ids)
     if isinstance(window, int):
         options = options._replace(window=window)
     elif window is not None:
-        seen = seen._replace(window=window)
-    return blockwise_attention(query, key, value, options, seen)
+        mask_inputs = mask_inputs._replace(window=window)
+    return blockwise_attention(query, key, value, options, mask_inputs)
 
 
 def bidirectional_attention(
@@ -101,7 +102,7 @@ def bidirectional_attention(
     value: Float[Array, "b t k h"],
     mask: Bool[Array, "b t"] | None = None,
 ) -> Queries:
-    """Attends from each token to all real tokens of its row.
+    """Attends from each token to all non-padding tokens of its row.
 
     Computes ``softmax(query keyᵀ / √h) value``; the softmax is in float32.
 
@@ -109,7 +110,7 @@ def bidirectional_attention(
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``, where ``k`` divides ``n``.
       value: ``[b, t, k, h]``.
-      mask: ``[b, t]``, True for real tokens, or None if all are.
+      mask: ``[b, t]``, False for padding, or None if there is none.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -132,13 +133,13 @@ def cached_attention(
     softcap: float | None = None,
     window: int | Int[Array, ""] | None = None,
 ) -> Queries:
-    """Attends to a cache: each query to the slots up to its own.
+    """Attends to a KV cache: each query to the slots up to its own.
 
     Args:
       query: ``[b, t, n, h]``, few tokens.
-      key: the cache ``[b, s, k, h]``; what lies in later slots is not looked at.
-      value: the cache ``[b, s, k, h]``.
-      slots: ``[b, t]`` slot of each query.
+      key: cached keys ``[b, s, k, h]``; later slots are masked.
+      value: cached values ``[b, s, k, h]``.
+      slots: ``[b, t]``, the cache slot of each query.
       scale: as in `causal_attention`.
       softcap: as in `causal_attention`.
       window: as in `causal_attention`.
@@ -147,7 +148,7 @@ def cached_attention(
       ``[b, t, n, h]``, in the dtype of ``query``.
     """
     factor: float = query.shape[3] ** -0.5 if scale is None else scale
-    mask = _visible(slots, jnp.arange(key.shape[1]), window)
+    mask = _causal_mask(slots, jnp.arange(key.shape[1]), window)
     return attend(query, key, value, mask, factor, softcap)
 
 
@@ -159,7 +160,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> Queries:
-    """Attention of a block, masked: ``mask`` is ``[b or 1, 1, t, s]``, True = seen."""
+    """Computes masked attention; ``mask`` is ``[b or 1, 1, t, s]``, True = visible."""
     b, t, n, h = query.shape
     k = key.shape[2]
     grouped = query.reshape(b, t, k, n // k, h)
@@ -174,12 +175,12 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
-def _visible(queries: Array, keys: Array, window) -> Array:
-    """Which keys ``[s]`` the queries ``[b, t]`` may see: boolean ``[b, 1, t, s]``."""
+def _causal_mask(queries: Array, keys: Array, window) -> Array:
+    """Returns the causal mask ``[b, 1, t, s]`` for positions ``[b, t]`` and ``[s]``."""
     distance = queries[:, None, :, None] - keys
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
 
 
-def _same(queries: Array, keys: Array) -> Array:
+def _same_segment(queries: Array, keys: Array) -> Array:
     return queries[:, None, :, None] == keys[:, None, None, :]

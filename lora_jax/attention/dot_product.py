@@ -1,4 +1,4 @@
-"""Dot-product attention: which kernel runs it, and what its arrays must look like."""
+"""Dot-product attention: kernel selection and input validation."""
 
 import math
 from typing import Any, Literal
@@ -27,8 +27,8 @@ def attention(
     """Computes ``softmax(query keyᵀ / √h + bias) value`` for each head.
 
     `jax.nn.dot_product_attention` with any number of batch dimensions. Query head ``j``
-    attends to key head ``j // (n / k)``. The softmax is in float32. A query that may
-    attend to nothing gets the mean of all values.
+    attends to key head ``j // (n / k)``. The softmax is in float32. A query whose keys
+    are all masked gets the mean of all values.
 
     Args:
       query: ``[*b, t, n, h]``.
@@ -44,7 +44,7 @@ def attention(
       ``[*b, t, n, h]``, in the dtype of ``query``.
 
     Raises:
-      ValueError: naming every array that does not fit, or an unknown implementation.
+      ValueError: listing every array of the wrong shape, or an unknown implementation.
       TypeError: if an array is not floating.
 
     References:
@@ -62,11 +62,11 @@ def attention(
         query, key, bias=bias, mask=mask
     )
 
-    def flat(array):  # one batch dimension, which may stay 1
+    def flat(array):  # flattens batch dimensions, keeping 1 if broadcast
         if array is None:
             return None
         last = array.shape[-3:]
-        if implementation == "cudnn":  # takes no broadcast axes of time
+        if implementation == "cudnn":  # can't broadcast over t and s
             last = (last[0], t, s)
         lead = (1,) * len(batch) if set(array.shape[:-3]) <= {1} else batch
         return jnp.broadcast_to(array, (*lead, *last)).reshape(math.prod(lead), *last)
@@ -90,17 +90,17 @@ def choose_implementation(
     bias: AnyFloat | None = None,
     mask: jax.Array | None = None,
 ) -> Literal["xla", "cudnn"]:
-    """Returns the attention kernel for the default platform and these arrays.
+    """Returns the attention implementation for the target platform and these arrays.
 
-    cuDNN's fused kernel where it can take them: an NVIDIA GPU from Ampere on, bfloat16
-    or float16, heads of a multiple of 8 up to 128 (256 from Hopper on), no bias, and
-    with a mask even lengths. XLA's otherwise, and on every CPU and TPU.
+    cuDNN's fused kernel if it supports them: an NVIDIA GPU (Ampere or later), bfloat16
+    or float16, a head dimension that is a multiple of 8 up to 128 (256 on Hopper or
+    later), no bias, and even lengths if there is a mask. Otherwise XLA.
 
     Args:
       query: ``[*b, t, n, h]``.
       key: ``[*b, s, k, h]``.
-      bias: of the logits, or None.
-      mask: of the logits, or None.
+      bias: attention bias, or None.
+      mask: attention mask, or None.
 
     Returns:
       ``"cudnn"`` or ``"xla"``.
@@ -116,7 +116,7 @@ def choose_implementation(
 
 
 def _widest_fused_head() -> int:
-    """Returns up to which head size cuDNN's fused kernel goes here; 0 if it is none."""
+    """Returns cuDNN's largest supported head dimension; 0 if cuDNN is unavailable."""
     if target_platform() != "gpu" or jax.default_backend() != "gpu":
         return 0
     device = jax.devices()[0]
@@ -127,15 +127,15 @@ def _widest_fused_head() -> int:
 
 
 def is_fused_attention(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """A rematerialisation policy: keeps what cuDNN's fused attention gives.
+    """A rematerialisation policy that saves the output of cuDNN's fused attention.
 
-    Its kernel names nothing for `jax.checkpoint_policies`, as others' here do.
+    Unlike the other attention kernels, it has no checkpoint name.
 
     Args:
-      primitive: that may be kept.
+      primitive: the primitive whose output may be saved.
 
     Returns:
-      Whether it is that kernel's forward pass.
+      Whether it is the kernel's forward pass.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 
@@ -149,7 +149,7 @@ def check_attention(
     mask: jax.Array | None = None,
     is_causal: bool = False,
 ) -> None:
-    """Raises unless the arrays of `attention` fit each other.
+    """Raises unless the arguments of `attention` have compatible shapes.
 
     Args:
       query: ``[*b, t, n, h]``.
@@ -157,10 +157,10 @@ def check_attention(
       value: ``[*b, s, k, h]``.
       bias: broadcastable to ``[*b, n, t, s]``, or None.
       mask: broadcastable to ``[*b, n, t, s]``, or None.
-      is_causal: whether the mask is causal besides.
+      is_causal: whether a causal mask applies too.
 
     Raises:
-      ValueError: naming every array that does not fit.
+      ValueError: listing every array of the wrong shape.
       TypeError: if an array is not floating.
     """
     check_floating(query=query, key=key, value=value, bias=bias)
@@ -181,7 +181,8 @@ def check_attention(
         faults.append(f"the {k} key and value heads must divide the {n} query heads.")
     if is_causal and t != s:
         faults.append(
-            f"is_causal needs as many queries as keys; got {t} and {s}. Pass a mask."
+            f"is_causal requires equal query and key lengths; got {t} and {s}. Pass a "
+            "mask instead."
         )
     logits = (*batch, n, t, s)
     for name, array in (("bias", bias), ("mask", mask)):

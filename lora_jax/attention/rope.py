@@ -1,15 +1,15 @@
-"""Rotary position embedding: a query and a key turned by angles of their positions.
+"""Rotary position embedding (RoPE).
 
 Dimension ``j`` of the first half of a head is paired with ``j`` of the second half
-("rotate-half", as Hugging Face stores Llama). A base whose pairs are neighbours
-(GGUF) has its query and key kernels permuted when it is loaded.
+("rotate-half", as in Hugging Face's Llama). Checkpoints with interleaved pairs (GGUF)
+have their query and key kernels permuted on loading.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Angles = Float[Array, "#b t c"]  # 1 row serves all
+Angles = Float[Array, "#b t c"]
 
 
 def rope_angles(
@@ -18,8 +18,8 @@ def rope_angles(
     """Computes ``position * frequency`` in float32.
 
     Args:
-      positions: of the tokens in their sequence, ``[b, t]``.
-      frequencies: radians a token of each of the ``c`` pairs of dimensions.
+      positions: positions of the tokens in their sequence, ``[b, t]``.
+      frequencies: radians per token for each of the ``c`` pairs of dimensions.
 
     Returns:
       Angles ``[b, t, c]`` float32.
@@ -34,7 +34,7 @@ def apply_rope(x: Float[Array, "b t n h"], cos: Angles, sin: Angles) -> Array:
     """Rotates the pairs ``(x_j, x_{j+c})`` of every head by their angles.
 
     Computes ``x_j cos - x_{j+c} sin`` and ``x_{j+c} cos + x_j sin`` in float32, for
-    ``j < c``; dimensions from ``2c`` on pass unchanged (partial rotation).
+    ``j < c``; dimensions from ``2c`` on are unchanged (partial rotation).
 
     Args:
       x: queries or keys ``[b, t, n, h]``.
@@ -56,7 +56,7 @@ def apply_rope(x: Float[Array, "b t n h"], cos: Angles, sin: Angles) -> Array:
     c, h = cos.shape[-1], x.shape[-1]
     if 2 * c > h:
         raise ValueError(
-            f"rope needs at most h / 2 = {h // 2} angles for heads of {h} dimensions; "
+            f"RoPE takes at most h / 2 = {h // 2} angles for heads of {h} dimensions; "
             f"got {c}."
         )
     return _rotate(x, cos[:, :, None], sin[:, :, None])
@@ -70,7 +70,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
         half.astype(jnp.float32) for half in (x[..., :c], x[..., c : 2 * c])
     )
     rotated = (first * cos - second * sin, second * cos + first * sin)
-    # Joined as they lie in memory: a loop that computes and joins at once is slow.
+    # The barrier keeps XLA from fusing the concatenation into one slow loop.
     parts = jax.lax.optimization_barrier([y.astype(x.dtype) for y in rotated])
     return jnp.concatenate([*parts, x[..., 2 * c :]], axis=-1)
 

@@ -1,8 +1,8 @@
-"""Causal attention on TPU: JAX's own kernel, which keeps no scores at all.
+"""Causal attention on TPU with JAX's splash attention kernel.
 
-`jax.experimental.pallas.ops.tpu.splash_attention` computes blocks of the scores in the
-chip's fast memory and leaves out those that the mask hides. A kernel isn't spread over
-devices by the compiler, so on a mesh each device is handed its rows and heads.
+`jax.experimental.pallas.ops.tpu.splash_attention` computes the scores block by block in
+on-chip memory and skips masked blocks. The compiler can't partition a Pallas kernel, so
+on a mesh it runs under `jax.shard_map`, split by rows and heads.
 """
 
 import functools
@@ -17,18 +17,18 @@ from jaxtyping import Array, Float, Int
 from lora_jax.names import ATTENDED, BATCH_AXES, TENSOR
 from lora_jax.parallel.activation_sharding import (
     current_mesh,
-    row_parts,
+    num_row_shards,
     target_platform,
 )
 
-LANES = 128  # tokens go in blocks of a multiple of these
-BLOCKS = (512, 256, 128)  # tokens of a block, the first that divides a row
+LANES = 128  # block sizes are multiples of this
+BLOCKS = (512, 256, 128)  # block sizes in tokens; the first that divides a row is used
 
 
 def can_splash(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool:
-    """Whether the kernel can take these arrays where they will be.
+    """Returns whether the splash kernel supports these arrays on the target devices.
 
-    On a TPU, in rows of at least a block; and where there are several, on a mesh that
+    It needs a TPU and rows of at least one block; with several devices also a mesh that
     divides the rows and the heads.
 
     Args:
@@ -36,14 +36,17 @@ def can_splash(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> 
       key: ``[b, s, k, h]``.
 
     Returns:
-      Whether it can.
+      True if the kernel can be used.
     """
     if target_platform() != "tpu" or query.shape[1] < LANES:
         return False
     mesh = current_mesh()
     if mesh is None:
         return jax.device_count() == 1
-    return query.shape[0] % row_parts() == 0 and key.shape[2] % mesh.shape[TENSOR] == 0
+    return (
+        query.shape[0] % num_row_shards() == 0
+        and key.shape[2] % mesh.shape[TENSOR] == 0
+    )
 
 
 def splash_attention(
@@ -54,7 +57,7 @@ def splash_attention(
     scale: float,
     softcap: float | None = None,
     windows: tuple[int | None, ...] = (None,),
-    chosen: Int[Array, ""] | None = None,
+    window_index: Int[Array, ""] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     is_interpreted: bool = False,
 ) -> Float[Array, "b t n h"]:
@@ -64,12 +67,12 @@ def splash_attention(
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``.
       value: ``[b, t, k, h]``.
-      scale: of the scores.
-      softcap: bound of the scores, or None.
-      windows: the windows that there are; each has a kernel of its own.
-      chosen: which of them counts, traced; may be None if there is one.
-      segment_ids: ``[b, t]`` example of each token, or None.
-      is_interpreted: whether the kernel runs as plain JAX, on any device.
+      scale: factor of the scores.
+      softcap: bound on the scores, or None.
+      windows: the possible window sizes; each compiles its own kernel.
+      window_index: traced index into ``windows``; may be None if there is only one.
+      segment_ids: ``[b, t]``, the example each token belongs to, or None.
+      is_interpreted: whether to interpret the kernel as plain JAX, on any device.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -79,10 +82,10 @@ def splash_attention(
         for window in windows
     ]
 
-    def attend(chosen, *arrays):
+    def attend(window_index, *arrays):
         if len(branches) == 1:
             return branches[0](*arrays)
-        return jax.lax.switch(chosen, branches, *arrays)
+        return jax.lax.switch(window_index, branches, *arrays)
 
     mesh = current_mesh()
     if mesh is not None and math.prod(mesh.shape.values()) > 1:
@@ -92,9 +95,9 @@ def splash_attention(
             attend,
             in_specs=(whole, heads, heads, heads, rows),
             out_specs=heads,
-            check_vma=False,  # of kernels JAX doesn't know it
+            check_vma=False,  # unsupported for Pallas kernels
         )
-    return attend(chosen, query, key, value, segment_ids)
+    return attend(window_index, query, key, value, segment_ids)
 
 
 def _attend(
@@ -108,10 +111,12 @@ def _attend(
     segment_ids: Array | None,
 ) -> Array:
     """Runs the kernel on one device's rows and heads."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow
+    from jax.experimental.pallas.ops.tpu import (  # slow to import
+        splash_attention as splash,
+    )
 
     t, n = query.shape[1:3]
-    rest = -t % LANES  # tokens at the end, that no other sees
+    rest = -t % LANES  # padding at the end, masked for all other tokens
     size = t + rest
     if window is None or window >= t:
         mask = splash.CausalMask((size, size))

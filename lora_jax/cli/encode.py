@@ -1,4 +1,4 @@
-"""`lora-jax encode`: a line of text, token ids or an image in, one of numbers out."""
+"""`lora-jax encode`: embeddings of lines of text, token ids or images."""
 
 import argparse
 from typing import Any
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       out: where to print.
 
     Returns:
-      How many lines, and of what width.
+      The number of lines and the width of the embeddings.
     """
     target = new_file(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=record_fault)

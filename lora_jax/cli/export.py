@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       out: where to print.
 
     Returns:
-      Where it lies, its format, and how many layers it adapts.
+      Its folder, format, and number of adapted layers.
     """
     target = new_folder(args.out)
     variables, config, source, extra = _read(find_adapter(args.adapter), args.model)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 def _read(
     folder: Path, model: str | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
-    """Reads an adapter: ours needs names alone, another tool's the model to fit to."""
+    """Reads an adapter; one from another tool needs the model to match names."""
     external = read_external(folder)
     base = base_of(folder, model, external)
     if external is None:

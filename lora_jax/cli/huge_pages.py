@@ -1,10 +1,10 @@
-"""Memory in pages of 2 MiB, for steps on a CPU.
+"""2 MiB memory pages, for faster steps on a CPU.
 
-XLA takes a program's temporaries from the system at each call, and gives them back
-after it. Linux then hands them out anew, zeroed, a page of 4 KiB at a time: 140,000 of
-them for a step of MiniLM on 16 rows of 128 tokens. Pages of 2 MiB are asked for by
-glibc's malloc, if told to when the process starts: hence a new start, which the step
-repays: it takes 0.82 of the time (``python -m benchmarks huge_pages``).
+XLA allocates a program's temporaries on each call and frees them afterwards, so Linux
+zeroes and maps them again each time in 4 KiB pages: 140,000 page faults for a step of
+MiniLM on 16 rows of 128 tokens. glibc's malloc can request 2 MiB pages, but only if
+configured at process start, hence the restart. It pays off: a step takes 0.82 of the
+time (``python -m benchmarks huge_pages``).
 
 References:
   https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html,
@@ -20,11 +20,11 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def ask() -> None:
-    """Starts this process anew, with huge pages, where that changes anything.
+    """Restarts this process with huge pages, if that has an effect.
 
-    To be called before anything is done. Nothing happens where the system gives huge
-    pages to all or to nobody, is no Linux, or ``GLIBC_TUNABLES`` has a word on them:
-    ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` is how to do without.
+    Call it first in the program. It does nothing if the system is not Linux, enables
+    huge pages always or never, or ``GLIBC_TUNABLES`` already configures them: opt out
+    with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0``.
     """
     told = os.environ.get(TUNABLES, "")
     if HUGETLB in told or not _is_for_who_asks() or not sys.executable:

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       out: where to print.
 
     Returns:
-      The file's name.
+      The file name.
 
     Raises:
       UserError: if the file exists.
@@ -28,10 +28,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             opened.write(config_template())
     except FileExistsError:
         raise UserError(
-            f"{file} exists already, and is left alone. Name another file."
+            f"{file} already exists; it was not changed. Name another file."
         ) from None
-    out.say(
-        f"{file} holds every setting. Next: put your model, data and run folder in,"
-    )
+    out.say(f"{file} has every setting. Next: fill in your model, data and run folder,")
     out.say(f"then `lora-jax plan {file}` and `lora-jax train {file}`.")
     return {"config": str(file)}

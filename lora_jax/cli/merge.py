@@ -1,4 +1,4 @@
-"""`lora-jax merge`: an adapter folded into its base, as a plain Hugging Face folder."""
+"""`lora-jax merge`: merges an adapter into its base, as a plain Hugging Face folder."""
 
 import argparse
 from typing import Any
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       out: where to print.
 
     Returns:
-      Where it lies, and the largest merge error of a layer.
+      The folder, and the largest merge error of any layer.
     """
     target = new_folder(args.out)
     loaded = load(args.model, args.adapter)

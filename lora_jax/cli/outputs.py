@@ -1,4 +1,4 @@
-"""Where commands write: new files and folders."""
+"""Checking and writing the output files and folders of commands."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from lora_jax.finetune.errors import UserError
 
 
 def new_file(out: str, data: str) -> Path:
-    """Returns the file to write; raises where it can't be written or is the data."""
+    """Returns the file to write; raises if it can't be written or is the data file."""
     target = Path(out)
     if not target.parent.is_dir():
-        raise UserError(f"--out {target}: there is no folder {target.parent}.")
+        raise UserError(f"--out {target}: the folder {target.parent} does not exist.")
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; it must be a file.")
     if target.exists() and Path(data).exists() and target.samefile(data):
@@ -22,7 +22,7 @@ def new_file(out: str, data: str) -> Path:
 
 
 def new_folder(out: str) -> Path:
-    """Returns the folder to write; raises if it holds more than a kill has left."""
+    """Returns the folder to write; raises unless it has only leftovers of a kill."""
     target = Path(out)
     is_free = target.is_dir() and all(is_leftover(p.name) for p in target.iterdir())
     if target.exists() and not is_free:

@@ -1,4 +1,4 @@
-"""The words of `lora-jax`: its commands and their options. Nothing heavy in here."""
+"""The command line parser of `lora-jax`, without slow imports."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 COMMANDS = {
     "init": "write a commented config.yaml, with every setting, to start from",
     "train": "fine-tune a model; writes a run folder",
-    "plan": "what would be trained and what a step costs, before anything is trained",
-    "eval": "metrics of a run's adapter on a data file",
-    "encode": "embeddings (and logits) for the lines of a file",
-    "generate": "text after a prompt, by a decoder",
-    "score": "log-probabilities of the tokens in the lines of a file, by a decoder",
-    "merge": "fold an adapter into its base; writes a plain Hugging Face folder",
+    "plan": "show what would be trained and the cost of a step, without training",
+    "eval": "evaluate a run's adapter on a data file",
+    "encode": "compute embeddings (and logits) for the lines of a file",
+    "generate": "continue a prompt with a decoder",
+    "score": "compute log-probabilities of the tokens of each line with a decoder",
+    "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
-    "inspect": "what is in an adapter or model folder",
+    "inspect": "show what is in an adapter or model folder",
 }
 
 
@@ -21,18 +21,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line.
 
     Args:
-      argv: the words after ``lora-jax``; those of the process by default.
+      argv: the arguments after ``lora-jax``; by default those of the process.
 
     Returns:
-      The arguments, with ``command`` and, where the command takes them, ``overrides``.
+      The arguments, with ``command`` and, if the command takes them, ``overrides``.
 
     Raises:
-      SystemExit: with code 2 on a fault and 0 on ``--help``.
+      SystemExit: with code 2 on an error and 0 on ``--help``.
     """
     parser, commands = _parser()
     args, rest = parser.parse_known_args(argv)
     command = commands[args.command]
-    # Overrides may stand after options too: `train c.yaml --resume train.epochs=2`.
+    # Overrides may also follow options: `train c.yaml --resume train.epochs=2`.
     is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
     if not all(is_override):
         command.error(f"unknown argument {rest[is_override.index(False)]!r}")
@@ -61,7 +61,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         command.add_argument(
             "--json",
             action="store_true",
-            help="one JSON document on stdout, nothing else",
+            help="print only one JSON document on stdout",
         )
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of an error"
@@ -97,36 +97,37 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 def _add_train(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument(
-        "--resume", action="store_true", help="go on from the run's last checkpoint"
+        "--resume", action="store_true", help="resume from the run's last checkpoint"
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="delete the run folder and start anew"
+        "--overwrite", action="store_true", help="delete the run folder and start over"
     )
     _add_processes(command)
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group(
-        "many processes", "start the same command once a process, on one host or many"
+        "multiple processes",
+        "run the same command in every process, on any number of hosts",
     )
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
     )
     group.add_argument("--processes", type=int, metavar="N", help="how many")
     group.add_argument(
-        "--process-id", type=int, metavar="I", help="which of them this is, from 0"
+        "--process-id", type=int, metavar="I", help="index of this process, from 0"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="ask SLURM, Kubernetes, Open MPI or the TPU pod for these three",
+        help="detect these three from SLURM, Kubernetes, Open MPI or the TPU pod",
     )
     group.add_argument(
         "--start-timeout",
         type=_count,
         default=300,
         metavar="SECONDS",
-        help="to wait for the others (default: 300)",
+        help="time to wait for the other processes (default: 300)",
     )
 
 
@@ -134,14 +135,14 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--topology",
         metavar="CHIP:SHAPE",
-        help="a TPU slice to compile a decoder's step for, v5e:4x4; needs config.json "
-        "alone, no weights, no data, no TPU",
+        help="a TPU slice to compile a decoder's step for, e.g. v5e:4x4; needs only "
+        "config.json: no weights, data or TPU",
     )
     command.add_argument(
         "--batch", type=_count, metavar="N", help="rows; default: train.batch_size"
     )
     command.add_argument(
-        "--tokens", type=_count, metavar="T", help="of a row; default: data.max_length"
+        "--tokens", type=_count, metavar="T", help="per row; default: data.max_length"
     )
     command.add_argument(
         "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
@@ -149,12 +150,12 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--largest-batch",
         action="store_true",
-        help="look for it too; a few more compilations",
+        help="also find it, with a few more compilations",
     )
     command.add_argument(
         "--smallest-slice",
         action="store_true",
-        help="look for it too, among slices of the same chip",
+        help="also find it, among slices of the same chip",
     )
 
 
@@ -167,13 +168,13 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         "--split",
         choices=("train", "validation", "test"),
         default="test",
-        help="split of the run's own data, without --data (default: test)",
+        help="without --data, the split of the run's own data (default: test)",
     )
     command.add_argument(
         "--base",
         action="store_true",
-        help="the frozen base without adapter; an encoder's with a linear head fitted "
-        "on the train split",
+        help="evaluate the frozen base without adapter; for an encoder, with a linear "
+        "head fitted on the train split",
     )
 
 
@@ -183,14 +184,14 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="JSONL: a line is {text}, {input_ids}, or for models of images {image} (a "
-        "path from the file's own folder) or {pixel_values}; the embedding is the mean "
-        "over unmasked tokens, of an image over all tokens, the class token's too",
+        help="JSONL with {text}, {input_ids}, or for image models {image} (a path "
+        "relative to the file) or {pixel_values}; the embedding is the mean over "
+        "unmasked tokens, for images over all tokens, including the class token",
     )
     command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(
-        "--max-length", type=_count, metavar="N", help="tokens kept of a text"
+        "--max-length", type=_count, metavar="N", help="maximum tokens per text"
     )
 
 
@@ -201,7 +202,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="what to continue; given several times, a batch",
+        help="text to continue; repeat it for a batch",
     )
     asked.add_argument(
         "--messages",
@@ -213,14 +214,14 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=_count,
         metavar="N",
-        help="default: 128, or what the model's context leaves",
+        help="default: 128, or as many as fit the model's context",
     )
     command.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token (default)",
+        help="0 takes the most likely token (default)",
     )
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
@@ -235,7 +236,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a user's message, put into the model's chat template",
+        help="format the prompt as a user message with the model's chat template",
     )
     command.add_argument(
         "--system", metavar="TEXT", help="a system's message before it, with --chat"
@@ -248,8 +249,8 @@ def _add_score(command: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="JSONL: a line is {text} or {input_ids}; or as for train, {messages} or "
-        "{prompt, completion}, of which the sum is over what train counts",
+        help="JSONL with text or input_ids; or training data (messages, or prompt and "
+        "completion), scored on the tokens that training counts",
     )
     command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=8, metavar="N")
@@ -268,10 +269,10 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--portable",
         action="store_true",
-        help="what every loader computes alike: one rank, no patterns, a factor of 1",
+        help="use only features all loaders agree on: one rank, no patterns, scaling 1",
     )
     command.add_argument(
-        "--skip-head", action="store_true", help="leave out an encoder's trained head"
+        "--skip-head", action="store_true", help="omit an encoder's trained head"
     )
     command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
 
@@ -281,7 +282,7 @@ def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> N
         "--model",
         metavar="DIR",
         help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
-        "a run folder given as --adapter knows its own",
+        "optional if --adapter is a run folder",
     )
     command.add_argument(
         "--adapter",

@@ -1,7 +1,7 @@
-"""`lora-jax plan`: what would be trained, and what a step costs, beforehand.
+"""`lora-jax plan`: what would be trained, and the cost of a step.
 
-The step is that of the data on this machine, or with ``--topology`` a decoder's on a
-TPU slice that need not be there: then nothing but the model's config is read.
+The step is the one `train` would run on this machine, or with ``--topology`` a
+decoder's on a TPU slice that need not exist here, read only from the model's config.
 """
 
 import argparse
@@ -30,13 +30,13 @@ PARTS = {
     "optimizer": "optimizer",
     "batch and padding": "other",
     "activations and temporaries": "temporaries",
-    "memory in all": "total",
+    "total memory": "total",
 }
 TARGET = ("path", "kind", "kernel_shape", "rank", "alpha", "scaling", "trainable")
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Compiles a training step; says what it needs, whether it fits, and what would.
+    """Compiles a training step; reports its cost, whether it fits, and what would.
 
     Args:
       args: ``config``, ``overrides`` and ``largest_batch``; ``topology`` and, only
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       The plan as JSON values.
 
     Raises:
-      ValueError: if the topology does not exist, or mesh or batch don't divide.
-      UserError: if the step does not fit and nothing that would was asked for.
+      ValueError: if the topology does not exist, or mesh or batch are not divisible.
+      UserError: if the step does not fit and no alternative was requested.
     """
     settings = load_settings(args.config, args.overrides)
     plan = _plan_local if args.topology is None else _plan_slice
@@ -58,13 +58,13 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 def _plan_local(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
-    """Plans a job's step on this machine, beside that of full fine-tuning."""
+    """Plans a job's step on this machine, compared with full fine-tuning."""
     options = ("batch", "tokens", "mesh", "smallest_slice")
     if given := [name for name in options if getattr(args, name)]:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(
-            f"{shown} must come with --topology, v5e:4x4 say. On this machine the "
-            "step is that of the data: train.batch_size, data.max_length."
+            f"{shown} requires --topology, e.g. v5e:4x4. On this machine the step is "
+            "set by train.batch_size and data.max_length."
         )
     job = open_job(settings, splits=["train"], is_strict=False)
     check_batch(settings, job.devices)
@@ -89,8 +89,8 @@ def _plan_local(
                 f"{size(found.total)}."
             )
         return (
-            "Not even the smallest batch fits: take shorter rows (data.max_length) or "
-            "model.param_dtype=bfloat16."
+            "Even the smallest batch does not fit: use shorter rows (data.max_length) "
+            "or model.param_dtype=bfloat16."
         )
 
     _check_fits(plan, "this machine", way_out, args)
@@ -138,10 +138,10 @@ def _plan_slice(
     def first_slice(
         is_asked: Callable[[str, int], bool],
     ) -> tuple[str | None, dict[str, StepPlan]]:
-        """Finds the smallest slice of those asked for, by name and least batch."""
+        """Finds the smallest of the named slices, with its smallest batch."""
         found = {}
         for name in slices_like(topology):
-            with contextlib.suppress(ValueError):  # the mesh doesn't divide its chips
+            with contextlib.suppress(ValueError):  # its chips are not divisible
                 other = slice_steps(settings, name, mesh, args.tokens)
                 if is_asked(name, least := other.rows(rows)):
                     found[name] = _printed(other.price, name, out), least
@@ -153,16 +153,16 @@ def _plan_slice(
         return first_fitting(price, found)
 
     def way_out() -> str:
-        out.say("  looking for a larger slice that it fits")
+        out.say("  searching for a larger slice that fits")
         own = chips_of(topology)
         found, tried = first_slice(lambda name, least: chips_of(name) > own)
         if found:
             return (
-                f"The nearest that it fits: --topology {found} --batch "
-                f"{tried[found].batch}, {size(tried[found].total)} a chip."
+                f"The nearest that fits: --topology {found} --batch "
+                f"{tried[found].batch}, {size(tried[found].total)} per chip."
             )
         return (
-            "No larger slice of that chip fits either; take another chip, shorter rows "
+            "No larger slice of that chip fits either; use another chip, shorter rows "
             "(--tokens) or a mesh with tensor=2."
         )
 
@@ -189,16 +189,16 @@ def _plan_slice(
 
 
 def read_mesh(text: str | None) -> dict[str, int]:
-    """Reads ``data=1,fsdp=16``; what isn't named is 1, ``fsdp`` the rest.
+    """Parses ``data=1,fsdp=16``; missing axes are 1, but ``fsdp`` the rest.
 
     Args:
-      text: of the option, or None.
+      text: value of the option, or None.
 
     Returns:
-      A size for each axis; that of one may be -1.
+      The size of each axis; one may be -1.
 
     Raises:
-      UserError: if it can't be read.
+      UserError: if it can't be parsed.
     """
     sizes = {}
     for part in text.split(",") if text else ():
@@ -209,8 +209,8 @@ def read_mesh(text: str | None) -> dict[str, int]:
             or not number.removeprefix("-").isdecimal()
         ):
             raise UserError(
-                f"--mesh must be like data=1,fsdp=-1,tensor=2, each axis of "
-                f"{', '.join(AXES)} once at most; got {part!r} in {text!r}."
+                f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "
+                f"{', '.join(AXES)} at most once; got {part!r} in {text!r}."
             )
         sizes[name] = int(number)
     is_open = FSDP not in sizes and -1 not in sizes.values()
@@ -218,7 +218,7 @@ def read_mesh(text: str | None) -> dict[str, int]:
 
 
 def _printed(price: Price, place: str, out: Console) -> Price:
-    """Prints a line for each price."""
+    """Wraps ``price`` to print a line for each plan."""
 
     def priced(rows: int, remat: str | None) -> StepPlan:
         plan = price(rows, remat)
@@ -236,7 +236,7 @@ def _printed(price: Price, place: str, out: Console) -> Price:
 
 
 def _print_plans(out: Console, plans: dict[str, StepPlan], flops: StepFlops) -> None:
-    """Prints what steps need, side by side, and what LoRA saves of the arithmetic."""
+    """Prints the memory of steps side by side, and the FLOPs that LoRA saves."""
     rows = []
     for label, part in PARTS.items():
         values = [plan.parts[part] for plan in plans.values()]
@@ -244,11 +244,11 @@ def _print_plans(out: Console, plans: dict[str, StepPlan], flops: StepFlops) -> 
         if len(values) > 1:
             lora, full = values
             rows[-1].append(f"{lora / full:.2f}" if lora and full else "-")
-    out.table(("bytes a device", *plans, "ratio")[: len(rows[0])], rows)
+    out.table(("bytes per device", *plans, "ratio")[: len(rows[0])], rows)
     (plan, *_), saved = plans.values(), ""
     if flops.lora and flops.full:
         saved = (
-            f"{arithmetic(flops.lora)} a step, full fine-tuning "
+            f"{arithmetic(flops.lora)} per step, full fine-tuning "
             f"{arithmetic(flops.full)}: LoRA saves {flops.saved:.0%} "
             f"({'by formula' if plan.remat else 'as traced'}); "
         )
@@ -256,7 +256,7 @@ def _print_plans(out: Console, plans: dict[str, StepPlan], flops: StepFlops) -> 
 
 
 def _verdict(plan: StepPlan, device: str, asked: str | None) -> str:
-    """Says whether a step fits, and under which policy."""
+    """Describes whether a step fits, and with which policy."""
     policy = _policy(", with ", plan.remat)
     if plan.fits and plan.remat != asked:
         policy += f": set model.remat={plan.remat}"
@@ -267,7 +267,7 @@ def _verdict(plan: StepPlan, device: str, asked: str | None) -> str:
 def _check_fits(
     plan: StepPlan, device: str, way_out: Callable[[], str], args: argparse.Namespace
 ) -> None:
-    """Raises if a step does not fit, and nothing that would was asked for."""
+    """Raises if a step does not fit and no alternative was requested."""
     if plan.fits or args.largest_batch or args.smallest_slice:
         return
     least = "" if plan.temporaries else "at least "  # weights alone, not compiled
@@ -282,7 +282,7 @@ def _check_fits(
 def _largest(
     price: Price, plan: StepPlan, unit: int, args: argparse.Namespace, out: Console
 ) -> int | None:
-    """Finds and prints the largest batch under a plan's policy, if it is asked for."""
+    """Finds and prints the largest batch with a plan's policy, if requested."""
     if not args.largest_batch:
         return None
     found = largest_batch(lambda rows: price(rows, plan.remat), unit)
@@ -292,5 +292,5 @@ def _largest(
 
 
 def _policy(start: str, remat: str | None) -> str:
-    """Words a policy, where there is one."""
+    """Formats a policy, if there is one."""
     return f"{start}remat {remat}" if remat else ""

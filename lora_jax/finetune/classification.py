@@ -1,4 +1,4 @@
-"""Training an encoder to classify: texts with labels, a new head, accuracy."""
+"""The classification task: an encoder with a new head, labelled texts, accuracy."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.names import CLASSIFIER, PARAMS
-from lora_jax.parallel.processes import together
+from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.classification import classification_loss
 from lora_jax.train.data import Batches, encode_labels, label_vocabulary, read_jsonl
@@ -46,7 +46,7 @@ class Classification(Job):
     """See `Job`.
 
     Attributes:
-      labels: the classes; a class is its place in the list.
+      labels: the classes, by index.
     """
 
     labels: list[str | int]
@@ -57,7 +57,7 @@ class Classification(Job):
     best_mode: ClassVar[str] = "max"
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
-        """Returns the cross-entropy, smoothed in training, with the hits."""
+        """Returns the loss function: cross-entropy, smoothed in training, and hits."""
         smoothing = self.settings.train.label_smoothing if is_training else 0.0
         return classification_loss(module, label_smoothing=smoothing)
 
@@ -75,7 +75,7 @@ class Classification(Job):
         return Batches(split.examples, rows, buckets, shuffle=False)
 
     def tokenize(self, rows: Rows, source: str) -> Split:
-        """Tokenises rows and numbers their labels; ``source`` names them in errors."""
+        """Tokenises rows and encodes labels; ``source`` names them in errors."""
         labels = encode_labels([r["label"] for r in rows], self.labels, source=source)
         encoded = encode_texts(
             self.loaded,
@@ -93,10 +93,10 @@ class Classification(Job):
         return self.tokenize(read_jsonl(path), path)
 
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Fits a linear head on cached sentence vectors of the frozen base.
+        """Fits a linear head on the frozen base's sentence vectors.
 
-        ``train`` is fitted on, ``validation`` chooses the L2 penalty, ``test`` is
-        scored once.
+        Fits on ``train``, selects the L2 penalty on ``validation`` and scores ``test``
+        once.
         """
         pairs = {}
         for name, schedule, stream in self.streams(splits, "encode", out):
@@ -115,7 +115,7 @@ class Classification(Job):
         }
 
     def _sentence_vectors(self, batches: Schedule, stream: Iterator[Any]) -> np.ndarray:
-        """What the frozen base hands to its head, ``[n, d]``, in example order."""
+        """Returns the input of the frozen base's head, ``[n, d]``, in example order."""
         headless = self.loaded.module.clone(num_labels=None)
         params = {k: v for k, v in self.loaded.params.items() if k != CLASSIFIER}
         pool = jax.jit(
@@ -164,14 +164,14 @@ def open_classification(
     splits: Sequence[str],
     extra: Mapping[str, Any],
 ) -> Classification:
-    """Builds the job; see `open_job`. ``extra`` knows the classes of a trained one."""
+    """Builds the job; see `open_job`. ``extra`` has the classes of a trained run."""
     if settings.data.packing or settings.train.samples:
         raise UserError(
-            "data.packing and train.samples are of a decoder; the model in "
-            f"{settings.model.path} is an encoder. Leave them out."
+            "data.packing and train.samples are for decoders, but the model in "
+            f"{settings.model.path} is an encoder. Remove them."
         )
     key, _ = jax.random.split(jax.random.key(settings.train.seed))
-    with together():
+    with fail_together():
         known = extra.get("labels")
         rows = read_rows(settings.data, splits if known else SPLITS)
         labels = known or class_names(rows)
@@ -189,8 +189,8 @@ def open_classification(
     attached = attach(settings, devices, loaded, lora)
     if CLASSIFIER not in attached["variables"].get(PARAMS, {}):
         raise UserError(
-            f"lora.train must name the head, {CLASSIFIER!r}: a new head that is not "
-            f"trained only guesses; got {list(lora.train)}."
+            f"lora.train must include the head, {CLASSIFIER!r}: without training, a "
+            f"new head is random; got {list(lora.train)}."
         )
     job = Classification(labels=labels, splits={}, **attached)
     wanted = [name for name in rows if name in splits]
@@ -199,28 +199,28 @@ def open_classification(
 
 
 def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
-    """Reads the splits that have a file, texts and labels as they are.
+    """Reads the texts and labels of the splits that have a file.
 
     Args:
       data: the settings.
-      splits: those that are wanted.
+      splits: the splits to read.
 
     Returns:
-      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``; what has
-      no file is left out.
+      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``, without
+      splits that have no file.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: naming file, line and reason of each malformed line.
+      ValueError: listing file, line and reason for each malformed line.
     """
     return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 
 def class_names(splits: Mapping[str, Rows]) -> list[str | int]:
-    """Returns the classes of the training file; the other files must know no more."""
+    """Returns the training file's classes; other files must not have any others."""
     try:
         labels = label_vocabulary([row["label"] for row in splits["train"]])
-    except TypeError as error:  # a fault of the file, not of a caller
+    except TypeError as error:  # the data is wrong, not the caller
         raise UserError(str(error)) from error
     for name, rows in splits.items():
         encode_labels([row["label"] for row in rows], labels, source=name)

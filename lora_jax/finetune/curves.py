@@ -1,4 +1,4 @@
-"""curves.png: the metrics over the steps, as metrics.jsonl has them."""
+"""Plotting curves.png: the metrics in metrics.jsonl over the steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,15 @@ def draw_curves(
     baseline: tuple[str, float] | None = None,
     chosen: int | None = None,
 ) -> bool:
-    """Draws each metric, training and validation.
+    """Plots the training and validation curve of each metric.
 
     Args:
-      lines: of metrics.jsonl.
-      path: the picture to write.
-      title: above the panels.
-      metrics: a panel each.
-      baseline: what the frozen base is called, and its value of the last metric on
-        validation, as a line.
-      chosen: the step whose adapter was kept, as a mark.
+      lines: the lines of metrics.jsonl.
+      path: the image file to write.
+      title: title of the figure.
+      metrics: the metrics, one panel each.
+      baseline: name and last validation metric of the frozen base, drawn as a line.
+      chosen: the step whose adapter was kept, drawn as a marker.
 
     Returns:
       False if matplotlib is not installed and nothing was drawn.
@@ -37,7 +36,7 @@ def draw_curves(
     except ImportError:
         return False
 
-    # Not by pyplot, which would change the backend of a notebook.
+    # Not pyplot, which would change a notebook's backend.
     figure = Figure(figsize=(5 * len(metrics), 3.8), layout="constrained")
     grid = figure.subplots(1, len(metrics), squeeze=False)
     axes = dict(zip(metrics, grid[0], strict=True))

@@ -1,4 +1,4 @@
-"""The devices of a run: the mesh of its settings, and what is laid out on it."""
+"""The devices of a run: its mesh, and sharding weights and batches over it."""
 
 import dataclasses
 import math
@@ -25,12 +25,12 @@ ONE: dict[str, int] = dict.fromkeys(AXES, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where weights and batches go.
+    """The devices for weights and batches.
 
     Attributes:
-      mesh: None for one device, on which nothing is laid out.
-      sharding: of the weights.
-      note: what there is to say about the choice.
+      mesh: the mesh, or None for one device.
+      sharding: sharding of the weights.
+      note: a remark about the choice.
     """
 
     mesh: Mesh | None = None
@@ -39,39 +39,41 @@ class Devices:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The mesh's axes."""
+        """The sizes of the mesh axes."""
         return dict(self.mesh.shape) if self.mesh is not None else ONE
 
     @property
     def everywhere(self) -> NamedSharding | None:
-        """Where every device has the whole of an array."""
+        """The sharding that replicates an array."""
         return self.mesh and NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is cut into."""
+        """The number of shards of a batch."""
         return math.prod(self.sizes[axis] for axis in BATCH)
 
     def rows(self, wanted: int) -> int:
-        """Returns the least number of rows from ``wanted`` up that divides."""
+        """Returns the smallest valid number of rows that is at least ``wanted``."""
         return -(-wanted // self.parts) * self.parts
 
     def place(
         self, variables: Mapping[str, PyTree], targets: Sequence[Target]
     ) -> dict[str, PyTree]:
-        """Lays variables out; those that lie where they belong are not moved."""
+        """Shards variables; those that already have their sharding are not moved."""
         if self.sharding is None:
             return dict(variables)
         return shard_variables(variables, self.sharding, targets)
 
     def feed(self, batches: Schedule) -> Callable[[int], Any]:
-        """Returns the batch of a step, spread: each process forms its own rows alone.
+        """Returns a function for the sharded batch of a step.
+
+        Each process builds only its own rows.
 
         Args:
-          batches: whose rows divide over the mesh.
+          batches: the schedule, with a batch size divisible over the mesh.
 
         Returns:
-          A function of the step's number.
+          A function of the step number.
         """
         mesh = self.mesh
         if mesh is None:
@@ -88,32 +90,32 @@ class Devices:
         batches: Schedule,
         tick: Callable[[int, str], None] = lambda n, note: None,
     ) -> Iterator[Any]:
-        """Yields each row of evaluation batches once, and says how far it is."""
+        """Yields evaluation batches with each row once, reporting progress."""
         batch_at = self.feed(batches)
         for number in range(batches.steps_per_epoch):
             yield batch_at(number)
             tick(number + 1, "batches")
 
     def describe(self) -> str:
-        """Words the mesh."""
+        """Describes the mesh."""
         shown = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items())
         count = jax.process_count()
         return shown + (f", {count} processes" if count > 1 else "")
 
 
 def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
-    """Arranges the devices of all processes as the settings say.
+    """Makes the mesh of the settings from the devices of all processes.
 
     Args:
-      settings: of the run, with ``mesh``.
-      is_strict: whether other devices than the mesh needs are an error; else one device
-        does what can be done on one, and a note says so.
+      settings: settings of the run, with ``mesh``.
+      is_strict: whether a mesh that does not match the devices is an error; otherwise
+        a single device is used, with a note.
 
     Returns:
       The devices.
 
     Raises:
-      ValueError: if the mesh doesn't fit the devices; names the nearest that does.
+      ValueError: if the mesh does not match the devices; suggests the nearest one.
     """
     own = settings.mesh
     sizes = {axis: getattr(own, axis) for axis in AXES}
@@ -130,20 +132,20 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
 
 
 def mesh_rules(settings: RunSettings) -> Rules:
-    """Returns the rules of the settings, as `make_sharding` takes them."""
+    """Returns the settings' rules in the form that `make_sharding` takes."""
     rules = settings.mesh.rules
     return [(path, PartitionSpec(*axes)) for path, axes in rules.items()]
 
 
 def check_batch(settings: RunSettings, devices: Devices) -> None:
-    """Raises unless a step's batch divides over the devices.
+    """Raises unless the batch size is divisible over the devices.
 
     Args:
-      settings: of the run.
+      settings: settings of the run.
       devices: its devices.
 
     Raises:
-      ValueError: naming the numbers, and the nearest batch sizes that divide.
+      ValueError: with the numbers, suggesting the nearest valid batch sizes.
     """
     train, parts = settings.train, devices.parts
     unit = parts * train.accumulate

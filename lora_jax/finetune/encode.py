@@ -1,4 +1,4 @@
-"""Embeddings, and logits where there is a head, of texts, token ids or images."""
+"""Encoding texts, token ids or images as embeddings, and logits if there is a head."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
     Attributes:
       lines: the ``"embedding"`` of each line and, if there is a head, its ``"logits"``.
-      truncated: how many texts were cut.
+      truncated: number of truncated texts.
     """
 
     lines: list[dict[str, list[float]]]
@@ -35,11 +35,11 @@ class Encoded(NamedTuple):
 
 
 def record_fault(record: Mapping[str, Any]) -> str:
-    """Says what is wrong with a line to encode; empty if nothing is."""
+    """Returns an error message for a line to encode; empty if it is valid."""
     if is_image(record):
         return image_fault(record)
     if not {"text", "input_ids"} & record.keys():
-        return "must have 'text', 'input_ids', or of an image 'image' or 'pixel_values'"
+        return "must have 'text', 'input_ids', or for images 'image' or 'pixel_values'"
     if fault := text_fault(record):
         return fault
     ids, mask = record.get("input_ids"), record.get("attention_mask")
@@ -49,7 +49,7 @@ def record_fault(record: Mapping[str, Any]) -> str:
         and len(mask) == len(ids)
         and set(mask) <= {0, 1}
     )
-    return "" if is_fit else "'attention_mask' must be a 0 or 1 for each of 'input_ids'"
+    return "" if is_fit else "'attention_mask' must have a 0 or 1 per 'input_ids' entry"
 
 
 def encode(
@@ -61,21 +61,21 @@ def encode(
     max_length: int | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
-    """Encodes lines, all of text (or token ids) or all of images.
+    """Encodes lines, all of them text (or token ids) or all images.
 
     Args:
       loaded: an encoder.
-      records: the lines, in which `record_fault` finds none.
-      path: their file: images are relative to its folder, errors name it.
-      batch_size: lines at once.
-      max_length: ids kept of a text; None for all that the model takes.
+      records: the lines, valid according to `record_fault`.
+      path: their file, for error messages and relative image paths.
+      batch_size: lines per batch.
+      max_length: maximum tokens per text; None for the model's context length.
       reporter: shows the progress.
 
     Returns:
-      The lines' embeddings, in their order.
+      The lines' embeddings, in order.
 
     Raises:
-      UserError: if the model is a decoder, or a line is not what it reads.
+      UserError: if the model is a decoder, or a line is not the model's input type.
     """
     config = loaded.config
     if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
@@ -122,7 +122,7 @@ def encode(
 def _token_ids(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], max_length: int | None
 ) -> tuple[list[list[int]], int]:
-    """Returns the ids of each line, and how many texts were cut."""
+    """Returns the ids of each line, and the number of truncated texts."""
     texts = [record["text"] for record in records if "text" in record]
     if not texts:
         return [record["input_ids"] for record in records], 0
@@ -144,5 +144,5 @@ def _text_batches(
         for ids, record in zip(sequences, records, strict=True)
     ]
     for members, (ids, mask) in by_length(rows, longest, sequences, masks):
-        mask[len(members) :, 0] = 1  # filler attends to something
+        mask[len(members) :, 0] = 1  # filler rows must not be fully masked
         yield members, (ids, mask)

@@ -1,12 +1,12 @@
-"""Errors that are answers to the user, not faults of the program."""
+"""Errors caused by the user's input or environment rather than by bugs."""
 
 
 class UserError(Exception):
     """An error the user can fix; the command line shows it without a traceback.
 
     Attributes:
-      code: exit code of a command: 2 for bad input, 130 for Ctrl-C, 1 for a machine
-        that could not do it (a full disk).
+      code: exit code of the command: 2 for invalid input, 130 for Ctrl-C, 1 for an
+        environment failure (a full disk).
     """
 
     def __init__(self, message: str, code: int = 2):
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was stopped by Ctrl-C or SIGTERM; the message says how to go on.
+    """A run was stopped by Ctrl-C or SIGTERM; the message says how to resume it.
 
     Attributes:
       is_orderly: whether all processes of the run stopped after the same step.

@@ -1,4 +1,4 @@
-"""Numbers for people, and strict JSON for programs."""
+"""Human-readable numbers, and strict JSON."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def perplexity(loss: float) -> float:
-    """Returns e to the loss in nats; infinity where a float can't hold it."""
+    """Returns the exponential of the loss in nats; infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -31,19 +31,19 @@ def _plain(value: Any) -> Any:
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """Returns the value of a metric for people; a dash where there is none."""
+    """Formats the value of a metric; a dash for None."""
     if value is None:
         return "-"
     return format(value, {"accuracy": ".1%", "perplexity": ".3f"}.get(name, ".4f"))
 
 
 def size(count: float) -> str:
-    """Returns a number of bytes for people: ``1.5 MB`` (powers of ten)."""
+    """Formats a number of bytes: ``1.5 MB`` (powers of ten)."""
     return f"{count:.0f} B" if count < 1000 else _scaled(count / 1e3, "kB MB GB")
 
 
 def arithmetic(count: float) -> str:
-    """Returns a number of FLOPs for people: ``2.5 TFLOP``."""
+    """Formats a number of FLOPs: ``2.5 TFLOP``."""
     return _scaled(count / 1e6, "MFLOP GFLOP TFLOP PFLOP")
 
 
@@ -58,7 +58,7 @@ def _scaled(count: float, units: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time for people: ``8.1 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Formats a duration: ``8.1 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     seconds = round(seconds)

@@ -1,4 +1,4 @@
-"""Lines of images: their faults, and batches of pixels."""
+"""JSONL lines with images: validation, and batches of pixels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ IMAGE, PIXELS = "image", "pixel_values"
 
 
 def is_image(record: Mapping[str, Any]) -> bool:
-    """Whether a line is of an image."""
+    """Returns whether a line contains an image."""
     return IMAGE in record or PIXELS in record
 
 
 def image_fault(record: Mapping[str, Any]) -> str:
-    """Says what is wrong with a line that is of an image; empty if nothing is."""
+    """Returns an error message for a line with an image; empty if it is valid."""
     if IMAGE in record and PIXELS in record:
         return f"must have either {IMAGE!r} or {PIXELS!r}"
     if IMAGE in record:
@@ -30,7 +30,7 @@ def image_fault(record: Mapping[str, Any]) -> str:
     try:
         pixels = np.asarray(record[PIXELS])
     except ValueError:
-        return f"{PIXELS!r} must be [c][y][x] numbers, rows of one length"
+        return f"{PIXELS!r} must be [c][y][x] numbers, with rows of equal length"
     if pixels.ndim != 3 or pixels.dtype.kind not in "iuf":
         return f"{PIXELS!r} must be [c][y][x] numbers; got shape {list(pixels.shape)}"
     return "" if np.isfinite(pixels).all() else f"{PIXELS!r} must be finite"
@@ -43,21 +43,21 @@ def image_batches(
     rows: int,
     data: str,
 ) -> Iterator[Batch]:
-    """Reads images batch by batch; all of a batch have one size.
+    """Yields batches of images of the same size.
 
     Args:
-      config: the model's.
-      folder: the model's, with its ``preprocessor_config.json``.
-      records: the lines; a path is relative to the folder of the data file.
-      rows: images a batch; one that has fewer is filled with zeros.
+      config: the model's config.
+      folder: the model's folder, with its ``preprocessor_config.json``.
+      records: the lines; paths are relative to the folder of the data file.
+      rows: images per batch; smaller batches are padded with zeros.
       data: the data file.
 
     Yields:
-      Indices of lines and, for these, pixels ``[rows, c, y, x]``.
+      Indices of lines and their pixels ``[rows, c, y, x]``.
 
     Raises:
-      UserError: if files are missing (all are named, before the first batch), or an
-        image can't be read or doesn't fit the model.
+      UserError: if files are missing (all are listed, before the first batch), or an
+        image can't be read or has the wrong shape for the model.
     """
     home = Path(data).parent
     missing = [
@@ -97,9 +97,9 @@ def _read(
     own = [config.image_height, config.image_width]
     fits = 0 not in config.grid(*size) if config.is_resizable else size == own
     if channels != config.num_channels or not fits:
-        wanted = "a patch or more" if config.is_resizable else f"{own[0]} x {own[1]}"
+        wanted = "one patch or more" if config.is_resizable else f"{own[0]} x {own[1]}"
         raise ValueError(
-            f"the model reads images of {config.num_channels} channels and {wanted}; "
+            f"the model needs images of {config.num_channels} channels and {wanted}; "
             f"got {list(pixels.shape)}"
         )
     return pixels

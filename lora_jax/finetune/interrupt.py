@@ -1,4 +1,4 @@
-"""While a run is under way: Ctrl-C, the pace, and what the library has to say."""
+"""During a run: handling Ctrl-C, timing, and showing the library's warnings."""
 
 import contextlib
 import logging
@@ -13,13 +13,13 @@ from lora_jax.train.loop import Progress
 
 @contextlib.contextmanager
 def interruptible(out: Reporter) -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a request, the second into an exception.
+    """Makes the first Ctrl-C (or SIGTERM) a stop request, the second an exception.
 
     Args:
-      out: where to say so.
+      out: where to report it.
 
     Yields:
-      A function that says whether a stop was asked for.
+      A function that returns whether a stop was requested.
     """
     asked = threading.Event()
 
@@ -27,7 +27,7 @@ def interruptible(out: Reporter) -> Iterator[Callable[[], bool]]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        out.say("\nStopping after the steps under way (again to stop at once) ...")
+        out.say("\nStopping after the current steps (again to stop immediately) ...")
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may set handlers
@@ -42,10 +42,10 @@ def interruptible(out: Reporter) -> Iterator[Callable[[], bool]]:
 
 
 class Clock:
-    """Keeps the pace of a run and words it.
+    """Measures the speed of a run.
 
     Attributes:
-      note: the last report in words, with the pace and the time left.
+      note: the last report as text, with the speed and the time left.
     """
 
     def __init__(self, total_steps: int, unit: str):
@@ -53,11 +53,11 @@ class Clock:
         self.note = ""
 
     def add(self, progress: Progress, first: int) -> None:
-        """Takes in a report.
+        """Adds a report.
 
         Args:
           progress: the report.
-          first: the step that this start of the run began at.
+          first: the step at which this process started or resumed the run.
         """
         self._seconds += progress.seconds
         left = self._total - progress.step
@@ -71,7 +71,7 @@ class Clock:
 
 
 class Relay(logging.Handler):
-    """Shows the library's warnings (a damaged checkpoint, say) to whoever watches."""
+    """Forwards the library's warnings (e.g. a damaged checkpoint) to a reporter."""
 
     def __init__(self, out: Reporter):
         super().__init__(logging.WARNING)

@@ -1,7 +1,7 @@
-"""What settings stand for: a model with adapters, tokenised splits, a loss.
+"""`Job`, the base class of the tasks: a model with adapters, tokenised splits, a loss.
 
-`Job` is the base of the tasks, `Classification` and `Language`; `tasks.open_job` picks
-one. What they share stands below it.
+`tasks.open_job` makes a `Classification` or a `Language` job. Helpers that both use are
+below.
 """
 
 import abc
@@ -44,9 +44,9 @@ class Split(NamedTuple):
     """A tokenised split.
 
     Attributes:
-      examples: as the job's batches take them.
-      truncated: how many were cut to ``max_length``.
-      dropped: how many lost all that counts by that, and are not among ``examples``.
+      examples: the examples for the job's batches.
+      truncated: number of examples truncated to ``max_length``.
+      dropped: number of examples dropped because truncation removed all their targets.
     """
 
     examples: list[dict[str, Any]]
@@ -59,13 +59,13 @@ class Job(abc.ABC):
     """A model with adapters, and its examples, ready to train.
 
     Attributes:
-      settings: where it came from.
-      devices: where its weights and batches go.
-      lora: the adapters' config, as resolved for this model.
-      loaded: the base.
+      settings: the settings it was built from.
+      devices: the devices for weights and batches.
+      lora: the adapter config, resolved for this model.
+      loaded: the base model.
       adapted: the base with LoRA.
       targets: its adapted layers.
-      variables: the three collections, adapters fresh.
+      variables: the three collections, with new adapters.
       splits: the tokenised examples.
     """
 
@@ -78,9 +78,9 @@ class Job(abc.ABC):
     variables: dict[str, PyTree]
     splits: dict[str, Split]
 
-    unit: ClassVar[str]  # what a batch is of, in words
-    weight: ClassVar[str]  # what the loss is a mean over
-    metrics: ClassVar[tuple[str, ...]]  # of a validation; the last one chooses the best
+    unit: ClassVar[str]  # the unit of a batch, for messages
+    weight: ClassVar[str]  # the unit the loss is averaged over
+    metrics: ClassVar[tuple[str, ...]]  # validation metrics; the last selects the best
     best_mode: ClassVar[str]  # "max" or "min"
 
     @abc.abstractmethod
@@ -93,12 +93,12 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """Returns batches of a split in order; epoch 0 holds each example once.
+        """Returns batches of a split in order; epoch 0 contains each example once.
 
         Args:
           split: the examples.
-          buckets: lengths to pad to, such as those of training, so that all splits
-            share what is compiled; one more is added where an example is longer.
+          buckets: lengths to pad to, e.g. those of training, so that splits share
+            compilations; one more is added if an example is longer.
         """
 
     @abc.abstractmethod
@@ -107,33 +107,33 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the frozen base on ``validation`` and, where there is one, ``test``.
+        """Evaluates the frozen base on ``validation`` and, if present, ``test``.
 
         Returns:
           ``validation_<metric>``, ``test_<metric>`` (None without a test split) of the
-          metric that chooses the best, and whatever else there is to say.
+          metric that selects the best step, and any further facts.
         """
 
     @abc.abstractmethod
     def data_facts(self, batches: Schedule) -> Facts:
-        """Says what the examples are."""
+        """Describes the examples."""
 
     @abc.abstractmethod
     def extra(self) -> dict[str, Any]:
-        """Returns what is kept beside an adapter, to use it without these settings."""
+        """Returns what is saved beside an adapter, to use it without these settings."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the frozen base; where it is spread, all processes have to ask."""
+        """The frozen base's fingerprint; if sharded, all processes must call this."""
         return fingerprint(self.variables[FROZEN])
 
     @property
     def metric(self) -> str:
-        """The metric that chooses the best step."""
+        """The metric that selects the best step."""
         return self.metrics[-1]
 
     def describe(self, metrics: Metrics) -> str:
-        """Words an evaluation's metrics."""
+        """Formats an evaluation's metrics."""
         return "  ".join(
             f"{name} {metric_text(name, metrics[name])}" for name in self.metrics
         )
@@ -141,15 +141,15 @@ class Job(abc.ABC):
     def streams(
         self, splits: Mapping[str, Split], what: str, out: Reporter
     ) -> Iterator[tuple[str, Schedule, Iterator[Any]]]:
-        """Goes through splits under one progress bar, each example once.
+        """Iterates over splits with one progress bar, each example once.
 
         Args:
           splits: the examples.
-          what: is being done, for the bar.
+          what: label of the progress bar.
           out: where to show it.
 
         Yields:
-          A split's name, its schedule and its batches, to be used up before the next.
+          A split's name, its schedule and its batches, to be exhausted before the next.
         """
         buckets, done = self.batches().buckets, 0
         found = {name: self.evaluation(s, buckets) for name, s in splits.items()}
@@ -163,19 +163,19 @@ class Job(abc.ABC):
                 done += schedule.steps_per_epoch
 
     def is_better(self, new: float | None, old: float | None) -> bool:
-        """Whether a value of the metric is better than another; any is than NaN."""
-        new, old = (math.nan if x is None else x for x in (new, old))  # null, in JSON
+        """Returns whether a metric value is better than another; NaN is the worst."""
+        new, old = (math.nan if x is None else x for x in (new, old))  # JSON's null
         if not math.isfinite(old):
             return math.isfinite(new)
         return new > old if self.best_mode == "max" else new < old
 
     @property
     def prompt(self) -> Literal["text", "chat"] | None:
-        """What the trained model continues; None, the default, if it writes nothing."""
+        """The kind of prompt the model continues; None if it doesn't generate."""
         return None
 
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
-        """Returns what the model writes at ``train.samples``; nothing by default."""
+        """Returns the model's continuations of ``train.samples``; empty by default."""
         del variables
         return []
 
@@ -183,7 +183,7 @@ class Job(abc.ABC):
 def attach(
     settings: RunSettings, devices: Devices, loaded: LoadedModel, lora: LoRAConfig
 ) -> dict[str, Any]:
-    """Puts fresh adapters on a base; returns what `Job` says about them."""
+    """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
@@ -200,7 +200,7 @@ def attach(
 
 
 def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, str]:
-    """Returns the files of splits; what is held out is in the file of train."""
+    """Returns the files of splits; a held-out split is in the training file."""
     files = {name: getattr(data, name) for name in SPLITS}
     is_held_out = "validation" in splits and files["validation"] is None
     wanted = {*splits, "train"} if is_held_out else splits
@@ -208,13 +208,13 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
 
 
 def source_of(data: DataSettings, split: str) -> str:
-    """Says where the examples of a split come from."""
+    """Describes where the examples of a split come from."""
     files = data_files(data)
     return files.get(split) or f"{data.train}, {split}"
 
 
 def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
-    """Takes a validation split from the training examples, where no file gives one.
+    """Takes a validation split from the training examples if it has no file.
 
     Args:
       rows: examples by split.
@@ -224,7 +224,7 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
       The splits, in the order of `SPLITS`.
 
     Raises:
-      UserError: if there are fewer than 2 training examples to share.
+      UserError: if there are fewer than 2 training examples.
     """
     is_given = data.validation is not None or "validation" in rows
     if is_given or "train" not in rows:
@@ -233,8 +233,8 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
     count = max(1, round(data.holdout * len(train)))
     if count >= len(train):
         raise UserError(
-            f"data.train has {len(train)} examples, and data.holdout = {data.holdout} "
-            "leaves none to train on; give a data.validation file."
+            f"data.train has {len(train)} examples, of which data.holdout = "
+            f"{data.holdout} leaves none for training; set data.validation to a file."
         )
     order = np.random.default_rng(data.seed).permutation(len(train))
     chosen = set(order[:count].tolist())
@@ -246,7 +246,7 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
 
 
 def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
-    """Returns the model's dtypes and places as `load_model` takes them."""
+    """Returns `load_model`'s keyword arguments for dtypes and sharding."""
     kept = settings.model.param_dtype
     return {
         "sharding": devices.sharding,
@@ -282,10 +282,10 @@ def max_tokens(
 def encode_texts(
     loaded: LoadedModel, texts: list[str], *, max_length: int | None
 ) -> Any:
-    """Returns token ids of texts, cut to what the model and the settings allow."""
+    """Returns token ids of texts, truncated to the model's and settings' limits."""
     if loaded.tokenizer is None:
         raise UserError(
-            f"{loaded.path} must hold a tokenizer.json to read text; it has none."
+            f"{loaded.path} must contain a tokenizer.json to read text; it has none."
         )
     longest = loaded.config.max_positions
     return loaded.tokenizer.encode(
@@ -294,14 +294,14 @@ def encode_texts(
 
 
 def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
-    """Returns lengths to pad a split to, none above what the model allows."""
+    """Returns lengths to pad a split to, within the model's context length."""
     return length_buckets(_lengths(split), longest=loaded.config.max_positions)
 
 
 def eval_buckets(
     split: Split, buckets: Sequence[int], loaded: LoadedModel
 ) -> list[int]:
-    """Returns lengths to pad an evaluation to: those given, one more where needed."""
+    """Returns lengths to pad an evaluation to: those given and one more if needed."""
     own = train_buckets(split, loaded)
     if not buckets:
         return own
@@ -327,6 +327,6 @@ def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransform
 
 
 def total_steps(train: TrainSettings, steps_per_epoch: int) -> int:
-    """Returns how many steps a run has."""
+    """Returns the number of steps of a run."""
     steps = train.epochs * steps_per_epoch
     return steps if train.max_steps is None else min(steps, train.max_steps)

@@ -30,7 +30,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
-from lora_jax.parallel.processes import together
+from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.data import TextBatches
@@ -199,7 +199,7 @@ def open_language(
             "train.label_smoothing is of an encoder's classes; a decoder's loss has "
             f"none. Leave it at 0; got {settings.train.label_smoothing}."
         )
-    with together():
+    with fail_together():
         scan = settings.model.scan
         if scan is None:
             scan = can_scan(settings.lora, open_source(settings.model.path).config)

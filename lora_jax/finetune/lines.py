@@ -1,4 +1,4 @@
-"""Lines of text or token ids, for `encode` and `score`: their faults, and batches."""
+"""JSONL lines with text or token ids, for `encode` and `score`: validation, batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from lora_jax.train.buckets import length_buckets
 
 MAX_FAULTS = 20
 
-Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # which lines, and the model's inputs
+Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # line indices, model inputs
 
 
 def is_ints(value: Any) -> bool:
-    """Whether a value is a list of integers, at least one."""
+    """Returns whether a value is a non-empty list of integers."""
     return (
         isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
     )
 
 
 def text_fault(record: Mapping[str, Any]) -> str:
-    """Says what is wrong with a line of text or token ids; empty if nothing is."""
+    """Returns an error message for a line of text or token ids; empty if valid."""
     if ("text" in record) == ("input_ids" in record):
         return f"must have 'text' or 'input_ids'; its keys are {sorted(record)}"[:200]
     if "text" in record and not isinstance(record["text"], str):
@@ -33,14 +33,14 @@ def text_fault(record: Mapping[str, Any]) -> str:
 
 
 def check_faults(what: str, faults: Sequence[str]) -> None:
-    """Raises if there are faults.
+    """Raises if there are errors.
 
     Args:
-      what: they are.
-      faults: a line each; the first 20 are shown.
+      what: a heading for the error message.
+      faults: one message each; the first 20 are shown.
 
     Raises:
-      UserError: with all that are shown.
+      UserError: with the shown messages.
     """
     if faults:
         shown, more = "\n  ".join(faults[:MAX_FAULTS]), len(faults) - MAX_FAULTS
@@ -49,15 +49,15 @@ def check_faults(what: str, faults: Sequence[str]) -> None:
 
 
 def check_ids(sequences: Sequence[list[int]], config: Any, path: str) -> None:
-    """Raises unless token ids are those of a model, and not too many.
+    """Raises unless token ids are within a model's vocabulary and context length.
 
     Args:
       sequences: the ids of each line.
-      config: the model's.
-      path: of the lines, for errors.
+      config: the model's config.
+      path: file of the lines, for errors.
 
     Raises:
-      UserError: naming each line.
+      UserError: listing each invalid line.
     """
     faults, longest = [], config.max_positions
     for number, ids in enumerate(sequences, start=1):
@@ -77,15 +77,15 @@ def check_ids(sequences: Sequence[list[int]], config: Any, path: str) -> None:
 def by_length(
     rows: int, longest: int, *columns: Sequence[Sequence[int]]
 ) -> Iterator[Batch]:
-    """Batches sequences of similar lengths, so that few shapes are compiled.
+    """Batches sequences by length, so that few shapes are compiled.
 
     Args:
-      rows: of a batch; the last one is filled with zeros.
-      longest: what the model takes.
-      *columns: sequences, those of a line of one length in all columns.
+      rows: rows per batch; the last one is padded with zeros.
+      longest: the model's context length.
+      *columns: sequences, of equal lengths across columns.
 
     Yields:
-      The numbers of a batch's lines, and of each column an array ``[rows, t]``, padded
+      The line indices of a batch, and for each column an array ``[rows, t]``, padded
       with zeros; the shortest sequences come first.
     """
     lengths = [len(row) for row in columns[0]]

@@ -1,4 +1,4 @@
-"""What a run tells whoever started it: the base of all front ends, itself silent."""
+"""Reporting a run's progress: the silent base class of all front ends."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,26 +6,26 @@ from typing import Any, Protocol
 
 
 class Tick(Protocol):
-    """Shows how far something is."""
+    """Updates a progress display."""
 
     def __call__(self, done: int, note: str = "", *, quiet: bool = False) -> None:
-        """Shows that ``done`` units are through.
+        """Shows that ``done`` units are completed.
 
         Args:
-          done: how many.
-          note: a few words beside the bar.
-          quiet: moves a bar, but is not worth a line where there is no bar.
+          done: number of completed units.
+          note: short text beside the bar.
+          quiet: update only a progress bar; print nothing if there is none.
         """
         ...
 
 
 class Reporter:
-    """Takes in what a run says while it goes on; this one drops it.
+    """Receives a run's output; this base class discards it.
 
-    A front end overrides `say`, which the others use, and what it shows better.
+    A front end overrides `say`, which the other methods use, and any others it wants.
 
     Attributes:
-      resume: how its user goes on with a run that was stopped, as code or a command.
+      resume: the code or command with which the user resumes a stopped run.
 
     Example:
       >>> class Printer(Reporter):
@@ -39,26 +39,26 @@ class Reporter:
     resume: str = "fine_tune(config, resume=True)"
 
     def say(self, text: str = "", *, style: str | None = None) -> None:
-        """Says one line.
+        """Outputs one line.
 
         Args:
           text: the line.
-          style: how to show it, "bold" or a colour, where there are any.
+          style: "bold" or a colour, if supported.
         """
 
     def heading(self, text: str) -> None:
-        """Begins a part of what is said."""
+        """Outputs a heading."""
         self.say()
         self.say(text, style="bold")
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Says aligned ``name  value`` lines."""
+        """Outputs aligned ``name  value`` lines."""
         width = max(len(name) for name, _ in pairs)
         for name, value in pairs:
             self.say(f"  {name:<{width}}  {value}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Says a table."""
+        """Outputs a table."""
         for row in (columns, *rows):
             self.say("  " + "  ".join(map(str, row)))
 
@@ -67,11 +67,11 @@ class Reporter:
         """Shows progress towards ``total`` until the block ends.
 
         Args:
-          name: what is being done.
-          total: how many units there are.
+          name: label of the task.
+          total: number of units.
 
         Yields:
-          A `Tick` to be called with the units done and a few words about them.
+          A `Tick`, to be called with the number of completed units and a short note.
         """
         del name, total
         yield _dropped

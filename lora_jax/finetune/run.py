@@ -11,7 +11,12 @@ from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import LoadedModel
-from lora_jax.parallel.processes import check_same, is_first, is_lost_peer, together
+from lora_jax.parallel.processes import (
+    check_same,
+    fail_together,
+    is_first,
+    is_lost_peer,
+)
 
 if TYPE_CHECKING:
     from lora_jax.finetune.session import Session
@@ -90,14 +95,14 @@ def fine_tune(
 
     if resume and overwrite:
         raise ValueError("resume and overwrite must not both be set; choose one.")
-    with together():
+    with fail_together():
         settings = load_settings(config, overrides)
         folder = RunFolder(settings.output.dir, is_writer=is_first())
         if folder.is_writer:
             folder.check(settings, resume=resume, overwrite=overwrite)
     session = Session(settings, folder, reporter or Reporter())
     with _telling_how_to_resume(session):
-        with together():
+        with fail_together():
             check_same("the settings", [settings.to_dict(), resume])
             session.prepare()
             if not resume:

@@ -1,7 +1,6 @@
-"""Which task a model is trained for: a decoder learns to write, an encoder to classify.
+"""Selecting the task: language modelling for a decoder, classification for an encoder.
 
-Every command that touches a model builds its job here, so that `train`, `plan` and
-`eval` mean the same by the same settings.
+`train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,13 @@ def open_job(
     extra: Mapping[str, Any] | None = None,
     is_strict: bool = True,
 ) -> Job:
-    """Reads the data, loads the base, puts fresh adapters on it, tokenises.
+    """Reads the data, loads the base, adds new adapters and tokenises.
 
     Args:
-      settings: of the run.
-      splits: which splits are wanted; files of others aren't read, but for train's
-        where classes or a held-out validation come from it.
-      extra: what an adapter of the run has kept beside it, where there is one.
+      settings: settings of the run.
+      splits: the splits to read; other files are not read, except the training file if
+        classes or a held-out validation split come from it.
+      extra: what was saved beside the run's adapter, if any.
       is_strict: whether the mesh of the settings must fit; see `open_devices`.
 
     Returns:
@@ -36,7 +35,7 @@ def open_job(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if data or model can't be read, or the adapters don't fit.
+      ValueError: if data or model can't be read, or the adapters don't match the model.
     """
     devices = open_devices(settings, is_strict=is_strict)
     if open_source(settings.model.path).family.head:

@@ -1,1 +1,1 @@
-"""LoRA in Flax: modules written for it, and `adapt` for models that were not."""
+"""LoRA for Flax Linen: LoRA layers, and `adapt` for models written without them."""

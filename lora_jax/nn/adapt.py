@@ -1,10 +1,10 @@
-"""LoRA on a Linen model that was not written for it.
+"""LoRA for a Linen model that was written without it.
 
-``adapt(model, config)`` wraps a model without touching it. Outside, its variables are
-three collections; inside, the model sees the one ``params`` tree it was written for,
-with ``lora_a`` and ``lora_b`` beside the kernels they adapt, so that its own
-``nn.scan``, ``nn.remat`` or ``nn.vmap`` carry them along. Every call of a targeted
-layer gets ``scaling * (x A) B`` added to its output (and is scaled, with DoRA).
+``adapt(model, config)`` wraps a model without changing it. The wrapper's variables are
+three collections; the model itself sees the one ``params`` tree it expects, with
+``lora_a`` and ``lora_b`` beside the kernels they adapt, so its own ``nn.scan``,
+``nn.remat`` or ``nn.vmap`` transform them too. Every call of a targeted layer gets
+``scaling * (x A) B`` added to its output (and, with DoRA, is scaled).
 """
 
 import warnings
@@ -30,29 +30,29 @@ from lora_jax.nn.trace import (
     trace_model,
 )
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
-from lora_jax.tree.partition import join, partition, widened
+from lora_jax.tree.partition import join, partition, upcast_leaves
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import Target, child, left_out, select_targets
+from lora_jax.tree.targets import Target, child, select_targets, uncovered_weights
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
 
 
 class Adapted(nn.Module):
-    """A model with LoRA: the same calls, the variables in three collections.
+    """A model with LoRA: the same methods, with variables in three collections.
 
-    Made by `adapt`. A method of the model is called by name or function
-    (``adapted.apply(variables, x, method="encode")``), and inside another module as a
+    Made by `adapt`. Call a method of the model by name or function
+    (``adapted.apply(variables, x, method="encode")``), or inside another module as a
     method of this one (``self.encoder.encode(x)``).
 
     Attributes:
       model: the wrapped model.
-      config: what is adapted, and how.
-      example: example inputs for finding the layers, or None.
-      deterministic: switches adapter dropout off (True) or on (False). None takes it
-        from each call: the method's argument ``deterministic`` (or ``train``,
-        ``training``, ``is_training``, negated), given or by default; then the model's
-        attribute of that name; then False. No PRNG key is needed where it is off.
+      config: the adapter config.
+      example: example inputs for tracing, or None.
+      deterministic: disables (True) or enables (False) adapter dropout. With None, each
+        call decides: by the method's argument ``deterministic`` (or ``train``,
+        ``training``, ``is_training``, negated) or its default; else by the model's
+        attribute of that name; else False. Disabled dropout needs no PRNG key.
 
     Variables: ``frozen`` (the base), ``lora`` (``lora_a``, ``lora_b`` and DoRA's
     ``magnitude`` at the paths of the adapted layers), ``params`` (base leaves that
@@ -65,7 +65,7 @@ class Adapted(nn.Module):
     deterministic: bool | None = None
 
     def setup(self) -> None:
-        """Gives the model this module's scope, so that paths have no extra level."""
+        """Shares this module's scope with the model, so paths have no extra level."""
         nn.share_scope(self, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,56 +81,55 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def apply(self, variables, *args, method: Method = None, **kwargs) -> Any:
-        """As `flax.linen.Module.apply`; ``method`` is one of the wrapped model's."""
+        """Like `flax.linen.Module.apply`; ``method`` is a method of the model."""
         return super().apply(variables, *args, method=_on_model(method), **kwargs)
 
     @nn.nowrap
     def init_with_output(self, rngs, *args, method: Method = None, **kwargs) -> Any:
-        """As `flax.linen.Module.init_with_output`, with fresh base and adapters."""
+        """Like `flax.linen.Module.init_with_output`, for base and adapters."""
         example = Example.of(*args, method=method or "__call__", **kwargs)
         self._select(trace_model(self.model, None, example))
         return super().init_with_output(rngs, *args, method=_on_model(method), **kwargs)
 
     @nn.nowrap
     def init(self, rngs, *args, method: Method = None, **kwargs) -> Any:
-        """As `flax.linen.Module.init`, with fresh base and adapters."""
+        """Like `flax.linen.Module.init`, for base and adapters."""
         return self.init_with_output(rngs, *args, method=method, **kwargs)[1]
 
     @nn.nowrap
     def targets(self, params: Mapping[str, Any] | None = None) -> list[Target]:
-        """Returns the table of adapted layers.
+        """Returns the adapted layers.
 
         Args:
-          params: the model's plain parameter tree (arrays or shapes); not needed where
+          params: the model's plain parameter tree (arrays or shapes); not needed if
             example inputs were given to `adapt`.
 
         Returns:
-          One row a layer.
+          One `Target` per layer.
 
         Raises:
-          ValueError: if the config names what the model has not; see `select_targets`.
+          ValueError: if the config names layers that don't exist; see `select_targets`.
         """
         return self._select(self._trace(params))
 
     @nn.nowrap
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
-        """Puts fresh adapters beside pretrained parameters.
+        """Adds newly initialised adapters to pretrained parameters.
 
         Args:
-          params: the model's own tree, as ``model.apply({"params": params}, x)`` takes
-            it; its arrays are used as they are, uncopied, but for those that
-            `upcast_trained` makes float32.
-          key: PRNG key of the adapters; each layer folds in its path.
+          params: the model's own tree, as in ``model.apply({"params": params}, x)``.
+            Its arrays are not copied, except those that `upcast_trained` casts.
+          key: PRNG key for the adapters; each layer folds in its path.
 
         Returns:
           ``{"frozen": ..., "lora": ..., "params": ...}``; until an adapter is trained
-          the output has the bits of the base's. With DoRA it is within rounding (1e-6)
-          of them where XLA sums a norm in another order than here: inside `nn.scan`,
-          and for convolutions.
+          the output is bitwise equal to the base's. With DoRA it may differ by rounding
+          (1e-6) where XLA sums a norm in another order than here: inside `nn.scan`, and
+          for convolutions.
 
         Raises:
-          ValueError: if ``params`` are not those of the model, hold a NaN, or the
-            config names what is not there.
+          ValueError: if ``params`` don't match the model or contain NaN, or the config
+            names layers that don't exist.
         """
         params = nn.meta.unbox(params)
         if set(params) == {PARAMS}:
@@ -154,49 +153,49 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def upcast_trained(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Makes what is trained in full float32 where it is bfloat16 or float16.
+        """Casts fully trained weights from bfloat16 or float16 to float32.
 
-        A small step from a number near 1 is lost in bfloat16. A leaf is made float32
-        where its module computes in a ``dtype`` of its own, so that no output changes.
-        Where the parameters' dtype is that of the computation (``dtype=None``, as in
-        the embeddings of the models here) the leaf stays as it is.
+        In bfloat16 a small update of a value near 1 is rounded away. A leaf is cast
+        only if its module sets its own computation ``dtype``, so no output changes;
+        with ``dtype=None``, where the parameters determine it (the embeddings of the
+        built-in models), the leaf is unchanged.
 
         Args:
           variables: the collections.
 
         Returns:
-          The same, with such leaves of ``params`` in float32.
+          The collections, with those leaves of ``params`` in float32.
         """
         if PARAMS not in variables:
             return dict(variables)
         typed = self._trace(self.detach(variables)).typed
-        return {**variables, PARAMS: widened(variables[PARAMS], typed)}
+        return {**variables, PARAMS: upcast_leaves(variables[PARAMS], typed)}
 
     @nn.nowrap
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Returns the base alone, a plain tree: `attach` undone, save upcasting."""
+        """Returns only the base, as a plain tree: undoes `attach` except upcasting."""
         return join(variables[FROZEN], variables.get(PARAMS, {}))
 
     @nn.nowrap
     def merge(
         self, variables: Mapping[str, PyTree], *, check: bool = True
     ) -> dict[str, PyTree]:
-        """Folds the adapters in.
+        """Merges the adapters into the base.
 
         Args:
-          variables: the three collections; left as they are.
-          check: whether the merged model is run beside the adapted one on one example
-            of random numbers. It tells a weight that the model also reads directly,
-            where no adapter acts. Left out under `jax.jit` and for several processes.
+          variables: the three collections.
+          check: whether to compare the merged model with the adapted one on random
+            inputs, which detects adapted weights that the model also reads directly.
+            Skipped under `jax.jit` and with several processes.
 
         Returns:
-          A plain tree for ``model.apply({"params": tree}, x)``: kernels in the dtype of
-          the base, and what was trained in full in that of its training, unrounded.
+          A plain tree for ``model.apply({"params": tree}, x)``: kernels in the base's
+          dtype, fully trained weights in the dtype they were trained in.
 
         Raises:
-          ValueError: if an adapter is missing, left over, or not finite; if a layer
-            transforms its kernel before use, so that no kernel is the merged one; or if
-            the merged model is not the adapted one.
+          ValueError: if an adapter is missing, unexpected, or not finite; if a layer
+            transforms its kernel before use, so it can't be merged; or if the merged
+            model's output differs from the adapted model's.
         """
         base = nn.meta.unbox(self.detach(variables))
         found = self._trace(base)
@@ -216,11 +215,11 @@ class Adapted(nn.Module):
     def unmerge(
         self, merged: Mapping[str, Any], variables: Mapping[str, PyTree]
     ) -> dict[str, PyTree]:
-        """Takes the adapters out of a merged tree: W0 bit for bit, never a difference.
+        """Undoes `merge`, restoring W0 bit for bit.
 
         Args:
           merged: the result of `merge`.
-          variables: the collections it was made of.
+          variables: the collections it was made from.
 
         Returns:
           A plain tree with the base's kernels.
@@ -230,13 +229,13 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     def merge_errors(self, variables: Mapping[str, PyTree]) -> list[MergeError]:
-        """Measures what merging loses by rounding to the base's dtype.
+        """Measures the error of merging due to rounding to the base's dtype.
 
         Args:
           variables: the three collections.
 
         Returns:
-          One row an adapted layer.
+          One row per adapted layer.
         """
         base = nn.meta.unbox(self.detach(variables))
         targets = self.targets(base)
@@ -258,24 +257,24 @@ class Adapted(nn.Module):
             weights=flatten(found.params),
             unsupported=found.unsupported,
         )
-        if left := left_out(found.unsupported, self.config):
+        if left := uncovered_weights(found.unsupported, self.config):
             kinds = Counter(weight.kind for weight in left.values())
             first = {weight.kind: path for path, weight in reversed(left.items())}
             shown = ", ".join(
                 f"{first[kind]} ({kind}"
-                + (f", and {n - 1} more of its kind)" if n > 1 else ")")
+                + (f", and {n - 1} more like it)" if n > 1 else ")")
                 for kind, n in kinds.items()
             )
             warnings.warn(
-                f"targets='all-linear' does not adapt {shown}: LoRA does not know "
-                "their layers. `register_layer` teaches it one; `exclude` says that "
-                "they are to stay as they are.",
+                f"targets='all-linear' does not adapt {shown}: these layer types are "
+                "not registered. Register them with `register_layer`, or list them in "
+                "`exclude` to silence this warning.",
                 stacklevel=3,
             )
         return chosen
 
     def _run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the model on the joined tree, with every layer watched."""
+        """Runs a method of the model on the joined tree, intercepting every layer."""
         initializing = self.is_initializing()
         deterministic = self.deterministic
         if deterministic is None:
@@ -312,15 +311,15 @@ def adapt(
     example_method: str = "__call__",
     **example_kwargs: Any,
 ) -> Adapted:
-    """Adds LoRA to any Linen model, unchanged.
+    """Adds LoRA to any Linen model, without changing it.
 
     Args:
       model: an unbound module, in ``setup`` or ``compact`` style, with or without
         lifted transforms.
-      config: what to adapt, and how.
-      *example_args: example inputs (arrays or `jax.ShapeDtypeStruct`), used for shapes
-        alone. A model of one input, token ids or features, does without them: its
-        parameters tell.
+      config: the adapter config.
+      *example_args: example inputs (arrays or `jax.ShapeDtypeStruct`), used only for
+        their shapes. Not needed for models with one input, token ids or features, whose
+        shape follows from the parameters.
       deterministic: see `Adapted`.
       example_method: method the example inputs are for.
       **example_kwargs: example keyword arguments.
@@ -359,25 +358,26 @@ def adapt(
 
 def find_targets(
     model: nn.Module,
-    params: Mapping[str, Any] | None,
     config: LoRAConfig,
     *example_args: Any,
+    params: Mapping[str, Any] | None = None,
     **example_kwargs: Any,
 ) -> list[Target]:
-    """Returns the table of layers that ``config`` adapts in ``model``.
+    """Returns the layers that ``config`` adapts in ``model``.
 
     Args:
       model: any Linen module.
-      params: its parameter tree, arrays or shapes; None if example inputs are given.
-      config: what to adapt.
+      config: the adapter config.
       *example_args: example inputs, as in `adapt`.
+      params: the model's parameter tree, arrays or shapes; not needed if example inputs
+        are given.
       **example_kwargs: example keyword arguments.
 
     Returns:
-      One `Target` a layer: path, kind, kernel shape, rank, alpha, scaling, trainable.
+      One `Target` per layer: path, kind, kernel shape, rank, alpha, scaling, trainable.
 
     Raises:
-      ValueError: naming every pattern without a match and every target that can't be
+      ValueError: listing every pattern without a match and every target that can't be
         adapted.
     """
     return adapt(model, config, *example_args, **example_kwargs).targets(params)

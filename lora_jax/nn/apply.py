@@ -1,7 +1,7 @@
-"""The adapter of one layer: its factors made, its op applied to one call.
+"""The adapter of one layer: initialising its factors and applying its op.
 
-`LoRADense` and its kin, and every layer of an `adapt`-ed model, come through
-`apply_adapter`; the arithmetic is that of the public ops.
+The LoRA layers and every layer of an `adapt`-ed model call `apply_adapter`, which runs
+the public ops.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from lora_jax.ops.init import init_adapter
 
 
 class Factors(NamedTuple):
-    """What is trained of one layer.
+    """The adapter variables of one layer.
 
     Attributes:
       lora_a: ``A`` ``[*batch, *in, r]``.
@@ -35,33 +35,33 @@ class Factors(NamedTuple):
 
 
 class AlreadyAdaptedError(ValueError):
-    """A model that has LoRA layers of its own."""
+    """Raised for a model that already has LoRA layers."""
 
 
 def rule_of_call(
     context: nn.module.InterceptorContext, *, lora_layers_only: bool = False
 ) -> LayerRule | None:
-    """Returns the rule of the layer whose own method is being called, or None.
+    """Returns the rule of the registered layer whose own method is called, or None.
 
-    A subclass that calls ``super().__call__`` is seen twice for one call: the layer's
-    own method is the one that multiplies by the kernel. A subclass that does its own
-    arithmetic is not that layer.
+    A subclass that calls ``super().__call__`` is intercepted twice per call; only the
+    registered class's own method multiplies by the kernel. A subclass that overrides
+    the arithmetic does not match.
 
     Args:
-      context: of the intercepted call.
-      lora_layers_only: whether to look for LoRA layers, and for nothing else.
+      context: context of the intercepted call.
+      lora_layers_only: whether to match only LoRA layers.
 
     Returns:
       The rule, if ``context`` is a call of a registered class's method.
 
     Raises:
-      AlreadyAdaptedError: if the layer is a LoRA layer, which applies its own adapter,
-        and these are not looked for.
+      AlreadyAdaptedError: if the layer is a LoRA layer and ``lora_layers_only`` is
+        False.
     """
     cls, rule = registered_type(context.module), rule_of(context.module)
     if cls is None or rule is None or context.method_name not in rule.methods:
         return None
-    called = getattr(context.orig_method, "func", None)  # a partial of the method
+    called = getattr(context.orig_method, "func", None)  # orig_method is a partial
     if called is not inspect.unwrap(getattr(cls, context.method_name)):
         return None
     is_lora_layer = isinstance(getattr(context.module, "lora", None), LoRAConfig)
@@ -70,8 +70,8 @@ def rule_of_call(
     if is_lora_layer:
         path = "/".join(context.module.path)
         raise AlreadyAdaptedError(
-            f"the model has LoRA layers of its own, {path!r} for one; use it as it is, "
-            "without `adapt`."
+            f"the model already has LoRA layers, such as {path!r}; use it without "
+            "`adapt`."
         )
     return rule
 
@@ -79,7 +79,7 @@ def rule_of_call(
 def call_inputs(
     method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Returns the arguments of a call of ``method`` in order, however passed."""
+    """Returns the arguments of a call of ``method`` as positional arguments."""
     return inspect.signature(method).bind(*args, **kwargs).args
 
 
@@ -93,13 +93,13 @@ def base_weight(module: nn.Module, name: str) -> Any:
 def init_factors(
     module: nn.Module, inputs: tuple[Any, ...], config: LoRAConfig, path: str
 ) -> Factors:
-    """Draws A and zeroes B for a bound layer, from its own ``params`` stream.
+    """Initialises A and B for a bound layer, from its ``params`` PRNG stream.
 
     Args:
       module: a bound layer whose type is registered and whose weight exists.
       inputs: the arguments of its call.
-      config: gives rank and distribution, and says whether there is a magnitude.
-      path: of the layer, as the config's patterns see it.
+      config: determines the rank, distribution of A and use of DoRA.
+      path: the layer's path, as matched by the config's patterns.
 
     Returns:
       ``lora_a``, ``lora_b`` and, with DoRA, ``magnitude``: the kernel's column norms.
@@ -124,16 +124,16 @@ def init_factors(
 def adapted_query(
     module: nn.Module, query: AnyFloat, factors: Factors, scaling: float
 ) -> AnyFloat:
-    """Returns what a tied head's ``attend`` is to be called with: scaled, with DoRA.
+    """Returns the query to call a tied head's ``attend`` with, scaled if DoRA is used.
 
     Args:
       module: a bound embedding.
       query: ``[*b, d]``.
-      factors: of this layer.
+      factors: the layer's factors.
       scaling: ``alpha / rank``.
 
     Returns:
-      The query for the base layer and for `apply_adapter` alike.
+      The query for both the base layer and `apply_adapter`.
     """
     a, b, magnitude = factors
     rule = rule_of(module)
@@ -159,12 +159,12 @@ def apply_adapter(
     Args:
       module: a bound layer whose type is registered.
       method: the method that was called.
-      inputs: its arguments; of ``attend``, with `adapted_query`.
+      inputs: its arguments; for ``attend``, from `adapted_query`.
       y: the output of the frozen layer; sets the dtype of the result.
-      factors: what is trained of this layer.
-      config: gives scaling and dropout rate.
-      path: of the layer, as the config's patterns see it.
-      deterministic: switches dropout off; no PRNG key is needed then.
+      factors: the layer's factors.
+      config: determines scaling and dropout rate.
+      path: the layer's path, as matched by the config's patterns.
+      deterministic: disables dropout, so that no PRNG key is needed.
 
     Returns:
       The output of the adapted layer.
@@ -176,7 +176,7 @@ def apply_adapter(
         rate = config.dropout_rate
         what = f"dropout_rate={rate} of the adapter at {path!r}"
         options |= {"dropout_rate": rate, "dropout_key": dropout_key(module, what)}
-    if factors.magnitude is not None and method != ATTEND:  # there the query is scaled
+    if factors.magnitude is not None and method != ATTEND:  # `attend` scales the query
         options["magnitude"] = factors.magnitude
         if (bias := base_weight(module, BIAS)) is not None:
             options["bias"] = bias
@@ -185,17 +185,17 @@ def apply_adapter(
 
 
 def dropout_key(module: nn.Module, what: str) -> Any:
-    """Returns a key of a module's dropout stream; says what needs it if there is none.
+    """Returns a PRNG key from a module's dropout stream.
 
     Args:
-      module: bound.
-      what: needs the key, for the error.
+      module: a bound module.
+      what: what needs the key, for the error message.
 
     Returns:
       The key.
 
     Raises:
-      ValueError: if the module was given no key.
+      ValueError: if the module has no dropout stream.
     """
     if not (module.has_rng(DROPOUT) or module.has_rng(PARAMS)):
         raise ValueError(

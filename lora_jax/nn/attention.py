@@ -1,4 +1,4 @@
-"""LoRAAttention: multi-head attention of which any projection may be adapted."""
+"""LoRAAttention: multi-head attention with LoRA on any of its projections."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ CACHE = "cache"
 
 
 class _Projected(NamedTuple):
-    """The base output of a projection, and what its adapter is applied with."""
+    """The base output of a projection, and the weights its adapter needs."""
 
     y: AnyFloat  # [*b, t, n, h]
     kernel: AnyFloat  # [d, n, h]
@@ -33,9 +33,9 @@ class _Projected(NamedTuple):
 
 
 class _Projection(LoRALayer, nn.DenseGeneral):
-    """A `LoRADenseGeneral` that leaves applying its adapter to the caller.
+    """A `LoRADenseGeneral` whose adapter is applied by the caller.
 
-    So that layers of one input can share one product ``x @ [A1 | A2 | ...]``.
+    Layers with the same input can thus share one product ``x @ [A1 | A2 | ...]``.
     """
 
     lora: LoRAConfig = LoRAConfig()
@@ -59,15 +59,14 @@ class LoRAAttention(nn.Module):
     Computes ``softmax(q kᵀ / √h) v`` for each head, with
     ``q = x Wq + scaling * (x Aq) Bq`` and likewise k, v and the output projection.
 
-    A drop-in for `flax.linen.MultiHeadDotProductAttention`: the same arguments and
-    decode cache, and its parameters load into ``frozen`` as they are. Projections of
-    one input share one product ``x @ [Aq | Ak | Av]`` and one adapter dropout mask: all
-    three in self-attention, key and value in cross-attention.
+    A drop-in replacement for `flax.linen.MultiHeadDotProductAttention`: the same
+    arguments and KV cache, and its parameters load into ``frozen`` unchanged.
+    Projections with the same input share one product ``x @ [Aq | Ak | Av]`` and one
+    adapter dropout mask: all three in self-attention, key and value in cross-attention.
 
-    The softmax is in float32. Without attention dropout
-    `jax.nn.dot_product_attention` runs, which keeps no weights where cuDNN takes it.
-    With it, with ``sow_weights`` or with a ``precision``,
-    `flax.linen.dot_product_attention` does: the same values, the weights in memory.
+    The softmax is in float32. `jax.nn.dot_product_attention` computes it (on cuDNN
+    without storing the attention weights), except with attention dropout,
+    ``sow_weights`` or a ``precision``, where `flax.linen.dot_product_attention` does.
 
     Attributes:
       num_heads: number of query heads ``n``.
@@ -77,24 +76,24 @@ class LoRAAttention(nn.Module):
       out_features: features of the output; default: those of the input.
       use_bias: whether the projections have a bias.
       is_causal: whether position ``t`` attends to positions ``0 ... t`` only.
-      dropout_rate: of the attention weights; not the adapters', see ``lora``.
-      broadcast_dropout: whether one mask of the weights serves all heads and rows.
-      deterministic: switches both dropouts off; may be given at the call instead, and
-        must be given once if either rate is above 0.
+      dropout_rate: dropout rate of the attention weights; for the adapters see
+        ``lora``.
+      broadcast_dropout: whether all heads and rows share one attention dropout mask.
+      deterministic: disables both dropouts; may be given at the call instead, and must
+        be given in one place if either rate is above 0.
       normalize_qk: whether query and key get a layer norm (``query_ln``, ``key_ln``).
-      decode: whether keys and values are cached: `init` on a whole sequence makes the
-        cache, then each call adds its positions (one or more) and attends to all so
-        far.
-      dtype: of the computation; default: that of inputs and parameters.
-      param_dtype: of the parameters.
+      decode: whether to use a KV cache: `init` on a whole sequence allocates it, then
+        each call appends its positions (one or more) and attends to all so far.
+      dtype: computation dtype; default: promoted from inputs and parameters.
+      param_dtype: dtype of the parameters.
       precision: as in `jax.lax.dot_general`.
       kernel_init: initialiser of the kernels.
-      out_kernel_init: of the output kernel; default ``kernel_init``.
+      out_kernel_init: initialiser of the output kernel; default ``kernel_init``.
       bias_init: initialiser of the biases.
-      out_bias_init: of the output bias; default ``bias_init``.
-      implementation: ``"xla"`` or ``"cudnn"``; default: by platform and arrays, see
+      out_bias_init: initialiser of the output bias; default ``bias_init``.
+      implementation: ``"xla"`` or ``"cudnn"``; default: see
         `lora_jax.attention.dot_product.choose_implementation`.
-      lora: what to adapt; the projections are ``query``, ``key``, ``value``, ``out``.
+      lora: adapter config; the projections are ``query``, ``key``, ``value``, ``out``.
 
     Variables: ``frozen`` (``{query,key,value}/{kernel,bias}`` ``[d, n, h]`` and
     ``[n, h]``, ``out/{kernel,bias}`` ``[n, h, d]`` and ``[d]``), ``lora``
@@ -137,7 +136,7 @@ class LoRAAttention(nn.Module):
     lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self) -> None:
-        """Refuses anything but a config, before it is asked for a rank."""
+        """Raises unless ``lora`` is a config."""
         check_config(self.lora)
         super().__post_init__()
 
@@ -163,22 +162,22 @@ class LoRAAttention(nn.Module):
           bias: added to the logits, broadcastable to ``[*b, n, t, s]``.
           mask: true where a query may attend, broadcastable to ``[*b, n, t, s]``; in
             `decode`, ``s`` is the length of the cache.
-          deterministic: switches both dropouts off.
-          dropout_rng: key of the attention dropout; default: the ``dropout`` stream.
-          sow_weights: whether the weights are sown into ``intermediates``.
+          deterministic: disables both dropouts.
+          dropout_rng: key for attention dropout; default: the ``dropout`` stream.
+          sow_weights: whether to sow the attention weights into ``intermediates``.
 
         Returns:
           ``[*b, t, out_features]``.
 
         Raises:
-          ValueError: if sizes, masks or the cache do not fit, or the dropout has no
-            ``deterministic``.
+          ValueError: if sizes, masks or the cache are incompatible, or dropout is used
+            without ``deterministic``.
           TypeError: if an input is not floating.
         """
         if inputs_k is None and inputs_v is not None:
             raise ValueError(
-                "inputs_k must be given where inputs_v is; got None. To use one array "
-                "for both pass it as inputs_k."
+                "inputs_k must be given if inputs_v is; got None. To use one array for "
+                "both, pass it as inputs_k."
             )
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
@@ -331,7 +330,7 @@ class LoRAAttention(nn.Module):
     def _cached(
         self, query: AnyFloat, key: AnyFloat, value: AnyFloat
     ) -> tuple[AnyFloat, AnyFloat, jax.Array | None]:
-        """Appends to the cache; returns all keys and values, and who sees which."""
+        """Appends to the KV cache; returns all keys and values, and the mask."""
         is_initialized = self.has_variable(CACHE, "cached_key")
         cached_key = self.variable(CACHE, "cached_key", jnp.zeros_like, key)
         cached_value = self.variable(CACHE, "cached_value", jnp.zeros_like, value)
@@ -342,9 +341,9 @@ class LoRAAttention(nn.Module):
         t = query.shape[-3]
         if key.shape != (*batch, t, k, h) or t > s:
             raise ValueError(
-                f"decode takes t new positions, t up to the {s} of its cache: queries "
-                f"and keys [*b, t, heads, h] with *b = {batch}; got {query.shape} and "
-                f"{key.shape}."
+                f"decode takes at most {s} new positions t, the size of its cache: "
+                f"queries and keys [*b, t, heads, h] with *b = {batch}; got "
+                f"{query.shape} and {key.shape}."
             )
 
         def append(cache: nn.Variable, new: AnyFloat) -> AnyFloat:
@@ -362,7 +361,7 @@ class LoRAAttention(nn.Module):
 
 
 def _ones(query: AnyFloat) -> tuple[int, ...]:
-    """Sizes of a mask's batch and head axes, where it is the same for all."""
+    """Returns size 1 for each batch and head axis of a broadcast mask."""
     return (1,) * (query.ndim - 2)
 
 

@@ -1,4 +1,4 @@
-"""What LoRA modules share: W0 in ``frozen``, A and B in ``lora``."""
+"""Mixins for LoRA layers: W0 in ``frozen``, A and B in ``lora``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +34,11 @@ def check_config(lora: Any) -> None:
 class FrozenLayer:
     """Mixin that keeps a Linen layer's parameters out of training.
 
-    Put before the Linen class, whose own code runs: its parameters are declared in
+    Inherit from it before the Linen class, whose parameters are then declared in
     ``frozen``, or in ``params`` if the config trains them in full.
 
     Attributes:
-      lora: the config, one for the whole model.
+      lora: the adapter config of the whole model.
     """
 
     lora: LoRAConfig
@@ -47,7 +47,7 @@ class FrozenLayer:
     make_rng: Callable[[str], jax.Array]
 
     def __post_init__(self) -> None:
-        """Refuses anything but a config, before it is asked for a rank."""
+        """Raises unless ``lora`` is a config."""
         check_config(self.lora)
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
 
@@ -55,17 +55,17 @@ class FrozenLayer:
         """Declares a base weight, frozen unless the config trains it.
 
         Args:
-          name: of the weight.
+          name: name of the weight.
           init_fn: ``(key, *args) -> array``.
           *args: arguments of ``init_fn``.
-          unbox: whether partitioning metadata is taken off.
+          unbox: whether to remove partitioning metadata.
           **kwargs: keyword arguments of ``init_fn``.
 
         Returns:
           The weight.
 
         Raises:
-          ValueError: if the weight given has another shape than ``init_fn`` makes.
+          ValueError: if the given weight's shape differs from that of ``init_fn``.
         """
         path = child(self._lora_path(), name)
         if self.lora.is_trained(path, is_adapted=self._is_target()):
@@ -85,14 +85,14 @@ class FrozenLayer:
         return plain if unbox else value
 
     def _require(self, collection: str, name: str) -> None:
-        """Raises if a variable is neither given nor can be made here."""
+        """Raises if a variable is missing and can't be initialised here."""
         if self.scope.has_variable(collection, name):
             return
         if not self.scope.is_mutable_collection(collection):
             path = child(self._lora_path(), name)
             raise ValueError(
-                f"variables[{collection!r}] must have {path!r}; got none. A layer's "
-                f"Linen parameters belong in {FROZEN!r}, its adapter in {LORA!r}."
+                f"variables[{collection!r}] must have {path!r}; got none. Put a "
+                f"layer's Linen parameters in {FROZEN!r}, its adapter in {LORA!r}."
             )
 
     def _lora_path(self) -> str:
@@ -108,31 +108,31 @@ class FrozenLayer:
 class LoRALayer(FrozenLayer):
     """Mixin that adds LoRA to a Linen layer.
 
-    The Linen class's own code computes the base. Which rank, alpha and scaling apply,
-    and whether the layer is adapted at all, is asked of ``lora`` with the module's
-    path.
+    The Linen class computes the base. The module's path determines whether ``lora``
+    adapts it, and with which rank, alpha and scaling.
 
     Attributes:
-      lora: the config, one for the whole model.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: the adapter config of the whole model.
+      deterministic: disables adapter dropout; may be given at the call instead.
     """
 
     deterministic: bool | None
 
     def _factors(self, *inputs: Any) -> Factors | None:
-        """Declares what is trained, or returns None if this layer is not a target."""
+        """Declares the adapter variables, or returns None if not a target."""
         path = self._lora_path()
         if not self._is_target():
             if self.scope.has_variable(LORA, LORA_A):
                 raise ValueError(
                     f"variables[{LORA!r}] has {child(path, LORA_A)!r}, but the config "
-                    f"does not target {path!r}. Load the adapter with its own config."
+                    f"does not target {path!r}. Use the config the adapter was made "
+                    "with."
                 )
             return None
         if not self.lora.dora and self.scope.has_variable(LORA, MAGNITUDE):
             raise ValueError(
                 f"variables[{LORA!r}] has {child(path, MAGNITUDE)!r}, but the config "
-                "has dora=False. Load the adapter with its own config."
+                "has dora=False. Use the config the adapter was made with."
             )
         module: Any = self  # a mixin to the checker, but a module
         fresh: list[Factors] = []
@@ -156,7 +156,7 @@ class LoRALayer(FrozenLayer):
         return factors
 
     def _adapted_query(self, query: AnyFloat, factors: Factors | None) -> AnyFloat:
-        """Returns the query of a tied head: scaled, with DoRA."""
+        """Returns the query for a tied head, scaled if DoRA is used."""
         if factors is None:
             return query
         module: Any = self
@@ -171,10 +171,10 @@ class LoRALayer(FrozenLayer):
         deterministic: bool | None = None,
         method: str = CALL,
     ) -> AnyFloat:
-        """Applies the adapter to the base output ``y``, if there is one."""
+        """Applies the adapter, if any, to the base output ``y``."""
         if factors is None:
             return y
-        is_lookup = method == CALL and isinstance(self, nn.Embed)  # drops nothing
+        is_lookup = method == CALL and isinstance(self, nn.Embed)  # no dropout
         drops = self.lora.dropout_rate > 0 and not is_lookup
         if drops:
             drops = not nn.merge_param(

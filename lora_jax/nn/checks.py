@@ -1,4 +1,4 @@
-"""What is checked before an adapter meets a model, and how a call's flags are read."""
+"""Checks of adapters against models, and reading a call's ``deterministic`` flag."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -30,21 +30,21 @@ DETERMINISTIC_FLAGS = {
 def is_deterministic(
     model: nn.Module, method: str | Callable[..., Any], args: tuple, kwargs: dict
 ) -> bool:
-    """Reads the model's own switch for dropout, as one call has set it.
+    """Returns whether one call of the model is deterministic.
 
     Args:
-      model: bound or not.
-      method: of the model, by name or as a function of it.
+      model: bound or unbound.
+      method: method of the model, by name or function.
       args: positional arguments of the call.
       kwargs: keyword arguments of the call.
 
     Returns:
-      Whether the call is deterministic; False where the model has no such switch.
+      The model's own dropout flag for this call; False if it has none.
     """
     function = getattr(type(model), method) if isinstance(method, str) else method
     try:
         bound = inspect.signature(function).bind(model, *args, **kwargs)
-    except TypeError:  # a wrong call: the model itself says what is wrong with it
+    except TypeError:  # invalid arguments: the model's own error is clearer
         return False
     bound.apply_defaults()
     for given in (bound.arguments, bound.kwargs, vars(model)):
@@ -63,20 +63,20 @@ def check_presence(
     """Raises unless a called layer has an adapter if and only if the config adapts it.
 
     Args:
-      path: of the layer, as the config's patterns see it.
-      factors: its A, B and magnitude; None for what is not there.
-      config: says whether there must be a magnitude.
+      path: the layer's path, as matched by the config's patterns.
+      factors: its A, B and magnitude; None for missing ones.
+      config: determines whether there must be a magnitude.
       is_target: whether the config adapts the layer.
 
     Raises:
-      ValueError: if A, B or the magnitude is missing or not wanted.
+      ValueError: if A, B or the magnitude is missing or unexpected.
     """
     a, b, magnitude = factors
     if not is_target or a is None or b is None:
         raise ValueError(
             f"the collection {LORA!r} must have {child(path, LORA_A)!r} and {LORA_B!r} "
             f"if and only if the config targets {path!r}; got "
-            f"{'no adapter for a target' if is_target else 'one too many'}. "
+            f"{'no adapter for a target' if is_target else 'an extra adapter'}. "
             f"{MAKE_OR_LOAD}"
         )
     if (magnitude is not None) != config.dora:
@@ -93,17 +93,17 @@ def check_factors_fit(
     contraction: Contraction,
     config: LoRAConfig,
 ) -> None:
-    """Raises unless a layer's factors have the shapes that the config asks for.
+    """Raises unless a layer's factors have the shapes that the config implies.
 
     Args:
-      path: of the layer, as the config's patterns see it.
-      factors: what is trained of it.
-      kernel_shape: of its weight.
+      path: the layer's path, as matched by the config's patterns.
+      factors: the layer's factors.
+      kernel_shape: shape of its weight.
       contraction: roles of the kernel's axes.
-      config: gives the rank.
+      config: determines the rank.
 
     Raises:
-      ValueError: if A, B or the magnitude has another shape.
+      ValueError: if A, B or the magnitude has the wrong shape.
     """
     rank = config.rank_for(path)
     a, b = contraction.factor_shapes(kernel_shape, rank)
@@ -122,14 +122,14 @@ def check_factors_fit(
 
 
 def check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Raises unless two trees have the same leaves.
+    """Raises unless two trees have the same paths and shapes.
 
     Args:
       wanted: shapes of the model's parameters by path.
-      got: shapes of those given.
+      got: shapes of the given parameters by path.
 
     Raises:
-      ValueError: naming every leaf that is missing, unknown, or mis-shaped.
+      ValueError: listing every leaf that is missing, unknown, or of the wrong shape.
     """
     faults = [f"{path} is missing" for path in wanted if path not in got]
     faults += [f"{path} is not in the model" for path in got if path not in wanted]
@@ -140,21 +140,21 @@ def check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
     ]
     if faults:
         raise ValueError(
-            f"params do not fit the model: {'; '.join(faults)}. Pass the tree that "
-            "`model.apply` takes as 'params', and example inputs that reach all of it."
+            f"params do not match the model: {'; '.join(faults)}. Pass the tree that "
+            "`model.apply` takes as 'params', and example inputs that use all of it."
         )
 
 
 def check_kernels(params: Mapping[str, Any], targets: list[Target]) -> None:
-    """Raises unless every kernel to be adapted is floating and finite.
+    """Raises unless every kernel to be adapted is floating-point and finite.
 
     Args:
       params: the base tree.
       targets: the adapted layers.
 
     Raises:
-      TypeError: naming every kernel of another dtype.
-      ValueError: naming every kernel with a NaN or an infinity.
+      TypeError: listing every kernel of another dtype.
+      ValueError: listing every kernel with NaN or infinity.
     """
     flat = flatten(params)
     kernels = {target.weight_path: flat[target.weight_path] for target in targets}
@@ -171,4 +171,6 @@ def check_kernels(params: Mapping[str, Any], targets: list[Target]) -> None:
         if isinstance(leaf, (jax.Array, np.ndarray)) and not is_finite(leaf)
     ]
     if bad:
-        raise ValueError(f"kernels must be finite; {', '.join(bad)} hold NaN or inf.")
+        raise ValueError(
+            f"kernels must be finite; {', '.join(bad)} contain NaN or infinity."
+        )

@@ -1,10 +1,10 @@
-"""Does changing a layer's kernel by A B change its output by the adapter's update?
+"""Numerical checks that an adapter is equivalent to changing the kernel by A B.
 
-Linen's own layers are linear in their kernel, and there it does. A layer that
+Linen's own layers are linear in their kernel, so it is. It is not for a layer that
 transforms its kernel before use (a standardised convolution, a rounding
-``dot_general``) or whose registered equation is wrong is not, and no shape tells. So
-such a layer is tried alone, on random numbers, when a model is traced; and a whole
-model when adapters are merged.
+``dot_general``) or whose registered equation is wrong, which shapes can't reveal. Such
+layers are tested in isolation on random numbers when a model is traced, and the whole
+model is tested when adapters are merged.
 """
 
 import warnings
@@ -22,22 +22,22 @@ from lora_jax.nn.layer_rules import CALL, LayerRule
 from lora_jax.ops.merge import delta_kernel
 
 _LINEN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed, nn.Conv)
-_REPLACEABLE = (  # attributes by which a user's own product takes the place of JAX's
+_REPLACEABLE = (  # attributes that replace the layer's product with a user's
     *("dot_general", "dot_general_cls"),
     *("conv_general_dilated", "conv_general_dilated_cls"),
 )
-_LARGEST = 2**24  # elements of a layer that is tried; above, merging is what tells
-_TOLERANCE = {"float64": 1e-2, "float32": 2e-2}  # of the update; else:
+_LARGEST = 2**24  # layers with more elements are checked only when merging
+_TOLERANCE = {"float64": 1e-2, "float32": 2e-2}  # relative to the update; else:
 _COARSE = 6e-2
 
 
 def is_own_arithmetic(module: nn.Module) -> bool:
-    """Says whether a layer multiplies by its kernel in code that is not Linen's."""
+    """Returns whether the layer's product is computed by code outside Linen."""
     return not isinstance(module, _LINEN)
 
 
 def may_be_inexact(module: nn.Module) -> bool:
-    """Says whether a layer may use another kernel than the one that is stored."""
+    """Returns whether a layer may transform its stored kernel before use."""
     return (
         is_own_arithmetic(module)
         or type(module).param is not nn.Module.param
@@ -48,18 +48,18 @@ def may_be_inexact(module: nn.Module) -> bool:
 def is_exact(
     module: nn.Module, rule: LayerRule, method: str, inputs: tuple[Any, ...]
 ) -> bool:
-    """Tries one layer: whether merging A B changes its output by the update.
+    """Tests on random numbers whether merging A B into one layer equals its update.
 
     Args:
-      module: bound; arrays of its variables and inputs may be tracers, for their shapes
-        alone are looked at.
-      rule: of its type.
-      method: that was called.
-      inputs: of that call.
+      module: a bound module; its variables and inputs may be tracers, since only shapes
+        are used.
+      rule: the rule of its type.
+      method: the called method.
+      inputs: the arguments of the call.
 
     Returns:
-      False if the layer is found to differ; True if not, or if it is too large to be
-      tried or can't be called alone.
+      False if the outputs differ; True if not, or if the layer is too large to test or
+      can't be called in isolation.
     """
     shapes = nn.meta.unbox(dict(module.variables))
     kernel_shape = tuple(jnp.shape(shapes.get(PARAMS, {}).get(rule.weight)))
@@ -85,7 +85,7 @@ def is_exact(
 
         try:
             before, after = call(kernel), call(kernel + delta)
-        except Exception:  # whatever a layer that needs its model provokes
+        except Exception:  # the layer can't run outside its model
             return True
         try:
             adapted = rule.apply(
@@ -102,7 +102,7 @@ def is_exact(
 
 
 class _Drawing:
-    """Fixed random arrays in the shapes of others."""
+    """Draws deterministic random arrays with given shapes."""
 
     def __init__(self):
         self._generator = np.random.default_rng(0)
@@ -127,7 +127,7 @@ class _Drawing:
 
 
 def is_concrete(tree: Any) -> bool:
-    """Says whether all leaves are arrays with values: no tracers, no shapes."""
+    """Returns whether all leaves are concrete arrays: no tracers, no shapes."""
     leaves = jax.tree.leaves(tree)
     kinds = (jax.Array, np.ndarray)
     return all(
@@ -142,15 +142,15 @@ def check_merged(
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
     method: Any,
 ) -> None:
-    """Raises unless a merged model computes what the adapted one does.
+    """Raises unless a merged model computes the same outputs as the adapted one.
 
     Args:
       adapted: the model with its adapters, deterministic, and its variables.
-      plain: the plain model, its variables before merging and after.
-      others: shapes of the collections that both have besides.
-      inputs: arguments and keyword arguments of one example; of arrays only shapes and
-        dtypes are looked at.
-      method: that the example is for.
+      plain: the plain model, and its variables before and after merging.
+      others: shapes of the other collections of both models.
+      inputs: arguments and keyword arguments of an example; only the shapes and dtypes
+        of arrays are used.
+      method: the method the example is for.
 
     Raises:
       ValueError: if the outputs differ by far more than rounding.
@@ -182,10 +182,10 @@ def check_merged(
     try:
         wanted, run_plain = compiled(module)(variables), compiled(plain_module)
         got, before = run_plain(merged), run_plain(base)
-    except Exception as error:  # whatever random numbers provoke
+    except Exception as error:  # random inputs may be invalid for the model
         warnings.warn(
-            "the merged model could not be compared with the adapted one, for the "
-            f"example made from its inputs' shapes does not run: {error!r:.300}",
+            "the merged model could not be compared with the adapted one: random "
+            f"inputs of the example's shapes do not run: {error!r:.300}",
             stacklevel=3,
         )
         return
@@ -197,12 +197,12 @@ def check_merged(
         error, effect = np.abs(w - g).max(initial=0), np.abs(w - b).max(initial=0)
         if error > 0.1 * effect + rounding * np.abs(w).max(initial=0):
             raise ValueError(
-                "the merged model does not compute what the adapted one does: on an "
-                f"example its output is off by {error:.3g}, where the adapters change "
-                f"it by {effect:.3g}. An adapted weight is also read directly (a tied "
-                "head written as `x @ embedding.T`, say) or transformed before use, "
-                "and a merged weight can't stand for that. Use the model unmerged, "
-                "leave that layer out, or pass check=False."
+                "the merged model differs from the adapted one: on an example its "
+                f"output is off by {error:.3g}, where the adapters change it by "
+                f"{effect:.3g}. An adapted weight is also read directly (e.g. a tied "
+                "head written as `x @ embedding.T`) or transformed before use, which a "
+                "merged weight can't reproduce. Use the model unmerged, exclude that "
+                "layer, or pass check=False."
             )
 
 

@@ -1,4 +1,4 @@
-"""What happens to each layer call of an `adapt`-ed model."""
+"""The interceptor that applies adapters to the layer calls of an `adapt`-ed model."""
 
 from typing import Any
 
@@ -24,30 +24,30 @@ from lora_jax.tree.targets import LINEAR_KINDS
 def make_interceptor(
     config: LoRAConfig, root: int, *, deterministic: bool, initializing: bool
 ) -> Any:
-    """Returns the function for `flax.linen.intercept_methods` that adapts layers.
+    """Returns the interceptor for `flax.linen.intercept_methods` that adapts layers.
 
     Args:
-      config: what is adapted.
+      config: the adapter config.
       root: depth of the model's scope; paths start below it.
-      deterministic: switches adapter dropout off.
-      initializing: whether missing adapters are drawn.
+      deterministic: disables adapter dropout.
+      initializing: whether to initialise missing adapters.
 
     Returns:
-      The interceptor: it runs each layer as it is, then applies the layer's adapter.
+      The interceptor, which runs each layer and then applies its adapter.
     """
 
     def intercept(next_fun, args, kwargs, context):
         module, scope = context.module, context.module.scope
         method, rule = context.method_name, rule_of_call(context)
-        # A layer applied to variables of its own (`head.apply({...}, x)`) is none
-        # of this model's.
+        # A layer applied to its own variables (`head.apply({...}, x)`) is not part of
+        # this model.
         if rule is None or not is_flagged(scope):
             return next_fun(*args, **kwargs)
         path = "/".join(scope.path[root:])
         inputs = call_inputs(context.orig_method, args, kwargs)
         if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
             query = adapted_query(
-                module, inputs[0], held_factors(scope), config.scaling_for(path)
+                module, inputs[0], stored_factors(scope), config.scaling_for(path)
             )
             inputs, args, kwargs = (query,), (query,), {}
         y = next_fun(*args, **kwargs)
@@ -60,7 +60,7 @@ def make_interceptor(
             for name, value in zip(ADAPTER_LEAVES, fresh, strict=True):
                 if value is not None:
                     scope.put_variable(PARAMS, name, value)
-        factors = held_factors(scope)
+        factors = stored_factors(scope)
         contraction = find_contraction(rule, module, method, inputs)
         if isinstance(contraction, str):
             raise ValueError(f"{path!r} can't be adapted: {contraction}")
@@ -81,6 +81,6 @@ def make_interceptor(
     return intercept
 
 
-def held_factors(scope: Scope) -> Factors:
-    """Returns what stands beside a kernel; None for what doesn't."""
+def stored_factors(scope: Scope) -> Factors:
+    """Returns the adapter leaves stored beside a kernel, None for missing ones."""
     return Factors(*(scope.get_variable(PARAMS, name) for name in ADAPTER_LEAVES))

@@ -1,9 +1,9 @@
-"""How LoRA meets each type of Linen layer: one registry for all of `lora_jax.nn`.
+"""How LoRA applies to each type of Linen layer: the registry for `lora_jax.nn`.
 
-A `LayerRule` says which weight of a module is adapted, what role its axes have, and
-which op applies the adapter. The base layer itself is never rewritten: its output,
-whatever it does about bias, padding or dtype, is handed to the op. So an adapter with
-``B = 0`` is bit-equal to the base by construction.
+A `LayerRule` defines which weight of a module is adapted, the roles of its axes, and
+the op that applies the adapter. The base layer itself is never reimplemented: its
+output, with its own bias, padding and dtype handling, is passed to the op. An adapter
+with ``B = 0`` is therefore bitwise equal to the base.
 """
 
 import math
@@ -25,7 +25,7 @@ CALL, ATTEND = "__call__", "attend"
 
 
 class LayerRule(NamedTuple):
-    """What LoRA has to know about a type of layer.
+    """How to adapt one type of layer.
 
     Attributes:
       kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
@@ -33,7 +33,7 @@ class LayerRule(NamedTuple):
       methods: methods whose output is adapted.
       contraction: ``(module, x, *args) -> Contraction`` of the weight.
       apply: ``(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> y'``:
-        calls the op with the base's output ``y``; the options are the op's.
+        calls the op with the base's output ``y`` and the op's options.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class LayerRule(NamedTuple):
 def einsum_rule(
     kind: str, equation: Callable[..., str], weight: str = KERNEL
 ) -> LayerRule:
-    """Makes the `LayerRule` of a module that is one einsum of its input and a kernel.
+    """Makes the `LayerRule` of a module that computes an einsum with a kernel.
 
     Args:
       kind: name in the table of targets.
@@ -63,7 +63,7 @@ def einsum_rule(
     def apply(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> AnyFloat:
         del method
         options.setdefault("precision", getattr(module, "precision", None))
-        x = inputs[0].astype(y.dtype)  # integers too, as Linen's layers take them
+        x = inputs[0].astype(y.dtype)  # Linen's layers also accept integers
         labels = equation(module, *inputs)
         x, folded = _fold(labels, x, y, kernel)
         factors = (lora_a, lora_b)
@@ -80,17 +80,17 @@ def register_layer(
     weight: str = KERNEL,
     kind: str = "einsum",
 ) -> None:
-    """Teaches LoRA a layer of your own: any module that is an einsum with a kernel.
+    """Makes a custom layer adaptable: any module that computes an einsum with a kernel.
 
     Args:
       module_type: the Linen class; its subclasses are covered too.
-      equation: of its ``__call__``, ``"...i,io->...o"``, or a function
-        ``(module, x, *args) -> equation``. Where a kernel of two axes has several axes
-        of the input or the output in one (heads times features, as in T5X), the
-        equation is that of the folded arrays.
+      equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
+        ``(module, x, *args) -> equation``. If a 2-D kernel merges several axes of the
+        input or output (heads times features, as in T5X), give the equation of the
+        reshaped arrays.
       weight: name of the kernel parameter.
-      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; a layer
-        of a kind of its own has to be named.
+      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
+        of a new kind must be named in the config.
 
     Raises:
       TypeError: if ``module_type`` is not a Linen module class.
@@ -114,7 +114,7 @@ def register_layer(
 def _fold(
     equation: str, x: AnyFloat, y: AnyFloat, kernel: AnyFloat
 ) -> tuple[AnyFloat, AnyFloat]:
-    """Folds the last axes of input and output that a 2-D kernel has as one (T5X)."""
+    """Merges trailing axes of input and output that a 2-D kernel merges (T5X)."""
     if kernel.ndim != 2 or not equation.replace(" ", "").startswith("..."):
         return x, y
     roles = parse_equation(equation, x.ndim).contraction
@@ -130,14 +130,14 @@ def _fold(
 
 
 def registered_rules() -> tuple[tuple[type[nn.Module], LayerRule], ...]:
-    """Returns the rule of every layer that LoRA knows, with its type."""
+    """Returns every registered layer type with its rule."""
     return tuple(_RULES.items())
 
 
 def registered_type(module: nn.Module) -> type[nn.Module] | None:
-    """Returns the registered class that a module is of, or None."""
+    """Returns the registered class of a module, or None."""
     if getattr(module, "mask", None) is not None and isinstance(module, nn.Conv):
-        return None  # a masked kernel is not the kernel the tree holds
+        return None  # a masked kernel differs from the one in the tree
     return next((cls for cls in type(module).__mro__ if cls in _RULES), None)
 
 
@@ -185,7 +185,7 @@ def _embed(module, method, inputs, y, table, lora_a, lora_b, **options) -> AnyFl
         query = inputs[0].astype(y.dtype)
         return lora_attend(query, table, lora_a, lora_b, base_output=y, **options)
     for name in ("dropout_rate", "dropout_key"):
-        options.pop(name, None)  # a lookup's input is one-hot: nothing to drop
+        options.pop(name, None)  # no dropout: the input is one-hot
     return lora_embed(inputs[0], table, lora_a, lora_b, base_output=y, **options)
 
 

@@ -1,7 +1,7 @@
 """Linen's linear layers, embeddings and convolutions with LoRA.
 
-Each takes the arguments of its `flax.linen` counterpart plus ``lora``, loads that
-layer's parameters into ``frozen`` as they are, and is bit-equal to it until A and B are
+Each takes the arguments of its `flax.linen` counterpart plus ``lora``, keeps that
+layer's parameters unchanged in ``frozen``, and is bitwise equal to it until A and B are
 trained.
 """
 
@@ -98,7 +98,7 @@ class LoRAEinsum(LoRALayer, nn.Einsum):
 
 
 class LoRAConv(LoRALayer, nn.Conv):
-    """`flax.linen.Conv` with LoRA: a thin convolution to the rank, then 1 × 1.
+    """`flax.linen.Conv` with LoRA: a convolution to ``r`` channels, then 1 × 1.
 
     A masked convolution can't be adapted.
 
@@ -107,8 +107,8 @@ class LoRAConv(LoRALayer, nn.Conv):
       deterministic: switches adapter dropout off; may be given at the call instead.
 
     Variables: ``frozen`` (``kernel`` ``[*k, i/groups, o]``, ``bias`` ``[o]``), ``lora``
-    (``lora_a`` ``[*k, i, r]``, ``lora_b`` ``[r, o]``, both led by the groups if there
-    are several).
+    (``lora_a`` ``[*k, i, r]``, ``lora_b`` ``[r, o]``, both with a leading axis of
+    groups if there are several).
     """
 
     lora: LoRAConfig = LoRAConfig()
@@ -124,11 +124,11 @@ class LoRAConv(LoRALayer, nn.Conv):
 
 
 class LoRAEmbed(LoRALayer, nn.Embed):
-    """`flax.linen.Embed` with LoRA, for lookup and `attend` (a tied head) alike.
+    """`flax.linen.Embed` with LoRA, for both lookup and `attend` (a tied head).
 
     Attributes:
-      lora: what to adapt, and how; ``"all-linear"`` leaves embeddings out. Its dropout
-        acts in `attend` alone: a lookup's input is one-hot.
+      lora: the adapter config; ``"all-linear"`` does not cover embeddings. Dropout
+        applies only in `attend`: a lookup's input is one-hot.
       deterministic: switches adapter dropout off; may be given at the call instead.
 
     Variables: ``frozen`` (``embedding`` ``[v, d]``), ``lora`` (``lora_a`` ``[v, r]``,

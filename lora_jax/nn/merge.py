@@ -1,8 +1,7 @@
-"""The table of a model's own LoRA layers, and merging them into a plain tree.
+"""Finding and merging the LoRA layers of a model built from them.
 
-`LoRADense` and the other twins keep W0 in ``frozen`` and ask their config by path, so
-the layers themselves say what is adapted: the model is traced, as `adapt` traces a
-plain one, and each twin is asked.
+`LoRADense` and the other LoRA layers carry their own config, so tracing the model finds
+the adapted layers, as `adapt` does for a plain model.
 """
 
 from collections.abc import Mapping
@@ -24,22 +23,22 @@ def lora_layer_targets(
     *example_args: Any,
     **example_kwargs: Any,
 ) -> list[Target]:
-    """Returns the table of the LoRA layers that a model is built of.
+    """Returns the adapted LoRA layers of a model.
 
     Args:
-      model: a Linen module with `LoRADense` or other twins in it, unbound.
+      model: an unbound Linen module that contains LoRA layers.
       variables: its collections, arrays or shapes.
-      *example_args: example inputs, used for shapes alone. Optional: without them
-        plausible inputs are tried.
+      *example_args: example inputs, used only for their shapes; not needed if they
+        follow from the parameters, as in `adapt`.
       **example_kwargs: example keyword arguments.
 
     Returns:
-      One `Target` an adapted layer, which `merge_params`, `unmerge_params` and
-      `merge_errors` take.
+      One `Target` per adapted layer, for `merge_params`, `unmerge_params` and
+      `merge_errors`.
 
     Raises:
-      ValueError: if no example is given and none of those tried fits, or the model has
-        no adapted LoRA layer.
+      ValueError: if example inputs are needed but not given, or the model has no
+        adapted LoRA layer.
     """
     base = nn.meta.unbox(_base(variables))
     example = None
@@ -50,9 +49,9 @@ def lora_layer_targets(
     targets = [row for row in rows if row is not None]
     if not targets:
         raise ValueError(
-            f"{type(model).__name__} must have LoRA layers of its own (LoRADense, ...) "
-            f"that their config adapts; {len(rows)} LoRA layers were found, 0 adapted. "
-            "A model of plain layers goes through `adapt(model, config).merge`."
+            f"{type(model).__name__} must contain LoRA layers (LoRADense, ...) that "
+            f"their config adapts; {len(rows)} LoRA layers were found, 0 adapted. For "
+            "a model of plain layers use `adapt(model, config).merge`."
         )
     return targets
 
@@ -63,21 +62,21 @@ def merge_lora_layers(
     *example_args: Any,
     **example_kwargs: Any,
 ) -> dict[str, PyTree]:
-    """Folds the adapters of a model's own LoRA layers in.
+    """Merges the adapters of a model's LoRA layers into its base.
 
     Args:
-      model: a Linen module with `LoRADense` or other twins in it, unbound.
-      variables: its collections; left as they are.
+      model: an unbound Linen module that contains LoRA layers.
+      variables: its collections.
       *example_args: example inputs, as for `lora_layer_targets`.
       **example_kwargs: example keyword arguments.
 
     Returns:
-      The plain tree of the same model built of Linen's own layers: W0 + scaling * A B
-      under the paths and names of W0.
+      The parameter tree of the same model built from Linen's own layers:
+      W0 + scaling * A B under the paths and names of W0.
 
     Raises:
-      ValueError: as `lora_layer_targets`; or if an adapter is missing, left over, or
-        not finite.
+      ValueError: as for `lora_layer_targets`; or if an adapter is missing, unexpected,
+        or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -99,5 +98,5 @@ def _base(variables: Mapping[str, PyTree]) -> dict[str, Any]:
     return join(variables.get(FROZEN, {}), variables.get(PARAMS, {}))
 
 
-# Their names before 0.1.0 was released.
+# Former names, kept for compatibility.
 merge_twins, twin_targets = merge_lora_layers, lora_layer_targets

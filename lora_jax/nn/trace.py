@@ -1,9 +1,9 @@
-"""Finding a model's adaptable layers: one abstract trace, nothing computed.
+"""Finding a model's adaptable layers with one abstract trace.
 
-Tracing needs example inputs. Where none are given, the parameters say what they are if
-they can: token ids for an embedding, features as wide as a kernel's input. An input
-counts only if the model, traced with it, has exactly the parameters given. Anything
-else (images, masks, several inputs) has to be given.
+Tracing needs example inputs. If none are given they are inferred from the parameters:
+token ids for an embedding, features as wide as a kernel's input. An inferred input is
+accepted only if tracing with it yields exactly the given parameters. Other inputs
+(images, masks, several inputs) must be given.
 """
 
 import functools
@@ -34,12 +34,12 @@ _TRACES = itertools.count()
 
 
 class Example(NamedTuple):
-    """Example inputs of a model: arrays as shapes, everything else as it is.
+    """Example inputs of a model, with arrays reduced to shapes.
 
     Attributes:
       leaves: flattened positional and keyword arguments.
       treedef: their structure.
-      method: the method they are for, by name or as a function of the model.
+      method: the method they are for, by name or function.
     """
 
     leaves: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Example(NamedTuple):
     def of(
         cls, *args: Any, method: str | Callable[..., Any] = "__call__", **kwargs: Any
     ) -> "Example":
-        """Makes an example of a call's arguments; arrays are kept as shapes only."""
+        """Makes an example from a call's arguments, keeping only shapes of arrays."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
         shaped = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf
@@ -59,23 +59,23 @@ class Example(NamedTuple):
         return cls(tuple(shaped), treedef, method)
 
     def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns positional and keyword arguments, with the flags of inference."""
+        """Returns positional and keyword arguments, with inference-mode flags."""
         args, kwargs = jax.tree.unflatten(self.treedef, self.leaves)
         return args, _with_flags(model, self.method, args, kwargs)
 
 
 class Trace(NamedTuple):
-    """What one look at a model found; not to be changed, it is remembered.
+    """The result of tracing a model. Cached: do not mutate.
 
     Attributes:
       sites: layers that can be adapted.
       unsupported: weights that can't be, by path.
       params: shapes of the model's parameters.
-      configs: those of the layers themselves, by path, where they are LoRA twins.
-      typed: paths of the modules whose outputs have their own ``dtype``, whatever that
-        of their parameters is.
-      others: shapes of the model's other collections (``batch_stats``, say).
-      example: the inputs that it was traced with.
+      configs: the LoRA layers' own configs, by path.
+      typed: paths of modules whose output dtype is their ``dtype`` attribute,
+        independent of their parameters' dtype.
+      others: shapes of the model's other collections (e.g. ``batch_stats``).
+      example: the inputs it was traced with.
     """
 
     sites: tuple[Site, ...]
@@ -88,7 +88,7 @@ class Trace(NamedTuple):
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the shape of every leaf by path; arrays, numbers or shapes will do."""
+    """Returns the shape of every leaf (array, number or shape) by path."""
     flat = flatten(nn.meta.unbox(params))
 
     def shape(leaf: Any) -> Shape:
@@ -106,11 +106,11 @@ def trace_model(
 ) -> Trace:
     """Finds every layer of ``model`` that can be adapted.
 
-    Equal models with equal inputs are traced once.
+    Cached: equal models with equal inputs are traced once.
 
     Args:
-      model: any Linen module, unbound.
-      params: its parameter tree, which may tell the inputs where no example is given.
+      model: an unbound Linen module.
+      params: its parameter tree, to infer the inputs from if no example is given.
       example: example inputs, or None.
       lora_layers_only: whether to find the model's LoRA layers instead of plain ones.
 
@@ -118,7 +118,7 @@ def trace_model(
       The layers and the shapes of all parameters.
 
     Raises:
-      ValueError: if no example is given and the parameters don't tell one.
+      ValueError: if no example is given and none can be inferred.
     """
     if example is not None:
         return _trace(model, example, lora_layers_only)
@@ -134,24 +134,22 @@ def trace_model(
         if shapes_of(found.params) == shapes:
             return found
         tried.append(f"{_describe(candidate)} makes other parameters")
-    why = (
-        f"{tried[0][:300]}" if tried else "its inputs can't be read from its parameters"
-    )
+    why = f"{tried[0][:300]}" if tried else "they can't be inferred from its parameters"
     raise ValueError(
-        f"{type(model).__name__} needs example inputs for its layers to be found: "
-        f"{why}. Pass them after the config (arrays or jax.ShapeDtypeStruct), for "
-        "example adapt(model, config, jnp.ones((1, 224, 224, 3)))."
+        f"{type(model).__name__} needs example inputs to find its layers: {why}. Pass "
+        "them after the config (arrays or jax.ShapeDtypeStruct), for example "
+        "adapt(model, config, jnp.ones((1, 224, 224, 3)))."
     )
 
 
 def flag_scope(scope: Scope, value: Any) -> None:
-    """Marks a scope and all below it, so that ``nn.jit`` inside tells calls apart.
+    """Flags a scope and all scopes below it, to separate cache entries of ``nn.jit``.
 
-    ``nn.jit`` caches by module and scope, and knows nothing of interceptors: without
-    the mark it would reuse a compilation made for other adapters, or for none.
+    ``nn.jit`` caches by module and scope, unaware of interceptors: without the flag it
+    would reuse a compilation made for other adapters, or for none.
 
     Args:
-      scope: of the model.
+      scope: scope of the model.
       value: hashable; calls with equal values share compilations.
     """
     scope.flags = freeze({**scope.flags, FLAG: value})
@@ -160,14 +158,14 @@ def flag_scope(scope: Scope, value: Any) -> None:
 def bound_method(
     model: nn.Module, method: str | Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Returns a method of a bound model, given by name or as a function."""
+    """Returns a method of a bound model, given by name or function."""
     if isinstance(method, str):
         return getattr(model, method)
     return functools.partial(method, model)
 
 
 def _trace(model: nn.Module, example: Example, lora_layers_only: bool) -> Trace:
-    """Traces, or remembers it; a bound model's scope holds arrays, and isn't kept."""
+    """Traces with caching, except bound models, whose scope holds arrays."""
     x64 = jax.config.values["jax_enable_x64"]
     known = (model, example, lora_layers_only, registered_rules(), x64)
     try:
@@ -184,7 +182,7 @@ def _look_once(*known: Any) -> Trace:
 
 
 def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -> Trace:
-    """Traces ``model.init`` once, watching every layer."""
+    """Traces ``model.init`` once, intercepting every layer."""
     watcher = Watcher(lora_layers_only)
     dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]
 
@@ -199,14 +197,14 @@ def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -
             with nn.intercept_methods(watcher):
                 bound_method(bound, example.method)(*args, **kwargs)
 
-        flags = {FLAG: next(_TRACES)}  # nothing that nn.jit cached may be reused
+        flags = {FLAG: next(_TRACES)}  # unique, so nn.jit's cache is not reused
         return core.init(run, flags=flags)({PARAMS: key})[1]
 
     variables = jax.eval_shape(init, jax.random.key(0), dynamic)
     if not lora_layers_only and (FROZEN in variables or LORA in variables):
         raise AlreadyAdaptedError(
-            f"{type(model).__name__} has LoRA layers of its own (a collection "
-            f"{FROZEN!r} or {LORA!r}); use it as it is, without `adapt`."
+            f"{type(model).__name__} already has LoRA layers (a collection {FROZEN!r} "
+            f"or {LORA!r}); use it without `adapt`."
         )
     params, sites = watcher.finish(variables)
     sown = ("intermediates", FROZEN, LORA, PARAMS)
@@ -225,7 +223,7 @@ def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -
 def _with_flags(
     model: nn.Module, method: str | Callable[..., Any], args: tuple, kwargs: dict
 ) -> dict[str, Any]:
-    """Adds the flags of inference that an example leaves open."""
+    """Adds the inference-mode flags that an example does not set."""
     function = getattr(type(model), method) if isinstance(method, str) else method
     signature = inspect.signature(function)
     given = signature.bind_partial(model, *args, **kwargs).arguments
@@ -241,7 +239,7 @@ def _with_flags(
 
 
 def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Example]:
-    """Yields the inputs that a model of one input has by its parameters."""
+    """Yields candidate inputs of a model with one input, inferred from parameters."""
     parameters = list(inspect.signature(type(model).__call__).parameters.values())[1:]
     flags: dict[str, Any] = {
         p.name: DETERMINISTIC_FLAGS[p.name]
@@ -263,7 +261,7 @@ def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Ex
         yield Example.of(jax.ShapeDtypeStruct((1, 8), jnp.int32), **flags)
     kernels = [s for path, s in shapes.items() if path.rpartition("/")[2] == KERNEL]
     if any(len(kernel) > 3 for kernel in kernels):
-        return  # images: their size is in no kernel
+        return  # images: no kernel determines their size
     for width in dict.fromkeys(kernel[0] for kernel in kernels):
         for shape in ((1, 8, width), (1, width)):
             yield Example.of(jax.ShapeDtypeStruct(shape, jnp.float32), **flags)

@@ -1,10 +1,9 @@
-"""Watching a model's ``init``: which layers are called, how their axes come out.
+"""Recording which layers a model's ``init`` calls, and where lifted axes go.
 
-The model's own ``init`` is traced abstractly (no memory, no arithmetic), with every
-layer call watched. Flax's lifted transforms then do the book-keeping for us: a marker
-parameter written beside a kernel comes out of ``nn.scan`` or ``nn.vmap`` with the same
-new axes as the kernel, and since the marker's sizes are like no other, where the new
-axes stand is read off without a guess.
+The model's ``init`` is traced abstractly (no memory, no arithmetic), intercepting every
+layer call. A marker parameter written beside each kernel gets the same new axes from
+``nn.scan`` or ``nn.vmap`` as the kernel. The marker's own axes have a unique size, so
+the positions of the new axes are unambiguous.
 """
 
 from collections.abc import Mapping
@@ -25,9 +24,9 @@ from lora_jax.ops.dora import magnitude_shape
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import LINEAR_KINDS, Site, UnsupportedWeight, child
 
-FLAG = "lora_jax"  # of a scope that is being traced or run for LoRA
+FLAG = "lora_jax"  # flag of scopes being traced or run with LoRA
 _MARKERS = ("__kernel_marker", "__a_marker", "__b_marker", "__magnitude_marker")
-_ODD_SIZE = 1_000_003  # no layer count or batch size: marks an axis that was there
+_ODD_SIZE = 1_000_003  # size of a marker's own axes; not a plausible layer count
 # Modules that rewrite every parameter of the layer they call, A and B included.
 _REWRITING = (nn.WeightNorm, nn.SpectralNorm)
 
@@ -37,8 +36,8 @@ class Watcher:
 
     Attributes:
       unsupported: weights that can't be adapted, by path, after `finish`.
-      configs: those of the layers themselves, by path, where they are LoRA layers.
-      typed: by path, whether a module's outputs have its own ``dtype``.
+      configs: the LoRA layers' own configs, by path.
+      typed: by path, whether a module's output dtype is its ``dtype`` attribute.
     """
 
     def __init__(self, lora_layers_only: bool):
@@ -46,17 +45,17 @@ class Watcher:
         self.configs: dict[str, LoRAConfig] = {}
         self.typed: dict[str, bool] = {}
         self._lora_layers_only = lora_layers_only
-        self._beside = LORA if lora_layers_only else PARAMS  # where A and B are
+        self._beside = LORA if lora_layers_only else PARAMS  # collection of A and B
         self._found: dict[str, tuple[str, str, Contraction]] = {}
-        self._refused: dict[str, str] = {}  # why a known layer can't be adapted
+        self._refused: dict[str, str] = {}  # why a registered layer can't be adapted
         self._transformed: set[str] = set()
-        self._calling: list[type[nn.Module]] = []  # modules whose calls are under way
+        self._calling: list[type[nn.Module]] = []  # the stack of active calls
         self._tried: dict[Any, bool] = {}
 
     def __call__(self, next_fun, args, kwargs, context) -> Any:
-        """Runs a method of a module, and takes down what it is."""
+        """Runs a method of a module, and records its layer and weights."""
         module, scope = context.module, context.module.scope
-        if not is_flagged(scope):  # applied to variables of its own
+        if not is_flagged(scope):  # applied to its own variables
             return next_fun(*args, **kwargs)
         self._calling.append(type(module))
         y = next_fun(*args, **kwargs)
@@ -79,10 +78,10 @@ class Watcher:
         """Returns the parameters' shapes and the adaptable layers.
 
         Args:
-          variables: shapes of all that ``init`` returned, markers included.
+          variables: shapes of everything ``init`` returned, markers included.
 
         Returns:
-          The base's parameters, nested, and a `Site` a layer.
+          The base's parameters, nested, and one `Site` per layer.
         """
         flat, markers = {}, {}
         for collection in (FROZEN, PARAMS, LORA):
@@ -121,14 +120,14 @@ class Watcher:
     def _add(
         self, path: str, module: nn.Module, rule: LayerRule, method: str, inputs: tuple
     ) -> None:
-        """Takes down a layer, or why it can't be adapted."""
+        """Records a layer, or why it can't be adapted."""
         contraction = find_contraction(rule, module, method, inputs)
         rewriting = next((cls for cls in self._calling if cls in _REWRITING), None)
         why = None
         if rewriting is not None:
             why = (
-                f"nn.{rewriting.__name__} rewrites its parameters at each call, and "
-                "would rewrite A and B"
+                f"nn.{rewriting.__name__} rewrites its parameters on each call, which "
+                "would include A and B"
             )
         elif isinstance(contraction, str):
             why = contraction
@@ -137,7 +136,7 @@ class Watcher:
         elif not self._is_exact(module, rule, method, inputs):
             self._transformed.add(path)
             if is_own_arithmetic(module):
-                why = "the equation it was registered with does not give its output"
+                why = "its registered equation does not reproduce its output"
         if why is not None:
             self._refused[path] = why
         # Not "path not in found": a lifted transform may trace a layer again.
@@ -162,7 +161,7 @@ class Watcher:
     def _add_weights(
         self, path: str, module: nn.Module, rule: LayerRule | None
     ) -> None:
-        """Takes down a module's own weights of two axes or more."""
+        """Records a module's own weights with at least two axes."""
         for name, value in module.variables.get(PARAMS, {}).items():
             leaf = nn.meta.unbox(value)
             if name in (BIAS, *_MARKERS) or isinstance(leaf, Mapping):
@@ -180,7 +179,7 @@ class Watcher:
             )
 
     def _put_markers(self, scope: Any, weight: str, contraction: Contraction) -> None:
-        """Writes arrays with the axes of kernel, A, B and m, of a unique size."""
+        """Writes markers with the axes of kernel, A, B and m, all of unique size."""
         held = FROZEN if scope.has_variable(FROZEN, weight) else PARAMS
         kernel = nn.meta.unbox(scope.get_variable(held, weight)).shape
         a, b = contraction.factor_shapes(kernel, 1)
@@ -193,16 +192,16 @@ class Watcher:
 
 
 def is_flagged(scope: Scope | None) -> bool:
-    """Says whether a scope is, or lies below, one that was marked with `FLAG`."""
+    """Returns whether a scope, or one above it, was marked with `FLAG`."""
     return scope is not None and FLAG in scope.flags
 
 
 def find_contraction(
     rule: LayerRule, module: nn.Module, method: str, inputs: tuple[Any, ...]
 ) -> Contraction | str:
-    """Returns the roles of the axes of a layer's weight, or why it has none."""
+    """Returns the contraction of a layer's weight, or why it has none."""
     try:
-        if method != CALL:  # a lookup's weight needs no inputs
+        if method != CALL:  # an embedding's contraction needs no inputs
             return rule.contraction(module)
         return rule.contraction(module, *inputs)
     except ValueError as error:

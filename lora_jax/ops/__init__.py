@@ -1,4 +1,4 @@
-"""The mathematics of LoRA: arrays in, arrays out, nothing but JAX."""
+"""The mathematics of LoRA as pure functions of arrays."""
 
 from lora_jax.ops.contraction import DENSE as DENSE
 from lora_jax.ops.contraction import Contraction as Contraction

@@ -1,8 +1,8 @@
 """Which axes of a kernel are batch, input and output.
 
-From this one description follow the shapes of A and B, A's fan-in, merging and the
-reshape for other libraries' files. Nothing is read off from sizes, so a rank that
-equals the number of heads or of layers confuses nothing.
+This determines the shapes of A and B, A's fan-in, merging, and the reshape for other
+libraries' files. Roles are never inferred from sizes, so a rank that equals the number
+of heads or layers is not ambiguous.
 
 A kernel with batch axes (experts, scanned layers) holds one matrix for each batch
 element, and A and B hold one factor for each: ``lora_a`` is ``[*batch, *in, r]`` and
@@ -18,14 +18,14 @@ Shape = tuple[int, ...]
 
 
 class Contraction(NamedTuple):
-    """The role of every axis of a kernel, by its number.
+    """The role of each kernel axis, by index.
 
     Attributes:
-      batch: axes of which each element is a kernel of its own.
-      inputs: axes summed over with the input.
+      batch: axes whose elements are separate kernels.
+      inputs: axes contracted with the input.
       outputs: axes that appear in the output.
-      groups: how many groups a convolution splits its one output axis into; above 1
-        each group is a batch element, last among them.
+      groups: number of groups a convolution splits its one output axis into; if above
+        1, the groups become the last batch axis.
 
     Example:
       >>> heads = Contraction(inputs=(0,), outputs=(1, 2))  # [d, n, h]
@@ -49,8 +49,8 @@ class Contraction(NamedTuple):
           of groups is the last batch size.
 
         Raises:
-          ValueError: unless every axis of the kernel has one role, and the groups
-            divide its outputs.
+          ValueError: unless every kernel axis has exactly one role and the groups
+            divide the outputs.
         """
         axes = (*self.batch, *self.inputs, *self.outputs)
         if sorted(axes) != list(range(len(kernel_shape))):
@@ -84,18 +84,18 @@ class Contraction(NamedTuple):
         return (*batch, *inputs, rank), (*batch, rank, *outputs)
 
     def matrix_size(self, kernel_shape: Shape) -> tuple[int, int]:
-        """Returns the number of inputs (the fan-in) and outputs of one matrix."""
+        """Returns the fan-in and fan-out of one matrix."""
         _, inputs, outputs = self.split(kernel_shape)
         return math.prod(inputs), math.prod(outputs)
 
     def stacked(self, axes: tuple[int, ...]) -> "Contraction":
-        """Returns the description of many such kernels stacked in one array.
+        """Returns the contraction of many such kernels stacked in one array.
 
         Args:
-          axes: where the stacked array has its new axes (a scan's layers, say).
+          axes: positions of the new axes in the stacked array (a scan's layer axis).
 
         Returns:
-          The same roles at their new places; the new axes are the first batch axes.
+          The shifted roles; the new axes are the first batch axes.
         """
         ndim = len(self.batch) + len(self.inputs) + len(self.outputs) + len(axes)
         old = [axis for axis in range(ndim) if axis not in axes]
@@ -119,16 +119,16 @@ def check_factors(
     b_shape: Shape,
     contraction: Contraction = DENSE,
 ) -> None:
-    """Raises unless A and B chain with each other and with the kernel.
+    """Raises unless the shapes of A, B and the kernel are compatible.
 
     Args:
       kernel_shape: shape of ``W0``.
-      a_shape: shape of ``lora_a``, wanted ``[*batch, *in, r]``.
-      b_shape: shape of ``lora_b``, wanted ``[*batch, r, *out]``.
+      a_shape: shape of ``lora_a``, expected ``[*batch, *in, r]``.
+      b_shape: shape of ``lora_b``, expected ``[*batch, r, *out]``.
       contraction: the kernel's axes.
 
     Raises:
-      ValueError: with the shapes wanted and got.
+      ValueError: with the expected and actual shapes.
     """
     rank = a_shape[-1] if a_shape else 0
     wanted = contraction.factor_shapes(kernel_shape, rank)
@@ -156,7 +156,7 @@ def check_factors(
 
 
 def check_bias(bias: AnyFloat | None, kernel_shape: Shape) -> None:
-    """Raises unless the bias, where there is one, has an element for each output."""
+    """Raises unless the bias, if any, has one element per output."""
     if bias is not None and bias.shape != kernel_shape[-1:]:
         raise ValueError(
             f"bias must be [out] = [{kernel_shape[-1]}] for a kernel of shape "

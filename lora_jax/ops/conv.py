@@ -1,4 +1,4 @@
-"""LoRA on convolutions: a thin convolution down to the rank, a pointwise one up."""
+"""LoRA for convolutions: a convolution down to ``r`` channels, a pointwise one up."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _LEADING = "abcdefhijklmnpqstuvwxyz"  # not g, o, R
 
 
 def conv_contraction(spatial: int, groups: int = 1) -> Contraction:
-    """Returns the roles of the axes of a kernel ``[*k, i/groups, o]``.
+    """Returns the contraction of a kernel ``[*k, i/groups, o]``.
 
     Args:
       spatial: number of spatial axes.
@@ -68,15 +68,15 @@ def lora_conv(
       scaling: ``alpha / rank``.
       bias: frozen base bias ``[o]``, or None.
       magnitude: DoRA's ``m`` ``[o]``, or None; see `lora_dense`.
-      base_output: of the frozen convolution, bias included, where it has been computed.
-      strides: of the window, one for all or one an axis.
+      base_output: the frozen convolution's output, bias included, if already computed.
+      strides: window strides, one for all axes or one per axis.
       padding: as in `flax.linen.Conv`: ``SAME``, ``VALID``, ``CIRCULAR``, ``REFLECT``,
-        ``CAUSAL``, or numbers of elements.
+        ``CAUSAL``, or explicit numbers.
       input_dilation: dilation of the input (a transposed convolution).
       kernel_dilation: dilation of the window.
       groups: number of feature groups.
       dropout_rate: probability of dropping an element of the update's input.
-      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      dropout_key: PRNG key, required if ``dropout_rate`` is above 0.
       precision: as in `jax.lax.conv_general_dilated`.
 
     Returns:
@@ -84,7 +84,7 @@ def lora_conv(
       given).
 
     Raises:
-      ValueError: if shapes, groups or padding do not fit.
+      ValueError: if shapes, groups or padding are invalid.
       TypeError: if an array is not floating.
 
     References:
@@ -149,7 +149,7 @@ def _update(
     precision: jax.lax.PrecisionLike,
     **window,
 ) -> AnyFloat:
-    """Computes ``scaling * conv1x1(conv(x, A), B)``, the update alone."""
+    """Computes only the update, ``scaling * conv1x1(conv(x, A), B)``."""
     key = check_dropout(dropout_rate, dropout_key)
     if groups > 1:  # [g, *k, i, r] -> [*k, i, g * r], the layout of a grouped kernel
         lora_a = jnp.moveaxis(lora_a, 0, -2)
@@ -159,7 +159,7 @@ def _update(
         x = dropout(x, dropout_rate, key)
         return _conv(x, lora_a, groups=groups, precision=precision, **window)
 
-    if key is not None:  # keep the key for the backward pass, and draw the mask again
+    if key is not None:  # save the key, not the mask, for the backward pass
         down = jax.checkpoint(down)
     h: Any = scale(down(x, lora_a, key), scaling)
     b = _LEADING[: h.ndim - 1]
@@ -203,7 +203,7 @@ def _conv(
 
 
 def _pad(x, padding, window, dilation):
-    """Returns the input padded where lax can't do it, and the padding left for lax."""
+    """Applies padding that lax lacks; returns the input and the padding for lax."""
     reach = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
     none = (0, 0)
     if padding in ("CIRCULAR", "REFLECT"):

@@ -1,8 +1,8 @@
 """LoRA's equation: ``y = x W0 + scaling * (x A) B``.
 
-The function below is what every adapted dense layer of a model runs: `LoRADense`, the
-layers of an `adapt`-ed model, attention's projections. They hand it the output of their
-own frozen layer as ``base_output``; called alone, it computes that itself.
+Every adapted dense layer runs `lora_dense`: `LoRADense`, the layers of an `adapt`-ed
+model, attention projections. They pass the output of their own frozen layer as
+``base_output``; without it, `lora_dense` computes the base too.
 """
 
 import jax
@@ -43,14 +43,15 @@ def lora_dense(
     """Applies a frozen dense layer plus its low-rank update.
 
     Computes ``y = x @ W0 + bias + scaling * (dropout(x) @ A) @ B`` without forming the
-    ``[i, o]`` product ``A @ B``: the update costs ``r * (i + o)`` multiply-adds a row,
-    the base ``i * o``. With a ``magnitude`` (DoRA) all but the bias is scaled by
-    ``magnitude / n``, ``n`` the column norms of ``W0 + scaling * A @ B``.
+    ``[i, o]`` product ``A @ B``: per row, the update costs ``r * (i + o)``
+    multiply-adds and the base ``i * o``. With a ``magnitude`` (DoRA), all but the bias
+    is scaled by ``magnitude / n``, where ``n`` are the column norms of
+    ``W0 + scaling * A @ B``.
 
-    The update has a backward pass of its own (`lora_jax.ops.product`), so forward-mode
-    differentiation (`jax.jvp`, `jax.jacfwd`) of it is a ``TypeError`` from JAX; reverse
-    mode, and forward or reverse over reverse, work. No gradient of ``kernel`` is formed
-    unless the caller differentiates with respect to it.
+    The update has a custom VJP (`lora_jax.ops.product`), so JAX raises a ``TypeError``
+    for forward-mode differentiation (`jax.jvp`, `jax.jacfwd`); reverse mode, and
+    forward or reverse over reverse, work. No gradient of ``kernel`` is formed unless
+    the caller differentiates with respect to it.
 
     Args:
       x: inputs ``[*b, i]``; sets the dtype of the computation and of the result.
@@ -60,20 +61,19 @@ def lora_dense(
       scaling: ``alpha / rank``; see `LoRAConfig.scaling_for`.
       bias: frozen base bias ``[o]``, or None.
       magnitude: DoRA's ``m`` ``[o]``, `column_norm` of the kernel at init, or None.
-      base_output: ``x @ W0 + bias`` ``[*b, o]`` where the frozen layer has computed it;
-        sets the dtype of the result. Chaining calls by it puts several adapters on one
-        layer.
-      hidden: ``dropout(x) @ A`` ``[*b, r]`` where `shared_hidden` has computed it.
+      base_output: ``x @ W0 + bias`` ``[*b, o]`` if already computed; sets the dtype of
+        the result. Passing one call's result to the next applies several adapters.
+      hidden: ``dropout(x) @ A`` ``[*b, r]`` if computed by `shared_hidden`.
       dropout_rate: probability of dropping an element of the update's input.
-      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      dropout_key: PRNG key, required if ``dropout_rate`` is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
       Outputs ``[*b, o]``, in the dtype of ``x`` (of ``base_output`` if it is given).
 
     Raises:
-      ValueError: if the shapes do not chain, or the dropout rate is outside [0, 1] or
-        lacks its key.
+      ValueError: if the shapes are incompatible, or the dropout rate is outside [0, 1]
+        or lacks a key.
       TypeError: if an array is not floating.
 
     Example:
@@ -84,8 +84,8 @@ def lora_dense(
 
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1. The paper multiplies
-      from the left (``W0 + B A``), we from the right: our ``lora_a`` and ``lora_b``
-      are the transposes of its ``A`` and ``B``. DoRA: Liu et al.,
+      from the left (``W0 + B A``), this library from the right: ``lora_a`` and
+      ``lora_b`` are the transposes of the paper's ``A`` and ``B``. DoRA: Liu et al.,
       https://arxiv.org/abs/2402.09353, equations 5 and 11.
     """
     check_floating(x=x, kernel=kernel, lora_a=lora_a, lora_b=lora_b, bias=bias)

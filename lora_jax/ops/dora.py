@@ -1,18 +1,18 @@
-"""DoRA: a direction that LoRA turns, and a magnitude of its own for each output.
+"""DoRA: LoRA for the direction of each kernel column, and a trained magnitude.
 
 ``y = (m / n) (x W0 + scaling * (x A) B) + bias``, where ``n`` are the column norms of
-``W0 + scaling * A B`` and ``m``, which is trained, starts as those of ``W0``. So DoRA
-is LoRA's own output times one number an output, and every LoRA layer becomes a DoRA
-layer by `rescale`: the ops take ``m`` as ``magnitude``. For the gradient ``n`` is a
-constant (section 4.3 of the paper).
+``W0 + scaling * A B`` and ``m`` is trained, starting from the column norms of ``W0``.
+DoRA thus scales each output of a LoRA layer by one number: the ops take ``m`` as
+``magnitude`` and apply `rescale`. The gradient treats ``n`` as a constant (section 4.3
+of the paper).
 
 The norms never form the ``[i, o]`` product ``A B``::
 
     n² = ‖W0‖² + 2 s colsum((Aᵀ W0) ⊙ B) + s² colsum(B ⊙ ((Aᵀ A) B))
 
-That costs ``r i o`` multiply-adds and two reads of W0 a call, however many tokens: next
-to ``i o`` multiply-adds a token. ``‖W0‖²`` is computed anew each time, so that nothing
-has to be kept in step with the base.
+That costs ``r i o`` multiply-adds and two reads of W0 per call, compared with ``i o``
+multiply-adds per token. ``‖W0‖²`` is recomputed on every call, so there is no cached
+value to keep consistent with the base.
 """
 
 import functools
@@ -31,14 +31,13 @@ def rescale(y: AnyFloat, scale: AnyFloat, bias: AnyFloat | None = None) -> AnyFl
     """Scales a LoRA layer's output without its bias.
 
     Computes ``scale * (y - bias) + bias`` as ``y + (scale - 1) * (y - bias)``, which is
-    ``y`` bit for bit where the scale is 1, and next to it loses nothing to the
-    difference. The arithmetic is in float32; for the backward pass ``y`` alone is kept,
-    in its own dtype.
+    bitwise ``y`` where the scale is 1, and has no cancellation error near 1. The
+    arithmetic is in float32; the only residual is ``y``, in its own dtype.
 
     Args:
-      y: output of the layer with its update and its bias.
+      y: output of the layer, with update and bias.
       scale: ``m / n``, broadcastable to ``y``.
-      bias: that ``y`` contains, broadcastable to ``y``, or None.
+      bias: the bias included in ``y``, broadcastable to ``y``, or None.
 
     Returns:
       The output, in the dtype of ``y``.
@@ -62,7 +61,7 @@ def dora_scale(
     scaling: float | jax.Array,
     contraction: Contraction = DENSE,
 ) -> AnyFloat:
-    """Computes ``m / n``, differentiable by ``m`` alone.
+    """Computes ``m / n``, differentiable with respect to ``m`` only.
 
     Args:
       kernel: ``W0``.
@@ -74,12 +73,11 @@ def dora_scale(
 
     Returns:
       The scale ``[*batch, *out]``, float32 (float64 if the kernel is). It is 1 where
-      ``B = 0`` and ``m`` is the `column_norm`, to the last bit where both norms are
-      compiled alike (not inside a scan); and where ``n`` is 0, so that nothing is
-      divided by zero.
+      ``B = 0`` and ``m`` is the `column_norm`, exactly so if both norms are compiled
+      alike (not inside a scan); and 1 where ``n`` is 0, to avoid dividing by zero.
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes are incompatible.
       TypeError: if an array is not floating.
     """
     check_floating(magnitude=magnitude)
@@ -91,13 +89,13 @@ def dora_scale(
         )
     frozen = jax.lax.stop_gradient((kernel, lora_a, lora_b))
     norm = adapted_norm(*frozen, scaling=scaling, contraction=contraction)
-    # The inner `where` also keeps XLA from `m * rsqrt(n²)`, which is not 1 for m = n.
+    # The inner `where` also stops XLA from using `m * rsqrt(n²)`, not 1 for m = n.
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 
 
 def magnitude_shape(kernel_shape: Shape, contraction: Contraction = DENSE) -> Shape:
     """Returns ``[*batch, *out]``, the shape of the magnitude of a kernel."""
-    contraction.split(kernel_shape)  # raises where they don't fit
+    contraction.split(kernel_shape)  # validates
     return tuple(
         kernel_shape[axis] for axis in (*contraction.batch, *contraction.outputs)
     )
@@ -130,8 +128,8 @@ def adapted_norm(
 ) -> AnyFloat:
     """Returns the norms of ``W0 + scaling * A B`` over its input axes.
 
-    The product ``Aᵀ W0`` is in W0's own dtype, all else in float32. It is `column_norm`
-    bit for bit where ``B = 0``.
+    The product ``Aᵀ W0`` is in W0's dtype, everything else in float32. Bitwise equal to
+    `column_norm` where ``B = 0``.
 
     Args:
       kernel: ``W0``.
@@ -144,7 +142,7 @@ def adapted_norm(
       The norms ``[*batch, *out]``, float32 (float64 if the kernel is).
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes are incompatible.
       TypeError: if an array is not floating.
     """
     check_floating(kernel=kernel, lora_a=lora_a, lora_b=lora_b)
@@ -163,8 +161,8 @@ def adapted_norm(
     einsum = functools.partial(jnp.einsum, precision="highest")
     a, b = lora_a.astype(kernel.dtype), lora_b.astype(dtype)
     down = f"{batch}{inputs}R"
-    # In W0's dtype, the result too: a wider one XLA:CPU can't make of bfloat16, and a
-    # wider W0 would be the [i, o] temporary that is avoided here.
+    # Output in W0's dtype too: XLA:CPU can't widen bfloat16 in a dot, and upcasting W0
+    # would allocate the [i, o] temporary that this avoids.
     aw = einsum(f"{down},{letters}->{batch}R{outputs}", a, kernel).astype(dtype)
     a = a.astype(dtype)
     aa = einsum(f"{down},{batch}{inputs}S->{batch}RS", a, a)
@@ -175,7 +173,7 @@ def adapted_norm(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _squares(kernel: AnyFloat, contraction: Contraction) -> AnyFloat:
-    """Returns the squared norms ``[*batch, *out]``; compiled, so with equal bits."""
+    """Returns the squared norms ``[*batch, *out]``; jitted for reproducible bits."""
     dtype = jnp.promote_types(jnp.float32, kernel.dtype)
     squares = jnp.sum(jnp.square(kernel.astype(dtype)), axis=contraction.inputs)
     roles = (*contraction.batch, *contraction.outputs)
@@ -197,7 +195,7 @@ def merge_dora(
     The sum is in float64 if an array is.
 
     Args:
-      kernel: ``W0``, in any floating dtype; left as it is.
+      kernel: ``W0``, in any floating dtype.
       lora_a: ``A`` ``[*batch, *in, r]``.
       lora_b: ``B`` ``[*batch, r, *out]``.
       magnitude: ``m`` ``[*batch, *out]``.
@@ -208,7 +206,7 @@ def merge_dora(
       The merged kernel, in the dtype of ``kernel``.
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes are incompatible.
       TypeError: if an array is not floating.
 
     Example:
@@ -228,7 +226,7 @@ def merge_dora(
 
 
 def over_kernel(scale: AnyFloat, contraction: Contraction) -> AnyFloat:
-    """Lays ``[*batch, *out]`` out like the kernel, with input axes of size 1."""
+    """Reshapes ``[*batch, *out]`` to the kernel's layout, with input axes of size 1."""
     layout = (*contraction.batch, *contraction.outputs, *contraction.inputs)
     scale = scale.reshape(*scale.shape, *(1 for _ in contraction.inputs))
     return jnp.transpose(scale, [layout.index(axis) for axis in range(len(layout))])

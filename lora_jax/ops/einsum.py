@@ -1,8 +1,8 @@
 """LoRA on any two-operand einsum: ``y = einsum(x, W0) + scaling * (x A) B``.
 
-The labels of the kernel say all: those in the input and the output are batch (an
-expert axis), those in the input alone are summed over, those in the output alone are
-new. A takes the batch and input labels, B the batch and output labels.
+The kernel's labels determine the roles: a label in both input and output is a batch
+axis (experts), one only in the input is contracted, one only in the output is an output
+axis. A has the batch and input labels, B the batch and output labels.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Equation(NamedTuple):
         return f"{self._hidden()},{batch}{RANK}{outputs}->{self.out}"
 
     def over_output(self, per_output: AnyFloat) -> AnyFloat:
-        """Lays ``[*batch, *out]`` out for broadcasting over the output."""
+        """Reshapes ``[*batch, *out]`` to broadcast against the output."""
         batch, _, outputs = self._roles()
         labels = batch + outputs
         ordered = [labels.index(label) for label in self.out if label in labels]
@@ -74,15 +74,15 @@ def parse_equation(equation: str, x_ndim: int) -> Equation:
     """Parses ``equation`` for an input of ``x_ndim`` axes.
 
     Args:
-      equation: such as ``"...td,dnh->...tnh"``; ``...`` in the input and the output.
-      x_ndim: number of axes of the input, which decides what ``...`` stands for.
+      equation: e.g. ``"...td,dnh->...tnh"``; ``...`` in both input and output.
+      x_ndim: number of axes of the input, which determines the length of ``...``.
 
     Returns:
       The labels of the three arrays.
 
     Raises:
       ValueError: if it is not an explicit einsum of two operands, repeats a label in
-        one array, or has a label that LoRA can't place.
+        one array, or has a label with no role in LoRA.
     """
     compact = equation.replace(" ", "")
     operands, arrow, out = compact.partition("->")
@@ -119,22 +119,22 @@ def parse_equation(equation: str, x_ndim: int) -> Equation:
         if max(x.count(c), kernel.count(c), out.count(c)) > 1
     ]
     faults += [
-        f"label {c!r} of the output is in no operand"
+        f"label {c!r} of the output is not in any operand"
         for c in out
         if c not in x + kernel
     ]
     faults += [
-        f"label {c!r} is summed over in one operand alone"
+        f"label {c!r} is summed over within a single operand"
         for c in x + kernel
         if (c in x) != (c in kernel) and c not in out
     ]
-    faults += [f"label {RANK!r} is taken: it is the rank"] * (RANK in x + kernel + out)
+    faults += [f"label {RANK!r} is reserved for the rank"] * (RANK in x + kernel + out)
     faults += [
         f"label {c!r} is not a letter" for c in x + kernel + out if not c.isalpha()
     ]
     parsed = Equation(x, kernel, out)
     if not faults and not (parsed.contraction.inputs and parsed.contraction.outputs):
-        faults.append("the kernel needs an axis to sum over and an axis to add")
+        faults.append("the kernel needs at least one input and one output axis")
     if faults:
         raise ValueError(
             f"equation {equation!r} can't be adapted: {'; '.join(faults)}."
@@ -161,23 +161,23 @@ def lora_einsum(
     """Applies a frozen einsum plus its low-rank update.
 
     Computes ``einsum(equation, x, W0) + bias + scaling * (x A) B``, equal to
-    ``einsum(equation, x, merge_kernel(W0, A, B)) + bias``. Every batch element
-    of the kernel (an expert) has an A and a B of its own.
+    ``einsum(equation, x, merge_kernel(W0, A, B)) + bias``. Every batch element of the
+    kernel (an expert) has its own A and B.
 
     Args:
       equation: explicit, two operands, ``"btd,dnh->btnh"``; ``...`` allowed in ``x``
         and the output.
       x: first operand; sets the dtype of the computation and of the result.
       kernel: frozen base weight ``W0``, the second operand.
-      lora_a: ``A`` ``[*batch, *in, r]``, the kernel's axes in the kernel's order.
+      lora_a: ``A`` ``[*batch, *in, r]``, with axes in the kernel's order.
       lora_b: ``B`` ``[*batch, r, *out]``, likewise.
       scaling: ``alpha / rank``.
-      bias: frozen base bias with an element for each output, or None.
+      bias: frozen base bias with one element per output, or None.
       magnitude: DoRA's ``m`` ``[*batch, *out]``, or None; see `lora_dense`.
-      base_output: of the frozen layer, bias included, where it has been computed.
-      hidden: ``dropout(x) A`` where `shared_hidden` has computed it.
+      base_output: the frozen layer's output, bias included, if already computed.
+      hidden: ``dropout(x) A`` if computed by `shared_hidden`.
       dropout_rate: probability of dropping an element of the update's input.
-      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      dropout_key: PRNG key, required if ``dropout_rate`` is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
@@ -185,7 +185,7 @@ def lora_einsum(
       given).
 
     Raises:
-      ValueError: if the equation can't be adapted or shapes do not chain.
+      ValueError: if the equation can't be adapted or the shapes are incompatible.
       TypeError: if an array is not floating.
 
     Example:
@@ -244,7 +244,7 @@ def lora_einsum(
 
 
 def _bias_of(parsed: Equation, kernel: AnyFloat, bias: AnyFloat) -> AnyFloat:
-    """Lays a bias with an element for each output out like the output."""
+    """Reshapes a bias, with one element per output, to the output's layout."""
     shape = magnitude_shape(tuple(kernel.shape), parsed.contraction)
     per_output = jax.ShapeDtypeStruct(shape, bias.dtype)
     layout = jax.eval_shape(parsed.over_output, per_output).shape

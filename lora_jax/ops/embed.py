@@ -1,4 +1,4 @@
-"""LoRA on an embedding table: rows looked up, or attended to by a tied head."""
+"""LoRA for an embedding table: lookups, and the logits of a tied output head."""
 
 import jax
 import jax.numpy as jnp
@@ -35,26 +35,26 @@ def lora_embed(
 ) -> AnyFloat:
     """Looks up rows of a frozen table plus its low-rank update.
 
-    Computes ``E[ids] + scaling * A[ids] @ B``: a dense layer on one-hot inputs, for
-    which there is no dropout.
+    Computes ``E[ids] + scaling * A[ids] @ B``: a dense layer on one-hot inputs, to
+    which no dropout applies.
 
     Args:
-      ids: row numbers ``[*b]``, integers; out of range gives NaN, as in `jnp.take`.
+      ids: integer row indices ``[*b]``; out of range gives NaN, as in `jnp.take`.
       embedding: frozen table ``E`` ``[v, d]``; sets the dtype of the result.
       lora_a: ``A`` ``[v, r]``, zero at init.
       lora_b: ``B`` ``[r, d]``, random at init.
       scaling: ``alpha / rank``.
       magnitude: DoRA's ``m`` ``[d]``, or None; see `lora_dense`.
-      base_output: ``E[ids]`` ``[*b, d]`` where it has been looked up; sets the dtype of
-        the result.
+      base_output: ``E[ids]`` ``[*b, d]`` if already computed; sets the dtype of the
+        result.
 
     Returns:
       Rows ``[*b, d]``, in the dtype of ``embedding`` (of ``base_output`` if it is
       given).
 
     Raises:
-      ValueError: if the shapes do not chain.
-      TypeError: if ``ids`` is not integer or another array not floating.
+      ValueError: if the shapes are incompatible.
+      TypeError: if ``ids`` is not integer or another array is not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,8 +96,8 @@ def lora_attend(
     """Multiplies by the transposed table: the logits of a tied output head.
 
     Computes ``x @ (E + scaling * A @ B).T`` as ``x Eᵀ + scaling * (x Bᵀ) Aᵀ``, with the
-    same A and B as the lookup. DoRA's scale is one number for each of the ``d`` inputs
-    here, so it scales ``x``.
+    same A and B as the lookup. DoRA has one scale per each of the ``d`` inputs here, so
+    it scales ``x``.
 
     Args:
       x: queries ``[*b, d]``; sets the dtype of the computation and of the result.
@@ -105,19 +105,19 @@ def lora_attend(
       lora_a: ``A`` ``[v, r]``.
       lora_b: ``B`` ``[r, d]``.
       scaling: ``alpha / rank``.
-      magnitude: DoRA's ``m`` ``[d]``, or None; not beside ``base_output``, whose
-        queries are to be scaled first, by `dora_query`.
-      base_output: ``x Eᵀ`` ``[*b, v]`` where it has been computed; sets the dtype of
-        the result.
+      magnitude: DoRA's ``m`` ``[d]``, or None. Can't be combined with ``base_output``:
+        scale the queries with `dora_query` first.
+      base_output: ``x Eᵀ`` ``[*b, v]`` if already computed; sets the dtype of the
+        result.
       dropout_rate: probability of dropping an element of the update's input.
-      dropout_key: PRNG key, needed where ``dropout_rate`` is above 0.
+      dropout_key: PRNG key, required if ``dropout_rate`` is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
       Logits ``[*b, v]``, in the dtype of ``x`` (of ``base_output`` if it is given).
 
     Raises:
-      ValueError: if the shapes do not chain, the dropout rate lacks its key, or both
+      ValueError: if the shapes are incompatible, the dropout key is missing, or both
         ``magnitude`` and ``base_output`` are given.
       TypeError: if an array is not floating.
     """
@@ -173,6 +173,6 @@ def dora_query(
       scaling: ``alpha / rank``.
 
     Returns:
-      ``x * m / n``, what the adapted table is to be multiplied by.
+      ``x * m / n``, to be multiplied by the adapted table.
     """
     return rescale(x, dora_scale(embedding, lora_a, lora_b, magnitude, scaling=scaling))

@@ -1,12 +1,12 @@
-"""Initial values of A and B, from one key and a path.
+"""Initial values of A and B, from a key and a path.
 
-``A ~ U(±1/√fan_in)`` and ``B = 0``: the layer starts as its base. The fan-in counts the
-input axes alone, never the batch (experts, scanned layers).
+``A ~ U(±1/√fan_in)`` and ``B = 0``, so a layer starts equal to its base. The fan-in
+counts only the input axes, not the batch (experts, scanned layers).
 
-An embedding has the roles swapped: ``A = 0``, whose rows are the tokens', and
-``B ~ U(±1/√d)``, as if the table were the kernel of the tied head ``d -> v``. A token
-that training never sees then keeps its vector; under a random A, whatever moves B moves
-all tokens at random.
+For an embedding the roles are swapped: ``A = 0``, with one row per token, and
+``B ~ U(±1/√d)``, as if the table were the kernel of the tied head ``d -> v``. Tokens
+that never occur in training then keep their vectors; with a random A, any update of B
+would move every token in a random direction.
 """
 
 import math
@@ -23,15 +23,15 @@ from lora_jax.ops.contraction import DENSE, Contraction, Shape
 
 
 def path_key(key: PRNGKey, path: str) -> PRNGKey:
-    """Returns the key of one path: stable, and independent of all other paths.
+    """Returns the PRNG key of one path.
 
     Args:
       key: PRNG key of the whole tree.
       path: ``/``-joined path of the layer.
 
     Returns:
-      A key that depends on ``key`` and ``path`` only, so that adapting one more layer
-      changes no other layer's values.
+      A key that depends only on ``key`` and ``path``, so adapting one more layer does
+      not change any other layer's values.
     """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
@@ -46,7 +46,7 @@ def init_adapter(
     one_hot: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[AnyFloat, AnyFloat]:
-    """Draws A and zeroes B for one kernel (of an embedding: the reverse).
+    """Initialises A randomly and B to zero (for an embedding, the reverse).
 
     Args:
       key: PRNG key; see `path_key`.
@@ -55,19 +55,19 @@ def init_adapter(
       contraction: the kernel's axes.
       init: ``"uniform"``: ``U(±1/√fan_in)``, variance ``1/(3 fan_in)``;
         ``"gaussian"``: ``N(0, 1/rank²)``.
-      one_hot: whether the input is one-hot (an embedding): A is then zero, and B drawn
+      one_hot: whether the input is one-hot (an embedding): A is then zero, and B random
         with its outputs as the fan-in.
-      dtype: of both.
+      dtype: dtype of both.
 
     Returns:
-      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, one of them all zero.
+      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, one of them all zeros.
 
     Raises:
       ValueError: if the rank is below 1 or ``init`` is unknown.
 
     Warns:
-      UserWarning: if the rank exceeds the smaller side of the kernel: A B then has
-        more parameters than the kernel and no more freedom.
+      UserWarning: if the rank exceeds the smaller side of the kernel: A and B then have
+        more parameters than the kernel but no more expressive power.
 
     Example:
       >>> a, b = init_adapter(jax.random.key(0), (10, 8), rank=3)

@@ -1,4 +1,4 @@
-"""Folding an adapter into its kernel: ``W = W0 + scaling * A B``."""
+"""Merging an adapter into its kernel: ``W = W0 + scaling * A B``."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ def delta_kernel(
     scaling: float | jax.Array,
     contraction: Contraction = DENSE,
 ) -> AnyFloat:
-    """Computes ``scaling * A B`` in the kernel's own layout, in float32.
+    """Computes ``scaling * A B`` in the kernel's layout, in float32.
 
     Args:
       lora_a: ``A`` ``[*batch, *in, r]``.
@@ -30,11 +30,10 @@ def delta_kernel(
       contraction: the kernel's axes.
 
     Returns:
-      The change of the kernel, float32 (float64 if A or B is); the rank of each batch
-      element's matrix is at most ``r``.
+      The change to the kernel, float32 (float64 if A or B is).
 
     Raises:
-      ValueError: if the shapes do not chain.
+      ValueError: if the shapes are incompatible.
       TypeError: if an array is not floating.
     """
     check_floating(lora_a=lora_a, lora_b=lora_b)
@@ -63,22 +62,22 @@ def merge_kernel(
 ) -> AnyFloat:
     """Returns ``W0 + scaling * A B``: computed in float32, rounded once.
 
-    The sum is in float64 if an array is. Works under `jax.jit`, where the check for
-    NaN is left out.
+    The sum is in float64 if any array is. Works under `jax.jit`, but without the NaN
+    check.
 
     Args:
-      kernel: ``W0``, in any floating dtype; left as it is.
+      kernel: ``W0``, in any floating dtype.
       lora_a: ``A`` ``[*batch, *in, r]``.
       lora_b: ``B`` ``[*batch, r, *out]``.
       scaling: ``alpha / rank``.
-      contraction: the kernel's axes; `lora_jax.ops.einsum.parse_equation` and
-        `lora_jax.ops.conv.conv_contraction` give those of the other layers.
+      contraction: the kernel's axes; for other layers see
+        `lora_jax.ops.einsum.parse_equation` and `lora_jax.ops.conv.conv_contraction`.
 
     Returns:
       The merged kernel, in the dtype of ``kernel``.
 
     Raises:
-      ValueError: if the shapes do not chain, or the result has a NaN or an infinity.
+      ValueError: if the shapes are incompatible, or the result has a NaN or infinity.
       TypeError: if an array is not floating.
 
     Example:
@@ -95,7 +94,7 @@ def merge_kernel(
         arrays = {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}
         wrong = [name for name, array in arrays.items() if not is_finite(array)]
         raise ValueError(
-            "the merged kernel must be finite; it has a NaN or an infinity, from "
+            "the merged kernel must be finite; it contains NaN or infinity, from "
             f"{', '.join(wrong) or f'a sum too large for {kernel.dtype}'}."
         )
     return merged
@@ -104,7 +103,7 @@ def merge_kernel(
 def add_delta(
     kernel: AnyFloat, lora_a: AnyFloat, lora_b: AnyFloat, **options: Any
 ) -> AnyFloat:
-    """Merges as `merge_kernel`, whatever the values are."""
+    """Merges like `merge_kernel`, without the NaN check."""
     check_floating(kernel=kernel)
     delta = delta_kernel(lora_a, lora_b, kernel.shape, **options)
     wide = jnp.promote_types(delta.dtype, kernel.dtype)
@@ -112,7 +111,7 @@ def add_delta(
 
 
 def is_finite(array: Any) -> bool:
-    """Says whether all is finite, as far as can be known while tracing."""
+    """Returns whether all values are finite; always True for a tracer."""
     return isinstance(array, Tracer) or bool(_all_finite(array))
 
 

@@ -1,14 +1,13 @@
-"""Multiplication by one thin factor, with a backward pass of its own.
+"""Multiplication by A or B, with a custom VJP.
 
-The update ``(x A) B`` is two products, and each has a thin side: the rank. Plain
-autodiff computes ``dA = xᵀ u`` and ``dB = hᵀ dy`` with whichever operand transposed
-comes first, and XLA:CPU then copies the *wide* array (``x`` or ``dy``, one row a token)
-into its transpose. Here the thin operand always is the transposed one:
-``dA = (uᵀ x)ᵀ`` and ``dB = hᵀ dy``. The frozen kernel takes no part, so no ``dW0`` can
-arise from an adapter.
+The update ``(x A) B`` is two products, each with one thin side: the rank. Autodiff may
+transpose either operand in ``dA = xᵀ u`` and ``dB = hᵀ dy``, and XLA:CPU then
+materialises the transpose of the *wide* array (``x`` or ``dy``, one row per token).
+Here it is always the thin operand that is transposed: ``dA = (uᵀ x)ᵀ`` and
+``dB = hᵀ dy``. The frozen kernel is not involved, so an adapter never produces ``dW0``.
 
-Kept for the backward pass: the operand itself and the factor. Dropout keeps its key,
-not its mask, and draws the mask again.
+Residuals are the operand and the factor. Dropout saves its key, not its mask, and
+regenerates the mask in the backward pass.
 """
 
 import functools
@@ -41,11 +40,11 @@ def factor_product(
 
     Args:
       equation: an explicit two-operand einsum in which the label ``R`` is the rank.
-      rate: probability of dropping an element of ``x``; the rest is scaled up.
+      rate: probability of dropping an element of ``x``; the others are scaled up.
       precision: as in `jax.lax.dot_general`.
-      x: what is multiplied: the layer's input (for A) or ``x A`` (for B).
+      x: the layer's input (for A) or ``x A`` (for B).
       factor: A or B, usually float32; cast to the dtype of ``x`` for the product.
-      key: PRNG key of the dropout; None where the rate is 0.
+      key: PRNG key for dropout; None if the rate is 0.
 
     Returns:
       The product, in the dtype of ``x``.
@@ -59,7 +58,7 @@ def _product(equation, rate, precision, x, factor, key):
 
 
 def _forward(equation, rate, precision, x, factor, key=None):
-    # The plain product, not `factor_product`: forward over reverse goes through here.
+    # Not `factor_product`: forward-over-reverse differentiates this function.
     y = _product(equation, rate, precision, x, factor, key)
     return y, (x, factor, key)
 
@@ -74,7 +73,7 @@ def _backward(equation, rate, precision, residuals, dy):
         factor.astype(dy.dtype),
         precision=precision,
     )
-    # The thin operand first, the rank leading: only thin arrays are transposed.
+    # Thin operand first, rank axis leading: only thin arrays are transposed.
     thin, wide = (out, x_labels) if RANK in out else (x_labels, out)
     thin_array, wide_array = dy, dropout(x, rate, key)
     if thin != out:
@@ -83,11 +82,11 @@ def _backward(equation, rate, precision, residuals, dy):
     rest = "".join(c for c in factor_labels if c not in batch and c != RANK)
     order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
     is_transposed = order != sorted(order)
-    # Without a barrier XLA folds this transpose into the product, and is back at
-    # transposing the wide operand (8 times slower for [768, 1536], rank 8). Small
-    # arrays do without: it costs nothing there, and XLA:CPU (jaxlib 0.10.2) aborts on a
-    # batched product over 2 or 3 rows or columns that goes into a barrier. The folded
-    # product it can't compute from bfloat16 to float32, so that is float32 throughout.
+    # Without a barrier XLA folds this transpose into the product and transposes the
+    # wide operand after all (8 times slower for [768, 1536], rank 8). Small arrays get
+    # no barrier: it gains nothing there, and XLA:CPU (jaxlib 0.10.2) aborts on a
+    # batched product over 2 or 3 rows or columns that feeds a barrier. XLA:CPU can't
+    # compute the folded product from bfloat16 to float32, so it is float32 throughout.
     sizes = dict(zip(wide, wide_array.shape, strict=True))
     columns = math.prod(sizes[label] for label in rest)
     rows = math.prod(sizes[label] for label in wide if label not in batch + rest)
@@ -110,9 +109,9 @@ def _backward(equation, rate, precision, residuals, dy):
 
 
 def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
-    """Sums a gradient over those axes of a `jax.shard_map` that its primal is whole on.
+    """Sums a gradient over the `jax.shard_map` axes its primal is replicated on.
 
-    So `jax.shard_map` checks it (``check_vma``), and plain autodiff does.
+    Autodiff does the same, and `jax.shard_map` checks it (``check_vma``).
     """
     own, wanted = _varying_axes(gradient), _varying_axes(primal)
     if summed := tuple(own - wanted):
@@ -123,8 +122,8 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
 
 
 def _varying_axes(array: AnyFloat) -> frozenset[str]:
-    """Returns the axes of a `jax.shard_map` over which an array differs."""
-    aval = jax.typeof(array)  # JAX 0.10 has `mat.varying`, those before `vma`
+    """Returns the `jax.shard_map` axes over which an array varies."""
+    aval = jax.typeof(array)  # `mat.varying` since JAX 0.10, `vma` before
     varying = getattr(getattr(aval, "mat", None), "varying", None)
     return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
@@ -133,16 +132,16 @@ factor_product.defvjp(_forward, _backward)
 
 
 def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
-    """Computes `jnp.einsum`, summing over axes as the larger operand has them.
+    """Computes `jnp.einsum`, contracting axes in the order of the larger operand.
 
-    `jnp.einsum` sums over its labels in the order of the alphabet; where the axes have
-    another, XLA:CPU makes a transposed copy of the operand first.
+    `jnp.einsum` contracts labels in alphabetical order; if the axes are in another
+    order, XLA:CPU first makes a transposed copy of the operand.
 
     Args:
-      equation: explicit, of two operands, without ellipsis.
+      equation: explicit, with two operands and no ellipsis.
       x: the first operand.
-      y: the second.
-      **options: of `jnp.einsum`.
+      y: the second operand.
+      **options: passed to `jnp.einsum`.
 
     Returns:
       The product.
@@ -168,20 +167,20 @@ def low_rank_update(
     dtype: DTypeLike | None = None,
     hidden: AnyFloat | None = None,
 ) -> AnyFloat:
-    """Computes ``scaling * (x A) B``, the whole of what LoRA adds to a layer.
+    """Computes ``scaling * (x A) B``, everything that LoRA adds to a layer.
 
     Args:
-      down: equation of ``x A``; the rank is the label ``R``.
+      down: equation of ``x A``, where ``R`` labels the rank.
       up: equation of ``h B``.
       x: input of the layer.
-      lora_a: A, as ``down`` has it.
-      lora_b: B, as ``up`` has it.
+      lora_a: A, with the axes that ``down`` expects.
+      lora_b: B, with the axes that ``up`` expects.
       scaling: ``alpha / rank``; a traced scalar works too.
       dropout_rate: probability of dropping an element of ``x``; a Python float.
-      dropout_key: PRNG key, needed where the rate is above 0.
+      dropout_key: PRNG key, required if the rate is above 0.
       precision: as in `jax.lax.dot_general`.
-      dtype: of the computation and the result; default: that of ``x``.
-      hidden: ``dropout(x) A`` where the caller has it, see `lora_jax.ops.shared`.
+      dtype: dtype of the computation and result; default: that of ``x``.
+      hidden: ``dropout(x) A`` if already computed, see `lora_jax.ops.shared`.
 
     Returns:
       The update, in ``dtype``.
@@ -196,12 +195,12 @@ def low_rank_update(
     h: Any = hidden  # [..., r]
     if h is None:
         h = factor_product(down, dropout_rate, precision, x, lora_a, key)
-    h = checkpoint_name(scale(h, scaling), X_A)  # the thin side is cheap to scale
+    h = checkpoint_name(scale(h, scaling), X_A)  # cheapest here, at rank width
     return factor_product(up, 0.0, precision, h, lora_b)
 
 
 def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:
-    """Computes ``scaling * x`` in float32 at least, rounded once to its dtype."""
+    """Computes ``scaling * x`` in at least float32, rounded once to the dtype of x."""
     wide = jnp.promote_types(jnp.float32, x.dtype)
     return (x.astype(wide) * jnp.asarray(scaling, wide)).astype(x.dtype)
 
@@ -213,25 +212,25 @@ def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    wide = jnp.promote_types(jnp.float32, x.dtype)  # 1 - rate is not rounded to x's
+    wide = jnp.promote_types(jnp.float32, x.dtype)  # don't round 1 - rate to bfloat16
     scaled = x.astype(wide) / jnp.asarray(1.0 - rate, wide)
     return jnp.where(keep, scaled.astype(x.dtype), 0)
 
 
 def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:
-    """Raises on a bad rate or a missing key; returns the key if it will be used."""
+    """Raises on an invalid rate or missing key; returns the key if it will be used."""
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1]; got {rate}.")
     if rate > 0.0 and key is None:
         raise ValueError(
-            f"dropout_key must be a PRNG key where dropout_rate > 0; got None with "
+            f"dropout_key must be a PRNG key if dropout_rate > 0; got None with "
             f"dropout_rate={rate}. Pass dropout_rate=0.0 for deterministic calls."
         )
     return key if 0.0 < rate < 1.0 else None
 
 
 def check_floating(**arrays: jax.Array | None) -> None:
-    """Raises a TypeError that names every argument that is no floating array."""
+    """Raises a TypeError listing every argument that is not a floating-point array."""
     others = {
         name: type(array).__name__
         for name, array in arrays.items()

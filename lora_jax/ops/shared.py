@@ -1,7 +1,7 @@
-"""``x A`` for several layers of one input, in one read of it.
+"""``x A`` for several layers with the same input, reading it once.
 
-Query, key and value are three kernels on one input. Their adapters need one product
-``x @ [Aq | Ak | Av]`` between them, so the wide ``x`` is read once for all three.
+Query, key and value projections share their input, so their adapters share one product
+``x @ [Aq | Ak | Av]`` that reads the wide ``x`` once.
 """
 
 import itertools
@@ -24,24 +24,24 @@ def shared_hidden(
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> list[AnyFloat]:
-    """Computes ``dropout(x) @ A`` for several adapters of one input.
+    """Computes ``dropout(x) @ A`` for several adapters with the same input.
 
-    Computes ``dropout(x) @ [A1 | A2 | ...]`` in one product and splits it. One dropout
-    mask serves all of them. Each part is the ``hidden`` of its layer's op.
+    Computes ``dropout(x) @ [A1 | A2 | ...]`` as one product, with one dropout mask, and
+    splits it. Pass each part to its layer's op as ``hidden``.
 
     Args:
       x: the input of all layers ``[*b, i]``.
       factors: A of each layer ``[i, r]``; ranks may differ.
       dropout_rate: probability of dropping an element of ``x``.
-      dropout_key: PRNG key, needed where the rate is above 0.
+      dropout_key: PRNG key, required if the rate is above 0.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
-      One ``[*b, r]`` a layer, in the dtype of ``x``.
+      One ``[*b, r]`` per layer, in the dtype of ``x``.
 
     Raises:
-      ValueError: if the shapes do not chain, naming every layer at fault; or if the
-        dropout rate is outside [0, 1] or lacks its key.
+      ValueError: listing every layer whose shapes are incompatible; or if the dropout
+        rate is outside [0, 1] or lacks a key.
       TypeError: if an array is not floating.
 
     Example:

@@ -1,60 +1,59 @@
-"""Many devices, on JAX's own engine: meshes, sharding rules, batches, processes.
+"""Multi-device training with JAX sharding: meshes, rules, batches, processes.
 
-**A mesh.** ``lora-jax train`` takes every device of the machine. A ``mesh`` section of
-the settings, or `make_mesh` in Python, says what the devices split; the sizes multiply
-to their number, and one of them may be -1 for the devices that are left::
+**A mesh.** ``lora-jax train`` uses every device of the machine. The ``mesh`` section of
+the settings, or `make_mesh` in Python, determines what the devices split; the product
+of the sizes is the number of devices, and one size may be -1 for the rest::
 
     mesh: {data: -1, fsdp: 4, tensor: 1}   # the default is data: -1, the others 1
 
 ====== ======================================== ====================================
-axis   splits                                   each layer sends
+axis   splits                                   communication per layer
 ====== ======================================== ====================================
-data   the batch; each group has a whole model  the adapters' gradients
-fsdp   the batch, and every base kernel         its kernel, gathered when it is used
-tensor the layers' outputs, and the inputs of   its activations, summed
+data   the batch; each group has a whole model  all-reduce of adapter gradients
+fsdp   the batch, and every base kernel         all-gather of the kernel when used
+tensor the layers' outputs, and the inputs of   all-reduce of activations
        the layers after them
 ====== ======================================== ====================================
 
-A is sharded like its kernel's input axes, B like its output axes, the optimizer's state
-like both. A weight's axis that doesn't divide is an error, or stays whole on every
-device with ``uneven: replicate``; ``rules: {"mlp/up/kernel": [fsdp, null]}`` overrides
-the built-in rules. ``train.batch_size`` must divide by data x fsdp x
-``train.accumulate``.
+A is sharded like its kernel's input axes, B like its output axes, the optimizer state
+like both. A weight axis that is not divisible is an error, or is replicated with
+``uneven: replicate``; ``rules: {"mlp/up/kernel": [fsdp, null]}`` overrides the built-in
+rules. ``train.batch_size`` must be divisible by data x fsdp x ``train.accumulate``.
 
-**Several processes** start the same command, on one host or on many:
+**Several processes** run the same command, on one host or many:
 
 - anywhere, process I of N: ``lora-jax train my.yaml --coordinator HOST:1234 --processes
   N --process-id I``, where process 0 runs on HOST;
-- SLURM, one task a GPU: ``srun lora-jax train my.yaml --distributed``;
+- SLURM, one task per GPU: ``srun lora-jax train my.yaml --distributed``;
 - Kubernetes: ``lora-jax train my.yaml --distributed`` in the pods of an indexed Job or
-  a JobSet with a headless service; the image has ``jax[k8s]``, and the service account
-  may read pods, jobs and services;
+  a JobSet with a headless service; the image needs ``jax[k8s]``, and the service
+  account permission to read pods, jobs and services;
 - a TPU pod: ``gcloud compute tpus tpu-vm ssh NAME --worker=all --command="lora-jax
   train my.yaml --distributed"``.
 
-``--distributed`` asks the cluster through `jax.distributed.initialize`, which knows
-SLURM, Open MPI, Kubernetes and TPU pods. Every process reads the whole model and the
-data, and forms its own rows of a batch. ``output.dir`` must be on a file system that
-all of them see: the first process prints and writes, and checkpoints hold what all of
-them have.
+``--distributed`` uses `jax.distributed.initialize`, which detects SLURM, Open MPI,
+Kubernetes and TPU pods. Every process reads the whole model and the data, and builds
+its own rows of a batch. ``output.dir`` must be on a shared file system: the first
+process prints and writes logs, and all processes write checkpoints.
 
-If a process dies, the others end with status 1 and print the command that continues
-(JAX itself aborts them if it was process 0, or after 100 s without a sign of life).
-``--resume`` continues bit for bit, or on another mesh up to rounding. Ctrl-C or SIGTERM
-at one process stops all of them in good order at the next log step.
+If a process dies, the others exit with status 1 and print the command to resume (JAX
+itself aborts them if it was process 0, or after 100 s without a heartbeat).
+``--resume`` continues bit for bit, or up to rounding on another mesh. Ctrl-C or SIGTERM
+in one process stops all of them gracefully at the next log step.
 
 **From Python**, ``load_model(path, lora=config, key=key,
 sharding=make_sharding(mesh))`` puts each tensor straight into its shards;
-`shard_variables` does it for a tree in memory, and `partitioned_rules` reads the rules
-of a model that has its own ``nn.with_partitioning``. `TrainState`, `make_train_step`
-and `Checkpoints` need nothing more: the state stays in its shards, and a checkpoint
-restores on another mesh. Eight devices and two processes give the losses and the
-adapters of one, and the compiled step gathers no weight but FSDP's, a layer at a time
+`shard_variables` shards a tree in memory, and `partitioned_rules` reads the rules of a
+model that uses ``nn.with_partitioning``. `TrainState`, `make_train_step` and
+`Checkpoints` need no further setup: the state keeps its shardings, and a checkpoint can
+be restored on another mesh. Eight devices or two processes give the same losses and
+adapters as one, and the compiled step gathers only FSDP weights, layer by layer
 (``tests/parallel``, ``tests/cli/test_processes.py``).
 
-Several processes have run on one machine only (CPU, gloo), and SLURM's detection from
-its variables there; no GPU cluster, Kubernetes job or TPU pod was tried. ``eval`` and
-``plan`` are one process, and take one device where the run's mesh doesn't fit.
+Multiple processes have been tested on a single machine only (CPU, gloo), including
+SLURM detection from its environment variables; GPU clusters, Kubernetes and TPU pods
+are untested. ``eval`` and ``plan`` use one process, and a single device if the run's
+mesh does not fit the machine.
 
 Example:
   >>> import numpy as np

@@ -1,9 +1,9 @@
-"""Activations on a mesh: rows stay on the devices that the batch was put on.
+"""Sharding constraints that keep activations sharded by rows on a mesh.
 
-XLA chooses itself how an array that nobody placed is spread over devices. Where kernels
-are cut over the axis that cuts the batch too, it may choose to cut activations by their
-features and put every row on every device. So a compiled step says on which mesh it is,
-and a model where its rows are. Without a mesh all of this does nothing.
+XLA chooses the sharding of unconstrained arrays. If kernels are sharded over the same
+axis as the batch, it may shard activations by features and replicate their rows. So a
+compiled step declares its mesh, and the model constrains the rows of its activations.
+Without a mesh, all of this is a no-op.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from lora_jax.names import BATCH_AXES, TENSOR
 
 
 def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which a function is traced for a mesh.
+    """Returns a context for tracing a function for a mesh.
 
     Args:
-      mesh: from `make_mesh`, or None: then the context changes nothing.
+      mesh: from `make_mesh`, or None for a no-op.
 
     Returns:
-      The context, to be entered inside the function that is traced.
+      The context, to be entered inside the traced function.
     """
     if mesh is None:
         return contextlib.nullcontext()
@@ -31,50 +31,50 @@ def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """Returns the mesh of `on_mesh_of`, None outside of it and on other meshes."""
+    """Returns the mesh of `on_mesh_of`, or None outside of it and on other meshes."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(BATCH_AXES) <= set(mesh.shape) else None
 
 
 def target_platform() -> str:
-    """Returns what is compiled for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+    """Returns the platform to compile for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
 
-    Of a mesh it is that of its devices, which need not be this machine's.
+    On a mesh it is that of its devices, which may not be on this machine.
     """
     mesh = current_mesh()
     device = None if mesh is None else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def row_parts() -> int:
-    """Returns over how many devices the rows of a batch are spread."""
+def num_row_shards() -> int:
+    """Returns the number of shards of a batch's rows."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shard_rows(x: AnyFloat) -> AnyFloat:
-    """Keeps the rows of ``[b, ...]`` on the devices that the batch was put on.
+    """Constrains activations ``[b, ...]`` to be sharded like the batch.
 
     Args:
-      x: activations; their first axis is the batch's.
+      x: activations whose first axis is the batch axis.
 
     Returns:
-      ``x``. Its other axes are whole on each device.
+      ``x``, with its other axes unsharded.
     """
-    parts = row_parts()
+    parts = num_row_shards()
     if parts == 1 or x.shape[0] % parts:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def gather_kernel(kernel: AnyFloat) -> AnyFloat:
-    """Gathers a kernel ``[i, o]`` once, for a loop that reads it many times.
+    """Gathers a kernel ``[i, o]`` once, for a loop that reads it repeatedly.
 
     Args:
-      kernel: cut over any axes of the mesh.
+      kernel: sharded over any mesh axes.
 
     Returns:
-      The kernel, whole over the axes that split the batch; its outputs stay cut over
+      The kernel, gathered over the batch axes; its outputs stay sharded over
       ``tensor``.
     """
     mesh = current_mesh()

@@ -1,8 +1,8 @@
-"""A mesh of devices, and batches spread over it.
+"""Device meshes, and batches sharded over them.
 
-Three axes, each of which may be 1. ``data`` and ``fsdp`` both split the batch;
-``fsdp`` splits every frozen kernel too, which each layer gathers when it is used;
-``tensor`` splits the layers' outputs and, after them, their inputs.
+A mesh has three axes, each possibly of size 1. ``data`` and ``fsdp`` both split the
+batch; ``fsdp`` also splits every frozen kernel, gathered by each layer when used;
+``tensor`` splits the outputs of layers and the inputs of the layers after them.
 """
 
 import math
@@ -30,21 +30,22 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Arranges devices by what they split.
+    """Makes a device mesh.
 
     Args:
-      data: how many groups of devices hold a copy of the model and a part of the batch.
-      fsdp: over how many devices each copy's kernels, and its part of the batch, lie.
-      tensor: over how many devices each layer's outputs lie. One of the three sizes may
-        be -1: the rest.
-      devices: what to arrange; all devices of all processes if None.
+      data: number of device groups, each with a copy of the model and part of the
+        batch.
+      fsdp: number of devices that shard each copy's kernels and its part of the batch.
+      tensor: number of devices that shard each layer's outputs. One of the three sizes
+        may be -1 for the remaining devices.
+      devices: the devices; all devices of all processes if None.
 
     Returns:
-      A mesh of axes ``data``, ``fsdp``, ``tensor``.
+      A mesh with axes ``data``, ``fsdp``, ``tensor``.
 
     Raises:
       ValueError: if a size is neither positive nor -1, two are -1, or the product is
-        not the number of devices; names the nearest sizes that work.
+        not the number of devices; suggests the nearest valid sizes.
 
     Example:
       >>> dict(make_mesh(tensor=1, devices=jax.devices()[:1]).shape)
@@ -58,7 +59,7 @@ def make_mesh(
 
 
 def _sizes(wanted: dict[str, int], count: int) -> tuple[int, ...]:
-    """Returns the three sizes with the -1 filled in, or raises."""
+    """Returns the three sizes with -1 resolved, or raises."""
     shown = _shown(wanted)
     wrong = [
         name
@@ -91,10 +92,9 @@ def _shown(sizes: dict[Any, int]) -> str:
 
 
 def _nearest_mesh(wanted: dict[str, int], count: int) -> dict[str, int]:
-    """Returns sizes whose product is ``count``, changing the given ones least.
+    """Returns the sizes nearest to the given ones whose product is ``count``.
 
-    Changing ``data`` comes before changing what a model needs to fit, so it takes the
-    rest where no axis does.
+    Changes ``data`` first, since ``fsdp`` and ``tensor`` make the model fit in memory.
     """
     rest = next((name for name, size in wanted.items() if size == -1), DATA)
     best = {}
@@ -107,7 +107,7 @@ def _nearest_mesh(wanted: dict[str, int], count: int) -> dict[str, int]:
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """Returns the divisor of ``number`` nearest to ``wanted``, the smaller of two.
+    """Returns the divisor of ``number`` nearest to ``wanted``; the smaller if tied.
 
     Example:
       >>> nearest_divisor(12, 5)
@@ -123,13 +123,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def whole_over_batch(sharding: NamedSharding) -> NamedSharding:
-    """Returns a sharding without the axes that split the batch.
+    """Returns a sharding without the batch axes.
 
     Args:
-      sharding: of a leaf.
+      sharding: the sharding of a leaf.
 
     Returns:
-      Where the leaf is cut over ``tensor``, say, and whole over ``data`` and ``fsdp``.
+      The same sharding, but unsharded over ``data`` and ``fsdp``.
     """
 
     def kept(entry: Any) -> Any:
@@ -140,18 +140,17 @@ def whole_over_batch(sharding: NamedSharding) -> NamedSharding:
 
 
 def process_rows(rows: int, mesh: Mesh) -> np.ndarray:
-    """Says which rows of a global batch this process has to read.
+    """Returns which rows of a global batch this process must read.
 
     Args:
-      rows: of the global batch.
-      mesh: over which the batch is spread.
+      rows: number of rows in the global batch.
+      mesh: the mesh the batch is sharded over.
 
     Returns:
-      The numbers of the rows that lie on this process's devices, in order; all of them
-      where every row does.
+      The indices of the rows on this process's devices, in order.
 
     Raises:
-      ValueError: if the rows don't divide over the mesh.
+      ValueError: if the rows are not divisible over the mesh.
     """
     check_rows({"batch": rows}, mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
@@ -160,21 +159,21 @@ def process_rows(rows: int, mesh: Mesh) -> np.ndarray:
 
 
 def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
-    """Spreads the rows of a batch over the devices of a mesh.
+    """Shards the rows of a batch over the devices of a mesh.
 
     Args:
-      batch: leaves ``[b, ...]`` on the host. The same whole batch on every process, as
-        a batch that follows from the step's number is; each process takes its rows.
+      batch: leaves ``[b, ...]`` on the host: the same global batch on every process, of
+        which each uses its own rows.
       mesh: from `make_mesh`.
-      is_local: whether ``batch`` is this process's part alone, the rows that
-        `process_rows` names.
+      is_local: whether ``batch`` contains only this process's rows, as given by
+        `process_rows`.
 
     Returns:
-      The global batch, each device with its rows.
+      The global batch, sharded by rows.
 
     Raises:
-      ValueError: if the rows don't divide by ``data * fsdp``; names the leaves and the
-        nearest number of rows that does.
+      ValueError: if the rows are not divisible by ``data * fsdp``; lists the leaves and
+        suggests the nearest number of rows.
 
     Example:
       >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -208,15 +207,15 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
 
 
 def check_rows(rows: dict[str, int], mesh: Mesh, *, accumulate: int = 1) -> None:
-    """Raises unless every number of rows divides over the mesh's batch axes.
+    """Raises unless every number of rows is divisible over the mesh's batch axes.
 
     Args:
-      rows: of each leaf of a batch, by name.
+      rows: number of rows of each batch leaf, by name.
       mesh: from `make_mesh`.
-      accumulate: microbatches, each of which has to divide.
+      accumulate: number of microbatches, each of which must be divisible.
 
     Raises:
-      ValueError: naming the leaves and the nearest numbers that divide.
+      ValueError: listing the leaves and suggesting the nearest valid numbers.
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH) * accumulate
     wrong = {name: n for name, n in rows.items() if n < 1 or n % parts}
@@ -227,20 +226,20 @@ def check_rows(rows: dict[str, int], mesh: Mesh, *, accumulate: int = 1) -> None
             (" x accumulate", f" x {accumulate}") if accumulate > 1 else ("",) * 2
         )
         raise ValueError(
-            f"the rows of a batch must divide by data x fsdp{also} = "
+            f"the rows of a batch must be divisible by data x fsdp{also} = "
             f"{mesh.shape[DATA]} x {mesh.shape[FSDP]}{times} = {parts}; got "
             f"{', '.join(f'{name} {n}' for name, n in wrong.items())}. Take {nearest}."
         )
 
 
 def put_array(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array that every process holds onto the devices of all processes.
+    """Shards an array that every process holds over the devices of all processes.
 
-    Nothing is sent between processes: each cuts out what its own devices need.
+    No communication: each process slices out the shards of its own devices.
 
     Args:
-      value: the same on every process; or spread over the devices already.
-      sharding: where it goes.
+      value: the same on every process; or already sharded.
+      sharding: the target sharding.
 
     Returns:
       The array, committed to ``sharding``.
@@ -256,17 +255,17 @@ def put_array(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def promote_table(*arrays: Any, **options: Any) -> list[Any]:
-    """Promotes an embedding table, and gathers its columns: `flax.linen.Embed`'s hook.
+    """The ``promote_dtype`` of `flax.linen.Embed` that also gathers table columns.
 
-    A lookup in a table that lies cut along both axes makes XLA gather all of it. Of one
-    that is cut by its rows alone each device looks up those it has.
+    For a lookup in a table sharded along both axes, XLA gathers the whole table. If it
+    is sharded only by rows, each device looks up its own rows.
 
     Args:
-      *arrays: what is multiplied with the table, if anything, and the table ``[v, d]``.
+      *arrays: the table ``[v, d]``, optionally preceded by a query.
       **options: see `flax.linen.dtypes.promote_dtype`.
 
     Returns:
-      The arrays in one dtype; the table's columns whole on every device.
+      The arrays in one dtype, with the table's columns unsharded.
     """
     *others, table = promote_dtype(*arrays, **options)
     if current_mesh() is not None:
@@ -276,10 +275,10 @@ def promote_table(*arrays: Any, **options: Any) -> list[Any]:
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """Returns the mesh of several devices that leaves of a tree lie on, or None.
+    """Returns the multi-device mesh that a tree is sharded over, or None.
 
     Args:
-      tree: of arrays, or of shapes with shardings.
+      tree: a tree of arrays, or of shapes with shardings.
 
     Returns:
       The first mesh found.
@@ -292,14 +291,14 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts what is not on a mesh yet onto all of its devices, whole.
+    """Replicates leaves that are not on a mesh yet over all of its devices.
 
     Args:
-      tree: of arrays.
+      tree: a tree of arrays.
       mesh: from `make_mesh`.
 
     Returns:
-      The tree; leaves that are on the mesh as they were.
+      The tree; leaves already on the mesh are unchanged.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 

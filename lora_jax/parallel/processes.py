@@ -1,8 +1,8 @@
-"""Several processes as one job, on `jax.distributed`: they start, agree and end as one.
+"""Multi-process jobs on `jax.distributed`: starting, synchronising and shutting down.
 
-Each process runs the same program on its own devices. What they must agree on (that
-all read their files without a fault, that all have the same settings, when to stop) is
-told to all by collectives on the devices; a process alone agrees with itself at once.
+Each process runs the same program on its own devices. Collectives synchronise what they
+must agree on: that all have read their files without errors, that all have the same
+settings, when to stop. With a single process these functions are no-ops.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-START_SECONDS = 300  # that the processes wait for each other at the start
-SHUTDOWN_SECONDS = 60  # and at the end
-# How JAX words what happens to the others' collectives when a process dies.
+START_SECONDS = 300  # timeout for all processes to start
+SHUTDOWN_SECONDS = 60  # timeout for all processes to shut down
+# Errors that JAX raises in the other processes' collectives when a process dies.
 _LOST = re.compile(
     r"Gloo|NCCL|Connection (closed|reset) by peer|coordination service"
     r"|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): "
@@ -30,7 +30,7 @@ _LOST = re.compile(
 
 
 class PeerError(RuntimeError):
-    """Another process failed, so that this one can't go on."""
+    """Another process failed, so this one can't continue."""
 
 
 def start(
@@ -40,26 +40,26 @@ def start(
     *,
     timeout: int = START_SECONDS,
 ) -> None:
-    """Joins the processes of a job; to be called before anything touches a device.
+    """Joins a multi-process job; call it before using any device.
 
     Args:
-      coordinator: ``"HOST:PORT"`` at which process 0 is to listen; the same in all.
-      count: how many processes there are.
-      index: the number of this one, from 0. With all three None, JAX asks the cluster:
-        SLURM, Kubernetes, Open MPI or a TPU pod.
-      timeout: seconds to wait for the others.
+      coordinator: ``"HOST:PORT"`` where process 0 listens; the same in all processes.
+      count: number of processes.
+      index: index of this process, from 0. If all three are None, JAX detects the
+        cluster: SLURM, Kubernetes, Open MPI or a TPU pod.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      ValueError: if only some of the three are given or one is out of range; if there
-        is no cluster to ask.
-      TimeoutError: if nobody listens at the coordinator's address.
+      ValueError: if only some of the three are given or one is out of range; or if no
+        cluster is detected.
+      TimeoutError: if the coordinator's address does not accept connections.
       OSError: if process 0 can't listen there.
 
     Example:
       >>> start("localhost:1234", count=2, index=2)
       Traceback (most recent call last):
       ...
-      ValueError: process 2 can't be one of 2: they are numbered 0 to 1.
+      ValueError: index must be from 0 to 1 for 2 processes; got 2.
     """
     given = {"coordinator": coordinator, "count": count, "index": index}
     if all(value is None for value in given.values()):
@@ -74,7 +74,7 @@ def start(
     if count < 1 or not 0 <= index < count:
         last = max(count, 1) - 1
         raise ValueError(
-            f"process {index} can't be one of {count}: they are numbered 0 to {last}."
+            f"index must be from 0 to {last} for {count} processes; got {index}."
         )
     host, colon, port = coordinator.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -86,7 +86,7 @@ def start(
         _check_free(int(port))
     else:
         _wait_for(host.strip("[]"), int(port), timeout, index)
-    # "deactivate": all is said, so no cluster is asked.
+    # "deactivate": don't detect a cluster.
     _initialize(timeout, coordinator, count, index, None, "deactivate")
 
 
@@ -99,26 +99,26 @@ def _initialize(timeout: int, *args: Any) -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f"no cluster was found that says which processes there are ({error}). "
-            "JAX knows SLURM, Open MPI, TPU pods and Kubernetes; elsewhere give each "
-            "process the coordinator's address, their number and its own."
+            f"no supported cluster was detected ({error}). JAX supports SLURM, Open "
+            "MPI, TPU pods and Kubernetes; elsewhere pass the coordinator's address, "
+            "the number of processes and the process index."
         ) from error
 
 
 def _check_free(port: int) -> None:
-    """Raises unless process 0 can listen."""
+    """Raises unless process 0 can listen on the port."""
     try:
         with socket.create_server(("", port)):
             pass
     except OSError as error:
         raise OSError(
             f"process 0 can't listen on port {port}: {error.strerror}. Choose another "
-            "port, the same for all processes."
+            "port for all processes."
         ) from error
 
 
 def _wait_for(host: str, port: int, timeout: int, index: int) -> None:
-    """Waits until process 0 listens: JAX's own wait ends in an abort, not an error."""
+    """Waits until process 0 listens; JAX's own wait aborts instead of raising."""
     end = time.monotonic() + timeout
     while True:
         try:
@@ -127,42 +127,42 @@ def _wait_for(host: str, port: int, timeout: int, index: int) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"process {index} waited {timeout} s for the coordinator at "
-                    f"{host}:{port}, and nobody listens there ({error}). Is process 0 "
-                    "running on that host, with that port, and open to this one?"
+                    f"process {index} could not reach the coordinator at {host}:{port} "
+                    f"within {timeout} s ({error}). Check that process 0 is running on "
+                    "that host with that port, and reachable from here."
                 ) from error
         time.sleep(0.2)
 
 
 def is_job() -> bool:
-    """Whether this is one of several processes, all of them there still."""
+    """Returns whether this is one of several processes that are still connected."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that prints and writes."""
+    """Returns whether this is process 0, the one that prints and writes."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes are here.
+    """Blocks until all processes reach this barrier.
 
     Args:
-      name: of the place, the same in all.
+      name: name of the barrier, the same in all processes.
     """
     if is_job():
         multihost_utils.sync_global_devices(name)
 
 
 def is_any(flag: bool) -> bool:
-    """Whether a flag is set in any process; all processes have to ask."""
+    """Returns whether a flag is set in any process; all processes must call it."""
     if not is_job():
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value in all processes; they all have to ask.
+    """Broadcasts process 0's value to all processes; all of them must call it.
 
     Args:
       value: JSON values; only process 0's counts.
@@ -183,14 +183,14 @@ def from_first(value: Any) -> Any:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raises unless a value is the same in all processes; they all have to ask.
+    """Raises unless a value is the same in all processes; all of them must call it.
 
     Args:
-      name: of the value, for the error.
+      name: name of the value, for the error.
       value: JSON values.
 
     Raises:
-      ValueError: naming the processes that have another value than process 0.
+      ValueError: listing the processes whose value differs from process 0's.
     """
     if not is_job():
         return
@@ -200,24 +200,24 @@ def check_same(name: str, value: Any) -> None:
     others = np.flatnonzero((all_digests != all_digests[0]).any(axis=1)).tolist()
     if others:
         raise ValueError(
-            f"{name} must be the same in all {jax.process_count()} processes; that of "
-            f"{', '.join(map(str, others))} is not that of 0. Give all of them the "
-            "same command, files and versions."
+            f"{name} must be the same in all {jax.process_count()} processes; it "
+            f"differs between 0 and {', '.join(map(str, others))}. Run all of them "
+            "with the same command, files and versions."
         )
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Ends a block with its error in the processes that had one, in all the others too.
+def fail_together() -> Iterator[None]:
+    """Makes an error in a block of any process fail the block in all processes.
 
-    The block must not wait for other processes by itself. The job is over after an
-    error: it is shut down in good order, while all of them are there.
+    The block itself must not synchronise with other processes. After an error the job
+    is shut down cleanly, while all processes are still alive.
 
     Yields:
       Nothing.
 
     Raises:
-      PeerError: in a process that had no error, where another one had.
+      PeerError: in a process without an error, if another process had one.
     """
     fault: Exception | None = None
     try:
@@ -232,21 +232,21 @@ def together() -> Iterator[None]:
             jax.distributed.shutdown()
             if fault is None:
                 raise PeerError(
-                    f"process {index} stops, for process {numbers} could not start; "
-                    "its message says why."
+                    f"process {index} stops because process {numbers} could not start; "
+                    "see its error message."
                 )
     if fault is not None:
         raise fault
 
 
 def shut_down() -> None:
-    """Ends a job in good order: waits for all processes to come here."""
+    """Shuts the job down cleanly, after waiting for all processes."""
     if is_job():
         jax.distributed.shutdown()
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether an error says that another process is gone."""
+    """Returns whether an error was caused by losing another process."""
     while error is not None:
         if _LOST.search(str(error)):
             return is_job()
@@ -255,9 +255,9 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends a process of a job at once; does nothing where there is no job.
+    """Exits a process of a job immediately; does nothing without a job.
 
-    JAX's own exit waits for the other processes, which may be gone.
+    JAX's own exit handler waits for the other processes, which may be gone.
 
     Args:
       code: exit status.

@@ -1,12 +1,12 @@
-"""Which axis of a weight lies on which axis of the mesh.
+"""Sharding rules: which axis of a weight is sharded over which mesh axis.
 
-A rule is a pattern of paths and a `jax.sharding.PartitionSpec`; the first that matches
-counts. `RULES` covers every model of this library: layers that fan out (query, up,
-...) are cut by their outputs over ``tensor``, the layers after them by their inputs, so
-that two matmuls need one sum over devices; the other axis of each lies on ``fsdp``.
+A rule is a path pattern and a `jax.sharding.PartitionSpec`; the first match applies.
+`RULES` covers every model of this library: expanding layers (query, up, ...) are
+sharded by outputs over ``tensor`` and the layers after them by inputs, so two matmuls
+need one all-reduce; the other axis of each is sharded over ``fsdp``.
 
-Adapters have no rules. A is cut like W0's input axes and B like its output axes, as the
-layer's `Contraction` has them; the rank never is.
+Adapters have no rules of their own. A is sharded like W0's input axes and B like its
+output axes, by the layer's `Contraction`; the rank axis is never sharded.
 """
 
 import re
@@ -43,13 +43,13 @@ RULES: Rules = (
 
 
 class WeightSharding:
-    """Says where base weights go: a function ``(path, shape) -> NamedSharding``.
+    """The sharding of base weights: a function ``(path, shape) -> NamedSharding``.
 
     Made by `make_sharding`.
 
     Attributes:
       mesh: the devices.
-      rules: the user's, tried before `RULES`.
+      rules: the user's rules, tried before `RULES`.
       uneven: "error" or "replicate".
     """
 
@@ -57,18 +57,18 @@ class WeightSharding:
         self.mesh, self.rules, self.uneven = mesh, tuple(rules), uneven
 
     def __call__(self, path: str, shape: Shape) -> NamedSharding:
-        """Returns a leaf's sharding; ValueError where there is none."""
+        """Returns a leaf's sharding, or raises ValueError."""
         rules = (*self.rules, *RULES)
         spec = next((s for pattern, s in rules if is_match(pattern, path)), None)
         if spec is None:
             raise ValueError(
-                f"{path} {shape}: no rule covers it; add "
+                f"{path} {shape}: no rule matches it; add "
                 f"({path.rpartition('/')[2]!r}, PartitionSpec()) to replicate it"
             )
         if len(spec) > len(shape):
             raise ValueError(
                 f"{path} {shape}: its rule {spec} has {len(spec) - len(shape)} more "
-                "axes than it"
+                "axes than the weight"
             )
         is_stacked = path.startswith(f"{LAYERS}/") and len(spec) < len(shape)
         entries = (*(None,) * is_stacked, *spec)
@@ -83,27 +83,27 @@ def make_sharding(
     *,
     uneven: Literal["error", "replicate"] = "error",
 ) -> WeightSharding:
-    """Makes the function that says where a base weight goes.
+    """Makes the function that determines the sharding of base weights.
 
-    What `load_model` takes as ``sharding`` (each tensor is then read straight into its
-    shards), and `shard_variables`. It raises ValueError for a leaf that no rule covers,
-    whose rule has too many axes, or whose axes don't divide.
+    Pass it to `load_model` as ``sharding`` (each tensor is then read directly into its
+    shards) or to `shard_variables`. It raises ValueError for a leaf that no rule
+    matches, whose rule has too many axes, or whose axes are not divisible.
 
     Args:
       mesh: from `make_mesh`.
-      rules: tried before `RULES`: ``(pattern, spec)``, where the pattern, a regex, is
-        the end of a leaf's path, from a ``/`` on (``"mlp/up/kernel"``), and the spec
-        names a mesh axis for each axis of the leaf. Of layers that are scanned it
-        describes one, and their leading axis is whole, unless it names every axis.
-      uneven: what to do where the mesh doesn't divide an axis: raise, or leave that
-        axis whole on every device.
+      rules: tried before `RULES`: ``(pattern, spec)``, where the pattern is a regular
+        expression for the end of a leaf's path, after a ``/`` (``"mlp/up/kernel"``),
+        and the spec names a mesh axis for each axis of the leaf. For scanned layers it
+        describes a single layer, with the leading axis unsharded, unless it names every
+        axis.
+      uneven: what to do with an axis not divisible by the mesh: raise, or leave it
+        unsharded.
 
     Returns:
       ``(path, shape) -> NamedSharding``.
 
     Raises:
-      ValueError: if a rule names an axis that the mesh has not, or ``uneven`` is
-        unknown.
+      ValueError: if a rule names an axis that the mesh lacks, or ``uneven`` is unknown.
 
     Example:
       >>> import jax
@@ -129,14 +129,14 @@ def make_sharding(
 
 
 def partitioned_rules(params: Mapping[str, Any]) -> Rules:
-    """Returns rules for a model that says itself how it is cut.
+    """Returns the sharding rules of a model that uses ``nn.with_partitioning``.
 
     Args:
-      params: as ``model.init`` makes them with ``nn.with_partitioning``: boxed in
-        `flax.linen.Partitioned`, whose names are axes of the mesh.
+      params: the result of ``model.init``, boxed in `flax.linen.Partitioned` with names
+        of mesh axes.
 
     Returns:
-      A rule a leaf, for `make_sharding`; leaves without a box are replicated.
+      One rule per leaf, for `make_sharding`; unboxed leaves are replicated.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -147,13 +147,13 @@ def partitioned_rules(params: Mapping[str, Any]) -> Rules:
       [('kernel', ('fsdp', 'tensor')), ('bias', ())]
     """
     specs = flatten(nn.get_partition_spec(params))
-    # The longest first: "dense/kernel" is the end of "block/dense/kernel" too.
+    # Longest first: "dense/kernel" also matches "block/dense/kernel".
     paths = sorted(specs, key=len, reverse=True)
     return [(re.escape(path), specs[path] or PartitionSpec()) for path in paths]
 
 
 def is_match(pattern: str, path: str) -> bool:
-    """Whether a pattern is a path or the end of one, from a ``/`` on."""
+    """Returns whether a pattern matches a path or the end of one after a ``/``."""
     return re.fullmatch(f"(.*/)?({pattern})", path) is not None
 
 
@@ -163,17 +163,17 @@ def fit_spec(
     """Returns a spec whose mesh axes divide the axes of a leaf.
 
     Args:
-      path: of the leaf, for the error.
-      shape: of the leaf.
-      entries: of the spec, one an axis.
+      path: path of the leaf, for the error.
+      shape: shape of the leaf.
+      entries: entries of the spec, one per axis.
       mesh: from `make_mesh`.
       uneven: "error" or "replicate".
 
     Returns:
-      The spec, without the entries that don't divide where ``uneven`` allows that.
+      The spec; with "replicate", without the entries that don't divide their axis.
 
     Raises:
-      ValueError: naming each axis that doesn't divide, and what would divide it.
+      ValueError: listing each axis that is not divisible, with sizes that would work.
     """
     fitted, faults = [], []
     for axis, (size, entry) in enumerate(zip(shape, entries, strict=True)):
@@ -188,8 +188,8 @@ def fit_spec(
         below = max(d for d in range(1, min(parts, size) + 1) if size % d == 0)
         above = next((d for d in range(parts, size + 1) if size % d == 0), None)
         faults.append(
-            f"axis {axis}, {size}, must divide by {' x '.join(names)} = {parts}; "
-            f"{below}{f' or {above}' if above else ''} would"
+            f"axis {axis}, {size}, must be divisible by {' x '.join(names)} = {parts}; "
+            f"{below}{f' or {above}' if above else ''} would work"
         )
     if faults and uneven == "error":
         raise ValueError(f"{path} {shape}: {'; '.join(faults)}")
@@ -199,17 +199,17 @@ def fit_spec(
 def resolve_shardings(
     shapes: Mapping[str, Shape], sharding: ShardingOf
 ) -> dict[str, Sharding]:
-    """Asks where every leaf goes, before any is put there.
+    """Resolves the sharding of every leaf before any is transferred.
 
     Args:
-      shapes: of the leaves, by path.
+      shapes: shapes of the leaves by path.
       sharding: from `make_sharding`, or any function of path and shape.
 
     Returns:
-      A sharding a leaf.
+      One sharding per leaf.
 
     Raises:
-      ValueError: with the faults of all leaves, or of rules that match none.
+      ValueError: listing the errors of all leaves, or the rules that match nothing.
     """
     found, faults = {}, []
     if isinstance(sharding, WeightSharding):
@@ -223,20 +223,20 @@ def resolve_shardings(
         raise ValueError(
             f"{len(faults)} of {len(shapes)} weights can't be sharded:\n  "
             + "\n  ".join(faults)
-            + "\nChange the mesh, give rules of your own, or pass uneven='replicate'."
+            + "\nChange the mesh, pass your own rules, or pass uneven='replicate'."
         )
     return found
 
 
 def check_patterns(rules: Rules, paths: Iterable[str]) -> None:
-    """Raises if a rule of the user's matches no weight.
+    """Raises if a user-supplied rule matches no weight.
 
     Args:
-      rules: of the user.
-      paths: of all leaves of the base.
+      rules: the user's rules.
+      paths: paths of all base leaves.
 
     Raises:
-      ValueError: naming each such rule and the path nearest to it.
+      ValueError: listing each such rule and the path nearest to it.
     """
     paths = list(paths)
     faults = [
@@ -254,15 +254,14 @@ def shard_variables(
     sharding: ShardingOf,
     targets: Sequence[Target] = (),
 ) -> dict[str, PyTree]:
-    """Puts variables on a mesh: each adapter with the weight that it adapts.
+    """Shards variables over a mesh, each adapter like the weight it adapts.
 
-    Leaves that are where they belong already are not moved. `TrainState.create` then
-    gives the optimizer's state the shardings of what it belongs to, and the training
-    step keeps them.
+    Leaves that already have their sharding are not moved. `TrainState.create` then
+    shards the optimizer state to match, and the training step preserves the shardings.
 
     Args:
       variables: ``{"params": ...}``, or ``{"frozen": ..., "lora": ..., ...}`` as
-        `Adapted.attach` returns them; the same on every process.
+        returned by `Adapted.attach`; the same on every process.
       sharding: from `make_sharding`.
       targets: the adapted layers, from `Adapted.targets`.
 
@@ -270,8 +269,8 @@ def shard_variables(
       The same collections of committed arrays.
 
     Raises:
-      ValueError: naming every weight that can't be sharded and every adapter leaf that
-        no target has.
+      ValueError: listing every weight that can't be sharded and every adapter leaf
+        without a target.
     """
     base = {
         (name, path): leaf
@@ -285,7 +284,7 @@ def shard_variables(
     where = adapter_shardings(placed, targets)
     if stray := sorted(set(adapters) - set(where)):
         raise ValueError(
-            f"targets must hold every adapter; {', '.join(stray)} have none. Pass "
+            f"targets must include every adapter; {', '.join(stray)} have none. Pass "
             "`adapted.targets(params)`."
         )
     flat: dict[str, dict[str, Any]] = {name: {} for name in variables}
@@ -299,15 +298,15 @@ def shard_variables(
 def adapter_shardings(
     base: Mapping[str, Sharding], targets: Sequence[Target]
 ) -> dict[str, Sharding]:
-    """Returns where adapters go: A like W0's inputs, B and m like its outputs.
+    """Returns adapter shardings: A like W0's inputs, B and m like its outputs.
 
     Args:
-      base: where each weight goes, by path; where a sharding has no named axes (that of
-        one device), its adapter goes there too.
+      base: sharding of each weight by path; an adapter gets the same sharding if it has
+        no named axes (a single device).
       targets: the adapted layers.
 
     Returns:
-      A sharding for each leaf of the adapters, by path.
+      The sharding of each adapter leaf, by path.
     """
     found = {}
     for target in targets:
@@ -324,7 +323,7 @@ def adapter_shardings(
 
 
 def _mesh_axes(entries: Iterable[Any]) -> list[str]:
-    """Returns the names of mesh axes in a spec's entries."""
+    """Returns the names of the mesh axes in a spec's entries."""
     names: list[str] = []
     for entry in entries:
         if entry is not None:

@@ -1,6 +1,5 @@
-"""What a training step needs, known before it runs: memory, arithmetic, what fits.
+"""Planning: the memory and FLOPs of a training step before it runs, and what fits.
 
-Stands apart from `parallel`, because it compiles whole steps of `train`, which itself
-builds on `parallel`. `step` prices a step, `topology` a decoder's on a TPU slice that
-need not be there; `fit` searches among prices.
+`step` estimates a step by compiling it, `topology` does so for a decoder on a TPU slice
+that need not exist here, and `fit` searches for the settings that fit.
 """

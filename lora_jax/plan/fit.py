@@ -1,8 +1,8 @@
-"""What fits: the first of several choices, the largest batch; how much there is.
+"""Searching for what fits in memory: the first of several choices, the largest batch.
 
-A compilation takes minutes, so no batch is bisected. Memory grows by a constant for
-each row: two compilations give the line, a third checks the answer, and only where it
-was wrong are there more.
+A compilation takes minutes, so bisection is too slow. Memory grows linearly with the
+number of rows: two compilations give the line and a third verifies the prediction; only
+if it was wrong are there more.
 """
 
 import os
@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 from lora_jax.models.decoder import REMATS
 from lora_jax.plan.step import StepPlan
 
-Price = Callable[[int, str | None], StepPlan]  # of a number of rows, and a remat policy
+Price = Callable[[int, str | None], StepPlan]  # (rows, remat policy) -> plan
 K = TypeVar("K")
 
 
 def device_memory(device: Any) -> int:
-    """Returns the bytes that arrays on a `jax.Device` of this machine can take.
+    """Returns the memory available to arrays on a local `jax.Device`, in bytes.
 
     Args:
       device: the device.
 
     Returns:
-      What its allocator may take; of a CPU the machine's memory.
+      Its allocator's limit; for a CPU the machine's memory.
     """
     stats = device.memory_stats() or {}
     if limit := stats.get("bytes_limit"):
@@ -34,15 +34,15 @@ def device_memory(device: Any) -> int:
 def first_fitting(
     price: Callable[[K], StepPlan], choices: Iterable[K]
 ) -> tuple[K | None, dict[K, StepPlan]]:
-    """Finds the first choice that a step fits with: a slice, a remat policy.
+    """Finds the first choice (a slice, a remat policy) with which a step fits.
 
     Args:
-      price: the plan of a choice. Where the weights alone are too large it compiles
-        nothing, so small slices cost nothing.
-      choices: from what is liked best, or is smallest.
+      price: returns the plan of a choice. It skips compiling if the weights alone are
+        too large, so small slices are cheap to try.
+      choices: the choices in order of preference.
 
     Returns:
-      The first that fits, or None, and the plans of all that were tried.
+      The first that fits, or None, and the plans of all choices tried.
     """
     tried = {}
     for choice in choices:
@@ -53,16 +53,16 @@ def first_fitting(
 
 
 def fitting_remat(price: Price, rows: int, remat: str | None) -> list[StepPlan]:
-    """Tries what a decoder's backward pass computes again, until the step fits.
+    """Tries a decoder's rematerialisation policies until the step fits.
 
     Args:
-      price: of a step.
-      rows: of its batch.
-      remat: the policy to begin with, on which follow those that keep less; None for
-        a model that has none.
+      price: returns the plan of a step.
+      rows: rows of its batch.
+      remat: the first policy to try, followed by those that save less memory; None for
+        a model without policies.
 
     Returns:
-      The plans in the order in which they were tried: the last one fits, or none does.
+      The plans in the order tried: only the last one can fit.
     """
     policies = list(REMATS)
     choices = [None] if remat is None else policies[policies.index(remat) :]
@@ -74,19 +74,17 @@ def largest_batch(price: Callable[[int], StepPlan], unit: int) -> StepPlan | Non
     """Finds the largest batch that fits, with at most 5 compilations.
 
     Args:
-      price: the plan of a batch of so many rows.
-      unit: the smallest batch, of which all others are multiples: one row for each part
-        of the mesh that splits a batch.
+      price: returns the plan for a number of rows.
+      unit: the smallest batch, and the divisor of all others: one row per batch shard.
 
     Returns:
-      The plan of the largest batch that was seen to fit; None if not even ``unit``
-      rows do.
+      The plan of the largest batch verified to fit; None if ``unit`` rows don't.
     """
     first = price(unit)
     if not first.fits:
         return None
     low = price(2 * unit)
-    slope = low.total - first.total  # bytes a device for `unit` more rows
+    slope = low.total - first.total  # bytes per device for `unit` more rows
     if not low.fits or slope <= 0:
         return low if low.fits else first
     high, guess = None, 1 + (first.limit - first.total) // slope
@@ -98,9 +96,9 @@ def largest_batch(price: Callable[[int], StepPlan], unit: int) -> StepPlan | Non
             high = found
         else:
             low = found
-            if high is None:  # by the line, one more would not fit
+            if high is None:  # the line predicts that one more does not fit
                 break
-        assert high is not None  # one of the two was just set, or the loop has ended
+        assert high is not None
         share = (low.limit - low.total) / max(high.total - low.total, 1)
         between = low.batch + share * (high.batch - low.batch)
         guess = min(int(between) // unit, high.batch // unit - 1)

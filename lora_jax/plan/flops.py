@@ -1,6 +1,6 @@
-"""The arithmetic of a training step: a decoder's as a formula, any one's as traced.
+"""FLOPs of a training step: by formula for a decoder, by tracing for any model.
 
-XLA's own count takes the body of a loop once, however often it runs.
+XLA's own cost analysis counts a loop body only once, however often it runs.
 """
 
 import math
@@ -21,7 +21,7 @@ class StepFlops(NamedTuple):
 
     Attributes:
       lora: with adapters.
-      full: with all weights trained, the same policy of recomputing.
+      full: with full fine-tuning, with the same rematerialisation policy.
     """
 
     lora: float
@@ -29,7 +29,7 @@ class StepFlops(NamedTuple):
 
     @property
     def saved(self) -> float:
-        """The fraction that LoRA saves."""
+        """The fraction of FLOPs that LoRA saves."""
         return 1 - self.lora / self.full
 
 
@@ -41,20 +41,20 @@ def step_flops(
     tokens: int,
     remat: str,
 ) -> StepFlops:
-    """Counts the multiplications and additions of a step's matmuls.
+    """Counts the FLOPs of a step's matmuls.
 
-    Computes, a token, with ``N`` the kernels' elements, ``A`` the adapters', ``H`` the
-    head's and ``S = 4 Σ_layers n h · (mean number of keys seen)``:
-    LoRA ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; computing blocks again adds their
+    Per token, with ``N`` the elements of the kernels, ``A`` of the adapters, ``H`` of
+    the head, and ``S = 4 Σ_layers n h · (mean number of visible keys)``:
+    LoRA ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; rematerialising blocks adds their
     forward pass, ``2N + S`` (and ``2A``).
 
     Args:
-      config: the decoder's.
+      config: the decoder's config.
       params: shapes of the frozen weights.
       targets: the adapted layers.
       batch: rows.
-      tokens: of a row.
-      remat: what the backward pass computes again.
+      tokens: tokens per row.
+      remat: the rematerialisation policy.
 
     Returns:
       FLOPs of both.
@@ -71,7 +71,7 @@ def step_flops(
     head = config.hidden_size * config.vocab_size
     keys = sum(_mean_keys(tokens, window) for window in config.layer_windows)
     scores = 4 * config.num_heads * config.head_dim * keys
-    again = 1 if remat == "block" else 0  # "lora" keeps what matmuls made
+    again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
     lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
     full = (6 + 2 * again) * kernels
     scores *= 3 + again
@@ -83,15 +83,15 @@ def step_flops(
 
 
 def traced_flops(jaxpr: Jaxpr) -> float:
-    """Counts the multiplications and additions of a program's products.
+    """Counts the FLOPs of a program's matmuls and convolutions.
 
     Args:
-      jaxpr: of the whole program, ``jit(f).trace(...).jaxpr.jaxpr``.
+      jaxpr: jaxpr of the whole program, ``jit(f).trace(...).jaxpr.jaxpr``.
 
     Returns:
-      FLOPs of its matmuls and convolutions: a scan's body as often as it runs, that of
-      a loop without a known end once, of a condition's branches the dearest. Nothing is
-      seen of what a kernel of a library does, such as cuDNN's attention.
+      The FLOPs. A scan's body counts once per iteration, a while loop's body once, a
+      conditional as its most expensive branch. Library kernels such as cuDNN attention
+      are not counted.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -112,7 +112,7 @@ def traced_flops(jaxpr: Jaxpr) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The programs inside of an equation."""
+    """Yields the jaxprs nested in an equation's parameters."""
     for value in jax.tree.leaves(params):
         if isinstance(value, ClosedJaxpr):
             yield value.jaxpr
@@ -125,6 +125,6 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def _mean_keys(tokens: int, window: int | None) -> float:
-    """Returns how many keys a query sees in the mean: causal, in a window."""
+    """Returns the mean number of keys visible to a query, causal and windowed."""
     w = tokens if window is None else min(window, tokens)
     return (w * (w + 1) / 2 + (tokens - w) * w) / tokens

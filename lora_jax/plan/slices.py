@@ -1,6 +1,6 @@
-"""TPU slices, as devices to compile for without having one.
+"""TPU slices as compilation targets.
 
-``libtpu`` describes a slice and compiles for it ahead of time, on any machine.
+``libtpu`` describes a slice and compiles for it ahead of time on any machine.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ class Chip(NamedTuple):
     """One kind of TPU.
 
     Attributes:
-      memory: bytes of a chip's HBM; the compiler leaves a little less of it.
-      slices: the topologies that are rented, from the smallest.
+      memory: bytes of a chip's HBM, of which slightly less is usable.
+      slices: the available topologies, smallest first.
 
     References:
       https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e: "HBM2 capacity" of a
@@ -44,7 +44,7 @@ CHIPS = {
 
 
 def check_topology(name: str) -> Chip:
-    """Returns the kind of chip of a slice.
+    """Returns the chip of a slice.
 
     Args:
       name: chip and shape, ``"v5e:4x4"``.
@@ -53,7 +53,7 @@ def check_topology(name: str) -> Chip:
       The chip.
 
     Raises:
-      ValueError: if there is no such slice; names the nearest that there are.
+      ValueError: if there is no such slice; suggests the nearest ones.
 
     Example:
       >>> check_topology("v5e:4x4").memory // GIB, chips_of("v5e:4x4")
@@ -79,18 +79,18 @@ def check_topology(name: str) -> Chip:
 
 
 def chips_of(name: str) -> int:
-    """Returns the number of chips of a slice: the product of its shape."""
+    """Returns the number of chips in a slice: the product of its shape."""
     return math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
 
 def slices_like(name: str) -> list[str]:
-    """Returns all slices of the same kind of chip, from the smallest."""
+    """Returns all slices of the same chip, smallest first."""
     kind = name.partition(":")[0]
     return [f"{kind}:{shape}" for shape in CHIPS[kind].slices]
 
 
 def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
-    """Returns two shapes with a number of chips near to that of ``shape``."""
+    """Returns the two shapes nearest to ``shape`` in number of chips."""
     sides = shape.split("x")
     if not all(side.isdecimal() and int(side) for side in sides):
         return list(known[:2])
@@ -100,13 +100,13 @@ def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
 
 
 def open_slice(name: str) -> list[Any]:
-    """Returns the devices of a slice: to compile for, not to compute on.
+    """Returns the devices of a slice, for compilation only.
 
     Args:
       name: as for `check_topology`.
 
     Returns:
-      One device a chip.
+      One device per chip.
 
     Raises:
       ValueError: if there is no such slice.
@@ -115,14 +115,14 @@ def open_slice(name: str) -> list[Any]:
     check_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            'to compile for a TPU, libtpu is needed: pip install "lora_jax[tpu-plan]".',
+            'compiling for a TPU needs libtpu: pip install "lora_jax[tpu-plan]".',
             name="libtpu",
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks the network, and waits
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # skip a slow network query
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    if jax.config.values["jax_platforms"] is None:  # else JAX looks for the TPU itself
+    if jax.config.values["jax_platforms"] is None:  # stop JAX from looking for a TPU
         jax.config.update("jax_platforms", "cpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     if len(devices) != chips_of(name):
@@ -135,11 +135,11 @@ def open_slice(name: str) -> list[Any]:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Keeps programs out of JAX's cache: those for absent devices can't be loaded."""
+    """Disables JAX's compilation cache: it can't load programs for absent devices."""
 
     def switch(is_on: bool) -> None:
         jax.config.update("jax_enable_compilation_cache", is_on)
-        compilation_cache.reset_cache()  # which looks at that but once
+        compilation_cache.reset_cache()  # it reads the flag only once
 
     before = jax.config.values["jax_enable_compilation_cache"]
     switch(False)

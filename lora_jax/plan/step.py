@@ -1,4 +1,4 @@
-"""The price of a training step: compiled from shapes alone, and never run."""
+"""Memory and FLOPs of a training step, compiled from shapes without running it."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from lora_jax.train.step import Batch, LossFn, TrainStep, make_train_step
 from lora_jax.tree.paths import flatten, key_path
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# How XLA says that a program does not fit, and how many bytes it wanted.
+# XLA's errors for a program that does not fit, with the bytes it needs.
 _SIZE = r"([\d.]+)([KMGT]?)"
 _TOO_LARGE = (
     rf"(?:HLO temporaries|total memory required) \({_SIZE}i?B?\) exceeds available HBM",
@@ -27,23 +27,24 @@ _TOO_LARGE = (
 
 
 class StepPlan(NamedTuple):
-    """What a step needs on each device.
+    """The requirements of a step, in bytes per device.
 
     Attributes:
-      devices: how many there are.
+      devices: number of devices.
       batch: rows of the whole batch.
-      tokens: of a row.
-      remat: what a decoder's backward pass computes again; None of other models.
-      base: bytes of frozen weights a device.
-      trained: bytes of adapters, and of weights that are trained in full.
-      optimizer: bytes of its state.
-      other: bytes of the batch, counters and the layout's padding.
-      temporaries: bytes of activations, gradients and workspace; None where the
-        weights alone are too large and nothing was compiled.
-      limit: bytes that a device has; ``sys.maxsize`` where nobody asked.
-      fits: whether the step does: where XLA knows the device, whether it compiled.
-      flops: of the whole step's products, as traced; 0 where nothing was compiled.
-      compile_seconds: tracing, lowering and compiling; 0 where nothing was compiled.
+      tokens: tokens per row.
+      remat: a decoder's rematerialisation policy; None for other models.
+      base: frozen weights.
+      trained: adapters and weights trained in full.
+      optimizer: optimizer state.
+      other: the batch, counters and layout padding.
+      temporaries: activations, gradients and workspace; None if the weights alone are
+        too large, so nothing was compiled.
+      limit: memory of a device; ``sys.maxsize`` if no limit was given.
+      fits: whether the step fits; if XLA knows the device's memory, whether it
+        compiled.
+      flops: traced FLOPs of the whole step; 0 if nothing was compiled.
+      compile_seconds: time to trace, lower and compile; 0 if nothing was compiled.
     """
 
     devices: int
@@ -62,13 +63,13 @@ class StepPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes a device in all."""
+        """Total bytes per device."""
         parts = (self.base, self.trained, self.optimizer, self.other)
         return sum(parts) + (self.temporaries or 0)
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The bytes by what they are for, and ``total``, as JSON values."""
+        """The bytes by category, and ``total``, as JSON values."""
         names = ("base", "trained", "optimizer", "other", "temporaries", "total")
         return {name: getattr(self, name) for name in names}
 
@@ -84,18 +85,18 @@ def price_training(
     where: Mapping[str, Sharding] | None = None,
     **options: Any,
 ) -> StepPlan:
-    """Prices the step that `make_train_step` would make; allocates nothing.
+    """Plans the step that `make_train_step` would make; allocates nothing.
 
     Args:
-      loss_fn: as `make_train_step` takes it.
+      loss_fn: as for `make_train_step`.
       tx: the optimizer.
       variables: arrays or shapes, by collection.
-      batch: arrays or shapes, of any number of rows.
-      rows: of the batch to price.
-      accumulate: microbatches of a step.
-      where: shardings by the path of a variable, or by the end of it; None for those
-        of the arrays.
-      **options: of `price_step`.
+      batch: arrays or shapes, with any number of rows.
+      rows: rows of the batch to plan for.
+      accumulate: microbatches per step.
+      where: shardings by a variable's path or the end of it; None for those of the
+        arrays.
+      **options: passed to `price_step`.
 
     Returns:
       The plan; see `price_step`.
@@ -126,24 +127,22 @@ def price_step(
     remat: str | None = None,
     even_if_too_large: bool = False,
 ) -> StepPlan:
-    """Lowers and compiles one training step; says what it needs.
+    """Lowers and compiles one training step and returns its plan.
 
     Args:
       step: from `make_train_step`.
-      state: arrays, or shapes with shardings, on devices that may be absent.
+      state: arrays, or shapes with shardings on devices that may be absent.
       batch: likewise, with ``input_ids`` ``[b, t]``.
-      limit: bytes that a device has; None for a step that is to be run whatever it
-        needs.
-      remat: what is computed again, for the record.
-      even_if_too_large: whether to compile what can't fit, for the weights alone are
-        larger than ``limit``.
+      limit: memory of a device in bytes; None for no limit.
+      remat: the rematerialisation policy, recorded in the plan.
+      even_if_too_large: whether to compile even if the weights alone exceed ``limit``.
 
     Returns:
-      The plan. A step that is too large is no error: the plan says so.
+      The plan. A step that is too large is not an error: the plan does not fit.
 
     Raises:
-      jax.errors.JaxRuntimeError: if it doesn't compile: for another reason than its
-        size, or without a ``limit``.
+      jax.errors.JaxRuntimeError: if compilation fails without a ``limit``, or for
+        another reason than memory.
     """
     rows, tokens = batch["input_ids"].shape
     plan = StepPlan(
@@ -169,7 +168,7 @@ def price_step(
     try:
         memory: Any = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        # A TPU's compiler refuses what is too large, and says how large it is.
+        # The TPU compiler rejects programs that are too large, and reports their size.
         refused = limit and parse_too_large(str(error))
         if not refused:
             raise
@@ -187,10 +186,10 @@ def price_step(
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes on one device of arrays, or of shapes with shardings."""
+    """Returns the bytes per device of arrays, or of shapes with shardings."""
 
     def own(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)  # of NumPy's arrays none
+        sharding = getattr(leaf, "sharding", None)  # NumPy arrays have none
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
@@ -198,7 +197,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def parse_too_large(message: str) -> int | None:
-    """Reads the bytes that a step wants from XLA's refusal, None if it is another.
+    """Parses the bytes needed from XLA's out-of-memory error; None for other errors.
 
     Example:
       >>> parse_too_large("Used 20.50G of 15.75G hbm.") == 20.5 * 2**30
@@ -217,10 +216,9 @@ def _state_shapes(
     where: Mapping[str, Sharding],
     otherwise: Sharding,
 ) -> TrainState:
-    """Returns what `TrainState.create` would, as shapes; nothing is allocated.
+    """Returns the result of `TrainState.create` as shapes, allocating nothing.
 
-    What the optimizer keeps of a leaf lies where the leaf does, all else in
-    ``otherwise``.
+    Optimizer leaves get the shardings of their parameters, other leaves ``otherwise``.
     """
     state = jax.eval_shape(
         lambda variables, key: TrainState.create(variables, tx, key),

@@ -1,7 +1,7 @@
-"""A decoder's steps on devices that need not be there, priced from shapes alone.
+"""Plans for a decoder's training steps on devices that may be absent.
 
-The step is the real one, `make_train_step` over `make_lm_loss`, lowered for abstract
-arrays with their shardings. No weight is ever made.
+Lowers the actual step, `make_train_step` over `make_lm_loss`, for abstract arrays with
+shardings. No weights are allocated.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ _BATCH = {"input_ids": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSteps:
-    """Steps of a decoder with adapters.
+    """Training steps of a decoder with adapters.
 
     Attributes:
-      decoder: the model, with the ``remat`` that is asked for.
-      lora: its adapters.
-      tokens: of a row, ``t``.
-      sharding: of its weights, from `make_sharding`, on devices that may be absent.
-      limit: bytes of memory that a device has.
-      param_dtype: of the frozen weights.
-      accumulate: microbatches of a step.
+      decoder: the model, including its ``remat`` policy.
+      lora: the adapter config.
+      tokens: tokens per row, ``t``.
+      sharding: sharding of the weights, from `make_sharding`.
+      limit: memory of a device in bytes.
+      param_dtype: dtype of the frozen weights.
+      accumulate: microbatches per step.
     """
 
     decoder: Decoder
@@ -64,24 +64,24 @@ class DecoderSteps:
         )
 
     def rows(self, wanted: int = 1) -> int:
-        """Returns the least number of rows from ``wanted`` up that divides."""
+        """Returns the smallest valid number of rows that is at least ``wanted``."""
         sizes = self.sharding.mesh.shape
         unit = math.prod(sizes[axis] for axis in BATCH) * self.accumulate
         return -(-wanted // unit) * unit
 
     def price(self, rows: int, remat: str | None = None) -> StepPlan:
-        """Prices a step.
+        """Plans a step.
 
         Args:
-          rows: of the whole batch.
-          remat: what the backward pass computes again; None for the decoder's own.
+          rows: rows of the whole batch.
+          remat: the rematerialisation policy; None for the decoder's own.
 
         Returns:
           The plan; see `price_step`.
 
         Raises:
-          ValueError: if the batch or a weight doesn't divide over the mesh, or the
-            config names layers that aren't there.
+          ValueError: if the batch or a weight is not divisible over the mesh, or the
+            config names layers that don't exist.
         """
         mesh, config = self.sharding.mesh, self.decoder.config
         check_rows({"batch": rows}, mesh, accumulate=self.accumulate)
@@ -109,7 +109,7 @@ class DecoderSteps:
             )
 
     def flops(self, plan: StepPlan) -> StepFlops:
-        """Returns the arithmetic of a planned step, by formula."""
+        """Returns the FLOPs of a planned step, by formula."""
         targets = self._adapted().targets(self.params)
         shape = plan.batch, plan.tokens, plan.remat or self.decoder.remat
         return step_flops(self.decoder.config, self.params, targets, *shape)

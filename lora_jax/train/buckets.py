@@ -1,4 +1,4 @@
-"""Which batch holds what: few padded lengths, and an order that is a pure function."""
+"""Batch schedules: length buckets, and an order that is a pure function of the seed."""
 
 import abc
 import hashlib
@@ -18,16 +18,16 @@ Batch = dict[str, np.ndarray]
 def length_buckets(
     lengths: Sequence[int], count: int = BUCKETS, *, longest: int | None = None
 ) -> list[int]:
-    """Chooses the lengths to pad to: the ``count`` that leave the least padding.
+    """Chooses up to ``count`` lengths to pad to that minimise padding.
 
     Args:
-      lengths: of the examples, in tokens.
-      count: the largest number of buckets.
-      longest: what no bucket may exceed, the context of a model say.
+      lengths: lengths of the examples, in tokens.
+      count: maximum number of buckets.
+      longest: maximum bucket length, e.g. a model's context length.
 
     Returns:
-      Increasing multiples of 8 (of more for very long texts); the last holds the
-      longest example, and is no longer than ``longest``.
+      Increasing multiples of 8 (of more for very long texts); the last fits the longest
+      example and does not exceed ``longest``.
 
     Raises:
       ValueError: if there are no lengths, one is below 1, or ``count`` is below 1.
@@ -47,7 +47,7 @@ def length_buckets(
         -(-np.asarray(lengths) // step) * step, return_counts=True
     )
     below = np.concatenate([[0], np.cumsum(number)])
-    # cost[j]: padded tokens of the first j edges' examples in the buckets so far.
+    # cost[j]: padded tokens for the examples up to edge j, with the buckets so far.
     cost, choice = edges * below[1:], []
     for _ in range(min(count, len(edges)) - 1):
         before = np.concatenate([[0], cost])
@@ -69,23 +69,23 @@ def length_buckets(
 class Schedule(abc.ABC):
     """Batches of a fixed number of rows, each a pure function of the step number.
 
-    Rows are grouped by length into buckets; what is left over in a bucket moves up to
-    the next longer one. Subclasses say what the arrays of a batch are.
+    Rows are grouped into buckets by length; rows left over in a bucket move to the next
+    longer one. Subclasses define the arrays of a batch.
 
     Attributes:
-      batch_size: rows of every batch.
-      buckets: the lengths padded to.
-      lengths: ``[n]`` tokens of each row.
+      batch_size: rows per batch.
+      buckets: the padded lengths.
+      lengths: ``[n]`` length of each row in tokens.
       steps_per_epoch: ``ceil(n / batch_size)``.
-      seed: of the order.
-      shuffle: False keeps the order within each bucket: for evaluation.
+      seed: seed of the shuffling.
+      shuffle: False keeps the order within each bucket, for evaluation.
 
     Args:
-      lengths: tokens of each row, at least 1.
-      batch_size: rows of every batch.
-      buckets: increasing lengths to pad to; `length_buckets` chooses if None.
-      seed: of the order.
-      shuffle: whether rows and batches are shuffled, anew in every epoch.
+      lengths: length of each row in tokens, at least 1.
+      batch_size: rows per batch.
+      buckets: increasing lengths to pad to; `length_buckets` if None.
+      seed: seed of the shuffling.
+      shuffle: whether to shuffle rows and batches, differently in each epoch.
 
     Raises:
       ValueError: if there are no rows, one is empty or longer than the last bucket, or
@@ -129,10 +129,10 @@ class Schedule(abc.ABC):
         """Yields the batches of one epoch.
 
         Args:
-          number: of the epoch, from 0.
+          number: the epoch, from 0.
 
         Yields:
-          ``steps_per_epoch`` batches that hold each row once.
+          ``steps_per_epoch`` batches that contain each row once.
         """
         first = number * self.steps_per_epoch
         for step in range(first, first + self.steps_per_epoch):
@@ -143,7 +143,7 @@ class Schedule(abc.ABC):
 
         Args:
           step: at least 0.
-          rows: which of its rows, as an index; the others are not formed.
+          rows: index of the rows to build.
 
         Returns:
           The batch.
@@ -153,23 +153,23 @@ class Schedule(abc.ABC):
         return self._pad(length, members[wanted[wanted < len(members)]], len(wanted))
 
     def length_at(self, step: int) -> int:
-        """Returns the length that the batch of a step is padded to."""
+        """Returns the padded length of the batch of a step."""
         return self._planned(step)[0]
 
     def indices_at(self, step: int) -> np.ndarray:
-        """Returns which rows the batch of a step holds, in their order.
+        """Returns the rows in the batch of a step, in order.
 
         Args:
           step: at least 0.
 
         Returns:
-          ``[<= batch_size]`` numbers of rows (of examples, unless these are packed);
-          the batch's rows after them are filler.
+          ``[<= batch_size]`` row indices (example indices unless packed); the rest of
+          the batch is filler.
         """
         return self._planned(step)[1]
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the order depends on, as JSON: equal means equal batches."""
+        """Returns everything the batches depend on, as JSON values."""
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
         self._add_contents(digest)
         return {
@@ -212,7 +212,7 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
-        """Makes these rows, padded to a length, and filler after them up to a count."""
+        """Builds these rows, padded to a length, followed by filler up to a count."""
 
     @abc.abstractmethod
     def _add_contents(self, digest: Any) -> None:

@@ -1,7 +1,7 @@
-"""The loss of language models: next-token cross-entropy that never forms the logits.
+"""Language model loss: next-token cross-entropy that never materialises the logits.
 
 `causal_lm` is the pure function of hidden states and head; `make_lm_loss` makes the
-loss function of a training step from a decoder, with or without adapters.
+loss function of a training step for a decoder, with or without adapters.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lora_jax.array_types import Scalar
 from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
 from lora_jax.parallel.activation_sharding import (
     gather_kernel,
-    row_parts,
+    num_row_shards,
     target_platform,
 )
 from lora_jax.train.losses import (
@@ -30,10 +30,10 @@ from lora_jax.train.losses import (
 )
 from lora_jax.train.step import LossFn
 
-LOGITS_AT_ONCE = 2**22  # floats; a chunk is as many tokens as make no more,
-CHUNK_TOKENS = 128  # but at least these: fewer read the head too often
-# A GPU multiplies the faster, the more: on an H100 a step of Llama-3.2-1B's shape took
-# 136 ms with chunks of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
+LOGITS_AT_ONCE = 2**22  # maximum number of logits per chunk,
+CHUNK_TOKENS = 128  # but at least this many tokens, to reuse the head enough
+# GPUs favour larger chunks: on an H100 a step of Llama-3.2-1B's shape took 136 ms with
+# chunks of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
 GPU_LOGITS_AT_ONCE, GPU_CHUNK_TOKENS = 2**26, 1024
 
 
@@ -46,23 +46,23 @@ def causal_lm(
     chunk: int = 1024,
     softcap: float | None = None,
 ) -> tuple[Scalar, Scalar]:
-    """Next-token cross-entropy whose ``[b, t, v]`` logits never exist.
+    """Next-token cross-entropy that never materialises the ``[b, t, v]`` logits.
 
     Computes ``Σ w (-log softmax(hidden @ head_kernel)[label])`` and ``Σ w``, ``chunk``
-    tokens at a time, the same number of each row; chunks in which no token counts are
-    left out. Where ``hidden`` is differentiated, the same pass over the tokens
-    also makes its gradient ``(p - onehot) @ head_kernelᵀ`` (the loss is a sum, so the
-    backward pass only scales it): three matmuls with the head become two. The
-    head's gradient is formed only where the head itself is differentiated.
+    tokens at a time, the same number from each row; chunks without weight are skipped.
+    If ``hidden`` is differentiated, the forward pass also computes its gradient
+    ``(p - onehot) @ head_kernelᵀ`` (the loss is a sum, so the backward pass only scales
+    it), which saves one of three matmuls with the head. The head's gradient is computed
+    only if the head is differentiated.
 
     Args:
       hidden: ``[b, t, d]`` last hidden states; sets the dtype of the matmuls.
       head_kernel: ``[d, v]``; for a tied embedding ``[v, d]`` pass its transpose.
-      labels: ``[b, t]`` the token each position has to predict: already shifted.
+      labels: ``[b, t]`` target token of each position, already shifted.
       weights: ``[b, t]`` weight or mask of each position; all 1 if None.
-      chunk: tokens whose logits exist at once, rounded up to a multiple of ``b``; the
-        memory is ``chunk * v`` floats.
-      softcap: ``c`` of logits that are bounded as ``c tanh(logits / c)``, or None.
+      chunk: number of tokens whose logits are in memory at once, ``chunk * v`` floats;
+        rounded up to a multiple of ``b``.
+      softcap: ``c`` of logits capped as ``c tanh(logits / c)``, or None.
 
     Returns:
       The summed loss and the summed weight, float32 scalars.
@@ -96,14 +96,14 @@ def causal_lm(
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """Returns how many tokens' logits to form at once, for a vocabulary."""
+    """Returns the number of tokens per chunk for a vocabulary size."""
     if target_platform() == "gpu":
         return max(GPU_CHUNK_TOKENS, GPU_LOGITS_AT_ONCE // vocab_size)
     return max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocab_size)
 
 
 class _Chunk(NamedTuple):
-    """A chunk's loss, and the gradients of its weighted sum (None if not asked for)."""
+    """A chunk's loss, and the gradients of its weighted sum (None if not needed)."""
 
     nll: Array  # [b, c]
     d_hidden: Array | None = None  # [b, c, d]
@@ -147,7 +147,7 @@ def _chunk(
 
 
 def _split(array: Array, size: int) -> Array:
-    """``[b, t, ...]`` to ``[n, b, size, ...]``, zeros at the end: rows stay rows."""
+    """Splits ``[b, t, ...]`` into ``[n, b, size, ...]``, zero-padded along ``t``."""
     b, t = array.shape[:2]
     count = -(-t // size)
     rest = [(0, 0)] * (array.ndim - 2)
@@ -156,7 +156,7 @@ def _split(array: Array, size: int) -> Array:
 
 
 def _join(chunks: Array, t: int) -> Array:
-    """`_split` undone."""
+    """Undoes `_split`."""
     n, b, size, *rest = chunks.shape
     return chunks.swapaxes(0, 1).reshape(b, n * size, *rest)[:, :t]
 
@@ -171,10 +171,10 @@ def _scan_chunks(
     skips: bool = True,
     **wrt: bool,
 ) -> tuple[Array, _Chunk]:
-    """Runs `_chunk` along ``t``: the loss, and what it gives for all tokens.
+    """Runs `_chunk` along ``t``; returns the loss and the results for all tokens.
 
-    The tokens that count go first in each row, so that the chunks of the rest, prompts
-    and padding, are left out: they would add nothing but zeros.
+    Tokens with weight are sorted to the front of each row, so that chunks of only
+    prompt and padding tokens, which contribute zero, are skipped.
     """
     b, t = labels.shape
     size = min(t, max(1, -(-chunk // b)))
@@ -229,13 +229,13 @@ def _chunked_nll_fwd(
     labels: CustomVJPPrimal,
     weights: CustomVJPPrimal,
 ):
-    """The loss together with its gradients, chunk by chunk.
+    """Computes the loss and its gradients, chunk by chunk.
 
-    ``perturbed`` says which arguments are differentiated: a frozen head costs nothing.
+    ``perturbed`` tells which arguments are differentiated: a frozen head costs nothing.
     """
     arrays = (hidden.value, kernel.value, labels.value, weights.value)
     wrt = {"wrt_hidden": hidden.perturbed, "wrt_kernel": kernel.perturbed}
-    skips = not weights.perturbed  # the gradient of a weight is the token's loss
+    skips = not weights.perturbed  # a weight's gradient is its token's loss, never 0
     total, found = _scan_chunks(chunk, softcap, *arrays, skips, **wrt)
     d_kernel = found.d_kernel
     if d_kernel is not None:
@@ -265,22 +265,22 @@ def make_lm_loss(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> LossFn:
-    """Makes the loss of a decoder's training step.
+    """Makes the loss function of a decoder's training step.
 
     Args:
-      module: a `Decoder`, adapted or not: its method ``hidden`` is called with
-        ``(input_ids, positions, segment_ids)``, its head is the leaf ``head/kernel`` or
-        the tied ``embed/embedding``. A head with an adapter of its own is called by
-        ``logits``, and forms them.
+      module: a `Decoder`, adapted or not. Its method ``hidden`` is called with
+        ``(input_ids, positions, segment_ids)``; its head is the leaf ``head/kernel`` or
+        the tied ``embed/embedding``. A head with its own adapter is called through
+        ``logits``, which materialises them.
       is_tied: whether the head is the embedding.
-      softcap: bound of the logits, or None.
-      chunk: tokens of the whole batch whose logits exist at once; None for as many as
-        `chunk_tokens` says. Where the batch is sharded, that many for each part of it.
+      softcap: bound on the logits, or None.
+      chunk: number of tokens per chunk, over the whole batch (per shard if the batch is
+        sharded); None for `chunk_tokens`.
 
     Returns:
-      ``(variables, batch, rngs) -> (loss_sum, weight, {})`` for batches
-      of ``input_ids``, ``labels`` (already shifted), ``weights`` and perhaps
-      ``positions`` and ``segment_ids``, all ``[b, t]``; deterministic where ``rngs`` is
+      ``(variables, batch, rngs) -> (loss_sum, weight, {})`` for batches of
+      ``input_ids``, ``labels`` (already shifted), ``weights`` and optionally
+      ``positions`` and ``segment_ids``, all ``[b, t]``; deterministic if ``rngs`` is
       empty.
     """
     owner, leaf = ("embed", EMBEDDING) if is_tied else ("head", KERNEL)
@@ -315,7 +315,7 @@ def make_lm_loss(
             gather_kernel(kernel.T if is_tied else kernel),
             labels,
             weights,
-            chunk=at_once * row_parts(),
+            chunk=at_once * num_row_shards(),
             softcap=softcap,
         )
         return loss, weight, {}

@@ -1,4 +1,4 @@
-"""The loss of classifiers, with the count of right answers."""
+"""Classification loss and accuracy."""
 
 from typing import Any
 
@@ -19,8 +19,7 @@ def classification_loss(module: Any, *, label_smoothing: float = 0.0) -> LossFn:
 
     Returns:
       The loss function, for batches of ``input_ids``, ``attention_mask``, ``labels``
-      and ``weights``, as `Batches` makes them; it is deterministic where ``rngs`` is
-      empty.
+      and ``weights``, as `Batches` makes them; deterministic if ``rngs`` is empty.
     """
 
     def loss_fn(variables, batch, rngs):

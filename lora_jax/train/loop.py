@@ -1,8 +1,8 @@
-"""The training loop: batches in, a trained state out, everything else by callback.
+"""The training loop, with callbacks for logging, validation and checkpoints.
 
-Steps are only dispatched here; the host waits for the device once every ``log_every``
-steps, and before a validation or a save. The position in the data is the step number,
-so going on from a checkpoint needs no more than its state.
+Steps are dispatched asynchronously; the host waits for the device once every
+``log_every`` steps, and before validation and saving. The step number is the position
+in the data, so resuming needs only the checkpointed state.
 """
 
 import time
@@ -20,10 +20,10 @@ class Progress(NamedTuple):
     """Means over the steps since the last report.
 
     Attributes:
-      step: steps done so far.
-      metrics: ``loss``, ``grad_norm`` and whatever else the step measures.
-      skipped: steps among them that were skipped as not finite.
-      seconds: spent on them, validation and saving left out.
+      step: number of completed steps.
+      metrics: ``loss``, ``grad_norm`` and the step's other metrics.
+      skipped: number of these steps skipped as not finite.
+      seconds: wall time of these steps, excluding validation and saving.
       examples: total weight of their examples.
     """
 
@@ -38,8 +38,8 @@ class Fitted(NamedTuple):
     """What `fit` returns.
 
     Attributes:
-      state: after the last step.
-      is_stopped: whether it ended early because ``should_stop`` said so.
+      state: the state after the last step.
+      is_stopped: whether ``should_stop`` ended the loop early.
     """
 
     state: TrainState
@@ -61,21 +61,21 @@ def fit(
     """Trains from ``state.step`` up to ``total_steps``.
 
     Args:
-      state: where to start; consumed.
+      state: the initial state; donated.
       step: from `make_train_step`.
-      batch_at: the batch of a step, a pure function of its number.
-      total_steps: where to end.
-      log_every: steps between two waits for the device.
-      on_step: called with the number of each step once it is done.
+      batch_at: returns the batch of a step, a pure function of its number.
+      total_steps: the last step.
+      log_every: number of steps between reports, when the host waits for the device.
+      on_step: called with the number of each completed step.
       on_log: called every ``log_every`` steps and after the last.
       every: callbacks with their periods: ``[(100, validate)]`` calls
-        ``validate(state)`` after steps 100, 200, ... and after the last. The state must
-        not be kept: the next step consumes it.
-      should_stop: asked after each dispatch; True ends the loop after the steps that
-        are under way, and what is due after them.
+        ``validate(state)`` after steps 100, 200, ... and after the last. Callbacks must
+        not keep the state: the next step donates it.
+      should_stop: polled after each dispatch; True ends the loop after the steps in
+        flight and the callbacks due after them.
 
     Returns:
-      The trained state, and whether it was stopped.
+      The trained state, and whether the loop was stopped early.
 
     Raises:
       ValueError: if a period is below 1.
@@ -139,7 +139,7 @@ def evaluate(
             total[name] = total.get(name, 0.0) + float(value)
     weight = total.pop("weight", 0.0)
     if not weight:
-        raise ValueError("an evaluation needs examples of some weight; got weight 0.")
+        raise ValueError("an evaluation needs a total weight above 0; got weight 0.")
     return {**{name: value / weight for name, value in total.items()}, "weight": weight}
 
 

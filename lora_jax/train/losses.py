@@ -1,12 +1,12 @@
-"""Losses as pure functions that return a sum and the weight it was taken over.
+"""Losses as pure functions that return a weighted sum and the total weight.
 
-Every loss here returns ``(loss_sum, weight)``, both float32 scalars: the caller divides
-once, after it has added up microbatches and devices. A mean of means is wrong as soon
-as masks differ; a sum of sums never is.
+Every loss returns ``(loss_sum, weight)``, both float32 scalars: the caller divides
+once, after summing over microbatches and devices. Unlike a mean of means, this is
+correct when masks differ.
 
-A row of weight 0 counts for nothing, whatever its label holds (``-100``, say). A label
-outside ``[0, v)`` in a row that counts makes the loss NaN, because values can't be
-inspected under ``jit``; `encode_labels` checks them on the host.
+A row of weight 0 is ignored, whatever its label (e.g. ``-100``). A label outside
+``[0, v)`` in a row with weight makes the loss NaN, because values can't be inspected
+under ``jit``; `encode_labels` checks them on the host.
 """
 
 import jax
@@ -38,7 +38,7 @@ def softmax_cross_entropy(
       logits: ``[*b, v]``, any floating dtype.
       labels: ``[*b]`` integers in ``[0, v)``.
       weights: ``[*b]`` weight or mask of each row; all 1 if None.
-      label_smoothing: ``ε`` in ``[0, 1)``, the mass spread over all classes.
+      label_smoothing: ``ε`` in ``[0, 1)``, the probability mass shared by all classes.
       class_weights: ``[v]`` weight ``c`` of each class; all 1 if None.
 
     Returns:
@@ -114,7 +114,7 @@ def squared_error(
     check_floating("predictions", predictions)
     if predictions.shape != targets.shape:
         raise ValueError(
-            "predictions and targets must have one shape; got "
+            "predictions and targets must have the same shape; got "
             f"{predictions.shape} and {targets.shape}. Squeeze a head of one output: "
             "`predictions[..., 0]`."
         )
@@ -141,16 +141,16 @@ def contrastive(
     weights: Shaped[Array, " b"] | None = None,
     temperature: float = 0.05,
 ) -> tuple[Scalar, Scalar]:
-    """Symmetric contrastive loss with the other rows of the batch as negatives.
+    """Symmetric contrastive loss with in-batch negatives.
 
     Computes ``Σ_i w_i ½ (CE(S[i, :], i) + CE(S[:, i], i))`` and ``Σ w_i``, with
-    ``S = cos(queries, keysᵀ) / temperature``. Rows of weight 0 are nobody's negatives.
+    ``S = cos(queries, keysᵀ) / temperature``. Rows of weight 0 are not negatives.
 
     Args:
       queries: ``[b, d]``; need not be normalised.
       keys: ``[b, d]``; ``keys[i]`` belongs to ``queries[i]``.
       weights: ``[b]`` weight or mask of each pair; all 1 if None.
-      temperature: above 0; smaller is sharper.
+      temperature: softmax temperature, above 0.
 
     Returns:
       The summed loss and the summed weight, float32 scalars.
@@ -193,7 +193,7 @@ def contrastive(
 
 
 def clip_masked(labels: Array, weights: Array, v: int) -> Array:
-    """Makes the labels of rows of weight 0 valid: they may hold anything."""
+    """Replaces the labels of rows of weight 0, which may be invalid."""
     return jnp.where(weights != 0, labels, jnp.clip(labels, 0, v - 1))
 
 
@@ -207,26 +207,26 @@ def pick(values: Array, labels: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    """Scales rows to length 1 in float32; a zero row stays zero, gradient included."""
+    """Normalises rows in float32; zero rows and their gradients stay zero."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
 def as_weights(weights: Array | None, shape: tuple[int, ...]) -> Array:
-    """Returns weights in float32, ones where there are none."""
+    """Returns weights in float32, ones if None."""
     if weights is None:
         return jnp.ones(shape, jnp.float32)
     return weights.astype(jnp.float32)
 
 
 def check_floating(name: str, x: Array) -> None:
-    """Raises a TypeError unless ``x`` is floating."""
+    """Raises a TypeError unless ``x`` is floating-point."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating; got {x.dtype}.")
 
 
 def check_rows(name: str, x: Array, labels: Array, weights: Array | None) -> None:
-    """Raises unless there is one integer label, and one weight, for each row."""
+    """Raises unless there is one integer label and one weight per row."""
     check_floating(name, x)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(

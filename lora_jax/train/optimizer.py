@@ -1,10 +1,9 @@
-"""Optimizers for adapters: one recipe, and a wrapper that confines any other.
+"""Optimizers for adapters: a recipe, and a wrapper to restrict any other to adapters.
 
-Where the trainable collections are a tree of their own (`TrainState`), `lora_optimizer`
-is all there is to it. For whoever holds one tree with everything in it, `adapters_only`
-confines a transform to the adapters. What is inside the wrapper sees adapters only;
-that is where clipping, decay and accumulation belong. (``optax.masked`` alone hands
-the raw gradient of W0 through as its update: gradient *ascent*.)
+With separate trainable collections (`TrainState`), `lora_optimizer` is all you need.
+For a single tree that also contains the base, `adapters_only` restricts a transform to
+the adapters; put clipping, decay and accumulation inside it. (``optax.masked`` alone
+passes the raw gradient of W0 through as its update: gradient *ascent*.)
 """
 
 import math
@@ -37,35 +36,35 @@ def lora_optimizer(
     eps: float = 1e-8,
     lora_b_ratio: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW for adapters: clip, Adam, decay, LoRA+ ratio, scheduled learning rate.
+    """AdamW for adapters, with clipping, decay mask, LoRA+ ratio and a schedule.
 
     Computes ``p ← p - lr(t) · ratio(p) · (adam(clip(g)) + weight_decay(p) · p)``, where
-    ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 for all else.
+    ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 otherwise.
 
-    Decay policy: ``lora_b`` and other arrays of 2 or more dimensions decay; ``lora_a``,
-    DoRA's ``magnitude``, every ``bias`` and ``scale`` (of norms; if scanned they have 2
-    dimensions) and arrays of fewer dimensions never do.
-    ``A B`` shrinks with B alone, while decaying A before B has moved only shrinks the
-    first gradients; a magnitude at rest is W0's norm, not zero.
+    Weight decay applies to ``lora_b`` and other arrays with at least 2 dimensions, but
+    not to ``lora_a``, DoRA's ``magnitude``, any ``bias`` or ``scale`` (which have 2
+    dimensions if scanned), or arrays with fewer dimensions. Decaying B is enough to
+    shrink ``A B``, and decaying A while B is near zero only shrinks the first
+    gradients; a magnitude's neutral value is W0's norm, not zero.
 
     Args:
-      learning_rate: the peak.
-      total_steps: optimizer steps in the run, warmup included.
-      warmup_steps: steps of the linear rise; none of them has a rate of zero.
+      learning_rate: peak learning rate.
+      total_steps: optimizer steps in the run, including warmup.
+      warmup_steps: steps of linear warmup; the rate is never zero.
       schedule: ``"linear"`` or ``"cosine"`` to zero at ``total_steps``, or
         ``"constant"``.
-      clip_norm: largest global norm of the gradient, or None for no clipping.
-      weight_decay: decoupled decay.
-      b1: Adam's decay of the first moment.
-      b2: Adam's decay of the second moment.
+      clip_norm: maximum global norm of the gradient, or None for no clipping.
+      weight_decay: decoupled weight decay.
+      b1: Adam's decay rate of the first moment.
+      b2: Adam's decay rate of the second moment.
       eps: Adam's epsilon.
-      lora_b_ratio: learning rate of B over that of A.
+      lora_b_ratio: ratio of B's learning rate to A's.
 
     Returns:
-      An optax transform over a tree of trainables.
+      An optax transform over a tree of trainable leaves.
 
     Raises:
-      ValueError: naming every argument that is out of range, at once.
+      ValueError: listing every argument that is out of range.
 
     Example:
       >>> tx = lora_optimizer(1e-3, total_steps=100, warmup_steps=10)
@@ -117,23 +116,23 @@ def learning_rate_schedule(
     warmup_steps: int = 0,
     schedule: str = "linear",
 ) -> optax.Schedule:
-    """Linear warmup, then constant or down to zero.
+    """Linear warmup, then constant or decay to zero.
 
     Computes ``lr · min(1, (t + 1) / warmup) · d((t - warmup) / (total - warmup))`` for
     steps ``t`` from 0, with ``d(x) = 1 - x`` (linear), ``(1 + cos πx) / 2`` (cosine) or
     1. The rate is zero at ``t = total_steps``, one past the last step.
 
     Args:
-      learning_rate: the peak.
-      total_steps: steps in the run, warmup included.
-      warmup_steps: steps of the rise.
+      learning_rate: peak learning rate.
+      total_steps: steps in the run, including warmup.
+      warmup_steps: steps of linear warmup.
       schedule: ``"linear"``, ``"cosine"`` or ``"constant"``.
 
     Returns:
-      A function from the step to the rate.
+      A function from the step to the learning rate.
 
     Raises:
-      ValueError: naming every argument that is out of range, at once.
+      ValueError: listing every argument that is out of range.
 
     Example:
       >>> rate = learning_rate_schedule(1.0, total_steps=6, warmup_steps=2)
@@ -177,23 +176,23 @@ def learning_rate_schedule(
 def adapters_only(
     tx: optax.GradientTransformation, *, train: Patterns = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """Confines a transform to the adapters of a tree with everything in it.
+    """Restricts a transform to the adapter leaves of a mixed tree.
 
-    Adapter leaves get ``tx``'s updates and state; every other leaf gets an update of
-    zero and no state. ``tx`` sees the adapters only, so clip, decay and accumulate
-    *inside*: ``adapters_only(optax.chain(clip, adam))``. A clip outside would make XLA
-    compute the gradient of every base kernel, and clip by the wrong norm.
+    Adapter leaves get ``tx``'s updates and state; all other leaves get zero updates and
+    no state. Put clipping, decay and accumulation *inside*:
+    ``adapters_only(optax.chain(clip, adam))``. Clipping outside would make XLA compute
+    the gradient of every base kernel, and clip by the wrong norm.
 
     Args:
-      tx: any optax transform, ``optax.MultiSteps`` included.
+      tx: any optax transform, including ``optax.MultiSteps``.
       train: other leaves to train, as in `adapter_mask`.
 
     Returns:
       A transform over the mixed tree.
 
     Raises:
-      ValueError: when initialised, if the tree holds no adapter leaf, or a pattern of
-        ``train`` matches nothing.
+      ValueError: on init, if the tree has no adapter leaves, or a ``train`` pattern
+        matches nothing.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "lora_b": jnp.zeros((1, 2))}
@@ -210,10 +209,10 @@ def adapters_only(
 
 
 def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
-    """Marks the leaves that are trained: adapters, and those that ``train`` names.
+    """Returns a mask of the trained leaves: adapters, and those that ``train`` names.
 
     Args:
-      tree: a tree of parameters; adapters are known by their names, ``lora_a``,
+      tree: a tree of parameters; adapters are recognised by the names ``lora_a``,
         ``lora_b`` and ``magnitude``.
       train: other leaves to train: suffixes of the paths of leaves or modules
         (``["classifier"]``), or one regular expression.
@@ -222,17 +221,17 @@ def adapter_mask(tree: PyTree, *, train: Patterns = ()) -> PyTree:
       The same tree with True or False at each leaf.
 
     Raises:
-      ValueError: if the tree holds no adapter leaf, or a pattern matches nothing.
+      ValueError: if the tree has no adapter leaves, or a pattern matches nothing.
 
     Example:
       >>> adapter_mask({"up": {"kernel": 1.0, "lora_a": 1.0, "lora_b": 1.0}})
       {'up': {'kernel': False, 'lora_a': True, 'lora_b': True}}
     """
-    # Masked-out parts of a tree are no leaves, so what an outer mask hid stays hidden.
+    # Masked nodes are not leaves, so leaves hidden by an outer mask stay hidden.
     paths = list(leaves_by_path(tree))
     if not any(map(_is_adapter, paths)):
         raise ValueError(
-            f"the tree must hold adapter leaves, named {LORA_A} or {LORA_B}; "
+            f"the tree must contain adapter leaves, named {LORA_A} or {LORA_B}; "
             f"got 0 among {len(paths)} leaves. "
             "`adapt(model, config).attach(params, key)` adds adapters."
         )
@@ -271,14 +270,14 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 
 
 def decay_mask(tree: PyTree) -> PyTree:
-    """Marks the leaves that decay: ``lora_b``, kernels and embeddings.
+    """Returns a mask of the decayed leaves: ``lora_b``, kernels and embeddings.
 
     Args:
       tree: a tree of trainable leaves.
 
     Returns:
       The same tree with True or False at each leaf: True for 2 or more dimensions,
-      but False at every ``lora_a``, ``magnitude``, ``bias`` and ``scale``.
+      except for ``lora_a``, ``magnitude``, ``bias`` and ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
@@ -300,13 +299,13 @@ def _lora_b_mask(tree: PyTree) -> PyTree:
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
-            f"{len(jax.tree.leaves(mask))} leaves. Leave it at 1 without adapters."
+            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters."
         )
     return mask
 
 
 def _is_adapter(path: str) -> bool:
-    # A leaf in a metadata box (nn.Partitioned) is one level below its name.
+    # A boxed leaf (nn.Partitioned) is one level below its name.
     return not set(path.split("/")[-2:]).isdisjoint(ADAPTER_LEAVES)
 
 

@@ -1,11 +1,10 @@
-"""Rows for a causal language model: one example each, or several packed into one.
+"""Rows for a causal language model, with one or several packed examples each.
 
-A row is five arrays. At each place stand the token (``input_ids``), the token it has to
-predict (``labels``, already shifted), what that prediction counts (``weights``), its
-number in its own example (``positions``) and that example's number in the row
-(``segment_ids``, 0 for padding). The last token of an example predicts nothing: its
-label would be another example's first token. A model that lets tokens see their own
-segment only computes for each example what it computes for it alone.
+A row consists of five arrays: for each position the token (``input_ids``), its target
+(``labels``, already shifted), the target's loss weight (``weights``), the position in
+its example (``positions``) and the example's number in the row (``segment_ids``, 0 for
+padding). An example's last token has no target: it would be the next example's first
+token. With attention masked by segment, packing does not change any example's result.
 """
 
 import bisect
@@ -18,20 +17,20 @@ ROW_KEYS = ("input_ids", "labels", "weights", "positions", "segment_ids")
 
 
 def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Packs examples into few rows: the longest first, each where it fits tightest.
+    """Packs examples into few rows by best-fit decreasing.
 
-    Best-fit decreasing: at most 11/9 of the least possible number of rows, plus 4. A
-    pure function of the lengths; equal ones keep their order.
+    Needs at most 11/9 of the minimum number of rows, plus 4. A pure function of the
+    lengths; examples of equal length keep their order.
 
     Args:
-      lengths: of the examples, in tokens.
-      row_length: of every row.
+      lengths: lengths of the examples, in tokens.
+      row_length: length of every row.
 
     Returns:
-      For each row, the places of its examples in ``lengths``; each is in one row.
+      For each row, the indices of its examples; each example is in exactly one row.
 
     Raises:
-      ValueError: naming the examples, up to 20, that are empty or longer than a row.
+      ValueError: listing up to 20 examples that are empty or longer than a row.
 
     Example:
       >>> plan_rows([3, 7, 5, 2, 3], row_length=10)
@@ -44,8 +43,8 @@ def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     if bad:
         shown = ", ".join(f"{lengths[i]} (example {i})" for i in bad[:20])
         raise ValueError(
-            f"packed examples must have 1 to {row_length} tokens, a row's length; got "
-            f"{len(bad)} that have not: {shown}. Truncate them or lengthen the rows."
+            f"packed examples must have 1 to {row_length} tokens, the row length; got "
+            f"{len(bad)} that don't: {shown}. Truncate them or use longer rows."
         )
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -65,15 +64,15 @@ def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 def fill_rows(
     rows: Sequence[Sequence[Example]], row_length: int, *, pad_id: int = 0
 ) -> dict[str, np.ndarray]:
-    """Lays examples out in rows.
+    """Builds rows from examples.
 
     Args:
       rows: the examples of each row, each with ``input_ids`` and ``loss_mask`` ``[n]``.
-      row_length: of every row, at least that of its examples together.
-      pad_id: the token that fills up rows.
+      row_length: length of every row, at least the total of its examples.
+      pad_id: the padding token.
 
     Returns:
-      The five arrays of this module, ``[b, t]`` int32, ``weights`` float32.
+      The five arrays, ``[b, t]`` int32 (``weights`` float32).
 
     Example:
       >>> one = {"input_ids": np.array([5, 6, 7]), "loss_mask": np.array([0, 0, 1])}

@@ -1,4 +1,4 @@
-"""A linear head on frozen features: what the base knows before anything is adapted."""
+"""Linear probing: a linear classifier on frozen features, as a baseline."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,8 +15,8 @@ class Probe(NamedTuple):
     Attributes:
       kernel: ``[i, v]`` float64.
       bias: ``[v]`` float64.
-      penalty: the L2 penalty that validation chose.
-      accuracy: on the validation features.
+      penalty: the L2 penalty selected on the validation set.
+      accuracy: accuracy on the validation set.
     """
 
     kernel: np.ndarray
@@ -33,25 +33,25 @@ def fit_probe(
     num_labels: int,
     penalties: Sequence[float] = PENALTIES,
 ) -> Probe:
-    """Fits multinomial logistic regression; validation chooses the penalty.
+    """Fits multinomial logistic regression, selecting the penalty on a validation set.
 
     Minimises ``mean(-log softmax(z W + b)_y) + penalty/2 · |W|²`` over standardised
     features ``z``, by L-BFGS in float64, for each penalty from the largest down.
 
     Args:
       features: ``[n, i]``.
-      labels: ``[n]`` class numbers.
-      validation: features and labels to choose the penalty by.
+      labels: ``[n]`` class indices.
+      validation: features and labels for selecting the penalty.
       num_labels: number of classes ``v``.
-      penalties: candidates.
+      penalties: candidate penalties.
 
     Returns:
-      The best head, for features that are not standardised; of equals, that with the
-      largest penalty.
+      The most accurate probe, for unstandardised features; ties go to the largest
+      penalty.
 
     Raises:
-      ValueError: if shapes disagree, a feature is not finite, or a label is none of
-        the classes.
+      ValueError: if shapes disagree, a feature is not finite, or a label is out of
+        range.
 
     Example:
       >>> x, y = np.array([[-1.0], [-2.0], [1.0], [2.0]]), np.array([0, 0, 1, 1])
@@ -67,12 +67,12 @@ def fit_probe(
             f"{x.shape}."
         )
     if not np.isfinite(x).all():
-        raise ValueError("features must be finite; they hold NaN or infinity.")
+        raise ValueError("features must be finite; they contain NaN or infinity.")
     for name, numbers in (("labels", labels), ("validation", validation[1])):
         numbers = np.asarray(numbers)
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < num_labels:
             raise ValueError(
-                f"{name} must be class numbers in [0, num_labels) = [0, {num_labels}); "
+                f"{name} must be class indices in [0, num_labels) = [0, {num_labels}); "
                 f"got {numbers.min()} to {numbers.max()}."
             )
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-8
@@ -106,11 +106,11 @@ def fit_probe(
         if best is None or accuracy > best.accuracy:
             best = probe._replace(accuracy=accuracy)
     if best is None:
-        raise ValueError("penalties must hold at least 1 candidate; got none.")
+        raise ValueError("penalties must have at least 1 candidate; got none.")
     return best
 
 
 def probe_accuracy(probe: Probe, features: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the share of ``features`` ``[n, i]`` that the probe gets right."""
+    """Returns the accuracy of the probe on ``features`` ``[n, i]``."""
     logits = np.asarray(features, np.float64) @ probe.kernel + probe.bias
     return float(np.mean(logits.argmax(axis=1) == labels))

@@ -1,8 +1,8 @@
-"""TrainState: what a step changes, and what it only reads.
+"""TrainState: trainable, frozen and optimizer state of a run.
 
-The trainable collections and the optimizer's state are small and change each step; the
-frozen base is large and never does. They are separate fields, so that a step can
-donate the first and merely read the second.
+The trainable collections and the optimizer state are small and change on each step; the
+frozen base is large and never changes. As separate fields, a step can donate the former
+and only read the latter.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ from lora_jax.tree.paths import leaves_by_path
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a training run is, between two steps.
+    """The complete state of a training run between steps.
 
     Attributes:
-      step: int32 scalar, batches consumed so far, skipped ones included: the position
-        in the data.
-      trainable: ``{"lora": ..., "params": ...}``, the collections that are trained.
-      frozen: every other collection, ``{"frozen": ..., ...}``; read, never changed.
-      opt_state: the optimizer's state, for trainable leaves only.
-      rng: PRNG key of the run; never consumed, folded with the step number instead.
-      skipped: int32 scalar, steps that were skipped as not finite.
+      step: int32 scalar, number of batches consumed, including skipped steps: the
+        position in the data.
+      trainable: the trained collections, ``{"lora": ..., "params": ...}``.
+      frozen: all other collections, ``{"frozen": ..., ...}``; never changed.
+      opt_state: the optimizer state of the trainable leaves.
+      rng: PRNG key of the run; constant, folded with the step number.
+      skipped: int32 scalar, number of steps skipped as not finite.
 
     Example:
       >>> lora = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
@@ -49,12 +49,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """All collections joined, as ``Module.apply`` takes them."""
+        """All collections, as ``Module.apply`` takes them."""
         return {**self.frozen, **self.trainable}
 
     @property
     def changing(self) -> dict[str, Any]:
-        """All fields but ``frozen``: what a step donates and a checkpoint holds."""
+        """All fields except ``frozen``: those a step donates and a checkpoint saves."""
         return {
             "step": self.step,
             "trainable": self.trainable,
@@ -70,17 +70,16 @@ class TrainState:
         tx: optax.GradientTransformation,
         rng: jax.Array,
     ) -> "TrainState":
-        """Splits variables into trained and frozen, and starts the optimizer.
+        """Splits variables into trainable and frozen, and initialises the optimizer.
 
-        The trainable leaves and the key are copied, because the training step donates
-        them: ``variables`` stays usable.
+        The trainable leaves and the key are copied, since the training step donates
+        them; ``variables`` stays usable.
 
         Args:
           variables: ``{"frozen": ..., "lora": ..., "params": ...}`` and any others. If
-            any lies on a mesh of several devices, the state does: the optimizer's
-            leaves as the leaves that they belong to, what is not on the mesh whole on
-            every device.
-          tx: the optimizer; sees the trainable collections only.
+            any leaf is sharded over a mesh, the whole state is: optimizer leaves like
+            their parameters, other leaves replicated.
+          tx: the optimizer; sees only the trainable collections.
           rng: a PRNG key.
 
         Returns:
@@ -88,7 +87,7 @@ class TrainState:
 
         Raises:
           ValueError: if there is no trainable leaf.
-          TypeError: if a trainable leaf is not floating; names all of them.
+          TypeError: listing every trainable leaf that is not floating-point.
         """
         trainable = {name: variables[name] for name in TRAINABLE if name in variables}
         check_trainable(trainable)
@@ -107,14 +106,14 @@ class TrainState:
 
 
 def check_trainable(trainable: Mapping[str, PyTree]) -> None:
-    """Raises unless there is something to train and all of it is floating.
+    """Raises unless there are trainable leaves and all are floating-point.
 
     Args:
       trainable: ``{"lora": ..., "params": ...}``.
 
     Raises:
-      ValueError: if there is no leaf.
-      TypeError: if a leaf is not floating; names all of them.
+      ValueError: if there are no leaves.
+      TypeError: listing every leaf that is not floating-point.
     """
     leaves = leaves_by_path(trainable)
     if not leaves:
@@ -136,5 +135,5 @@ def check_trainable(trainable: Mapping[str, PyTree]) -> None:
 
 
 def _owned(leaf: Any) -> jax.Array:
-    """Copies a leaf, with a strong dtype so that a second step compiles nothing."""
+    """Copies a leaf to a strong dtype, to avoid recompiling on the second step."""
     return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)

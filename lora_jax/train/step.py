@@ -1,8 +1,8 @@
-"""The training step: gradients of the trainable collections, and nothing else.
+"""The training step: gradients of only the trainable collections.
 
-W0 is an argument of the compiled function: never a closure constant, never
-differentiated, never donated, never returned. What is donated (adapters, optimizer
-state, counters) comes back in the same buffers.
+W0 is an argument of the compiled function, not a closure constant, and is never
+differentiated, donated or returned. The donated buffers (adapters, optimizer state,
+counters) are reused for the results.
 """
 
 import functools
@@ -31,12 +31,11 @@ OWN_METRICS = ("loss", "weight", "grad_norm", "is_skipped")
 class TrainStep:
     """A compiled training step; made by `make_train_step`.
 
-    On a mesh of devices the state comes back in the shardings that it came in: they are
-    part of what is compiled.
+    On a mesh, the returned state has the shardings of the input state.
 
     Attributes:
-      update: the jitted function ``(own, frozen, batch) -> (own, metrics)`` beneath,
-        where ``own`` is ``state.changing``, donated; for a state on one device.
+      update: the underlying jitted function ``(own, frozen, batch) -> (own, metrics)``,
+        which donates ``own``, the ``state.changing``; for a state on one device.
     """
 
     def __init__(self, update: Callable[..., Any]) -> None:
@@ -45,19 +44,19 @@ class TrainStep:
         self._sharded: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Runs one step; ``state`` is consumed, all but its frozen part."""
+        """Runs one step; donates ``state`` except for its frozen part."""
         update = self.update_for(state)
         own, metrics = update(state.changing, state.frozen, batch)
         return TrainState(frozen=state.frozen, **own), metrics
 
     def update_for(self, state: TrainState) -> Any:
-        """Returns the jitted function for the devices that a state lies on.
+        """Returns the jitted function for the devices of a state.
 
         Args:
-          state: of arrays, or of shapes with shardings.
+          state: a state of arrays, or of shapes with shardings.
 
         Returns:
-          ``update``, or, for a state on a mesh, one that keeps its shardings.
+          ``update``, or a version that preserves shardings for a state on a mesh.
         """
         mesh = mesh_of(state.step)
         if mesh is None:
@@ -78,7 +77,7 @@ class TrainStep:
         """Traces without running; arrays may be ``jax.ShapeDtypeStruct``.
 
         Args:
-          state: of the shapes to compile for.
+          state: a state with the shapes to compile for.
           batch: likewise.
 
         Returns:
@@ -87,14 +86,14 @@ class TrainStep:
         return self.update_for(state).trace(state.changing, state.frozen, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """Lowers without running, as `trace` does.
+        """Lowers without running; see `trace`.
 
         Args:
-          state: of the shapes to compile for.
+          state: a state with the shapes to compile for.
           batch: likewise.
 
         Returns:
-          A ``jax.stages.Lowered``: ``.compile().cost_analysis()`` and the like.
+          A ``jax.stages.Lowered``, e.g. for ``.compile().cost_analysis()``.
         """
         return self.trace(state, batch).lower()
 
@@ -104,30 +103,30 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the compiled step ``(state, batch) -> (state, metrics)``.
 
-    With the batch cut into microbatches ``k``, the gradient is
-    ``Σ_k ∇ loss_sum_k / Σ_k weight_k``, added up in float32: equal to that of the whole
-    batch however unevenly the weights lie. A step whose loss or gradient norm is not
-    finite (one of weight 0 included) leaves adapters and optimizer as they were and is
+    With gradient accumulation over microbatches ``k``, the gradient is
+    ``Σ_k ∇ loss_sum_k / Σ_k weight_k``, summed in float32: equal to that of the whole
+    batch however the weights are distributed. A step whose loss or gradient norm is not
+    finite (including total weight 0) leaves adapters and optimizer unchanged and is
     counted in ``state.skipped``. Nothing is copied to the host.
 
-    Collections other than ``lora`` and ``params`` (``batch_stats``, say) are read and
+    Collections other than ``lora`` and ``params`` (e.g. ``batch_stats``) are read but
     never updated.
 
     Args:
       loss_fn: ``(variables, batch, rngs) -> (loss_sum, weight, metrics)``; ``metrics``
-        maps names to sums over the same weights; ``rngs`` is ``{"dropout": key}``, a
-        different key for each step and microbatch.
-      tx: the optimizer that `TrainState.create` was given.
+        maps names to sums over the same weights; ``rngs`` is ``{"dropout": key}``, with
+        a different key for each step and microbatch.
+      tx: the optimizer passed to `TrainState.create`.
       accumulate: number of microbatches; microbatch ``k`` holds rows ``k``,
         ``k + accumulate``, ... of every leaf of the batch.
 
     Returns:
       The step. Its metrics are device scalars: ``loss`` (mean), ``weight``,
-      ``grad_norm``, ``is_skipped`` (0 or 1), and the mean of each of ``loss_fn``'s.
+      ``grad_norm``, ``is_skipped`` (0 or 1), and the means of ``loss_fn``'s metrics.
 
     Raises:
-      ValueError: if ``accumulate`` is below 1; and when the step is first called for a
-        shape: if the batch doesn't divide by it, or ``loss_fn`` returns other things.
+      ValueError: if ``accumulate`` is below 1. On the first call for a shape: if the
+        batch size is not divisible by it, or ``loss_fn``'s result is invalid.
 
     Example:
       >>> def loss_fn(variables, batch, rngs):
@@ -159,8 +158,8 @@ def make_train_step(
         (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if summed is not None:
-            # Else XLA gathers a layer's rows over fsdp to make its cut gradient: more
-            # than the sum over devices of the whole one, which is thin.
+            # Otherwise XLA gathers activations over fsdp to compute a sharded gradient,
+            # which moves more data than an all-reduce of the thin gradient.
             grads = jax.lax.with_sharding_constraint(grads, summed)
         return grads, {"loss": loss_sum, **sums}
 
@@ -226,17 +225,17 @@ def make_train_step(
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
-    """Builds the compiled ``(variables, batch) -> sums`` of an evaluation.
+    """Builds the compiled evaluation step ``(variables, batch) -> sums``.
 
-    Add the sums of all batches and divide by ``weight`` once, at the end.
+    Add up the sums of all batches, then divide by ``weight``.
 
     Args:
-      loss_fn: as for `make_train_step`; here ``rngs`` is ``{}``, which says that the
-        call is deterministic.
+      loss_fn: as for `make_train_step`, but called with empty ``rngs``, meaning
+        deterministic.
 
     Returns:
       A function of variables and batch that returns float32 sums: ``loss``, ``weight``
-      and each of ``loss_fn``'s metrics.
+      and ``loss_fn``'s metrics.
 
     Example:
       >>> def loss_fn(variables, batch, rngs):
@@ -256,21 +255,20 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:
 
 
 def split_batch(batch: Batch, accumulate: int) -> Batch:
-    """Cuts every leaf ``[b, ...]`` into ``[accumulate, b / accumulate, ...]``.
+    """Splits every leaf ``[b, ...]`` into ``[accumulate, b / accumulate, ...]``.
 
-    Rows are dealt out in turn, so that a batch sharded over devices along its rows
-    stays where it is.
+    Rows are assigned round-robin, so a batch sharded by rows needs no resharding.
 
     Args:
       batch: leaves that share their first dimension.
       accumulate: number of microbatches.
 
     Returns:
-      The tree with a leading axis of microbatches.
+      The tree with a leading microbatch axis.
 
     Raises:
-      ValueError: if a leaf has no rows, rows differ between leaves, or their number
-        doesn't divide by ``accumulate``; names the leaves.
+      ValueError: listing the leaves, if one has no rows, they differ in rows, or the
+        number of rows is not divisible by ``accumulate``.
 
     Example:
       >>> split_batch({"x": jnp.arange(4)}, 2)["x"].tolist()
@@ -305,9 +303,9 @@ def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
       ``(loss_sum, weight, metrics)``.
 
     Raises:
-      TypeError: if it isn't such a triple, or metrics is no mapping.
-      ValueError: if a value is not a real scalar, or a metric has a reserved name;
-        names all of them.
+      TypeError: if it is not such a triple, or metrics is not a mapping.
+      ValueError: listing every value that is not a real scalar and every metric with a
+        reserved name.
     """
     if not isinstance(result, tuple) or len(result) != 3:
         kind = type(result).__name__

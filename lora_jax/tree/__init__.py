@@ -1,1 +1,1 @@
-"""Parameter trees: paths, targets, collections, merging. Needs JAX alone."""
+"""Parameter trees: paths, targets, collections, merging. Depends only on JAX."""

@@ -1,9 +1,9 @@
-"""Arithmetic on whole adapters: bringing one to the shapes and scaling of another.
+"""Converting an adapter to the ranks and scaling of another.
 
-A compiled function takes any adapter of the shapes and the scaling it was compiled for.
-So adapters of several ranks share one compilation once they are padded to the largest:
-zero columns of A and zero rows of B change no product ``A B``, Adam leaves them at
-zero, and the ratio of the scalings goes into B.
+A compiled function accepts any adapter with the shapes and scaling it was compiled for.
+Adapters of different ranks can share one compilation if padded to the largest rank:
+zero columns of A and zero rows of B don't change ``A B``, Adam keeps them at zero, and
+the ratio of the scalings is folded into B.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,22 +24,23 @@ def fit_adapter(
     """Rewrites an adapter for the ranks and alphas of another config.
 
     ``scaling' * A' B' = scaling * A B`` with ``A' = [A 0]`` and
-    ``B' = [B; 0] * scaling / scaling'``: the same function, rounded once in B where the
-    ratio of the scalings is no power of two. DoRA's magnitude stays as it is.
+    ``B' = [B; 0] * scaling / scaling'``: the same function, up to one rounding of B if
+    the ratio of the scalings is not a power of two. DoRA's magnitude is unchanged.
 
     Args:
-      lora: the adapter, of finite A and B; not changed.
+      lora: the adapter, with finite A and B.
       source: its targets.
-      target: the targets to fit, of at least the same ranks. Layers that ``lora`` lacks
-        get zeros: no update (with DoRA there are none: no magnitude is silent).
+      target: the new targets, with at least the same ranks. Layers missing from
+        ``lora`` get zeros, which is no update (not possible with DoRA, where no
+        magnitude is neutral).
 
     Returns:
-      The adapter tree that belongs to ``target``.
+      The adapter tree for ``target``.
 
     Raises:
-      ValueError: if ``lora`` is not ``source``'s; naming every layer that ``target``
-        lacks, has with another kernel, with a smaller rank, or with DoRA if and only
-        if ``source`` has not.
+      ValueError: if ``lora`` does not match ``source``; or listing every layer that
+        ``target`` lacks or has with another kernel, a smaller rank, or another
+        ``dora``.
 
     Example:
       >>> from lora_jax import LoRAConfig, adapt
@@ -57,12 +58,12 @@ def fit_adapter(
     for row in source:
         other = wanted.get(row.path)
         if other is None:
-            faults.append(f"{row.path} is no target")
+            faults.append(f"{row.path} is not a target")
         elif other.dora != row.dora:
             faults.append(f"{row.path} must have dora={row.dora}; got {other.dora}")
         elif not other.is_same_layer(row):
             faults.append(
-                f"{row.path} must have a kernel {row.kernel_shape} of the same layout; "
+                f"{row.path} must have a kernel {row.kernel_shape} in the same layout; "
                 f"got {other.kernel_shape}"
             )
         elif other.rank < row.rank:
@@ -71,7 +72,7 @@ def fit_adapter(
             )
     present = {row.path: row for row in source}
     faults += [
-        f"{path} needs a magnitude (dora=True), and the adapter has none"
+        f"{path} needs a magnitude (dora=True) but the adapter has none"
         for path, row in wanted.items()
         if row.dora and path not in present
     ]

@@ -1,4 +1,4 @@
-"""A fingerprint of the base, so that an adapter knows whose it is."""
+"""A fingerprint of the base model, so that an adapter can identify its base."""
 
 import functools
 import hashlib
@@ -16,22 +16,22 @@ _VERSION = "1"
 
 
 def fingerprint(tree: PyTree) -> str:
-    """Names a tree of arrays by its paths, shapes, dtypes and a sample of its values.
+    """Hashes the paths, shapes, dtypes and a sample of the values of a tree of arrays.
 
-    Reads at most 2,047 evenly spaced elements of each leaf, so it costs next to nothing
-    on a base of any size. It tells bases apart; it is no checksum: a change to an
-    element between two samples goes unseen.
+    Reads at most 2,047 evenly spaced elements of each leaf, so it is cheap for a base
+    of any size. It distinguishes models but is not a checksum: a change between two
+    sampled elements is not detected.
 
     Args:
-      tree: the frozen base, as the model uses it; arrays of NumPy or JAX. The order of
-        keys, and the devices, don't matter; of arrays that are spread over several
-        processes all of these have to ask.
+      tree: the frozen base as the model uses it, NumPy or JAX arrays. Key order and
+        devices don't matter. For arrays sharded over several processes, all of them
+        must call this.
 
     Returns:
-      A short string, ``"1-"`` and 32 hexadecimal digits; the 1 is the rule's version.
+      ``"1-"``, where 1 is the version of the scheme, and 32 hexadecimal digits.
 
     Raises:
-      ValueError: if the tree has no leaf.
+      ValueError: if the tree has no leaves.
 
     Example:
       >>> a = fingerprint({"kernel": np.ones((3, 2), np.float32)})
@@ -51,16 +51,16 @@ def fingerprint(tree: PyTree) -> str:
 
 
 def _sample(leaf: np.ndarray | jax.Array) -> np.ndarray:
-    """Returns every n-th element, n odd so that it walks through the columns."""
+    """Returns every n-th element, with odd n so that samples vary in column."""
     stride = (leaf.size // SAMPLES) | 1
     place = leaf.sharding if isinstance(leaf, jax.Array) else None
     if isinstance(place, NamedSharding):
-        # On a mesh no device gets to see the whole of it.
+        # On a mesh, sample without gathering the whole array on any device.
         elements = np.unravel_index(np.arange(0, leaf.size, stride), leaf.shape)
         leaf = _taker(NamedSharding(place.mesh, PartitionSpec()))(leaf, elements)
         stride = 1
     elif place is not None and next(iter(place.device_set)).platform == "cpu":
-        leaf = np.asarray(leaf)  # a view: nothing is copied, nothing compiled
+        leaf = np.asarray(leaf)  # a view: neither copies nor compiles
     sample = np.asarray(leaf.reshape(-1)[::stride])
     return sample.astype(sample.dtype.newbyteorder("<"), copy=False)
 

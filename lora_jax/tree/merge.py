@@ -1,7 +1,6 @@
-"""Merging all adapters of a model into its base, and taking them out again.
+"""Merging all adapters of a model into its base, and unmerging them.
 
-The base keeps W0, so taking an adapter out is looking W0 up, bit for bit; nothing is
-ever subtracted.
+Unmerging restores W0 from the base, bit for bit; nothing is subtracted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,14 @@ from lora_jax.tree.targets import Target, child
 
 
 class MergeError(NamedTuple):
-    """How far a merged kernel is from ``W0 + scaling * A B``, by rounding.
+    """The rounding error of a merged kernel relative to ``W0 + scaling * A B``.
 
-    With DoRA, from ``(m / n) (W0 + scaling * A B)``.
+    With DoRA, relative to ``(m / n) (W0 + scaling * A B)``.
 
     Attributes:
-      path: of the layer.
-      relative: norm of the error over the norm of the change of ``W0``; 0 for none.
-      largest: largest absolute error of an element.
+      path: path of the layer.
+      relative: norm of the error over the norm of the change to ``W0``.
+      largest: largest absolute error of any element.
     """
 
     path: str
@@ -36,31 +35,31 @@ class MergeError(NamedTuple):
 def merge_params(
     params: Mapping[str, Any], lora: Mapping[str, Any], targets: Sequence[Target]
 ) -> dict[str, Any]:
-    """Returns the base with every adapter folded in.
+    """Returns the base with every adapter merged in.
 
     Each kernel is computed in float32 and rounded once to its own dtype. Works under
-    `jax.jit`, where the check for NaN is left out.
+    `jax.jit`, but without the NaN check.
 
     Args:
-      params: the joined base tree; not changed.
+      params: the joined base tree.
       lora: the adapter tree.
       targets: the adapted layers.
 
     Returns:
-      A plain tree for the plain model.
+      A parameter tree for the plain model.
 
     Raises:
-      ValueError: naming every adapter that is missing, has another shape or a NaN or
-        an infinity, every merged kernel with one, and every layer that transforms its
-        kernel before use; then nothing is merged.
+      ValueError: listing every adapter that is missing, has the wrong shape or is not
+        finite, every merged kernel that is not finite, and every layer that transforms
+        its kernel before use; then nothing is merged.
     """
     flat, adapters = flatten(params), flatten(lora)
     check_adapters(adapters, targets)
     if transformed := [target.path for target in targets if not target.is_plain]:
         raise ValueError(
             f"{', '.join(transformed)} can't be merged: their modules transform the "
-            "kernel before they use it, so no kernel stands for W0 + A B. Use the "
-            "model with its adapters."
+            "kernel before use, so no stored kernel is equivalent to W0 + A B. Use the "
+            "model unmerged."
         )
     merged = {}
     for target in targets:
@@ -71,8 +70,8 @@ def merge_params(
     bad = [path for path, kernel in merged.items() if not is_finite(kernel)]
     if bad:
         raise ValueError(
-            f"merged kernels must be finite; {', '.join(bad)} hold NaN or inf, from "
-            "the base itself or from a sum too large for its dtype. Nothing is merged."
+            f"merged kernels must be finite; {', '.join(bad)} contain NaN or inf, from "
+            "the base itself or a sum too large for its dtype. Nothing was merged."
         )
     return unflatten({**flat, **merged})
 
@@ -80,11 +79,11 @@ def merge_params(
 def unmerge_params(
     merged: Mapping[str, Any], params: Mapping[str, Any], targets: Sequence[Target]
 ) -> dict[str, Any]:
-    """Returns ``merged`` with the adapters taken out, bit for bit.
+    """Returns ``merged`` with the base's kernels restored, bit for bit.
 
     Args:
       merged: the result of `merge_params`.
-      params: the base tree that was merged into.
+      params: the base tree it was made from.
       targets: the adapted layers.
 
     Returns:
@@ -101,7 +100,7 @@ def merge_errors(
     lora: Mapping[str, Any],
     targets: Sequence[Target],
 ) -> list[MergeError]:
-    """Measures what rounding to the kernels' dtype cost.
+    """Measures the error of rounding merged kernels to their dtype.
 
     Args:
       params: the joined base tree.
@@ -110,7 +109,7 @@ def merge_errors(
       targets: the adapted layers.
 
     Returns:
-      One row a target, in their order.
+      One row per target, in order.
     """
     base, new, adapters = flatten(params), flatten(merged), flatten(lora)
     rows = []
@@ -125,15 +124,15 @@ def merge_errors(
 
 
 def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Raises unless every target has a finite adapter of its shapes.
+    """Raises unless every target has a finite adapter of the right shapes.
 
     Args:
       adapters: leaves of the adapter tree by path.
       targets: the adapted layers.
 
     Raises:
-      ValueError: naming every leaf that is missing, left over, mis-shaped, or not
-        finite.
+      ValueError: listing every leaf that is missing, unexpected, of the wrong shape, or
+        not finite.
     """
     shapes = {
         child(target.path, leaf): shape
@@ -150,7 +149,7 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
         if jnp.shape(adapters[path]) != shapes[path]
     ]
     faults += [
-        f"{path} has values that are not finite"
+        f"{path} contains NaN or infinity"
         for path in there
         if not is_finite(adapters[path])
     ]
@@ -159,7 +158,7 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
 
 
 def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
-    """Returns A, B, and m with DoRA, with the scanned axes in front."""
+    """Returns A, B and (with DoRA) m, with the scanned axes first."""
     a, b = (adapters[child(target.path, name)] for name in (LORA_A, LORA_B))
     factors = target.batch_first(a, b)
     if not target.dora:
@@ -172,7 +171,7 @@ def _options(target: Target) -> dict[str, Any]:
 
 
 def _wanted(kernel: Any, leaves: tuple[Any, ...], target: Target) -> np.ndarray:
-    """Returns the merged kernel before it is rounded."""
+    """Returns the merged kernel before rounding."""
     a, b = leaves[:2]
     delta = delta_kernel(a, b, target.kernel_shape, **_options(target))
     wanted = np.asarray(kernel, np.float64) + np.asarray(delta, np.float64)

@@ -1,7 +1,7 @@
-"""One parameter tree into three collections, and back.
+"""Splitting one parameter tree into three collections, and joining them.
 
-``frozen`` holds W0, ``lora`` the adapters, ``params`` what is trained in full. They
-mirror each other's paths and never share a leaf.
+``frozen`` holds W0, ``lora`` the adapters, ``params`` the weights trained in full. The
+paths mirror each other, and no leaf is in two collections.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,17 +20,17 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
     """Splits a joined tree into its collections.
 
     Args:
-      params: base weights with ``lora_a`` and the other adapter leaves beside them, or
-        without.
-      config: says which base weights are trained in full. For ``bias="lora_only"`` the
-        adapters have to be there: the layers that have one are the adapted layers.
+      params: base weights, with or without ``lora_a`` and the other adapter leaves
+        beside them.
+      config: selects the base weights trained in full. ``bias="lora_only"`` requires
+        the adapters in the tree, since they identify the adapted layers.
 
     Returns:
-      ``{"frozen": ..., "lora": ..., "params": ...}`` of the same leaves, uncopied;
-      empty ones are left out, save ``lora``.
+      ``{"frozen": ..., "lora": ..., "params": ...}`` with the same leaves, not copied;
+      empty collections are omitted, except ``lora``.
 
     Raises:
-      ValueError: if the config has ``bias="lora_only"``, and the tree biases but no
+      ValueError: if the config has ``bias="lora_only"`` and the tree has biases but no
         adapter.
 
     Example:
@@ -64,43 +64,43 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
 
 
 def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges trees that share no leaf into one.
+    """Joins trees with disjoint leaves into one.
 
     Args:
-      *trees: nested mappings, ``variables["frozen"]`` and ``variables["params"]`` say.
+      *trees: nested mappings, e.g. ``variables["frozen"]`` and ``variables["params"]``.
 
     Returns:
-      One nested dictionary of the same leaves, uncopied.
+      One nested dictionary with the same leaves, not copied.
 
     Raises:
-      ValueError: naming every path that two trees have.
+      ValueError: listing every path that occurs in two trees.
     """
     joined: dict[str, Any] = {}
     for tree in trees:
         flat = flatten(tree)
         if shared := sorted(set(joined) & set(flat)):
-            raise ValueError(f"two collections hold the same leaves: {shared}.")
+            raise ValueError(f"two collections contain the same leaves: {shared}.")
         joined.update(flat)
     return unflatten(joined)
 
 
-def widened(tree: Mapping[str, Any], owners: Collection[str]) -> dict[str, Any]:
-    """Makes bfloat16 and float16 leaves of some modules float32.
+def upcast_leaves(tree: Mapping[str, Any], owners: Collection[str]) -> dict[str, Any]:
+    """Casts the bfloat16 and float16 leaves of some modules to float32.
 
     Args:
       tree: a nested mapping.
       owners: paths of the modules.
 
     Returns:
-      A nested dictionary; all other leaves are uncopied.
+      A nested dictionary; other leaves are not copied.
     """
 
-    def widen(path: str, leaf: Any) -> Any:
+    def upcast(path: str, leaf: Any) -> Any:
         is_half = getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)
         is_owned = path.rpartition("/")[0] in owners
         return jnp.asarray(leaf, jnp.float32) if is_half and is_owned else leaf
 
-    return unflatten({path: widen(path, leaf) for path, leaf in flatten(tree).items()})
+    return unflatten({path: upcast(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def count(tree: PyTree) -> int:

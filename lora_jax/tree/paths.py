@@ -1,4 +1,4 @@
-"""Nested dictionaries as flat ones, keyed by ``/``-joined paths."""
+"""Flat dictionaries keyed by ``/``-joined paths, and back to nested ones."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -15,8 +15,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
       prefix: path put before every key.
 
     Returns:
-      ``{"block_0/query/kernel": leaf, ...}`` in the order of the tree. Empty mappings
-      leave no trace.
+      ``{"block_0/query/kernel": leaf, ...}`` in tree order. Empty mappings are dropped.
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -29,7 +28,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dictionaries that `flatten` came from.
+    """Returns the nested dictionaries of a flat one: the inverse of `flatten`.
 
     Args:
       flat: leaves by path.
@@ -53,10 +52,10 @@ def key_path(path: Any) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of any tree that JAX knows, by ``/``-joined path.
+    """Returns the leaves of any pytree by ``/``-joined path.
 
     Args:
-      tree: of registered nodes; `flatten` is for nested mappings, whose order it keeps.
+      tree: a pytree; for nested mappings, `flatten` also preserves order.
 
     Returns:
       The leaves in JAX's order.
@@ -70,14 +69,14 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the known path most like ``name``, and how many more end like it.
+    """Returns the known path most similar to ``name``, and how many more end like it.
 
     Args:
-      name: what was asked for, a path or the end of one.
-      known: the paths there are.
+      name: a path or the end of one.
+      known: the existing paths.
 
     Returns:
-      ``"block_0/attn/q_proj (+23)"``; the empty string if nothing is known.
+      ``"block_0/attn/q_proj (+23)"``; the empty string if ``known`` is empty.
     """
     known = list(known)
     depth = name.count("/") + 1

@@ -1,8 +1,7 @@
-"""Which layers of a model get an adapter, and of what shape.
+"""Which layers of a model get an adapter, and its shapes.
 
-A model is looked at once, by tracing, which gives a `Site` for every layer that LoRA
-knows how to adapt. The config chooses among them, and whatever it names that is not
-there is an error.
+Tracing a model gives a `Site` for every layer that LoRA can adapt. The config selects
+among them; a pattern that matches nothing is an error.
 """
 
 import dataclasses
@@ -29,15 +28,15 @@ class Site:
     """A layer that can be adapted.
 
     Attributes:
-      path: of the layer in the parameter tree.
+      path: path of the layer in the parameter tree.
       kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
       weight: name of its weight, ``"kernel"`` or ``"embedding"``.
       kernel_shape: shape of the weight in the tree, scanned axes included.
       contraction: the roles of its axes.
-      scanned_a: where the scanned axes stand in the tree's ``lora_a``.
-      scanned_b: where the scanned axes stand in the tree's ``lora_b``.
-      scanned_m: where the scanned axes stand in the tree's ``magnitude``.
-      is_plain: whether the layer multiplies by its weight as it is stored; one that
+      scanned_a: positions of the scanned axes in the tree's ``lora_a``.
+      scanned_b: positions of the scanned axes in the tree's ``lora_b``.
+      scanned_m: positions of the scanned axes in the tree's ``magnitude``.
+      is_plain: whether the layer multiplies by its weight as stored; a layer that
         transforms it first can be adapted, but not merged.
     """
 
@@ -53,11 +52,11 @@ class Site:
 
     @property
     def weight_path(self) -> str:
-        """Path of ``W0`` itself."""
+        """Path of ``W0``."""
         return child(self.path, self.weight)
 
     def is_same_layer(self, other: "Site") -> bool:
-        """Says whether path, kernel and layout are those of another record."""
+        """Returns whether path, kernel shape and layout equal those of ``other``."""
         names = [field.name for field in dataclasses.fields(Site)]
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
@@ -66,10 +65,10 @@ class UnsupportedWeight(NamedTuple):
     """A weight that can't be adapted.
 
     Attributes:
-      kind: name of the type of the module that owns it.
+      kind: type name of the module that owns it.
       is_linear: whether ``"all-linear"`` covers that type.
-      why: what stands in the way, where the type as such can be adapted.
-      shape: of the weight, without scanned axes.
+      why: the reason, if the type in general can be adapted.
+      shape: shape of the weight, without scanned axes.
     """
 
     kind: str
@@ -80,7 +79,7 @@ class UnsupportedWeight(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target(Site):
-    """An adapted layer: a `Site` and what the config says about it.
+    """An adapted layer: a `Site` and its settings from the config.
 
     Attributes:
       rank: ``r``.
@@ -96,18 +95,18 @@ class Target(Site):
 
     @property
     def trainable(self) -> int:
-        """Number of elements of A and B together, and of m with DoRA."""
+        """Number of elements of A, B and (with DoRA) m."""
         return sum(map(math.prod, self.leaf_shapes.values()))
 
     @property
     def factor_shapes(self) -> tuple[Shape, Shape]:
-        """Shapes of ``lora_a`` and ``lora_b`` as the parameter tree has them."""
+        """Shapes of ``lora_a`` and ``lora_b`` in the parameter tree."""
         a, b = self.contraction.factor_shapes(self.kernel_shape, self.rank)
         return _stacked_at(a, self.scanned_a), _stacked_at(b, self.scanned_b)
 
     @property
     def leaf_shapes(self) -> dict[str, Shape]:
-        """Shapes of the adapter's leaves by name, as the parameter tree has them."""
+        """Shapes of the adapter's leaves in the parameter tree, by name."""
         a, b = self.factor_shapes
         shapes: dict[str, Shape] = {LORA_A: a, LORA_B: b}
         if self.dora:
@@ -116,16 +115,16 @@ class Target(Site):
         return shapes
 
     def leaf_axes(self, of_kernel: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
-        """Carries a fact about each axis of ``W0`` over to the adapter's leaves.
+        """Maps a value for each axis of ``W0`` to the axes of the adapter's leaves.
 
         Args:
-          of_kernel: one value for each axis of ``W0`` as the tree has it: the mesh axis
-            it is sharded over, say.
+          of_kernel: one value for each axis of ``W0`` in the tree, e.g. the mesh axis
+            it is sharded over.
 
         Returns:
-          By leaf, one value for each of its axes: A has those of the input axes, B and
-          m those of the output axes, all those of the batch axes. The rank, and both
-          axes that the outputs of a grouped convolution are split into, have None.
+          One value per axis of each leaf, by leaf name: A takes the values of the input
+          axes, B and m those of the output axes, and all of them those of the batch
+          axes. The rank axis, and both output axes of a grouped convolution, get None.
         """
         roles = self.contraction
         batch, inputs, outputs = (
@@ -144,14 +143,14 @@ class Target(Site):
         return axes
 
     def init(self, key: PRNGKey, init: str = "uniform") -> tuple[AnyFloat, AnyFloat]:
-        """Draws ``lora_a`` and zeroes ``lora_b``.
+        """Initialises ``lora_a`` randomly and ``lora_b`` to zero.
 
         Args:
           key: PRNG key of the whole tree; the path is folded in.
           init: distribution of A, see `LoRAConfig`.
 
         Returns:
-          Both as the parameter tree has them.
+          Both in the layout of the parameter tree.
         """
         a, b = init_adapter(
             path_key(key, self.path),
@@ -164,25 +163,25 @@ class Target(Site):
         return self.as_stored(a, b)
 
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
-        """Returns DoRA's m, the column norms of ``W0``, as the tree has it."""
+        """Returns DoRA's m, the column norms of ``W0``, in the tree's layout."""
         m = column_norm(jnp.asarray(kernel), self.contraction)
         scanned = self.scanned_m
         return jnp.moveaxis(m, range(len(scanned)), scanned)
 
     def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
-        """Returns the tree's m with the scanned axes in front, as ops want it."""
+        """Returns the tree's m with the scanned axes first, as the ops expect."""
         scanned = self.scanned_m
         return jnp.moveaxis(magnitude, scanned, range(len(scanned)))
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
-        """Returns A and B with the scanned axes where the tree has them."""
+        """Returns A and B with the scanned axes at their positions in the tree."""
         return (
             jnp.moveaxis(a, range(len(self.scanned_a)), self.scanned_a),
             jnp.moveaxis(b, range(len(self.scanned_b)), self.scanned_b),
         )
 
     def batch_first(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
-        """Returns the tree's A and B with the scanned axes in front, as ops want."""
+        """Returns the tree's A and B with the scanned axes first, as the ops expect."""
         return (
             jnp.moveaxis(a, self.scanned_a, range(len(self.scanned_a))),
             jnp.moveaxis(b, self.scanned_b, range(len(self.scanned_b))),
@@ -190,7 +189,7 @@ class Target(Site):
 
 
 def child(path: str, name: str) -> str:
-    """Joins a path, which may be empty (the root), and a name."""
+    """Joins a path, empty for the root, and a name."""
     return f"{path}/{name}" if path else name
 
 
@@ -201,20 +200,20 @@ def select_targets(
     weights: Iterable[str] = (),
     unsupported: Mapping[str, UnsupportedWeight] | None = None,
 ) -> list[Target]:
-    """Chooses the layers that ``config`` adapts.
+    """Selects the layers that ``config`` adapts.
 
     Args:
       sites: every layer that can be adapted.
-      config: the choice.
+      config: the adapter config.
       weights: paths of all leaves of the base, for ``train`` and ``exclude``.
       unsupported: weights that can't be adapted, by path.
 
     Returns:
-      One `Target` for each adapted layer, in the order of ``sites``.
+      One `Target` per adapted layer, in the order of ``sites``.
 
     Raises:
-      ValueError: naming every pattern that matches nothing (with the nearest path),
-        every target that can't be adapted, or that no layer is left.
+      ValueError: listing every pattern that matches nothing (with the nearest path) and
+        every target that can't be adapted; or if no layer is selected.
     """
     unsupported = unsupported or {}
     paths = [site.path for site in sites]
@@ -230,17 +229,17 @@ def select_targets(
                 name, f"(.*/)?({pattern})", paths, "kernels", shown=pattern
             )
     faults += [
-        f"targets={_shown(config.targets)} name {path!r}, a weight of {weight.kind}, "
+        f"targets={_shown(config.targets)} match {path!r}, a weight of {weight.kind}, "
         f"which can't be adapted{': ' * bool(weight.why)}{weight.why.rstrip('.')}. "
-        "Teach it with `register_layer`, or exclude it."
+        "Register its layer with `register_layer`, or exclude it."
         for path, weight in unsupported.items()
         if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
     if config.dora:
         faults += [
-            f"dora=True needs the kernel that {site.path!r} multiplies by, and its "
-            f"module transforms {site.weight!r} first. Exclude it, or leave dora out."
+            f"dora=True needs the kernel that {site.path!r} multiplies by, but its "
+            f"module transforms {site.weight!r} first. Exclude it, or set dora=False."
             for site in sites
             if not site.is_plain and _is_chosen(site, config)
         ]
@@ -256,18 +255,18 @@ def select_targets(
     return chosen
 
 
-def left_out(
+def uncovered_weights(
     unsupported: Mapping[str, UnsupportedWeight], config: LoRAConfig
 ) -> dict[str, UnsupportedWeight]:
-    """Returns the weights that ``"all-linear"`` would cover if LoRA knew their layers.
+    """Returns linear weights that ``"all-linear"`` misses: their layer isn't supported.
 
     Args:
       unsupported: weights that can't be adapted, by path.
-      config: the choice; with other targets than ``"all-linear"`` nothing is left out.
+      config: the adapter config; empty result unless it targets ``"all-linear"``.
 
     Returns:
-      Those of at least two axes that are no table of positions (a first axis of 1) and
-      that ``exclude`` and ``train`` don't name.
+      The weights with at least two axes that are not position tables (a first axis of
+      size 1) and match neither ``exclude`` nor ``train``.
     """
     if config.targets != ALL_LINEAR:
         return {}
@@ -285,14 +284,14 @@ def left_out(
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
-    """Returns the row of one layer, or None if ``config`` doesn't adapt it.
+    """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it.
 
     Args:
       site: the layer.
-      config: the choice.
+      config: the adapter config.
 
     Returns:
-      The `Target`.
+      The `Target` or None.
     """
     if not _is_chosen(site, config):
         return None
@@ -306,7 +305,7 @@ def target_at(site: Site, config: LoRAConfig) -> Target | None:
 
 
 def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
-    """Moves the leading values (an array's sizes, say) to ``axes``."""
+    """Moves the leading values (e.g. an array's sizes) to ``axes``."""
     stacked = list(values[len(axes) :])
     for axis, value in zip(axes, values, strict=False):
         stacked.insert(axis, value)
@@ -318,7 +317,7 @@ def _is_chosen(site: Site, config: LoRAConfig) -> bool:
 
 
 def _is_named(path: str, weight: UnsupportedWeight, config: LoRAConfig) -> bool:
-    """Says whether the config wants a weight adapted, by its path or its layer's."""
+    """Returns whether the config targets a weight, by its path or its layer's."""
     paths = (path, _owner(path))
     if any(matches(out, p) for out in (config.exclude, config.train) for p in paths):
         return False
@@ -326,7 +325,7 @@ def _is_named(path: str, weight: UnsupportedWeight, config: LoRAConfig) -> bool:
 
 
 def _layer_faults(sites: Sequence[Site], config: LoRAConfig) -> list[str]:
-    """Returns what is wrong with ``config.layers``: stacked or absent layers."""
+    """Returns the errors in ``config.layers``: stacked or missing layers."""
     if config.layers is None:
         return []
     everywhere = dataclasses.replace(config, layers=None)
@@ -334,7 +333,7 @@ def _layer_faults(sites: Sequence[Site], config: LoRAConfig) -> list[str]:
     indices = {layer_index(site.path) for site in named}
     known = sorted(index for index in indices if index is not None)
     faults = [
-        f"layers={list(config.layers)} can't choose inside {site.path!r}: its layers "
+        f"layers={list(config.layers)} can't select within {site.path!r}: its layers "
         "are stacked in one array (nn.scan) and have no index in the path."
         for site in named
         if site.scanned_a and layer_index(site.path) is None
@@ -354,7 +353,7 @@ def _unmatched(
     shown: str | None = None,
     others: Sequence[str] = (),
 ) -> list[str]:
-    """Returns a sentence for each pattern that matches none of the paths."""
+    """Returns an error message for each pattern that matches none of the paths."""
     if patterns == ALL_LINEAR:
         return []
     faults = []
@@ -371,7 +370,7 @@ def _unmatched(
 
 
 def _shown(patterns: Patterns) -> str:
-    """Returns patterns as a config file would have them."""
+    """Formats patterns as in a config file."""
     return json.dumps(patterns, ensure_ascii=False)
 
 
@@ -380,7 +379,7 @@ def _owner(path: str) -> str:
 
 
 def _ancestors(weights: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """Returns every leaf and every module above one: what ``train`` may name."""
+    """Returns all leaves and the modules above them: the valid ``train`` names."""
     found: dict[str, None] = dict.fromkeys(paths)
     for weight in weights:
         parts = weight.split("/")

@@ -1,4 +1,4 @@
-"""Attention in blocks has the values and the gradients of attention written out."""
+"""Blockwise attention has the same values and gradients as full attention."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def arrays(dtype=jnp.float32):
 
 
 def written_out(query, key, value, options, seen):
-    """One matrix of scores, its mask, its softmax; in the dtype of the arrays."""
+    """Attention with the full score matrix, in the dtype of the arrays."""
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
     scores = jnp.einsum("btnh,bsnh->bnts", query, key) * options.scale
@@ -79,7 +79,7 @@ TRIALS = [
 
 
 @pytest.mark.parametrize(("options", "seen", "cache"), TRIALS)
-def test_values_and_gradients_are_those_of_the_whole_matrix(
+def test_values_and_gradients_match_the_full_score_matrix(
     options, seen, cache, monkeypatch
 ):
     monkeypatch.setattr(blockwise, "CACHE_BYTES", cache)
@@ -92,7 +92,7 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_on_a_cpu_long_rows_take_their_heads_in_turn():
+def test_on_a_cpu_long_rows_process_their_heads_in_chunks():
     def temporaries(cache):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blockwise, "CACHE_BYTES", cache)
@@ -105,10 +105,10 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("options", "heads", "keys", "parts"),
+    ("options", "heads", "keys", "chunks"),
     [
         pytest.param(CAUSAL, 16, 512, 4, id="cut to the cache"),
-        pytest.param(CAUSAL, 14, 512, 7, id="parts are alike"),
+        pytest.param(CAUSAL, 14, 512, 7, id="equal chunks"),
         pytest.param(CAUSAL, 2, 2**20, 2, id="a head at least"),
         pytest.param(CAUSAL, 16, MIN_BLOCK, 1, id="one block"),
         pytest.param(ENCODER, 16, 512, 4, id="encoder"),
@@ -116,11 +116,11 @@ def test_on_a_cpu_long_rows_take_their_heads_in_turn():
         pytest.param(ENCODER, 64, 2 * MIN_BLOCK, 4, id="encoder, two blocks"),
     ],
 )
-def test_parts_divide_the_heads(options, heads, keys, parts):
-    assert blockwise._parts(options, heads, MIN_BLOCK, keys) == parts
+def test_chunks_divide_the_heads(options, heads, keys, chunks):
+    assert blockwise._num_chunks(options, heads, MIN_BLOCK, keys) == chunks
 
 
-def test_no_scores_are_kept_for_the_backward_pass():
+def test_no_scores_are_saved_for_the_backward_pass():
     def loss(query, key, value):
         return blockwise_attention(query, key, value, CAUSAL, MaskInputs()).sum()
 
@@ -130,7 +130,7 @@ def test_no_scores_are_kept_for_the_backward_pass():
     assert largest == operands[0].size < 2 * 4 * T * T
 
 
-def test_half_precision_stays_and_its_gradients_are_near():
+def test_half_precision_is_preserved_and_gradients_are_close():
     *halves, direction = arrays(jnp.bfloat16)
     got = value_and_gradients(
         blockwise_attention,
@@ -150,7 +150,7 @@ def test_half_precision_stays_and_its_gradients_are_near():
         )
 
 
-def test_vmap_is_a_loop_and_second_derivatives_exist():
+def test_vmap_equals_a_loop_and_second_derivatives_exist():
     query, key, value, _ = arrays()
     stacked = [jnp.stack([x, 2 * x]) for x in (query, key, value)]
 
@@ -168,7 +168,7 @@ def test_vmap_is_a_loop_and_second_derivatives_exist():
     assert np.any(second)
 
 
-def test_a_query_in_padding_changes_nothing_of_real_ones():
+def test_padding_queries_do_not_affect_real_tokens():
     query, key, value, _ = arrays()
     attend = jax.jit(bidirectional_attention)
     out = attend(query, key, value, PADDED)

@@ -1,4 +1,4 @@
-"""Causal attention in blocks equals softmax attention with a mask."""
+"""Blockwise causal attention equals softmax attention with a mask."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_blocks_equal_the_masked_softmax(options):
 
 
 @pytest.mark.optimized
-def test_the_future_takes_no_arithmetic():
+def test_future_keys_cost_no_flops():
     query, key, value = arrays(16 * MIN_BLOCK)
     blocks = jax.jit(causal_attention).lower(query, key, value).compile()
     full = jax.jit(
@@ -83,7 +83,7 @@ def test_the_future_takes_no_arithmetic():
     assert ratio < 0.6  # (16 + 1) / (2 * 16) = 0.53 of the score matrix
 
 
-def test_gradients_reach_nothing_of_the_future():
+def test_future_keys_get_no_gradient():
     query, key, value = arrays()
 
     def one_row(key, value):
@@ -96,7 +96,7 @@ def test_gradients_reach_nothing_of_the_future():
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_cache_gives_what_the_whole_sequence_gives(window):
+def test_cached_attention_matches_the_whole_sequence(window):
     query, key, value = arrays(12)
     options = {"window": window, "softcap": 4.0}
     attend = jax.jit(functools.partial(causal_attention, **options))

@@ -1,4 +1,4 @@
-"""Updates that share one read of x; and attention with any mask and any batch."""
+"""Dot-product attention with any mask and any batch dimensions."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def heads(batch=(2,), t=4, s=5, n=4, k=2, h=3):
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_softmax_of_scaled_products(batch, kv_heads):
+def test_attention_matches_the_formula(batch, kv_heads):
     arrays = heads(batch, k=kv_heads)
     bias = normal(*batch, 4, 4, 5)
     mask = GENERATOR.random((*(1 for _ in batch), 1, 4, 5)) > 0.4
@@ -66,14 +66,14 @@ def test_a_mask_may_be_of_any_dtype(dtype):
     assert_close(got, reference(*arrays, mask=padding[:, None, None, :] > 0))
 
 
-def test_a_query_that_may_see_nothing_gets_the_mean_of_all_values():
+def test_a_fully_masked_query_gets_the_mean_of_all_values():
     q, k, v = heads()
     got = attention(q, k, v, mask=jnp.zeros((2, 1, 1, 5), bool))
     wanted = np.repeat(np.asarray(v).mean(1, keepdims=True), 2, axis=2)
     assert_close(got, np.broadcast_to(wanted, got.shape))
 
 
-def test_attention_names_every_array_that_does_not_fit():
+def test_attention_lists_every_array_of_the_wrong_shape():
     q, k, v = heads()
     with pytest.raises(ValueError, match=r"the 3 key and value heads .* 4 query heads"):
         attention(q, normal(2, 5, 3, 3), normal(2, 5, 3, 3))
@@ -92,7 +92,7 @@ def test_attention_names_every_array_that_does_not_fit():
         attention(q[0, 0], k[0, 0], v[0, 0])
 
 
-def test_attention_refuses_integers_and_unknown_implementations(unchecked):
+def test_attention_rejects_integers_and_unknown_implementations(unchecked):
     q, k, v = heads()
     with pytest.raises(TypeError, match=r"query must be floating-point; got .* int32"):
         attention(q.astype(jnp.int32), k, v)
@@ -100,7 +100,7 @@ def test_attention_refuses_integers_and_unknown_implementations(unchecked):
         attention(q, k, v, implementation="flash")
 
 
-def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
+def test_cudnn_is_chosen_if_it_supports_the_arrays(monkeypatch):
     def chosen(t=4, s=4, h=64, dtype=jnp.bfloat16, **options):
         q, k = (jnp.zeros((2, length, 4, h), dtype) for length in (t, s))
         return choose_implementation(q, k, **options)
@@ -118,7 +118,7 @@ def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
     assert chosen(t=3, mask=mask) == chosen(s=5, mask=mask) == "xla"
 
 
-def test_what_a_policy_may_keep_of_cudnn_is_its_forward_pass():
+def test_the_remat_policy_saves_cudnns_forward_pass():
     kept = [
         name
         for name in ("dot_product_attention_fwd_wrapper", "dot_general", "exp")

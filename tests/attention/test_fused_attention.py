@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, as models call it, against the same in float32 by blocks."""
+"""cuDNN's fused attention against blockwise attention in float32."""
 
 import functools
 import re
@@ -42,7 +42,7 @@ def heads(key, n, k, h):
 
 
 def results(function, arrays):
-    """What it gives, and its gradients, all in float32."""
+    """Returns the result and its gradients in float32."""
 
     @jax.jit
     def both(arrays, weights):
@@ -102,7 +102,7 @@ def test_bidirectional_with_padding(key):
 @pytest.mark.parametrize(
     ("remat", "forwards"), [("none", 1), ("lora", 1), ("block", 2)]
 )
-def test_remat_lora_keeps_what_the_kernel_gave(key, remat, forwards):
+def test_remat_lora_saves_the_kernels_output(key, remat, forwards):
     ids = jnp.ones((2, 64), jnp.int32)
     model = Decoder(CONFIG, dtype=jnp.bfloat16, scan_layers=True, remat=remat)
     adapted = adapt(model, LoRAConfig(rank=2, alpha=2), ids)

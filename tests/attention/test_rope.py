@@ -1,4 +1,4 @@
-"""Rotary positions: a rotation of pairs, by angles that add up."""
+"""Rotary position embeddings rotate pairs, and scores depend on distances."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def rotated(x, position):
     return apply_rope(x, jnp.cos(angles), jnp.sin(angles))
 
 
-def test_pairs_turn_like_complex_numbers_and_the_rest_stays():
+def test_pairs_rotate_like_complex_numbers_and_the_rest_is_unchanged():
     x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
     y = np.asarray(rotated(x, 7))
     z = np.asarray(x[..., :3] + 1j * x[..., 3:6]) * np.exp(7j * np.asarray(FREQUENCIES))
@@ -24,7 +24,7 @@ def test_pairs_turn_like_complex_numbers_and_the_rest_stays():
     assert (y[..., 6:] == x[..., 6:]).all()
 
 
-def test_scores_depend_on_distance_alone():
+def test_scores_depend_only_on_distance():
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 6))
     near = (rotated(q, 5) * rotated(k, 2)).sum()
     far = (rotated(q, 105) * rotated(k, 102)).sum()

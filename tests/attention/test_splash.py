@@ -1,4 +1,4 @@
-"""The TPU's kernel, run as plain JAX, against attention in blocks of queries."""
+"""The TPU kernel, interpreted as plain JAX, against blockwise attention."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def arrays(t):
 
 
 def both(run, query, key, value, direction):
-    """The result, and the gradients of its product with a direction."""
+    """Returns the result, and the gradients of its product with a direction."""
 
     def loss(query, key, value):
         out = run(query, key, value)
@@ -42,7 +42,7 @@ def both(run, query, key, value, direction):
     ],
     ids=["plain", "uneven", "window", "softcap", "packed"],
 )
-def test_the_kernel_is_attention_in_blocks(t, options):
+def test_the_kernel_matches_blockwise_attention(t, options):
     *qkv, direction = arrays(t)
     options = dict(options)
     if options.pop("segment_ids", False):
@@ -63,7 +63,7 @@ def test_the_kernel_is_attention_in_blocks(t, options):
 
 @pytest.fixture
 def on_a_tpu(monkeypatch):
-    """This machine passes for a TPU, its kernels run as plain JAX."""
+    """Pretends to run on a TPU, with interpreted kernels."""
     monkeypatch.setattr(splash, "target_platform", lambda: "tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     asked = []
@@ -77,7 +77,7 @@ def on_a_tpu(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [40, 2**30])
-def test_a_traced_window_chooses_among_kernels(window, on_a_tpu):
+def test_a_traced_window_selects_a_kernel(window, on_a_tpu):
     *qkv, _ = arrays(128)
 
     @jax.jit
@@ -96,13 +96,13 @@ def test_a_traced_window_chooses_among_kernels(window, on_a_tpu):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_traced_window_of_unknown_values_is_no_kernels(on_a_tpu):
+def test_a_traced_window_of_unknown_values_uses_no_kernel(on_a_tpu):
     *qkv, _ = arrays(128)
     jax.jit(lambda w, *x: causal_attention(*x, window=w))(jnp.int32(40), *qkv)
     assert on_a_tpu == []
 
 
-def test_the_kernel_takes_what_divides_over_a_tpus_mesh(monkeypatch):
+def test_the_kernel_supports_shapes_divisible_over_the_mesh(monkeypatch):
     query, key, *_ = arrays(128)
     assert not can_splash(query, key)  # no TPU
     monkeypatch.setattr(splash, "target_platform", lambda: "tpu")
@@ -110,8 +110,8 @@ def test_the_kernel_takes_what_divides_over_a_tpus_mesh(monkeypatch):
     assert can_splash(query, key)
     assert not can_splash(query[:, :64], key[:, :64])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert not can_splash(query, key)  # spread nobody says how
+    assert not can_splash(query, key)  # several devices without a mesh
     with on_mesh_of(make_mesh(devices=jax.devices()[:1])):
         assert can_splash(query, key)
-        monkeypatch.setattr(splash, "row_parts", lambda: 3)
+        monkeypatch.setattr(splash, "num_row_shards", lambda: 3)
         assert not can_splash(query, key)

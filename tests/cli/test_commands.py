@@ -249,7 +249,7 @@ def peft_folder(path):
         ),
         (
             ["encode", "--data", "{tmp}/ok.jsonl", "--out", "{tmp}/no/o"],
-            "there is no folder",
+            "/no does not exist",
         ),
         (
             ["encode", "--data", "{tmp}/ids.jsonl", *MODEL_AND_OUT],

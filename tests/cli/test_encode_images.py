@@ -82,7 +82,10 @@ def test_images_of_several_sizes_go_through_dinov2(encode):
     [
         ({"image": 3}, ":1: 'image' must be a path; got 3"),
         ({"image": "a", "pixel_values": []}, "either 'image' or 'pixel_values'"),
-        ({"pixel_values": [[1.0], [1.0, 2.0]]}, "must be [c][y][x] numbers, rows of"),
+        (
+            {"pixel_values": [[1.0], [1.0, 2.0]]},
+            "must be [c][y][x] numbers, with rows of",
+        ),
         ({"pixel_values": [[["a"]]]}, "must be [c][y][x] numbers; got shape [1, 1, 1]"),
         ({"pixel_values": [[[float("nan")]]]}, ":1: 'pixel_values' must be finite"),
         ({"pixel_values": [[[1.0]]]}, "3 channels and 12 x 12; got [1, 1, 1]"),

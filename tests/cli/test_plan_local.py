@@ -43,7 +43,7 @@ def test_where_no_batch_fits_the_error_says_what_else_helps(config, call, monkey
     assert code == 2
     shown = " ".join(shown.split())
     assert "this machine has 999 B" in shown
-    assert "Not even the smallest batch fits" in shown
+    assert "Even the smallest batch does not fit" in shown
 
 
 @pytest.mark.parametrize("stats", [None, {"bytes_limit": 7}], ids=["cpu", "gpu"])

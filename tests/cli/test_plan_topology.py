@@ -43,7 +43,7 @@ def test_a_step_is_planned_without_weights_or_data(config, call):
 def test_options_that_mean_nothing_alone_and_bad_names_are_refused(config, call):
     code, _, shown = call("plan", config, "--batch", "4")
     assert code == 2
-    assert "--batch must come with --topology" in shown
+    assert "--batch requires --topology" in shown
     code, _, shown = call("plan", config, "--topology", "v5e:4x5")
     assert code == 2
     assert "v5e:4x4, v5e:4x8" in shown

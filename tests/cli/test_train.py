@@ -194,11 +194,11 @@ def test_malformed_data_is_refused_before_anything_starts(
     ("override", "message"),
     [
         ("lora.targets=[qurey]", "attention/query"),
-        ("lora.train=[attention_norm]", "lora.train must name the head"),
+        ("lora.train=[attention_norm]", "lora.train must include the head"),
         ("model.path=/nowhere/model", "/nowhere/model"),
         ("lora.rank=0", "rank must be at least 1; got 0"),
         ("lora.rnak=1", "Did you mean 'rank'?"),
-        ("data.packing=true", "data.packing and train.samples are of a decoder"),
+        ("data.packing=true", "data.packing and train.samples are for decoders"),
     ],
 )
 def test_bad_settings_are_refused(override, message, config, tmp_path, call):

@@ -39,9 +39,7 @@ def test_a_mask_is_a_bit_for_each_token(mask, is_fit):
 
 
 def test_a_mask_needs_ids():
-    assert "for each of 'input_ids'" in record_fault(
-        {"text": "a", "attention_mask": [1]}
-    )
+    assert "per 'input_ids' entry" in record_fault({"text": "a", "attention_mask": [1]})
 
 
 def test_the_first_twenty_faults_are_shown_and_the_others_counted():

@@ -1,7 +1,7 @@
-"""What `adapt` must find in the models of `tests.nn.external_modules`.
+"""The models of `tests.nn.external_modules` and what `adapt` must find in them.
 
-`MODELS` lists them with example inputs, the config that adapts them, and the paths that
-it must find.
+`MODELS` lists them with example inputs, the config that adapts them, and the expected
+paths.
 """
 
 import functools
@@ -48,7 +48,7 @@ class External(NamedTuple):
         return {"rank": self.rank, "alpha": 3 * self.rank, "targets": self.targets}
 
     def variables(self) -> dict[str, Any]:
-        """As trained weights come: arrays of another program, none of them zero."""
+        """Returns weights as if trained elsewhere: NumPy arrays without zeros."""
         rng = np.random.default_rng(0)
 
         def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -188,7 +188,7 @@ MODELS = [
 
 
 def trained(variables: dict[str, Any]) -> dict[str, Any]:
-    """Returns the variables with B moved away from zero, as after training."""
+    """Returns the variables with nonzero B, as after training."""
     rng = np.random.default_rng(1)
 
     def move(leaf: jax.Array) -> jax.Array:

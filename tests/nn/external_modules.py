@@ -1,4 +1,4 @@
-"""Linen models as other people write them: no one here has heard of LoRA."""
+"""Linen models written without LoRA in mind."""
 
 import functools
 
@@ -63,7 +63,7 @@ class ViT(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """As a scan wants it: carry in, carry out."""
+    """A block with the signature for a scan: carry in, carry out."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -152,7 +152,7 @@ class EinsumMoE(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """In setup style, with methods of its own and cross-attention."""
+    """In setup style, with additional methods and cross-attention."""
 
     def setup(self):
         self.shared = nn.Embed(13, 16)

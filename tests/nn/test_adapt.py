@@ -1,4 +1,4 @@
-"""What `adapt` promises beyond the laws: methods, flags, collections, errors."""
+"""`adapt` beyond the laws: methods, flags, collections, errors."""
 
 import functools
 
@@ -48,7 +48,7 @@ class Trains(nn.Module):
 # --- methods and collections ---
 
 
-def test_every_way_to_name_a_method_gives_one_answer():
+def test_every_way_to_name_a_method_is_equivalent():
     case = CASES["encoder_decoder"]
     params = case.variables()["params"]
     adapted = adapt(case.model, case.config(), *case.args)
@@ -130,7 +130,7 @@ class Classifier(nn.Module):
         return nn.Dense(2, name="head")(self.encoder(x))
 
 
-def test_an_adapted_model_is_a_part_of_a_bigger_one():
+def test_an_adapted_model_works_as_a_submodule():
     adapted = expert(train=["down/bias"])
     made = jax.jit(Classifier(adapted).init)(key(0), X)
     assert set(made["params"]) == {"head", "encoder"}
@@ -167,7 +167,7 @@ def test_an_adapted_model_is_scanned():
     )
 
 
-def test_jit_inside_the_model_is_not_fooled_by_another_adapter():
+def test_jit_inside_the_model_distinguishes_adapters():
     case = CASES["jitted"]
     params = case.variables()["params"]
     case.model.apply({"params": params}, *case.args)  # fills nn.jit's cache
@@ -199,7 +199,7 @@ def test_a_second_call_compiles_nothing():
     [nn.FrozenDict, lambda tree: jax.tree.map(np.asarray, tree)],
     ids=["frozen", "numpy"],
 )
-def test_any_mapping_of_any_arrays_is_taken_as_it_is(convert):
+def test_any_mapping_of_any_arrays_is_accepted(convert):
     params = convert(EXPERT)
     variables = expert().attach(params, key(1))
     assert variables["frozen"]["up"]["kernel"] is params["up"]["kernel"]
@@ -272,7 +272,7 @@ def test_lora_only_trains_the_biases_of_adapted_layers_and_no_norms(targets):
     np.testing.assert_array_equal(got, wanted)
 
 
-def test_what_is_trained_in_full_gets_no_adapter():
+def test_fully_trained_layers_get_no_adapter():
     model = Classifier(Expert())
     params = {
         "encoder": EXPERT,
@@ -301,7 +301,7 @@ def test_merging_works_under_jit_and_keeps_bfloat16():
         assert 0 < row.relative < 0.01  # a large update, rounded once
 
 
-def test_merging_refuses_what_is_not_finite_and_leaves_the_base_alone():
+def test_merging_rejects_nan_and_leaves_the_base_unchanged():
     adapted = expert()
     variables = adapted.attach(EXPERT, key(1))
     variables["lora"]["up"]["lora_b"] = jnp.full((2, 12), jnp.nan)
@@ -309,7 +309,7 @@ def test_merging_refuses_what_is_not_finite_and_leaves_the_base_alone():
     with pytest.raises(ValueError, match="does not fit the model") as error:
         adapted.merge(variables)
     assert "down/lora_a must be (12, 2); got (3, 2)" in str(error.value)
-    assert "up/lora_b has values that are not finite" in str(error.value)
+    assert "up/lora_b contains NaN or infinity" in str(error.value)
     assert_same_tree(adapted.detach(variables), EXPERT)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), EXPERT)
     variables = adapted.attach(half, key(1))
@@ -329,7 +329,7 @@ def dropping(**fields):
 
 
 @pytest.mark.parametrize("call", ["keyword", "position"])
-def test_dropout_is_off_where_the_call_is_deterministic(call):
+def test_dropout_is_disabled_if_the_call_is_deterministic(call):
     adapted, variables = dropping(rate=0.0)
     args, kwargs = (
         ((True,), {}) if call == "position" else ((), {"deterministic": True})
@@ -359,7 +359,7 @@ def test_dropout_follows_a_train_flag_and_its_default():
     assert not np.array_equal(loud, quiet)
 
 
-def test_dropout_draws_from_its_stream_and_leaves_the_models_own_alone():
+def test_adapter_dropout_does_not_change_the_models_own_dropout():
     adapted, variables = dropping()
     fresh = adapted.clone(deterministic=True).attach(EXPERT, key(1))
     rngs = {"dropout": key(2)}
@@ -371,7 +371,7 @@ def test_dropout_draws_from_its_stream_and_leaves_the_models_own_alone():
     assert not np.array_equal(one, other)
 
 
-def test_dropout_without_a_key_says_so():
+def test_dropout_without_a_key_raises_a_clear_error():
     adapted, variables = dropping(rate=0.0)
     message = r"rngs must have 'dropout' for dropout_rate=0.5 of the adapter at 'up'"
     with pytest.raises(ValueError, match=message):
@@ -386,7 +386,7 @@ def test_tabulate_shows_base_and_adapters():
     assert "lora" in table
 
 
-def test_merging_without_adapters_is_an_error_of_the_adapters():
+def test_merging_without_adapters_names_the_missing_adapters():
     adapted = adapt(nn.Dense(5), LoRAConfig(rank=2, targets=".*"))
     params = {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}
     with pytest.raises(ValueError, match=r"lora_a is missing; lora_b is missing"):
@@ -396,7 +396,7 @@ def test_merging_without_adapters_is_an_error_of_the_adapters():
 
 
 def test_gradients_pass_through_shard_map_with_replicated_adapters():
-    """`check_vma`: the gradient of what is whole on all devices is summed over them."""
+    """With `check_vma`, the gradient of a replicated array is summed over devices."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     x, w = jnp.ones((4, 3)), jnp.ones((3, 5))
     a, b = jnp.ones((3, 2)), jnp.ones((2, 5))

@@ -1,7 +1,7 @@
-"""Whoever reads the ops reads the code that trains: no layer has arithmetic of its own.
+"""Every adapted layer runs the public ops; none has its own arithmetic.
 
-Each op is replaced by one that records its call and shifts the base's output; every
-adapted layer has to notice.
+Each op is replaced by one that records its call and shifts the base's output, which
+must show in every adapted layer.
 """
 
 import flax.linen as nn
@@ -30,7 +30,7 @@ LAYERS = {
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Replaces every op that layers call; returns the names of those called."""
+    """Replaces every op that layers call; returns the names of the called ops."""
     called = []
 
     def replace(module, name):

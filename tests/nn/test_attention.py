@@ -48,7 +48,7 @@ PROJECTIONS = ("query", "key", "value", "out")
         ),
     ],
 )
-def test_linen_attention_loads_as_it_is_and_agrees(inputs, options, call):
+def test_linen_attention_params_load_unchanged_and_agree(inputs, options, call):
     linen = nn.MultiHeadDotProductAttention(num_heads=4, **BIASES, **options)
     ours = LoRAAttention(num_heads=4, lora=CONFIG, **BIASES, **options)
     fresh = initialised(ours, *(x.shape for x in inputs))
@@ -71,7 +71,7 @@ def test_linen_attention_loads_as_it_is_and_agrees(inputs, options, call):
     )
 
 
-def test_initial_values_are_linens_for_the_same_key():
+def test_initial_values_match_linen_for_the_same_key():
     linen, ours = (
         initialised(layer(num_heads=4), X.shape)
         for layer in (nn.MultiHeadDotProductAttention, LoRAAttention)
@@ -79,7 +79,7 @@ def test_initial_values_are_linens_for_the_same_key():
     assert equal(ours["frozen"], linen["params"])
 
 
-def test_a_bfloat16_base_stays_so_and_agrees():
+def test_a_bfloat16_base_is_preserved_and_agrees():
     x = X.astype(jnp.bfloat16)
     linen = nn.MultiHeadDotProductAttention(num_heads=4, force_fp32_for_softmax=True)
     ours = LoRAAttention(num_heads=4, lora=CONFIG)
@@ -100,7 +100,7 @@ def test_a_bfloat16_base_stays_so_and_agrees():
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
-def test_attention_dropout_is_linens(broadcast):
+def test_attention_dropout_matches_linen(broadcast):
     options = {
         "num_heads": 4,
         "dropout_rate": 0.4,
@@ -132,7 +132,7 @@ def test_a_dropout_key_may_be_given_at_the_call():
     assert not np.allclose(apply(key(0)), apply(key(1)))
 
 
-def test_weights_are_sown_and_precision_changes_no_value():
+def test_sowing_weights_and_precision_change_no_values():
     layer = LoRAAttention(4, num_kv_heads=2, is_causal=True, lora=CONFIG)
     variables = variables_of(layer, X)
     wanted = jax.jit(layer.apply)(variables, X)
@@ -174,7 +174,7 @@ def softmax_attention(params, x, memory, *, bias=0.0, mask=True):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_grouped_queries_are_softmax_attention(kv_heads):
+def test_grouped_queries_match_softmax_attention(kv_heads):
     layer = LoRAAttention(
         *(6, kv_heads, 24), is_causal=True, out_features=8, lora=CONFIG
     )
@@ -189,7 +189,7 @@ def test_grouped_queries_are_softmax_attention(kv_heads):
     assert_close(got, wanted)
 
 
-def test_grouped_cross_attention_is_softmax_attention():
+def test_grouped_cross_attention_matches_softmax_attention():
     layer = LoRAAttention(6, 2, lora=CONFIG)
     variables = variables_of(layer, X, MEMORY)
     got = jax.jit(functools.partial(layer.apply, mask=PADDING))(variables, X, MEMORY)
@@ -202,7 +202,7 @@ def test_grouped_cross_attention_is_softmax_attention():
 # --- The decode cache
 
 
-def test_the_decode_cache_is_linens_bit_for_bit():
+def test_the_decode_cache_is_bitwise_equal_to_linens():
     options = {"num_heads": 4, "decode": True}
     linen = nn.MultiHeadDotProductAttention(**options)
     ours = LoRAAttention(**options, lora=CONFIG)
@@ -239,11 +239,11 @@ def test_decoding_step_by_step_is_one_causal_pass():
     assert step._cache_size() == 2  # one for each number of new positions
 
 
-def test_a_cache_that_does_not_fit_is_an_error():
+def test_an_incompatible_cache_is_an_error():
     decoder = LoRAAttention(4, decode=True, lora=CONFIG)
     variables = initialised(decoder, (2, 5, 12))
     decode = functools.partial(decoder.apply, variables, mutable="cache")
-    with pytest.raises(ValueError, match=r"up to the 5 of its cache.* \(2, 6, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"at most 5 new positions.* \(2, 6, 4, 3\)"):
         decode(normal((2, 6, 12)))
     with pytest.raises(ValueError, match=r"\*b = \[2\].* got \(3, 1, 4, 3\)"):
         decode(normal((3, 1, 12)))
@@ -251,7 +251,7 @@ def test_a_cache_that_does_not_fit_is_an_error():
         decode(normal((2, 1, 12)), mask=jnp.ones((2, 1, 1, 4)))
 
 
-# --- What is adapted
+# --- Adapters
 
 
 def test_the_whole_variable_tree():
@@ -275,7 +275,7 @@ def test_the_whole_variable_tree():
 
 
 @pytest.mark.parametrize("name", ["key", "out"])
-def test_each_projection_can_be_adapted_alone(name):
+def test_each_projection_can_be_adapted_on_its_own(name):
     config = LoRAConfig(rank=3, alpha=7.0, targets=[name])
     layer = LoRAAttention(4, lora=config)
     variables = variables_of(layer, X)
@@ -300,7 +300,7 @@ def test_layer_norms_are_frozen_unless_trained():
     assert shapes(variables["params"]) == {"key_ln": {"scale": (3,)}}
 
 
-# --- One read of x
+# --- Sharing x A
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_layer_norms_are_frozen_unless_trained():
     [((X,), ["12,9"]), ((X, MEMORY), ["12,3", "10,6"])],
     ids=["self", "cross"],
 )
-def test_projections_of_one_input_share_one_product(inputs, products):
+def test_projections_with_the_same_input_share_one_product(inputs, products):
     layer = LoRAAttention(4, lora=CONFIG)
     variables = initialised(layer, *(x.shape for x in inputs))
     jaxpr = jax.make_jaxpr(layer.apply)(variables, *inputs)
@@ -319,7 +319,7 @@ def test_projections_of_one_input_share_one_product(inputs, products):
     assert got == wide  # one factor alone needs no concatenation
 
 
-def test_adapter_dropout_is_of_the_adapters_alone():
+def test_adapter_dropout_affects_only_the_adapters():
     config = LoRAConfig(rank=3, alpha=7.0, dropout_rate=0.5)
     layer = LoRAAttention(4, lora=config)
     variables = variables_of(LoRAAttention(4, lora=CONFIG), X)
@@ -357,10 +357,14 @@ def test_adapter_dropout_is_of_the_adapters_alone():
         ),
         ({"num_heads": 0}, (X,), "num_heads must be at least 1; got 0"),
         ({"dropout_rate": 1.5}, (X,), "dropout_rate must be in [0, 1); got 1.5"),
-        ({}, (X, None, X), "inputs_k must be given where inputs_v is"),
+        ({}, (X, None, X), "inputs_k must be given if inputs_v is"),
         ({}, (X, MEMORY, X), "key, value must be [*b, s, k, h]"),
         ({}, (X, normal((3, 7, 10))), "with *b = [2]"),
-        ({"is_causal": True}, (X, MEMORY), "is_causal needs as many queries as keys"),
+        (
+            {"is_causal": True},
+            (X, MEMORY),
+            "is_causal requires equal query and key",
+        ),
         ({"dropout_rate": 0.5}, (X,), "deterministic"),
         (
             {"dropout_rate": 0.5, "deterministic": False},
@@ -386,7 +390,7 @@ def test_bad_input_is_named(options, inputs, message, unchecked):
     assert message in str(error.value)
 
 
-def test_integers_are_refused():
+def test_integers_are_rejected():
     layer = LoRAAttention(4)
     with pytest.raises(
         TypeError, match=r"inputs_q, .* must be floating-point; .* int32"

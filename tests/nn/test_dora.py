@@ -1,4 +1,4 @@
-"""DoRA in modules: the twins against NumPy, `adapt` on foreign models."""
+"""DoRA in modules: LoRA layers against NumPy, `adapt` on external models."""
 
 import functools
 
@@ -38,9 +38,9 @@ def attached(name: str):
     return adapted_of(name).attach(CASES[name].variables()["params"], key(1))
 
 
-# --- Twins
+# --- LoRA layers
 
-TWINS = {  # a twin, its linen class, inputs, how A and B multiply, the input axes
+LORA_LAYERS = {  # LoRA layer, arguments, input shape, einsum of A and B, input axes
     "dense": ("Dense", (8,), {}, (2, 5, 10), "ir,ro->io", (0,)),
     "heads_in": ("DenseGeneral", ((3, 5),), {}, (2, 4, 10), "dr,rnh->dnh", (0,)),
     "heads_out": (
@@ -63,14 +63,14 @@ TWINS = {  # a twin, its linen class, inputs, how A and B multiply, the input ax
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_twin_is_its_layer_with_the_scaled_and_merged_kernel(name):
-    kind, args, kwargs, shape, factors, inputs = TWINS[name]
-    twin = getattr(lora_jax, f"LoRA{kind}")(*args, **kwargs, lora=config())
+@pytest.mark.parametrize("name", LORA_LAYERS)
+def test_a_lora_layer_equals_its_layer_with_the_merged_kernel(name):
+    kind, args, kwargs, shape, factors, inputs = LORA_LAYERS[name]
+    layer = getattr(lora_jax, f"LoRA{kind}")(*args, **kwargs, lora=config())
     linen = getattr(nn, kind)(*args, **kwargs)
     x = normal(shape)
-    made = initialised(twin, shape)
-    apply, base = jax.jit(twin.apply), jax.jit(linen.apply)
+    made = initialised(layer, shape)
+    apply, base = jax.jit(layer.apply), jax.jit(linen.apply)
     # Close, not equal: kernel and norms were computed in one program, fused.
     reference.assert_close(apply(made, x), base({"params": made["frozen"]}, x))
     variables = trained(made)
@@ -87,39 +87,39 @@ def test_a_twin_is_its_layer_with_the_scaled_and_merged_kernel(name):
 
 @pytest.mark.parametrize("method", ["__call__", "attend"])
 def test_an_embedding_scales_columns_for_lookups_and_for_a_tied_head(method):
-    twin = LoRAEmbed(11, 5, lora=config())
-    variables = trained(initialised_embed := twin.init(key(0), jnp.arange(3)))
+    layer = LoRAEmbed(11, 5, lora=config())
+    variables = trained(initialised_embed := layer.init(key(0), jnp.arange(3)))
     x = normal((4, 5)) if method == "attend" else jnp.array([3, 0, 10])
     table, (a, b, m) = variables["frozen"]["embedding"], variables["lora"].values()
     assert m.shape == (5,)
     merged = reference.dora_merge(table, a, b, m, ALPHA / RANK)
     wanted = np.asarray(x) @ merged.T if method == "attend" else merged[np.asarray(x)]
-    reference.assert_close(twin.apply(variables, x, method=method), wanted)
+    reference.assert_close(layer.apply(variables, x, method=method), wanted)
     base = nn.Embed(11, 5)
     plain = {"params": initialised_embed["frozen"]}
-    got = jax.jit(functools.partial(twin.apply, method=method))(initialised_embed, x)
+    got = jax.jit(functools.partial(layer.apply, method=method))(initialised_embed, x)
     wanted = jax.jit(functools.partial(base.apply, method=method))(plain, x)
     np.testing.assert_array_equal(got, wanted)
 
 
 def test_attention_scales_each_projection():
     fields = {"num_heads": 4, "qkv_features": 8}
-    twin = LoRAAttention(**fields, lora=config(targets=["query", "value", "out"]))
+    layer = LoRAAttention(**fields, lora=config(targets=["query", "value", "out"]))
     base = nn.MultiHeadDotProductAttention(**fields)
     x = normal((2, 5, 8))
-    made = initialised(twin, x.shape)
+    made = initialised(layer, x.shape)
     assert made["lora"]["query"]["magnitude"].shape == (4, 2)
     variables = trained(made)
     frozen = variables["frozen"]
     variables["frozen"] = jax.tree.map(lambda w: w + 0.1 * normal(w.shape), frozen)
     foreign = adapt(base, config(targets=["query", "value", "out"]), x)
     wanted = foreign.apply(variables, x)
-    reference.assert_close(jax.jit(twin.apply)(variables, x), wanted)
+    reference.assert_close(jax.jit(layer.apply)(variables, x), wanted)
     merged = {"params": foreign.merge(variables)}
     reference.assert_close(base.apply(merged, x), wanted)
 
 
-def test_a_twin_is_scanned_and_rematerialised():
+def test_a_lora_layer_works_under_scan_and_remat():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -154,8 +154,8 @@ def test_a_twin_is_scanned_and_rematerialised():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(got))
 
 
-def test_plain_lora_is_the_same_program_as_without_dora_in_the_house():
-    """Its jaxpr has nothing that DoRA brings: no norm, no barrier, no checkpoint."""
+def test_plain_lora_compiles_to_a_program_without_dora():
+    """Its jaxpr has nothing of DoRA: no norm, no barrier, no checkpoint."""
     for case in MODULE_CASES:
         arrays = case.init(key(0))
         text = str(jax.make_jaxpr(lambda a, c=case: c.apply(*a, ALPHA / RANK))(arrays))
@@ -163,28 +163,28 @@ def test_plain_lora_is_the_same_program_as_without_dora_in_the_house():
 
 
 @pytest.mark.parametrize("dora", [True, False])
-def test_a_twin_refuses_the_others_adapter(dora):
+def test_a_lora_layer_rejects_an_adapter_of_the_other_kind(dora):
     x = normal((2, 6))
-    twin, other = (LoRADense(4, lora=config(dora=d)) for d in (dora, not dora))
+    layer, other = (LoRADense(4, lora=config(dora=d)) for d in (dora, not dora))
     variables = other.init(key(0), x)
     message = "must have 'magnitude'; got none" if dora else "config has dora=False"
     with pytest.raises(ValueError, match=message):
-        twin.apply(variables, x)
+        layer.apply(variables, x)
 
 
-def test_a_twin_refuses_a_magnitude_of_another_shape():
-    x, twin = normal((2, 6)), LoRADense(4, lora=config())
-    variables = twin.init(key(0), x)
+def test_a_lora_layer_rejects_a_magnitude_of_the_wrong_shape():
+    x, layer = normal((2, 6)), LoRADense(4, lora=config())
+    variables = layer.init(key(0), x)
     variables["lora"]["magnitude"] = jnp.ones(6)
     with pytest.raises(ValueError, match=r"magnitude must be \(4,\); got \(6,\)"):
-        twin.apply(variables, x)
+        layer.apply(variables, x)
 
 
 # --- adapt
 
 
 @foreign
-def test_a_foreign_model_is_silent_at_init_and_merges_to_what_it_computes(name):
+def test_an_external_model_is_unchanged_at_init_and_merges_exactly(name):
     case, adapted, start = CASES[name], adapted_of(name), attached(name)
     params = case.variables()["params"]
     run, base = jax.jit(adapted.apply), jax.jit(case.model.apply)
@@ -218,7 +218,7 @@ def test_the_table_of_targets_has_the_shapes_of_the_tree(name):
     assert {p: leaf.shape for p, leaf in flatten(made["lora"]).items()} == wanted
 
 
-def test_a_bfloat16_base_stays_so_and_is_silent():
+def test_a_bfloat16_base_is_preserved_and_unchanged_at_init():
     case, adapted = CASES["scanned_axis_1"], adapted_of("scanned_axis_1")
     half = jax.tree.map(lambda w: w.astype("bfloat16"), case.variables()["params"])
     variables = adapted.attach(half, key(1))
@@ -259,7 +259,7 @@ def test_training_moves_a_b_and_m_and_leaves_the_base_bit_identical():
     assert_same_tree(start["frozen"], kept)
 
 
-def test_adapt_refuses_an_adapter_with_or_without_its_magnitude():
+def test_adapt_rejects_an_unexpected_or_missing_magnitude():
     case = CASES["boxed"]
     start = attached("boxed")
     plain = adapt(case.model, case.config(), *case.args)

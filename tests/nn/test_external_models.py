@@ -1,4 +1,4 @@
-"""Every claim of `adapt`, on every model of `tests.nn.external_models`."""
+"""The guarantees of `adapt`, on every model of `tests.nn.external_models`."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.nn.tools import key
 
 
 class Ready:
-    """A model with its base, adapters and outputs, made once for all tests of it."""
+    """A model with its base, adapters and outputs, shared by all its tests."""
 
     def __init__(self, case: External):
         self.case = case
@@ -46,7 +46,7 @@ def test_the_named_layers_are_found(ready):
     assert sorted(t.path for t in ready.adapted.targets()) == sorted(ready.case.paths)
 
 
-def test_parameters_tell_what_an_example_tells(ready):
+def test_example_inputs_can_be_inferred_from_parameters(ready):
     told = adapt(ready.model, ready.case.config())
     if not ready.case.is_told:
         with pytest.raises(ValueError, match="needs example inputs"):
@@ -60,13 +60,13 @@ def test_parameters_tell_what_an_example_tells(ready):
 
 
 @pytest.mark.optimized
-def test_silent_at_init_bit_for_bit(ready):
+def test_bitwise_equal_to_the_base_at_init(ready):
     wanted = ready.base_apply(ready.params)
     np.testing.assert_array_equal(ready.apply(ready.attached), wanted)
 
 
 @pytest.mark.optimized
-def test_a_loop_of_two_rows_is_silent_where_xla_leaves_it_a_loop():
+def test_a_loop_of_two_rows_is_unchanged_at_init():
     """Else it makes one kernel of the base's, and sums in another order (XLA:CPU)."""
     (case,) = (case for case in MODELS if case.name == "broadcast_scan")
     tiny = Ready(case._replace(args=(case.args[0][:2],)))
@@ -80,7 +80,7 @@ def test_a_loop_of_two_rows_is_silent_where_xla_leaves_it_a_loop():
 
 
 @pytest.mark.optimized
-def test_silent_at_init_in_bfloat16(ready):
+def test_equal_to_the_base_at_init_in_bfloat16(ready):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), ready.params)
     attached = ready.adapted.attach(half, key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(attached["lora"]))
@@ -89,7 +89,7 @@ def test_silent_at_init_in_bfloat16(ready):
     np.testing.assert_array_equal(got, wanted)
 
 
-def test_heard_once_trained_and_merged_is_the_same_function(ready):
+def test_a_trained_adapter_changes_the_output_and_merges_exactly(ready):
     got = ready.apply(ready.moved)
     base = ready.base_apply(ready.params)
     assert float(jnp.abs(got - base).max()) > 1e-2
@@ -128,7 +128,7 @@ def test_init_makes_the_same_tree_as_attach(ready):
         assert shapes_of(made[name]) == shapes_of(ready.attached[name])
 
 
-def test_first_gradient_reaches_b_alone(ready):
+def test_the_first_gradient_reaches_only_b(ready):
     def loss(lora):
         return jnp.square(ready.output({**ready.attached, "lora": lora})).sum()
 

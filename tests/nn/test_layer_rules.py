@@ -1,4 +1,4 @@
-"""The registry: what makes a layer one that LoRA can adapt."""
+"""The registry of layers that LoRA can adapt."""
 
 import math
 
@@ -20,7 +20,7 @@ CONFIG = LoRAConfig(rank=3, alpha=7.0)
 
 
 class Transposed(nn.Module):
-    """A user's own layer, with its kernel the other way round."""
+    """A user-defined layer with a transposed kernel."""
 
     features: int
 
@@ -81,11 +81,11 @@ def test_a_kernel_with_folded_axes_can_be_registered(model, x, registry):
     assert np.abs(y - model.apply({"params": variables["frozen"]}, x)).max() > 0.1
 
 
-def test_a_subclass_is_its_base_class():
+def test_a_subclass_is_adapted_like_its_base_class():
     class Wide(nn.Dense):
         pass
 
-    (target,) = find_targets(Wide(6), None, LoRAConfig(rank=3, targets=".*"), X)
+    (target,) = find_targets(Wide(6), LoRAConfig(rank=3, targets=".*"), X)
     assert (target.kind, target.kernel_shape, target.trainable) == ("dense", (8, 6), 42)
 
 
@@ -112,7 +112,7 @@ def test_only_a_module_class_can_be_registered():
             register_layer(thing, "...i,io->...o")
 
 
-def test_arguments_are_bound_in_order_however_passed():
+def test_arguments_are_bound_in_order_whether_positional_or_keyword():
     def method(x, equation=None, flag=1): ...
 
     assert call_inputs(method, (X,), {"flag": 2, "equation": "e"}) == (X, "e", 2)

@@ -1,4 +1,4 @@
-"""The twins of Linen's layers: what they hold, what they share with Linen, options."""
+"""The LoRA layers: their variables, agreement with Linen, options."""
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ NONE = LoRAConfig(rank=3, targets=["elsewhere"])
 IDS = jnp.asarray([[1, 4, 0], [2, 2, 6]])
 X = normal((3, 4, 8))
 
-TWINS = {
+LORA_LAYERS = {
     "dense": (LoRADense, nn.Dense, (6,), {}, X),
     "heads": (LoRADenseGeneral, nn.DenseGeneral, ((3, 2),), {}, X),
     "two_axes": (LoRADenseGeneral, nn.DenseGeneral, (5,), {"axis": (-2, -1)}, X),
@@ -41,11 +41,11 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_twin_loads_linens_parameters_and_is_bit_equal(name):
-    twin, linen, args, options, x = TWINS[name]
+@pytest.mark.parametrize("name", LORA_LAYERS)
+def test_a_lora_layer_loads_linen_parameters_and_is_bitwise_equal(name):
+    lora_cls, linen, args, options, x = LORA_LAYERS[name]
     plain = linen(*args, **options)
-    layer = twin(*args, **options, lora=ALL)
+    layer = lora_cls(*args, **options, lora=ALL)
     variables = jax.jit(layer.init)(key(0), x)
     params = jax.jit(plain.init)(key(0), x)["params"]
     assert equal(variables["frozen"], params)
@@ -58,13 +58,13 @@ def test_a_twin_loads_linens_parameters_and_is_bit_equal(name):
         return plain.apply({"params": params}, x), layer.apply(mine, x)
 
     assert equal(*both(params))
-    untargeted = twin(*args, **options, lora=NONE)
+    untargeted = lora_cls(*args, **options, lora=NONE)
     assert set(jax.eval_shape(untargeted.init, key(0), x)) == {"frozen"}
     assert equal(jax.jit(untargeted.apply)({"frozen": params}, x), both(params)[0])
 
 
 class Model(nn.Module):
-    """A small model of every twin, driven by one config."""
+    """A small model of every LoRA layer, with one config."""
 
     lora: LoRAConfig
 
@@ -97,7 +97,7 @@ def leaves_of(tree):
     }
 
 
-def test_all_linear_leaves_out_embeddings_and_convolutions():
+def test_all_linear_excludes_embeddings_and_convolutions():
     variables = variables_of(LoRAConfig(rank=2))
     assert shapes(variables["lora"]) == {
         f"layer_{i}": {
@@ -132,7 +132,7 @@ def test_one_config_with_patterns_drives_a_whole_model():
 def test_alpha_pattern_and_rslora_set_the_scaling_of_a_layer():
     x, layer = normal((2, 8)), LoRADense(4, lora=ALL)
     variables = tuned(jax.jit(layer.init)(key(0), x))
-    variables["frozen"]["kernel"] = jnp.zeros((8, 4))  # all there is is the change
+    variables["frozen"]["kernel"] = jnp.zeros((8, 4))  # the output is only the update
     variables["frozen"]["bias"] = jnp.zeros(4)
 
     def change(**options):
@@ -187,10 +187,10 @@ def test_adding_a_target_changes_no_other_adapter():
 # --- Dropout
 
 
-@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
-def test_integers_are_taken_as_linen_takes_them(is_twin):
+@pytest.mark.parametrize("is_lora_layer", [True, False], ids=["LoRA layer", "adapted"])
+def test_integers_are_accepted_as_in_linen(is_lora_layer):
     x = jnp.arange(24).reshape(3, 8)
-    layer = LoRADense(6, lora=ALL) if is_twin else adapt(nn.Dense(6), ALL, x)
+    layer = LoRADense(6, lora=ALL) if is_lora_layer else adapt(nn.Dense(6), ALL, x)
     variables = tuned(jax.jit(layer.init)(key(0), x))
     got = layer.apply(variables, x)
     assert np.array_equal(got, layer.apply(variables, x.astype("float32")))
@@ -222,22 +222,22 @@ def test_the_deterministic_switch():
 
 
 @pytest.mark.parametrize("deterministic", [None, True, False])
-def test_a_lookup_drops_nothing_whatever_the_switch(deterministic):
+def test_a_lookup_has_no_dropout(deterministic):
     layer = LoRAEmbed(7, 4, deterministic=deterministic, lora=DROPPING)
     variables = tuned(jax.jit(layer.init)(key(0), IDS))
     plain = LoRAEmbed(7, 4, lora=ALL).apply(variables, IDS)
     assert np.array_equal(layer.apply(variables, IDS), plain)  # no key needed
 
 
-@pytest.mark.parametrize("is_twin", [True, False], ids=["twin", "adapted"])
-def test_a_tied_head_drops_elements_of_its_query(is_twin):
+@pytest.mark.parametrize("is_lora_layer", [True, False], ids=["LoRA layer", "adapted"])
+def test_a_tied_head_applies_dropout_to_its_query(is_lora_layer):
     query, table = normal((2, 4)), nn.Embed(7, 4)
 
     def attend(rate, *, off=False):
         config = LoRAConfig(rank=3, alpha=7.0, targets=".*", dropout_rate=rate)
         layer = (
             LoRAEmbed(7, 4, deterministic=off, lora=config)
-            if is_twin
+            if is_lora_layer
             else adapt(table, config, IDS, deterministic=off)
         )
         variables = tuned(jax.jit(layer.init)(key(0), IDS))
@@ -277,7 +277,7 @@ def test_masks_differ_between_tokens_and_layers():
 # --- Bad input
 
 
-def test_variables_that_do_not_fit_are_named():
+def test_invalid_variables_are_named():
     layer = LoRADense(6, lora=ALL)
     variables = layer.init(key(0), X)
     frozen, lora = variables["frozen"], variables["lora"]
@@ -299,7 +299,7 @@ def test_variables_that_do_not_fit_are_named():
         apply(frozen=frozen, lora=narrow)
 
 
-def test_paths_in_errors_are_of_the_whole_model():
+def test_errors_show_paths_in_the_whole_model():
     variables = Model(LoRAConfig(rank=2)).init(key(0), IDS)
     del variables["lora"]["layer_1"]["down"]
     with pytest.raises(ValueError, match=r"\['lora'\] must have 'layer_1/down/lora_a'"):
@@ -315,7 +315,7 @@ def test_paths_in_errors_are_of_the_whole_model():
     ],
     ids=["dense", "embed", "attention"],
 )
-def test_a_config_that_is_none_is_refused_at_once(make, unchecked):
+def test_a_config_of_the_wrong_type_is_rejected_immediately(make, unchecked):
     with pytest.raises(
         TypeError, match=r"lora must be a LoRAConfig; got (FrozenDict|dict)"
     ):
@@ -324,7 +324,7 @@ def test_a_config_that_is_none_is_refused_at_once(make, unchecked):
         make(None)
 
 
-def test_integer_inputs_of_attention_are_refused(unchecked):
+def test_integer_inputs_of_attention_are_rejected(unchecked):
     layer = LoRAAttention(2, lora=ALL)
     with pytest.raises(TypeError, match=r"inputs_k, inputs_v must be floating-point"):
         jax.eval_shape(layer.init, key(0), jnp.ones((1, 2, 8), jnp.int32))
@@ -340,10 +340,10 @@ def test_a_rank_above_the_smaller_side_is_a_warning():
     "call",
     [
         lambda model: adapt(model, ALL, IDS).init(key(0), IDS),
-        lambda model: find_targets(model, None, ALL, IDS),
+        lambda model: find_targets(model, ALL, IDS),
     ],
     ids=["init", "find_targets"],
 )
 def test_adapting_a_model_that_has_lora_layers_is_an_error(call):
-    with pytest.raises(ValueError, match="LoRA layers of its own, 'embed' for one"):
+    with pytest.raises(ValueError, match="already has LoRA layers, such as 'embed'"):
         call(Model(LoRAConfig(rank=2)))

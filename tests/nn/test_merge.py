@@ -1,4 +1,4 @@
-"""A model built of LoRA twins merges into the plain tree of its Linen counterpart."""
+"""A model of LoRA layers merges into the plain tree of its Linen counterpart."""
 
 import flax.linen as nn
 import jax
@@ -33,13 +33,13 @@ CONFIG = LoRAConfig(
 
 
 def model_of(config: LoRAConfig | None):
-    """Returns a model of twins, or of Linen's own layers, with the same parameters."""
+    """Returns a model of LoRA layers, or of Linen's, with the same parameters."""
 
-    def make(twin, linen, *args, **kwargs):
+    def make(lora_cls, linen, *args, **kwargs):
         return (
             linen(*args, **kwargs)
             if config is None
-            else twin(*args, **kwargs, lora=config)
+            else lora_cls(*args, **kwargs, lora=config)
         )
 
     class Layer(nn.Module):
@@ -62,7 +62,7 @@ def model_of(config: LoRAConfig | None):
             x = words(ids)
             layers = nn.scan(
                 Layer,
-                # The layers of B's and A's lie on another axis than those of W0.
+                # The layer axis of A and B is another than that of W0.
                 variable_axes={"params": 0, "frozen": 0, "lora": 1},
                 split_rngs={"params": True},
                 length=3,
@@ -80,7 +80,7 @@ def variables_of(config):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_the_merged_tree_is_the_plain_models(dora):
+def test_the_merged_tree_fits_the_plain_model(dora):
     config = LoRAConfig(**{**CONFIG.to_dict(), "dora": dora})
     if dora:  # on a table that heads the model too, DoRA scales what attend is given
         config = LoRAConfig(**{**config.to_dict(), "targets": ["query", "out", "up"]})
@@ -98,7 +98,7 @@ def test_the_merged_tree_is_the_plain_models(dora):
     assert equal(variables, kept)
 
 
-def test_the_table_is_that_of_adapt_and_needs_no_example():
+def test_the_targets_match_adapt_and_need_no_example():
     variables = variables_of(CONFIG)
     found = lora_layer_targets(model_of(CONFIG), variables)
     assert {(t.path, t.rank, t.alpha) for t in found} == {
@@ -118,18 +118,20 @@ def test_the_table_is_that_of_adapt_and_needs_no_example():
     assert up.leaf_shapes == {"lora_a": (8, 3, 2), "lora_b": (2, 3, 8)}
 
 
-def test_a_plain_model_and_an_adapter_that_is_not_the_models_are_refused():
+def test_a_plain_model_or_another_models_adapter_is_rejected():
     model = nn.Dense(4)
     variables = model.init(key(0), jnp.ones((1, 3)))
-    with pytest.raises(ValueError, match=r"Dense must have LoRA layers .* 0 LoRA lay"):
+    with pytest.raises(
+        ValueError, match=r"Dense must contain LoRA layers .* 0 LoRA lay"
+    ):
         merge_lora_layers(model, variables)
     none = LoRADense(4, lora=LoRAConfig(targets=["other"]))
     with pytest.raises(ValueError, match=r"1 LoRA layers were found, 0 adapted"):
         merge_lora_layers(none, none.init(key(0), jnp.ones((1, 3))))
-    twin = LoRADense(4, lora=LoRAConfig(rank=2, alpha=3, targets=".*"))
-    given = twin.init(key(0), jnp.ones((1, 3)))
+    layer = LoRADense(4, lora=LoRAConfig(rank=2, alpha=3, targets=".*"))
+    given = layer.init(key(0), jnp.ones((1, 3)))
     wide = {**given, "lora": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 4))}}
     with pytest.raises(ValueError, match=r"lora_a .*\(3, 2\)"):
-        merge_lora_layers(twin, wide)
+        merge_lora_layers(layer, wide)
     with pytest.raises(ValueError, match="LoRADense needs example inputs"):
-        merge_lora_layers(twin, {**given, "frozen": {"kernel": jnp.ones((3, 5))}})
+        merge_lora_layers(layer, {**given, "frozen": {"kernel": jnp.ones((3, 5))}})

@@ -1,4 +1,4 @@
-"""The twins of Linen's layers under every law that the pure functions obey."""
+"""The LoRA layers under every law that the pure functions obey."""
 
 import functools
 
@@ -22,9 +22,16 @@ BY_NAME = {case.name: case for case in OP_CASES}
 
 
 def module_case(
-    name: str, like: str, twin, linen, *args, weight="kernel", method=None, **kwargs
+    name: str,
+    like: str,
+    lora_cls,
+    linen,
+    *args,
+    weight="kernel",
+    method=None,
+    **kwargs,
 ) -> Case:
-    """Describes a twin by the pure function it should equal, `Case` ``like``.
+    """Describes a LoRA layer by the pure function it should equal, `Case` ``like``.
 
     The scaling comes from the config. Where a law traces it, or sets it to 0, B is
     multiplied instead.
@@ -34,7 +41,7 @@ def module_case(
 
     def twin_of(alpha: float = ALPHA, **options):
         config = LoRAConfig(rank=RANK, alpha=alpha, targets=".*", **options)
-        return twin(*args, **kwargs, lora=config)
+        return lora_cls(*args, **kwargs, lora=config)
 
     @jax.jit
     def init(key):
@@ -61,17 +68,19 @@ def module_case(
     return function._replace(name=name, init=init, apply=apply, base=base)
 
 
-dense = functools.partial(module_case, twin=LoRADense, linen=nn.Dense, use_bias=False)
+dense = functools.partial(
+    module_case, lora_cls=LoRADense, linen=nn.Dense, use_bias=False
+)
 general = functools.partial(
-    module_case, twin=LoRADenseGeneral, linen=nn.DenseGeneral, use_bias=False
+    module_case, lora_cls=LoRADenseGeneral, linen=nn.DenseGeneral, use_bias=False
 )
 einsum = functools.partial(
-    module_case, twin=LoRAEinsum, linen=nn.Einsum, use_bias=False
+    module_case, lora_cls=LoRAEinsum, linen=nn.Einsum, use_bias=False
 )
 embed = functools.partial(
-    *(module_case, "embed"), twin=LoRAEmbed, linen=nn.Embed, weight="embedding"
+    *(module_case, "embed"), lora_cls=LoRAEmbed, linen=nn.Embed, weight="embedding"
 )
-conv = functools.partial(module_case, twin=LoRAConv, linen=nn.Conv, use_bias=False)
+conv = functools.partial(module_case, lora_cls=LoRAConv, linen=nn.Conv, use_bias=False)
 
 MODULE_CASES = (
     dense("dense", "dense", features=8),
@@ -106,8 +115,7 @@ MODULE_CASES = (
 )
 
 
-# A module adds variables to a pure function, and what derivatives are made of is held
-# there; here are the laws that variables could break.
+# A module adds variables to a pure function; these are the laws that could break.
 OF_FUNCTIONS = (
     laws.check_gradients,
     laws.check_second_derivatives,
@@ -147,8 +155,8 @@ def test_a_broken_module_breaks_its_law(law, apply, key):
         law(DENSE._replace(apply=apply), key)
 
 
-def test_an_adapter_is_no_constant_and_no_copy_of_the_base():
-    """Law 11: W0 comes in as an argument; no constant of its size is compiled in."""
+def test_an_adapter_is_neither_a_constant_nor_a_copy_of_the_base():
+    """Law 11: W0 is an argument; no constant of its size is compiled in."""
     layer = LoRADense(64, lora=LoRAConfig(rank=2))
     x = jax.numpy.ones((3, 32))
     variables = layer.init(jax.random.key(0), x)

@@ -1,4 +1,4 @@
-"""Tracing models: stacked axes, inputs told by parameters, what an example may be."""
+"""Tracing models: stacked axes, inferred inputs, kinds of examples."""
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ def site_of(name: str, path: str):
         ("odds", "general", (4, 6, 2, 4), (), (0, 1), (2, 3), ()),
     ],
 )  # fmt: skip
-def test_roles_of_axes_are_read_off(name, path, shape, batch, inputs, outputs, scanned):
+def test_axis_roles_are_found(name, path, shape, batch, inputs, outputs, scanned):
     site = site_of(name, path)
     assert site.kernel_shape == shape
     assert site.contraction[:3] == (batch, inputs, outputs)
@@ -58,17 +58,17 @@ def test_an_example_is_shapes_and_plain_values():
     assert {"fast", 0.5} <= set(example.leaves[1:])
 
 
-def test_shapes_will_do_as_examples_and_as_params():
+def test_shapes_are_accepted_as_examples_and_params():
     case = CASES["vit"]
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     init = jax.eval_shape(case.model.init, jax.random.key(0), image)
-    by_example = find_targets(case.model, None, case.config(), image)
-    by_params = find_targets(case.model, init["params"], case.config(), image)
+    by_example = find_targets(case.model, case.config(), image)
+    by_params = find_targets(case.model, case.config(), image, params=init["params"])
     assert by_params == by_example
 
 
-def test_flags_that_an_example_leaves_open_are_those_of_inference():
-    rows = find_targets(ViTBlock(), None, LoRAConfig(rank=2), normal((1, 5, 16)))
+def test_unset_flags_of_an_example_default_to_inference():
+    rows = find_targets(ViTBlock(), LoRAConfig(rank=2), normal((1, 5, 16)))
     assert len(rows) == 6
 
 
@@ -81,20 +81,20 @@ def test_flags_that_an_example_leaves_open_are_those_of_inference():
     ],
     ids=["image", "told", "two"],
 )
-def test_inputs_are_asked_for_where_the_parameters_do_not_tell_them(model, inputs):
+def test_example_inputs_are_required_if_they_cannot_be_inferred(model, inputs):
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     config = LoRAConfig(rank=2)
-    wanted = find_targets(model, params, config, *inputs)
+    wanted = find_targets(model, config, *inputs, params=params)
     if isinstance(model, nn.MultiHeadDotProductAttention):
-        assert find_targets(model, params, config) == wanted
+        assert find_targets(model, config, params=params) == wanted
         return
     message = rf"{type(model).__name__} needs example inputs .* Pass them after"
     with pytest.raises(ValueError, match=message):
-        find_targets(model, params, config)
+        find_targets(model, config, params=params)
 
 
-def test_what_the_told_input_provoked_is_in_the_message():
+def test_the_error_of_an_inferred_input_is_in_the_message():
     class Odd(nn.Module):
         @nn.compact
         def __call__(self, x, *, weights):
@@ -120,7 +120,7 @@ def test_an_error_of_the_model_itself_is_not_swallowed():
         adapt(Broken(), LoRAConfig(rank=2)).targets(params)
 
 
-def test_params_are_needed_where_there_is_no_example():
+def test_params_are_required_without_an_example():
     with pytest.raises(ValueError, match="Dense needs example inputs"):
         adapt(nn.Dense(3), LoRAConfig(rank=2)).targets()
 
@@ -134,13 +134,13 @@ def test_another_method_may_be_traced():
         adapted.targets(case.variables()["params"])
 
 
-def test_shapes_of_takes_arrays_numbers_boxes_and_tuples():
+def test_shapes_of_accepts_arrays_numbers_boxes_and_tuples():
     boxed = nn.Partitioned(jnp.ones((2, 3)), ("a", "b"))
     tree = {"a": boxed, "b": {"c": 1.0, "d": (jnp.ones(2), np.ones((3, 1)))}}
     assert shapes_of(tree) == {"a": (2, 3), "b/c": (), "b/d": ((2,), (3, 1))}
 
 
-def test_looking_needs_no_memory():
+def test_tracing_allocates_no_memory():
     class Huge(nn.Module):
         @nn.compact
         def __call__(self, ids):
@@ -148,20 +148,20 @@ def test_looking_needs_no_memory():
             return nn.Dense(53_248, use_bias=False, name="up")(x)
 
     ids = jax.ShapeDtypeStruct((64, 8192), jnp.int32)
-    (row,) = find_targets(Huge(), None, LoRAConfig(rank=16), ids)
+    (row,) = find_targets(Huge(), LoRAConfig(rank=16), ids)
     assert row.trainable == 16 * (16_384 + 53_248)
 
 
-def test_equal_models_are_looked_at_once(monkeypatch):
+def test_equal_models_are_traced_once(monkeypatch):
     looks = []
     look = trace._look
     monkeypatch.setattr(trace, "_look", lambda *known: looks.append(1) or look(*known))
     config = LoRAConfig(targets=".*")
-    first = find_targets(nn.Dense(4321), None, config, X)
-    assert find_targets(nn.Dense(4321), None, config, X) == first
+    first = find_targets(nn.Dense(4321), config, X)
+    assert find_targets(nn.Dense(4321), config, X) == first
     assert len(looks) == 1
-    find_targets(nn.Dense(4322), None, config, X)
-    find_targets(nn.Dense(4321), None, config, np.ones((3, 4), np.float32))
+    find_targets(nn.Dense(4322), config, X)
+    find_targets(nn.Dense(4321), config, np.ones((3, 4), np.float32))
     assert len(looks) == 3
 
 
@@ -169,16 +169,16 @@ def test_a_layer_registered_later_is_found(monkeypatch):
     monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
     config = LoRAConfig(targets=".*")
     with pytest.raises(ValueError, match="weights"):
-        find_targets(Plain(4), None, config, X)
+        find_targets(Plain(4), config, X)
     register_layer(Plain, "...i,io->...o", weight="weights")
-    (target,) = find_targets(Plain(4), None, config, X)
+    (target,) = find_targets(Plain(4), config, X)
     assert target.kernel_shape == (2, 4)
 
 
-def test_a_model_that_has_no_hash_is_looked_at_each_time():
+def test_an_unhashable_model_is_traced_each_time():
     table = np.ones((2, 2), np.float32)
     for model in (Scaled(4, table), Scaled(4, table)):
-        (target,) = find_targets(model, None, LoRAConfig(targets=".*"), X)
+        (target,) = find_targets(model, LoRAConfig(targets=".*"), X)
         assert target.kernel_shape == (2, 4)
 
 

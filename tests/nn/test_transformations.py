@@ -78,7 +78,7 @@ def test_scan_and_remat_with_as_many_layers_as_ranks_and_experts():
     jax.tree.map(assert_close, gradients(True), gradients(False))
 
 
-def test_scanned_layers_are_the_loop_over_them():
+def test_scanned_layers_equal_a_loop():
     variables = tuned(jax.jit(stack(False).init, static_argnums=2)(key(0), X, True))
     got, _ = jax.jit(stack(False).apply, static_argnums=2)(variables, X, True)
     layer = LoRAEinsum((3, 8, 8), "ebi,eio->ebo", lora=ALL)
@@ -95,7 +95,7 @@ def slice_of(tree, i):
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
-def test_vmapped_layers_have_adapters_of_their_own():
+def test_vmapped_layers_have_their_own_adapters():
     vmapped = nn.vmap(
         LoRADense,
         variable_axes={"frozen": 0, "lora": 0},
@@ -175,7 +175,7 @@ SHARDED = """
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
-def test_eight_devices_compute_what_one_does():
+def test_eight_devices_match_one():
     """Law 19: replicated and tensor-parallel weights, the batch over four devices."""
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED)],
@@ -195,7 +195,7 @@ def test_eight_devices_compute_what_one_does():
 # --- LoRAAttention
 
 
-def test_attention_gradients_are_those_of_the_merged_attention():
+def test_attention_gradients_match_the_merged_attention():
     layer = LoRAAttention(6, num_kv_heads=2, is_causal=True, lora=CONFIG)
     plain = LoRAAttention(
         6, num_kv_heads=2, is_causal=True, lora=LoRAConfig(targets=["none"])
@@ -229,7 +229,7 @@ class AttentionBlock(nn.Module):
 
 
 def attention_stack(remat: bool, config: LoRAConfig = CONFIG):
-    """Three layers of three heads with rank 3: nothing may be told by its size."""
+    """Three layers of three heads with rank 3: sizes must not identify axes."""
     scanned = nn.scan(
         AttentionBlock,
         variable_axes={"frozen": 0, "lora": 0, "params": 0},
@@ -295,7 +295,7 @@ def test_attention_adapters_drop_the_same_under_remat_and_scan():
     )
 
 
-def test_vmapped_adapters_are_a_loop_and_one_shape_compiles_once():
+def test_vmapped_adapters_equal_a_loop_and_compile_once_per_shape():
     layer = LoRAAttention(6, num_kv_heads=2, lora=CONFIG)
     adapters = [variables_of(layer, TOKENS)["lora"]]
     adapters.append(jax.tree.map(lambda w: 2 * w, adapters[0]))
@@ -311,7 +311,7 @@ def test_vmapped_adapters_are_a_loop_and_one_shape_compiles_once():
     assert_close(jax.vmap(apply, (0, None))(stacked, TOKENS), loop)
 
 
-def test_vmapped_attention_has_adapters_of_its_own():
+def test_vmapped_attention_has_its_own_adapters():
     vmapped = nn.vmap(
         LoRAAttention,
         variable_axes={"frozen": 0, "lora": 0},

@@ -1,4 +1,4 @@
-"""What the tests of modules share."""
+"""Helpers for the tests of modules."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ def shapes(tree: Any) -> Any:
 
 
 def key(seed: int) -> jax.Array:
-    """Returns a key of the kind that compiles in a tenth of the time."""
+    """Returns a PRNG key of a kind that compiles ten times faster."""
     return jax.random.key(seed, impl="unsafe_rbg")
 
 
@@ -42,7 +42,7 @@ def tuned(variables: dict[str, Any], seed: int = 0) -> dict[str, Any]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Says whether two trees have the same structure and the same bits."""
+    """Returns whether two trees have the same structure and bits."""
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -51,7 +51,7 @@ def equal(a: Any, b: Any) -> bool:
 
 @functools.cache
 def initialised(layer: nn.Module, *shapes_of_inputs: tuple[int, ...]) -> Any:
-    """Returns fresh variables for inputs of these shapes, compiled once."""
+    """Returns initial variables for inputs of these shapes, compiled once."""
     inputs = [normal(shape) for shape in shapes_of_inputs]
     return jax.jit(layer.init)(key(1), *inputs)
 
@@ -62,7 +62,7 @@ def variables_of(layer: nn.Module, *inputs: jax.Array) -> Any:
 
 
 def merged_attention(variables: dict[str, Any], scaling: float = 7.0 / 3) -> Any:
-    """The plain parameters of ``softmax(q kᵀ) v`` with the adapters folded in."""
+    """Returns the plain parameters of attention with the adapters merged in."""
     params = dict(variables["frozen"])
     for name, factors in variables.get("lora", {}).items():
         heads_in = name == "out"

@@ -55,14 +55,14 @@ def test_trainable_counts_are_the_published_ones(kernels, rank, trainable):
     assert sum(n * sizes[k] for k, n in distinct.items()) == trainable
 
 
-def test_rank_equal_to_heads_layers_and_experts_confuses_nothing():
+def test_rank_equal_to_heads_layers_or_experts_is_not_ambiguous():
     kernel = (3, 3, 3, 3)  # [layers, in, heads, head dim], rank 3
     scanned_heads = Contraction((0,), (1,), (2, 3))
     assert scanned_heads.factor_shapes(kernel, 3) == ((3, 3, 3), (3, 3, 3, 3))
     assert scanned_heads.matrix_size(kernel) == (3, 9)
 
 
-def test_stacking_moves_every_role():
+def test_stacking_shifts_every_axis():
     heads_out = Contraction((), (0, 1), (2,))
     assert heads_out.stacked((0,)) == Contraction((0,), (1, 2), (3,))
     assert heads_out.stacked((1,)) == Contraction((1,), (0, 2), (3,))
@@ -86,12 +86,12 @@ def test_groups_are_the_last_batch():
         ),
     ],
 )
-def test_a_kernel_of_another_kind_is_an_error(contraction, shape, message):
+def test_a_kernel_with_other_axes_is_an_error(contraction, shape, message):
     with pytest.raises(ValueError, match=message):
         contraction.split(shape)
 
 
-def test_transposed_factors_are_told_from_wrong_ones():
+def test_transposed_factors_get_their_own_hint():
     with pytest.raises(
         ValueError,
         match=r"lora_a, lora_b must be \[in, rank\], \[rank, out\] = \[10, 10\], "

@@ -42,16 +42,16 @@ def check_like_flax(x, kernel, a, b, groups=1, **window):
     ],
     ids=str,
 )
-def test_paddings_are_those_of_flax(padding):
+def test_paddings_match_flax(padding):
     check_like_flax(X, KERNEL, A, B, padding=padding, kernel_dilation=(2, 1))
 
 
-def test_causal_padding_is_that_of_flax():
+def test_causal_padding_matches_flax():
     x, kernel, a, b = normal((2, 9, 4)), KERNEL[:, 0], A[:, 0], B
     check_like_flax(x, kernel, a, b, padding="CAUSAL", kernel_dilation=2)
 
 
-def test_input_dilation_is_that_of_flax():
+def test_input_dilation_matches_flax():
     check_like_flax(X, KERNEL, A, B, input_dilation=2, padding=1)
 
 

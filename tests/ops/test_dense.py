@@ -38,7 +38,7 @@ def test_the_input_sets_the_dtype():
     assert full.dtype == jnp.float32
 
 
-def test_flops_of_a_step_are_the_factored_ones():
+def test_a_step_costs_the_flops_of_the_factored_form():
     """Per token forward, dx, dA and dB: 4 N² + 12 N r, and no dW0 (6 N²)."""
     tokens, n, r = 64, 128, 4
     x, kernel, a, b = (
@@ -55,7 +55,7 @@ def test_flops_of_a_step_are_the_factored_ones():
     assert products <= step.cost_analysis()["flops"] <= products + elementwise
 
 
-def test_w0_is_an_argument_and_no_constant():
+def test_w0_is_an_argument_and_not_a_constant():
     jaxpr = jax.make_jaxpr(functools.partial(lora_dense, scaling=0.7))(X, KERNEL, A, B)
     assert not jaxpr.consts
 

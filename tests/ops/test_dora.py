@@ -1,4 +1,4 @@
-"""DoRA's arithmetic: factored norms, exact silence, a gradient with n held constant."""
+"""DoRA's arithmetic: factored norms, no change at init, a gradient with constant n."""
 
 import functools
 
@@ -56,7 +56,7 @@ def merged(layout: str, kernel, a, b, magnitude):
 
 
 @layouts
-def test_the_norms_are_those_of_the_merged_kernel(layout):
+def test_the_norms_match_the_merged_kernel(layout):
     _, contraction, factors = LAYOUTS[layout]
     arrays = arrays_of(layout)
     got = adapted_norm(*arrays, scaling=SCALING, contraction=contraction)
@@ -129,7 +129,7 @@ def oracle(x, kernel, a, b, magnitude, bias):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dense_is_the_layer_with_the_merged_kernel(dtype):
+def test_dense_equals_the_layer_with_the_merged_kernel(dtype):
     arrays, bias = dense_arrays(dtype)
     got = jax.jit(functools.partial(dora_dense, scaling=SCALING))(*arrays, bias=bias)
     assert got.dtype == dtype
@@ -178,8 +178,8 @@ def test_at_init_a_has_no_gradient_and_b_and_m_have():
     assert np.all(dm != 0)
 
 
-def test_nothing_of_the_kernels_shape_is_multiplied_out():
-    """Neither A B nor a gradient of W0, forward or backward."""
+def test_no_product_of_the_kernels_shape_is_formed():
+    """Forms neither A B nor a gradient of W0, forward or backward."""
     (x, kernel, a, b, m), bias = dense_arrays()
 
     def loss(x, a, b, m):
@@ -192,7 +192,7 @@ def test_nothing_of_the_kernels_shape_is_multiplied_out():
     assert sorted(kernel.shape) not in shapes
 
 
-def test_a_column_of_zeros_stays_finite_and_silent():
+def test_a_column_of_zeros_stays_finite_and_unchanged():
     (x, kernel, a, b, _), bias = dense_arrays()
     kernel = kernel.at[:, 2].set(0)
     magnitude = column_norm(kernel)
@@ -224,7 +224,7 @@ def test_the_backward_pass_keeps_the_output_once_in_its_own_dtype():
     assert [leaf.dtype for leaf in wide] == [jnp.bfloat16]
 
 
-def test_dropout_acts_on_the_update_alone():
+def test_dropout_acts_only_on_the_update():
     arrays, bias = dense_arrays()
     run = functools.partial(dora_dense, *arrays, scaling=SCALING, bias=bias)
     x, kernel = np.asarray(arrays[0], np.float64), arrays[1]
@@ -238,7 +238,7 @@ def test_dropout_acts_on_the_update_alone():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_magnitude_of_another_shape_is_refused():
+def test_a_magnitude_of_the_wrong_shape_is_rejected():
     (x, kernel, a, b, _), _ = dense_arrays()
     message = r"magnitude must be \[\*batch, \*out\] = \[8\] .*\(10, 8\); got \(10,\)"
     with pytest.raises(ValueError, match=message):

@@ -41,7 +41,7 @@ def equations(draw):
 @given(equations(), st.integers(1, 2))
 @settings(max_examples=20)
 @pytest.mark.filterwarnings("ignore:rank")
-def test_random_einsums_are_the_merged_einsum(drawn, rank):
+def test_random_einsums_equal_the_merged_einsum(drawn, rank):
     equation, (batch, inputs, outputs), sizes = drawn
     x_labels, kernel_labels = equation.split("->")[0].split(",")
     contraction = parse_equation(equation, len(x_labels)).contraction
@@ -62,7 +62,7 @@ def test_random_einsums_are_the_merged_einsum(drawn, rank):
     assert_close(merged, reference.merge(kernel, a, b, 0.7, factors))
 
 
-def test_experts_draw_and_learn_apart():
+def test_experts_are_initialised_and_trained_independently():
     contraction = parse_equation("ebi,eio->ebo", 3).contraction
     a, b = init_adapter(jax.random.key(0), (3, 7, 5), 2, contraction=contraction)
     assert a.shape == (3, 7, 2)
@@ -92,13 +92,13 @@ def test_dots_stand_for_any_leading_dims(leading):
         ("...abi,io->...abo", 2, "names 3 axes of x; got 2 axes"),
         ("bi,io->bo", 3, "x must have 2 axes for 'bi,io->bo'; got 3"),
         ("bb,bo->bo", 2, "label 'b' repeats within one array"),
-        ("bi,io->bz", 2, "label 'z' of the output is in no operand"),
-        ("bi,io->o", 2, "label 'b' is summed over in one operand alone"),
-        ("bi,ioz->bo", 2, "label 'z' is summed over in one operand alone"),
-        ("bi,iR->bR", 2, "label 'R' is taken: it is the rank"),
+        ("bi,io->bz", 2, "label 'z' of the output is not in any operand"),
+        ("bi,io->o", 2, "label 'b' is summed over within a single operand"),
+        ("bi,ioz->bo", 2, "label 'z' is summed over within a single operand"),
+        ("bi,iR->bR", 2, "label 'R' is reserved for the rank"),
         ("b1,1o->bo", 2, "label '1' is not a letter"),
-        ("bi,i->b", 2, "the kernel needs an axis to sum over and an axis to add"),
-        ("bi,bo->bio", 2, "the kernel needs an axis to sum over and an axis to add"),
+        ("bi,i->b", 2, "the kernel needs at least one input and one output axis"),
+        ("bi,bo->bio", 2, "the kernel needs at least one input and one output axis"),
     ],
 )
 def test_equations_that_cannot_be_adapted(equation, x_ndim, message):
@@ -106,7 +106,7 @@ def test_equations_that_cannot_be_adapted(equation, x_ndim, message):
         parse_equation(equation, x_ndim)
 
 
-def test_all_faults_of_an_equation_are_told_at_once():
+def test_all_errors_of_an_equation_are_listed():
     with pytest.raises(
         ValueError, match=r"label 'z' of the output.*; label 'b' is sum"
     ):
@@ -126,7 +126,7 @@ def test_all_faults_of_an_equation_are_told_at_once():
         ((2, 7), (7, 4), r"= \[7, 2\], \[2, 4\] for a kernel of shape \(7, 4\)"),
     ],
 )
-def test_shapes_that_do_not_fit(x, kernel, message):
+def test_incompatible_shapes_are_errors(x, kernel, message):
     a, b = normal((7, 2)), normal((2, 5))
     with pytest.raises(ValueError, match=message):
         lora_einsum("bi,io->bo", normal(x), normal(kernel), a, b, scaling=0.7)

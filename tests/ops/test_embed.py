@@ -21,7 +21,7 @@ def test_lookup_takes_ids_of_any_shape(shape):
 
 
 def test_lookup_and_attend_share_one_adapter():
-    """A tied head multiplies by the very rows that the lookup gives."""
+    """A tied head multiplies by the same rows that the lookup returns."""
     rows = lora_embed(jnp.arange(11), TABLE, A, B, scaling=0.7)
     x = normal((2, 5), 4)
     assert_close(lora_attend(x, TABLE, A, B, scaling=0.7), x @ rows.T)

@@ -18,7 +18,7 @@ from lora_jax.ops import Contraction, init_adapter, path_key
         ),
     ],
 )
-def test_variance_counts_the_inputs_alone(kernel, contraction, fan_in, key):
+def test_variance_depends_only_on_the_inputs(kernel, contraction, fan_in, key):
     a, _ = init_adapter(key, kernel, 8, contraction=contraction)
     assert float(a.std()) * fan_in**0.5 == pytest.approx(3**-0.5, rel=0.03)
     elements = np.asarray(a).reshape(-1, fan_in, 8)
@@ -42,12 +42,12 @@ def test_an_embedding_has_the_roles_swapped(key):
     assert float(b.std()) == pytest.approx(1 / 8, rel=0.05)
 
 
-def test_both_factors_have_the_dtype_asked_for(key):
+def test_both_factors_have_the_requested_dtype(key):
     a, b = init_adapter(key, (10, 8), 3, dtype=jnp.bfloat16)
     assert a.dtype == b.dtype == jnp.bfloat16
 
 
-def test_a_path_has_one_key_and_its_own(key):
+def test_every_path_has_its_own_stable_key(key):
     paths = [f"layer_{i}/{name}" for i in range(99) for name in ("query", "value")]
     keys = {jax.random.key_data(path_key(key, path)).tobytes() for path in paths}
     assert len(keys) == len(paths)

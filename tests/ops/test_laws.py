@@ -1,4 +1,4 @@
-"""Every law on every pure function; and that the laws can fail."""
+"""Every law for every pure function, and proof that the laws can fail."""
 
 import jax
 import jax.numpy as jnp

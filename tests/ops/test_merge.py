@@ -24,7 +24,7 @@ def test_a_bfloat16_kernel_is_rounded_once():
     assert (np.asarray(merged) != np.asarray(twice)).mean() > 0.01
 
 
-def test_the_base_is_left_as_it_was():
+def test_the_base_is_unchanged():
     before = np.asarray(KERNEL).copy()
     merge_kernel(KERNEL, A, B, scaling=0.7)
     assert np.asarray(KERNEL).tobytes() == before.tobytes()
@@ -80,7 +80,7 @@ def test_bad_arguments():
         merge_kernel(KERNEL, A, [[1.0]], scaling=0.7)
 
 
-def test_what_is_not_finite_is_told():
+def test_the_source_of_a_nan_is_named():
     with pytest.raises(ValueError, match=r"must be finite; .* from kernel, lora_b\."):
         merge_kernel(KERNEL.at[0, 0].set(jnp.nan), A, B / 0, scaling=0.7)
     with pytest.raises(ValueError, match=r"from a sum too large for float16\."):

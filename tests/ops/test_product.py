@@ -29,7 +29,7 @@ from tests.reference import assert_close
         ("bR,vR->bv", (4, 2), (5, 2)),
     ],
 )
-def test_the_backward_pass_is_the_derivative(equation, x, factor):
+def test_the_vjp_is_the_derivative(equation, x, factor):
     ours = functools.partial(factor_product, equation, 0.0, None)
     plain = functools.partial(jnp.einsum, equation)
     x, factor = normal(x), normal(factor, 1)
@@ -43,7 +43,7 @@ def test_the_backward_pass_is_the_derivative(equation, x, factor):
         jax.tree.map(functools.partial(assert_close, dtype="float64"), got, wanted)
 
 
-def test_forward_mode_is_an_error_that_says_so():
+def test_forward_mode_raises_a_clear_error():
     x, factor = normal((4, 5)), normal((5, 2))
     f = functools.partial(factor_product, "bi,iR->bR", 0.0, None, x)
     with pytest.raises(TypeError, match="forward-mode"):
@@ -52,7 +52,7 @@ def test_forward_mode_is_an_error_that_says_so():
         jax.jacfwd(f)(factor)
 
 
-def test_the_hessian_is_that_of_plain_products():
+def test_the_hessian_matches_plain_products():
     arrays = normal((4, 5)), normal((5, 2), 1), normal((2, 3), 2)
 
     def ours(x, a, b):
@@ -77,7 +77,7 @@ def largest_moved(hlo):
 
 @pytest.mark.parametrize("labels", ["bt", "tb", "zy"])
 def test_the_wide_operand_is_never_transposed(labels):
-    """Neither x nor dy may be copied into its transpose, nor multiplied from it.
+    """Neither x nor dy may be copied to, or multiplied as, its transpose.
 
     Whatever the labels are: `jnp.einsum` sums in the order of the alphabet.
     """
@@ -94,8 +94,8 @@ def test_the_wide_operand_is_never_transposed(labels):
     assert not re.search(r"= f32\[96,3\]\S* dot\(", hlo)  # x^T u
 
 
-def test_heads_are_summed_over_as_they_lie():
-    """The labels ``n``, ``h`` are not in the order of the alphabet."""
+def test_heads_are_contracted_in_memory_order():
+    """The labels ``n``, ``h`` are not in alphabetical order."""
     x, a, b = normal((4, 64, 96)), normal((96, 3)), normal((3, 5, 16))
 
     def loss(x, a, b):
@@ -106,7 +106,7 @@ def test_heads_are_summed_over_as_they_lie():
     assert largest_moved(hlo) < 4 * 64 * 80
 
 
-def test_the_gradient_by_a_traced_scaling_is_right():
+def test_the_gradient_of_a_traced_scaling_is_correct():
     x, a, b = normal((4, 5)), normal((5, 2), 1), normal((2, 3), 2)
 
     def loss(scaling):
@@ -147,7 +147,7 @@ def test_dropout_divides_by_what_it_keeps_and_rounds_once(dtype, key):
     assert got.any()
 
 
-def test_gradients_of_float32_factors_add_up_in_float32():
+def test_gradients_of_float32_factors_accumulate_in_float32():
     x = jnp.ones((4096, 1), jnp.bfloat16)
     grad = jax.grad(
         lambda a: jnp.sum(
@@ -161,7 +161,7 @@ def test_gradients_of_float32_factors_add_up_in_float32():
 @pytest.mark.parametrize("columns", [8, 64])
 @pytest.mark.parametrize("leading", [(1,), (5,), (2, 5), (1, 5), (8, 1), (4, 32)])
 def test_a_bfloat16_gradient_of_any_size_compiles_and_runs(leading, columns):
-    """XLA:CPU refuses some products of bfloat16 into float32, by shape."""
+    """XLA:CPU rejects some products of bfloat16 to float32, depending on shape."""
     x = normal((*leading, columns)).astype("bfloat16")
     a, b, dy = normal((columns, 3), 1), normal((3, 8), 2), normal((*leading, 8), 3)
     letters = "tu"[: len(leading)]
@@ -192,14 +192,14 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate(key):
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
-def test_a_rate_that_is_no_probability_is_an_error(rate, key):
+def test_a_rate_that_is_not_a_probability_is_an_error(rate, key):
     with pytest.raises(
         ValueError, match=rf"dropout_rate must be in \[0, 1\]; got {rate}"
     ):
         check_dropout(rate, key)
 
 
-def test_a_key_is_needed_only_where_something_may_drop(key):
+def test_a_key_is_required_only_if_dropout_is_active(key):
     assert check_dropout(0.0, None) is None
     assert check_dropout(1.0, key) is None
     assert check_dropout(0.5, key) is key
@@ -207,7 +207,7 @@ def test_a_key_is_needed_only_where_something_may_drop(key):
         check_dropout(0.5, None)
 
 
-def test_every_integer_array_is_named():
+def test_every_integer_array_is_listed():
     ints = jnp.ones(2, jnp.int32)
     message = r"x, kernel must be floating-point; got x int32, kernel int32\. Convert"
     with pytest.raises(TypeError, match=message):
@@ -216,7 +216,7 @@ def test_every_integer_array_is_named():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 20), (20, 2), (17, 17)])
-def test_batched_gradients_are_right_with_and_without_the_barrier(rows, columns, dtype):
+def test_batched_gradients_agree_with_and_without_the_barrier(rows, columns, dtype):
     """Below 16 rows or columns there is none; 17 have it."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (4, rows, columns), dtype)

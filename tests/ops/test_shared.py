@@ -1,4 +1,4 @@
-"""``x A`` of several layers at once: the same numbers, one read of x."""
+"""``x A`` of several layers at once: the same values, reading x once."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.reference import assert_close
 SCALINGS = (0.5, 2.0)
 
 
-def test_layers_that_share_their_hidden_are_the_separate_ones():
+def test_layers_that_share_hidden_match_separate_layers():
     x = normal((2, 5, 6))
     kernels = [normal((6, 4, 2), 1), normal((6, 2, 2), 2)]
     factors = [
@@ -55,7 +55,7 @@ def test_one_dropout_mask_serves_all():
     assert not np.allclose(first, x @ a)
 
 
-def test_every_layer_at_fault_is_named():
+def test_every_layer_with_a_wrong_shape_is_listed():
     x, a = normal((2, 6)), normal((6, 3))
     with pytest.raises(ValueError, match=r"in = 6; got \(5, 3\)") as error:
         shared_hidden(x, [a[:5], a, a[0]])

@@ -1,6 +1,6 @@
-"""Trains one tiny decoder on one device and on meshes of eight; prints what it saw.
+"""Trains a tiny decoder on one device and on meshes of eight; prints the results.
 
-Run by test_eight_devices.py, in a process of its own: the number of devices is fixed
+Run by test_eight_devices.py in a separate process, since the number of devices is fixed
 when JAX starts.
 """
 
@@ -37,7 +37,7 @@ MESHES = {
     "8x1": {"data": 8, "tensor": 1},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-# Sizes that differ from each other, so that a shape in the HLO says what it is.
+# Distinct sizes, so that a shape in the HLO is unambiguous.
 CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
@@ -54,7 +54,7 @@ MODULE = Decoder(CONFIG, scan_layers=True)
 TIED = Decoder(dataclasses.replace(CONFIG, is_tied=True))
 LORA = LoRAConfig(rank=3, alpha=7, targets="all-linear")
 ROWS, TIME = 16, 12
-COMPILED: list[str] = []  # names of what XLA compiled since it was last emptied
+COMPILED: list[str] = []  # names of programs compiled since it was last cleared
 
 
 def _on_event(name: str, seconds: float, **_: Any) -> None:
@@ -66,8 +66,8 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def make_batch(step: int) -> dict[str, np.ndarray]:
-    """A batch with masks that differ much between rows, so between devices."""
-    # Seeds on which no gradient hovers near 0, where Adam makes rounding a whole step.
+    """Returns a batch with masks that differ between rows, and so between devices."""
+    # Seeds with no gradients near 0, where Adam turns rounding into a whole step.
     rng = np.random.default_rng(500 + step)
     lengths = rng.integers(1, TIME + 1, ROWS)
     return {
@@ -96,7 +96,7 @@ def start(adapted, variables, tx, mesh) -> TrainState:
 
 
 def gathers_of(module) -> dict[str, Any]:
-    """Returns a decoder's weights, and what its step gathers on 2 x 2 x 2."""
+    """Returns a decoder's weights, and the all-gathers of its step on 2 x 2 x 2."""
     adapted, variables, tx, step = setup(module)
     mesh = make_mesh(**MESHES["2x2x2"])
     state = start(adapted, variables, tx, mesh)
@@ -119,7 +119,7 @@ def compiled_text(step, state, mesh) -> str:
 
 
 def let_xla_choose() -> None:
-    """Takes out what keeps rows and tables in their places."""
+    """Removes the sharding constraints of rows and tables."""
     decoder_block.shard_rows = decoder.shard_rows = lambda x: x
     decoder.promote_table = promote_dtype
 
@@ -129,7 +129,7 @@ def host(tree):
 
 
 def train(state, step, mesh):
-    """Returns the state after the steps, and what was seen of them."""
+    """Returns the state after the steps, and what was recorded."""
     losses, compiled, before = [], [], shardings(state)
     for number in range(STEPS):
         batch = make_batch(number)
@@ -150,7 +150,7 @@ def shardings(state):
 
 
 def gathered_shapes(hlo: str) -> list[list[int]]:
-    """Returns the shapes that all-gathers of a compiled program make."""
+    """Returns the output shapes of a compiled program's all-gathers."""
     shapes = []
     for line in hlo.splitlines():
         if made := re.match(r".*?= (.*?) all-gather(-start)?\(", line):
@@ -160,7 +160,7 @@ def gathered_shapes(hlo: str) -> list[list[int]]:
 
 
 def activations_of_others(hlo: str, mesh: Mesh) -> list[str]:
-    """Returns the shapes ``[rows, time, ...]`` that hold more than a device's rows."""
+    """Returns the shapes ``[rows, time, ...]`` with more rows than one device has."""
     own = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
     more = "|".join(str(n) for n in range(own + 1, ROWS + 1) if ROWS % n == 0)
     return sorted(set(re.findall(rf"f32\[(?:{more}),{TIME},\d[\d,]*\]", hlo)))

@@ -1,4 +1,4 @@
-"""LAWS 19: eight devices train as one does, and nothing moves that need not."""
+"""LAWS 19: eight devices train like one, without needless communication."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ by_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 @pytest.fixture(scope="module")
 def report():
-    """What eight_devices.py saw, in one process with eight devices."""
+    """The results of eight_devices.py, in one process with eight devices."""
     flags = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     )
@@ -37,7 +37,7 @@ def report():
 
 
 @by_mesh
-def test_twenty_steps_have_the_losses_of_one_device(report, mesh):
+def test_twenty_steps_match_the_losses_of_one_device(report, mesh):
     losses = report["losses"]
     assert len(losses) == 20
     assert losses[-1] != losses[0]
@@ -45,20 +45,20 @@ def test_twenty_steps_have_the_losses_of_one_device(report, mesh):
 
 
 @by_mesh
-def test_the_adapters_at_the_end_are_those_of_one_device(report, mesh):
-    # Adam divides by the gradient's size: a last bit of a small one counts for more.
+def test_the_final_adapters_match_one_device(report, mesh):
+    # Adam divides by the gradient's size, which amplifies rounding of small ones.
     assert report["meshes"][mesh]["adapters"] < 5e-6
 
 
 @by_mesh
-def test_the_state_stays_where_it_was_and_compiles_once(report, mesh):
+def test_the_state_keeps_its_sharding_and_compiles_once(report, mesh):
     seen = report["meshes"][mesh]
     assert seen["is_in_place"]
     assert seen["compiled_before"] > 0  # to look at the HLO; the steps use the same
     assert set(seen["compilations"]) == {0}
 
 
-def test_adapters_lie_like_the_weights_they_adapt(report):
+def test_adapters_are_sharded_like_their_weights(report):
     specs = report["meshes"]["2x2x2"]["specs"]
     found = {
         path.replace("layers/", ""): spec
@@ -78,7 +78,7 @@ def test_adapters_lie_like_the_weights_they_adapt(report):
     }
 
 
-def test_the_optimizer_lies_like_the_adapters(report):
+def test_the_optimizer_state_is_sharded_like_the_adapters(report):
     seen = report["meshes"]["2x2x2"]
     specs = [spec for path, spec in seen["specs"].items() if path.startswith("lora")]
     # Adam has two moments of each.
@@ -86,15 +86,15 @@ def test_the_optimizer_lies_like_the_adapters(report):
 
 
 @pytest.mark.parametrize("mesh", ["8x1", "2x2x2"])
-def test_no_device_computes_rows_of_others(report, mesh):
+def test_no_device_computes_rows_of_another(report, mesh):
     assert report["meshes"][mesh]["activations_of_others"] == []
 
 
 def shapes(report):
-    """Shapes of one layer as FSDP gathers it, and those that nothing may gather.
+    """Returns the shapes that FSDP may gather for one layer, and forbidden shapes.
 
-    FSDP's gather leaves an axis cut that lies on ``tensor``. A gather that makes this
-    axis whole, or that is of all layers of a scan, moves more than it need.
+    FSDP's all-gather leaves an axis sharded over ``tensor``. Gathering that axis too,
+    or all layers of a scan, is needless communication.
     """
     may, must_not = set(), set()
     for path, (shape, spec) in report["weights"].items():
@@ -118,15 +118,15 @@ def gathered(report):
 
 
 @pytest.mark.parametrize("model", ["scanned", "tied"])
-def test_a_layer_is_gathered_when_it_is_used_and_nothing_whole_is(report, model):
+def test_layers_are_gathered_one_at_a_time(report, model):
     may, must_not = shapes(report[model])
     assert len(may) == 3
-    assert may & must_not == set()  # the sizes tell them apart
+    assert may & must_not == set()  # distinct sizes
     assert gathered(report[model]) & must_not == set()
     assert may <= gathered(report[model])
 
 
-def test_without_the_constraints_the_law_is_seen_broken(report):
+def test_without_the_constraints_the_check_fails(report):
     may, must_not = shapes(report["broken"])
     assert gathered(report["broken"]) & must_not != set()
     assert not may <= gathered(report["broken"])
@@ -138,7 +138,7 @@ def test_data_and_tensor_parallel_alone_gather_nothing(report):
 
 
 @by_mesh
-def test_merging_under_jit_moves_nothing(report, mesh):
+def test_merging_under_jit_needs_no_communication(report, mesh):
     assert report["meshes"][mesh]["merge_moved"] == []
     assert report["meshes"][mesh]["merged"] < 2e-5
 

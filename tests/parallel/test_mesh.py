@@ -15,7 +15,7 @@ from lora_jax.parallel.mesh import (
 
 
 class Mesh:
-    """Sizes alone: the suite has one device."""
+    """A mesh of sizes only: the suite has one device."""
 
     shape = {"data": 2, "fsdp": 4, "tensor": 2}  # noqa: RUF012 - never changed
 
@@ -48,7 +48,7 @@ def test_the_default_is_data_parallel():
     ],
     ids=["undivided", "too-many", "too-few", "two-open", "zero", "float"],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_name_those_that_do(wanted, message):
+def test_invalid_sizes_suggest_valid_ones(wanted, message):
     with pytest.raises(ValueError, match=message):
         sizes(*wanted)
 
@@ -57,7 +57,7 @@ def test_the_nearest_divisor_may_be_below_or_above():
     assert [nearest_divisor(12, n) for n in (1, 5, 11, 100)] == [1, 4, 12, 12]
 
 
-def test_rows_that_do_not_divide_are_named_with_what_does():
+def test_indivisible_rows_are_listed_with_valid_numbers():
     with pytest.raises(
         ValueError,
         match=r"data x fsdp = 2 x 4 = 8; got input_ids 20\. Take 16 or 24\.",
@@ -67,12 +67,12 @@ def test_rows_that_do_not_divide_are_named_with_what_does():
         check_rows({"x": 3, "y": 0}, Mesh())  # pyright: ignore[reportArgumentType] - sizes alone
 
 
-def test_a_table_is_promoted_where_there_is_no_mesh_too():
+def test_a_table_is_promoted_without_a_mesh():
     table = promote_table(jnp.ones((4, 2)), dtype=jnp.bfloat16, inexact=False)[0]
     assert table.dtype == jnp.bfloat16
 
 
-def test_a_process_alone_reads_every_row():
+def test_a_single_process_reads_every_row():
     assert process_rows(6, make_mesh()).tolist() == [*range(6)]
 
 

@@ -46,13 +46,13 @@ def test_every_weight_of_every_family_has_a_rule(name):
             assert {"fsdp", "tensor"} == set(spec), leaf
 
 
-def test_the_layers_of_a_scan_are_never_cut():
+def test_the_layer_axis_of_a_scan_is_never_sharded():
     sharding = make_sharding(make_mesh(), [("down/kernel", P("data"))])
     assert sharding("layers/mlp/down/kernel", (2, 3, 4)).spec == P(None, "data", None)
     assert sharding("layer_0/mlp/down/kernel", (3, 4)).spec == P("data", None)
 
 
-def test_rules_of_the_user_come_first():
+def test_user_rules_take_precedence():
     sharding = make_sharding(make_mesh(), [("mlp/up/kernel", P(None, "fsdp"))])
     assert sharding("layer_0/mlp/up/kernel", (3, 4)).spec == P(None, "fsdp")
     assert sharding("layer_0/mlp/gate/kernel", (3, 4)).spec == P("fsdp", "tensor")
@@ -60,26 +60,26 @@ def test_rules_of_the_user_come_first():
     assert sharding("mlp/gate_up/kernel", (3, 4)).spec == P("fsdp", "tensor")
 
 
-def test_every_weight_that_can_not_be_sharded_is_named():
+def test_every_weight_that_cannot_be_sharded_is_listed():
     sharding = make_sharding(make_mesh(), [("b", P("data", None))])
     assert sharding("layers/b", (2, 3)).spec == P("data", None)  # names every axis
     shapes = {"a/scale": (3,), "x/b": (3,), "norm/scale": (3,), "c": (2, 2)}
     with pytest.raises(ValueError, match="3 of 4 weights can't be sharded") as error:
         resolve_shardings(shapes, sharding)
     message = str(error.value)
-    assert "a/scale (3,): no rule covers it; add ('scale', PartitionSpec())" in message
+    assert "a/scale (3,): no rule matches it; add ('scale', PartitionSpec())" in message
     assert f"x/b (3,): its rule {P('data', None)} has 1 more axes" in message
     assert "uneven='replicate'" in message
     assert "norm/scale" not in message
 
 
-def test_axes_that_do_not_divide_say_what_would():
+def test_indivisible_axes_suggest_valid_sizes():
     entries = ("tensor", ("data", "tensor"))
-    with pytest.raises(ValueError, match="axis 0, 6, must divide") as error:
+    with pytest.raises(ValueError, match="axis 0, 6, must be div") as error:
         fit_spec("w", (6, 12), entries, Eight(), "error")  # pyright: ignore[reportArgumentType] - sizes alone
     assert str(error.value) == (
-        "w (6, 12): axis 0, 6, must divide by tensor = 4; 3 or 6 would; "
-        "axis 1, 12, must divide by data x tensor = 8; 6 or 12 would"
+        "w (6, 12): axis 0, 6, must be divisible by tensor = 4; 3 or 6 would work; "
+        "axis 1, 12, must be divisible by data x tensor = 8; 6 or 12 would work"
     )
     spec = fit_spec("w", (6, 16), entries, Eight(), "replicate")  # pyright: ignore[reportArgumentType] - sizes alone
     assert spec == P(None, ("data", "tensor"))
@@ -96,7 +96,7 @@ def test_axes_that_do_not_divide_say_what_would():
     ],
     ids=["uneven", "axis"],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_bad_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_sharding(make_mesh(), **arguments)
 
@@ -110,7 +110,7 @@ def test_a_pattern_without_a_match_names_the_nearest():
     check_patterns([("up/kernel", P())], ["mlp/up/kernel"])
 
 
-def test_a_model_is_read_into_its_shards_and_its_adapters_follow():
+def test_a_model_is_loaded_into_shards_with_matching_adapters():
     sharding = make_sharding(make_mesh(), [("norm/scale", P("data"))])
     lora = LoRAConfig(rank=2, alpha=3, targets=["query", "down"])
     key = jax.random.key(0)
@@ -127,7 +127,7 @@ def test_a_model_is_read_into_its_shards_and_its_adapters_follow():
     assert specs["lora/layer_0/mlp/down/lora_a"] == P("tensor", None)
 
 
-def test_a_model_that_says_how_it_is_cut_is_cut_so():
+def test_a_models_own_partitioning_is_used():
     ones = nn.initializers.ones
     init = nn.with_partitioning(ones, (None, "fsdp", "data"))
     module = nn.Sequential([nn.DenseGeneral((2, 4), kernel_init=init), nn.LayerNorm()])
@@ -157,7 +157,7 @@ class Layers(nn.Module):
         return x, nn.Conv(4, (3, 3), feature_group_count=2, name="conv")(image)
 
 
-def test_adapters_follow_the_roles_of_the_axes_not_their_number():
+def test_adapter_shardings_follow_axis_roles():
     inputs = (jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 4, 4, 2)))
     module = Layers()
     params = module.init(jax.random.key(0), *inputs)["params"]
@@ -197,6 +197,6 @@ def test_adapters_follow_the_roles_of_the_axes_not_their_number():
         placed["lora"]["heads"]["lora_a"], variables["lora"]["heads"]["lora_a"]
     )
     with pytest.raises(
-        ValueError, match="targets must hold every adapter; back/lora_a"
+        ValueError, match="targets must include every adapter; back/lora_a"
     ):
         shard_variables(variables, make_sharding(mesh, rules), targets[:1])

@@ -1,4 +1,4 @@
-"""What fits, found with few compilations: here the plans are made by hand."""
+"""Searching for what fits with few compilations, on hand-made plans."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_a_line_needs_three_compilations():
     assert asked == [2, 4, 60]
 
 
-def test_the_answer_fits_where_memory_bends_upwards():
+def test_the_answer_fits_if_memory_grows_superlinearly():
     asked = []
 
     def price(rows):
@@ -73,7 +73,7 @@ def test_the_smallest_slice_is_the_first_that_fits():
         (None, {None: 50}, [None]),  # an encoder has no policies
     ],
 )
-def test_policies_are_tried_from_the_one_asked_for_until_the_step_fits(
+def test_policies_are_tried_from_the_requested_one_until_the_step_fits(
     asked, needs, tried
 ):
     plans = fitting_remat(

@@ -60,14 +60,14 @@ def test_a_chip_that_does_not_exist_names_the_nearest():
         check_topology("v5x:4x4")
 
 
-def test_slices_of_a_chip_are_named_from_the_smallest():
+def test_slices_of_a_chip_are_listed_smallest_first():
     names = slices_like("v5p:4x4x4")
     assert names[0] == "v5p:2x2x1"
     assert "v5p:4x4x4" in names
     assert [chips_of(name) for name in names] == sorted(map(chips_of, names))
 
 
-def test_programs_stay_out_of_a_cache_that_is_in_use(tmp_path):
+def test_programs_are_kept_out_of_an_active_cache(tmp_path):
     options = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -75,7 +75,7 @@ def test_programs_stay_out_of_a_cache_that_is_in_use(tmp_path):
     before = {name: jax.config.values[name] for name in options}
 
     def cached(number):
-        """Compiles a program of its own; counts the files in the cache."""
+        """Compiles a new program; counts the files in the cache."""
         jax.jit(lambda x: x * number).lower(1.0).compile()
         return len(list(tmp_path.iterdir()))
 
@@ -106,7 +106,7 @@ def test_without_libtpu_the_error_names_what_to_install(monkeypatch):
     importlib.util.find_spec("libtpu") is None,
     reason='libtpu is not installed: pip install "lora_jax[tpu-plan]"',
 )
-def test_a_step_is_compiled_for_a_slice_that_is_not_there():
+def test_a_step_is_compiled_for_an_absent_slice():
     devices = open_slice("v5e:2x2")
     assert len(devices) == 4
     sharding = make_sharding(make_mesh(data=1, fsdp=4, devices=devices))

@@ -1,4 +1,4 @@
-"""The price of a step, on this machine's one device."""
+"""Plans of steps on this machine's one device."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def plan(steps):
     return steps.price(2)
 
 
-def test_the_plan_holds_the_bytes_of_a_real_state(plan):
+def test_the_plan_matches_the_bytes_of_a_real_state(plan):
     decoder = Decoder(TINY, scan_layers=True, remat="block")
     ids = jnp.zeros((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA)
@@ -73,7 +73,7 @@ def test_a_step_without_the_memory_does_not_fit(steps, plan):
     assert alone.compile_seconds == alone.flops == 0
 
 
-def test_a_policy_is_the_decoders_or_another(steps, plan):
+def test_a_policy_defaults_to_the_decoders(steps, plan):
     other = steps.price(2, "none")
     assert (plan.remat, other.remat) == ("block", "none")
     assert steps.flops(other).lora < steps.flops(plan).lora
@@ -81,7 +81,7 @@ def test_a_policy_is_the_decoders_or_another(steps, plan):
 
 
 class _Refused:
-    """A step that a TPU's compiler refuses."""
+    """A step that the TPU compiler rejects."""
 
     jaxpr = jax.make_jaxpr(jnp.sin)(1.0)
 
@@ -98,7 +98,7 @@ class _Refused:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_what_the_compiler_refuses_does_not_fit_or_is_an_error(plan):
+def test_compiler_failures_are_out_of_memory_or_errors(plan):
     zero = jnp.zeros(3)
     state = TrainState(zero, {}, {"frozen": zero}, (), zero, zero)
     batch = {"input_ids": zero.reshape(1, 3)}
@@ -115,7 +115,7 @@ def test_what_the_compiler_refuses_does_not_fit_or_is_an_error(plan):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
 def traced(request):
-    """A step of the tiny decoder, and what the formula says of it."""
+    """A step of the tiny decoder, and its FLOPs by formula."""
     decoder = Decoder(TINY, scan_layers=request.param)
     ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA, ids)
@@ -131,14 +131,14 @@ def traced(request):
     return step.trace(state, batch), formula
 
 
-def test_the_formula_is_what_is_traced(traced):
+def test_the_formula_matches_the_trace(traced):
     step, formula = traced
     assert formula.lora == pytest.approx(traced_flops(step.jaxpr.jaxpr), rel=0.1)
     assert 0.2 < formula.saved < 1 / 3
 
 
 @pytest.mark.parametrize("traced", [False], indirect=True)
-def test_what_is_traced_of_an_unrolled_step_is_what_xla_counts(traced):
+def test_traced_flops_of_an_unrolled_step_match_xla(traced):
     step, _ = traced
     counted = step.lower().compile().cost_analysis()["flops"]
     assert traced_flops(step.jaxpr.jaxpr) == pytest.approx(counted, rel=0.1)
@@ -158,8 +158,8 @@ def test_loops_branches_and_convolutions_are_counted():
     assert found == 2 * (2 * 8 * 4 * 5 * 3 + 2 * 4 * 4 * 8 + 2 * 4 * 4 * 4)
 
 
-def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(steps):
-    with pytest.raises(ValueError, match="must divide by data x fsdp"):
+def test_an_indivisible_batch_and_other_failures_are_errors(steps):
+    with pytest.raises(ValueError, match="must be divisible by data x fsdp"):
         steps.price(0)
     assert parse_too_large("something else") is None
     message = (
@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_divide_and_other_refusals_are_errors(steps):
     assert parse_too_large(message) == round(27.01 * 2**30)
 
 
-def test_shapes_with_shardings_are_counted_a_device():
+def test_shapes_with_shardings_are_counted_per_device():
     mesh = make_mesh(devices=jax.devices()[:1])
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=whole)

@@ -1,4 +1,4 @@
-"""The loss of a decoder's step, against the logits written out."""
+"""The loss of a decoder's step, against full logits."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_the_full_logits(name):
     )
 
 
-def test_an_adapted_head_and_a_head_trained_in_full_count():
+def test_an_adapted_or_fully_trained_head_is_used():
     batch = make_batch(43)
     for targets, train in ((["head"], []), (["query"], ["head"])):
         lora = LoRAConfig(rank=2, targets=targets, train=train)
@@ -91,7 +91,7 @@ def test_packed_examples_do_not_see_each_other():
         np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_soft_cap_bounds_the_logits_value_and_gradient():
+def test_the_softcap_applies_to_values_and_gradients():
     hidden = 3 * jax.random.normal(jax.random.key(0), (1, 5, 4))
     kernel = jax.random.normal(jax.random.key(1), (4, 7))
     labels = jnp.array([[0, 6, 2, 3, 3]])
@@ -115,7 +115,7 @@ def test_the_soft_cap_bounds_the_logits_value_and_gradient():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
-def test_chunks_without_a_token_that_counts_are_left_out_and_change_nothing(chunk):
+def test_chunks_without_weight_are_skipped_and_change_nothing(chunk):
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (3, 7, 4))
     kernel = jax.random.normal(keys[1], (4, 9))
@@ -138,21 +138,21 @@ def test_chunks_without_a_token_that_counts_are_left_out_and_change_nothing(chun
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gpu_takes_more_tokens_at_once(monkeypatch):
+def test_a_gpu_uses_larger_chunks(monkeypatch):
     assert (chunk_tokens(128_256), chunk_tokens(1000)) == (128, 4194)
     monkeypatch.setattr(lm, "target_platform", lambda: "gpu")
     assert (chunk_tokens(128_256), chunk_tokens(1000)) == (1024, 67_108)
 
 
-def test_prompts_cost_no_logits():
+def test_prompt_tokens_cost_no_logits():
     hidden, kernel = jnp.ones((1, 8, 4)), jnp.ones((4, 9))
     labels, spoilt = jnp.zeros((1, 8), int), hidden.at[0, :6].set(jnp.nan)
     answer = jnp.zeros((1, 8)).at[0, 6:].set(1)
     gradient = jax.grad(lambda h: causal_lm(h, kernel, labels, answer, chunk=2)[0])
-    assert not gradient(spoilt)[0, :6].any()  # a NaN that was computed would show
+    assert not gradient(spoilt)[0, :6].any()  # a computed NaN would propagate
 
 
-def test_all_linear_leaves_the_output_head_out_and_its_name_takes_it_in():
+def test_all_linear_excludes_the_output_head_unless_named():
     def targets(**options):
         lora = LoRAConfig(rank=2, **options)
         model = load_model(GOLDEN / "llama", lora=lora, key=jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The loss of classifiers."""
+"""The classification loss."""
 
 import flax.linen as nn
 import jax
@@ -40,7 +40,7 @@ def variables(model, batch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_it_is_the_cross_entropy_of_the_rows_that_count(
+def test_it_is_the_cross_entropy_of_rows_with_weight(
     smoothing, model, batch, variables
 ):
     inputs = batch["input_ids"], batch["attention_mask"]
@@ -56,7 +56,7 @@ def test_it_is_the_cross_entropy_of_the_rows_that_count(
     assert metrics["accuracy"] == hits[:3].sum()
 
 
-def test_it_drops_only_where_it_has_a_key(model, batch, variables):
+def test_dropout_is_active_only_with_a_key(model, batch, variables):
     loss_fn = classification_loss(model)
     losses = [
         float(loss_fn(variables, batch, rngs)[0])

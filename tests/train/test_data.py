@@ -1,4 +1,4 @@
-"""Batches: each example once an epoch, few shapes, order a pure function."""
+"""Batches: each example once per epoch, few shapes, a deterministic order."""
 
 import numpy as np
 import pytest
@@ -45,21 +45,21 @@ def test_an_epoch_holds_each_example_once(batch_size, shuffle):
         assert sorted(seen) == list(range(57))
 
 
-def test_only_one_batch_of_an_epoch_holds_filler_rows():
+def test_only_one_batch_of_an_epoch_has_filler_rows():
     batches = Batches(make_examples(), 8, seed=0)
     filler = [int((b["weights"] == 0).sum()) for b in batches.epoch(0)]
     assert sorted(filler)[:-1] == [0] * (len(filler) - 1)
     assert sum(filler) == 8 * 8 - 57
 
 
-def test_shapes_are_few_and_hold_their_examples():
+def test_shapes_are_few_and_fit_their_examples():
     batches = Batches(make_examples(400), 8, seed=0)
     shapes = {b["input_ids"].shape for e in range(3) for b in batches.epoch(e)}
     assert shapes <= {(8, t) for t in batches.buckets}
     assert len(batches.buckets) <= 4
 
 
-def test_some_rows_of_a_batch_are_those_of_the_whole_one():
+def test_a_subset_of_rows_matches_the_whole_batch():
     batches = Batches(make_examples(), 8, seed=5)
     last = batches.steps_per_epoch - 1
     order = np.random.default_rng(0).permutation(8)
@@ -90,7 +90,7 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     assert order(a, 0) != order(other, 0)
 
 
-def test_identity_changes_with_whatever_changes_the_batches():
+def test_identity_changes_with_everything_that_changes_the_batches():
     examples = make_examples()
     changed = [dict(e) for e in examples]
     changed[3]["label"] = 0 if changed[3]["label"] else 1

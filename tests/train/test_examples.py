@@ -1,4 +1,4 @@
-"""JSONL and labels: strict, every bad line named."""
+"""JSONL and labels are parsed strictly, listing every bad line."""
 
 import numpy as np
 import pytest

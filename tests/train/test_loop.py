@@ -28,7 +28,7 @@ def batch_at(step):
     return np.full(4, step + 1.0, np.float32)
 
 
-def test_logs_cover_every_step_once_and_end_at_the_last():
+def test_logs_cover_every_step_once():
     logs, steps = [], []
     fitted = fit(
         start(),
@@ -47,7 +47,7 @@ def test_logs_cover_every_step_once_and_end_at_the_last():
     assert not fitted.is_stopped
 
 
-def test_periodic_calls_come_at_their_periods_and_once_after_the_last():
+def test_callbacks_run_at_their_periods_and_once_after_the_last():
     seen = []
     calls = [
         (3, lambda state: seen.append(("a", int(state.step)))),
@@ -57,7 +57,7 @@ def test_periodic_calls_come_at_their_periods_and_once_after_the_last():
     assert seen == [("b", 2), ("a", 3), ("b", 4), ("a", 5), ("b", 5)]
 
 
-def test_a_stop_ends_after_the_step_under_way_and_what_is_due_then():
+def test_a_stop_ends_after_the_steps_in_flight_and_due_callbacks():
     seen, asked = [], iter([False, False, False, True])
     fitted = fit(
         start(),
@@ -72,14 +72,14 @@ def test_a_stop_ends_after_the_step_under_way_and_what_is_due_then():
     assert seen == [4]
 
 
-def test_going_on_from_a_state_is_bit_equal_to_never_stopping():
+def test_resuming_is_bitwise_equal_to_never_stopping():
     whole = fit(start(), STEP, batch_at, total_steps=9).state
     part = fit(start(), STEP, batch_at, total_steps=4).state
     rest = fit(part, STEP, batch_at, total_steps=9).state
     assert np.array_equal(whole.trainable["lora"]["a"], rest.trainable["lora"]["a"])
 
 
-def test_skipped_steps_are_left_out_of_the_means_and_counted():
+def test_skipped_steps_are_counted_but_excluded_from_the_means():
     logs = []
     poisoned = lambda step: batch_at(step) * (np.nan if step == 1 else 1)  # noqa: E731
     fit(
@@ -101,7 +101,7 @@ def test_a_finished_run_does_nothing():
     assert int(fitted.state.step) == 2
 
 
-def test_a_period_below_one_is_refused():
+def test_a_period_below_one_is_rejected():
     with pytest.raises(ValueError, match=r"at least 1 step; got \[0, -2\]"):
         fit(start(), STEP, batch_at, total_steps=2, log_every=0, every=[(-2, print)])
 
@@ -112,12 +112,12 @@ def test_an_evaluation_is_a_mean_over_examples_not_over_batches():
     assert means == {"loss": (3 + 25) / 4, "error": 2.0, "weight": 4.0}
 
 
-def test_an_evaluation_of_nothing_is_refused():
+def test_an_evaluation_without_weight_is_rejected():
     with pytest.raises(ValueError, match="got weight 0"):
         evaluate(make_eval_step(loss_fn), start().variables, [])
 
 
-def test_the_probe_finds_a_plane_that_validation_agrees_with():
+def test_the_probe_separates_linearly_separable_data():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 5)) * [1, 10, 0.1, 1, 1] + 3
     y = (x @ [1, 0.1, 10, 0, 0] > 34).astype(int)
@@ -126,7 +126,7 @@ def test_the_probe_finds_a_plane_that_validation_agrees_with():
     assert probe.accuracy >= 0.95
 
 
-def test_the_probe_is_at_the_minimum_that_scikit_learn_finds():
+def test_the_probe_matches_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((90, 4)), rng.integers(0, 3, 90)
@@ -144,13 +144,13 @@ def test_the_probe_is_at_the_minimum_that_scikit_learn_finds():
         (np.full((2, 2), np.nan), "must be finite"),
     ],
 )
-def test_features_that_do_not_fit_are_refused(x, message):
+def test_invalid_features_are_rejected(x, message):
     with pytest.raises(ValueError, match=message):
         fit_probe(x, np.array([0, 1]), (x, np.array([0, 1])), num_labels=2)
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [-1, 1]])
-def test_labels_of_a_probe_are_class_numbers(labels):
+def test_labels_of_a_probe_must_be_class_indices(labels):
     x, good, bad = np.ones((2, 1)), np.array([0, 1]), np.array(labels)
     for pair, name in (((bad, good), "labels"), ((good, bad), "validation")):
         wanted = rf"{name} must be .* \[0, 2\); got {min(labels)} to {max(labels)}"

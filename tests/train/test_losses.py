@@ -27,7 +27,7 @@ def arrays(*shapes):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("class_weights", [None, [1.0, 0.5, 3.0]])
-def test_cross_entropy_is_the_formula(smoothing, class_weights):
+def test_cross_entropy_matches_the_formula(smoothing, class_weights):
     (logits,) = arrays((2, 5, 3))
     labels, w = RNG.integers(0, 3, (2, 5)), RNG.uniform(size=(2, 5))
     c = np.ones(3) if class_weights is None else np.array(class_weights)
@@ -48,7 +48,7 @@ def test_cross_entropy_is_the_formula(smoothing, class_weights):
     assert loss.dtype == weight.dtype == jnp.float32
 
 
-def test_rows_of_weight_zero_count_for_nothing_whatever_they_hold():
+def test_rows_of_weight_zero_are_ignored_whatever_their_contents():
     (logits,) = arrays((4, 3))
     labels = jnp.array([0, 2, -100, 77])
     mask = jnp.array([True, True, False, False])
@@ -140,7 +140,7 @@ def test_chunked_lm_equals_the_full_one_in_value_and_gradients(chunk):
     assert causal_lm(hidden, kernel, labels, weights)[1] == weights.sum()
 
 
-def test_chunked_lm_forms_neither_all_logits_nor_a_frozen_heads_gradient():
+def test_chunked_lm_materialises_neither_all_logits_nor_a_frozen_heads_gradient():
     b, t, d, v, chunk = 4, 64, 8, 512, 16
     hidden, kernel = arrays((b, t, d), (d, v))
     labels = jnp.zeros((b, t), jnp.int32)
@@ -180,7 +180,7 @@ def test_chunked_lm_keeps_the_dtypes_of_hidden_and_kernel():
     )
 
 
-def test_changing_what_is_masked_changes_nothing():
+def test_masked_positions_do_not_affect_the_result():
     hidden, kernel = arrays((2, 4, 3), (3, 5))
     mask = jnp.array([[0, 0, 1, 1], [0, 1, 1, 0]])
     a = causal_lm(hidden, kernel, jnp.zeros((2, 4), int), mask)
@@ -228,7 +228,7 @@ LABELS = jnp.zeros(4, int)
         (
             lambda: squared_error(jnp.zeros((4, 1)), jnp.zeros(4)),
             ValueError,
-            r"one shape; got \(4, 1\) and \(4,\)",
+            r"same shape; got \(4, 1\) and \(4,\)",
         ),
         (
             lambda: squared_error(FLOATS, FLOATS, weights=jnp.ones(3)),

@@ -18,7 +18,7 @@ from lora_jax.train.optimizer import (
 
 @pytest.fixture
 def mixed():
-    """One tree with everything in it: base 1000 times the size of the adapter."""
+    """One tree with base and adapter; the base is 1000 times larger."""
     return {
         "block": {
             "query": {
@@ -49,7 +49,7 @@ def run(tx, params, grads, steps=1):
     return params, state
 
 
-def test_mask_and_labels_are_the_whole_tree(mixed):
+def test_mask_and_labels_cover_the_whole_tree(mixed):
     assert adapter_mask(mixed, train=["head"]) == {
         "block": {
             "query": {"kernel": False, "bias": False, "lora_a": True, "lora_b": True},
@@ -145,7 +145,7 @@ def test_a_tree_without_adapters_is_an_error():
         lora_optimizer(0.1, total_steps=1, lora_b_ratio=4).init({"kernel": jnp.ones(3)})
 
 
-def test_decay_shrinks_b_and_kernels_never_a_or_vectors():
+def test_decay_applies_to_b_and_kernels_but_not_a_or_vectors():
     params = {
         "lora": {
             "q": {
@@ -177,7 +177,7 @@ def test_decay_shrinks_b_and_kernels_never_a_or_vectors():
     np.testing.assert_array_equal(after["params"]["head"]["bias"], 1)
 
 
-def test_lora_plus_scales_the_rate_of_b_alone():
+def test_lora_plus_scales_only_the_rate_of_b():
     params = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}
     tx = lora_optimizer(0.01, total_steps=1, schedule="constant", lora_b_ratio=16)
     after, _ = run(tx, params, jax.tree.map(jnp.ones_like, params))
@@ -185,7 +185,7 @@ def test_lora_plus_scales_the_rate_of_b_alone():
     np.testing.assert_allclose(1 - after["lora_b"], 0.16, rtol=1e-4)
 
 
-def test_lora_optimizer_is_adamw_where_they_agree():
+def test_lora_optimizer_matches_adamw_with_equal_decay():
     params = {"lora_b": jnp.linspace(-1, 1, 6).reshape(2, 3)}
     grads = {"lora_b": jnp.linspace(0.3, -0.1, 6).reshape(2, 3)}
     ours = lora_optimizer(
@@ -209,7 +209,7 @@ def test_schedules_rise_and_fall(schedule, expected):
     np.testing.assert_allclose([rate(t) for t in range(7)], expected, atol=1e-6)
 
 
-def test_all_faulty_arguments_are_named_at_once():
+def test_all_invalid_arguments_are_listed():
     with pytest.raises(ValueError, match="learning_rate must be above 0; got -1") as e:
         lora_optimizer(-1, total_steps=0, warmup_steps=5, schedule="step")
     for part in (

@@ -1,4 +1,4 @@
-"""Packing: every target once, in its own example's row and after its own tokens."""
+"""Packing: every target occurs once, in its example's row after its own tokens."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
 
 def example(index, length, rng):
-    """Tokens that are found nowhere else, so that each can be traced."""
+    """Unique tokens, so that each can be traced."""
     return {
         "input_ids": np.arange(length) + 100 * index + 1,
         "loss_mask": rng.integers(0, 2, length),
@@ -19,7 +19,7 @@ def example(index, length, rng):
 
 
 @given(LENGTHS)
-def test_each_example_is_in_one_row_and_rows_are_not_overfull(lengths):
+def test_each_example_is_in_one_row_and_rows_do_not_overflow(lengths):
     rows = plan_rows(lengths, 12)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 12 for row in rows)
@@ -29,7 +29,7 @@ def test_each_example_is_in_one_row_and_rows_are_not_overfull(lengths):
 
 
 @given(LENGTHS)
-def test_no_target_is_lost_or_doubled_and_none_crosses_examples(lengths):
+def test_targets_are_neither_lost_nor_duplicated_nor_cross_examples(lengths):
     rng = np.random.default_rng(0)
     examples = [example(i, n, rng) for i, n in enumerate(lengths)]
     plan = plan_rows(lengths, 12)
@@ -61,7 +61,7 @@ def test_no_target_is_lost_or_doubled_and_none_crosses_examples(lengths):
             assert places[-1] - places[0] == lengths[i] - 1  # in one piece
 
 
-def test_the_fullest_row_that_still_fits_is_taken():
+def test_the_fullest_row_that_fits_is_used():
     assert plan_rows([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
     assert plan_rows([5, 5, 5], 5) == [[0], [1], [2]]
 
@@ -81,7 +81,7 @@ def test_dtypes_and_empty_rows():
     assert not any(v.any() for v in batch.values())
 
 
-def test_examples_that_do_not_fit_are_named():
+def test_examples_that_do_not_fit_are_listed():
     with pytest.raises(
         ValueError, match=r"1 to 8 tokens.*got 2 .*: 9 \(example 1\), 0 \(example 2\)"
     ):

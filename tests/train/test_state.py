@@ -1,4 +1,4 @@
-"""TrainState: what is trained, what is frozen, what is refused."""
+"""TrainState: trainable and frozen leaves, and invalid variables."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def create(variables, tx=None):
     return TrainState.create(variables, tx or optax.adam(0.1), jax.random.key(0))
 
 
-def test_variables_join_what_create_split():
+def test_variables_undo_the_split_of_create():
     variables = make_variables()
     state = create(variables)
     assert sorted(state.trainable) == ["lora"]
@@ -31,12 +31,12 @@ def test_variables_join_what_create_split():
     assert "frozen" not in state.changing
 
 
-def test_optimizer_state_exists_for_trainables_only():
+def test_optimizer_state_exists_only_for_trainable_leaves():
     state = create(make_variables())
     assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * 5
 
 
-def test_trainables_are_copies_and_frozen_leaves_are_not():
+def test_trainable_leaves_are_copied_and_frozen_ones_are_not():
     variables = make_variables() | {"frozen": {"kernel": jnp.ones((3, 2))}}
     state = create(variables)
     assert state.frozen["frozen"]["kernel"] is variables["frozen"]["kernel"]
@@ -51,7 +51,7 @@ def test_nothing_to_train_is_an_error():
         create({"lora": {}, "params": {}})
 
 
-def test_all_trainables_that_are_not_floating_are_named():
+def test_all_trainable_leaves_that_are_not_floating_are_listed():
     variables = make_variables() | {
         "params": {"ids": jnp.arange(3), "mask": jnp.ones(2, bool), "ok": jnp.ones(1)}
     }

@@ -13,7 +13,7 @@ from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_eval_step, make_train_step
 
-IN, OUT, R, B = 48, 80, 3, 12  # no two products of them are alike
+IN, OUT, R, B = 48, 80, 3, 12  # with distinct products
 
 
 def make_variables(dtype=jnp.float32):
@@ -134,7 +134,7 @@ def test_flops_stay_within_the_factored_bound():
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 12])
-def test_accumulated_steps_equal_the_big_batch(accumulate):
+def test_gradient_accumulation_equals_the_big_batch(accumulate):
     one, many = start(), start()
     step = make_train_step(loss_fn, make_tx())
     steps = make_train_step(loss_fn, make_tx(), accumulate)
@@ -159,7 +159,7 @@ def test_metrics_are_weighted_means_on_the_device():
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where, accumulate):
+def test_a_nonfinite_step_changes_nothing_and_is_counted(where, accumulate):
     def poisoned(variables, batch, rngs):
         loss, weight, metrics = loss_fn(variables, batch, rngs)
         bad = jnp.any(batch["bad"])
@@ -252,7 +252,7 @@ def test_the_same_seed_gives_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, *finals)
 
 
-def test_bfloat16_trainables_and_multi_steps_keep_their_types():
+def test_bfloat16_trainables_and_multi_steps_keep_their_dtypes():
     tx = optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
     variables = make_variables()
     variables["params"] = jax.tree.map(
@@ -274,7 +274,7 @@ def test_no_warning_about_donated_buffers():
         state, _ = step(state, make_batch())
 
 
-def test_raw_keys_work_too():
+def test_raw_keys_work():
     tx = make_tx()
     state = TrainState.create(make_variables(), tx, jax.random.PRNGKey(0))
     state, metrics = make_train_step(loss_fn, tx)(state, make_batch())
@@ -319,12 +319,12 @@ def returning(result):
         ),
     ],
 )
-def test_a_wrong_loss_function_is_named(loss, error, message):
+def test_an_invalid_loss_function_is_rejected(loss, error, message):
     with pytest.raises(error, match=message):
         make_train_step(loss, make_tx())(start(), make_batch())
 
 
-def test_batches_that_do_not_divide_are_named():
+def test_indivisible_batches_are_listed():
     step = make_train_step(loss_fn, make_tx(), accumulate=5)
     with pytest.raises(
         ValueError, match=r"accumulate = 5 .*; got 12 rows. Take .* 10 or 15"

@@ -1,4 +1,4 @@
-"""Text becomes examples: borders exact, every bad line named, what is cut counted."""
+"""Text examples: exact loss masks, every bad line listed, truncation counted."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Batches for language models: each target once an epoch, order a pure function."""
+"""Batches for language models: each target once per epoch, a deterministic order."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_packing_wastes_less_than_buckets():
 
 
 @KINDS
-def test_some_rows_of_a_batch_are_those_of_the_whole_one(packed):
+def test_a_subset_of_rows_matches_the_whole_batch(packed):
     batches = TextBatches(make_examples(), 4, packed_length=packed, seed=5)
     for step in range(batches.steps_per_epoch):
         whole = batches.batch_at(step)
@@ -90,7 +90,7 @@ def test_the_order_is_a_pure_function_of_seed_and_step(packed):
     assert first != [a.indices_at(n + i).tolist() for i in range(n)]
 
 
-def test_identity_changes_with_whatever_changes_the_batches():
+def test_identity_changes_with_everything_that_changes_the_batches():
     examples = make_examples()
     masked, other = [[dict(e) for e in examples] for _ in range(2)]
     masked[3]["loss_mask"] = 1 - masked[3]["loss_mask"]

@@ -59,7 +59,7 @@ def test_layers_without_an_adapter_get_no_update():
     fitted = flatten(fit_adapter(lora, part.targets(), whole.targets()))
     assert not fitted["router/lora_a"].any()
     assert not fitted["router/lora_b"].any()
-    with pytest.raises(ValueError, match="experts/down is no target; router is no t"):
+    with pytest.raises(ValueError, match="experts/down is not a target; router is n"):
         fit_adapter(
             whole.attach(case.variables()["params"], jax.random.key(0))["lora"],
             sorted(whole.targets(), key=lambda row: row.path),
@@ -67,7 +67,7 @@ def test_layers_without_an_adapter_get_no_update():
         )
 
 
-def test_a_smaller_rank_is_refused():
+def test_a_smaller_rank_is_rejected():
     case = CASES["vmapped_experts"]
     two, one = (adapt(case.model, case.config(rank=r), *case.args) for r in (2, 1))
     lora = two.attach(case.variables()["params"], jax.random.key(0))["lora"]

@@ -1,4 +1,4 @@
-"""The fingerprint tells bases apart and nothing else."""
+"""The fingerprint distinguishes bases by nothing but their contents."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Merging a tree: rounded once, refused for NaN, undone bit for bit."""
+"""Merging a tree: rounded once, rejected for NaN, undone bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_unmerge_is_bit_exact_where_subtraction_is_not():
     assert not np.array_equal(np.asarray(subtracted), kept)
 
 
-def test_the_error_report_tells_what_bfloat16_loses():
+def test_the_error_report_measures_bfloat16_rounding():
     rows = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         params, lora = trees(dtype, size=0.01)
@@ -61,7 +61,7 @@ def test_the_error_report_tells_what_bfloat16_loses():
     assert rows[jnp.bfloat16].path == "up"
 
 
-def test_a_bad_adapter_is_refused_and_the_base_left_alone():
+def test_an_invalid_adapter_is_rejected_and_the_base_unchanged():
     params, lora = trees()
     lora["up"]["lora_b"] = lora["up"]["lora_b"].at[0, 0].set(jnp.nan)
     del lora["up"]["lora_a"]

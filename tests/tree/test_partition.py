@@ -28,7 +28,7 @@ def test_partition_and_join_are_inverse_and_copy_nothing():
     assert all(joined[path] is leaf for path, leaf in flatten(TREE).items())
 
 
-def test_biases_of_adapted_layers_are_those_beside_an_adapter():
+def test_biases_beside_an_adapter_belong_to_adapted_layers():
     tree = {**TREE, "norm": {"scale": np.ones(3), "bias": np.ones(3)}}
     config = LoRAConfig(bias="lora_only")
     assert list(flatten(partition(tree, config)["params"])) == ["up/bias"]
@@ -47,7 +47,7 @@ def test_a_magnitude_is_an_adapters_only_beside_an_adapter():
     assert list(flatten(parts["lora"])) == ["up/lora_a", "up/lora_b", "up/magnitude"]
 
 
-def test_join_names_what_two_trees_share():
+def test_join_lists_leaves_that_two_trees_share():
     with pytest.raises(ValueError, match=r"same leaves: \['head/kernel'\]"):
         join(TREE, {"head": {"kernel": 1}})
 
@@ -56,7 +56,7 @@ def test_count_adds_up_elements():
     assert count(TREE) == 6 + 2 + 3 + 3
 
 
-def test_nearest_tells_how_many_more_end_alike():
+def test_nearest_counts_other_paths_with_the_same_ending():
     paths = ["block_0/q", "block_1/q", "block_0/mlp"]
     assert nearest("qq", paths) == "block_0/q (+1)"
     assert nearest("x", []) == ""

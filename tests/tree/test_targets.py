@@ -1,4 +1,4 @@
-"""Targets: chosen by pattern, and everything that matches nothing is an error."""
+"""Targets are selected by patterns, and a pattern without a match is an error."""
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,14 @@ def test_a_value_pattern_without_a_match_is_an_error(field):
     )
 
 
-def test_all_faults_come_together():
+def test_all_errors_are_raised_together():
     text = message(LoRAConfig(targets=["q_prj", "v_proj"], exclude=["nothing"]))
     assert "q_prj" in text
     assert "nothing" in text
     assert "'v_proj'" not in text
 
 
-def test_nothing_left_is_an_error():
+def test_selecting_no_layer_is_an_error():
     assert "leave 0 of 24 kernels" in message(LoRAConfig(exclude=".*"))
 
 
@@ -74,11 +74,11 @@ def test_a_named_layer_that_cannot_be_adapted_is_an_error():
     assert "can't be adapted" in text
 
 
-def test_layers_cannot_choose_inside_a_stack():
+def test_layers_cannot_select_within_a_stack():
     assert "stacked in one array" in message(LoRAConfig(layers=[1]), [STACKED])
 
 
-def test_init_depends_on_the_path_alone():
+def test_init_depends_only_on_the_path():
     few, all_ = (
         select_targets(SITES, LoRAConfig(targets=t)) for t in (["v_proj"], "all-linear")
     )
@@ -89,7 +89,7 @@ def test_init_depends_on_the_path_alone():
     assert not b.any()
 
 
-def test_stacked_layers_draw_values_of_their_own():
+def test_stacked_layers_have_independent_initial_values():
     (target,) = select_targets([STACKED], LoRAConfig(rank=2))
     a, b = target.init(jax.random.key(0))
     assert a.shape == (4, 3, 2)
