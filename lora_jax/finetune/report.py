@@ -18,6 +18,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.names import CLASSIFIER, FROZEN, LORA, PARAMS
+from lora_jax.plan.step import StepPlan
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
@@ -64,6 +65,26 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     print_targets(out, job.targets)
 
 
+def print_plan(
+    out: Reporter, job: Job, plan: StepPlan, numbers: dict[str, Any], steps: str
+) -> None:
+    """Prints what a run trains, what its step needs and on what it runs.
+
+    Args:
+      out: where to print.
+      job: what is trained.
+      plan: of its step.
+      numbers: from `counts`.
+      steps: how many there are, in words.
+    """
+    facts = [("trained", trained_text(numbers)), ("memory", memory_text(plan.parts))]
+    facts += [("remat", plan.remat)] if plan.remat else []
+    facts += [("steps", steps)]
+    facts += [("device", f"{device()}; {job.devices.describe()}")]
+    out.heading("Plan")
+    out.facts(facts)
+
+
 def summarise(
     job: Job,
     folder: RunFolder,
@@ -85,7 +106,7 @@ def summarise(
       test: the adapter's metrics on the test split, if there is one.
       baseline: the frozen base's line, if it was measured.
       seconds: spent on each phase.
-      **numbers: ``parameters`` and ``memory_bytes``.
+      **numbers: ``parameters``, ``memory_bytes``, and a ``warning`` or None.
 
     Returns:
       JSON values.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import LoadedModel
@@ -81,7 +81,9 @@ def fine_tune(
       FileNotFoundError: if a file or the model is missing.
       ValueError: naming every fault of the settings; if data or model can't be read; if
         both ``resume`` and ``overwrite`` are set.
-      UserError: if the run folder is taken, or the disk full.
+      UserError: if the run folder is taken, the disk is full, or the step does not fit
+        the device.
+      DivergedError: a `UserError` of a run whose loss is no number any more.
       Interrupted: a `KeyboardInterrupt` that says how to go on.
     """
     from lora_jax.finetune.run_folder import RunFolder
@@ -128,6 +130,7 @@ def _telling_how_to_resume(session: "Session") -> Iterator[None]:
         ):
             said = f"{error}\n{session.how_to_resume()}"
             raise UserError(said, code=1) from error
-        if session.checkpoints and session.checkpoints.latest_step() is not None:
+        is_saved = session.checkpoints and session.checkpoints.latest_step() is not None
+        if is_saved and not isinstance(error, DivergedError):
             error.add_note(session.how_to_resume())
         raise

@@ -33,9 +33,16 @@ TEMPORARY = {f".{name}.tmp" for name in (METRICS, SUMMARY)}  # left by a kill
 OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, *TEMPORARY}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
-# (On another mesh sums are rounded in another order; nothing else is different.)
+# (On another mesh, or where other values are computed again, sums are rounded in
+# another order; nothing else is different.)
 MESH = {f"mesh.{field.name}" for field in dataclasses.fields(MeshSettings)}
-FREE = MESH | {"output.dir", "train.log_every", "train.save_every", "train.keep"}
+FREE = MESH | {
+    "model.remat",
+    "output.dir",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+}
 
 
 class RunFolder:
@@ -134,6 +141,8 @@ class RunFolder:
             return "finished"
         lines = self.metrics()
         step = max((line["step"] for line in lines), default=0)
+        if any(x["split"] == "validation" and x["loss"] is None for x in lines):
+            return f"diverged at step {step}"
         return f"unfinished, at step {step}"
 
     def create(self, settings: RunSettings, *, overwrite: bool) -> None:

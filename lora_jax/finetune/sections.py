@@ -28,7 +28,8 @@ class ModelSettings:
         where the adapters of all blocks are alike. An unrolled step compiles longer and
         runs faster on a GPU.
       remat: what the backward pass of a decoder computes again to save memory:
-        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``.
+        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``; ``"auto"``
+        takes ``lora``, and ``block`` where a step doesn't fit without it.
     """
 
     path: str
@@ -36,7 +37,12 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] | None = None
     scan: bool | None = None
-    remat: Literal["none", "lora", "block"] = "lora"
+    remat: Literal["auto", "none", "lora", "block"] = "auto"
+
+    @property
+    def first_remat(self) -> str:
+        """The policy to begin with."""
+        return "lora" if self.remat == "auto" else self.remat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from experiments.fetch import FetchError
 from experiments.sentiment.train import arguments
 from lora_jax.cli.main import main
-from lora_jax.finetune import session
+from lora_jax.finetune import pricing, session, verdict
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import Job, hold_out
 from lora_jax.finetune.run_folder import RunFolder
@@ -357,3 +357,122 @@ def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
     code, _, shown = call("train", config, f"output.dir={tmp_path}")
     assert code == 2
     assert "is no run folder (it has no config.yaml, but 'thesis.tex')" in shown
+
+
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_good(
+    config, tmp_path, call, monkeypatch
+):
+    folder, evaluate = tmp_path / "run", session.evaluate
+    results = []
+
+    def diverging(*args):
+        results.append(evaluate(*args))
+        return results[-1] | ({"loss": math.nan} if len(results) > 1 else {})
+
+    monkeypatch.setattr(session, "evaluate", diverging)
+    words = [f"output.dir={folder}", "train.baseline=false"]
+    code, out, shown = call("train", config, *words)
+    assert code == 1
+    assert out.count("(best so far)") == 1
+    assert "merge" not in out
+    assert "the run has diverged: 0 of 12 steps were skipped" in shown
+    assert "and the validation loss is nan.\nLower train.learning_rate (now" in shown
+    assert "The last good adapter is kept, that of step 6 (validation acc" in shown
+    assert "--resume" not in shown  # would end in the same way
+    assert not (folder / "summary.json").exists()
+    assert [p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()] == ["6"]
+    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert saved["extra"]["step"] == 6
+    code, _, shown = call("train", config, *words)
+    assert "holds a run already (diverged at step 12)" in shown
+
+
+@pytest.mark.parametrize(
+    ("rate", "message", "kept"),
+    [
+        ("1e30", "5 of 6 steps were skipped, their loss or gradient not finite", False),
+        ("1e9", "23 of 24 steps were skipped, their loss or gradient not", True),
+    ],
+)
+def test_a_learning_rate_that_is_far_too_high_ends_in_an_error(
+    rate, message, kept, config, tmp_path, call
+):
+    folder = tmp_path / "run"
+    words = [f"output.dir={folder}", f"train.learning_rate={rate}"]
+    code, out, shown = call("train", config, *words, "train.baseline=false")
+    assert code == 1
+    assert message in shown
+    assert ("No validation was finite, so no adapter was kept." in shown) != kept
+    assert out.count("(best so far)") == kept
+    assert (folder / "adapter").exists() == kept
+
+
+def test_a_run_that_ends_worse_than_the_frozen_base_says_so(config, tmp_path, call):
+    words = [f"output.dir={tmp_path}/run", "train.learning_rate=10", "train.epochs=1"]
+    code, out, shown = call("train", config, *words)
+    assert code == 0, shown
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (
+        summary["validation"]["accuracy"] < (summary["baseline"]["validation_accuracy"])
+    )
+    assert (
+        "The adapter is worse than the base without it (validation accuracy"
+        in (summary["warning"])
+    )
+    assert summary["warning"] in out
+    assert "lora-jax merge" not in out
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "said"),
+    [
+        (2.0, 2.5, "The adapter is worse than the base"),
+        (1.0, 2.5, "The run ended worse than the base (validation loss 2.5000 at step"),
+        (1.0, 1.1, None),
+        (1.5 + 1e-7, 1.5 + 1e-7, None),  # equal, as rounded
+    ],
+)
+def test_a_verdict_compares_with_the_base(best, last, said):
+    job = SimpleNamespace(
+        metric="loss",
+        is_better=lambda new, old: new < old,
+    )
+    found = verdict.warning(
+        job,
+        best={"step": 3, "loss": best},
+        last={"step": 9, "loss": last},
+        baseline={"validation_loss": 1.5, "what": "frozen base"},
+    )
+    assert (found and said in found) if said else found is None
+    lines = ({"step": 3, "loss": 9.0}, {"step": 9, "loss": 9.0})
+    none = verdict.warning(job, best=lines[0], last=lines[1], baseline=None)
+    assert none is None
+
+
+def test_a_base_that_is_not_finite_is_told_from_a_learning_rate():
+    model = SimpleNamespace(dtype="bfloat16")
+    job = SimpleNamespace(
+        settings=SimpleNamespace(model=model, train=None),
+        loaded=SimpleNamespace(path="base"),
+    )
+    error = verdict.diverged(job, step=6, skipped=6, best=None, last=None)
+    assert error.code == 1
+    assert "Not even the first step could be taken" in str(error)
+    assert "`lora-jax inspect base` counts weights that are not finite" in str(error)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(
+    config, tmp_path, call, monkeypatch
+):
+    folder = tmp_path / "run"
+    words = [config, f"output.dir={folder}", "train.batch_size=100000000"]
+    monkeypatch.setattr(Batches, "batch_at", None)  # no batch is formed
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 3 * 10**6)
+    code, _, shown = call("train", *words)
+    assert code == 2
+    assert "a step of 100000000 x 16 tokens needs" in shown
+    assert "The largest batch that fits is train.batch_size=" in shown
+    assert not folder.exists()
+    code, _, planned = call("plan", *words)
+    assert code == 2
+    assert shown.split(":", 1)[1] == planned.split(":", 1)[1]  # the same words
