@@ -92,21 +92,23 @@ def fine_tune(
 
     if resume and overwrite:
         raise ValueError("resume and overwrite must not both be set; choose one.")
-    with together():
-        settings = load_settings(config, overrides)
-        folder = RunFolder(settings.output.dir, is_writer=is_first())
-        if folder.is_writer:
-            folder.check(settings, resume=resume, overwrite=overwrite)
-    session = Session(settings, folder, reporter or Reporter())
-    with _telling_how_to_resume(session):
+    with contextlib.ExitStack() as stack:
         with together():
-            check_same("the settings", [settings.to_dict(), resume])
-            session.prepare()
-            if not resume:
-                folder.create(settings, overwrite=overwrite)
-        summary = session.train()
-    prompt = session.job.prompt
-    return Run(folder.path, settings, summary, folder.metrics(), prompt)
+            settings = load_settings(config, overrides)
+            folder = RunFolder(settings.output.dir, is_writer=is_first())
+            stack.callback(folder.release)
+            if folder.is_writer:
+                folder.check(settings, resume=resume, overwrite=overwrite)
+        session = Session(settings, folder, reporter or Reporter())
+        with _telling_how_to_resume(session):
+            with together():
+                check_same("the settings", [settings.to_dict(), resume])
+                session.prepare()
+                if not resume:
+                    folder.create(settings, overwrite=overwrite)
+            summary = session.train()
+        prompt = session.job.prompt
+        return Run(folder.path, settings, summary, folder.metrics(), prompt)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import adapter
+from lora_jax.files import adapter, atomic
+from lora_jax.files.lock import Lock, LockedError
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size, to_json
 from lora_jax.finetune.sections import MeshSettings
@@ -29,8 +30,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
-TEMPORARY = {f".{name}.tmp" for name in (METRICS, SUMMARY)}  # left by a kill
-OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, *TEMPORARY}
+LOCK = ".lock"
+OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
 # (On another mesh, or where other values are computed again, sums are rounded in
@@ -55,6 +56,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, is_writer: bool = True):
         self.path, self.is_writer = Path(path), is_writer
+        self._lock: Lock | None = None
 
     def __truediv__(self, name: str) -> Path:
         """Returns the path of a file in it."""
@@ -83,6 +85,8 @@ class RunFolder:
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         )
+        # What a kill leaves of a run that was only about to start is nobody's.
+        found = [n for n in found if n != LOCK and not atomic.is_leftover(n)]
         if resume:
             self._check_resume(settings)
         elif found and CONFIG not in found:
@@ -101,6 +105,30 @@ class RunFolder:
                 f"{self.path} holds more than a run ({', '.join(strange)}), so it is "
                 "not overwritten. Move that away first."
             )
+        if found:
+            self.lock()
+
+    def lock(self) -> None:
+        """Makes the folder this run's own, until this object or the process ends.
+
+        Raises:
+          UserError: naming the process whose it is.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self._lock = Lock(self / LOCK)
+        except LockedError as error:
+            raise UserError(
+                f"a run in {self.path} is under way: {error}. Wait until it has ended, "
+                "or choose another output.dir."
+            ) from error
+
+    def release(self) -> None:
+        """Lets others have the folder again; does nothing if it isn't locked."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _check_resume(self, settings: RunSettings) -> None:
         if not self.is_started():
@@ -159,7 +187,9 @@ class RunFolder:
             return
         if overwrite and self.path.exists():
             # The config last: without it what a kill has left would be no run folder.
-            for name in sorted(OWN_NAMES, key=lambda name: name == CONFIG):
+            old = {p.name for p in self.path.iterdir() if atomic.is_leftover(p.name)}
+            old |= OWN_NAMES - {LOCK}
+            for name in sorted(old, key=lambda name: name == CONFIG):
                 target = self / name
                 if target.is_dir():
                     shutil.rmtree(target)
@@ -174,16 +204,15 @@ class RunFolder:
                 f"output.dir {self.path} can't be made: {error.strerror}. Choose "
                 "another output.dir."
             ) from error
-        try:
-            with (self / CONFIG).open("x", encoding="utf-8") as file:
-                file.write(settings.to_yaml())
-        except FileExistsError:
+        self.lock()
+        if self.is_started():  # since `check`: nobody else starts one under the lock
             raise UserError(
                 f"another process has just started a run in {self.path}. Processes of "
                 "one run must be joined (--distributed, or --coordinator and its "
                 "options; in Python jax.distributed.initialize); another run needs "
                 "another output.dir."
-            ) from None
+            )
+        atomic.write_text(self / CONFIG, settings.to_yaml())
 
     def check_space(self, needed: int) -> None:
         """Raises if the disk has not ``needed`` bytes left.
@@ -226,8 +255,7 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         if self.is_writer:
-            with (self / METRICS).open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
+            atomic.append_text(self / METRICS, to_json(line) + "\n")
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -236,9 +264,7 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         if not self.is_writer:
             return
-        temporary = self / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self / name)
+        atomic.write_text(self / name, text)
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.images import IMAGE_CONFIG
 from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.special_tokens import (
@@ -114,7 +115,6 @@ def save_model(
         if name not in ours and name != TIED_HEAD and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
-    directory.mkdir(parents=True, exist_ok=True)
     if family.head:
         if pooling is None:
             own = "mean" if family.head_pooling == POOLER else family.head_pooling
@@ -125,12 +125,13 @@ def save_model(
         if len(settings.get("id2label") or {}) != count:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-    write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (directory / MODEL_CONFIG).write_text(text, encoding="utf-8")
-    if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
-        tokenizer.save(directory)  # a GGUF file holds it
-    for name in OTHER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    with new_folder(directory) as new:
+        write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        write_text(new / MODEL_CONFIG, text)
+        if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
+            tokenizer.save(new)  # a GGUF file holds it
+        for name in OTHER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
     return directory
