@@ -17,6 +17,7 @@ from lora_jax.finetune.job import Job
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import CLASSIFIER, FROZEN, LORA, PARAMS
 from lora_jax.plan.step import StepPlan
 from lora_jax.train.buckets import Schedule
@@ -61,7 +62,7 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     """Prints model, data and adapted layers."""
     out.heading("Loaded")
     out.facts([*loaded_facts(job), *job.data_facts(batches)])
-    out.heading(f"Adapted layers ({len(job.targets)})")
+    out.heading(f"Adapted layers ({layer_count(job.targets)})")
     print_targets(out, job.targets)
 
 
@@ -173,6 +174,22 @@ def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
     )
 
 
+def layer_count(targets: Sequence[Target]) -> int:
+    """Counts adapted layers; a stack of scanned blocks counts as many as it holds.
+
+    Args:
+      targets: the adapted layers.
+
+    Returns:
+      How many kernels have an adapter.
+    """
+    return sum(len(_slices(target)) for target in targets)
+
+
+def _slices(target: Target) -> list[LayerSlice]:
+    return list(layer_slices({target.path: target.kernel_shape}).values())
+
+
 def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
     """Returns the table of targets, layers that differ only in their number as one row.
 
@@ -189,8 +206,9 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
         key = (name, target.kind, target.kernel_shape, target.rank, target.alpha)
         groups.setdefault(key, []).append(target)
     rows = []
-    for (name, kind, shape, rank, alpha), members in groups.items():
-        numbers = [re.findall(r"\d+", member.path) for member in members]
+    for (name, kind, _, rank, alpha), members in groups.items():
+        slices = [part for member in members for part in _slices(member)]
+        shape, numbers = slices[0].shape, [re.findall(r"\d+", m.path) for m in members]
         if "#" in name and len(members) > 1 and all(len(n) == 1 for n in numbers):
             ints = [int(n[0]) for n in numbers]
             name = name.replace("#", "{" + _ranges(ints) + "}")
@@ -198,7 +216,7 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
             name = members[0].path
         shown = " x ".join(map(str, shape))
         total = sum(member.trainable for member in members)
-        rows.append((name, len(members), kind, shown, rank, f"{alpha:g}", total))
+        rows.append((name, len(slices), kind, shown, rank, f"{alpha:g}", total))
     return rows
 
 

@@ -285,6 +285,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
     if not (run / ADAPTER / adapter.CONFIG).is_file():
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "
-            f"validation writes it. `lora-jax train {path} --resume` goes on with it."
+            f"validation writes it. `lora-jax train {path} --resume` (in Python: "
+            "fine_tune(folder, resume=True)) goes on with it."
         )
     return run, load_settings(run / CONFIG)

@@ -5,27 +5,31 @@ killed with SIGKILL again and again until it has ended once by itself; then its 
 metrics and summary must be those of a run that was never killed. Half of the moments
 are drawn by the clock; the others are the nth time that the process touches a file
 of the run, where a kill does most harm.
+
+Every process is forked from this one, which has imported everything and computed
+nothing: that saves each of them the imports.
 """
 
 import argparse
+import importlib
 import json
+import math
 import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.tiny_decoder import make_decoder
-
-ROOT = Path(__file__).parent.parent.parent
 LIMIT = 300  # seconds after which a process is said to hang
+HUNG = 124  # its status
 KILLS = 4  # of a run at most, so that it ends
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
+IMPORTS = ("lora_jax.cli.train", "lora_jax.finetune.session", "orbax.checkpoint")
 CONFIG = """
 model: {{path: {place}/llama, scan: true}}
 data: {{train: {place}/train.jsonl, holdout: 0.25, max_length: 24, packing: true}}
@@ -67,8 +71,55 @@ class Report(NamedTuple):
     faults: list[str]
 
 
+class Child:
+    """A forked process that runs `lora-jax`.
+
+    Args:
+      words: of the command.
+      folder: of the run.
+      count: after so many touches of the run's files it dies; 0 for never.
+      place: where to write what it says, and how many touches there were.
+      index: of the process.
+    """
+
+    def __init__(
+        self, words: list[str], folder: Path, count: int, place: Path, index: int
+    ):
+        self.said, self.log = place / f"said{index}", place / f"touched{index}"
+        self.log.unlink(missing_ok=True)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                out = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                status = _die_at(str(folder), count, self.log, words)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            os._exit(status)
+
+    def kill(self) -> None:
+        """Kills it."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> int | None:
+        """Returns its status, or None if it is still there after some seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+
+
 def make_job(place: Path) -> None:
     """Writes a model, data and a config of eight steps."""
+    from tests.tiny_decoder import make_decoder
+
     make_decoder(place / "llama")
     rows = [
         {"prompt": "what is the sky ? " * (i % 3 + 1), "completion": f"w{i % 9} ."}
@@ -98,44 +149,31 @@ def attempt(
     words = ["train", str(place / "c.yaml"), f"output.dir={folder}"]
     words += ["--resume"] * (folder / "config.yaml").exists()
     port = _free_port()
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "LORA_JAX_CACHE": str(place / "compiled"),
-        "PYTHONPATH": str(ROOT),
-    }
-    children = []
+    children: list[Child] = []
     for index in range(processes):
         count = kill.events if kill and kill.index == index else None
-        own = [str(folder), str(place / f"events{index}"), str(count or 0), *words]
+        own = list(words)
         if processes > 1:
             own += ["--coordinator", f"localhost:{port}", "--process-id", str(index)]
             own += ["--processes", str(processes)]
-        command = [sys.executable, "-m", "tests.fuzz.kills", "--child", *own]
-        out = (place / f"said{index}").open("w")
-        children.append(
-            subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
-            )
-        )
+        children.append(Child(own, folder, count or 0, place, index))
+    statuses: dict[int, int | None] = {}
     if kill and kill.seconds is not None:
-        try:
-            children[kill.index].wait(timeout=kill.seconds)
-        except subprocess.TimeoutExpired:
-            children[kill.index].kill()
-    statuses = []
-    for child in children:
-        try:
-            statuses.append(child.wait(timeout=LIMIT))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            statuses.append(124)
-    said = "\n".join((place / f"said{i}").read_text() for i in range(processes))
-    events = place / "events0"
-    touched = int(events.read_text()) if events.exists() else 0
-    events.unlink(missing_ok=True)
-    return statuses, said, time.monotonic() - start, touched
+        victim = children[kill.index]
+        statuses[kill.index] = victim.wait(kill.seconds)
+        if statuses[kill.index] is None:
+            victim.kill()
+    for index, process in enumerate(children):
+        if statuses.get(index) is None:
+            statuses[index] = process.wait(LIMIT)
+        if statuses[index] is None:
+            process.kill()
+            process.wait(LIMIT)
+    said = "\n".join(process.said.read_text() for process in children)
+    log = children[0].log
+    touched = int(log.read_text()) if log.exists() else 0
+    ends = [HUNG if end is None else end for _, end in sorted(statuses.items())]
+    return ends, said, time.monotonic() - start, touched
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -159,7 +197,9 @@ def result(folder: Path) -> dict[str, Any]:
     }
 
 
-def run(place: Path, runs: int, *, seed: int, processes: int = 1) -> Report:
+def run(
+    place: Path, runs: int, *, seed: int, processes: int = 1, minutes: float = math.inf
+) -> Report:
     """Kills runs and compares each with one that was never killed.
 
     Args:
@@ -167,6 +207,7 @@ def run(place: Path, runs: int, *, seed: int, processes: int = 1) -> Report:
       runs: how many.
       seed: of the moments.
       processes: of each run.
+      minutes: after which no other run is begun.
 
     Returns:
       What came of it.
@@ -178,7 +219,11 @@ def run(place: Path, runs: int, *, seed: int, processes: int = 1) -> Report:
     if any(statuses):
         return Report(0, 0, 0, [f"the first run failed: {said[-2000:]}"])
     wanted = result(place / "whole")
+    end = time.monotonic() + 60 * minutes
     for number in range(runs):
+        if time.monotonic() > end:
+            runs = number
+            break
         name = f"run{number}"
         for left in range(KILLS, -1, -1):
             kill = None
@@ -193,7 +238,7 @@ def run(place: Path, runs: int, *, seed: int, processes: int = 1) -> Report:
             if not any(statuses):
                 late += kill is not None
                 break
-            if kill is None or -signal.SIGKILL not in statuses or 124 in statuses:
+            if kill is None or -signal.SIGKILL not in statuses or HUNG in statuses:
                 faults.append(f"{name}, {kill}, statuses {statuses}: {said[-2000:]}")
                 break
             kills += 1
@@ -211,7 +256,7 @@ def run(place: Path, runs: int, *, seed: int, processes: int = 1) -> Report:
     return Report(runs, kills, late, faults)
 
 
-def child(folder: str, log: str, count: int, words: list[str]) -> int:
+def _die_at(folder: str, count: int, log: Path, words: list[str]) -> int:
     """Runs `lora-jax`, and dies where the run's files are touched the nth time."""
     from lora_jax.cli.main import main
 
@@ -231,7 +276,7 @@ def child(folder: str, log: str, count: int, words: list[str]) -> int:
 
     sys.addaudithook(watch)
     status = main(words)
-    Path(log).write_text(str(touched))
+    log.write_text(str(touched))
     return status
 
 
@@ -242,16 +287,23 @@ def _free_port() -> int:
 
 def main() -> int:
     """Runs and prints the figures; returns 1 if anything was lost."""
-    if sys.argv[1:2] == ["--child"]:
-        folder, log, count, *words = sys.argv[2:]
-        return child(folder, log, int(count), words)
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.kills")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        report = run(Path(place), args.runs, seed=args.seed, processes=args.processes)
+        os.environ |= {"JAX_PLATFORMS": "cpu", "LORA_JAX_CACHE": f"{place}/compiled"}
+        for name in IMPORTS:
+            importlib.import_module(name)
+        report = run(
+            Path(place),
+            args.runs,
+            seed=args.seed,
+            processes=args.processes,
+            minutes=args.minutes,
+        )
     for fault in report.faults:
         print(fault)
     print(
