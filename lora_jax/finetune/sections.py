@@ -3,13 +3,26 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from lora_jax.config import LEAST
+
+LARGEST = (1 << 31) - 1  # of an int32, and 1 / LEAST of a float32 with room to spare
+
+
+def _check_float(value: float) -> float:
+    if 0 < value < LEAST:
+        raise ValueError(f"must be at least {LEAST:g}, as float32 has it")
+    return value
+
+
+Float = Annotated[float, Field(le=1 / LEAST, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Index = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
+NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
+Fraction = Annotated[NotNegative, Field(lt=1)]
+Devices = Annotated[int, Field(le=LARGEST)]
 Axis = Literal["data", "fsdp", "tensor"] | None
 
 
@@ -67,9 +80,9 @@ class DataSettings:
     train: str
     validation: str | None = None
     test: str | None = None
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    holdout: Annotated[Positive, Field(lt=1)] = 0.05
     seed: Index = 0
-    max_length: Annotated[int, Field(ge=3)] | None = None
+    max_length: Annotated[int, Field(ge=3, le=LARGEST)] | None = None
     packing: bool = False
 
 
@@ -151,8 +164,8 @@ class MeshSettings:
         ``{"mlp/up/kernel": [fsdp, null]}``; tried before the built-in rules.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

@@ -477,3 +477,45 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(
     code, _, planned = call("plan", *words)
     assert code == 2
     assert shown.split(":", 1)[1] == planned.split(":", 1)[1]  # the same words
+
+
+def test_a_run_without_an_adapter_yet_says_so_to_all_who_ask(config, tmp_path, call):
+    folder = tmp_path / "run"
+    RunFolder(folder).create(load_settings(config), overwrite=False)
+    out = ["--out", tmp_path / "out"]
+    for words in (
+        ["inspect", folder],
+        ["eval", "--run", folder],
+        ["merge", "--adapter", folder, *out],
+        ["export", "--adapter", folder, "--format", "peft", *out],
+    ):
+        code, _, shown = call(*words)
+        assert code == 2
+        assert f"the run in {folder} has no adapter yet" in shown
+        assert f"`lora-jax train {folder} --resume`" in shown
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".config.yaml.abcd1234.tmp"]])
+def test_a_start_that_was_killed_before_it_wrote_anything_is_started_anew(
+    left, config, tmp_path
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    settings, run = load_settings(config), RunFolder(folder)
+    run.check(settings, resume=False, overwrite=False)
+    run.create(settings, overwrite=False)
+    run.release()
+    assert load_settings(folder / "config.yaml") == settings
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_old_runs_with_another_default_of_remat_go_on(run_dir, config, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    file = folder / "config.yaml"
+    assert "remat: auto" in file.read_text()
+    file.write_text(file.read_text().replace("remat: auto", "remat: lora"))
+    code, _, shown = call("train", config, f"output.dir={folder}", "--resume")
+    assert code == 0, shown
