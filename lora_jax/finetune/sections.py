@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from lora_jax.config import LEAST
 
-LARGEST = (1 << 31) - 1  # of an int32, and 1 / LEAST of a float32 with room to spare
+LARGEST = (1 << 31) - 1  # of an int32
 
 
 def _check_float(value: float) -> float:
@@ -16,7 +16,7 @@ def _check_float(value: float) -> float:
     return value
 
 
-Float = Annotated[float, Field(le=1 / LEAST, allow_inf_nan=False)]
+Float = Annotated[float, Field(le=1e30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
