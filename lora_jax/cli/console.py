@@ -56,12 +56,14 @@ class Console(Reporter):
             self._rich.print(f"  [dim]{escape(name):<{width}}[/]  {escape(value)}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table; numbers go to the right."""
+        """Prints a table; numbers go to the right, no word is broken."""
         table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         for i, column in enumerate(columns):
             is_number = all(isinstance(row[i], (int, float)) for row in rows)
             justify = "right" if is_number else "left"
-            table.add_column(column, justify=justify, overflow="fold")
+            words = [word for row in rows for word in _cell(row[i]).split()]
+            longest = max(map(len, [*words, *column.split()]))
+            table.add_column(column, justify=justify, min_width=longest)
         for row in rows:
             table.add_row(*[escape(_cell(value)) for value in row])
         self._rich.print(table)

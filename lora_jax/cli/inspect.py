@@ -21,6 +21,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       What `inspect` returns.
     """
     found = inspect(args.dir)
+    if out.as_json:
+        return found  # which says it all
     stored = size(model_bytes(Path(found["path"])))
     damage = ", ".join(f"{n}: {k} values" for n, k in found["not_finite"].items())
     broken = ("not finite", damage or "none")

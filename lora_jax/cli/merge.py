@@ -7,7 +7,7 @@ from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
 from lora_jax.cli.pretrained import load
 from lora_jax.finetune.formatting import size
-from lora_jax.finetune.report import model_bytes
+from lora_jax.finetune.report import layer_count, model_bytes
 from lora_jax.models.save import save_model
 from lora_jax.names import CLASSIFIER
 
@@ -30,10 +30,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     pooling = getattr(adapted.model, "pooling", None)
     save_model(target, merged, loaded.path, pooling=pooling)
     has_head = CLASSIFIER in loaded.params
+    layers = layer_count(adapted.targets(loaded.params))
     worst = max(errors, key=lambda error: error.relative)
     facts = [
         ("base", str(loaded.path)),
-        ("adapter", f"{args.adapter}, {len(errors)} layers"),
+        ("adapter", f"{args.adapter}, {layers} layers"),
         (
             "merge error",
             f"{worst.relative:.1e} of the update's norm at most ({worst.path}), "
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.facts(facts)
     return {
         "out": str(target),
-        "layers": len(errors),
+        "layers": layers,
         "merge_error": worst.relative,
         "merge_error_layer": worst.path,
         "largest_error": max(error.largest for error in errors),

@@ -14,7 +14,7 @@ from lora_jax.finetune import report
 from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import arithmetic, duration, size
-from lora_jax.finetune.pricing import JobSteps, slice_steps
+from lora_jax.finetune.pricing import JobSteps, slice_steps, too_large
 from lora_jax.finetune.settings import RunSettings, load_settings
 from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FSDP
@@ -81,23 +81,11 @@ def _plan_local(
     price = _printed(steps.price, "this machine", out)
     plan = fitting_remat(price, rows, steps.remat)[-1]
     unit = settings.train.accumulate * job.devices.parts
-
-    def way_out() -> str:
-        if found := largest_batch(lambda rows: price(rows, plan.remat), unit):
-            return (
-                f"The largest batch that fits is train.batch_size={found.batch}: "
-                f"{size(found.total)}."
-            )
-        return (
-            "Even the smallest batch does not fit: use shorter rows (data.max_length) "
-            "or model.param_dtype=bfloat16."
-        )
-
-    _check_fits(plan, "this machine", way_out, args)
+    _check_fits(plan, "this machine", lambda: steps.way_out(plan, price), args)
     full = steps.price(rows, plan.remat, trains_all=True)
     flops = steps.flops(plan, full)
     _print_plans(out, {"LoRA": plan, "full fine-tuning": full}, flops)
-    out.say(f"  {_verdict(plan, 'this machine', steps.remat)}")
+    out.say(f"  {_verdict(plan, 'this machine', settings)}")
     return {
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
@@ -133,7 +121,7 @@ def _plan_slice(
     *before, plan = fitting_remat(price, rows, remat)
     _print_plans(out, {"LoRA": plan}, steps.flops(plan))
     chip = f"a {topology.partition(':')[0]} chip"
-    out.say(f"  {_verdict(plan, chip, remat)}")
+    out.say(f"  {_verdict(plan, chip, settings)}")
 
     def first_slice(
         is_asked: Callable[[str, int], bool],
@@ -255,10 +243,10 @@ def _print_plans(out: Console, plans: dict[str, StepPlan], flops: StepFlops) -> 
     out.say(f"  {saved}memory as XLA counts it for the compiled step")
 
 
-def _verdict(plan: StepPlan, device: str, asked: str | None) -> str:
+def _verdict(plan: StepPlan, device: str, settings: RunSettings) -> str:
     """Describes whether a step fits, and with which policy."""
     policy = _policy(", with ", plan.remat)
-    if plan.fits and plan.remat != asked:
+    if plan.fits and plan.remat and settings.model.remat not in ("auto", plan.remat):
         policy += f": set model.remat={plan.remat}"
     verb = "fits" if plan.fits else "does not fit"
     return f"{verb} {device}'s {size(plan.limit)}{policy}"
@@ -270,13 +258,7 @@ def _check_fits(
     """Raises if a step does not fit and no alternative was requested."""
     if plan.fits or args.largest_batch or args.smallest_slice:
         return
-    least = "" if plan.temporaries else "at least "  # weights alone, not compiled
-    each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
-    raise UserError(
-        f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
-        f"{size(plan.total)}{each}{_policy(' with ', plan.remat)}; {device} has "
-        f"{size(plan.limit)}. {way_out()}"
-    )
+    raise too_large(plan, device, way_out())
 
 
 def _largest(

@@ -133,4 +133,5 @@ def _print_result(out: Console, done: Run) -> None:
         chat = "--chat " if done.prompt == "chat" else ""
         out.say(f"  lora-jax generate --adapter {folder} {chat}--prompt TEXT")
     out.say(f"  lora-jax inspect {folder}")
-    out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
+    if not summary["warning"]:
+        out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,8 @@ class Checkpoints:
       config: the run's config as JSON values: all that must agree when it is resumed.
       fingerprint: of the frozen base, from `lora_jax.tree.fingerprint.fingerprint`.
       data: what the order of the data depends on, from `Batches.identity`.
+      free: settings that may differ, as ``section.key``, even if ``config`` of a
+        checkpoint holds them.
       keep: how many of the last checkpoints to keep.
       best_metric: name of the metric by which the best one is kept besides; None keeps
         the last ones only.
@@ -60,6 +62,7 @@ class Checkpoints:
         config: Mapping[str, Any],
         fingerprint: str,
         data: Mapping[str, Any] | None = None,
+        free: Collection[str] = (),
         keep: int = 2,
         best_metric: str | None = None,
         best_mode: str = "min",
@@ -77,6 +80,7 @@ class Checkpoints:
             "fingerprint": fingerprint,
             "data": _as_json(data or {}),
         }
+        self._free = {f"config/{name.replace('.', '/')}" for name in free}
         self._best_metric, self._best_mode = best_metric, best_mode
         self._args = ocp.args
         self._damaged: list[int] = []
@@ -289,7 +293,7 @@ class Checkpoints:
             faults += [
                 f"{path} is {a.get(path, 'absent')!r} here, {b.get(path, 'absent')!r} "
                 "in the checkpoint"
-                for path in sorted(a.keys() | b.keys())
+                for path in sorted((a.keys() | b.keys()) - self._free)
                 if a.get(path) != b.get(path)
             ]
         shapes = {path: facts_of(leaf)[:2] for path, leaf in here.items()}

@@ -14,6 +14,13 @@ class UserError(Exception):
         self.code = code
 
 
+class DivergedError(UserError):
+    """A run whose loss is no number any more; the message says what to change."""
+
+    def __init__(self, message: str):
+        super().__init__(message, code=1)
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C or SIGTERM; the message says how to resume it.
 

@@ -138,6 +138,12 @@ class Job(abc.ABC):
             f"{name} {metric_text(name, metrics[name])}" for name in self.metrics
         )
 
+    def set_remat(self, remat: str) -> None:
+        """Has a decoder's backward pass compute again what a policy says."""
+        module = self.loaded.module.clone(remat=remat)
+        self.loaded = self.loaded._replace(module=module)
+        self.adapted = adapt(module, self.lora, *self.loaded.inputs)
+
     def streams(
         self, splits: Mapping[str, Split], what: str, out: Reporter
     ) -> Iterator[tuple[str, Schedule, Iterator[Any]]]:

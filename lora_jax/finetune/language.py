@@ -206,7 +206,7 @@ def open_language(
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
-            remat=settings.model.remat,
+            remat=settings.model.first_remat,
             **loading(settings, devices),
         )
         data = {

@@ -11,9 +11,10 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_settings
@@ -22,11 +23,12 @@ from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
-from lora_jax.plan.fit import device_memory
+from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
 from lora_jax.plan.step import StepPlan, price_training
 from lora_jax.plan.topology import DecoderSteps
+from lora_jax.train.buckets import Schedule
 
 
 class JobSteps:
@@ -36,18 +38,25 @@ class JobSteps:
       job: from `open_job`.
       batches: of its training split.
       total: steps of the run.
-      longest: a batch of the longest shape.
-      remat: what the backward pass is to compute again; None of an encoder.
+      longest: shapes of a batch of the longest shape.
+      remat: what the backward pass is to compute again, or to begin with; None of an
+        encoder.
+      limit: bytes that a device has.
+
+    Args:
+      job: from `open_job`.
+      batches: of its training split; None makes them.
     """
 
-    def __init__(self, job: jobs.Job) -> None:
-        self.job, self.batches = job, job.batches()
+    def __init__(self, job: jobs.Job, batches: Schedule | None = None) -> None:
+        self.job, self.batches = job, job.batches() if batches is None else batches
         per_epoch = self.batches.steps_per_epoch
         self.total = jobs.total_steps(job.settings.train, per_epoch)
         number = max(range(min(self.total, per_epoch)), key=self.batches.length_at)
-        self.longest = self.batches.batch_at(number)
+        self.longest = self.batches.shapes_at(number)
         is_decoder = isinstance(job.loaded.config, DecoderConfig)
-        self.remat = job.settings.model.remat if is_decoder else None
+        self.remat = job.settings.model.first_remat if is_decoder else None
+        self.limit = device_memory(jax.local_devices()[0])
 
     def price(
         self, rows: int, remat: str | None, *, trains_all: bool = False
@@ -78,9 +87,59 @@ class JobSteps:
             self.longest,
             rows,
             accumulate=train.accumulate,
-            limit=device_memory(jax.local_devices()[0]),
+            limit=self.limit,
             remat=remat,
             even_if_too_large=trains_all,
+        )
+
+    def choose(self, price: Price) -> StepPlan:
+        """Finds what the run's step is to compute again.
+
+        Args:
+          price: of a step.
+
+        Returns:
+          The plan of the first policy that fits.
+
+        Raises:
+          UserError: if the step does not fit: under any policy, where the settings
+            leave the choice, or else under theirs. It says what would.
+        """
+        rows, _ = self.longest["input_ids"].shape
+        if self.job.settings.model.remat == "auto":
+            plan = fitting_remat(price, rows, self.remat)[-1]
+        else:
+            plan = price(rows, self.remat)
+        if not plan.fits:
+            raise too_large(plan, "this machine", self.way_out(plan))
+        return plan
+
+    def way_out(self, plan: StepPlan, price: Price | None = None) -> str:
+        """Says what would fit instead of a step that doesn't.
+
+        Args:
+          plan: of the step.
+          price: of others; None for `price`.
+        """
+        price = price or self.price
+        policies = list(REMATS)
+        tried = len(policies) if plan.remat is None else policies.index(plan.remat) + 1
+        for remat in policies[tried:]:
+            plan = price(plan.batch, remat)
+            if plan.fits:
+                return (
+                    f"With model.remat={plan.remat} it fits: {size(plan.total)}. "
+                    "model.remat=auto chooses by itself."
+                )
+        unit = self.job.settings.train.accumulate * self.job.devices.parts
+        if found := largest_batch(lambda rows: price(rows, plan.remat), unit):
+            return (
+                f"The largest batch that fits is train.batch_size={found.batch}: "
+                f"{size(found.total)}."
+            )
+        return (
+            "Not even the smallest batch fits: take shorter rows (data.max_length) or "
+            "model.param_dtype=bfloat16."
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:
@@ -92,6 +151,26 @@ class JobSteps:
             return StepFlops(plan.flops, full.flops)
         loaded, shape = self.job.loaded, (plan.batch, plan.tokens, plan.remat)
         return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
+
+
+def too_large(plan: StepPlan, device: str, way_out: str) -> UserError:
+    """Returns the error of a step that does not fit.
+
+    Args:
+      plan: of the step.
+      device: what it doesn't fit.
+      way_out: what would fit.
+
+    Returns:
+      The error, to be raised.
+    """
+    least = "" if plan.temporaries else "at least "  # weights alone, not compiled
+    each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
+    policy = f" with remat {plan.remat}" if plan.remat else ""
+    return UserError(
+        f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
+        f"{size(plan.total)}{each}{policy}; {device} has {size(plan.limit)}. {way_out}"
+    )
 
 
 def slice_steps(
@@ -140,7 +219,7 @@ def slice_steps(
             config,
             dtype=jnp.dtype(settings.model.dtype),
             scan_layers=scan,
-            remat=settings.model.remat,
+            remat=settings.model.first_remat,
         ),
         settings.lora,
         tokens,

@@ -17,7 +17,9 @@ from lora_jax.finetune.job import Job
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import CLASSIFIER, FROZEN, LORA, PARAMS
+from lora_jax.plan.step import StepPlan
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
@@ -60,8 +62,28 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     """Prints model, data and adapted layers."""
     out.heading("Loaded")
     out.facts([*loaded_facts(job), *job.data_facts(batches)])
-    out.heading(f"Adapted layers ({len(job.targets)})")
+    out.heading(f"Adapted layers ({layer_count(job.targets)})")
     print_targets(out, job.targets)
+
+
+def print_plan(
+    out: Reporter, job: Job, plan: StepPlan, numbers: dict[str, Any], steps: str
+) -> None:
+    """Prints what a run trains, what its step needs and on what it runs.
+
+    Args:
+      out: where to print.
+      job: what is trained.
+      plan: of its step.
+      numbers: from `counts`.
+      steps: how many there are, in words.
+    """
+    facts = [("trained", trained_text(numbers)), ("memory", memory_text(plan.parts))]
+    facts += [("remat", plan.remat)] if plan.remat else []
+    facts += [("steps", steps)]
+    facts += [("device", f"{device()}; {job.devices.describe()}")]
+    out.heading("Plan")
+    out.facts(facts)
 
 
 def summarise(
@@ -85,7 +107,7 @@ def summarise(
       test: the adapter's metrics on the test split, if there is one.
       baseline: the frozen base's line, if it was measured.
       seconds: spent on each phase.
-      **numbers: ``parameters`` and ``memory_bytes``.
+      **numbers: ``parameters``, ``memory_bytes``, and a ``warning`` or None.
 
     Returns:
       JSON values.
@@ -152,6 +174,22 @@ def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
     )
 
 
+def layer_count(targets: Sequence[Target]) -> int:
+    """Counts adapted layers; a stack of scanned blocks counts as many as it holds.
+
+    Args:
+      targets: the adapted layers.
+
+    Returns:
+      How many kernels have an adapter.
+    """
+    return sum(len(_slices(target)) for target in targets)
+
+
+def _slices(target: Target) -> list[LayerSlice]:
+    return list(layer_slices({target.path: target.kernel_shape}).values())
+
+
 def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
     """Returns the table of targets, layers that differ only in their number as one row.
 
@@ -168,8 +206,9 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
         key = (name, target.kind, target.kernel_shape, target.rank, target.alpha)
         groups.setdefault(key, []).append(target)
     rows = []
-    for (name, kind, shape, rank, alpha), members in groups.items():
-        numbers = [re.findall(r"\d+", member.path) for member in members]
+    for (name, kind, _, rank, alpha), members in groups.items():
+        slices = [part for member in members for part in _slices(member)]
+        shape, numbers = slices[0].shape, [re.findall(r"\d+", m.path) for m in members]
         if "#" in name and len(members) > 1 and all(len(n) == 1 for n in numbers):
             ints = [int(n[0]) for n in numbers]
             name = name.replace("#", "{" + _ranges(ints) + "}")
@@ -177,7 +216,7 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
             name = members[0].path
         shown = " x ".join(map(str, shape))
         total = sum(member.trainable for member in members)
-        rows.append((name, len(members), kind, shown, rank, f"{alpha:g}", total))
+        rows.append((name, len(slices), kind, shown, rank, f"{alpha:g}", total))
     return rows
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import LoadedModel
@@ -86,7 +86,9 @@ def fine_tune(
       FileNotFoundError: if a file or the model is missing.
       ValueError: naming every fault of the settings; if data or model can't be read; if
         both ``resume`` and ``overwrite`` are set.
-      UserError: if the run folder is taken, or the disk full.
+      UserError: if the run folder is taken, the disk is full, or the step does not fit
+        the device.
+      DivergedError: a `UserError` of a run whose loss is no number any more.
       Interrupted: a `KeyboardInterrupt` that says how to go on.
     """
     from lora_jax.finetune.run_folder import RunFolder
@@ -95,21 +97,23 @@ def fine_tune(
 
     if resume and overwrite:
         raise ValueError("resume and overwrite must not both be set; choose one.")
-    with fail_together():
-        settings = load_settings(config, overrides)
-        folder = RunFolder(settings.output.dir, is_writer=is_first())
-        if folder.is_writer:
-            folder.check(settings, resume=resume, overwrite=overwrite)
-    session = Session(settings, folder, reporter or Reporter())
-    with _telling_how_to_resume(session):
+    with contextlib.ExitStack() as stack:
         with fail_together():
-            check_same("the settings", [settings.to_dict(), resume])
-            session.prepare()
-            if not resume:
-                folder.create(settings, overwrite=overwrite)
-        summary = session.train()
-    prompt = session.job.prompt
-    return Run(folder.path, settings, summary, folder.metrics(), prompt)
+            settings = load_settings(config, overrides)
+            folder = RunFolder(settings.output.dir, is_writer=is_first())
+            stack.callback(folder.release)
+            if folder.is_writer:
+                folder.check(settings, resume=resume, overwrite=overwrite)
+        session = Session(settings, folder, reporter or Reporter())
+        with _telling_how_to_resume(session):
+            with fail_together():
+                check_same("the settings", [settings.to_dict(), resume])
+                session.prepare()
+                if not resume:
+                    folder.create(settings, overwrite=overwrite)
+            summary = session.train()
+        prompt = session.job.prompt
+        return Run(folder.path, settings, summary, folder.metrics(), prompt)
 
 
 @contextlib.contextmanager
@@ -133,6 +137,7 @@ def _telling_how_to_resume(session: "Session") -> Iterator[None]:
         ):
             said = f"{error}\n{session.how_to_resume()}"
             raise UserError(said, code=1) from error
-        if session.checkpoints and session.checkpoints.latest_step() is not None:
+        is_saved = session.checkpoints and session.checkpoints.latest_step() is not None
+        if is_saved and not isinstance(error, DivergedError):
             error.add_note(session.how_to_resume())
         raise

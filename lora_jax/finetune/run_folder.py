@@ -34,9 +34,16 @@ LOCK = ".lock"
 OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
-# (On another mesh sums are rounded in another order; nothing else is different.)
+# (On another mesh, or where other values are computed again, sums are rounded in
+# another order; nothing else is different.)
 MESH = {f"mesh.{field.name}" for field in dataclasses.fields(MeshSettings)}
-FREE = MESH | {"output.dir", "train.log_every", "train.save_every", "train.keep"}
+FREE = MESH | {
+    "model.remat",
+    "output.dir",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+}
 
 
 class RunFolder:
@@ -78,7 +85,8 @@ class RunFolder:
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         )
-        found = [name for name in found if not atomic.is_leftover(name)]
+        # What a kill leaves of a run that was only about to start is nobody's.
+        found = [n for n in found if n != LOCK and not atomic.is_leftover(n)]
         if resume:
             self._check_resume(settings)
         elif found and CONFIG not in found:
@@ -115,6 +123,12 @@ class RunFolder:
                 f"a run in {self.path} is under way: {error}. Wait until it has ended, "
                 "or choose another output.dir."
             ) from error
+
+    def release(self) -> None:
+        """Lets others have the folder again; does nothing if it isn't locked."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _check_resume(self, settings: RunSettings) -> None:
         if not self.is_started():
@@ -155,6 +169,8 @@ class RunFolder:
             return "finished"
         lines = self.metrics()
         step = max((line["step"] for line in lines), default=0)
+        if any(x["split"] == "validation" and x["loss"] is None for x in lines):
+            return f"diverged at step {step}"
         return f"unfinished, at step {step}"
 
     def create(self, settings: RunSettings, *, overwrite: bool) -> None:
@@ -189,16 +205,14 @@ class RunFolder:
                 "another output.dir."
             ) from error
         self.lock()
-        try:
-            with (self / CONFIG).open("x", encoding="utf-8") as file:
-                file.write(settings.to_yaml())
-        except FileExistsError:
+        if self.is_started():  # since `check`: nobody else starts one under the lock
             raise UserError(
                 f"another process has just started a run in {self.path}. Processes of "
                 "one run must be joined (--distributed, or --coordinator and its "
                 "options; in Python jax.distributed.initialize); another run needs "
                 "another output.dir."
-            ) from None
+            )
+        atomic.write_text(self / CONFIG, settings.to_yaml())
 
     def check_space(self, needed: int) -> None:
         """Raises if the disk has not ``needed`` bytes left.
@@ -271,6 +285,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
     if not (run / ADAPTER / adapter.CONFIG).is_file():
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "
-            f"validation writes it. `lora-jax train {path} --resume` goes on with it."
+            f"validation writes it. `lora-jax train {path} --resume` (in Python: "
+            "fine_tune(folder, resume=True)) goes on with it."
         )
     return run, load_settings(run / CONFIG)

@@ -3,13 +3,26 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from lora_jax.config import LEAST
+
+LARGEST = (1 << 31) - 1  # of an int32
+
+
+def _check_float(value: float) -> float:
+    if 0 < value < LEAST:
+        raise ValueError(f"must be at least {LEAST:g}, as float32 has it")
+    return value
+
+
+Float = Annotated[float, Field(le=1e30, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Index = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
+NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
+Fraction = Annotated[NotNegative, Field(lt=1)]
+Devices = Annotated[int, Field(le=LARGEST)]
 Axis = Literal["data", "fsdp", "tensor"] | None
 
 
@@ -28,7 +41,8 @@ class ModelSettings:
         where the adapters of all blocks are alike. An unrolled step compiles longer and
         runs faster on a GPU.
       remat: what the backward pass of a decoder computes again to save memory:
-        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``.
+        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``; ``"auto"``
+        takes ``lora``, and ``block`` where a step doesn't fit without it.
     """
 
     path: str
@@ -36,7 +50,12 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] | None = None
     scan: bool | None = None
-    remat: Literal["none", "lora", "block"] = "lora"
+    remat: Literal["auto", "none", "lora", "block"] = "auto"
+
+    @property
+    def first_remat(self) -> str:
+        """The policy to begin with."""
+        return "lora" if self.remat == "auto" else self.remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +80,9 @@ class DataSettings:
     train: str
     validation: str | None = None
     test: str | None = None
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    holdout: Annotated[Positive, Field(lt=1)] = 0.05
     seed: Index = 0
-    max_length: Annotated[int, Field(ge=3)] | None = None
+    max_length: Annotated[int, Field(ge=3, le=LARGEST)] | None = None
     packing: bool = False
 
 
@@ -145,8 +164,8 @@ class MeshSettings:
         ``{"mlp/up/kernel": [fsdp, null]}``; tried before the built-in rules.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

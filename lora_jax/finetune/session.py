@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
 from lora_jax.files.checkpoint import Checkpoints
 from lora_jax.finetune import job as jobs
-from lora_jax.finetune import report
+from lora_jax.finetune import report, verdict
+from lora_jax.finetune.compile import compile_step
 from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.devices import check_batch
+from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.formatting import duration, metric_text
 from lora_jax.finetune.interrupt import Clock, Relay, interruptible
 from lora_jax.finetune.reporter import Reporter
@@ -22,11 +22,10 @@ from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, Run
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
-from lora_jax.plan.step import price_step
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.loop import Fitted, Progress, evaluate, fit
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_eval_step, make_train_step
+from lora_jax.train.step import make_eval_step
 
 MARGIN = 4_000_000  # bytes of metrics, curves, summary and file-system blocks
 
@@ -40,6 +39,7 @@ class Session:
       out: where to report.
       seconds: spent on each phase so far.
       best: the line of the best validation so far.
+      last: the line of the last validation.
       stale: validations since the best.
       is_stopped: whether Ctrl-C has ended it, in good order.
       checkpoints: once they are open.
@@ -50,6 +50,7 @@ class Session:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
         self.stale = 0
         self.is_stopped = False
         self.checkpoints: Checkpoints | None = None
@@ -65,7 +66,11 @@ class Session:
         return "Nothing was written yet; start it again."
 
     def prepare(self) -> None:
-        """Reads data and model, and reports what they are; touches no run folder."""
+        """Reads data and model, and compiles the step; touches no run folder.
+
+        Raises:
+          UserError: if the step doesn't fit the device; says what does.
+        """
         with self.timed("load"):
             self.job = open_job(self.settings)
         self.batches = self.job.batches()
@@ -78,14 +83,19 @@ class Session:
         data = [self.job.fingerprint, self.batches.identity()]
         check_same("the base and the data", data)
         report.print_loaded(self.out, self.job, self.batches)
+        with self.timed("compile"):
+            found = compile_step(self.job, self.batches, self.out)
+        self.step, self.state, self.plan = found
+        steps = (
+            f"{self.total} of {train.batch_size} {self.job.unit}; validation every "
+            f"{self.eval_every}"
+        )
+        report.print_plan(self.out, self.job, self.plan, self.counts, steps)
 
     def train(self) -> dict[str, Any]:
         """Trains, tests, and writes everything down."""
-        job, train = self.job, self.settings.train
-        tx = jobs.optimizer(train, self.total)
-        loss_fn = job.loss(job.adapted, is_training=True)
-        state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
-        step = make_train_step(loss_fn, tx, train.accumulate)
+        job, train, state = self.job, self.settings.train, self.state
+        del self.state  # training consumes it
         self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
         self.evaluations = {
             name: job.evaluation(split, self.batches.buckets)
@@ -97,15 +107,14 @@ class Session:
 
         with self._open_checkpoints() as self.checkpoints:
             state = self._restore(state)
-            memory = self._compile(step, state)
             baseline = self._baseline()
             # A run that was stopped early has nothing to go on with.
             is_over = self.is_out_of_patience()
-            fitted = Fitted(state, True) if is_over else self._fit(state, step)
+            fitted = Fitted(state, True) if is_over else self._fit(state)
             if fitted.is_stopped and not self.is_out_of_patience():
                 self.is_stopped = True
                 raise KeyboardInterrupt
-            return self._finish(fitted.state, baseline, memory)
+            return self._finish(fitted.state, baseline)
 
     def _open_checkpoints(self) -> Checkpoints:
         config = {
@@ -117,6 +126,7 @@ class Session:
             config=config,
             fingerprint=self.job.fingerprint,
             data=self.batches.identity(),
+            free=FREE,
             keep=self.settings.train.keep,
             best_metric=self.job.metric,
             best_mode=self.job.best_mode,
@@ -140,41 +150,6 @@ class Session:
                 self._is_best(line)
         return state
 
-    def _compile(self, step: Any, state: TrainState) -> dict[str, int]:
-        """Compiles the step for every shape, largest last; reports what it costs."""
-        shapes = self._shapes()
-        with self.timed("compile"), self.out.progress("compile", len(shapes)) as tick:
-            plans = []
-            for number, batch in enumerate(shapes, start=1):
-                plans.append(price_step(step, state, batch))
-                tick(number, f"{batch['input_ids'].shape[1]} tokens")
-        memory = plans[-1].parts
-        self.out.heading("Plan")
-        self.out.facts(
-            [
-                ("trained", report.trained_text(self.counts)),
-                ("memory", report.memory_text(memory)),
-                (
-                    "steps",
-                    f"{self.total} of {self.settings.train.batch_size} "
-                    f"{self.job.unit}; "
-                    f"validation every {self.eval_every}",
-                ),
-                ("device", f"{report.device()}; {self.job.devices.describe()}"),
-            ]
-        )
-        return memory
-
-    def _shapes(self) -> list[Any]:
-        """Returns one batch of each shape that the run has, shortest first."""
-        found: dict[int, int] = {}
-        for number in range(min(self.total, self.batches.steps_per_epoch)):
-            found.setdefault(self.batches.length_at(number), number)
-            if len(found) == len(self.batches.buckets):
-                break
-        batch_at = self.job.devices.feed(self.batches)
-        return [batch_at(found[length]) for length in sorted(found)]
-
     def _baseline(self) -> dict[str, Any] | None:
         """Measures the frozen base; once a run."""
         for line in from_first(self.folder.metrics()):
@@ -195,7 +170,7 @@ class Session:
         self.folder.log(line)
         return line
 
-    def _fit(self, state: TrainState, step: Any) -> Fitted:
+    def _fit(self, state: TrainState) -> Fitted:
         first = int(state.step)
         self.out.heading("Training")
         clock = Clock(self.total, self.job.weight)
@@ -231,7 +206,7 @@ class Session:
 
             fitted = fit(
                 state,
-                step,
+                self.step,
                 self.job.devices.feed(self.batches),
                 total_steps=self.total,
                 log_every=self.settings.train.log_every,
@@ -279,6 +254,8 @@ class Session:
         if is_best:
             self._save_adapter(state)
         self.folder.log(line)
+        if not verdict.is_finite(line, self.job.metrics):
+            raise self._diverged(state)
         self._save(state, {name: metrics[name] for name in self.job.metrics})
         self.out.say(
             f"  step {line['step']:>5}  validation {self.job.describe(metrics)}"
@@ -295,7 +272,9 @@ class Session:
 
     def _is_best(self, line: dict[str, Any]) -> bool:
         """Keeps the first validation, and each better one after it."""
-        metric = self.job.metric
+        metric, self.last = self.job.metric, line
+        if not verdict.is_finite(line, self.job.metrics):
+            return False
         if self.best is None or self.job.is_better(line[metric], self.best[metric]):
             self.best = line
             if not self.is_out_of_patience():  # the step under way comes too late
@@ -303,6 +282,12 @@ class Session:
             return True
         self.stale += 1
         return False
+
+    def _diverged(self, state: TrainState) -> DivergedError:
+        step, skipped = int(state.step), int(state.skipped)
+        return verdict.diverged(
+            self.job, step=step, skipped=skipped, best=self.best, last=self.last
+        )
 
     def is_out_of_patience(self) -> bool:
         """Whether the last validations were no better than one before them."""
@@ -337,11 +322,12 @@ class Session:
             return evaluate(self.eval_step, variables, stream)
 
     def _finish(
-        self, state: TrainState, baseline: dict[str, Any] | None, memory: dict[str, int]
+        self, state: TrainState, baseline: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Tests the adapter that was kept, as it lies on disk."""
-        assert self.best is not None  # the last step is always validated
-        job, best = self.job, self.best
+        job, best, last = self.job, self.best, self.last
+        if best is None or last is None or 2 * int(state.skipped) > int(state.step):
+            raise self._diverged(state)
         adapter = self._load_adapter(state)
         if adapter.extra["step"] != best["step"]:
             # A kill came between an adapter and its checkpoint, and the steps after the
@@ -364,6 +350,9 @@ class Session:
                 chosen=best["step"],
             )
         self.seconds["total"] = self.elapsed()
+        warning = verdict.warning(job, best=best, last=last, baseline=baseline)
+        if warning:
+            self.out.say(f"\n  {warning}", style="yellow")
         summary = report.summarise(
             job,
             self.folder,
@@ -372,8 +361,9 @@ class Session:
             test=test,
             baseline=baseline,
             parameters=self.counts,
-            memory_bytes=memory,
+            memory_bytes=self.plan.parts,
             seconds=self.seconds,
+            warning=warning,
         )
         self.folder.summarise(summary)
         return summary

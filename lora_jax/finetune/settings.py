@@ -282,7 +282,17 @@ def _adapter() -> pydantic.TypeAdapter[RunSettings]:
 
 
 def _to_json(tree: Any) -> str:
-    return json.dumps(tree, default=str)
+    return json.dumps(_printable(tree), default=str)
+
+
+def _printable(value: Any) -> Any:
+    """Returns JSON values with words for integers that are too long to be printed."""
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(item) for item in value]
+    is_long = isinstance(value, int) and value.bit_length() > 64
+    return f"an integer of {value.bit_length()} bits" if is_long else value
 
 
 def _absolute(settings: RunSettings) -> RunSettings:

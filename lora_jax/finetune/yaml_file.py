@@ -13,7 +13,7 @@ import yaml
 MAX_BYTES = 1 << 16
 MAX_NODES = 10_000
 MAX_DEPTH = 20
-LEAST = 1e-30
+LEAST, MOST = 1e-30, 1e30  # not 1 / LEAST, which is below 1e30
 _DATE = "tag:yaml.org,2002:timestamp"
 
 
@@ -38,9 +38,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_float(self, node):
         value = super().construct_yaml_float(node)
-        if value and not LEAST <= abs(value) <= 1 / LEAST:
+        if value and not LEAST <= abs(value) <= MOST:
             _fail(
-                f"{node.value[:40]} must be a number of {LEAST:g} to {1 / LEAST:g}, or "
+                f"{node.value[:40]} must be a number of {LEAST:g} to {MOST:g}, or "
                 "0, as float32 has them",
                 node.start_mark,
             )

@@ -29,6 +29,7 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
+RUN_CONFIG = "config.yaml"  # in a run folder
 FLOATS = ("float32", "bfloat16", "float16")  # that a base may have been cast to
 
 
@@ -139,7 +140,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
       The folder with ``adapter_config.json``.
 
     Raises:
-      FileNotFoundError: if it is neither.
+      FileNotFoundError: if it is neither, or a run folder without an adapter yet.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -148,6 +149,12 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     for candidate in (folder, inside):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
+    if (folder / RUN_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"the run in {folder} has no adapter yet: it ended before its first "
+            f"validation, which writes it. `lora-jax train {folder} --resume` (in "
+            "Python: fine_tune(folder, resume=True)) goes on with it."
+        )
     raise FileNotFoundError(
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ADAPTER_CONFIG}."

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.train.examples import MAX_FAULTS
@@ -151,6 +152,22 @@ class Schedule(abc.ABC):
         length, members = self._planned(step)
         wanted = np.arange(self.batch_size)[rows]
         return self._pad(length, members[wanted[wanted < len(members)]], len(wanted))
+
+    def shapes_at(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a step's batch, of which no more than a row is formed.
+
+        Args:
+          step: at least 0.
+
+        Returns:
+          A shape for each array of `batch_at`.
+        """
+        length, members = self._planned(step)
+        row = self._pad(length, members[:1], 1)
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in row.items()
+        }
 
     def length_at(self, step: int) -> int:
         """Returns the padded length of the batch of a step."""

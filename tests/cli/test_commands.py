@@ -276,3 +276,10 @@ def test_bad_input_exits_with_2_and_says_why(
     assert message in shown
     assert "Traceback" not in shown
     assert out == ""
+
+
+def test_inspect_for_programs_prints_json_and_nothing_else(run_dir, call):
+    code, out, shown = call("inspect", run_dir, "--json")
+    assert code == 0
+    assert len(json.loads(out)["layers"]) == 6
+    assert shown == ""

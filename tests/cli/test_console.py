@@ -59,3 +59,15 @@ def test_a_reader_that_goes_away_does_not_end_what_is_under_way():
         console._rich.file = pipe
         console.say("x" * 100_000)
         console.say("y")
+
+
+@pytest.mark.parametrize("width", [20, 60, 80])
+def test_no_word_of_a_table_is_broken_however_narrow_the_terminal(width, capsys):
+    console = Console()
+    console._rich.width = width
+    name = "encoder/layer_{0..29}/attention/query_and_key_and_value"
+    columns = ("layer", "count", "kernel", "largest singular value")
+    console.table(columns, [(name, 1234567, "1024 x 4096", 0.5), ("b", 1, "2", 1.0)])
+    words = capsys.readouterr().out.split()
+    for word in (name, "1,234,567", "1024", "4096", "largest", "singular", "value"):
+        assert word in words

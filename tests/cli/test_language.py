@@ -9,6 +9,7 @@ import pytest
 from lora_jax.cli.main import main
 from lora_jax.cli.train import shortest
 from lora_jax.files.adapter import _digest
+from lora_jax.finetune import pricing
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
@@ -200,7 +201,10 @@ def test_packing_and_patience(config, tmp_path, call):
         (["lora.targets=[q_proj]"], "attention/query"),
         (["data.max_length=3"], "it cuts off those of all 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),
-        (["model.remat=full"], "model.remat: must be 'none', 'lora' or 'block'"),
+        (
+            ["model.remat=full"],
+            "must be 'auto', 'none', 'lora' or 'block'",
+        ),
     ],
 )
 def test_bad_settings_of_a_decoder_are_refused(words, message, config, tmp_path, call):
@@ -248,3 +252,43 @@ def test_eval_of_a_file_needs_no_training_data(run, config, tmp_path, call):
     data = config.parent / "test.jsonl"
     code, _, shown = call("eval", "--run", folder, "--data", data, "--json")
     assert code == 0, shown
+
+
+def test_auto_takes_the_first_policy_that_fits_as_plan_does(
+    config, tmp_path, call, monkeypatch
+):
+    words = [config, "train.max_steps=2", "train.baseline=false", "train.samples=[]"]
+    needed = {}
+    for remat in ("auto", "lora", "block"):
+        run = tmp_path / remat
+        asked = [*words, f"output.dir={run}", f"model.remat={remat}"]
+        code, out, shown = call("train", *asked, "--json")
+        assert code == 0, shown
+        needed[remat] = json.loads(out)["memory_bytes"]["total"]
+    assert needed["auto"] == needed["lora"] > needed["block"]
+    adapters = {
+        remat: (tmp_path / remat / "adapter" / "adapter.safetensors").read_bytes()
+        for remat in needed
+    }
+    assert adapters["auto"] == adapters["lora"]
+    monkeypatch.setattr(pricing, "device_memory", lambda device: needed["lora"] - 1)
+    folder = tmp_path / "run"
+    code, out, shown = call("train", *words, f"output.dir={folder}", "--json")
+    assert code == 0, shown
+    assert json.loads(out)["memory_bytes"]["total"] == needed["block"]
+    assert (folder / "adapter" / "adapter.safetensors").read_bytes() == (
+        adapters["block"]
+    )
+    code, out, _ = call("plan", *words)
+    assert code == 0
+    assert "with remat block\n" in out  # nothing to set
+    shutil.rmtree(folder)
+    explicit = [*words, f"output.dir={folder}", "model.remat=lora"]
+    code, _, shown = call("train", *explicit)
+    assert code == 2
+    assert "with remat lora; this machine has" in shown
+    assert "With model.remat=block it fits: " in shown
+    assert not folder.exists()
+    code, out, _ = call("plan", *explicit)
+    assert code == 0
+    assert "with remat block: set model.remat=block" in out

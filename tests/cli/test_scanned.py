@@ -10,6 +10,7 @@ import pytest
 from lora_jax.cli.pretrained import load_decoder
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import _digest, save_adapter
+from lora_jax.finetune.report import layer_count, target_rows
 from lora_jax.interop.pretrained import load_model
 from lora_jax.names import FROZEN, LORA
 from lora_jax.tree.fingerprint import fingerprint
@@ -104,3 +105,19 @@ def test_ranks_that_the_config_lies_about_allocate_nothing(adapter, tmp_path, ca
     )
     assert code == 2
     assert "has shape (2, 20, 2), expected (2, 20, 1048576)" in said
+
+
+def test_a_stack_counts_as_the_layers_that_it_holds(trained, adapter, tmp_path, call):
+    targets = trained.module.targets(trained.params)
+    assert len(targets) == 2  # each a stack of two blocks
+    assert layer_count(targets) == 4
+    rows = target_rows(targets)
+    assert [row[:4] for row in rows] == [
+        ("layers/attention/query", 2, "dense", "20 x 24"),
+        ("layers/mlp/up", 2, "dense", "20 x 28"),
+    ]
+    assert sum(row[-1] for row in rows) == sum(t.trainable for t in targets)
+    words = ["--model", LLAMA, "--adapter", adapter, "--out", tmp_path / "merged"]
+    code, out, shown = call("merge", *words, "--json")
+    assert code == 0, shown
+    assert json.loads(out)["layers"] == 4

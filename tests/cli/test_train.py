@@ -13,7 +13,7 @@ from experiments.fetch import FetchError
 from experiments.sentiment.train import arguments
 from lora_jax.cli.main import main
 from lora_jax.files.adapter import _digest
-from lora_jax.finetune import session
+from lora_jax.finetune import pricing, session, verdict
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import Job, hold_out
 from lora_jax.finetune.run_folder import RunFolder
@@ -358,3 +358,164 @@ def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
     code, _, shown = call("train", config, f"output.dir={tmp_path}")
     assert code == 2
     assert "is no run folder (it has no config.yaml, but 'thesis.tex')" in shown
+
+
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_good(
+    config, tmp_path, call, monkeypatch
+):
+    folder, evaluate = tmp_path / "run", session.evaluate
+    results = []
+
+    def diverging(*args):
+        results.append(evaluate(*args))
+        return results[-1] | ({"loss": math.nan} if len(results) > 1 else {})
+
+    monkeypatch.setattr(session, "evaluate", diverging)
+    words = [f"output.dir={folder}", "train.baseline=false"]
+    code, out, shown = call("train", config, *words)
+    assert code == 1
+    assert out.count("(best so far)") == 1
+    assert "merge" not in out
+    assert "the run has diverged: 0 of 12 steps were skipped" in shown
+    assert "and the validation loss is nan.\nLower train.learning_rate (now" in shown
+    assert "The last good adapter is kept, that of step 6 (validation acc" in shown
+    assert "--resume" not in shown  # would end in the same way
+    assert not (folder / "summary.json").exists()
+    assert [p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()] == ["6"]
+    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert saved["extra"]["step"] == 6
+    code, _, shown = call("train", config, *words)
+    assert "holds a run already (diverged at step 12)" in shown
+
+
+@pytest.mark.parametrize(
+    ("rate", "message", "kept"),
+    [
+        ("1e30", "5 of 6 steps were skipped, their loss or gradient not finite", False),
+        ("1e9", "23 of 24 steps were skipped, their loss or gradient not", True),
+    ],
+)
+def test_a_learning_rate_that_is_far_too_high_ends_in_an_error(
+    rate, message, kept, config, tmp_path, call
+):
+    folder = tmp_path / "run"
+    words = [f"output.dir={folder}", f"train.learning_rate={rate}"]
+    code, out, shown = call("train", config, *words, "train.baseline=false")
+    assert code == 1
+    assert message in shown
+    assert ("No validation was finite, so no adapter was kept." in shown) != kept
+    assert out.count("(best so far)") == kept
+    assert (folder / "adapter").exists() == kept
+
+
+def test_a_run_that_ends_worse_than_the_frozen_base_says_so(config, tmp_path, call):
+    words = [f"output.dir={tmp_path}/run", "train.learning_rate=10", "train.epochs=1"]
+    code, out, shown = call("train", config, *words)
+    assert code == 0, shown
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (
+        summary["validation"]["accuracy"] < (summary["baseline"]["validation_accuracy"])
+    )
+    assert (
+        "The adapter is worse than the base without it (validation accuracy"
+        in (summary["warning"])
+    )
+    assert summary["warning"] in out
+    assert "lora-jax merge" not in out
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "said"),
+    [
+        (2.0, 2.5, "The adapter is worse than the base"),
+        (1.0, 2.5, "The run ended worse than the base (validation loss 2.5000 at step"),
+        (1.0, 1.1, None),
+        (1.5 + 1e-7, 1.5 + 1e-7, None),  # equal, as rounded
+    ],
+)
+def test_a_verdict_compares_with_the_base(best, last, said):
+    job = SimpleNamespace(
+        metric="loss",
+        is_better=lambda new, old: new < old,
+    )
+    found = verdict.warning(
+        job,
+        best={"step": 3, "loss": best},
+        last={"step": 9, "loss": last},
+        baseline={"validation_loss": 1.5, "what": "frozen base"},
+    )
+    assert (found and said in found) if said else found is None
+    lines = ({"step": 3, "loss": 9.0}, {"step": 9, "loss": 9.0})
+    none = verdict.warning(job, best=lines[0], last=lines[1], baseline=None)
+    assert none is None
+
+
+def test_a_base_that_is_not_finite_is_told_from_a_learning_rate():
+    model = SimpleNamespace(dtype="bfloat16")
+    job = SimpleNamespace(
+        settings=SimpleNamespace(model=model, train=None),
+        loaded=SimpleNamespace(path="base"),
+    )
+    error = verdict.diverged(job, step=6, skipped=6, best=None, last=None)
+    assert error.code == 1
+    assert "Not even the first step could be taken" in str(error)
+    assert "`lora-jax inspect base` counts weights that are not finite" in str(error)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(
+    config, tmp_path, call, monkeypatch
+):
+    folder = tmp_path / "run"
+    words = [config, f"output.dir={folder}", "train.batch_size=100000000"]
+    monkeypatch.setattr(Batches, "batch_at", None)  # no batch is formed
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 3 * 10**6)
+    code, _, shown = call("train", *words)
+    assert code == 2
+    assert "a step of 100000000 x 16 tokens needs" in shown
+    assert "The largest batch that fits is train.batch_size=" in shown
+    assert not folder.exists()
+    code, _, planned = call("plan", *words)
+    assert code == 2
+    assert shown.split(":", 1)[1] == planned.split(":", 1)[1]  # the same words
+
+
+def test_a_run_without_an_adapter_yet_says_so_to_all_who_ask(config, tmp_path, call):
+    folder = tmp_path / "run"
+    RunFolder(folder).create(load_settings(config), overwrite=False)
+    out = ["--out", tmp_path / "out"]
+    for words in (
+        ["inspect", folder],
+        ["eval", "--run", folder],
+        ["merge", "--adapter", folder, *out],
+        ["export", "--adapter", folder, "--format", "peft", *out],
+    ):
+        code, _, shown = call(*words)
+        assert code == 2
+        assert f"the run in {folder} has no adapter yet" in shown
+        assert f"`lora-jax train {folder} --resume`" in shown
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".config.yaml.abcd1234.tmp"]])
+def test_a_start_that_was_killed_before_it_wrote_anything_is_started_anew(
+    left, config, tmp_path
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    settings, run = load_settings(config), RunFolder(folder)
+    run.check(settings, resume=False, overwrite=False)
+    run.create(settings, overwrite=False)
+    run.release()
+    assert load_settings(folder / "config.yaml") == settings
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_old_runs_with_another_default_of_remat_go_on(run_dir, config, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    file = folder / "config.yaml"
+    assert "remat: auto" in file.read_text()
+    file.write_text(file.read_text().replace("remat: auto", "remat: lora"))
+    code, _, shown = call("train", config, f"output.dir={folder}", "--resume")
+    assert code == 0, shown

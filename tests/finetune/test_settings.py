@@ -1,9 +1,11 @@
 import dataclasses
+import math
+from typing import get_args, get_type_hints
 
 import pytest
 
 from lora_jax.config import LoRAConfig
-from lora_jax.finetune.settings import differences, load_settings
+from lora_jax.finetune.settings import SECTIONS, differences, load_settings
 from lora_jax.finetune.yaml_file import parse_yaml
 
 MINIMAL = """
@@ -104,6 +106,47 @@ def test_a_missing_file_names_itself_and_its_neighbour(file):
 def test_values_that_do_not_go_together_are_refused(file, override, message):
     with pytest.raises(ValueError, match=message):
         load_settings(file, [override])
+
+
+def numeric_fields():
+    """Yields the name and the types of each setting that is a number."""
+    for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            kinds = {hints[field.name], *get_args(hints[field.name])}
+            if kinds & {int, float}:
+                yield f"{section}.{field.name}", kinds
+
+
+NUMERIC = dict(numeric_fields())
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_no_number_that_is_none_reaches_a_run(name):
+    section, key = name.split(".")
+    bad = [math.inf, -math.inf, math.nan, 10**400, 10**5000, -(10**400), 1e39]
+    bad += ["8", True, [1]] + [None] * (type(None) not in NUMERIC[name])
+    bad += [1 << 31] * (int in NUMERIC[name])
+    for value in bad:
+        tree = parse_yaml(MINIMAL, "minimal")
+        tree.setdefault(section, {})[key] = value
+        with pytest.raises(ValueError, match=rf"1 fault in .*\n  {section}") as error:
+            load_settings(tree)
+        assert key in str(error.value)
+        assert "must be" in str(error.value)
+        assert len(str(error.value)) < 500
+
+
+def test_every_number_was_looked_at():
+    assert {"lora.rank", "train.warmup", "mesh.data", "data.holdout"} <= NUMERIC.keys()
+    assert len(NUMERIC) >= 20
+
+
+@pytest.mark.parametrize("value", [1e-31, 5e-324])
+def test_a_number_that_float32_does_not_have_is_refused(value):
+    tree = {**parse_yaml(MINIMAL, "minimal"), "train": {"clip_norm": value}}
+    with pytest.raises(ValueError, match="clip_norm: must be at least 1e-30"):
+        load_settings(tree)
 
 
 def test_a_repeated_key_is_an_error(file):

@@ -1,0 +1,82 @@
+"""The step of a run, compiled from shapes alone: refused before it fills the memory."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune.pricing import JobSteps
+from lora_jax.finetune.reporter import Reporter
+from lora_jax.parallel.mesh import batch_sharding
+from lora_jax.plan.step import StepPlan, price_step
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import TrainStep, make_train_step
+
+
+class Compiled(NamedTuple):
+    """A run's step, ready to go.
+
+    Attributes:
+      step: compiled for every shape of the run.
+      state: before the first step.
+      plan: of the longest shape.
+    """
+
+    step: TrainStep
+    state: TrainState
+    plan: StepPlan
+
+
+def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
+    """Compiles the step for every shape, the longest first.
+
+    Args:
+      job: what is trained; a decoder's ``remat`` is set to what the step fits with.
+      batches: of its training split.
+      out: where to show progress.
+
+    Returns:
+      The step, with its state.
+
+    Raises:
+      UserError: if the step doesn't fit the device; says what does.
+    """
+    train, steps = job.settings.train, JobSteps(job, batches)
+    tx = jobs.optimizer(train, steps.total)
+    state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
+    longest, *others = _shapes(job, batches, steps.total)
+    made: list[TrainStep] = []
+
+    def price(rows: int, remat: str | None) -> StepPlan:
+        del rows  # those of the shape
+        if remat is not None:
+            job.set_remat(remat)
+        loss_fn = job.loss(job.adapted, is_training=True)
+        made.append(make_train_step(loss_fn, tx, train.accumulate))
+        return price_step(made[-1], state, longest, limit=steps.limit, remat=remat)
+
+    with out.progress("compile", 1 + len(others)) as tick:
+        plan = steps.choose(price)
+        tick(1, f"{plan.tokens} tokens")
+        for number, shape in enumerate(others, start=2):
+            tick(number, f"{price_step(made[-1], state, shape).tokens} tokens")
+    return Compiled(made[-1], state, plan)
+
+
+def _shapes(job: jobs.Job, batches: Schedule, total: int) -> list[dict[str, Any]]:
+    """Returns the shapes of batches that a run has, longest first."""
+    found: dict[int, int] = {}
+    for number in range(min(total, batches.steps_per_epoch)):
+        found.setdefault(batches.length_at(number), number)
+        if len(found) == len(batches.buckets):
+            break
+    mesh = job.devices.mesh
+    where = None if mesh is None else batch_sharding(mesh)
+    return [
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for name, leaf in batches.shapes_at(found[length]).items()
+        }
+        for length in sorted(found, reverse=True)
+    ]
