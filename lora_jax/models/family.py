@@ -37,6 +37,7 @@ class Family:
       head: paths of the classification head's modules, which are made anew where a
         file has none; empty for a model that predicts tokens.
       head_pooling: the pooling below a head that transformers trained.
+      head_class: end of the name of transformers' class with that head.
       renames: expressions in a file's module names and what transformers 5, and so
         an adapter of today, has in their place. Files of either kind are read.
       is_transposed: whether kernels are stored ``[out, in]``.
@@ -50,6 +51,7 @@ class Family:
     unused: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     head_pooling: str = "pooler"
+    head_class: str = "ForSequenceClassification"
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
 
