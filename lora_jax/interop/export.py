@@ -4,6 +4,7 @@ The names come from the model's family, the shapes from tracing its module: no w
 of the base are read.
 """
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,6 +163,9 @@ def _open(
     family, trees = found.family, [variables.get(c, {}) for c in (FROZEN, LORA, PARAMS)]
     paths = {key for tree in trees for key in tree}
     options: dict[str, Any] = {}
+    sizes = found.config
+    if not family.head and HEAD in paths and sizes.is_tied:
+        sizes = dataclasses.replace(sizes, is_tied=False)
     if family.head:
         heads = [tree[CLASSIFIER] for tree in trees if CLASSIFIER in tree]
         kernel = next((head[KERNEL] for head in heads if KERNEL in head), None)
@@ -170,7 +174,7 @@ def _open(
             options["pooling"] = pooling or POOLER
     elif LAYERS in paths:
         options["scan_layers"] = True
-    module = family.module(found.config, **options)
+    module = family.module(sizes, **options)
     return _Base(module, found, pooling)
 
 

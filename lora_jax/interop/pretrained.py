@@ -16,6 +16,7 @@ from lora_jax.interop.attach import put_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
+from lora_jax.interop.tied import needs_own_head
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
@@ -195,14 +196,16 @@ def _load_external(
                 f"path must name the base of {adapter.origin}, an adapter of another "
                 f"tool: the base that it names, {path!r}, is not a folder here."
             )
+    source = open_source(path)
+    family = source.family
     if adapter.full:
-        family = open_source(path).family
         head = adapter.full.get(f"{family.modules.get(CLASSIFIER)}.weight")
         if head is not None:
             given = {k: options[k] for k in ("num_labels", "pooling")}
             found = {"num_labels": len(head), "pooling": family.head_pooling}
             options |= {k: found[k] if v is None else v for k, v in given.items()}
-    return put_adapter(load_base(path, **options), adapter)
+    own_head = needs_own_head(adapter, family)
+    return put_adapter(load_base(path, **options, own_head=own_head), adapter)
 
 
 def _load_own(

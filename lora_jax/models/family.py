@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from lora_jax.names import BIAS, KERNEL
+from lora_jax.names import BIAS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
@@ -144,7 +144,8 @@ class Family:
         return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
 
     def _is_turned(self, path: str) -> bool:
-        return self.is_transposed and path.rpartition("/")[2] == KERNEL
+        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
+        return is_turned and path.rpartition("/")[2] == KERNEL
 
     @staticmethod
     def axes(ndim: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ dtype, layout and devices: the host never holds a second copy of the model, nor 
 layers that one array stacks.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -23,16 +24,15 @@ from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.source import MODEL_CONFIG, Source, open_source
+from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import layer_slices
-from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD, PARAMS
+from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, FROZEN, HEAD, KERNEL, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
 from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -48,10 +48,41 @@ def load_base(
     scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
+    own_head: bool = False,
 ) -> LoadedModel:
-    """Loads a pretrained model without adapters; the arguments are `load_model`'s."""
+    """Loads a pretrained model without adapters.
+
+    Args:
+      path: this and the others are `load_model`'s.
+      num_labels: see there.
+      pooling: see there.
+      dtype: see there.
+      param_dtype: see there.
+      sharding: see there.
+      scan_layers: see there.
+      remat: see there.
+      key: see there.
+      own_head: gives a decoder whose head is its embedding a head of its own, with the
+        embedding's values.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
     source = open_source(path)
     config = source.config
+    if (
+        own_head
+        and not source.family.head
+        and config.is_tied
+        and not _tied_faults(source, {})
+    ):
+        config, source = (
+            dataclasses.replace(config, is_tied=False),
+            source.with_own_head(),
+        )
     fresh_head: tuple[str, ...] = ()
     if not source.family.head:
         refused = [
@@ -98,6 +129,49 @@ def load_base(
         unused=tuple(unused),
         new=tuple(fresh),
     )
+
+
+def as_stored(loaded: LoadedModel) -> LoadedModel:
+    """Returns a model with the base in the bits of its file, to be merged into.
+
+    Args:
+      loaded: a model with an adapter, whose base may have been rounded to another
+        dtype (``param_dtype``).
+
+    Returns:
+      The same model where nothing was rounded; else one whose frozen parameters are
+      read again, in the file's own dtypes. What is trained stays as it is.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
+    source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
+    frozen = flatten(loaded.variables.get(FROZEN, {}))
+    if loaded.config.is_tied if hasattr(loaded.config, "is_tied") else True:
+        names = source.names
+    else:
+        names = source.with_own_head().names
+
+    def is_rounded(path: str, leaf: Any) -> bool:
+        single = next(iter(layer_slices({path: leaf})))
+        name = source.family.tensor_name(single)
+        if name not in names:
+            return False
+        stored = next(source.tensors.pieces(names[name]))[1].dtype
+        return jnp.promote_types(stored, leaf.dtype) != leaf.dtype
+
+    if module is None or not any(is_rounded(p, leaf) for p, leaf in frozen.items()):
+        return loaded
+    own = load_base(
+        loaded.path,
+        num_labels=getattr(module, "num_labels", None),
+        pooling=getattr(module, "pooling", None),
+        scan_layers=getattr(module, "scan_layers", None),
+        own_head=not getattr(loaded.config, "is_tied", True),
+    )
+    stored = flatten(own.params)
+    kept = {p: leaf if p in own.new else stored[p] for p, leaf in frozen.items()}
+    return loaded._replace(variables={**loaded.variables, FROZEN: unflatten(kept)})
 
 
 def param_shapes(family: Family, module: nn.Module) -> dict[str, Shape]:

@@ -15,6 +15,9 @@ from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
+from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
+
+TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
 # Ends of the names of transformers' classes: a model without a head, and models whose
 # head is neither of the two kinds here (a decoder's predicts tokens).
@@ -62,6 +65,13 @@ class Source(NamedTuple):
         """Whether its head is of a kind that this library doesn't have."""
         other = _OTHER_HEAD if self.family.head else _DECODER_HEAD
         return bool(other.search(self.architecture))
+
+    def with_own_head(self) -> "Source":
+        """The same with the embedding's tensor as the head's too."""
+        names = dict(self.names)
+        if embed := names.get(self.family.tensor_name(f"{EMBED}/{EMBEDDING}")):
+            names[TIED_HEAD] = embed
+        return self._replace(names=names)
 
     def pieces(self, bare: str) -> Iterator[tuple[Any, np.ndarray]]:
         """Reads a tensor by its bare name; yields where a piece belongs, and it."""

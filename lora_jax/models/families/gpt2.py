@@ -18,7 +18,6 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
-        ("tie_word_embeddings", True),
     ):
         fields.only(key, value)
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
@@ -44,7 +43,7 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
             "has_mlp_bias": True,
             "is_qkv_fused": True,
             "has_learned_positions": True,
-            "is_tied": True,
+            "is_tied": fields.flag("tie_word_embeddings", True),
         },
     )
 
