@@ -19,6 +19,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
+from lora_jax.interop.identity import base_name
 from lora_jax.interop.mlx import write_mlx
 from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
@@ -82,7 +83,8 @@ def export_adapter(
       pooling: the pooling that an encoder's head was trained on; None for the module's
         own, or transformers' where that isn't known.
       skip_head: leaves out a trained head of an encoder.
-      base_model: the base that the file names; None for the source's path.
+      base_model: the base that the file names; None for the source's hub id if it has
+        one, else the name of its folder. No path of this machine is written.
 
     Returns:
       The folder.
@@ -120,7 +122,12 @@ def export_adapter(
     files = [names.full_name(b.rpartition(".")[0]) for b in base.source.names]
     settings: dict[str, Any] = {
         "auto_mapping": opened.auto_mapping,
-        "base_model_name_or_path": base_model or str(base.source.path),
+        "base_model_name_or_path": base_name(
+            base_model,
+            None if isinstance(source, LoadedModel) else source,
+            base.source.path,
+            base.source.settings.get("_name_or_path"),
+        ),
         "fan_in_fan_out": not base.family.is_transposed,
         "target_modules": _shortest(
             sorted(adapter.modules), {*spelling.modules.values(), *files}

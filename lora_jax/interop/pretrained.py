@@ -14,6 +14,7 @@ from lora_jax.files import adapter as ours
 from lora_jax.files.json_file import read_json
 from lora_jax.interop.attach import put_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
+from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.tied import needs_own_head
@@ -111,6 +112,10 @@ def load_model(
     if adapter is not None and not isinstance(adapter, ExternalAdapter):
         folder = find_adapter(adapter)
         external = read_external(folder)
+        if path is not None:
+            source = open_source(path)
+            config = {} if external is None else external.config
+            check_not_merged(source.settings, source.path, folder, config)
     if isinstance(external, ExternalAdapter):
         loaded = _load_external(path, external, options)
     elif folder is not None:
