@@ -6,12 +6,15 @@ alpha and scaling. Nothing else in the library decides this.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 ALL_LINEAR = "all-linear"
 INITS = ("uniform", "gaussian")
+MAX_RANK = 1 << 20
+LEAST = 1e-30  # of numbers that become float32, and the reciprocal of the largest
 BIASES = ("none", "lora_only", "all")
 
 Patterns = str | Sequence[str]
@@ -255,6 +258,12 @@ def _report(faults: list[str]) -> str:
     return "LoRAConfig: " + "; ".join(faults) + "."
 
 
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"  # repr has a limit
+    return repr(value)[:200]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -270,18 +279,25 @@ def _faults(config: LoRAConfig) -> tuple[list[str], list[str]]:
 
     def check(name: str, value: Any, is_type, kind: str, is_valid, wanted: str) -> None:
         if not is_type(value):
-            types.append(f"{name} must be {kind}; got {value!r}")
+            types.append(f"{name} must be {kind}; got {_short(value)}")
         elif not is_valid(value):
-            values.append(f"{name} must be {wanted}; got {value!r}")
+            values.append(f"{name} must be {wanted}; got {_short(value)}")
 
     def check_rank(name: str, value: Any) -> None:
-        check(name, value, _is_int, "an integer", lambda r: r >= 1, "at least 1")
+        def in_range(r: int) -> bool:
+            return 1 <= r <= MAX_RANK
+
+        is_low = _is_int(value) and value < 1
+        wanted = "at least 1" if is_low else f"at most {MAX_RANK}"
+        check(name, value, _is_int, "an integer", in_range, wanted)
 
     def check_alpha(name: str, value: Any) -> None:
-        def finite_positive(a: float) -> bool:
-            return 0 < a < float("inf")
+        def in_range(a: float) -> bool:
+            return LEAST <= a <= 1 / LEAST
 
-        check(name, value, _is_number, "a number", finite_positive, "above 0")
+        is_extreme = _is_number(value) and 0 < value < math.inf
+        wanted = f"from {LEAST:g} to {1 / LEAST:g}" if is_extreme else "above 0"
+        check(name, value, _is_number, "a number", in_range, wanted)
 
     check_rank("rank", config.rank)
     check_alpha("alpha", config.alpha)

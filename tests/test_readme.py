@@ -77,6 +77,7 @@ def test_tables_are_those_of_the_results(page):
         assert table.strip() == (ROOT / path).read_text().strip(), path
 
 
+@pytest.mark.slow
 def test_bring_your_own_model_runs_as_written(tmp_path, monkeypatch, capsys):
     section = PAGES[0].read_text().split("## Bring your own model")[1].split("\n## ")[0]
     config = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files.atomic import is_leftover, write_text
 from lora_jax.finetune.errors import UserError
 
 
@@ -21,16 +22,14 @@ def new_file(out: str, data: str) -> Path:
 
 
 def new_folder(out: str) -> Path:
-    """Returns the folder to write; raises if there is something in it."""
+    """Returns the folder to write; raises if it holds more than a kill has left."""
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    is_free = target.is_dir() and all(is_leftover(p.name) for p in target.iterdir())
+    if target.exists() and not is_free:
         raise UserError(f"--out {target} exists and is not empty; name a new folder.")
     return target
 
 
 def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines: all of them under the file's name, or none."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, "".join(json.dumps(line) + "\n" for line in lines))

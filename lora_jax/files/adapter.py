@@ -18,16 +18,19 @@ import numpy as np
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.files.arrays import host_leaves
-from lora_jax.files.json_file import read_json
-from lora_jax.files.safetensors import open_tensors, replacing, write_tensors
-from lora_jax.names import LORA, TRAINABLE
+from lora_jax.files.atomic import new_folder, write_text
+from lora_jax.files.json_file import parse_json, read_json
+from lora_jax.files.safetensors import open_tensors, write_tensors
+from lora_jax.names import EMBEDDING, KERNEL, LORA, LORA_A, LORA_B, TRAINABLE
 from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.tree.paths import leaves_by_path, unflatten
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
+CHECKSUM = "config_sha256"
+MATRICES = (KERNEL, EMBEDDING, LORA_A, LORA_B)
 FORMAT = "lora_jax"
-VERSION = 1
+VERSION = 2  # 1 has no checksum of the config
 
 
 class Adapter(NamedTuple):
@@ -111,10 +114,11 @@ def _write(
             f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
             "exists or can be made."
         ) from error
-    with replacing(directory / TENSORS, directory / CONFIG) as (tensors, config):
-        write_tensors(tensors, arrays, metadata={"format": FORMAT})
-        whole = {**meta, "sha256": _sha256(tensors)}
-        config.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    with new_folder(directory) as new:
+        write_tensors(new / TENSORS, arrays, metadata={"format": FORMAT})
+        whole = {**meta, "sha256": _sha256(new / TENSORS)}
+        whole[CHECKSUM] = _digest(parse_json(json.dumps(whole)))
+        write_text(new / CONFIG, json.dumps(whole, indent=2) + "\n")
 
 
 def load_adapter(
@@ -154,11 +158,7 @@ def load_adapter(
         )
     reader = open_tensors(directory / TENSORS)
     arrays = {path: reader[path] for path in reader.shapes}
-    faults = [
-        f"{path} is outside {' and '.join(TRAINABLE)}"
-        for path in arrays
-        if path.split("/")[0] not in TRAINABLE
-    ]
+    faults = _misplaced(arrays)
     if expected is not None:
         faults += _compare(arrays, _flat({k: expected.get(k, {}) for k in TRAINABLE}))
     faults += _not_finite(arrays)
@@ -183,12 +183,13 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
       The JSON: ``format``, ``version``, ``lora`` (a `LoRAConfig`'s fields), ``base``
-      (a fingerprint), ``trainable``, ``sha256`` and ``extra``.
+      (a fingerprint), ``trainable``, ``sha256`` (of the tensors' file), ``extra``, and
+      ``config_sha256`` (of all the others).
 
     Raises:
       FileNotFoundError: if it or the tensors are missing; names them.
-      ValueError: if it isn't JSON, is of another format or version, lacks a key or
-        has a value of another type.
+      ValueError: if it isn't JSON, is of another format or version, lacks a key, has a
+        value of another type, or isn't what was written.
     """
     directory = Path(directory)
     missing = [name for name in (TENSORS, CONFIG) if not (directory / name).is_file()]
@@ -204,12 +205,13 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} must have format {FORMAT!r}; got {meta.get('format')!r}. It is "
             "another tool's."
         )
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (1, VERSION):
         raise ValueError(
-            f"{file} must have version {VERSION}; got {meta.get('version')!r}. Install "
-            "the lora_jax that wrote it."
+            f"{file} must have version 1 or {VERSION}; got {meta.get('version')!r}. "
+            "Install the lora_jax that wrote it."
         )
-    keys = ("lora", "base", "trainable", "sha256", "extra")
+    keys = ["lora", "base", "trainable", "sha256", "extra"]
+    keys += [CHECKSUM] * (meta["version"] > 1)
     if absent := [key for key in keys if key not in meta]:
         raise ValueError(f"{file} must have the keys {keys}; it lacks {absent}.")
     for key, kind in (("base", str), ("sha256", str), ("trainable", int)):
@@ -223,7 +225,34 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         LoRAConfig.from_dict(meta["lora"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} can't be understood: {error}") from error
+    if meta["version"] > 1 and meta[CHECKSUM] != _digest(meta):
+        raise ValueError(
+            f"{file} must be as it was written; its checksum differs. It is damaged or "
+            "was changed: copy the folder again, or write other values by "
+            "`save_adapter`."
+        )
     return meta
+
+
+def _misplaced(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns which names and shapes can be no adapter's."""
+    faults = []
+    for path, array in arrays.items():
+        parts = path.split("/")
+        parents = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        if parts[0] not in TRAINABLE or len(parts) < 2 or "" in parts:
+            faults.append(f"{path} is outside {' and '.join(TRAINABLE)}")
+        elif inside := sorted(parents & arrays.keys()):
+            faults.append(f"{path} is inside the tensor {inside[0]}")
+        elif parts[-1] in MATRICES and array.ndim < 2:
+            faults.append(f"{path} has shape {array.shape}, expected 2 axes or more")
+    return faults
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    """Returns the checksum of a config's values, however they are laid out."""
+    values = {key: value for key, value in meta.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(trees: Mapping[str, PyTree]) -> dict[str, Any]:
@@ -249,7 +278,7 @@ def _compare(
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
     bad = {
-        path: int(np.sum(~np.isfinite(array.astype(np.float32))))
+        path: int(np.sum(~np.isfinite(_as_float32(array))))
         for path, array in arrays.items()
         if jnp.issubdtype(array.dtype, jnp.floating)
     }
@@ -258,6 +287,11 @@ def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
         for path, count in bad.items()
         if count
     ]
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float32 can't hold counts as infinite
+        return array.astype(np.float32)
 
 
 def _sha256(file: Path) -> str:

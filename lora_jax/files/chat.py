@@ -1,31 +1,35 @@
 """Chat templates: messages to one text, and which of its characters the model says.
 
 Templates come with models, so they are strangers' programs: they run in jinja2's
-immutable sandbox, with the names and filters that transformers gives them. There is no
+immutable sandbox, with the names and filters that transformers gives them, in a process
+of their own with limits of time and memory (`lora_jax.files.chat_worker`). There is no
 clock: ``strftime_now`` always tells midnight of 26 July 2024, the date that Llama 3's
 templates write where nobody gives one, so the same data is the same text on any day.
 """
 
-import datetime
-import functools
+import contextlib
 import json
 import re
-import string
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from lora_jax.files import chat_worker
+from lora_jax.files.chat_worker import CLOSE, OPEN
+from lora_jax.files.encoding import MAX_TEXT
 from lora_jax.files.optional import load_optional
 
 ASSISTANT = "assistant"
-# Characters that Unicode keeps free of meaning, as marks inside a rendered text.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-
-MAX_TEXT = 10**7  # characters, or bits of a number, that a template may multiply to
-PADDING = ("ljust", "rjust", "center", "zfill", "expandtabs")  # methods of a text
-FILTERS = ("center", "indent", "batch", "format")  # that pad, too
-NOW = datetime.datetime(2024, 7, 26)  # for all templates, on every day
-# What a template may raise, beside jinja2's own errors.
-_RENDERING = (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError)
+SECONDS = 2.0  # of processor time, that one text may take
+MORE_SECONDS = 0.01  # for each beginning of it that is written too
+PATIENCE = 15.0  # seconds by the clock; a busy machine runs a process now and then
+MEMORY = 256 << 20  # bytes
 
 Message = Mapping[str, Any]
 
@@ -45,16 +49,17 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A chat template, in a process of its own.
 
     Args:
       source: Jinja source.
       tokens: texts of special tokens by the names templates use, such as
         ``{"bos_token": "<s>"}``.
+      name: what to call it in an error.
 
     Raises:
       ImportError: if jinja2 is not installed.
-      ValueError: if the source is no template.
+      ValueError: if the source is no template, or takes too much to read.
 
     Example:
       >>> source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
@@ -68,37 +73,57 @@ class ChatTemplate:
       [(20, 22)]
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str]):
-        self._errors, environment = _environment()
-        self.source, self._tokens = source, dict(tokens)
+    def __init__(
+        self, source: str, tokens: Mapping[str, Any], name: str = "the chat template"
+    ):
+        load_optional("filling in a chat template", "jinja2")
+        self.source, self.name = source, name
         self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        try:
-            self._template = environment.from_string(source)
-        except self._errors as error:
+        self._first = {
+            "path": [entry for entry in sys.path if entry],
+            "source": source,
+            "tokens": dict(tokens),
+            "memory": MEMORY,
+            "letters": MAX_TEXT,  # in bytes, where it is encoded
+            "seconds": SECONDS,
+        }
+        self._fault = ""  # a limit that was passed is not tried again
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        answer = self._ask(None)
+        if "error" in answer:
             raise ValueError(
-                f"the chat template must be Jinja; it can't be read: {error}."
-            ) from error
+                f"{name} must be Jinja; it can't be read: {answer['error']}."
+            )
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """Writes a conversation as one text.
 
         Args:
           messages: each with a ``role`` and a ``content``.
           add_generation_prompt: whether the text ends where an answer begins.
+          tools: that the model may call, as JSON schemas.
 
         Returns:
           The text.
 
         Raises:
-          ValueError: if the messages are malformed, or the template refuses them.
+          ValueError: if the messages are malformed, the template refuses them, or it
+            takes over 2 seconds or 256 MiB.
         """
         check_messages(messages)
-        text = self._render(messages, add_generation_prompt)
+        text = self._render(messages, tools, add_generation_prompt)["text"]
         return text.replace(OPEN, "").replace(CLOSE, "")
 
-    def mark_assistant(self, messages: Sequence[Message]) -> Rendered:
+    def mark_assistant(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
+    ) -> Rendered:
         """Writes a conversation and finds what the assistant says in it.
 
         A template may say so itself, with ``{% generation %}``. Of any other, the text
@@ -109,13 +134,14 @@ class ChatTemplate:
         Args:
           messages: each with a ``role`` and a ``content``; one at least the
             assistant's.
+          tools: that the model may call, as JSON schemas.
 
         Returns:
           The text and the spans.
 
         Raises:
-          ValueError: if there is no such turn, the template refuses the messages, or
-            it writes earlier turns otherwise once later ones follow.
+          ValueError: if there is no such turn, the template refuses the messages or
+            takes too much, or it writes earlier turns otherwise once later ones follow.
         """
         check_messages(messages)
         turns = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT]
@@ -124,43 +150,144 @@ class ChatTemplate:
             raise ValueError(
                 f"messages must hold a turn of the role {ASSISTANT!r}; got {roles[:8]}."
             )
-        text = self._render(messages, False)
         if self._marks:
-            return _read_marks(text)
-        spans = []
-        for turn in turns:
-            before = self._render(messages[:turn], True)
-            after = self._render(messages[: turn + 1], False)
-            if not (text.startswith(after) and after.startswith(before)):
+            return _read_marks(self._render(messages, tools, False)["text"])
+        beginnings = [end for i in turns for end in ((i, True), (i + 1, False))]
+        found = self._render(messages, tools, False, beginnings)
+        spans = list(zip(found["ends"][::2], found["ends"][1::2], strict=True))
+        for turn, (before, after) in zip(turns, spans, strict=True):
+            if before is None or after is None or before > after:
                 raise ValueError(
-                    "the chat template must write a conversation's beginning the same "
+                    f"{self.name} must write a conversation's beginning the same "
                     f"whatever follows; it does not before or after message {turn}, so "
                     "where the assistant's turn lies can't be told. Put {% generation "
                     "%} and {% endgeneration %} around it in the template, or give "
                     "prompt and completion."
                 )
-            spans.append((len(before), len(after)))
-        return Rendered(text, spans, marked=False)
+        return Rendered(found["text"], spans, marked=False)
 
-    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self._tokens,
-            )
-        except (*_RENDERING, *self._errors) as error:
-            reason = str(error) or type(error).__name__
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        prompt: bool,
+        beginnings: Sequence[tuple[int, bool]] = (),
+    ) -> dict[str, Any]:
+        """Returns the text, and the ends of its beginnings (None: it isn't one)."""
+        request = {
+            "messages": [dict(message) for message in messages],
+            "tools": tools,
+            "prompt": prompt,
+            "ends": beginnings,
+            "seconds": SECONDS + MORE_SECONDS * len(beginnings),
+        }
+        answer = self._ask(request)
+        if "error" in answer:
             raise ValueError(
-                f"the chat template can't write these {len(messages)} messages: "
-                f"{reason}"
-            ) from error
+                f"{self.name} can't write these {len(messages)} messages: "
+                f"{answer['error']}"
+            )
+        return answer
+
+    def _ask(self, request: dict[str, Any] | None) -> dict[str, Any]:
+        """Has the worker read the template and answer, once it is there."""
+        with self._lock:
+            if self._fault:
+                raise ValueError(self._fault)
+            try:
+                if self._worker is None:
+                    self._worker = _Worker()
+                    answer = self._worker.ask(self._first)
+                    if request is None or "error" in answer:
+                        return answer
+                return self._worker.ask(request or self._first)
+            except _LimitError as limit:
+                self._worker = None
+                self._fault = (
+                    f"{self.name} must write a text within {SECONDS:g} s and "
+                    f"{MEMORY >> 20} MiB; it {limit}. It is faulty or hostile: take "
+                    "the one of the model's first publisher."
+                )
+                raise ValueError(self._fault) from None
+            except BaseException:  # an answer may be under way still
+                self._worker = None
+                raise
+
+
+class _LimitError(Exception):
+    """What a template asked too much of."""
+
+
+class _Worker:
+    """A process that fills in one template; it ends with this object."""
+
+    def __init__(self):
+        # Isolated, without site-packages' hooks: it is told where jinja2 is.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", str(Path(chat_worker.__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is for the command alone
+        )
+        self.end = weakref.finalize(self, _end, self._process)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request; an answer that doesn't come is a `_LimitError`."""
+        try:
+            line = json.dumps(request).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"messages must be JSON values; {error}.") from error
+        try:
+            answer = json.loads(self._exchange(line))
+        except (OSError, EOFError):
+            self.end()
+            code = self._process.returncode
+            if code == -chat_worker.TIME_IS_OVER:
+                raise _LimitError("takes longer") from None
+            raise _LimitError(f"ended its process (status {code})") from None
+        if "limit" in answer:
+            raise _LimitError("needs more")
+        return answer
+
+    def _exchange(self, line: bytes) -> bytes:
+        process, parts = self._process, []
+        assert process.stdin is not None  # both are pipes
+        assert process.stdout is not None
+        left = memoryview(line)
+        while left:
+            left = left[process.stdin.write(left) :]
+        deadline = time.monotonic() + PATIENCE
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while selector.select(deadline - time.monotonic()):
+                parts.append(process.stdout.read(1 << 16))
+                if not parts[-1]:
+                    raise EOFError
+                if parts[-1].endswith(b"\n"):
+                    return b"".join(parts)
+        raise EOFError
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()  # pyright: ignore[reportOptionalMemberAccess]  # both are pipes
+    process.wait()
 
 
 def check_messages(messages: Any) -> None:
-    """Raises `ValueError` unless messages are a list with roles and contents."""
+    """Raises unless messages are a list with roles and contents.
+
+    Args:
+      messages: objects with the strings ``role`` and ``content``; where there are
+        ``tool_calls``, the content may be null or absent.
+
+    Raises:
+      ValueError: naming the first message that is wrong.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(
             "messages must be a list of at least 1 message; got "
@@ -169,15 +296,22 @@ def check_messages(messages: Any) -> None:
     for i, message in enumerate(messages):
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, Mapping) else None
+            if key == "content" and value is None and _calls(message):
+                continue
             if not isinstance(value, str):
                 raise ValueError(
                     f"message {i} must be an object with the strings role and content; "
                     f"its {key} is {str(value)[:40]!r}."
                 )
-        if OPEN in message["content"] or CLOSE in message["content"]:
+        content = message.get("content") or ""
+        if OPEN in content or CLOSE in content:
             raise ValueError(
                 f"message {i} must be text; it holds the noncharacter U+FDD0 or U+FDD1."
             )
+
+
+def _calls(message: Any) -> bool:
+    return isinstance(message, Mapping) and bool(message.get("tool_calls"))
 
 
 def _read_marks(marked: str) -> Rendered:
@@ -191,155 +325,3 @@ def _read_marks(marked: str) -> Rendered:
         else:
             text += piece
     return Rendered(text, [s for s in spans if s[0] < s[1]], marked=True)
-
-
-def _environment() -> tuple[tuple[type[Exception], ...], Any]:
-    """What a template may see and call: as in transformers, on one day for ever."""
-    parts = ("jinja2", "jinja2.ext", "jinja2.nodes", "jinja2.sandbox", "jinja2.utils")
-    jinja2 = load_optional("filling in a chat template", *parts)
-
-    class Generation(jinja2.ext.Extension):
-        tags: ClassVar = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_mark")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return f"{OPEN}{caller()}{CLOSE}"
-
-    class Namespace(jinja2.utils.Namespace):
-        def __init__(*args: Any, **values: Any):  # so that a value may be named self
-            attributes = dict(*args[1:], **values)
-            for name in attributes:
-                _check_name(name)
-            jinja2.utils.Namespace.__init__(args[0], attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
-            super().__setitem__(name, value)
-
-    def _check_name(name: str) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a template can't set {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def make_dict(*args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any):
-            del context
-            _check_operator(operator, left, right)
-            return self.binop_table[operator](left, right)
-
-        def call(self, context: Any, function: Any, /, *args: Any, **options: Any):
-            _check_call(function, (*args, *options.values()))
-            return super().call(context, function, *args, **options)
-
-    environment = Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    for name in FILTERS:
-        environment.filters[name] = _bounded(name, environment.filters[name])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["dict"] = make_dict
-    environment.globals["namespace"] = Namespace
-    return (jinja2.TemplateError,), environment
-
-
-def _check_size(what: str, size: int) -> None:
-    """Raises where a template asks for a text or a number without measure."""
-    if size > MAX_TEXT:
-        raise ValueError(f"{what} asks for more than a text may hold")
-
-
-def _check_operator(operator: str, left: Any, right: Any) -> None:
-    if operator == "%" and isinstance(left, str | bytes):
-        _check_percent(left, right)
-        return
-    sized = [len(x) for x in (left, right) if hasattr(x, "__len__")]
-    whole = [abs(x) for x in (left, right) if isinstance(x, int)]
-    size = 0  # floats overflow by themselves, other types raise
-    if operator == "**" and len(whole) == 2:
-        size = whole[0].bit_length() * whole[1]
-    elif sized and whole:
-        size = sized[0] * whole[0]
-    elif len(whole) == 2:
-        size = sum(x.bit_length() for x in whole)
-    _check_size(operator, size)
-
-
-def _check_percent(text: Any, values: Any) -> None:
-    """Adds up the widths and precisions of a format; bytes are a TypeError."""
-    form = text.partition("%")[2]
-    widths = [int(number) for number in re.findall(r"\d+", form)]
-    if "*" in form and isinstance(values, tuple):
-        widths += [abs(value) for value in values if isinstance(value, int)]
-    _check_size("%", sum(widths))
-
-
-def _check_call(function: Any, values: Iterable[Any]) -> None:
-    """Looks at the methods of texts that pad."""
-    method = getattr(function, "__wrapped__", function)  # jinja2 wraps `format`
-    text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if isinstance(text, str) and name in ("format", "format_map"):
-        specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)]
-        if any("{" in spec for spec in specs):
-            raise ValueError(f"{name} must be told its widths in the text itself")
-        numbers = re.findall(r"\d+", " ".join(specs))
-        _check_size(name, sum(int(number) for number in numbers))
-    elif isinstance(text, str | bytes) and name in PADDING:
-        repeats = len(text) if name == "expandtabs" else 1
-        widths = (abs(value) for value in values if isinstance(value, int))
-        _check_size(name, repeats * sum(widths))
-
-
-def _bounded(name: str, function: Any) -> Any:
-    """Returns a filter that takes no number without measure."""
-
-    @functools.wraps(function)
-    def bounded(value: Any, *args: Any, **options: Any) -> Any:
-        if name == "format":
-            _check_percent(str(value), args)
-        else:
-            lines = str(value).count("\n") + 1 if name == "indent" else 1
-            numbers = (x for x in (*args, *options.values()) if isinstance(x, int))
-            _check_size(name, lines * sum(abs(x) for x in numbers))
-        return function(value, *args, **options)
-
-    return bounded
-
-
-def _strftime_now(form: str) -> str:
-    _check_percent(form, ())
-    return NOW.strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as text; jinja2's own filter would escape it for HTML."""
-    if isinstance(indent, int):
-        _check_size("tojson", indent * len(str(value)))
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

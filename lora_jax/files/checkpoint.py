@@ -98,7 +98,7 @@ class Checkpoints:
             ) from error
         for step in self.all_steps():
             with contextlib.suppress(_DamagedError):
-                self._note(step, self._restore(step, meta=self._args.JsonRestore()))
+                self._note(step, self._meta(step))
 
     def save(
         self, state: TrainState, metrics: Mapping[str, float] | None = None
@@ -251,18 +251,22 @@ class Checkpoints:
             self._scores[step] = score if self._best_mode == "min" else -score
 
     def _read(self, step: int, state: TrainState) -> TrainState:
-        args = self._args
-        meta = self._restore(step, meta=args.JsonRestore())
-        if meta.get("format") != FORMAT or "leaves" not in meta:
-            raise _DamagedError("its metadata is not that of a checkpoint")
+        args, meta = self._args, self._meta(step)
         here = host_leaves(state.changing, copy=False)
         self._check(step, meta, here)
         saved = self._restore(step, state=args.StandardRestore(here))
         for path, leaf in saved.items():
-            if facts_of(leaf) != meta["leaves"][path]:
+            if list(facts_of(leaf)) != list(meta["leaves"].get(path, ())):
                 raise _DamagedError(f"{path} is not what was saved")
         own = place(saved, state.changing)
         return TrainState(frozen=state.frozen, **own)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Reads what was saved beside a state, as far as it is used here."""
+        meta = self._restore(step, meta=self._args.JsonRestore())
+        if not _is_meta(meta):
+            raise _DamagedError("its metadata is not that of a checkpoint")
+        return meta
 
     def _restore(self, step: int, **item: Any) -> Any:
         try:
@@ -356,6 +360,19 @@ class _writing:
 def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
     scored = [(scores[step], step) for step in steps if step in scores]
     return min(scored)[1] if scored else None
+
+
+def _is_meta(meta: Any) -> bool:
+    """Says whether JSON is what `Checkpoints.save` wrote, as far as it is used here."""
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        return False
+    leaves, metrics = meta.get("leaves"), meta.get("metrics", {})
+    return (
+        isinstance(leaves, dict)
+        and all(isinstance(facts, list) for facts in leaves.values())
+        and isinstance(metrics, dict)
+        and all(type(value) in (int, float) for value in metrics.values())
+    )
 
 
 def _as_json(value: Any) -> Any:

@@ -5,6 +5,7 @@ its attention scale) are constants here too. Anything else that would change the
 is an error: nothing is guessed.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,10 +101,11 @@ _FIELDS = {  # Hugging Face's name: (GGUF's, type)
 def architecture_of(path: Path, metadata: Mapping[str, Any]) -> str:
     """Returns a file's architecture; one that isn't known is a ValueError."""
     found = metadata.get("general.architecture")
-    if found not in ARCHITECTURES:
+    if not isinstance(found, str) or found not in ARCHITECTURES:
+        got = repr(found)[:80]
         raise ValueError(
             f"{path}: general.architecture must be one of {sorted(ARCHITECTURES)}; got "
-            f"{found!r}. Take the model's Hugging Face folder instead."
+            f"{got}. Take the model's Hugging Face folder instead."
         )
     return found
 
@@ -258,9 +260,11 @@ class _Fields:
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()  # one number for each layer, all the same
         if kind is float and type(value) in (int, float):
-            value = float(str(np.float32(value)))  # 1e-05, not 9.99999974e-06
-        positive = type(value) is kind and (kind is str or value > 0)
-        if not positive and value != default:
+            with np.errstate(over="ignore"):  # infinite is not positive, below
+                value = float(str(np.float32(value)))  # 1e-05, not 9.99999974e-06
+        positive = type(value) is kind and (kind is str or 0 < value < math.inf)
+        is_default = type(value) is type(default) and value == default
+        if not positive and not is_default:
             got = "nothing" if value is None else repr(value)[:60]
             self.faults.append(f"{key} must be a positive {kind.__name__}, got {got}")
             return default if default is not None else kind(0)

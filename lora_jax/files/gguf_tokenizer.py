@@ -33,6 +33,15 @@ _SPLITS = {  # a regular expression; None for GPT-2's own
     "qwen2": _QWEN2,
     "smollm": None,
 }
+_NAMED = {  # names of special tokens in templates, and in GGUF
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "pad_token": "padding",
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # as the format spells it
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 _LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
 _KEYS = {
     BYTE_LEVEL: {"tokens": list, "merges": list, "token_type": np.ndarray},
@@ -56,19 +65,19 @@ def build_tokenizer(
       ValueError: if its kind or its rule to split text is not supported, or its parts
         don't fit together.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in _KEYS:
+    kind: Any = metadata.get("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
             f"{path} must have a byte-level BPE tokenizer ({BYTE_LEVEL!r}) or "
-            f"SentencePiece's BPE ({SENTENCEPIECE!r}); its kind is {kind!r}. Give "
-            "token ids, or take the model's Hugging Face folder, whose tokenizer.json "
-            "holds what a GGUF file leaves out."
+            f"SentencePiece's BPE ({SENTENCEPIECE!r}); its kind is {_short(kind)}. "
+            "Give token ids, or take the model's Hugging Face folder, whose "
+            "tokenizer.json holds what a GGUF file leaves out."
         )
     rule: Any = metadata.get("tokenizer.ggml.pre")
-    if kind == BYTE_LEVEL and rule not in _SPLITS:
+    if kind == BYTE_LEVEL and not (isinstance(rule, str) and rule in _SPLITS):
         raise ValueError(
             f"{path}: tokenizer.ggml.pre must be one of {sorted(_SPLITS)}; got "
-            f"{rule!r}. Give token ids, or take the model's Hugging Face folder."
+            f"{_short(rule)}. Give token ids, or take the model's Hugging Face folder."
         )
     parts: dict[str, Any] = {
         key: metadata.get(f"tokenizer.ggml.{key}") for key in _KEYS[kind]
@@ -90,13 +99,26 @@ def build_tokenizer(
         tokenizer = _byte_level(rule, **parts)
         begins = rule in _LLAMA3_NAMES
     else:
-        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        prefix = _flag(path, metadata, "add_space_prefix", True)
         tokenizer = _sentencepiece(prefix, **parts)
         begins = True
     _add_tokens(tokenizer, parts["tokens"], parts["token_type"])
-    if metadata.get("tokenizer.ggml.add_bos_token", begins):
+    if _flag(path, metadata, "add_bos_token", begins):
         _begin_with(tokenizer, special.bos_id)
     return tokenizer, special
+
+
+def _flag(path: Path, metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if type(value) not in (bool, int):
+        raise ValueError(
+            f"{path}: tokenizer.ggml.{key} must be true or false; got {_short(value)}."
+        )
+    return bool(value)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _faults(
@@ -250,4 +272,11 @@ def _special(path: Path, metadata: Mapping[str, Any]) -> SpecialTokens:
         pad_id=identity("padding"),
         stop_ids=tuple(sorted({token for token in ends if token is not None})),
         chat_template=template if isinstance(template, str) else None,
+        template_file=path,
+        texts={
+            name: tokens[token]
+            for name, key in _NAMED.items()
+            if type(token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int
+            and 0 <= token < len(tokens)
+        },
     )

@@ -4,22 +4,22 @@ Reading goes through the header and a memory map, so a model never needs more me
 than its own size plus a piece of one tensor. Nothing here unpickles.
 """
 
-import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import new_file
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers read at once
+LONGEST_FILE = 255  # letters of a file's name
 LONGEST_NAME = 1000  # letters of a tensor's name; real ones have under 100
 
 
@@ -152,12 +152,11 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
             f"file names; it can't be read: {error!r}."
         ) from error
-    outside = [
-        n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."
-    ]
+    outside = [n for n in names if not _is_file_name(n)]
     if outside:
+        got = repr(outside)[:200]
         raise ValueError(
-            f"{folder / INDEX} must name files in its own folder; got {outside}."
+            f"{folder / INDEX} must name files in its own folder; got {got}."
         )
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
@@ -166,6 +165,11 @@ def _shards(folder: Path) -> list[Path]:
             f"{', '.join(missing)}. Download the folder again."
         )
     return [folder / n for n in names]
+
+
+def _is_file_name(name: Any) -> bool:
+    is_text = isinstance(name, str) and 0 < len(name) <= LONGEST_FILE
+    return is_text and Path(name).name == name and name != ".."
 
 
 def write_tensors(
@@ -192,41 +196,13 @@ def write_tensors(
     """
     library, path = _safetensors(), Path(path)
     arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        library.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's is for the owner alone
-        os.replace(temporary, path)
+        with new_file(path) as new:
+            library.numpy.save_file(arrays, new, metadata=dict(metadata or {}))
     except (OSError, library.SafetensorError) as error:
         size = sum(a.nbytes for a in arrays.values())
         raise OSError(
             f"{path} ({size} bytes) can't be written: {error}. Free some disk space or "
             "choose another folder; no file of this name was changed."
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return path.stat().st_size
-
-
-@contextlib.contextmanager
-def replacing(*files: Path) -> Iterator[list[Path]]:
-    """Replaces files that belong together once all of them are written.
-
-    Args:
-      *files: in one folder; they need not exist.
-
-    Yields:
-      A file beside each, to write. At the end these take the names, one right after the
-      other; after an error they are deleted instead.
-    """
-    written = [file.with_name(f".{file.name}.new") for file in files]
-    try:
-        yield written
-        for new, file in zip(written, files, strict=True):
-            new.replace(file)
-    finally:
-        for new in written:
-            new.unlink(missing_ok=True)

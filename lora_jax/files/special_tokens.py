@@ -5,16 +5,19 @@ ids that end a generation in ``generation_config.json`` (or ``config.json``), th
 template in ``chat_template.jinja`` or ``tokenizer_config.json``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lora_jax.files.json_file import read_json
+from lora_jax.files.json_file import read_json, read_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENS_MAP = "special_tokens_map.json"
 MODEL_CONFIG = "config.json"
 TEMPLATE = "chat_template.jinja"
+MAX_ID = 1 << 31
 
 
 class SpecialTokens(NamedTuple):
@@ -26,6 +29,8 @@ class SpecialTokens(NamedTuple):
       pad_id: of the padding token.
       stop_ids: of the tokens that end a generation, ``eos_id`` among them.
       chat_template: Jinja source, if there is one.
+      template_file: the file that it is from.
+      texts: of all special tokens, by the names that templates use: ``"unk_token"``.
     """
 
     bos_id: int | None = None
@@ -33,6 +38,8 @@ class SpecialTokens(NamedTuple):
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    template_file: Path | None = None
+    texts: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_special_tokens(
@@ -51,12 +58,11 @@ def read_special_tokens(
       ValueError: if a file is not a JSON object, or an id not a number.
     """
     config = _read_json(folder / TOKENIZER_CONFIG)
+    texts = _texts(_read_json(folder / TOKENS_MAP)) | _texts(config)
     ids: dict[str, int | None] = {}
     for name in ("bos", "eos", "pad"):
-        text = config.get(f"{name}_token")
-        if isinstance(text, dict):  # an AddedToken as older files have it
-            text = text.get("content")
-        ids[name] = token_to_id(text) if isinstance(text, str) else None
+        text = _texts(config).get(f"{name}_token")
+        ids[name] = None if text is None else _find(token_to_id, text)
     stops: list[int] = []
     for file in (GENERATION_CONFIG, MODEL_CONFIG):
         model = _read_json(folder / file)
@@ -68,29 +74,64 @@ def read_special_tokens(
                 stops = stated
     if ids["eos"] is not None:
         stops = [*stops, ids["eos"]]
+    template, file = _template(folder, config)
     return SpecialTokens(
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         pad_id=ids["pad"],
         stop_ids=tuple(sorted(set(stops))),
-        chat_template=_template(folder, config),
+        chat_template=template,
+        template_file=file,
+        texts=texts,
     )
 
 
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
+def _texts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers gives a template: every named token, and the list of others."""
+    named: dict[str, Any] = {
+        key: _text(value) for key, value in config.items() if key.endswith("_token")
+    }
+    others = config.get("additional_special_tokens")
+    if isinstance(others, list):
+        named["additional_special_tokens"] = [_text(token) for token in others]
+    return {key: text for key, text in named.items() if text is not None}
+
+
+def _text(token: Any) -> str | None:
+    """A token's text; older files have an AddedToken's fields."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _find(token_to_id: Callable[[str], int | None], text: str) -> int | None:
+    try:
+        return token_to_id(text)
+    except UnicodeError:  # half a character, which is in no vocabulary
+        return None
+
+
+def _template(folder: Path, config: dict[str, Any]) -> tuple[str | None, Path | None]:
+    """Returns the template, and the file that it is from."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        return read_text(folder / TEMPLATE), folder / TEMPLATE
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        wanted = [
+            t for t in found if isinstance(t, dict) and t.get("name") == "default"
+        ]
+        found = wanted[-1].get("template") if wanted else None
+    if isinstance(found, str):
+        return found, folder / TOKENIZER_CONFIG
+    return None, None
 
 
 def _as_ids(value: Any, file: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise ValueError(f"{file}: token ids must be integers from 0; got {value!r}.")
+    if any(type(i) is not int or not 0 <= i < MAX_ID for i in ids):
+        got = repr(value)[:80]
+        raise ValueError(
+            f"{file}: token ids must be integers from 0 to {MAX_ID - 1}; got {got}."
+        )
     return ids
 
 

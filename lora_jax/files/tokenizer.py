@@ -8,13 +8,16 @@ explicit and counted, and padding is left to batching.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.files.atomic import new_file, write_text
 from lora_jax.files.chat import ChatTemplate, Message
+from lora_jax.files.encoding import check_text, close_gaps, explained
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.gguf_tokenizer import build_tokenizer
+from lora_jax.files.json_file import read_text
 from lora_jax.files.optional import load_optional
 from lora_jax.files.special_tokens import (
     GENERATION_CONFIG,
@@ -25,6 +28,7 @@ from lora_jax.files.special_tokens import (
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
+MAX_FILE = 1 << 28  # bytes
 
 
 class Encoded(NamedTuple):
@@ -94,8 +98,9 @@ class Tokenizer:
             self._tokenizer = _read_json(self.path, tokenizers)
             find = self._tokenizer.token_to_id
             self.special = read_special_tokens(self.path.parent, find)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        with explained(self.path, "a tokenizer"):
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self._chat: ChatTemplate | None = None
 
@@ -112,7 +117,8 @@ class Tokenizer:
 
         Raises:
           TypeError: if ``texts`` is one string or holds anything but strings.
-          ValueError: if ``max_length`` leaves no room beside the special tokens.
+          ValueError: if ``max_length`` leaves no room beside the special tokens, or a
+            text is no Unicode or over 1 MiB.
         """
         if isinstance(texts, str):
             raise TypeError(
@@ -125,13 +131,16 @@ class Tokenizer:
                 f"texts must hold strings; got {type(texts[wrong[0]]).__name__} at "
                 f"index {wrong[0]} ({len(wrong)} of {len(texts)} are not strings)."
             )
+        for i, text in enumerate(texts):
+            check_text(text, f"text {i}")
         special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length is not None and max_length <= special:
             raise ValueError(
                 f"max_length must be above {special}, the special tokens of each text; "
                 f"got {max_length}."
             )
-        encodings = self._tokenizer.encode_batch(list(texts))
+        with explained(self.path, "a tokenizer"):
+            encodings = self._tokenizer.encode_batch(list(texts))
         truncated = 0
         if max_length is not None:
             truncated = sum(len(e) > max_length for e in encodings)
@@ -155,8 +164,11 @@ class Tokenizer:
 
         Returns:
           The ids and their places.
+
+        Raises:
+          ValueError: if the text is not Unicode or over 1 MiB, or the tokenizer fails.
         """
-        encoding = self._tokenizer.encode(text)
+        encoding = self._encode(text)
         own = [i for i, m in enumerate(encoding.special_tokens_mask) if not m]
         start, stop = (own[0], own[-1] + 1) if own else (len(encoding.ids), 0)
         begin = encoding.ids[:start] if own else self._begin()
@@ -167,13 +179,18 @@ class Tokenizer:
         return TextTokens(begin + ids, [(0, 0)] * len(begin) + spans)
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """Writes a conversation as one text, by the model's chat template.
 
         Args:
           messages: each with a ``role`` and a ``content``.
           add_generation_prompt: whether the text ends where an answer begins.
+          tools: that the model may call, as JSON schemas.
 
         Returns:
           The text.
@@ -182,9 +199,13 @@ class Tokenizer:
           ValueError: if there is no template, or it refuses the messages.
         """
         template = self._template()
-        return template.render(messages, add_generation_prompt=add_generation_prompt)
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools
+        )
 
-    def encode_chat(self, messages: Sequence[Message]) -> ChatTokens:
+    def encode_chat(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
+    ) -> ChatTokens:
         """Encodes a conversation, and marks what the assistant says.
 
         A token that reaches into an assistant's turn belongs to it. If only white space
@@ -193,6 +214,7 @@ class Tokenizer:
         Args:
           messages: each with a ``role`` and a ``content``; at least one is the
             assistant's.
+          tools: that the model may call, as JSON schemas.
 
         Returns:
           Ids and mask.
@@ -201,8 +223,8 @@ class Tokenizer:
           ValueError: if there is no template, it refuses the messages, or the
             assistant's turns can't be located; see `ChatTemplate.mark_assistant`.
         """
-        rendered = self._template().mark_assistant(messages)
-        encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
+        rendered = self._template().mark_assistant(messages, tools=tools)
+        encoding = self._encode(rendered.text, add_special_tokens=False)
         spans = close_gaps(rendered.text, encoding.offsets)
         mask = [0] * len(spans)
         for start, end in rendered.spans:
@@ -215,7 +237,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of ids, by default without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with explained(self.path, "a tokenizer"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the tokenizer into a model folder, as transformers reads it.
@@ -225,10 +248,11 @@ class Tokenizer:
             chat template) and ``generation_config.json`` (where generation stops).
         """
         directory = Path(directory)
-        self._tokenizer.save(str(directory / TOKENIZER_FILE))
+        with new_file(directory / TOKENIZER_FILE) as new:
+            self._tokenizer.save(str(new))
         special = self.special
         named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
-        settings: dict[str, Any] = {
+        settings: dict[str, Any] = dict(special.texts) | {
             f"{name}_token": self._tokenizer.id_to_token(token)
             for name, token in named.items()
             if token is not None
@@ -242,17 +266,22 @@ class Tokenizer:
             (GENERATION_CONFIG, stops),
         ):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (directory / file).write_text(text, encoding="utf-8")
+            write_text(directory / file, text)
 
     def stream(self) -> "TextStream":
         """Returns a decoder for ids that come one by one."""
-        return TextStream(self._tokenizer)
+        return TextStream(self._tokenizer, self.path)
+
+    def _encode(self, text: str, **options: Any) -> Any:
+        check_text(text, "a text")
+        with explained(self.path, "a tokenizer"):
+            return self._tokenizer.encode(text, **options)
 
     def _begin(self) -> list[int]:
         """Returns the tokens before every text (an empty one doesn't show which)."""
-        encoding = self._tokenizer.encode("x")
-        first = encoding.special_tokens_mask.index(0)
-        return encoding.ids[:first]
+        encoding = self._encode("x")
+        mask = encoding.special_tokens_mask
+        return encoding.ids[: mask.index(0) if 0 in mask else None]
 
     def _template(self) -> ChatTemplate:
         if self._chat is None:
@@ -264,12 +293,16 @@ class Tokenizer:
                 )
             named = {"bos": self.special.bos_id, "eos": self.special.eos_id}
             named["pad"] = self.special.pad_id
-            tokens = {
+            tokens: Mapping[str, Any] = {
                 f"{name}_token": self._tokenizer.id_to_token(token)
                 for name, token in named.items()
                 if token is not None
             }
-            self._chat = ChatTemplate(self.special.chat_template, tokens)
+            self._chat = ChatTemplate(
+                self.special.chat_template,
+                {**self.special.texts, **tokens},
+                f"the chat template of {self.special.template_file or self.path}",
+            )
         return self._chat
 
     def _until_stop(
@@ -296,10 +329,10 @@ class TextStream:
     characters.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, path: Path):
         from tokenizers.decoders import DecodeStream
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._path = tokenizer, path
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
@@ -311,46 +344,9 @@ class TextStream:
         Returns:
           The text that this id completes; it may be empty.
         """
-        text = self._stream.step(self._tokenizer, token)
+        with explained(self._path, "a tokenizer"):
+            text = self._stream.step(self._tokenizer, token)
         return (text or "").replace(REPLACEMENT, "")
-
-
-def close_gaps(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Assigns every character of a text to a token.
-
-    Some tokenizers leave characters out of their tokens' offsets: white space before a
-    word (here it goes to the word's token), or an accent that was composed with its
-    letter (to the letter's).
-
-    Args:
-      text: the text.
-      offsets: ``(start, end)`` of each token.
-
-    Returns:
-      The spans.
-
-    Example:
-      >>> close_gaps("a bc", [(0, 1), (2, 4)])
-      [(0, 1), (1, 4)]
-    """
-    spans: list[tuple[int, int]] = []
-    for start, end in offsets:
-        last = spans[-1][1] if spans else 0
-        if text[last:start].strip():
-            last = _extend(spans, start)
-        spans.append((min(start, last), end))
-    _extend(spans, len(text))
-    return spans
-
-
-def _extend(spans: list[tuple[int, int]], end: int) -> int:
-    """Extends the last token, and others of the same character, to ``end``."""
-    owner = spans[-1] if spans else None
-    for i in range(len(spans) - 1, -1, -1):
-        if spans[i] != owner:
-            break
-        spans[i] = (spans[i][0], max(spans[i][1], end))
-    return end if spans else 0
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
@@ -376,10 +372,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
 def _read_json(path: Path, tokenizers: Any) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a {TOKENIZER_FILE}; there is no file.")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(
-            f"{path} must be a {TOKENIZER_FILE} of the tokenizers package; it can't be "
-            f"read: {error}. Copy or download it again."
-        ) from error
+    text = read_text(path, MAX_FILE)
+    with explained(path, f"a {TOKENIZER_FILE} of the tokenizers package"):
+        return tokenizers.Tokenizer.from_str(text)

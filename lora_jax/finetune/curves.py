@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files.atomic import new_file
+
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#8a8a8a"
 
 
@@ -75,7 +77,8 @@ def draw_curves(
     axes["loss"].set_ylim(bottom=0)
     axes["loss"].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    with new_file(path) as new:
+        figure.savefig(new, dpi=130, format="png")
     return True
 
 

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import adapter
+from lora_jax.files import adapter, atomic
+from lora_jax.files.lock import Lock, LockedError
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size, to_json
 from lora_jax.finetune.sections import MeshSettings
@@ -29,8 +30,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
-TEMPORARY = {f".{name}.tmp" for name in (METRICS, SUMMARY)}  # left by a kill
-OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, *TEMPORARY}
+LOCK = ".lock"
+OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them.
 # (On another mesh sums are rounded in another order; nothing else is different.)
@@ -48,6 +49,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, is_writer: bool = True):
         self.path, self.is_writer = Path(path), is_writer
+        self._lock: Lock | None = None
 
     def __truediv__(self, name: str) -> Path:
         """Returns the path of a file in it."""
@@ -76,6 +78,7 @@ class RunFolder:
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         )
+        found = [name for name in found if not atomic.is_leftover(name)]
         if resume:
             self._check_resume(settings)
         elif found and CONFIG not in found:
@@ -94,6 +97,24 @@ class RunFolder:
                 f"{self.path} holds more than a run ({', '.join(strange)}), so it is "
                 "not overwritten. Move that away first."
             )
+        if found:
+            self.lock()
+
+    def lock(self) -> None:
+        """Makes the folder this run's own, until this object or the process ends.
+
+        Raises:
+          UserError: naming the process whose it is.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self._lock = Lock(self / LOCK)
+        except LockedError as error:
+            raise UserError(
+                f"a run in {self.path} is under way: {error}. Wait until it has ended, "
+                "or choose another output.dir."
+            ) from error
 
     def _check_resume(self, settings: RunSettings) -> None:
         if not self.is_started():
@@ -150,7 +171,9 @@ class RunFolder:
             return
         if overwrite and self.path.exists():
             # The config last: without it what a kill has left would be no run folder.
-            for name in sorted(OWN_NAMES, key=lambda name: name == CONFIG):
+            old = {p.name for p in self.path.iterdir() if atomic.is_leftover(p.name)}
+            old |= OWN_NAMES - {LOCK}
+            for name in sorted(old, key=lambda name: name == CONFIG):
                 target = self / name
                 if target.is_dir():
                     shutil.rmtree(target)
@@ -165,6 +188,7 @@ class RunFolder:
                 f"output.dir {self.path} can't be made: {error.strerror}. Choose "
                 "another output.dir."
             ) from error
+        self.lock()
         try:
             with (self / CONFIG).open("x", encoding="utf-8") as file:
                 file.write(settings.to_yaml())
@@ -217,8 +241,7 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         if self.is_writer:
-            with (self / METRICS).open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
+            atomic.append_text(self / METRICS, to_json(line) + "\n")
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -227,9 +250,7 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         if not self.is_writer:
             return
-        temporary = self / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self / name)
+        atomic.write_text(self / name, text)
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:

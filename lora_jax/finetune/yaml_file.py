@@ -1,31 +1,71 @@
-"""YAML as people mean it: ``1e-3`` is a number, and a repeated key is an error."""
+"""YAML as people mean it: ``1e-3`` is a number, and a repeated key is an error.
+
+Of YAML there is what configs need: no tags, no dates, keys that are words or numbers.
+What a file holds is counted before it is built, with every alias (``*name``) written
+out: a few hundred bytes of aliases of aliases are more than any memory.
+"""
 
 import re
-from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
+MAX_BYTES = 1 << 16
+MAX_NODES = 10_000
+MAX_DEPTH = 20
+LEAST = 1e-30
+_DATE = "tag:yaml.org,2002:timestamp"
+
 
 class _Loader(yaml.SafeLoader):
+    _depth = 0
+
+    def get_event(self):
+        event = super().get_event()
+        self._depth += isinstance(event, yaml.CollectionStartEvent)
+        self._depth -= isinstance(event, yaml.CollectionEndEvent)
+        if self._depth > MAX_DEPTH:
+            _fail(f"it nests deeper than {MAX_DEPTH} levels", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            _fail(f"the tag {event.tag!r} is not read; leave it out", event.start_mark)
+        return event
+
+    def construct_yaml_int(self, node):
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 31:
+            _fail(f"{node.value[:40]} must be below 2^31", node.start_mark)
+        return value
+
+    def construct_yaml_float(self, node):
+        value = super().construct_yaml_float(node)
+        if value and not LEAST <= abs(value) <= 1 / LEAST:
+            _fail(
+                f"{node.value[:40]} must be a number of {LEAST:g} to {1 / LEAST:g}, or "
+                "0, as float32 has them",
+                node.start_mark,
+            )
+        return value
+
     def construct_mapping(self, node, deep=False):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *base
                 continue
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} can't be a key", key_node.start_mark
-                )
+            if type(key) not in (str, int):
+                _fail(f"{key!r} can't be a key; put it in quotes", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
+                _fail(f"the key {key!r} is there twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -37,20 +77,68 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     """Parses YAML, safely.
 
     Args:
-      text: the YAML, or the bytes of a file of it, UTF-8.
+      text: the YAML, or the bytes of a file of it, UTF-8; at most 64 KiB.
       where: what to call it in an error.
 
     Returns:
       Mappings, lists and scalars.
 
     Raises:
-      ValueError: if it isn't YAML, or a mapping has a key twice.
+      ValueError: if it isn't YAML, a mapping has a key twice, or it is too large or too
+        deep with all its aliases.
 
     Example:
       >>> parse_yaml("lr: 1e-3", "config.yaml")
       {'lr': 0.001}
     """
+    if len(text) > MAX_BYTES:
+        raise ValueError(
+            f"{where} must be a config of at most {MAX_BYTES:,} bytes; it has "
+            f"{len(text):,}."
+        )
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, {}, 1)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # Not YAMLErrors: numbers without digits or with too many, such as 0x_.
         raise ValueError(f"{where} is not valid YAML: {error}") from error
+
+
+def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Returns how many nodes there are, each as often as it is reached."""
+    if depth > MAX_DEPTH:  # with its aliases
+        _fail(f"it nests deeper than {MAX_DEPTH} levels", node.start_mark)
+    if isinstance(node, yaml.ScalarNode):
+        if not _is_text(node.value):
+            _fail("it holds half a character", node.start_mark)
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES  # of a node inside itself
+        children = [
+            child
+            for entry in node.value
+            for child in (entry if isinstance(entry, tuple) else (entry,))
+        ]
+        known[id(node)] = 1 + sum(_count(c, known, depth + 1) for c in children)
+    if known[id(node)] > MAX_NODES:
+        _fail(f"it holds over {MAX_NODES:,} values, aliases included", node.start_mark)
+    return known[id(node)]
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fail(problem: str, mark: Any) -> None:
+    raise yaml.constructor.ConstructorError(None, None, problem, mark)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
-from lora_jax.files.safetensors import replacing, write_tensors
+from lora_jax.files.atomic import new_folder, write_text
+from lora_jax.files.safetensors import write_tensors
 
 
 class ExternalFactors(NamedTuple):
@@ -96,10 +97,11 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
     arrays, faults = {}, []
     for key, name in names.items():
         array = reader[name]
-        if array.dtype.kind in "iubcOSU":
+        if array.dtype.kind in "iubcOSUMm" or array.dtype.names:
             faults.append(f"dtype: {name} must be floats; got {array.dtype}")
             continue
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # not finite, below
+            array = array.astype(np.float32)
         count = int(array.size - np.isfinite(array).sum())
         if count:
             faults.append(f"not finite: {name}, {count} of {array.size} values")
@@ -131,11 +133,10 @@ def write_folder(
       OSError: if it can't be written; an adapter there stays whole.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(folder / file, folder / ADAPTER_CONFIG) as (weights, settled):
-        write_tensors(weights, tensors, metadata={"format": kind})
-        settled.write_text(text, encoding="utf-8")
+    with new_folder(folder) as new:
+        write_tensors(new / file, tensors, metadata={"format": kind})
+        write_text(new / ADAPTER_CONFIG, text)
     return folder
 
 

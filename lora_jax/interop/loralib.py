@@ -7,7 +7,6 @@ block-diagonal B.
 """
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -104,10 +103,13 @@ def _open(path: Path) -> dict[str, np.ndarray]:
     """Reads every tensor of a file, unpickling nothing."""
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # NumPy and zipfile raise what comes
             raise ValueError(f"{path} can't be read as npz: {error}.") from error
+        if others := [n for n, a in arrays.items() if not isinstance(a, np.ndarray)]:
+            raise ValueError(f"{path} must hold arrays; {others[:8]} are none.")
+        return arrays
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} must be .safetensors or .npz; got {path.suffix!r}. Pickled state "

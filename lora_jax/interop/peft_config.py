@@ -4,14 +4,13 @@ A key is either read here, without effect on what an adapter computes, unsupport
 unless it has a neutral value (an error names it), or unknown (kept and reported).
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from lora_jax.config import ALL_LINEAR
+from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
@@ -281,13 +280,13 @@ def _is_a(kind: type) -> Check:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Whether a value is a number above 0 that float32 can compute with."""
+    return type(value) in (int, float) and LEAST <= value <= 1 / LEAST
 
 
 def is_rank(value: Any) -> bool:
     """Whether a value can be a rank."""
-    return type(value) is int and 1 <= value <= 1 << 20
+    return type(value) is int and 1 <= value <= MAX_RANK
 
 
 def _is_regex(value: Any) -> bool:

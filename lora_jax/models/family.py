@@ -18,6 +18,7 @@ from lora_jax.names import BIAS, HEAD, KERNEL
 Shape = tuple[int, ...]
 _MISSING = object()
 MAX_LAYERS = 1000  # a config.json may ask for anything
+LEAST = 1e-20  # of what is no 0 and no size; its reciprocal is the largest
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
 
 
@@ -158,6 +159,22 @@ def config_of(module: Any) -> Any:
     return getattr(module, "model", module).config
 
 
+def is_extreme(value: Any) -> bool:
+    """Says whether a number is NaN, infinite, or so small or large that sums would be.
+
+    Args:
+      value: a number; anything else is not extreme.
+
+    Returns:
+      True for such a number.
+    """
+    return (
+        isinstance(value, (int, float))
+        and value != 0
+        and not LEAST <= abs(value) <= 1 / LEAST
+    )
+
+
 class Fields:
     """Reads a ``config.json``, collecting wrong types and missing keys.
 
@@ -179,10 +196,13 @@ class Fields:
         return self._bounded(key, default, MAX_LAYERS)
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
-        """A finite number."""
+        """A number that float32 can compute with: 0, or neither tiny nor huge."""
         value = self._get(key, default, (int, float), "a number")
-        if isinstance(value, float) and not math.isfinite(value):
-            self.faults.append(f"{key} must be finite; got {value!r}")
+        if is_extreme(value):
+            is_finite = abs(value) < math.inf  # of integers of any size
+            wanted = f"0 or {LEAST:g} to {1 / LEAST:g}" if is_finite else "finite"
+            self.faults.append(f"{key} must be {wanted}; got {value!r}"[:200])
+            return 1.0
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

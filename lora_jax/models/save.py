@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
@@ -106,7 +107,6 @@ def save_model(
         if name not in ours and name != TIED_HEAD and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
-    directory.mkdir(parents=True, exist_ok=True)
     kept = settings.get(OURS)
     before = kept.get(MERGED, []) if isinstance(kept, dict) else []
     ours_kept: dict[str, Any] = {}
@@ -124,12 +124,13 @@ def save_model(
             settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
     if ours_kept:
         settings[OURS] = ours_kept
-    write_tensors(directory / SINGLE, tensors, metadata={"format": "pt"})
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (directory / MODEL_CONFIG).write_text(text, encoding="utf-8")
-    if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
-        tokenizer.save(directory)  # a GGUF file holds it
-    copy_side_files(source, directory)
+    with new_folder(directory) as new:
+        write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        write_text(new / MODEL_CONFIG, text)
+        if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
+            tokenizer.save(new)  # a GGUF file holds it
+        copy_side_files(source, new, leave_out=directory)
     return directory
 
 

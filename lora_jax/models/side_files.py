@@ -20,35 +20,29 @@ WEIGHTS = frozenset(
         *(".nemo", ".distcp", ".data"),
     )
 )
-# Written anew, or of an adapter, which transformers would put on the merged model.
-LEFT_OUT = (MODEL_CONFIG, "adapter_config.json")
+ADAPTER_CONFIG = "adapter_config.json"  # transformers would put it on what is merged
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
+def copy_side_files(source: Path, target: Path, *, leave_out: Path) -> None:
     """Copies all files of a model folder but weights, hidden files and its config.
 
     Folders inside that hold weights (other formats, checkpoints, adapters) stay.
 
     Args:
       source: the model folder; a file has none.
-      target: an existing folder; files there are replaced, but none is made anew.
-
-    Returns:
-      The copied files, relative to the folder.
+      target: an existing folder; files there are replaced.
+      leave_out: a folder that is not copied, where it lies inside.
 
     Raises:
       OSError: if one can't be copied.
     """
-    copied = []
-    for file in list(_side_files(source, target)):
-        inside = file.relative_to(source)
-        (target / inside).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / inside)
-        copied.append(str(inside))
-    return copied
+    for file in _side_files(source, leave_out.resolve()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
-def _side_files(source: Path, target: Path) -> Iterator[Path]:
+def _side_files(source: Path, leave_out: Path) -> Iterator[Path]:
     root = source.resolve()
     roots = [root]
     if root.parent.name == "snapshots":  # of the hub's cache: links to ../../blobs
@@ -60,13 +54,14 @@ def _side_files(source: Path, target: Path) -> Iterator[Path]:
             for name in folders
             if not name.startswith(".")
             and not (here / name).is_symlink()
-            and (here / name).resolve() != target.resolve()
+            and (here / name).resolve() != leave_out
         )
         if here != source and any(map(_is_weight, files)):
             folders.clear()
             continue
         for name in sorted(files):
-            if name.startswith(".") or name in LEFT_OUT[here != source :]:
+            is_written = name == MODEL_CONFIG and here == source
+            if name.startswith(".") or name == ADAPTER_CONFIG or is_written:
                 continue
             file = here / name
             real = file.resolve()

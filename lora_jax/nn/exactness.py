@@ -163,21 +163,25 @@ def check_merged(
     kept = {name: tree for name, tree in others.items() if name != "cache"}
     kept = jax.tree.map(draw, kept)
 
-    def run(module: nn.Module, variables: Mapping[str, Any]) -> list[jax.Array]:
-        outputs, _ = module.apply(
-            {**kept, **variables},
-            *args,
-            method=method,
-            mutable=[*others],
-            rngs={DROPOUT: jax.random.key(0)},
-            **kwargs,
-        )
-        return _floats(outputs)
+    def compiled(module: nn.Module) -> Any:
+        def run(variables: Mapping[str, Any]) -> list[jax.Array]:
+            outputs, _ = module.apply(
+                {**kept, **variables},
+                *args,
+                method=method,
+                mutable=[*others],
+                rngs={DROPOUT: jax.random.key(0)},
+                **kwargs,
+            )
+            return _floats(outputs)
 
-    module, base, merged = plain
+        return jax.jit(run)
+
+    module, variables = adapted
+    plain_module, base, merged = plain
     try:
-        wanted = run(*adapted)
-        got, before = run(module, merged), run(module, base)
+        wanted, run_plain = compiled(module)(variables), compiled(plain_module)
+        got, before = run_plain(merged), run_plain(base)
     except Exception as error:  # whatever random numbers provoke
         warnings.warn(
             "the merged model could not be compared with the adapted one, for the "

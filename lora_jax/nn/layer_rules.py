@@ -6,6 +6,7 @@ whatever it does about bias, padding or dtype, is handed to the op. So an adapte
 ``B = 0`` is bit-equal to the base by construction.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,15 +64,11 @@ def einsum_rule(
         del method
         options.setdefault("precision", getattr(module, "precision", None))
         x = inputs[0].astype(y.dtype)  # integers too, as Linen's layers take them
-        return lora_einsum(
-            equation(module, *inputs),
-            x,
-            kernel,
-            lora_a,
-            lora_b,
-            base_output=y,
-            **options,
-        )
+        labels = equation(module, *inputs)
+        x, folded = _fold(labels, x, y, kernel)
+        factors = (lora_a, lora_b)
+        y_new = lora_einsum(labels, x, kernel, *factors, base_output=folded, **options)
+        return y_new.reshape(y.shape)
 
     return LayerRule(kind, weight, (CALL,), contraction, apply)
 
@@ -88,7 +85,9 @@ def register_layer(
     Args:
       module_type: the Linen class; its subclasses are covered too.
       equation: of its ``__call__``, ``"...i,io->...o"``, or a function
-        ``(module, x, *args) -> equation``.
+        ``(module, x, *args) -> equation``. Where a kernel of two axes has several axes
+        of the input or the output in one (heads times features, as in T5X), the
+        equation is that of the folded arrays.
       weight: name of the kernel parameter.
       kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; a layer
         of a kind of its own has to be named.
@@ -110,6 +109,24 @@ def register_layer(
         )
     as_function = equation if callable(equation) else lambda *_: equation
     _RULES[module_type] = einsum_rule(kind, as_function, weight)
+
+
+def _fold(
+    equation: str, x: AnyFloat, y: AnyFloat, kernel: AnyFloat
+) -> tuple[AnyFloat, AnyFloat]:
+    """Folds the last axes of input and output that a 2-D kernel has as one (T5X)."""
+    if kernel.ndim != 2 or not equation.replace(" ", "").startswith("..."):
+        return x, y
+    roles = parse_equation(equation, x.ndim).contraction
+    sizes = kernel.shape[roles.inputs[0]], kernel.shape[roles.outputs[0]]
+
+    def fold(array: AnyFloat, size: int) -> AnyFloat:
+        for axis in range(array.ndim - 1, -1, -1):
+            if math.prod(array.shape[axis:]) == size:
+                return array.reshape(*array.shape[:axis], size)
+        return array
+
+    return fold(x, sizes[0]), fold(y, sizes[1])
 
 
 def registered_rules() -> tuple[tuple[type[nn.Module], LayerRule], ...]:

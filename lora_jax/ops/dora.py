@@ -73,9 +73,10 @@ def dora_scale(
       contraction: the kernel's axes.
 
     Returns:
-      The scale ``[*batch, *out]``, float32 (float64 if the kernel is): exactly 1 where
-      ``B = 0`` and ``m`` is the `column_norm`. It is 1, too, where ``n`` is 0: nothing
-      is scaled there, and nothing is divided by zero.
+      The scale ``[*batch, *out]``, float32 (float64 if the kernel is). It is 1 where
+      ``B = 0`` and ``m`` is the `column_norm`, to the last bit where both norms are
+      compiled alike (not inside a scan); and where ``n`` is 0, so that nothing is
+      divided by zero.
 
     Raises:
       ValueError: if the shapes do not chain.

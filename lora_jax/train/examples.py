@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 MAX_FAULTS = 20
+MAX_LINE = 1 << 24  # bytes
 MAX_CLASSES = 100_000
 
 
@@ -40,28 +41,22 @@ def read_jsonl(
         found = "it is a folder" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"data file {path} must exist; {found}.")
     fields = {"text": (str,), "label": (str, int)} if fields is None else fields
-    records, faults = [], []
+    records, faults, bad = [], [], 0
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            faults.append(f"{path}:{number}: not UTF-8 at byte {error.start}")
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON: {error.msg} at {error.colno}")
-        except (ValueError, RecursionError) as error:  # endless digits, endless [[[
-            faults.append(f"{path}:{number}: not JSON: {error}")
-        else:
-            fault = _record_fault(record, fields)
-            if fault := fault or (check(record) if check else ""):
-                faults.append(f"{path}:{number}: {fault}")
-            records.append(record)
+        record, fault = _parse(line)
+        fault = fault or _record_fault(record, fields)
+        fault = fault or (check(record) if check else "")
+        records.append(record)
+        if fault:
+            bad += 1
+            faults += [f"{path}:{number}: {fault}"][: MAX_FAULTS - len(faults)]
     if faults:
-        shown = "\n  ".join(faults[:MAX_FAULTS])
-        more = len(faults) - MAX_FAULTS
+        shown = "\n  ".join(faults)
+        more = bad - len(faults)
         raise ValueError(
-            f"{path} has {len(faults)} bad lines:\n  {shown}"
+            f"{path} has {bad} bad lines:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
     if not records:
@@ -144,12 +139,32 @@ def encode_labels(
     return np.array([index[label] for label in labels], np.int32)
 
 
+def _parse(line: bytes) -> tuple[Any, str]:
+    """Returns a line's value, and what is wrong with it."""
+    if len(line) > MAX_LINE:
+        return None, f"has {len(line):,} bytes; a line may have {MAX_LINE:,}"
+    try:
+        record = json.loads(line.decode("utf-8"))
+        if rb"\u" in line:  # the one way to write half a character
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 at byte {error.start}"
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        return None, f"not Unicode: it holds half a character, {half}"
+    except json.JSONDecodeError as error:
+        return None, f"not JSON: {error.msg} at {error.colno}"
+    except (ValueError, RecursionError) as error:  # endless digits, endless [[[
+        return None, f"not JSON: {error}"
+    return record, ""
+
+
 def _record_fault(record: Any, fields: Mapping[str, tuple[type, ...]]) -> str:
     if not isinstance(record, dict):
         return f"must be an object {{...}}; got {type(record).__name__}"
     for name, types in fields.items():
         if name not in record:
-            return f"has no {name!r}; its keys are {sorted(record)}"
+            return f"has no {name!r}; its keys are {sorted(record)}"[:300]
         value = record[name]
         if not isinstance(value, types) or isinstance(value, bool):
             wanted = " or ".join(t.__name__ for t in types)

@@ -62,9 +62,13 @@ CASES = {
 
 
 def value_and_gradients(attend, arrays, *rest):
+    @jax.jit
+    def run(direction, *operands):
+        out, pull = jax.vjp(lambda *xs: attend(*xs, *rest), *operands)
+        return out, *pull(direction)
+
     *operands, direction = arrays
-    out, pull = jax.vjp(lambda *xs: attend(*xs, *rest), *operands)
-    return out, *pull(direction)
+    return run(direction, *operands)
 
 
 TRIALS = [
@@ -153,18 +157,21 @@ def test_vmap_is_a_loop_and_second_derivatives_exist():
     def loss(*xs):
         return jnp.square(blockwise_attention(*xs, CAUSAL, MaskInputs())).sum()
 
-    mapped = jax.vmap(jax.grad(loss))(*stacked)
+    gradient = jax.jit(jax.grad(loss))
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(*stacked)
     for i in range(2):
-        alone = jax.grad(loss)(*(x[i] for x in stacked))
+        alone = gradient(*(x[i] for x in stacked))
         np.testing.assert_allclose(mapped[i], alone, rtol=1e-5, atol=1e-5)
-    second = jax.grad(lambda q: jnp.square(jax.grad(loss)(q, key, value)).sum())(query)
+    square = jax.grad(lambda *xs: jnp.square(jax.grad(loss)(*xs)).sum())
+    second = jax.jit(square)(query, key, value)
     assert np.isfinite(second).all()
     assert np.any(second)
 
 
 def test_a_query_in_padding_changes_nothing_of_real_ones():
     query, key, value, _ = arrays()
-    out = bidirectional_attention(query, key, value, PADDED)
+    attend = jax.jit(bidirectional_attention)
+    out = attend(query, key, value, PADDED)
     junk = jnp.where(PADDED[..., None, None], 0.0, 1e3)
-    other = bidirectional_attention(query + junk, key + junk, value + junk, PADDED)
+    other = attend(query + junk, key + junk, value + junk, PADDED)
     np.testing.assert_array_equal(out[PADDED], other[PADDED])

@@ -11,7 +11,6 @@ from lora_jax.attention.blockwise import MIN_BLOCK
 from lora_jax.attention.causal import cached_attention, causal_attention
 
 T = 2 * MIN_BLOCK + 9  # three blocks, the last one short
-pytestmark = pytest.mark.optimized
 
 
 def arrays(t=T):
@@ -62,15 +61,17 @@ def test_blocks_equal_the_masked_softmax(options):
     wanted = oracle(query, key, value, **options)
     segments = options.pop("segments", None)
     segment_ids = None if segments is None else jnp.asarray(segments)
-    got = causal_attention(query, key, value, segment_ids=segment_ids, **options)
+    attend = functools.partial(causal_attention, segment_ids=segment_ids, **options)
+    got = jax.jit(attend)(query, key, value)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     if "window" in options:  # traced, as scanned layers have it
         window = jnp.asarray(options.pop("window"))
-        attend = functools.partial(causal_attention, segment_ids=segment_ids, **options)
+        attend.keywords.pop("window")
         traced = jax.jit(attend)(query, key, value, window=window)
         np.testing.assert_allclose(traced, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.optimized
 def test_the_future_takes_no_arithmetic():
     query, key, value = arrays(16 * MIN_BLOCK)
     blocks = jax.jit(causal_attention).lower(query, key, value).compile()
@@ -88,7 +89,7 @@ def test_gradients_reach_nothing_of_the_future():
     def one_row(key, value):
         return causal_attention(query, key, value)[:, 70].sum()
 
-    d_key, d_value = jax.grad(one_row, argnums=(0, 1))(key, value)
+    d_key, d_value = jax.jit(jax.grad(one_row, argnums=(0, 1)))(key, value)
     assert not np.any(d_key[:, 71:])
     assert not np.any(d_value[:, 71:])
     assert np.all(np.any(d_value[:, :71], axis=(2, 3)))
@@ -97,24 +98,24 @@ def test_gradients_reach_nothing_of_the_future():
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_cache_gives_what_the_whole_sequence_gives(window):
     query, key, value = arrays(12)
-    whole = causal_attention(query, key, value, window=window, softcap=4.0)
+    options = {"window": window, "softcap": 4.0}
+    attend = jax.jit(functools.partial(causal_attention, **options))
+    whole = attend(query, key, value)
     slots = jnp.array([[3, 4], [9, 10]])
     rows = jnp.arange(2)[:, None]
     junk = jnp.full((2, 5, 2, 6), jnp.nan).at[:].set(1e3)
-    cached = cached_attention(
+    cached = jax.jit(functools.partial(cached_attention, **options))(
         query[rows, slots],
         jnp.concatenate([key, junk], axis=1),
         jnp.concatenate([value, junk], axis=1),
         slots,
-        window=window,
-        softcap=4.0,
     )
     np.testing.assert_allclose(cached, whole[rows, slots], rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_stays_bfloat16():
     halves = [x.astype(jnp.bfloat16) for x in arrays()]
-    got = causal_attention(*halves)
+    got = jax.jit(causal_attention)(*halves)
     assert got.dtype == jnp.bfloat16
     wanted = oracle(*(np.asarray(x, np.float64) for x in halves))
     np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=2e-2, atol=2e-2)

@@ -8,6 +8,7 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.cli.train import shortest
+from lora_jax.files.adapter import _digest
 from tests.models.golden import GOLDEN
 from tests.tiny_decoder import WORDS, make_decoder
 
@@ -90,6 +91,7 @@ def test_the_adapter_is_talked_to(run, folder, call):
     assert out.count("green .") == out.count("blue .") == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_base_that_was_cast_is_used_like_any_other(config, tmp_path, call):
     run, merged = tmp_path / "run", tmp_path / "merged"
     words = ["model.param_dtype=bfloat16", "train.max_steps=2", f"output.dir={run}"]
@@ -108,6 +110,7 @@ def test_a_run_on_a_base_that_was_cast_is_used_like_any_other(config, tmp_path, 
     said = json.loads(file.read_text())
     assert said["extra"]["param_dtype"] == "bfloat16"
     said["extra"]["param_dtype"] = "int8"
+    said["config_sha256"] = _digest(said)
     file.write_text(json.dumps(said))
     code, _, shown = call("generate", *adapter, "--prompt", prompt)
     assert code == 2

@@ -15,6 +15,7 @@ from lora_jax.finetune.settings import load_settings
 from lora_jax.tree.paths import flatten
 
 ROOT = Path(__file__).parent.parent.parent
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
 def eight_devices(*words, step=-1):
@@ -25,7 +26,7 @@ def eight_devices(*words, step=-1):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}",
         },
         cwd=ROOT,
         capture_output=True,

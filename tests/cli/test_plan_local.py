@@ -12,6 +12,7 @@ from lora_jax.plan.fit import device_memory
 from lora_jax.train.state import TrainState
 
 
+@pytest.mark.slow
 def test_a_step_that_fits_says_in_how_much(config, call, monkeypatch):
     monkeypatch.setattr(pricing, "device_memory", lambda device: 3 * 10**6)
     code, out, shown = call("plan", config, "--json", "--largest-batch")

@@ -59,7 +59,6 @@ def start(place, name, *words, index, port, step=-1, cluster=False):
     own = {
         "JAX_PLATFORMS": "cpu",
         "LORA_JAX_CACHE": str(place / "compiled"),
-        "XLA_FLAGS": "",
     }
     how = ["--coordinator", f"localhost:{port}", "--processes", "2"]
     how += ["--process-id", str(index)]

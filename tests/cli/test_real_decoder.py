@@ -26,6 +26,7 @@ def editorials():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_editorials_have_the_log_probabilities_of_transformers(
     smollm, editorials, tmp_path, call
 ):
@@ -43,6 +44,7 @@ def test_editorials_have_the_log_probabilities_of_transformers(
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_capital_of_france_is_paris(smollm, call):
     words = ("--prompt", "The capital of France is", "--max-new-tokens", 2, "--json")
     code, out, said = call("generate", "--model", smollm, *words)

@@ -12,6 +12,7 @@ import pytest
 from experiments.fetch import FetchError
 from experiments.sentiment.train import arguments
 from lora_jax.cli.main import main
+from lora_jax.files.adapter import _digest
 from lora_jax.finetune import session
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import Job, hold_out
@@ -320,9 +321,9 @@ def test_an_adapter_that_lost_its_checkpoint_to_a_kill_is_written_anew(
     saved = json.loads(file.read_text())
     assert saved["extra"]["step"] == 24 or saved["extra"]["step"] % 6 == 0
     kept = saved["extra"].pop("step")
-    file.write_text(
-        json.dumps({**saved, "extra": {**saved["extra"], "step": kept + 1}})
-    )
+    saved["extra"]["step"] = kept + 1
+    saved["config_sha256"] = _digest(saved)
+    file.write_text(json.dumps(saved))
     code, _, shown = call("train", config, f"output.dir={folder}", "--resume")
     assert code == 0, shown
     assert json.loads(file.read_text())["extra"]["step"] == kept

@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 def rewrite(folder, change):
     """Writes the folder anew with other tensors, as a faulty tool would."""
-    from lora_jax.files.adapter import _sha256
+    from lora_jax.files.adapter import _digest, _sha256
     from lora_jax.files.safetensors import open_tensors
 
     reader = open_tensors(folder / "adapter.safetensors")
@@ -55,6 +55,7 @@ def rewrite(folder, change):
     write_tensors(folder / "adapter.safetensors", tensors)
     meta = json.loads((folder / "adapter_config.json").read_text())
     meta["sha256"] = _sha256(folder / "adapter.safetensors")
+    meta["config_sha256"] = _digest(meta)
     (folder / "adapter_config.json").write_text(json.dumps(meta))
 
 
@@ -160,7 +161,12 @@ def test_a_damaged_file_is_noticed(folder, damage):
     ("edit", "error", "message"),
     [
         (lambda m: m.update(format="peft"), ValueError, "'lora_jax'; got 'peft'"),
-        (lambda m: m.update(version=2), ValueError, "version 1; got 2"),
+        (lambda m: m.update(version=3), ValueError, "version 1 or 2; got 3"),
+        (lambda m: m["lora"].update(alpha=7), ValueError, "its checksum differs"),
+        (lambda m: m["lora"].update(rslora=True), ValueError, "its checksum differs"),
+        (lambda m: m.update(base="1-abd"), ValueError, "its checksum differs"),
+        (lambda m: m["extra"].update(n=[2]), ValueError, "its checksum differs"),
+        (lambda m: m.pop("config_sha256"), ValueError, r"lacks \['config_sha256'\]"),
         (lambda m: m.pop("base"), ValueError, r"lacks \['base'\]"),
         (
             lambda m: m["lora"].update(rank=0),
@@ -178,6 +184,32 @@ def test_a_wrong_config_is_named(folder, edit, error, message):
     edit(meta)
     (folder / "adapter_config.json").write_text(json.dumps(meta))
     with pytest.raises(error, match=message):
+        load_adapter(folder)
+
+
+def test_an_adapter_of_version_1_has_no_checksum_of_its_config(folder):
+    meta = json.loads((folder / "adapter_config.json").read_text())
+    del meta["config_sha256"]
+    meta["version"] = 1
+    (folder / "adapter_config.json").write_text(json.dumps(meta))
+    assert load_adapter(folder).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora", (2, 2), "lora is outside lora and params"),
+        ("k/x", (2, 2), "k/x is outside lora and params"),
+        ("lora//x", (2, 2), "lora//x is outside"),
+        ("params/", (2, 2), "params/ is outside"),
+        ("params/classifier", (2, 2), "kernel is inside the tensor params/classifier"),
+        ("params/classifier/kernel", (), r"kernel has shape \(\), expected 2 axes"),
+        ("lora/block/query/lora_a", (80,), r"lora_a has shape \(80,\), expected 2"),
+    ],
+)
+def test_names_and_shapes_of_no_adapter_are_faults(folder, name, shape, message):
+    rewrite(folder, lambda tensors: tensors.update({name: np.ones(shape, np.float32)}))
+    with pytest.raises(ValueError, match=message):
         load_adapter(folder)
 
 

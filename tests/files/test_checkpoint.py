@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal resume after a kill, damage, mismatch, full disks."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -157,16 +158,32 @@ def files_of(directory, part):
     return [f for f in (directory / part).rglob("*") if f.is_file()]
 
 
+OTHER_METADATA = {
+    "metadata a list": ("", [1]),
+    "metadata of words": ("leaves", "words"),
+    "metadata of numbers": ("leaves", {"lora/q/lora_a": 3}),
+    "metadata of other metrics": ("metrics", {"loss": "low"}),
+}
+
+
 # Orbax reads leaves side by side; when one fails, it closes its event loop under the
 # others, whose callbacks then have nowhere to go. Nothing of ours is lost by it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["empty", "flip", "gone", "metadata"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "flip", "gone", "metadata", *OTHER_METADATA]
+)
 def test_a_damaged_latest_falls_back_and_says_so(tmp_path, caplog, damage):
     with open_in(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(make_state(step, value=step))
     part = "2/meta/metadata" if damage == "metadata" else "2/state"
     targets = [tmp_path / part] if damage == "metadata" else files_of(tmp_path, part)
+    if damage.startswith("metadata "):
+        targets = []
+        file = tmp_path / "2/meta/metadata"
+        meta = json.loads(file.read_text())
+        key, value = OTHER_METADATA[damage]
+        file.write_text(json.dumps(meta | {key: value} if key else value))
     for file in targets:
         if file.name == "commit_success.txt":
             continue

@@ -81,10 +81,52 @@ def test_a_folder_without_a_tokenizer_gives_none(tmp_path):
 
 def test_a_damaged_or_missing_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer.json must be .*can't be read"):
+    with pytest.raises(ValueError, match=r"tokenizer.json must be .*can't use it"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none.json must be"):
         Tokenizer(tmp_path / "none.json")
+
+
+def write_words(folder, **parts):
+    """Writes a tokenizer of one word, with parts that the package can't use."""
+    empty = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}
+    whole = {"version": "1.0", **dict.fromkeys(empty), "added_tokens": []}
+    text = json.dumps({**whole, "truncation": None, "padding": None, "model": model})
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(text) | parts))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AQAAAA=="}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}},
+        {"model": {"type": "Unigram", "vocab": [], "unk_id": None}},
+        {},  # an unknown word where there is no token for it
+    ],
+    ids=["panic", "panic later", "merges", "unigram", "unknown"],
+)
+def test_what_the_package_panics_on_is_an_error_with_the_file(tmp_path, parts):
+    write_words(tmp_path, **parts)
+    for encode in (lambda t: t.encode_text("b c"), lambda t: t.encode(["b c"])):
+        with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.json must be a"):
+            encode(load_tokenizer(tmp_path))
+
+
+def test_what_the_package_raises_names_the_file(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    for text in ("a\ud800", "\ud83d\ude00"):
+        with pytest.raises(ValueError, match="Unicode; it holds half a character"):
+            tokenizer.encode_text(text)
+        with pytest.raises(ValueError, match="text 1 must be Unicode"):
+            tokenizer.encode(["a", text])
+    with pytest.raises(ValueError, match="at most 1,048,576 bytes; it has 1,048,578"):
+        tokenizer.encode_text("é" * (2**19 + 1))
+    for ids in ([-1], [2**40]):
+        with pytest.raises(ValueError, match=f"{file} must be a tokenizer; the pack"):
+            tokenizer.decode(ids)
 
 
 def test_without_the_package_the_error_says_what_to_install(folder, monkeypatch):
@@ -112,10 +154,16 @@ def test_special_tokens_and_templates_come_from_the_files_beside(folder):
         generation_config={"eos_token_id": [7], "pad_token_id": 0},
         config={"eos_token_id": 5},
     )
-    expected = SpecialTokens(2, 3, 0, (3, 7), "A")
+    file = folder / "tokenizer_config.json"
+    texts = {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]"}
+    texts["pad_token"] = "nowhere"
+    expected = SpecialTokens(2, 3, 0, (3, 7), "A", file, texts)
     assert load_tokenizer(folder).special == expected
     (folder / "chat_template.jinja").write_text("B")
-    assert load_tokenizer(folder).special == expected._replace(chat_template="B")
+    expected = expected._replace(
+        chat_template="B", template_file=folder / "chat_template.jinja"
+    )
+    assert load_tokenizer(folder).special == expected
     save_json(folder, generation_config={"eos_token_id": "x"})
     with pytest.raises(ValueError, match=r"generation_config.json: token ids .*'x'"):
         load_tokenizer(folder)

@@ -120,6 +120,52 @@ def test_a_key_that_is_a_mapping_is_an_error_and_merging_one_is_not(file):
     assert parse_yaml(text, "here")["b"] == {"x": 1, "y": 3}
 
 
+BOMB = "a0: &a0 [1, 2, 3, 4]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+MERGES = BOMB.replace("[1, 2, 3, 4]", "{x: 1}").replace("[", "{<<: [")
+MERGES = MERGES.replace("]", "]}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "over 10,000 values, aliases included"),
+        (MERGES, "over 10,000 values, aliases included"),
+        ("a: &a [*a]", "over 10,000 values"),
+        ("a: !!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not read"),
+        ("!!bool x", "the tag .*bool' is not read"),
+        ("a: !!map", "the tag .*map' is not read"),
+        ("a: !!python/object/apply:os.getpid []", "the tag .* is not read"),
+        ("[" * 30_000, "nests deeper than 20 levels"),
+        ("- " * 9000 + "x", "nests deeper than 20 levels"),
+        ("a: 2147483648", "2147483648 must be below"),
+        ("a: -1" + "0" * 400, "must be below"),
+        ("a: .inf", ".inf must be a number of 1e-30 to 1e"),
+        ("a: .nan", ".nan must be a number of"),
+        ("a: 1e999", "1e999 must be a number of"),
+        ("a: 1e-40", "1e-40 must be a number of"),
+        ("null: 1", "None can't be a key"),
+        ("1.5: 1", "1.5 can't be a key"),
+        ("yes: 1", "True can't be a key; put it in quotes"),
+        ("[1]: 1", r"\[1\] can't be a key"),
+        ("a: 0x_", "invalid literal"),
+        ("a: " + "9" * 5000, "limit .* digits"),
+        ('a: "\\ud800"', "half a character"),
+        ("a: b\n" * 20_000, "at most 65,536 bytes; it has 100,000"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_yaml_is_refused_at_once(text, message):
+    with pytest.raises(ValueError, match=f"F .*{message}"):
+        parse_yaml(text, "F")
+
+
+def test_dates_are_words():
+    assert parse_yaml("{a: 2020-13-45, b: 2020-01-01}", "F")["a"] == "2020-13-45"
+
+
 def test_a_model_that_is_a_file_is_found_from_any_folder(file, tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)

@@ -12,8 +12,6 @@ CASES = sorted(
     (folder.parent.name, folder.name.removeprefix("peft_"))
     for folder in GOLDEN.glob("*/peft_*/")
 )
-# Compiled once and run once: what the compiler saves by not optimising is most of it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def adapter_of(family: str, kind: str):
@@ -33,15 +31,14 @@ def inputs(family: str):
 
 
 def logits_of(module, variables, family: str):
-    run = jax.jit(module.apply, compiler_options=QUICK)
-    return np.asarray(run(variables, *inputs(family)))
+    return np.asarray(jax.jit(module.apply)(variables, *inputs(family)))
 
 
 def merged_logits_of(module, variables, family: str):
     def run(variables, *arrays):
         return module.model.apply({"params": module.merge(variables)}, *arrays)
 
-    return np.asarray(jax.jit(run, compiler_options=QUICK)(variables, *inputs(family)))
+    return np.asarray(jax.jit(run)(variables, *inputs(family)))
 
 
 def assert_peft(logits, family: str, kind: str):

@@ -91,6 +91,14 @@ def test_other_ranks_and_scalings_become_the_commonest(tmp_path):
             {"lora_parameters": {"rank": 3, "scale": 1.0}},
             r"must be \[in, 3\], \[3, out\]; got \[5, 2\], \[2, 4\]",
         ),
+        (
+            {"lora_parameters": {"rank": 2**31, "scale": 1e39, "dropout": 1e999}},
+            "3 faults: rank must be an integer .* scale must be .* dropout must be",
+        ),
+        (
+            {"lora_parameters": {"rank": 10**400, "scale": 10**400}},
+            "2 faults: rank must be an integer .*inf; scale must be a number .*inf",
+        ),
         ({"fine_tune_type": "dora"}, f"missing: {NAME}.m"),
     ],
 )

@@ -1,6 +1,7 @@
 """A decoder's config.json: what it means, and what is refused at once."""
 
 import json
+import math
 import shutil
 import time
 
@@ -102,6 +103,15 @@ def test_longrope_is_read_for_the_context_its_short_factors_are_made_for():
     assert config.max_positions == 1024
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -127,6 +137,37 @@ def test_longrope_is_read_for_the_context_its_short_factors_are_made_for():
         ),
         ({"rope_theta": -5.0}, "rope theta must be a positive number; got -5.0"),
         ({"head_dim": 15}, "rotary_dim must be even"),
+        ({"rms_norm_eps": 1e39}, "rms_norm_eps must be 0 or 1e-20 to 1e+20; got 1e+39"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be"),
+        (
+            {"rope_theta": 1e300},
+            "rope theta must be a positive number from 1e-20",
+        ),
+        ({"rope_theta": math.inf}, "rope theta must be a positive number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 1e-300}},
+            "rope factor must be a positive number from 1e-20 to 1e+20; got 1e-300",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "rope high_freq_factor must be above 1.0; got 1.0",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": "x"}},
+            "rope mscale must be a positive number; got 'x'",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1e99}},
+            "rope attention_factor must be a positive number from",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": "8"}},
+            "original_max_position_embeddings must be an integer; got '8'",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 2**31}},
+            "original_max_position_embeddings must be at most",
+        ),
     ],
 )
 def test_bad_configs_are_refused_by_name(changes, message):

@@ -75,6 +75,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_photographs_have_the_hidden_states_that_onnxruntime_computes(folder):
     loaded = load_model(folder)
     assert sum(p.size for p in jax.tree.leaves(loaded.params)) == 22_056_192

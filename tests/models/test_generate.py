@@ -1,5 +1,6 @@
 """Generation: what transformers generates, whoever the neighbours are."""
 
+import functools
 import re
 
 import jax
@@ -38,8 +39,9 @@ def test_reading_token_by_token_gives_the_logits_of_the_whole(name):
     model = load_model(GOLDEN / name)
     arrays = np.load(GOLDEN / name / "reference.npz")
     ids = jnp.asarray(arrays["input_ids"])
-    apply = model.module.apply
-    hidden, cache = apply(model.variables, ids[:, :5], 16, method="prefill")
+    apply = jax.jit(model.module.apply, static_argnames="method")
+    prefill = functools.partial(model.module.apply, method="prefill")
+    hidden, cache = jax.jit(prefill, static_argnums=2)(model.variables, ids[:, :5], 16)
     for at, width in ((5, 4), (9, 1), (10, 1)):
         places = jnp.broadcast_to(jnp.arange(at, at + width), (len(ids), width))
         new, cache = apply(

@@ -94,6 +94,7 @@ def test_all_files_but_weights_go_along(tmp_path):
     (source / "link").symlink_to(tmp_path / "secret")
     (source / "folder").symlink_to(tmp_path)
     (source / "own").symlink_to("vocab.txt")
+    (source / "out" / "1_Pooling").mkdir(parents=True)  # an older result is replaced
     loaded = load_model(GOLDEN)
     out = save_model(source / "out", loaded.params, source, pooling="pooler")
     found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
@@ -135,7 +136,24 @@ def test_the_chat_template_and_where_generation_stops_are_copied(tmp_path):
     loaded = load_model(source)
     save_model(tmp_path / "out", loaded.params, source)
     assert loaded.tokenizer.special.stop_ids == (1, 7)
-    assert load_model(tmp_path / "out").tokenizer.special == loaded.tokenizer.special
+    special = load_model(tmp_path / "out").tokenizer.special
+    file = tmp_path / "out" / loaded.tokenizer.special.template_file.name
+    assert special == loaded.tokenizer.special._replace(template_file=file)
+
+
+def test_a_folder_appears_once_all_of_it_is_written(tmp_path, monkeypatch):
+    loaded = load_model(GOLDEN)
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("lora_jax.models.save.write_text", fail)
+    for target in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match="disk is full"):
+            save_model(target, loaded.params, GOLDEN, pooling="pooler")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert not any((tmp_path / "there").iterdir())
 
 
 def test_a_second_copy_of_a_tied_embedding_is_not_written_beside_it(tmp_path):
@@ -199,7 +217,10 @@ def test_a_gguf_file_becomes_a_folder_tokenizer_and_template_included(tmp_path):
     assert again.config == loaded.config
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, again.params))
     texts = ["abcab", "cab", "c"]
-    assert again.tokenizer.special == loaded.tokenizer.special
+    file = tmp_path / "out" / "tokenizer_config.json"
+    assert again.tokenizer.special == loaded.tokenizer.special._replace(
+        template_file=file
+    )
     assert [again.tokenizer.encode_text(text).ids for text in texts] == [
         loaded.tokenizer.encode_text(text).ids for text in texts
     ]

@@ -80,7 +80,8 @@ def test_a_layer_that_cannot_be_adapted_is_named():
     ):
         with pytest.raises(ValueError, match=named):
             find_targets(model, None, LoRAConfig(targets=target), X)
-    chosen = find_targets(OwnArithmetic(), None, LoRAConfig(), X)
+    with pytest.warns(UserWarning, match=r"does not adapt wq \(OwnArithmetic, and 1"):
+        chosen = find_targets(OwnArithmetic(), None, LoRAConfig(), X)
     assert [target.path for target in chosen] == ["out"]
     chosen = find_targets(TwoWays(back="xy,yz->xz"), None, LoRAConfig(), X)
     assert [target.path for target in chosen] == ["both", "out"]

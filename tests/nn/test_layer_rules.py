@@ -1,8 +1,11 @@
 """The registry: what makes a layer one that LoRA can adapt."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lora_jax import LoRAConfig, LoRADense, adapt, find_targets, register_layer
@@ -47,6 +50,35 @@ def test_a_registered_layer_is_adapted_and_merged(equation, registry):
     merged = adapted.merge(variables)
     assert merged["weight"].shape == (6, 8)
     assert_close(adapted.apply(variables, X), model.apply({"params": merged}, X))
+
+
+class FoldedHeads(nn.Module):
+    """T5X's DenseGeneral: the tree has one matrix, whatever the axes are."""
+
+    features: tuple[int, ...]
+    contracted: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        inputs = x.shape[x.ndim - self.contracted :]
+        shape = (math.prod(inputs), math.prod(self.features))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = kernel.reshape(*inputs, *self.features)
+        return jnp.tensordot(x, kernel, self.contracted)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(FoldedHeads((2, 3)), X), (FoldedHeads((5,), 2), normal((3, 2, 4)))],
+    ids=["to heads", "from heads"],
+)
+def test_a_kernel_with_folded_axes_can_be_registered(model, x, registry):
+    register_layer(FoldedHeads, "...i,io->...o")
+    adapted = adapt(model, LoRAConfig(rank=2, alpha=7.0, targets=".*"), x)
+    variables = tuned(adapted.attach(model.init(key(0), x)["params"], key(1)))
+    y, merged = adapted.apply(variables, x), adapted.merge(variables)
+    assert_close(y, model.apply({"params": merged}, x))
+    assert np.abs(y - model.apply({"params": variables["frozen"]}, x)).max() > 0.1
 
 
 def test_a_subclass_is_its_base_class():

@@ -106,16 +106,9 @@ MODULE_CASES = (
 )
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize("case", MODULE_CASES, ids=lambda case: case.name)
-def test_silent_at_init(case, key):
-    laws.check_silent_at_init(case, key)
-
-
 # A module adds variables to a pure function, and what derivatives are made of is held
 # there; here are the laws that variables could break.
 OF_FUNCTIONS = (
-    laws.check_silent_at_init,  # above
     laws.check_gradients,
     laws.check_second_derivatives,
     laws.check_dropout_keeps_no_mask,

@@ -1,6 +1,7 @@
 """Modules under scan, remat, vmap, jit, gradients and eight devices."""
 
 import functools
+import os
 import subprocess
 import sys
 import textwrap
@@ -171,13 +172,16 @@ SHARDED = """
 """
 
 
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
 def test_eight_devices_compute_what_one_does():
     """Law 19: replicated and tensor-parallel weights, the batch over four devices."""
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED)],
         env={
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}",
             "PATH": "/usr/bin:/bin",
         },
         capture_output=True,

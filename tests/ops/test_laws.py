@@ -11,7 +11,6 @@ from tests.laws import trials
 BY_NAME = {case.name: case for case in OP_CASES}
 DENSE = BY_NAME["dense"]
 EXPERTS = BY_NAME["experts"]
-pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize(("law", "case"), trials(OP_CASES))

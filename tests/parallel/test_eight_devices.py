@@ -21,7 +21,9 @@ by_mesh = pytest.mark.parametrize("mesh", MESHES)
 @pytest.fixture(scope="module")
 def report():
     """What eight_devices.py saw, in one process with eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.parallel.eight_devices"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -42,7 +42,7 @@ def test_the_plan_holds_the_bytes_of_a_real_state(plan):
     decoder = Decoder(TINY, scan_layers=True, remat="block")
     ids = jnp.zeros((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA)
-    params = decoder.init(jax.random.key(0), ids)[PARAMS]
+    params = jax.jit(decoder.init)(jax.random.key(0), ids)[PARAMS]
     variables = adapted.attach(params, jax.random.key(1))
     tx = lora_optimizer(1e-4, total_steps=1000)
     state = TrainState.create(variables, tx, jax.random.key(2))

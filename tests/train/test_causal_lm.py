@@ -56,7 +56,7 @@ def test_loss_and_gradient_equal_the_full_logits(name):
     def full(lora):
         return written_out(model.module, {**model.variables, "lora": lora}, batch)
 
-    (a, d_a), (b, d_b) = (jax.value_and_grad(f)(moved) for f in (ours, full))
+    (a, d_a), (b, d_b) = (jax.jit(jax.value_and_grad(f))(moved) for f in (ours, full))
     np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), d_a, d_b
@@ -74,10 +74,9 @@ def test_an_adapted_head_and_a_head_trained_in_full_count():
         trained = jax.tree.map(lambda x: x + 0.1, trained)
         variables = {**model.variables, **trained}
         loss_fn = make_lm_loss(model.module, is_tied=False)
-        a = loss_fn(variables, batch, {})[0]
-        np.testing.assert_allclose(
-            a, written_out(model.module, variables, batch), rtol=1e-5
-        )
+        a = jax.jit(loss_fn)(variables, batch, {})[0]
+        b = jax.jit(written_out, static_argnums=0)(model.module, variables, batch)
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_packed_examples_do_not_see_each_other():
@@ -85,9 +84,10 @@ def test_packed_examples_do_not_see_each_other():
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 43, (1, 12)))
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
     segments = jnp.array([[1] * 5 + [2] * 7])
-    packed = model.module.apply(model.variables, ids, positions, segments)
+    apply = jax.jit(model.module.apply)
+    packed = apply(model.variables, ids, positions, segments)
     for part in (slice(0, 5), slice(5, 12)):
-        alone = model.module.apply(model.variables, ids[:, part])
+        alone = apply(model.variables, ids[:, part])
         np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -105,8 +105,10 @@ def test_the_soft_cap_bounds_the_logits_value_and_gradient():
         return causal_lm(h, k, labels, softcap=2.0, chunk=2)[0]
 
     for f, g in zip(
-        jax.tree.leaves(jax.value_and_grad(ours, (0, 1))(hidden, kernel)),
-        jax.tree.leaves(jax.value_and_grad(full, (0, 1))(hidden, kernel)),
+        *(
+            jax.tree.leaves(jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, kernel))
+            for f in (ours, full)
+        ),
         strict=True,
     ):
         np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)
@@ -128,8 +130,10 @@ def test_chunks_without_a_token_that_counts_are_left_out_and_change_nothing(chun
         return causal_lm(h, k, labels, w, chunk=chunk)[0]
 
     for wrt in ((0,), (0, 1), (0, 1, 2)):  # a weight's gradient is its token's loss
-        got = jax.value_and_grad(ours, wrt)(hidden, kernel, weights)
-        wanted = jax.value_and_grad(full, wrt)(hidden, kernel, weights)
+        got, wanted = (
+            jax.jit(jax.value_and_grad(f, wrt))(hidden, kernel, weights)
+            for f in (ours, full)
+        )
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -113,3 +113,21 @@ def test_labels_out_of_range_are_named_with_their_examples():
         r"2 \(example 2\), -1 \(example 4\)",
     ):
         encode_labels([0, 2, 1, -1], [0, 1], source="val.jsonl")
+
+
+def test_half_a_character_and_an_endless_line_are_bad_lines(tmp_path):
+    path = write(
+        tmp_path,
+        r'{"text": "\ud83d\ude00 \u00e9", "label": 1}',
+        r'{"text": "a\ud800", "label": 1}',
+        r'{"text": "a", "label": 1, "\udc00": []}',
+        '{"text": "' + "a" * 2**24 + '", "label": 1}',
+    )
+    with pytest.raises(ValueError, match="has 3 bad lines") as error:
+        read_jsonl(path)
+    lines = str(error.value).splitlines()[1:]
+    assert lines == [
+        f"  {path}:2: not Unicode: it holds half a character, '\\ud800'",
+        f"  {path}:3: not Unicode: it holds half a character, '\\udc00'",
+        f"  {path}:4: has 16,777,240 bytes; a line may have 16,777,216",
+    ]

@@ -173,7 +173,9 @@ def read_phi3(config: Config) -> DecoderConfig:
     fields = Fields(config, "Phi-3 decoder")
     sizes = read_sizes(fields, max_positions_default=4096)
     settings = fields.mapping("rope_parameters") or {}
-    default = settings.get("partial_rotary_factor", 1.0)
+    newer = Fields(settings, fields.what)
+    default = newer.number("partial_rotary_factor", 1.0)
+    fields.faults += newer.faults
     part = fields.number("partial_rotary_factor", default)
     rope = read_rope(fields, int(sizes["head_dim"] * part))
     layers = sizes["num_layers"]

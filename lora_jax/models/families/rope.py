@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.decoder_config import KINDS, Rope
-from lora_jax.models.family import Fields
+from lora_jax.models.family import LEAST, Fields, is_extreme
+
+POSITIONS = "original_max_position_embeddings"
+_RANGE = f"from {LEAST:g} to {1 / LEAST:g}"
 
 
 def read_rope(
@@ -48,7 +51,7 @@ def read_rope(
     original = original_positions(fields, settings)
     factor: Any = settings.get("factor")
     if kind == "longrope" and factor is None and original:
-        factor = config.get("max_position_embeddings", original) / original
+        factor = fields.integer("max_position_embeddings", original) / original
     if kind != "default":
         table |= {"factor": factor, "original_max_positions": original}
     if kind == "llama3":
@@ -61,11 +64,18 @@ def read_rope(
         }
     if kind == "longrope":
         table["divisors"] = settings.get("short_factor")
+    optional = ("attention_factor", "mscale", "mscale_all_dim")
+    checked = table | {k: settings[k] for k in optional if settings.get(k)}
     wrong = [
-        f"rope {name} must be {wanted}; got {value!r}"
-        for name, value in table.items()
+        f"rope {name} must be {wanted}; got {value!r}"[:200]
+        for name, value in checked.items()
         if (wanted := _fault(name, value))
     ]
+    if kind == "llama3" and not wrong and not _rises(table):
+        low, high = table["low_freq_factor"], table["high_freq_factor"]
+        wrong.append(f"rope high_freq_factor must be above {low}; got {high}")
+    if kind == "longrope" and not wrong and original < 2:
+        wrong.append(f"rope {POSITIONS} must be at least 2; got {original}")
     if wrong:
         fields.faults += wrong
         return Rope(10000.0, rotary_dim)
@@ -91,16 +101,19 @@ def max_positions(fields: Fields, default: int) -> int:
 
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
     """The length of the context before it was stretched."""
-    key = "original_max_position_embeddings"
-    found = fields.config.get(key) or settings.get(key)
-    return found or fields.integer("max_position_embeddings", 1)
+    for config in (fields.config, settings):
+        if config.get(POSITIONS):
+            nested = Fields(config, fields.what)
+            found = nested.integer(POSITIONS)
+            fields.faults += nested.faults
+            return found
+    return fields.integer("max_position_embeddings", 1)
 
 
 def _attention_factor(
     kind: str, settings: Mapping[str, Any], factor: float, original: int
 ) -> float:
-    given = settings.get("attention_factor")
-    if isinstance(given, (int, float)):
+    if given := settings.get("attention_factor"):
         return float(given)
     if factor <= 1:
         return 1.0
@@ -121,9 +134,16 @@ def _fault(name: str, value: Any) -> str:
     if name == "truncate":
         return "" if isinstance(value, bool) else "true or false"
     if name == "divisors":
-        is_list = isinstance(value, list) and all(
-            isinstance(v, (int, float)) and v > 0 for v in value
-        )
-        return "" if is_list else "a list of positive numbers"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return "" if is_number and 0 < value < math.inf else "a positive number"
+        is_list = isinstance(value, list) and all(map(_is_usable, value))
+        return "" if is_list else f"a list of numbers {_RANGE}"
+    if _is_usable(value):
+        return ""
+    return f"a positive number {_RANGE}" if is_extreme(value) else "a positive number"
+
+
+def _is_usable(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0 and not is_extreme(value)
+
+
+def _rises(table: Mapping[str, Any]) -> bool:
+    return table["low_freq_factor"] < table["high_freq_factor"]

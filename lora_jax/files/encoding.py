@@ -1,0 +1,92 @@
+"""Around the `tokenizers` package: limits, errors, and gaps in its offsets."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+MAX_TEXT = 1 << 20  # bytes of UTF-8; each may be a token, of which each takes 500
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises unless a text is Unicode, and of a size that memory has room for.
+
+    Args:
+      text: to be encoded.
+      what: what to call it in an error.
+
+    Raises:
+      ValueError: if it holds lone surrogates, or over 1 MiB.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be Unicode; it holds half a character, "
+            f"{text[error.start]!a}, at {error.start}."
+        ) from error
+    if size > MAX_TEXT:
+        raise ValueError(
+            f"{what} must have at most {MAX_TEXT:,} bytes; it has {size:,}. Split it."
+        )
+
+
+@contextlib.contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever the package raises into an error that names the file.
+
+    It raises bare `Exception`, and where it panics a `BaseException`.
+
+    Args:
+      path: the tokenizer's file.
+      what: what it should be.
+
+    Raises:
+      ValueError: if the package raises anything.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(
+            f"{path} must be {what}; the package can't use it: {str(error)[:500]}. "
+            "Copy or download it again."
+        ) from error
+
+
+def close_gaps(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Makes every character of a text some token's.
+
+    Some tokenizers leave characters out of their tokens' offsets: white space before a
+    word (that goes to the word's token here), or an accent that was composed with its
+    letter (to the letter's).
+
+    Args:
+      text: the text.
+      offsets: ``(start, end)`` of each token.
+
+    Returns:
+      The spans.
+
+    Example:
+      >>> close_gaps("a bc", [(0, 1), (2, 4)])
+      [(0, 1), (1, 4)]
+    """
+    spans: list[tuple[int, int]] = []
+    for start, end in offsets:
+        last = spans[-1][1] if spans else 0
+        if text[last:start].strip():
+            last = _extend(spans, start)
+        spans.append((min(start, last), end))
+    _extend(spans, len(text))
+    return spans
+
+
+def _extend(spans: list[tuple[int, int]], end: int) -> int:
+    """Lets the last token, and others of the same character, reach to ``end``."""
+    owner = spans[-1] if spans else None
+    for i in range(len(spans) - 1, -1, -1):
+        if spans[i] != owner:
+            break
+        spans[i] = (spans[i][0], max(spans[i][1], end))
+    return end if spans else 0

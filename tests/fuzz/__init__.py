@@ -1,0 +1,1 @@
+"""Hostile inputs to all that reads files; see README.md."""
