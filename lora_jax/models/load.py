@@ -34,6 +34,8 @@ from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
 
+WORDS = "encoder/embeddings/word"  # an encoder's tokens
+
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
 
@@ -84,6 +86,15 @@ def load_base(
             source.with_own_head(),
         )
     fresh_head: tuple[str, ...] = ()
+    if source.has_other_head and (pooling is None or not source.family.head):
+        kinds = "ForCausalLM"
+        if source.family.head:
+            kinds = f"Model and {source.family.head_class}"
+        raise ValueError(
+            f"{path}: the architecture {source.architecture} is unsupported; its head "
+            f"is of another kind than those of {kinds}. An encoder can be loaded "
+            "without its head by giving pooling."
+        )
     if not source.family.head:
         refused = [
             n for n, v in (("num_labels", num_labels), ("pooling", pooling)) if v
@@ -192,7 +203,7 @@ def param_shapes(family: Family, module: nn.Module) -> dict[str, Shape]:
 def _own_head(source: Source) -> tuple[str, int | None]:
     """The pooling that a folder's weights were made with, and its head's classes."""
     name = source.family.tensor_name(f"{CLASSIFIER}/{KERNEL}")
-    has_head = name in source.names
+    has_head = name in source.names and not source.has_other_head
     labels = source.shape(name)[0] if has_head else None
     ours = source.settings.get(OURS)
     if isinstance(ours, dict) and "pooling" in ours:
@@ -259,9 +270,29 @@ def _read(
         raise ValueError(
             f"{source.path}: {len(faults)} of its {len(names)} tensors or of the "
             f"{len(used)} expected don't fit the model of its {MODEL_CONFIG}; nothing "
-            "was loaded.\n  " + "\n  ".join(faults)
+            "was loaded.\n  " + "\n  ".join(faults + _likely_causes(source))
         )
     return flat, unused
+
+
+def _likely_causes(source: Source) -> list[str]:
+    """Says what a config shows of why the tensors don't fit it."""
+    causes, settings = [], source.settings
+    if quantised := settings.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        causes.append(
+            f"The model is quantised ({method or 'quantization_config'}), which is not "
+            "read: take the one it was made from, or save it in bfloat16."
+        )
+    words = source.family.module_name(WORDS if source.family.head else EMBED)
+    name, size = f"{words}.weight", settings.get("vocab_size")
+    rows = source.shape(name)[0] if name in source.names else size
+    if rows != size:
+        causes.append(
+            f"The vocabulary was resized: {source.names[name]} has {rows} tokens, "
+            f"vocab_size of {MODEL_CONFIG} is {size}. Save the config with the model."
+        )
+    return causes
 
 
 def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.files.fetch import find_model
-from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.gguf import SUFFIX, GGUFReader, first_part
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
@@ -102,6 +102,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     found = find_model(path)
     if found.suffix == SUFFIX:
+        found = first_part(found)
         tensors = GGUFReader(found)
         settings = check_settings(tensors.config, found)
     else:

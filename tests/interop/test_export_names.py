@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.pretrained import load_model
 from tests.golden.make_exports import CASES, EXPORTS, adapted, inputs, make_base
-from tests.interop.peft_cases import QUICK
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -36,7 +35,6 @@ def test_peft_computes_what_we_do_with_what_we_export(family, kind, tmp_path):
         lambda variables, *arrays: again.module.apply(
             variables, *arrays, method=method
         ),
-        compiler_options=QUICK,
     )
     found = np.asarray(run(again.variables, *inputs(family).values()))
     with np.load(EXPORTS / "reference.npz") as reference:
