@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
-from lora_jax.cli.pretrained import base_of, has_base
+from lora_jax.cli.pretrained import base_of
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.formatting import size
@@ -33,12 +33,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     target = new_folder(args.out)
     folder = find_adapter(args.adapter)
     external = read_external(folder)
-    if external is not None and not args.model and not has_base(external):
-        if args.format != "peft":
-            base_of(folder, None, external)  # raises
+    model = args.model
+    if external is not None and model is None:
+        named = external.config.get("base_model_name_or_path")
+        model = named if isinstance(named, str) and Path(named).is_dir() else None
+    if external is not None and model is None and args.format == "peft":
         rewrite_peft(target, external, portable=args.portable)
     else:
-        base = base_of(folder, args.model, external)
+        base = base_of(folder, model, external)
         variables, config, source, extra = _read(folder, base, external)
         export_adapter(
             target,

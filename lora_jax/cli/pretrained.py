@@ -24,7 +24,7 @@ def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
       The model.
 
     Raises:
-      UserError: if neither says which model.
+      UserError: if neither says which model (an adapter of another tool never does).
       ValueError: if the adapter is damaged, or was not made on this base.
     """
     if adapter is None:
@@ -78,12 +78,9 @@ def base_of(folder: Path, model: str | None, external: ExternalAdapter | None) -
     if model is not None:
         return model
     if external is not None:
-        named = external.config.get("base_model_name_or_path")
-        if has_base(external):
-            return named
         raise UserError(
-            f"{folder} is an adapter of another tool, and the base that it names, "
-            f"{named!r}, is not a folder here: add --model."
+            f"{folder} is an adapter of another tool, and the base that it may name is "
+            "not looked for: add --model."
         )
     model = read_adapter_config(folder)["extra"].get("model")
     if model is None:
@@ -91,12 +88,6 @@ def base_of(folder: Path, model: str | None, external: ExternalAdapter | None) -
             f"{folder} does not say which model it was trained on: add --model."
         )
     return model
-
-
-def has_base(external: ExternalAdapter) -> bool:
-    """Says whether the base that another tool's adapter names is a folder here."""
-    named = external.config.get("base_model_name_or_path")
-    return isinstance(named, str) and Path(named).is_dir()
 
 
 def adapter_extra(adapter: str | None) -> dict[str, Any]:
