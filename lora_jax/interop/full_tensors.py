@@ -129,7 +129,7 @@ def place_tokens(
     faults, paths = [], names.modules()
     tables = {EMBED: EMBED_LEAF, HEAD: HEAD_LEAF}
     for name, (ids, rows) in adapter.tokens.items():
-        leaf = tables.get(paths.get(name, ""))
+        leaf = tables.get(paths.get(name, ""), "")
         if leaf not in leaves or leaf in values or name in adapter.modules:
             faults.append(
                 f"unexpected: trained tokens of {name}, which must be the model's "

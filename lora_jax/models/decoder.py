@@ -266,12 +266,13 @@ class Decoder(nn.Module):
             positions=positions,
             segment_ids=segment_ids,
         )
-        if is_long is None and positions is None:
-            is_long = self._exceeds(input_ids.shape[1])
+        longer: Any = is_long
+        if longer is None and (positions is None or original is None):
+            longer = self._exceeds(input_ids.shape[1])
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        if is_long is None and original is not None:
-            is_long = jnp.max(positions) >= original
+        if longer is None:
+            longer = jnp.max(positions) >= original
         x = self.embed(input_ids).astype(self.dtype)
         x = x * jnp.asarray(cfg.embed_scale, self.dtype)
         if cfg.has_learned_positions:
@@ -280,8 +281,8 @@ class Decoder(nn.Module):
         for rope in cfg.ropes:
             frequencies = jnp.asarray(rope.frequencies())
             if rope.long_divisors:
-                longer = jnp.asarray(rope.frequencies(is_long=True))
-                frequencies = jnp.where(is_long, longer, frequencies)
+                stretched = jnp.asarray(rope.frequencies(is_long=True))
+                frequencies = jnp.where(longer, stretched, frequencies)
             angles = rope_angles(positions, frequencies)
             cos.append(jnp.cos(angles) * rope.attention_factor)
             sin.append(jnp.sin(angles) * rope.attention_factor)

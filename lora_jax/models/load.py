@@ -158,10 +158,8 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     """
     source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
     frozen = flatten(loaded.variables.get(FROZEN, {}))
-    if loaded.config.is_tied if hasattr(loaded.config, "is_tied") else True:
-        names = source.names
-    else:
-        names = source.with_own_head().names
+    own_head = not getattr(loaded.config, "is_tied", True)
+    names = (source.with_own_head() if own_head else source).names
 
     def is_rounded(path: str, leaf: Any) -> bool:
         single = next(iter(layer_slices({path: leaf})))
@@ -178,7 +176,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
         num_labels=getattr(module, "num_labels", None),
         pooling=getattr(module, "pooling", None),
         scan_layers=getattr(module, "scan_layers", None),
-        own_head=not getattr(loaded.config, "is_tied", True),
+        own_head=own_head,
     )
     stored = flatten(own.params)
     kept = {p: leaf if p in own.new else stored[p] for p, leaf in frozen.items()}
