@@ -267,12 +267,12 @@ class Decoder(nn.Module):
             segment_ids=segment_ids,
         )
         longer: Any = is_long
-        if longer is None and (positions is None or original is None):
+        if longer is None and original is not None and positions is not None:
+            longer = jnp.max(positions) >= original
+        elif longer is None:
             longer = self._exceeds(input_ids.shape[1])
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        if longer is None:
-            longer = jnp.max(positions) >= original
         x = self.embed(input_ids).astype(self.dtype)
         x = x * jnp.asarray(cfg.embed_scale, self.dtype)
         if cfg.has_learned_positions:
