@@ -13,6 +13,9 @@ from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
 from lora_jax.interop.export import export_adapter
+from lora_jax.interop.external import ExternalAdapter
+from lora_jax.interop.identity import base_name
+from lora_jax.interop.portable import rewrite_peft
 from lora_jax.interop.pretrained import find_adapter, load_model, read_external
 from lora_jax.models.load import LoadedModel
 
@@ -28,18 +31,28 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       Its folder, format, and number of adapted layers.
     """
     target = new_folder(args.out)
-    variables, config, source, extra = _read(find_adapter(args.adapter), args.model)
-    export_adapter(
-        target,
-        variables,
-        config,
-        source,
-        format=args.format,
-        portable=args.portable,
-        pooling=extra.get("pooling"),
-        skip_head=args.skip_head,
-        base_model=args.model or extra.get("model"),
-    )
+    folder = find_adapter(args.adapter)
+    external = read_external(folder)
+    model = args.model
+    if external is not None and model is None:
+        named = external.config.get("base_model_name_or_path")
+        model = named if isinstance(named, str) and Path(named).is_dir() else None
+    if external is not None and model is None and args.format == "peft":
+        rewrite_peft(target, external, portable=args.portable)
+    else:
+        base = base_of(folder, model, external)
+        variables, config, source, extra = _read(folder, base, external)
+        export_adapter(
+            target,
+            variables,
+            config,
+            source,
+            format=args.format,
+            portable=args.portable,
+            pooling=extra.get("pooling"),
+            skip_head=args.skip_head,
+            base_model=base_name(args.model, extra.get("model")),
+        )
     files = sorted(target.glob("*.safetensors"))
     total = model_bytes(target)
     shown = args.format + (", portable" if args.portable else "")
@@ -60,13 +73,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _read(
-    folder: Path, model: str | None
+    folder: Path, base: str, external: ExternalAdapter | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
     """Reads an adapter; one from another tool needs the model to match names."""
-    external = read_external(folder)
-    base = base_of(folder, model, external)
     if external is None:
         found = load_adapter(folder)
         return found.variables, found.config, base, found.extra
-    loaded = load_model(base, external)
-    return loaded.variables, loaded.module.config, loaded, {}
+    loaded = load_model(base, folder)
+    named = external.config.get("base_model_name_or_path")
+    return loaded.variables, loaded.module.config, loaded, {"model": named}

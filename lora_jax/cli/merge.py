@@ -5,11 +5,15 @@ from typing import Any
 
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
-from lora_jax.cli.pretrained import load
+from lora_jax.cli.pretrained import adapter_extra, load
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import layer_count, model_bytes
+from lora_jax.interop.identity import base_name, describe_adapter
+from lora_jax.interop.pretrained import find_adapter
+from lora_jax.models.load import as_stored
 from lora_jax.models.save import save_model
-from lora_jax.names import CLASSIFIER
+from lora_jax.names import CLASSIFIER, FROZEN
+from lora_jax.tree.fingerprint import fingerprint
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -23,12 +27,17 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
       The folder, and the largest merge error of any layer.
     """
     target = new_folder(args.out)
-    loaded = load(args.model, args.adapter)
+    found = load(args.model, args.adapter)
+    folder = find_adapter(args.adapter)
+    base = base_name(args.model, adapter_extra(args.adapter).get("model"), found.path)
+    mark = fingerprint(found.variables[FROZEN])
+    loaded = as_stored(found)
     adapted: Any = loaded.module
     merged = adapted.merge(loaded.variables)
     errors = adapted.merge_errors(loaded.variables)
     pooling = getattr(adapted.model, "pooling", None)
-    save_model(target, merged, loaded.path, pooling=pooling)
+    record = describe_adapter(folder, base, mark)
+    save_model(target, merged, loaded.path, pooling=pooling, merged=record)
     has_head = CLASSIFIER in loaded.params
     layers = layer_count(adapted.targets(loaded.params))
     worst = max(errors, key=lambda error: error.relative)

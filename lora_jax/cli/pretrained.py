@@ -35,8 +35,7 @@ def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
     external = read_external(folder)
     if external is None and options.get("scan_layers"):
         options["scan_layers"] = None  # as it was trained
-    base = base_of(folder, model, external)
-    return load_model(base, external or folder, **options)
+    return load_model(base_of(folder, model, external), folder, **options)
 
 
 def load_decoder(

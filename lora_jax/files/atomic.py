@@ -71,12 +71,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         is_locked(handle)
         yield temporary
-        files = sorted(temporary.iterdir())
-        for file in files:
-            _sync(file)
+        entries = sorted(temporary.rglob("*"))
+        for entry in entries:
+            _sync(entry)
         if is_there:
-            for file in files:
-                file.replace(path / file.name)
+            for file in entries:
+                place = path / file.relative_to(temporary)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    file.replace(place)
         else:
             temporary.chmod(0o777 & ~_umask())
             _sync(temporary)

@@ -11,6 +11,7 @@ interleaved RoPE (other architectures keep theirs), and it adds the 1 of Gemma's
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,85 @@ from lora_jax.files.gguf_config import (
     hugging_face_config,
     hugging_face_name,
 )
-from lora_jax.files.gguf_header import read_header
+from lora_jax.files.gguf_header import Header, read_header
 from lora_jax.files.optional import load_optional
 
 SUFFIX = ".gguf"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as gguf-split names files
+MAX_PARTS = 1000
 
 
 def _gguf() -> Any:
     return load_optional("reading GGUF files", "gguf")
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a GGUF file's fields.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Values by the file's own keys.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged or not a GGUF file.
+    """
+    return _read_header(Path(path)).metadata
+
+
+def first_part(path: Path) -> Path:
+    """Returns the first of a split model's files, which holds its config.
+
+    Args:
+      path: of any of its files, or of a whole model.
+
+    Returns:
+      ``NAME-00001-of-0000N.gguf`` if it is there; else ``path``.
+    """
+    found = _PART.fullmatch(path.name)
+    first = path.with_name(f"{found[1]}-00001-of-{found[3]}{SUFFIX}") if found else path
+    return first if first.is_file() else path
+
+
+def _read_header(path: Path) -> Header:
+    library = _gguf()
+    sizes = {int(k): v for k, v in library.GGML_QUANT_SIZES.items()}
+    return read_header(path, sizes)
+
+
+def _read_parts(path: Path) -> tuple[list[Path], list[Header]]:
+    """Reads the headers of a model's files: one, or those that gguf-split made."""
+    files = [first_part(path)]
+    headers = [_read_header(files[0])]
+    count = headers[0].metadata.get("split.count", 1)
+    if isinstance(count, int) and count < 2:
+        return files, headers
+    found = _PART.fullmatch(files[0].name)
+    if not isinstance(count, int) or not found or int(found[3]) != count:
+        raise ValueError(
+            f"{path} is one file of several of a split model, which must be named "
+            f"NAME-00001-of-{str(count)[:5]:0>5}{SUFFIX} and so on. "
+            "Give them these names, or join them with `llama-gguf-split --merge`."
+        )
+    parts = range(2, min(count, MAX_PARTS) + 1)
+    files += [path.with_name(f"{found[1]}-{i:05}-of-{found[3]}{SUFFIX}") for i in parts]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{path} is one of {count} files of a split model, which must lie in one "
+            f"folder; {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            f"in {path.parent}. Download the rest."
+        )
+    headers += [_read_header(file) for file in files[1:]]
+    for file, header, number in zip(files, headers, range(count), strict=True):
+        if header.metadata.get("split.no") != number:
+            raise ValueError(
+                f"{file} must be file {number + 1} of {count} by its metadata; its "
+                f"split.no is {header.metadata.get('split.no')!r}, counted from 0."
+            )
+    return files, headers
 
 
 class GGUFReader:
@@ -41,31 +113,36 @@ class GGUFReader:
     read by `lora_jax.files.gguf_tokenizer`.
 
     Attributes:
-      files: the one file.
+      files: the file, or all files of a split model.
       shapes: from each tensor's Hugging Face name to its shape, ``(out, in)``.
       metadata: the file's fields, by the file's own keys.
       config: the equivalent of ``config.json``.
 
     Args:
-      path: the file.
+      path: the file; one of several for a model that gguf-split has split.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged or not a GGUF file, or its architecture or one of its
-        tensors is not supported.
+      FileNotFoundError: if there is no such file, or another part is missing.
+      ValueError: if it is damaged or not a GGUF file of a model, or its architecture or
+        one of its tensors is not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        library, path = _gguf(), Path(path)
-        sizes = {int(k): v for k, v in library.GGML_QUANT_SIZES.items()}
-        header = read_header(path, sizes)
-        self.files = (path,)
-        self.metadata: dict[str, Any] = header.metadata
-        self._architecture = architecture_of(path, header.metadata)
-        self._data = header.data
-        named = {
-            name: hugging_face_name(name, self._architecture) for name in header.tensors
-        }
+        path = Path(path)
+        files, headers = _read_parts(path)
+        self.files = tuple(files)
+        self.metadata: dict[str, Any] = headers[0].metadata
+        if self.metadata.get("general.type", "model") == "adapter":
+            raise ValueError(
+                f"{path} must be a model; it is a GGUF file of a LoRA adapter, "
+                "llama.cpp's. Adapters are read from folders of lora_jax, PEFT and "
+                "mlx-lm: name the one that it was converted from."
+            )
+        self._architecture = architecture_of(path, self.metadata)
+        tensors = {n: (t, h.data) for h in headers for n, t in h.tensors.items()}
+        if len(tensors) < sum(len(header.tensors) for header in headers):
+            raise ValueError(f"{path}: each tensor must be in one of its files.")
+        named = {name: hugging_face_name(name, self._architecture) for name in tensors}
         unknown = sorted(
             n for n, known in named.items() if known is None and n != ROPE_FACTORS
         )
@@ -75,16 +152,16 @@ class GGUFReader:
                 f"{self._architecture!r}; {len(unknown)} of {len(named)} are not "
                 f"known: {unknown[:8]}. Take the model's Hugging Face folder instead."
             )
-        self._stored = {known: header.tensors[n] for n, known in named.items() if known}
+        self._stored = {known: tensors[n] for n, known in named.items() if known}
         self.shapes: dict[str, tuple[int, ...]] = {
-            name: stored.shape for name, stored in self._stored.items()
+            name: stored.shape for name, (stored, _) in self._stored.items()
         }
-        factors = header.tensors.get(ROPE_FACTORS)
+        factors = tensors.get(ROPE_FACTORS)
         self.config = hugging_face_config(
             path,
-            header.metadata,
+            self.metadata,
             self.shapes,
-            None if factors is None else self._dequantised(ROPE_FACTORS, factors),
+            None if factors is None else self._dequantised(ROPE_FACTORS, *factors),
         )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -94,7 +171,7 @@ class GGUFReader:
                 f"tensor {name!r} must be one of the {len(self._stored)} in "
                 f"{self.files[0]}; it is not there."
             )
-        tensor = self._dequantised(name, self._stored[name])
+        tensor = self._dequantised(name, *self._stored[name])
         rule = ARCHITECTURES[self._architecture]
         if rule.permuted and ".self_attn." in name:
             for part, heads in (
@@ -111,10 +188,10 @@ class GGUFReader:
         """Reads one tensor and yields it as a single piece."""
         yield ..., self[name]
 
-    def _dequantised(self, name: str, stored: Any) -> np.ndarray:
+    def _dequantised(self, name: str, stored: Any, data: np.ndarray) -> np.ndarray:
         library = _gguf()
         kind = library.GGMLQuantizationType(stored.kind)
-        rows = self._data[stored.offset : stored.offset + stored.size]
+        rows = data[stored.offset : stored.offset + stored.size]
         if stored.shape and stored.size:
             rows = rows.reshape(int(np.prod(stored.shape[:-1], dtype=np.int64)), -1)
         try:

@@ -9,7 +9,8 @@ order when they are read.
 The modules that the file has factors of are adapted; its config must agree.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,13 +23,19 @@ from lora_jax.interop.external import (
     most_common,
     report,
 )
-from lora_jax.interop.full_tensors import check_base, place_full
+from lora_jax.interop.full_tensors import (
+    check_base,
+    place_biases,
+    place_full,
+    place_tokens,
+)
 from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
 from lora_jax.interop.peft import config_faults
+from lora_jax.interop.tied import place_tied
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
-from lora_jax.names import EMBED, HEAD, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.ops.dora import column_norm
@@ -74,6 +81,8 @@ def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
         faults += config_faults(adapter, *found, strange=strange)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
+    faults += place_tokens(adapter, names, leaves, flat, values)
+    faults += place_biases(placed, leaves, flat, values)
     for path, factors in placed.items():
         is_embedding = sites[kernels[path].path].kind == "embed"
         faults += _shape_faults(path, factors, kernels[path].shape, is_embedding)
@@ -106,8 +115,17 @@ def _place(
 ) -> tuple[dict[str, ExternalFactors], list[str]]:
     """Returns the factors by the paths of the model's modules, and what is wrong."""
     paths, found, faults = names.modules(), {}, []
+    no_effect = _without_effect(adapter, names)
+    if no_effect:
+        warnings.warn(
+            f"{adapter.origin}: the adapter of {', '.join(no_effect)} is left out; no "
+            "output of this model depends on that layer.",
+            stacklevel=4,
+        )
     for name, factors in adapter.modules.items():
         path = paths.get(name)
+        if path is None and name in no_effect:
+            continue
         if path is None:
             known = [n.replace(".", "/") for n, p in paths.items() if p in kernels]
             hint = nearest(name.replace(".", "/"), known).replace("/", ".")
@@ -119,8 +137,7 @@ def _place(
             faults.append(f"twice: {name} is another name of a module that is there")
         else:
             found[path] = factors
-    if not adapter.is_tied_once:
-        faults += _place_tied(found, kernels)
+    faults += place_tied(found, kernels, is_tied_once=adapter.is_tied_once)
     faults += _place_fused(found, kernels, config, rslora=adapter.rslora)
     if adapter.dora:
         faults += [
@@ -134,28 +151,11 @@ def _place(
     return {path: f for path, f in found.items() if path in kernels}, faults
 
 
-def _place_tied(
-    found: dict[str, ExternalFactors], kernels: Mapping[str, LayerSlice]
-) -> list[str]:
-    """Makes one of the two adapters of a tied embedding; they must be the same.
-
-    Here an embedding that is the head too has one adapter, which acts in both places.
-    Other tools have one for the lookup and another for the head.
-    """
-    if HEAD in kernels or EMBED not in kernels or not {EMBED, HEAD} & set(found):
-        return []
-    head, embed = found.pop(HEAD, None), found.get(EMBED)
-    if head is not None and embed is not None:
-        same = head.scaling == embed.scaling and embed.magnitude is None
-        pairs = ((head.a, embed.b.T), (head.b, embed.a.T))
-        if same and all(np.array_equal(x, y) for x, y in pairs):
-            return []
-    there = "both, which differ" if head is not None and embed is not None else "one"
-    return [
-        "unexpected: the head of this model is its embedding (tied), so adapters of "
-        f"embed_tokens and lm_head must both be there, each the other's transpose; got "
-        f"{there}"
-    ]
+def _without_effect(adapter: ExternalAdapter, names: Names) -> list[str]:
+    """Names modules of a bare encoder that only an output that isn't used needs."""
+    known = names.modules()
+    unused = {names.family.prefix + "pooler.dense", "pooler.dense"}
+    return [n for n in adapter.modules if n in unused and n not in known]
 
 
 def _place_fused(
@@ -273,14 +273,21 @@ def _config(
         dropout_rate=adapter.dropout_rate,
         rslora=adapter.rslora,
         dora=adapter.dora,
-        train=sorted(_modules(values, adapter.bias)),
+        train=sorted(_modules(values, adapter.bias, layers)),
         bias=adapter.bias,  # pyright: ignore[reportArgumentType] - read_peft checked it
     )
 
 
-def _modules(values: Iterable[str], bias: str) -> set[str]:
-    """Returns the modules of leaves that are trained in full, not for their biases."""
-    owners = {path.rpartition("/")[0] for path in values if not path.endswith("/bias")}
-    if bias == "none":
-        owners |= {path.rpartition("/")[0] for path in values}
+def _modules(values: Iterable[str], bias: str, adapted: Collection[str]) -> set[str]:
+    """Returns the modules of leaves trained in full, or a bias beside an adapter.
+
+    Biases that ``bias`` trains need no name.
+    """
+    owners = set()
+    for path in values:
+        module, _, leaf = path.rpartition("/")
+        if leaf != BIAS:
+            owners.add(module)
+        elif bias == "none":
+            owners.add(path if module in adapted else module)
     return owners

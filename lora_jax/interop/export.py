@@ -4,7 +4,9 @@ The names come from the model's family, the shapes from tracing its module: no w
 of the base are read.
 """
 
+import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,12 +19,14 @@ from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
+from lora_jax.interop.identity import base_name
 from lora_jax.interop.mlx import write_mlx
 from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.source import Source as ModelSource
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import layer_slices
 from lora_jax.names import (
@@ -79,7 +83,8 @@ def export_adapter(
       pooling: the pooling that an encoder's head was trained on; None for the module's
         own, or transformers' where that isn't known.
       skip_head: leaves out a trained head of an encoder.
-      base_model: the base that the file names; None for the source's path.
+      base_model: the base that the file names; None for the source's hub id if it has
+        one, else the name of its folder. No path of this machine is written.
 
     Returns:
       The folder.
@@ -100,18 +105,29 @@ def export_adapter(
     weights, unknown = flatten(found.params), found.unsupported
     kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
     targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
-    names = Names(base.family, list(kernels), layer_slices(weights))
-    if not skip_head:
-        _check_head(variables, base)
+    heads = () if skip_head else base.family.head
+    has_head = any(path in variables.get(PARAMS, {}) for path in heads)
+    opened = _opened_as(base, has_head=has_head)
+    names = Names(
+        base.family, list(kernels), layer_slices(weights), has_prefix=opened.has_prefix
+    )
+    if has_head:
+        _check_head(base)
     adapter = _describe(variables, config, targets, names, skip_head=skip_head)
     if format == "mlx":
         return _write_mlx(directory, adapter, names, base)
     spelling = names.spelling()
     if portable:
         adapter = make_portable(adapter, kernels, spelling.modules)
-    files = [names.full_name(bare.rpartition(".")[0]) for bare in base.tensors]
+    files = [names.full_name(b.rpartition(".")[0]) for b in base.source.names]
     settings: dict[str, Any] = {
-        "base_model_name_or_path": base_model or str(base.path),
+        "auto_mapping": opened.auto_mapping,
+        "base_model_name_or_path": base_name(
+            base_model,
+            None if isinstance(source, LoadedModel) else source,
+            base.source.path,
+            base.source.settings.get("_name_or_path"),
+        ),
         "fan_in_fan_out": not base.family.is_transposed,
         "target_modules": _shortest(
             sorted(adapter.modules), {*spelling.modules.values(), *files}
@@ -126,10 +142,13 @@ class _Base(NamedTuple):
     """A base without its weights."""
 
     module: nn.Module
-    family: Family
-    path: Path
-    tensors: tuple[str, ...]  # bare names of those in its files
+    source: ModelSource
     pooling: str | None  # that the head was trained on; None if unknown
+
+    @property
+    def family(self) -> Family:
+        """Its family."""
+        return self.source.family
 
     @property
     def example(self) -> Example:
@@ -146,11 +165,14 @@ def _open(
         module = module.model if isinstance(module, Adapted) else module
         found = open_source(source.path)
         pooling = pooling or getattr(module, "pooling", None)
-        return _Base(module, source.family, source.path, tuple(found.names), pooling)
+        return _Base(module, found, pooling)
     found = open_source(source)
     family, trees = found.family, [variables.get(c, {}) for c in (FROZEN, LORA, PARAMS)]
     paths = {key for tree in trees for key in tree}
     options: dict[str, Any] = {}
+    sizes = found.config
+    if not family.head and HEAD in paths and sizes.is_tied:
+        sizes = dataclasses.replace(sizes, is_tied=False)
     if family.head:
         heads = [tree[CLASSIFIER] for tree in trees if CLASSIFIER in tree]
         kernel = next((head[KERNEL] for head in heads if KERNEL in head), None)
@@ -159,16 +181,35 @@ def _open(
             options["pooling"] = pooling or POOLER
     elif LAYERS in paths:
         options["scan_layers"] = True
-    module = family.module(found.config, **options)
-    return _Base(module, family, found.path, tuple(found.names), pooling)
+    module = family.module(sizes, **options)
+    return _Base(module, found, pooling)
 
 
-def _check_head(variables: Mapping[str, PyTree], base: _Base) -> None:
+class _Opened(NamedTuple):
+    """The class of transformers that an adapter is made for."""
+
+    has_prefix: bool  # of its modules' names
+    auto_mapping: dict[str, str] | None  # how PEFT finds it where it isn't told a task
+
+
+def _opened_as(base: _Base, *, has_head: bool) -> _Opened:
+    """Says how the base has to be opened: as its config says, or to have a head."""
+    source = base.source
+    if not base.family.head:
+        return _Opened(True, None)  # by the task, as a causal language model
+    name, is_bare = source.architecture, source.is_bare
+    if has_head and is_bare:
+        name, is_bare = name and re.sub("Model$", base.family.head_class, name), False
+    kind = source.settings["model_type"]
+    library = f"transformers.models.{kind}.modeling_{kind}"
+    mapping = {"base_model_class": name, "parent_library": library}
+    return _Opened(not is_bare, mapping if name else None)
+
+
+def _check_head(base: _Base) -> None:
     """Raises if transformers would feed the head another pooling than its own."""
-    trained, wanted = variables.get(PARAMS, {}), base.family.head_pooling
-    if base.pooling in (None, wanted):
-        return
-    if any(path in trained for path in base.family.head):
+    wanted = base.family.head_pooling
+    if base.pooling not in (None, wanted):
         raise ValueError(
             f"the head must be trained on {wanted!r} pooling for transformers to use "
             f"it; it was trained on {base.pooling!r}. Leave it out (skip_head=True, "

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ class ExternalFactors(NamedTuple):
       magnitude: DoRA's ``[out]``, or None.
       is_embedding: whether the tool stored it as an embedding's; None if its format
         doesn't say.
+      bias: of the update ``scaling * (B A x + bias)``, ``[out]``, or None.
     """
 
     a: np.ndarray
@@ -38,6 +40,7 @@ class ExternalFactors(NamedTuple):
     alpha: float
     magnitude: np.ndarray | None = None
     is_embedding: bool | None = False
+    bias: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -56,8 +59,9 @@ class ExternalAdapter(NamedTuple):
       rslora: whether scalings are ``alpha / sqrt(rank)``.
       dropout_rate: dropout of the adapters' inputs in training.
       bias: which biases are among ``full``: ``"none"``, ``"lora_only"`` or ``"all"``.
-      is_tied_once: whether the file holds one adapter for a tied embedding and head,
-        not two.
+      tokens: rows that replace those of an embedding or a head, by module: the tokens'
+        ids and ``[tokens, dim]``.
+      is_tied_once: whether one adapter of a tied embedding or head is meant for both.
       unknown: keys of the config that have no effect here.
       origin: the folder or file, for errors.
     """
@@ -69,6 +73,7 @@ class ExternalAdapter(NamedTuple):
     rslora: bool = False
     dropout_rate: float = 0.0
     bias: str = "none"
+    tokens: Mapping[str, tuple[list[int], np.ndarray]] = MappingProxyType({})
     is_tied_once: bool = False
     unknown: tuple[str, ...] = ()
     origin: str = "the adapter"

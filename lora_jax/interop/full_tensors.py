@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
 from lora_jax.models.stacking import LayerSlice
-from lora_jax.names import EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
+from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
 
 ROUNDING = 1e-2  # relative: a base in bfloat16, or from 8 bits, is still that base
 EMBED_LEAF, HEAD_LEAF = f"{EMBED}/{EMBEDDING}", f"{HEAD}/{KERNEL}"
@@ -105,6 +106,83 @@ def check_base(
     return faults
 
 
+def place_tokens(
+    adapter: ExternalAdapter,
+    names: Names,
+    leaves: Mapping[str, LayerSlice],
+    flat: Mapping[str, Any],
+    values: dict[str, Any],
+) -> list[str]:
+    """Puts rows of trained tokens into whole tables, which are then trained in full.
+
+    Args:
+      adapter: with ``tokens``.
+      names: as for `place_full`.
+      leaves: as for `place_full`.
+      flat: as for `place_full`.
+      values: from `place_full`; the tables are added.
+
+    Returns:
+      A line for each module that isn't an embedding or a head, has another adapter too,
+      or lacks a token.
+    """
+    faults, paths = [], names.modules()
+    tables = {EMBED: EMBED_LEAF, HEAD: HEAD_LEAF}
+    for name, (ids, rows) in adapter.tokens.items():
+        leaf = tables.get(paths.get(name, ""), "")
+        if leaf not in leaves or leaf in values or name in adapter.modules:
+            faults.append(
+                f"unexpected: trained tokens of {name}, which must be the model's "
+                "embedding or head, with no other adapter"
+            )
+            continue
+        table = names.family.to_file(leaf, np.asarray(flat[leaf], np.float32))
+        if table.shape[1:] != rows.shape[1:] or max(ids, default=0) >= len(table):
+            faults.append(
+                f"shape: trained tokens of {name} must be rows of {list(table.shape)};"
+                f" got {list(rows.shape)} for tokens up to {max(ids, default=0)}"
+            )
+            continue
+        table = table.copy()
+        table[ids] = rows
+        values[leaf] = jnp.asarray(names.family.from_file(leaf, table))
+    return faults
+
+
+def place_biases(
+    placed: Mapping[str, ExternalFactors],
+    leaves: Mapping[str, LayerSlice],
+    flat: Mapping[str, Any],
+    values: dict[str, Any],
+) -> list[str]:
+    """Adds biases of updates to those of their layers: ``b + scaling * lora_bias``.
+
+    Args:
+      placed: the factors by path.
+      leaves: as for `place_full`.
+      flat: as for `place_full`.
+      values: from `place_full`; the biases are added, which are then trained.
+
+    Returns:
+      A line for each layer without a bias.
+    """
+    faults = []
+    for path, factors in placed.items():
+        if factors.bias is None:
+            continue
+        part = leaves.get(f"{path}/{BIAS}")
+        if part is None or part.shape != factors.bias.shape:
+            faults.append(
+                f"unexpected: lora_bias of {path}, a layer without a bias, to which it "
+                "could be added; retrain with lora_bias=False"
+            )
+            continue
+        whole = np.array(values.get(part.path, flat[part.path]), np.float32)
+        part.of(whole)[...] += np.float32(factors.scaling) * factors.bias
+        values[part.path] = jnp.asarray(whole)
+    return faults
+
+
 def _drop_tied(tensors: dict[str, np.ndarray], names: Mapping[str, str]) -> list[str]:
     """Takes the head out where it is the embedding; returns a fault if they differ."""
     embed = next((name for name in tensors if names.get(name) == EMBED_LEAF), None)
@@ -114,7 +192,8 @@ def _drop_tied(tensors: dict[str, np.ndarray], names: Mapping[str, str]) -> list
     if embed is None or head is None or not np.array_equal(tensors[embed], head):
         return [
             "unexpected: the head of this model is its embedding (tied), so "
-            f"embed_tokens.weight and {LM_HEAD}.weight must both be there and equal"
+            f"embed_tokens.weight and {LM_HEAD}.weight must both be there and equal; "
+            "load the base and the adapter together, which gives the head its own"
         ]
     return []
 

@@ -72,10 +72,19 @@ class Names:
       family: of the model.
       modules: paths of its adaptable modules.
       leaves: paths of its parameters.
+      has_prefix: whether what is written has the family's prefix; what is read may have
+        it or not.
     """
 
-    def __init__(self, family: Family, modules: Sequence[str], leaves: Iterable[str]):
-        self.family = family
+    def __init__(
+        self,
+        family: Family,
+        modules: Sequence[str],
+        leaves: Iterable[str],
+        *,
+        has_prefix: bool = True,
+    ):
+        self.family, self.style = family, (has_prefix, True)
         self._bare = {path: str(family.module_name(path)) for path in modules}
         self._tensors = {path: family.tensor_name(path) for path in leaves}
         layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
@@ -108,7 +117,7 @@ class Names:
 
         return self.spelling(max(STYLES, key=hits))
 
-    def spelling(self, style: Style = STYLES[0]) -> "Spelling":
+    def spelling(self, style: Style | None = None) -> "Spelling":
         """Returns the names of modules and tensors in one style.
 
         Args:
@@ -117,6 +126,7 @@ class Names:
         Returns:
           Both by path.
         """
+        style = style or self.style
         return Spelling(
             {path: self._spell(bare, style) for path, bare in self._bare.items()},
             {p: self._spell_tensor(bare, style) for p, bare in self._tensors.items()},
@@ -136,12 +146,12 @@ class Names:
             layer = path.removesuffix(f"/{fusion.whole}")
             if fusion.is_split and layer != path and layer.startswith(fusion.inside):
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
-                return [self._spell(name, STYLES[0]) for name in bare]
+                return [self._spell(name, self.style) for name in bare]
         return []
 
     def full_name(self, bare: str) -> str:
-        """Returns a module's name with its prefix, as transformers 5 has it."""
-        return self._spell(bare, STYLES[0])
+        """Returns a module's name in the style that is written."""
+        return self._spell(bare, self.style)
 
     def _paths(
         self, names: Mapping[str, str], spell: Callable[[str, Style], str]

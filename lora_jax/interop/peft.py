@@ -32,6 +32,7 @@ from lora_jax.interop.peft_config import (
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _A, _B, _M, _BASE, _BIAS = "a", "b", "m", "base", "base bias"
+_UPDATE_BIAS, _TOKENS, _FULL = "update bias", "tokens", "full"
 _SUFFIXES = {  # of a tensor's name after the module's, and what the tensor is
     ".lora_A.weight": _A,
     ".lora_B.weight": _B,
@@ -39,6 +40,8 @@ _SUFFIXES = {  # of a tensor's name after the module's, and what the tensor is
     ".lora_embedding_B": _B,
     ".lora_magnitude_vector": _M,
     ".lora_magnitude_vector.weight": _M,
+    ".lora_B.bias": _UPDATE_BIAS,
+    ".token_adapter.trainable_tokens_delta": _TOKENS,
     ".base_layer.weight": _BASE,
     ".base_layer.bias": _BIAS,
 }
@@ -68,9 +71,14 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
             "are not read: load and save it with PEFT to get safetensors."
         )
     reader = open_tensors(folder / TENSORS)
-    roles, faults = _roles(reader.shapes)
+    roles, copies, faults = _roles(reader.shapes)
     arrays, bad = read_floats(reader, roles)
     faults += bad
+    faults += [
+        f"twice: {name} differs from {roles[role]}"
+        for name, role in copies.items()
+        if role in arrays and not np.array_equal(reader[name], arrays[role])
+    ]
     faults += [f"missing: {name}" for name in _missing(roles, config)]
     modules = {}
     for module in dict.fromkeys(name for name, kind in roles if kind == _A):
@@ -78,7 +86,8 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
         if a is None or b is None:
             continue  # missing or unreadable: already reported
         is_embedding = ".lora_embedding_" in roles[module, _A]
-        wrong = _shape_faults(module, a, b, m, config)
+        bias = arrays.get((module, _UPDATE_BIAS))
+        wrong = _shape_faults(module, a, b, m, bias, config)
         faults += wrong
         if not wrong:
             modules[module] = ExternalFactors(
@@ -88,7 +97,10 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 alpha=config.alpha_for(module),
                 magnitude=None if m is None else m.reshape(-1),
                 is_embedding=is_embedding,
+                bias=bias,
             )
+    tokens, wrong = _tokens(arrays, config)
+    faults += wrong
     if not modules and not faults:
         faults.append("it holds no adapters")
     if faults:
@@ -98,7 +110,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
         full={
             f"{name}.bias" if kind == _BIAS else name: array
             for (name, kind), array in arrays.items()
-            if kind in ("full", _BIAS)
+            if kind in (_FULL, _BIAS)
         },
         base={
             f"{name}.weight": array
@@ -109,6 +121,8 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
         rslora=config.rslora,
         dropout_rate=config.dropout_rate,
         bias=config.bias,
+        tokens=tokens,
+        is_tied_once=config.is_tied,
         unknown=config.unknown,
         origin=str(folder),
     )
@@ -204,12 +218,30 @@ def write_peft(
     return write_folder(directory, TENSORS, ordered, config, kind="pt")
 
 
-def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Returns tensors by ``(module or tensor, kind)``, and faults of unknown ones."""
-    roles: dict[tuple[str, str], str] = {}
-    faults = []
+Role = tuple[str, str]  # the module (or tensor), and the kind of tensor
+
+
+def _roles(
+    names: Mapping[str, Any],
+) -> tuple[dict[Role, str], dict[str, Role], list[str]]:
+    """Returns tensors by role, the roles of second copies, and faults of unknown ones.
+
+    With biases trained in a module that is saved whole, PEFT writes that module's bias
+    twice more: ``ln_f.modules_to_save.bias`` is ``ln_f.bias`` again, and what
+    ``ln_f.original_module.bias`` holds has no effect, as it is replaced.
+    """
+    roles: dict[Role, str] = {}
+    copies, faults = {}, []
     for name in names:
         bare = name.removeprefix(PREFIX)
+        if ".original_module." in bare:
+            continue
+        if ".modules_to_save." in bare:
+            single = bare.replace(".modules_to_save.", ".")
+            if PREFIX + single in names:
+                copies[name] = single, _FULL
+                continue
+            bare = single
         suffix = next((s for s in _SUFFIXES if bare.endswith(s)), None)
         if bare == name:
             faults.append(f"unexpected: {name} does not start with {PREFIX}")
@@ -220,23 +252,59 @@ def _roles(names: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[s
             faults.append(f"unexpected: {name} is of an unknown kind")
             continue
         else:
-            role = bare, "full"
+            role = bare, _FULL
         if role in roles:
             faults.append(f"twice: {roles[role]} and {name}")
         roles[role] = name
-    return roles, faults
+    return roles, copies, faults
+
+
+def _tokens(
+    arrays: Mapping[Role, np.ndarray], config: PeftConfig
+) -> tuple[dict[str, tuple[list[int], np.ndarray]], list[str]]:
+    """Returns the rows of trained tokens by module, and what is wrong with them."""
+    tokens, faults, left = {}, [], dict(config.tokens)
+    for module, kind in arrays:
+        if kind != _TOKENS:
+            continue
+        named = (n for n in left if n and f".{module}".endswith(f".{n}"))
+        ids = left.pop(next(named, ""), None)
+        rows = arrays[module, kind]
+        if ids is None or rows.ndim != 2 or len(ids) != len(rows):
+            count = "no" if ids is None else len(ids)
+            faults.append(
+                f"shape: trainable_tokens_delta of {module} must have a row for each "
+                f"of the {count} tokens in trainable_token_indices; got "
+                f"{list(rows.shape)}"
+            )
+            continue
+        tokens[module] = ids, rows
+    # Of tied modules with the same tokens PEFT saves one.
+    kept = [ids for ids, _ in tokens.values()]
+    faults += [
+        f"missing: trainable_tokens_delta of {name or 'the input embedding'}"
+        for name, ids in left.items()
+        if ids and ids not in kept
+    ]
+    return tokens, faults
 
 
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
     """Names the tensors that adapted modules lack."""
-    needed = (_A, _B, _M) if config.dora else (_A, _B)
+    needed = [_A, _B, *[_M] * config.dora, *[_UPDATE_BIAS] * config.lora_bias]
     words = {_A: "lora_A", _B: "lora_B", _M: "lora_magnitude_vector"}
+    words[_UPDATE_BIAS] = "lora_B.bias"
     modules = dict.fromkeys(name for name, kind in roles if kind in words)
     return [
         f"{PREFIX}{module}.{words[kind]}"
         for module in modules
         for kind in needed
         if (module, kind) not in roles
+        # PEFT gives no bias to the update of an embedding.
+        and (
+            kind != _UPDATE_BIAS
+            or ".lora_embedding_" not in roles.get((module, _A), "")
+        )
     ]
 
 
@@ -245,6 +313,7 @@ def _shape_faults(
     a: np.ndarray,
     b: np.ndarray,
     m: np.ndarray | None,
+    bias: np.ndarray | None,
     config: PeftConfig,
 ) -> list[str]:
     """Finds shapes in a module that don't chain, or another rank than the config's."""
@@ -260,6 +329,13 @@ def _shape_faults(
         faults.append(
             f"shape: magnitude of {name} must be [{b.shape[0]}]; got {list(m.shape)}"
         )
+    if bias is not None and bias.shape != b.shape[:1]:
+        faults.append(
+            f"shape: lora_B.bias of {name} must be [{b.shape[0]}]; got "
+            f"{list(bias.shape)}"
+        )
+    if bias is not None and not config.lora_bias:
+        faults.append(f"unexpected: lora_B.bias of {name} with lora_bias false")
     if m is not None and not config.dora:
         faults.append(f"unexpected: magnitude of {name} with use_dora false")
     return faults

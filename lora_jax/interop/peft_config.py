@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from lora_jax.config import LEAST, MAX_RANK
+from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
@@ -32,14 +32,11 @@ NO_EFFECT = {
 NEUTRAL = {  # anything but one of these values changes the maths
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "ensure_weight_tying": (False, None),
     "kasa_config": (None,),
     "layer_replication": (None, []),
-    "lora_bias": (False, None),
     "megatron_config": (None,),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
 }
@@ -62,6 +59,10 @@ class PeftConfig(NamedTuple):
       dora: whether modules have magnitudes.
       dropout_rate: dropout of the adapters' inputs.
       bias: biases trained in full.
+      lora_bias: whether updates have a bias.
+      tokens: ids of the tokens whose rows are trained, by the end of a module's name;
+        under the empty name those of the input embedding.
+      is_tied: whether what is done to a tied embedding is done to the head as well.
       settings: the file's content.
       unknown: its keys that are not known here.
     """
@@ -79,6 +80,9 @@ class PeftConfig(NamedTuple):
     dora: bool
     dropout_rate: float
     bias: str
+    lora_bias: bool
+    tokens: dict[str, list[int]]
+    is_tied: bool
     settings: dict[str, Any]
     unknown: tuple[str, ...]
 
@@ -108,7 +112,7 @@ class PeftConfig(NamedTuple):
             match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
         ):
             return False
-        if self.targets == "all-linear":
+        if self.targets == ALL_LINEAR:
             return None
         if isinstance(self.targets, str) or name in self.targets:
             return _is_named(self.targets, name)
@@ -169,18 +173,25 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
             "`path_initial_model_for_weight_conversion` as an adapter of the original "
             "base"
         )
+    if values["lora_bias"] is True and values["use_dora"] is True:
+        faults.append("lora_bias must be false with use_dora; got true")
     if faults:
         raise ValueError(f"{origin} has {len(faults)} faults: {'; '.join(faults)}.")
+    targets, tokens = values["target_modules"], values["trainable_token_indices"]
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = ALL_LINEAR
     known = {*_FIELDS, *NEUTRAL, *NO_EFFECT, "peft_type", "init_lora_weights"}
     layers = values["layers_to_transform"]
     pattern = values["layers_pattern"]
     return PeftConfig(
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
-        targets=values["target_modules"],
+        targets=targets,
         exclude=values["exclude_modules"],
         layers=[layers] if isinstance(layers, int) else layers,
-        layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
+        layers_pattern=[pattern] * bool(pattern)
+        if isinstance(pattern, str)
+        else pattern,
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
         saved=list(dict.fromkeys(values["modules_to_save"])),
@@ -188,6 +199,9 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         dora=values["use_dora"],
         dropout_rate=float(values["lora_dropout"]),
         bias=values["bias"],
+        lora_bias=values["lora_bias"],
+        tokens=tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {},
+        is_tied=values["ensure_weight_tying"],
         settings=dict(settings),
         unknown=tuple(sorted(set(settings) - known)),
     )
@@ -307,6 +321,19 @@ def is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _are_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(type(i) is int and 0 <= i < 1 << 31 for i in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _are_tokens(value: Any) -> bool:
+    groups = value.values() if isinstance(value, dict) else [value]
+    return all(map(_are_ids, groups))
+
+
 _NAMES = "a list of names or a regular expression"
 _is_names = _either(_is_regex, _list_of(_is_a(str)))
 # The keys that are read, with PEFT's defaults.
@@ -328,6 +355,13 @@ _FIELDS: dict[str, Field] = {
     "rank_pattern": (_patterns(is_rank), "ranks by regular expression", {}),
     "alpha_pattern": (_patterns(is_positive), "alphas by regular expression", {}),
     "modules_to_save": (_list_of(_is_regex), "a list of names", []),
+    "trainable_token_indices": (
+        _are_tokens,
+        "a list of token ids, each once, or one for each module",
+        [],
+    ),
+    "ensure_weight_tying": (_is_a(bool), "true or false", False),
+    "lora_bias": (_is_a(bool), "true or false", False),
     "use_rslora": (_is_a(bool), "true or false", False),
     "use_dora": (_is_a(bool), "true or false", False),
     "fan_in_fan_out": (_is_a(bool), "true or false", False),

@@ -8,11 +8,15 @@ an adapter is ``y = x W + (x Aᵀ) B'ᵀ`` with one rank and a scaling of one::
     r = lora_alpha = rank       q, k and v all present if one of them is
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.interop.identity import base_name
+from lora_jax.interop.peft import write_peft
 from lora_jax.models.stacking import LayerSlice
 from lora_jax.names import CLASSIFIER, LM_HEAD
 
@@ -70,6 +74,58 @@ def make_portable(
             b = np.zeros((outputs, rank), np.float32)
             plain[names[path]] = ExternalFactors(a, b, 1.0, rank)
     return adapter._replace(modules=plain, rslora=False)
+
+
+def rewrite_peft(
+    directory: str | os.PathLike[str], adapter: ExternalAdapter, *, portable: bool
+) -> Path:
+    """Writes an adapter that PEFT made as a folder that PEFT loads, without a model.
+
+    Args:
+      directory: made if absent; an adapter there is replaced.
+      adapter: as `read_peft` returned it.
+      portable: as for `export_adapter`.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if the model is needed after all: for shapes that the file doesn't
+        have, or rows and biases that are added to the base's.
+      OSError: if it can't be written.
+    """
+    config, why = adapter.config, []
+    if "peft_type" not in config:
+        why.append("the adapter is not PEFT's, whose names it would need")
+    if adapter.tokens or any(f.bias is not None for f in adapter.modules.values()):
+        why.append("trainable_token_indices and lora_bias change the base's parameters")
+    settings = {
+        key: config.get(key)
+        for key in ("auto_mapping", "modules_to_save", "task_type", "target_modules")
+    }
+    settings["fan_in_fan_out"] = config.get("fan_in_fan_out") or False
+    settings["base_model_name_or_path"] = base_name(
+        config.get("base_model_name_or_path")
+    )
+    if portable:
+        ends = (".q_proj", ".k_proj", ".v_proj")
+        layers = {n[: -len(e)] for n in adapter.modules for e in ends if n.endswith(e)}
+        why += [
+            f"{layer} has no adapter of {end[1:]}, and zeros of its shape are needed"
+            for layer in sorted(layers)
+            for end in ends
+            if layer + end not in adapter.modules
+        ]
+    if why:
+        raise ValueError(
+            f"{adapter.origin} can't be exported without its base: {'; '.join(why)}. "
+            "Name the base (--model)."
+        )
+    if portable:
+        adapter = make_portable(adapter, {}, {})
+        if not isinstance(settings["target_modules"], list):
+            settings["target_modules"] = sorted(adapter.modules)
+    return write_peft(directory, adapter, settings)
 
 
 def _plain(factors: ExternalFactors, rank: int) -> ExternalFactors:

@@ -11,15 +11,19 @@ import jax.numpy as jnp
 from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
+from lora_jax.files.gguf import SUFFIX, read_metadata
 from lora_jax.files.json_file import read_json
 from lora_jax.interop.attach import put_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
+from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
+from lora_jax.interop.tied import needs_own_head
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
+from lora_jax.models.target_names import own_names
 from lora_jax.names import CLASSIFIER, FROZEN, KERNEL, LAYERS, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
@@ -58,7 +62,8 @@ def load_model(
       adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
         by their contents, or an `ExternalAdapter`; its adapters are put on the model.
         Dropout of adapters is off (``module.clone(deterministic=None)`` for training).
-      lora: puts fresh adapters on the model; needs ``key``.
+      lora: puts fresh adapters on the model; needs ``key``. Its names may be Hugging
+        Face's, such as ``k_proj``, see `own_names`.
       num_labels: classes of an encoder's head. If the file holds a head of as many
         classes for the same pooling, it is loaded; else a new one is made. None: the
         file's head if it has one for this pooling, else no head.
@@ -111,6 +116,10 @@ def load_model(
     if adapter is not None and not isinstance(adapter, ExternalAdapter):
         folder = find_adapter(adapter)
         external = read_external(folder)
+        if path is not None:
+            source = open_source(path)
+            config = {} if external is None else external.config
+            check_not_merged(source.settings, source.path, folder, config)
     if isinstance(external, ExternalAdapter):
         loaded = _load_external(path, external, options)
     elif folder is not None:
@@ -120,6 +129,7 @@ def load_model(
     else:
         loaded = load_base(path, **options)
     if lora is not None and key is not None:
+        lora = own_names(lora, loaded.family)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)
@@ -141,8 +151,15 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
 
     Raises:
       FileNotFoundError: if it is neither, or a run folder without an adapter yet.
+      ValueError: if it is a file.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} must be a folder; it is {_file_kind(folder)}. Adapters are read "
+            "from folders of lora_jax, PEFT and mlx-lm: name the one that it was "
+            "converted from."
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter at {folder}: there is no such folder.")
     inside = folder / RUN_ADAPTER
@@ -158,6 +175,20 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ADAPTER_CONFIG}."
+    )
+
+
+def _file_kind(file: Path) -> str:
+    """Says what a file is that was given in place of an adapter's folder."""
+    if file.suffix != SUFFIX:
+        return "a file"
+    try:
+        kind = read_metadata(file).get("general.type")
+    except ValueError:
+        return "a GGUF file"
+    is_adapter = kind == "adapter"
+    return (
+        f"a GGUF file of {'a LoRA adapter' if is_adapter else 'a model'}, llama.cpp's"
     )
 
 
@@ -202,14 +233,16 @@ def _load_external(
                 f"path must name the base of {adapter.origin}, an adapter of another "
                 f"tool: the base that it names, {path!r}, is not a folder here."
             )
+    source = open_source(path)
+    family = source.family
     if adapter.full:
-        family = open_source(path).family
         head = adapter.full.get(f"{family.modules.get(CLASSIFIER)}.weight")
         if head is not None:
             given = {k: options[k] for k in ("num_labels", "pooling")}
             found = {"num_labels": len(head), "pooling": family.head_pooling}
             options |= {k: found[k] if v is None else v for k, v in given.items()}
-    return put_adapter(load_base(path, **options), adapter)
+    own_head = needs_own_head(adapter, family)
+    return put_adapter(load_base(path, **options, own_head=own_head), adapter)
 
 
 def _load_own(
@@ -224,6 +257,11 @@ def _load_own(
             "it was trained on."
         )
     head = found.variables.get(PARAMS, {}).get(CLASSIFIER)
+    if (head or found.extra.get("pooling")) and not open_source(path).family.head:
+        raise ValueError(
+            f"the adapter in {folder} must be put on the encoder that it was trained "
+            f"on; {path} is a decoder."
+        )
     if options["num_labels"] is None and head and KERNEL in head:
         # bias="all" trains the bias of a head alone.
         options["num_labels"] = head[KERNEL].shape[-1]

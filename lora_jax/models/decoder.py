@@ -139,13 +139,20 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def prefill(
-        self, input_ids: TokenIds, size: int, *, deterministic: bool = True
+        self,
+        input_ids: TokenIds,
+        size: int,
+        *,
+        is_long: bool | None = None,
+        deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
         """Reads prompts into a new cache.
 
         Args:
           input_ids: ``[b, t]``, padded to the right; padding is ignored.
           size: slots of the cache, at least ``t``.
+          is_long: longrope: whether these are longer than its original context; None
+            goes by ``t``. All calls for one cache must agree.
           deterministic: see `__call__`.
 
         Returns:
@@ -156,7 +163,9 @@ class Decoder(nn.Module):
                 f"the cache must have a slot for each of the {input_ids.shape[1]} "
                 f"tokens of the prompt; got size = {size}."
             )
-        x, place = self._embed(input_ids, None, None)
+        if is_long is None:
+            is_long = self._exceeds(input_ids.shape[1])
+        x, place = self._embed(input_ids, None, None, is_long)
         x, (keys, values) = self._blocks(x, place, "run")
         room = [(0, size - input_ids.shape[1]), (0, 0), (0, 0)]
 
@@ -171,6 +180,7 @@ class Decoder(nn.Module):
         positions: TokenIds,
         cache: Cache,
         *,
+        is_long: bool | None = None,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
         """Reads the next tokens of every row.
@@ -179,12 +189,15 @@ class Decoder(nn.Module):
           input_ids: ``[b, t]``; one token a row, usually.
           positions: ``[b, t]`` of these tokens.
           cache: of what came before.
+          is_long: longrope: as `prefill` was told; None goes by the size of the cache.
           deterministic: see `__call__`.
 
         Returns:
           Hidden states ``[b, t, d]`` and the cache with these tokens in it.
         """
-        x, place = self._embed(input_ids, positions, None)
+        if is_long is None:
+            is_long = self._exceeds(cache.keys[0].shape[-3])
+        x, place = self._embed(input_ids, positions, None, is_long)
         place = place._replace(slots=positions)
         x, (keys, values) = self._blocks(x, place, "run", cache)
         return self.final_norm(x), Cache(keys, values)
@@ -234,17 +247,30 @@ class Decoder(nn.Module):
         if not cfg.is_tied:
             self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
+    def _exceeds(self, length: int) -> bool:
+        original = self.config.original_positions
+        return original is not None and length > original
+
     def _embed(
-        self, input_ids, positions, segment_ids
+        self, input_ids, positions, segment_ids, is_long=None
     ) -> tuple[Hidden, PositionContext]:
-        """Returns the tokens' embeddings and positions."""
-        cfg = self.config
+        """Returns the tokens' embeddings and positions.
+
+        Longrope's factors are those for the longest sequence of the batch, as in
+        transformers: by the positions where they are given, else by the row's length.
+        """
+        cfg, original = self.config, self.config.original_positions
         check_tokens(
             cfg.max_positions,
             input_ids,
             positions=positions,
             segment_ids=segment_ids,
         )
+        longer: Any = is_long
+        if longer is None and original is not None and positions is not None:
+            longer = jnp.max(positions) >= original
+        elif longer is None:
+            longer = self._exceeds(input_ids.shape[1])
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
         x = self.embed(input_ids).astype(self.dtype)
@@ -253,7 +279,11 @@ class Decoder(nn.Module):
             x = x + self.positions(positions).astype(self.dtype)
         cos, sin = [], []
         for rope in cfg.ropes:
-            angles = rope_angles(positions, jnp.asarray(rope.frequencies()))
+            frequencies = jnp.asarray(rope.frequencies())
+            if rope.long_divisors:
+                stretched = jnp.asarray(rope.frequencies(is_long=True))
+                frequencies = jnp.where(longer, stretched, frequencies)
+            angles = rope_angles(positions, frequencies)
             cos.append(jnp.cos(angles) * rope.attention_factor)
             sin.append(jnp.sin(angles) * rope.attention_factor)
         if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned

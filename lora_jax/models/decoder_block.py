@@ -117,6 +117,8 @@ class Attention(DecoderModule):
             cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
             query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
 
+        if cfg.divides_by_layer:
+            query = query / jnp.asarray(layer + 1, query.dtype)
         window = _of_layer(cfg.layer_windows, layer, NO_WINDOW)
         attend = functools.partial(
             causal_attention if past is None else cached_attention,

@@ -32,7 +32,9 @@ class Rope:
       beta_slow: yarn: those with fewer rotations than this are stretched fully.
       truncate: yarn: whether both limits are rounded to whole dimensions.
       attention_factor: yarn, longrope: factor of cosines and sines.
-      divisors: longrope: what each frequency is divided by.
+      divisors: longrope: what each frequency is divided by in sequences of up to
+        ``original_max_positions`` tokens.
+      long_divisors: longrope: the same in longer ones.
 
     References:
       linear: https://arxiv.org/abs/2306.15595; yarn: https://arxiv.org/abs/2309.00071,
@@ -51,9 +53,17 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
 
-    def frequencies(self) -> np.ndarray:
-        """Returns radians a token, ``[rotary_dim / 2]`` float32."""
+    def frequencies(self, *, is_long: bool = False) -> np.ndarray:
+        """Returns radians a token, ``[rotary_dim / 2]`` float32.
+
+        Args:
+          is_long: longrope: whether the sequence is longer than its original context.
+
+        Returns:
+          The frequencies.
+        """
         exponents = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
         plain = self.theta**-exponents
         if self.kind == "linear":
@@ -63,7 +73,7 @@ class Rope:
         elif self.kind == "yarn":
             plain = self._yarn(plain)
         elif self.kind == "longrope":
-            plain = plain / np.asarray(self.divisors)
+            plain = plain / np.asarray(self.long_divisors if is_long else self.divisors)
         return plain.astype(np.float32)
 
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
@@ -117,6 +127,7 @@ class DecoderConfig:
       layer_windows: sliding window of each layer; None for full causal attention.
       has_learned_positions: whether there is a learned position embedding.
       attention_scale: of the scores; None for ``1 / √h``.
+      divides_by_layer: whether scores are divided by the layer's number, from 1.
       attention_softcap: bound of the scores, or None.
       final_softcap: bound of the logits, or None.
       embed_scale: factor of the embedding's output.
@@ -151,10 +162,18 @@ class DecoderConfig:
     layer_windows: tuple[int | None, ...] = ()
     has_learned_positions: bool = False
     attention_scale: float | None = None
+    divides_by_layer: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embed_scale: float = 1.0
     is_tied: bool = False
+
+    @property
+    def original_positions(self) -> int | None:
+        """Where longrope's long factors begin; None without longrope."""
+        return next(
+            (r.original_max_positions for r in self.ropes if r.kind == "longrope"), None
+        )
 
     def __post_init__(self):
         sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
@@ -217,10 +236,12 @@ class DecoderConfig:
                 f"rotary_dim must be even and at most head_dim = {self.head_dim}; "
                 f"got {dim!r}"
             )
-        elif rope.kind == "longrope" and len(rope.divisors) != dim // 2:
-            faults.append(
-                f"longrope needs {dim // 2} factors; got {len(rope.divisors)}"
-            )
+        elif rope.kind == "longrope":
+            faults += [
+                f"longrope needs {dim // 2} factors; got {len(factors)}"
+                for factors in (rope.divisors, rope.long_divisors)
+                if len(factors) != dim // 2
+            ]
         if not (isinstance(rope.theta, (int, float)) and rope.theta > 1):
             faults.append(f"rope theta must be above 1; got {rope.theta!r}")
         if not (isinstance(rope.factor, (int, float)) and rope.factor > 0):

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from lora_jax.names import BIAS, KERNEL
+from lora_jax.names import BIAS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
@@ -38,6 +38,7 @@ class Family:
       head: paths of the classification head's modules, which are made anew where a
         file has none; empty for a model that predicts tokens.
       head_pooling: the pooling below a head that transformers trained.
+      head_class: end of the name of transformers' class with that head.
       renames: expressions in a file's module names and what transformers 5, and so
         an adapter of today, has in their place. Files of either kind are read.
       is_transposed: whether kernels are stored ``[out, in]``.
@@ -51,6 +52,7 @@ class Family:
     unused: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     head_pooling: str = "pooler"
+    head_class: str = "ForSequenceClassification"
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
 
@@ -143,7 +145,8 @@ class Family:
         return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
 
     def _is_turned(self, path: str) -> bool:
-        return self.is_transposed and path.rpartition("/")[2] == KERNEL
+        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
+        return is_turned and path.rpartition("/")[2] == KERNEL
 
     @staticmethod
     def axes(ndim: int) -> tuple[int, ...]:

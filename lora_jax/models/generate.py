@@ -68,7 +68,8 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
 
-    prefill, decode = _compiled(module, size, temperature > 0)
+    is_long = _is_long(int(lengths.max()), max_new_tokens, config)
+    prefill, decode = _compiled(module, size, temperature > 0, is_long)
     sampling = (
         key if key is not None else jax.random.key(0),
         temperature,
@@ -132,7 +133,7 @@ def sample(
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(module: nn.Module, size: int, is_sampled: bool):
+def _compiled(module: nn.Module, size: int, is_sampled: bool, is_long: bool):
     """Returns the jitted prefill and decode for caches of ``size`` slots."""
 
     def choose(variables, hidden, positions, key, *sampling):
@@ -148,17 +149,38 @@ def _compiled(module: nn.Module, size: int, is_sampled: bool):
         return jax.vmap(draw)(jnp.arange(len(logits)), positions, logits)
 
     def prefill(variables, ids, lengths, *sampling):
-        hidden, cache = module.apply(variables, ids, size, method="prefill")
+        hidden, cache = module.apply(
+            variables, ids, size, is_long=is_long, method="prefill"
+        )
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return choose(variables, last, lengths - 1, *sampling), cache
 
     def decode(variables, token, positions, cache, *sampling):
         hidden, cache = module.apply(
-            variables, token[:, None], positions[:, None], cache, method="decode"
+            variables,
+            token[:, None],
+            positions[:, None],
+            cache,
+            is_long=is_long,
+            method="decode",
         )
         return choose(variables, hidden, positions, *sampling), cache
 
     return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
+
+
+def _is_long(longest: int, max_new_tokens: int, config: Any) -> bool:
+    """Says which of longrope's factors a cache is made with; it can't change them."""
+    original = config.original_positions
+    if original is not None and longest <= original < longest + max_new_tokens - 1:
+        raise ValueError(
+            f"max_new_tokens must be at most {original - longest + 1} for a prompt of "
+            f"{longest} tokens; got {max_new_tokens}. This model's positions (longrope)"
+            f" are rotated differently beyond {original} tokens, so that what is in "
+            "the cache can't be continued; generate that many, and go on with prompt "
+            "and text as the prompt."
+        )
+    return original is not None and longest > original
 
 
 def _round_up(number: int) -> int:

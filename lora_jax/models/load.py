@@ -7,6 +7,7 @@ dtype, layout and devices: the host never holds a second copy of the model, nor 
 layers that one array stacks.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -23,16 +24,17 @@ from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.source import MODEL_CONFIG, Source, open_source
+from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import layer_slices
-from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD, PARAMS
+from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, FROZEN, HEAD, KERNEL, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
 from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
+
+WORDS = "encoder/embeddings/word"  # an encoder's tokens
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -48,11 +50,51 @@ def load_base(
     scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
+    own_head: bool = False,
 ) -> LoadedModel:
-    """Loads a pretrained model without adapters; the arguments are `load_model`'s."""
+    """Loads a pretrained model without adapters.
+
+    Args:
+      path: this and the others are `load_model`'s.
+      num_labels: see there.
+      pooling: see there.
+      dtype: see there.
+      param_dtype: see there.
+      sharding: see there.
+      scan_layers: see there.
+      remat: see there.
+      key: see there.
+      own_head: gives a decoder whose head is its embedding a head of its own, with the
+        embedding's values.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
     source = open_source(path)
     config = source.config
+    if (
+        own_head
+        and not source.family.head
+        and config.is_tied
+        and not _tied_faults(source, {})
+    ):
+        config, source = (
+            dataclasses.replace(config, is_tied=False),
+            source.with_own_head(),
+        )
     fresh_head: tuple[str, ...] = ()
+    if source.has_other_head and (pooling is None or not source.family.head):
+        kinds = "ForCausalLM"
+        if source.family.head:
+            kinds = f"Model and {source.family.head_class}"
+        raise ValueError(
+            f"{path}: the architecture {source.architecture} is unsupported; its head "
+            f"is of another kind than those of {kinds}. An encoder can be loaded "
+            "without its head by giving pooling."
+        )
     if not source.family.head:
         refused = [
             n for n, v in (("num_labels", num_labels), ("pooling", pooling)) if v
@@ -100,6 +142,47 @@ def load_base(
     )
 
 
+def as_stored(loaded: LoadedModel) -> LoadedModel:
+    """Returns a model with the base in the bits of its file, to be merged into.
+
+    Args:
+      loaded: a model with an adapter, whose base may have been rounded to another
+        dtype (``param_dtype``).
+
+    Returns:
+      The same model where nothing was rounded; else one whose frozen parameters are
+      read again, in the file's own dtypes. What is trained stays as it is.
+
+    Raises:
+      ValueError: as `load_model`.
+    """
+    source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
+    frozen = flatten(loaded.variables.get(FROZEN, {}))
+    own_head = not getattr(loaded.config, "is_tied", True)
+    names = (source.with_own_head() if own_head else source).names
+
+    def is_rounded(path: str, leaf: Any) -> bool:
+        single = next(iter(layer_slices({path: leaf})))
+        name = source.family.tensor_name(single)
+        if name not in names:
+            return False
+        stored = next(source.tensors.pieces(names[name]))[1].dtype
+        return jnp.promote_types(stored, leaf.dtype) != leaf.dtype
+
+    if module is None or not any(is_rounded(p, leaf) for p, leaf in frozen.items()):
+        return loaded
+    own = load_base(
+        loaded.path,
+        num_labels=getattr(module, "num_labels", None),
+        pooling=getattr(module, "pooling", None),
+        scan_layers=getattr(module, "scan_layers", None),
+        own_head=own_head,
+    )
+    stored = flatten(own.params)
+    kept = {p: leaf if p in own.new else stored[p] for p, leaf in frozen.items()}
+    return loaded._replace(variables={**loaded.variables, FROZEN: unflatten(kept)})
+
+
 def param_shapes(family: Family, module: nn.Module) -> dict[str, Shape]:
     """Shapes of a model's parameters by path, from tracing; nothing is computed.
 
@@ -118,7 +201,7 @@ def param_shapes(family: Family, module: nn.Module) -> dict[str, Shape]:
 def _own_head(source: Source) -> tuple[str, int | None]:
     """The pooling that a folder's weights were made with, and its head's classes."""
     name = source.family.tensor_name(f"{CLASSIFIER}/{KERNEL}")
-    has_head = name in source.names
+    has_head = name in source.names and not source.has_other_head
     labels = source.shape(name)[0] if has_head else None
     ours = source.settings.get(OURS)
     if isinstance(ours, dict) and "pooling" in ours:
@@ -185,9 +268,29 @@ def _read(
         raise ValueError(
             f"{source.path}: {len(faults)} of its {len(names)} tensors or of the "
             f"{len(used)} expected don't fit the model of its {MODEL_CONFIG}; nothing "
-            "was loaded.\n  " + "\n  ".join(faults)
+            "was loaded.\n  " + "\n  ".join(faults + _likely_causes(source))
         )
     return flat, unused
+
+
+def _likely_causes(source: Source) -> list[str]:
+    """Says what a config shows of why the tensors don't fit it."""
+    causes, settings = [], source.settings
+    if quantised := settings.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        causes.append(
+            f"The model is quantised ({method or 'quantization_config'}), which is not "
+            "read: take the one it was made from, or save it in bfloat16."
+        )
+    words = source.family.module_name(WORDS if source.family.head else EMBED)
+    name, size = f"{words}.weight", settings.get("vocab_size")
+    rows = source.shape(name)[0] if name in source.names else size
+    if rows != size:
+        causes.append(
+            f"The vocabulary was resized: {source.names[name]} has {rows} tokens, "
+            f"vocab_size of {MODEL_CONFIG} is {size}. Save the config with the model."
+        )
+    return causes
 
 
 def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:

@@ -1,14 +1,14 @@
 """A model's parameters back into a plain Hugging Face folder.
 
 Parameters that `load_model` read and a merge changed get the names, prefix and dtypes
-of the source folder. Tensors that the module doesn't use (BERT's pooler, say) are
-copied, so that the folder still fits its ``config.json`` and transformers loads it; a
-second copy of a tied embedding is left out.
+of the source folder; those that nothing changed are the same bytes, also where they
+were loaded in another dtype. Tensors that the module doesn't use (BERT's pooler, say)
+are copied, so that the folder still fits its ``config.json`` and transformers loads it;
+a second copy of a tied embedding is left out. The source's other files go along.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,16 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files.atomic import new_folder, write_text
-from lora_jax.files.images import IMAGE_CONFIG
 from lora_jax.files.safetensors import SINGLE, write_tensors
-from lora_jax.files.special_tokens import (
-    GENERATION_CONFIG,
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-)
-from lora_jax.files.tokenizer import TOKENIZER_FILE, load_tokenizer
-from lora_jax.models.load import OURS, TIED_HEAD
-from lora_jax.models.source import MODEL_CONFIG, open_source
+from lora_jax.files.tokenizer import load_tokenizer
+from lora_jax.models.load import OURS
+from lora_jax.models.side_files import copy_side_files
+from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import layer_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
 from lora_jax.tree.paths import flatten
 
-# Files that a model folder needs beside weights and config.
-OTHER_FILES = (
-    IMAGE_CONFIG,
-    TOKENIZER_FILE,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    GENERATION_CONFIG,
-    TEMPLATE,
-)
+MERGED = "merged"  # under `OURS` in config.json: what was merged into the model
 
 
 def save_model(
@@ -49,6 +34,7 @@ def save_model(
     source: str | os.PathLike[str],
     *,
     pooling: str | None = None,
+    merged: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes parameters as a Hugging Face folder.
 
@@ -60,6 +46,8 @@ def save_model(
       pooling: the pooling that an encoder's head was trained on; kept in
         ``config.json`` for `load_model`. None: "pooler" if ``params`` has one, else the
         family's own ("cls", DINOv2 "cls_mean") or "mean".
+      merged: what says which adapter was merged, as `describe_adapter` returns it; kept
+        in ``config.json``, so that `load_model` doesn't put the same one on again.
 
     Returns:
       The folder.
@@ -89,23 +77,27 @@ def save_model(
         for name in names
         if name not in ours and not family.is_unused(name)
     ]
+    if not family.head and TIED_HEAD in ours and model.config.is_tied:
+        settings["tie_word_embeddings"] = False  # a tied table whose sides differ now
+        model = model.with_own_head()
     tensors = {}
     for name, (path, part) in ours.items():
         array = family.to_file(path, np.asarray(part))
-        # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
-        if name in names and model.path.is_dir():
-            with np.errstate(over="ignore"):  # reported below as not finite
-                array = array.astype(model.dtype(name), copy=False)
         head = family.is_head(name)
-        if name not in names and not head:
+        if name not in model.names and not head:
             faults.append(f"unexpected: {path}")
-        elif not head and array.shape != model.shape(name):
+            continue
+        if not head and array.shape != model.shape(name):
             wanted = list(model.shape(name))
             faults.append(f"shape: {name} must be {wanted}; got {list(array.shape)}")
-        elif not np.isfinite(array).all():
-            faults.append(f"not finite: {path}")
-        else:
+            continue
+        # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
+        if name in model.names and model.path.is_dir():
+            array = _as_stored(model, name, array)
+        if np.isfinite(array).all():
             tensors[names.get(name, name)] = array
+        else:
+            faults.append(f"not finite: {path}")
     if faults:
         raise ValueError(
             f"params must fit the model of {source}; {len(faults)} tensors don't, and "
@@ -115,23 +107,40 @@ def save_model(
         if name not in ours and name != TIED_HEAD and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
+    kept = settings.get(OURS)
+    before = kept.get(MERGED, []) if isinstance(kept, dict) else []
+    ours_kept: dict[str, Any] = {}
+    if before or merged:
+        ours_kept[MERGED] = [*before, *([dict(merged)] if merged else [])]
     if family.head:
         if pooling is None:
             own = "mean" if family.head_pooling == POOLER else family.head_pooling
             pooling = POOLER if POOLER in params else own
-        settings[OURS] = {"pooling": pooling}
+        ours_kept["pooling"] = pooling
     if CLASSIFIER in params and family.head:
         count = params[CLASSIFIER][KERNEL].shape[-1]
         if len(settings.get("id2label") or {}) != count:
             settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
             settings["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    if ours_kept:
+        settings[OURS] = ours_kept
     with new_folder(directory) as new:
         write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_text(new / MODEL_CONFIG, text)
         if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
             tokenizer.save(new)  # a GGUF file holds it
-        for name in OTHER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, new / name)
+        copy_side_files(source, new, leave_out=directory)
     return directory
+
+
+def _as_stored(model: Source, name: str, array: np.ndarray) -> np.ndarray:
+    """Returns a tensor in the dtype of the file; if it is the file's, with its bits."""
+    if array.dtype == model.dtype(name):
+        return array
+    stored = model.tensors[model.names[name]]
+    is_head = array.shape != stored.shape  # of other classes
+    with np.errstate(over="ignore"):  # reported as not finite
+        if not is_head and np.array_equal(stored.astype(array.dtype), array):
+            return stored
+        return array.astype(stored.dtype)

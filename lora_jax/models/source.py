@@ -1,6 +1,7 @@
 """Where a model's config and tensors come from: a folder or a GGUF file."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.files.fetch import find_model
-from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.gguf import SUFFIX, GGUFReader, first_part
 from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
+from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
+
+TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
+
+# Ends of the names of transformers' classes: a model without a head, and models whose
+# head is neither of the two kinds here (a decoder's predicts tokens).
+_BARE = re.compile(r"((?<!LMHead)(?<!DoubleHeads)Model|Backbone)$")
+_OTHER_HEAD = re.compile(r"(ForTokenClassification|ForQuestionAnswering|Choice)$")
+_DECODER_HEAD = re.compile(rf"{_OTHER_HEAD.pattern}|Classification$|DoubleHeadsModel$")
 
 
 class Source(NamedTuple):
@@ -37,6 +47,31 @@ class Source(NamedTuple):
     def config(self) -> Any:
         """What the family reads from the settings: the module's config."""
         return self.family.read_config(self.settings)
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that ``config.json`` names; empty if it doesn't."""
+        names = self.settings.get("architectures")
+        first = names[0] if isinstance(names, list) and names else ""
+        return first if isinstance(first, str) else ""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether transformers opens it without a head, and names have no prefix."""
+        return not self.architecture or bool(_BARE.search(self.architecture))
+
+    @property
+    def has_other_head(self) -> bool:
+        """Whether its head is of a kind that this library doesn't have."""
+        other = _OTHER_HEAD if self.family.head else _DECODER_HEAD
+        return bool(other.search(self.architecture))
+
+    def with_own_head(self) -> "Source":
+        """The same with the embedding's tensor as the head's too."""
+        names = dict(self.names)
+        if embed := names.get(self.family.tensor_name(f"{EMBED}/{EMBEDDING}")):
+            names[TIED_HEAD] = embed
+        return self._replace(names=names)
 
     def pieces(self, bare: str) -> Iterator[tuple[Any, np.ndarray]]:
         """Reads a tensor by its bare name; yields where a piece belongs, and it."""
@@ -67,6 +102,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     found = find_model(path)
     if found.suffix == SUFFIX:
+        found = first_part(found)
         tensors = GGUFReader(found)
         settings = check_settings(tensors.config, found)
     else:

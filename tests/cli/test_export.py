@@ -24,7 +24,7 @@ def test_a_run_is_exported_without_its_head_or_not_at_all(run_dir, tmp_path, cal
     assert json.loads(out)["format"] == "peft"
     found = read_peft(tmp_path / "a")
     ours = open_tensors(run_dir / "adapter" / "adapter.safetensors")
-    name = "bert.encoder.layer.0.attention.self.query"
+    name = "encoder.layer.0.attention.self.query"  # as the base opens without a head
     a = ours["lora/encoder/layer_0/attention/query/lora_a"]
     np.testing.assert_array_equal(found.modules[name].a, a.T)
     assert found.modules[name].scaling == 4.0
@@ -101,10 +101,13 @@ def test_a_decoder_is_merged(tmp_path, call):
     )
 
 
-@pytest.mark.parametrize("command", ["merge", "export"])
-def test_the_base_that_a_peft_folder_names_is_not_looked_for(command, tmp_path, call):
+@pytest.mark.parametrize("command", [["merge"], ["export", "--format", "mlx"]])
+def test_the_base_that_a_peft_folder_names_is_not_looked_for(
+    command, tmp_path, call, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # not a folder here
     words = ("--adapter", LLAMA / "peft_plain", "--out", tmp_path / "m")
-    code, _, shown = call(command, *words)
+    code, _, shown = call(*command, *words)
     assert code == 2
     assert "is an adapter of another tool" in shown
     assert "add --model" in shown

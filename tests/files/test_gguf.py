@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from experiments.fetch import FetchError, smollm2
 from lora_jax.files.gguf import GGUFReader, rotate_half_rows
+from lora_jax.interop.pretrained import find_adapter
 
 D, HEADS, KV, F, V = 32, 4, 2, 64, 40
 
@@ -389,3 +390,60 @@ def test_smollm2_has_the_shapes_it_is_known_for(smollm):
     kernel = reader["model.layers.29.self_attn.q_proj.weight"]
     assert np.isfinite(kernel).all()
     assert 0.01 < kernel.std() < 1
+
+
+def split(folder, parts=3):
+    """The tensors of `write`, one file after the other, as gguf-split writes them."""
+    stored, files = tensors(), []
+    names = list(stored)
+    for i in range(parts):
+        path = folder / f"m-{i + 1:05}-of-{parts:05}.gguf"
+
+        def add(writer, number=i):
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", parts)
+            writer.add_int32("split.tensors.count", len(stored))
+
+        kept = {name: stored[name] for name in names[i::parts]}
+        files.append(write(path, stored=kept, add=add))
+    return stored, files
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_split_model_is_read_from_all_its_files(part, tmp_path):
+    stored, files = split(tmp_path)
+    whole = GGUFReader(write(tmp_path / "whole.gguf", stored=stored))
+    reader = GGUFReader(files[part])
+    assert reader.files == tuple(files)
+    assert reader.config == whole.config
+    assert reader.shapes.keys() == whole.shapes.keys()
+    for name in whole.shapes:
+        np.testing.assert_array_equal(reader[name], whole[name], err_msg=name)
+
+
+def test_a_split_model_needs_all_its_files_under_their_names(tmp_path):
+    _, files = split(tmp_path)
+    whole = files[0].read_bytes()
+    files[1].rename(tmp_path / "kept")
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf is not in"):
+        GGUFReader(files[0])
+    (tmp_path / "kept").rename(files[1])
+    (tmp_path / "other.gguf").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"must be named NAME-00001-of-00003\.gguf"):
+        GGUFReader(tmp_path / "other.gguf")
+    files[2].write_bytes(files[1].read_bytes())
+    with pytest.raises(ValueError, match=r"must be file 3 of 3 .* split.no is 1"):
+        GGUFReader(files[0])
+
+
+def test_a_gguf_adapter_is_called_that(tmp_path):
+    def add(writer):
+        writer.add_type("adapter")
+
+    file = write(tmp_path / "lora.gguf", add=add)
+    with pytest.raises(ValueError, match="a GGUF file of a LoRA adapter"):
+        GGUFReader(file)
+    for path in (file, write(tmp_path / "model.gguf")):
+        kind = "a LoRA adapter" if path == file else "a model"
+        with pytest.raises(ValueError, match=f"must be a folder; .* of {kind}"):
+            find_adapter(path)

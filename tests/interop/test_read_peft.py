@@ -119,9 +119,12 @@ def test_unknown_keys_are_kept_and_reported(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_bias": True}, "lora_bias = True is not supported: it changes"),
+        ({"alora_invocation_tokens": [1]}, "is not supported: it changes what"),
+        ({"lora_bias": True}, "missing: base_model.model.model.layers.1.mlp.down"),
+        ({"lora_bias": 1}, "lora_bias must be true or false; got 1"),
         ({"target_parameters": ["experts"]}, "target_parameters = ['experts']"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices = [1]"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens_delta of the input"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices must be a list"),
         ({"use_qalora": True}, "use_qalora = True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         (
@@ -160,10 +163,10 @@ def test_a_config_that_cannot_be_followed_is_an_error(changes, message, folder):
 
 
 def test_all_faults_of_a_config_are_in_one_error(folder):
-    configure(folder, r=-1, lora_bias=True, bias=3)
+    configure(folder, r=-1, use_qalora=True, bias=3)
     message = error_of(folder)
     assert "3 faults" in message
-    assert all(word in message for word in ("r must", "lora_bias", "bias must"))
+    assert all(word in message for word in ("r must", "use_qalora", "bias must"))
 
 
 def test_all_faults_of_the_tensors_are_in_one_error(folder):
@@ -179,14 +182,14 @@ def test_all_faults_of_the_tensors_are_in_one_error(folder):
 
     edit(folder, change)
     message = error_of(folder)
-    assert "7 faults; nothing was loaded" in message
+    assert "8 faults; nothing was loaded" in message
     assert f"not finite: {LAYER}.mlp.down_proj.lora_A.weight, 1 of 28" in message
     assert f"missing: {LAYER}.self_attn.q_proj.lora_B" in message
     assert (
         "A of model.layers.1.self_attn.v_proj must be [2, in]; got [3, 20]" in message
     )
     assert f"{LAYER}.mlp.up_proj.lora_C.weight is of an unknown kind" in message
-    assert f"{LAYER}.mlp.up_proj.lora_B.bias is of an unknown kind" in message
+    assert f"missing: {LAYER}.mlp.up_proj.lora_A" in message  # of its lora_B.bias
     assert "stray.weight does not start with base_model.model." in message
     assert "base_model.model.step must be floats; got int32" in message
 

@@ -94,13 +94,14 @@ def test_frequencies_are_those_of_transformers(rope, frequencies, attention_fact
     assert new.attention_factor == pytest.approx(attention_factor)
 
 
-def test_longrope_is_read_for_the_context_its_short_factors_are_made_for():
+def test_longrope_has_factors_for_short_and_for_long_contexts():
     rope = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
     config = read("phi3", original_max_position_embeddings=1024, rope_scaling=rope)
     wanted = [1.0, 0.287479758, 0.083333336, 0.024325214, 0.007142857, 0.002108185]
     np.testing.assert_allclose(config.ropes[0].frequencies()[:6], wanted, rtol=1e-6)
     assert config.ropes[0].attention_factor == pytest.approx(1.0954451150103321)
-    assert config.max_positions == 1024
+    assert config.max_positions == 4096
+    assert config.original_positions == 1024
 
 
 LLAMA3 = {

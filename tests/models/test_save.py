@@ -71,14 +71,62 @@ def test_without_a_head_the_files_old_head_is_left_out(tmp_path):
     assert load_model(tmp_path / "out").module.num_labels is None
 
 
-def test_tokenizer_files_are_copied_and_others_are_not(tmp_path):
-    source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
-    (source / "vocab.txt").write_text("[PAD]\n")
-    (source / "notes.md").write_text("mine\n")
-    loaded = load_model(source)
-    save_model(tmp_path / "out", loaded.params, source, pooling="pooler")
-    files = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert files == ["config.json", "model.safetensors", "vocab.txt"]
+def test_all_files_but_weights_go_along(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name, source)
+    kept = (
+        *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "README.md"),
+        *("additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"),
+        "modeling_own.py",  # copied, never run
+    )
+    left = (
+        *("pytorch_model.bin", "model.onnx", "tf_model.h5", ".gitattributes"),
+        *("adapter_config.json", "model.safetensors.index.json"),
+        *("checkpoint-5/config.json", "checkpoint-5/optimizer.pt"),
+    )
+    for name in (*kept, *left):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("raise SystemExit\n")
+    (source / "model.safetensors.index.json").unlink()  # it would be the model
+    (tmp_path / "secret").write_text("mine")
+    (source / "link").symlink_to(tmp_path / "secret")
+    (source / "folder").symlink_to(tmp_path)
+    (source / "own").symlink_to("vocab.txt")
+    (source / "out" / "1_Pooling").mkdir(parents=True)  # an older result is replaced
+    loaded = load_model(GOLDEN)
+    out = save_model(source / "out", loaded.params, source, pooling="pooler")
+    found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert found == {"config.json", "model.safetensors", "own", *kept}
+    assert not (out / "own").is_symlink()
+
+
+def test_a_folder_of_the_hubs_cache_links_to_its_blobs(tmp_path):
+    cache = tmp_path / "models--me--bert"
+    source, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name, source)
+    (blobs / "1").write_text("[PAD]")
+    (source / "vocab.txt").symlink_to("../../blobs/1")
+    out = save_model(tmp_path / "out", load_model(GOLDEN).params, source)
+    assert (out / "vocab.txt").read_text() == "[PAD]"
+
+
+def test_what_nothing_changed_is_the_same_bytes_whatever_it_was_loaded_in(tmp_path):
+    params = load_model(GOLDEN, param_dtype="bfloat16").params
+    kernel = params["encoder"]["layer_0"]["mlp"]["up"]["kernel"]
+    params["encoder"]["layer_0"]["mlp"]["up"]["kernel"] = kernel + 1
+    out = save_model(tmp_path / "out", params, GOLDEN, pooling="pooler")
+    written = load_file(out / "model.safetensors")
+    changed = [
+        name
+        for name, tensor in load_file(GOLDEN / "model.safetensors").items()
+        if tensor.tobytes() != written[name].tobytes()
+    ]
+    assert changed == ["bert.encoder.layer.0.intermediate.dense.weight"]
 
 
 def test_the_chat_template_and_where_generation_stops_are_copied(tmp_path):

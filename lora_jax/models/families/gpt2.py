@@ -16,9 +16,7 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     fields = Fields(config, "GPT-2 decoder")
     for key, value in (
         ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
-        ("tie_word_embeddings", True),
     ):
         fields.only(key, value)
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
@@ -44,7 +42,8 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
             "has_mlp_bias": True,
             "is_qkv_fused": True,
             "has_learned_positions": True,
-            "is_tied": True,
+            "divides_by_layer": fields.flag("scale_attn_by_inverse_layer_idx"),
+            "is_tied": fields.flag("tie_word_embeddings", True),
         },
     )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.families.rope import max_positions, read_rope
+from lora_jax.models.families.rope import read_rope
 from lora_jax.models.family import Family, Fields
 
 Config = Mapping[str, Any]
@@ -37,7 +37,9 @@ def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", hidden // max(heads, 1)),
         "mlp_size": fields.integer("intermediate_size"),
-        "max_positions": max_positions(fields, max_positions_default),
+        "max_positions": fields.integer(
+            "max_position_embeddings", max_positions_default
+        ),
         "activation": fields.text("hidden_act", "silu"),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "is_tied": fields.flag("tie_word_embeddings"),

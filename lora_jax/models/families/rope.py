@@ -29,10 +29,6 @@ def read_rope(
 
     Returns:
       The table.
-
-    References:
-      ``longrope`` is read with the factors of short contexts: this model's positions
-      end at ``original_max_position_embeddings`` (see `max_positions`).
     """
     config = fields.config
     if settings is None:
@@ -64,6 +60,7 @@ def read_rope(
         }
     if kind == "longrope":
         table["divisors"] = settings.get("short_factor")
+        table["long_divisors"] = settings.get("long_factor")
     optional = ("attention_factor", "mscale", "mscale_all_dim")
     checked = table | {k: settings[k] for k in optional if settings.get(k)}
     wrong = [
@@ -81,22 +78,12 @@ def read_rope(
         return Rope(10000.0, rotary_dim)
     if kind == "longrope":
         table["divisors"] = tuple(settings["short_factor"])
+        table["long_divisors"] = tuple(settings["long_factor"])
     if kind in ("yarn", "longrope"):
         table["attention_factor"] = _attention_factor(
             kind, settings, table["factor"], original
         )
     return Rope(**table)
-
-
-def max_positions(fields: Fields, default: int) -> int:
-    """The longest sequence; with longrope, the longest that short factors are for."""
-    longest = fields.integer("max_position_embeddings", default)
-    settings = fields.config.get("rope_scaling") or fields.config.get("rope_parameters")
-    if isinstance(settings, dict):
-        kind = settings.get("rope_type", settings.get("type"))
-        if kind == "longrope":
-            return min(longest, original_positions(fields, settings))
-    return longest
 
 
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
@@ -133,7 +120,7 @@ def _fault(name: str, value: Any) -> str:
         return ""
     if name == "truncate":
         return "" if isinstance(value, bool) else "true or false"
-    if name == "divisors":
+    if name in ("divisors", "long_divisors"):
         is_list = isinstance(value, list) and all(map(_is_usable, value))
         return "" if is_list else f"a list of numbers {_RANGE}"
     if _is_usable(value):

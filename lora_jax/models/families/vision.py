@@ -111,6 +111,7 @@ VIT = Family(
     unused=(r"pooler\.dense\.", r"classifier\.", r"embeddings\.mask_token"),
     head=("classifier",),
     head_pooling="cls",
+    head_class="ForImageClassification",
     renames=(
         *ATTENTION_RENAMES,
         (r"intermediate\.dense$", "mlp.fc1"),
@@ -137,5 +138,6 @@ DINOV2 = Family(
     unused=(r"classifier\.", r"embeddings\.mask_token"),
     head=("classifier",),
     head_pooling="cls_mean",
+    head_class="ForImageClassification",
     renames=(*ATTENTION_RENAMES, (r"mlp\.weights_out$", "mlp.down_proj")),
 )

@@ -1,0 +1,116 @@
+"""Which base and which adapter: their names, and whether one is in the other already.
+
+A folder that `save_model` wrote of a merged model says in ``config.json`` what was
+merged. An adapter applied twice has twice its effect, which no shape and no name shows.
+"""
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.files.adapter import TENSORS as OWN_TENSORS
+from lora_jax.interop.mlx import TENSORS as MLX_TENSORS
+from lora_jax.interop.peft import TENSORS as PEFT_TENSORS
+from lora_jax.models.load import OURS
+from lora_jax.models.save import MERGED
+
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # the first models of the hub have no owner
+FILES = (OWN_TENSORS, PEFT_TENSORS, MLX_TENSORS)
+
+
+def base_name(*candidates: Any) -> str | None:
+    """Names a base so that it means the same on every machine.
+
+    Args:
+      *candidates: hub ids, and paths of folders on this machine, the best first.
+
+    Returns:
+      The first hub id among them, as given or as a folder of the hub's cache has it;
+      else the last part of the first path; None without a candidate.
+
+    Example:
+      >>> base_name("/data/llama", "meta-llama/Llama-3.1-8B")
+      'meta-llama/Llama-3.1-8B'
+      >>> base_name("/cache/models--org--name/snapshots/0a1b", None)
+      'org/name'
+      >>> base_name("/data/llama")
+      'llama'
+    """
+    texts = [os.fspath(c) for c in candidates if isinstance(c, (str, Path)) and c]
+    for text in texts:
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+/?$", text)
+        if cached:
+            return f"{cached[1]}/{cached[2]}"
+        if re.fullmatch(HUB_ID, text) and not Path(text).exists():
+            return text
+    return Path(texts[0]).resolve().name or None if texts else None
+
+
+def describe_adapter(folder: Path, base: str | None, fingerprint: str) -> dict:
+    """Describes an adapter that is merged, for the merged model's ``config.json``.
+
+    Args:
+      folder: of the adapter.
+      base: what it is merged into, as `base_name` has it.
+      fingerprint: of the base.
+
+    Returns:
+      JSON values.
+    """
+    return {
+        "adapter": folder.resolve().name,
+        "sha256": _digest(folder),
+        "base": base,
+        "base_fingerprint": fingerprint,
+    }
+
+
+def check_not_merged(
+    settings: Mapping[str, Any], model: Path, folder: Path, config: Mapping[str, Any]
+) -> None:
+    """Raises if an adapter was merged into a model already.
+
+    Args:
+      settings: the model's ``config.json``.
+      model: its folder, for errors.
+      folder: of the adapter.
+      config: the adapter's; one that names the base of the merged model, not the
+        merged one, raises a warning.
+
+    Raises:
+      ValueError: if it is the same adapter.
+    """
+    kept = settings.get(OURS)
+    records = kept.get(MERGED) if isinstance(kept, dict) else None
+    if not isinstance(records, list) or not records:
+        return
+    records = [record for record in records if isinstance(record, dict)]
+    digest, named = _digest(folder), config.get("base_model_name_or_path")
+    for record in records:
+        base = record.get("base")
+        if digest is not None and record.get("sha256") == digest:
+            raise ValueError(
+                f"the adapter in {folder} must be put on its base, {base} "
+                f"({record.get('base_fingerprint')}); it is merged into {model} "
+                "already, where it would act twice. Leave the adapter out, or name the "
+                "base as the model."
+            )
+        if isinstance(named, str) and base and base_name(named) == base:
+            warnings.warn(
+                f"the adapter in {folder} was made on {base}; {model} is {base} with "
+                f"the adapter {record.get('adapter')!r} merged into it.",
+                stacklevel=4,
+            )
+
+
+def _digest(folder: Path) -> str | None:
+    """SHA-256 of the adapter's tensors; None if there are none."""
+    for file in (folder / name for name in FILES):
+        if file.is_file():
+            with file.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+    return None

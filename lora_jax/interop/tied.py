@@ -1,0 +1,96 @@
+"""Adapters of a decoder whose head is its embedding.
+
+Here such a table has one adapter, which acts in both places. PEFT wraps a module, not
+its weight: an adapter, or a copy trained in full, of ``embed_tokens`` alone leaves the
+head as it was, and one of ``lm_head`` alone leaves the lookup. Such an adapter is put
+on a model whose head is a leaf of its own, with the embedding's values.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.models.family import Family
+from lora_jax.models.stacking import LayerSlice
+from lora_jax.names import EMBED, HEAD, LM_HEAD
+
+
+def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
+    """Says whether an adapter changes only one side of a tied table, or each its way.
+
+    Args:
+      adapter: what another tool made.
+      family: of the model.
+
+    Returns:
+      False too for an adapter that has nothing to do with either side.
+    """
+    if family.head or adapter.is_tied_once:
+        return False
+    table = family.module_name(EMBED)
+
+    def sides(named: Mapping) -> list:
+        ends = (f".{table}", f".{LM_HEAD}")
+        return [
+            next((v for name, v in named.items() if f".{name}".endswith(end)), None)
+            for end in ends
+        ]
+
+    weights = {
+        name.removesuffix(".weight"): array for name, array in adapter.full.items()
+    }
+    lookup, head = sides(weights)
+    whole = (lookup is None) != (head is None) or (
+        lookup is not None and not np.array_equal(lookup, head)
+    )
+    lookup, head = sides(adapter.modules)
+    factors = (lookup is None) != (head is None) or (
+        lookup is not None and not are_tied(lookup, head)
+    )
+    return whole or factors or sides(adapter.tokens)[1] is not None
+
+
+def are_tied(embed: ExternalFactors, head: ExternalFactors) -> bool:
+    """Says whether two adapters are one, seen from the lookup and from the head."""
+    same = head.scaling == embed.scaling and embed.magnitude is None
+    pairs = ((head.a, embed.b.T), (head.b, embed.a.T))
+    return same and all(np.array_equal(x, y) for x, y in pairs)
+
+
+def place_tied(
+    found: dict[str, ExternalFactors],
+    kernels: Mapping[str, LayerSlice],
+    *,
+    is_tied_once: bool,
+) -> list[str]:
+    """Makes one of the two adapters of a tied embedding; they must be the same.
+
+    Args:
+      found: the factors by path; the head's are taken out of a tied model's.
+      kernels: of the model.
+      is_tied_once: whether one of the two is enough.
+
+    Returns:
+      What is wrong.
+    """
+    if HEAD in kernels or EMBED not in kernels or not {EMBED, HEAD} & set(found):
+        return []
+    head, embed = found.pop(HEAD, None), found.get(EMBED)
+    if head is not None and embed is not None:
+        if are_tied(embed, head):
+            return []
+        there = "both, which differ"
+    elif is_tied_once:
+        if embed is None and head is not None:
+            found[EMBED] = head._replace(a=head.b.T, b=head.a.T, is_embedding=True)
+        return []
+    else:
+        there = "one"
+    return [
+        "unexpected: the head of this model is its embedding (tied), so adapters of "
+        f"embed_tokens and lm_head must both be there, each the other's transpose; got "
+        f"{there}. Other tools change that side alone: load the base and the adapter "
+        "together (`load_model(path, adapter=...)`), which gives the head a kernel of "
+        "its own"
+    ]
