@@ -14,7 +14,7 @@ from typing import Any, Literal
 ALL_LINEAR = "all-linear"
 INITS = ("uniform", "gaussian")
 MAX_RANK = 1 << 20
-LEAST = 1e-30  # smallest alpha, for float32; its reciprocal is the largest
+LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30
 BIASES = ("none", "lora_only", "all")
 
 Patterns = str | Sequence[str]
@@ -291,10 +291,10 @@ def _errors(config: LoRAConfig) -> tuple[list[str], list[str]]:
 
     def check_alpha(name: str, value: Any) -> None:
         def in_range(a: float) -> bool:
-            return LEAST <= a <= 1 / LEAST
+            return LEAST <= a <= MOST
 
         is_extreme = _is_number(value) and 0 < value < math.inf
-        wanted = f"from {LEAST:g} to {1 / LEAST:g}" if is_extreme else "above 0"
+        wanted = f"from {LEAST:g} to {MOST:g}" if is_extreme else "above 0"
         check(name, value, _is_number, "a number", in_range, wanted)
 
     check_rank("rank", config.rank)

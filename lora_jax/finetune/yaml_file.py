@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from lora_jax.config import LEAST, MOST
+
 MAX_BYTES = 1 << 16
 MAX_NODES = 10_000
 MAX_DEPTH = 20
-LEAST, MOST = 1e-30, 1e30  # not 1 / LEAST, which is below 1e30
 _DATE = "tag:yaml.org,2002:timestamp"
 
 

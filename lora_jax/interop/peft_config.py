@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK
+from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK, MOST
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
@@ -281,7 +281,7 @@ def _is_a(kind: type) -> Check:
 
 def is_positive(value: Any) -> bool:
     """Whether a value is a number above 0 that float32 can compute with."""
-    return type(value) in (int, float) and LEAST <= value <= 1 / LEAST
+    return type(value) in (int, float) and LEAST <= value <= MOST
 
 
 def is_rank(value: Any) -> bool:

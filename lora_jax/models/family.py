@@ -18,7 +18,7 @@ from lora_jax.names import BIAS, HEAD, KERNEL
 Shape = tuple[int, ...]
 _MISSING = object()
 MAX_LAYERS = 1000  # a config.json may ask for anything
-LEAST = 1e-20  # of what is no 0 and no size; its reciprocal is the largest
+LEAST, MOST = 1e-20, 1e20  # of a number that is not 0 and not a size
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
 
 
@@ -171,7 +171,7 @@ def is_extreme(value: Any) -> bool:
     return (
         isinstance(value, (int, float))
         and value != 0
-        and not LEAST <= abs(value) <= 1 / LEAST
+        and not LEAST <= abs(value) <= MOST
     )
 
 
@@ -200,7 +200,7 @@ class Fields:
         value = self._get(key, default, (int, float), "a number")
         if is_extreme(value):
             is_finite = abs(value) < math.inf  # of integers of any size
-            wanted = f"0 or {LEAST:g} to {1 / LEAST:g}" if is_finite else "finite"
+            wanted = f"0 or {LEAST:g} to {MOST:g}" if is_finite else "finite"
             self.faults.append(f"{key} must be {wanted}; got {value!r}"[:200])
             return 1.0
         return value
