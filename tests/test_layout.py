@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": BASE | {"ops", "tree"},
     "attention": BASE | {"ops", "parallel"},
     "nn": BASE | {"ops", "tree", "attention"},
-    "train": BASE | {"tree", "parallel"},
+    "train": BASE | {"ops", "tree", "parallel"},
     "files": BASE | {"tree", "parallel", "train"},
     "models": BASE | {"tree", "parallel", "attention", "nn", "files"},
     "interop": BASE | {"ops", "tree", "parallel", "nn", "files", "models"},

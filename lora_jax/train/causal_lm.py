@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
 from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.ops.product import check_floating
 from lora_jax.parallel.activation_sharding import (
     gather_kernel,
     num_row_shards,
@@ -22,7 +23,6 @@ from lora_jax.parallel.activation_sharding import (
 )
 from lora_jax.train.losses import (
     as_weights,
-    check_floating,
     check_rows,
     clip_masked,
     pick,
@@ -80,7 +80,7 @@ def causal_lm(
     if hidden.ndim != 3:
         raise ValueError(f"hidden must be [b, t, d]; got {hidden.shape}.")
     check_rows("hidden", hidden, labels, weights)
-    check_floating("head_kernel", head_kernel)
+    check_floating(head_kernel=head_kernel)
     d = hidden.shape[-1]
     if head_kernel.ndim != 2 or head_kernel.shape[0] != d:
         raise ValueError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from lora_jax.array_types import Scalar
+from lora_jax.ops.product import check_floating
 
 Logits = Float[Array, "*b v"]
 Labels = Int[Array, "*b"]
@@ -111,7 +112,7 @@ def squared_error(
       >>> float(loss), float(weight)
       (5.0, 2.0)
     """
-    check_floating("predictions", predictions)
+    check_floating(predictions=predictions)
     if predictions.shape != targets.shape:
         raise ValueError(
             "predictions and targets must have the same shape; got "
@@ -168,8 +169,7 @@ def contrastive(
       InfoNCE: van den Oord et al., https://arxiv.org/abs/1807.03748, equation 4; both
       directions: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
-    check_floating("queries", queries)
-    check_floating("keys", keys)
+    check_floating(queries=queries, keys=keys)
     if queries.ndim != 2 or queries.shape != keys.shape or queries.shape[0] < 2:
         raise ValueError(
             "queries and keys must both be [b, d] with b >= 2; got "
@@ -219,15 +219,9 @@ def as_weights(weights: Array | None, shape: tuple[int, ...]) -> Array:
     return weights.astype(jnp.float32)
 
 
-def check_floating(name: str, x: Array) -> None:
-    """Raises a TypeError unless ``x`` is floating-point."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating; got {x.dtype}.")
-
-
 def check_rows(name: str, x: Array, labels: Array, weights: Array | None) -> None:
     """Raises unless there is one integer label and one weight per row."""
-    check_floating(name, x)
+    check_floating(**{name: x})
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers, one for each row; got {labels.dtype}. "

@@ -208,7 +208,7 @@ LABELS = jnp.zeros(4, int)
         (
             lambda: softmax_cross_entropy(FLOATS.astype(int), LABELS),
             TypeError,
-            "logits must be floating; got int32",
+            "logits must be floating-point; got logits int32",
         ),
         (
             lambda: softmax_cross_entropy(FLOATS, LABELS, weights=jnp.ones(3)),
