@@ -139,8 +139,8 @@ class JobSteps:
                 f"{size(found.total)}."
             )
         return (
-            "Not even the smallest batch fits: take shorter rows (data.max_length) or "
-            "model.param_dtype=bfloat16."
+            "Even the smallest batch does not fit: use shorter rows (data.max_length) "
+            "or model.param_dtype=bfloat16."
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:

@@ -198,7 +198,7 @@ def test_packing_and_patience(config, tmp_path, call):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lora.targets=[q_proj]"], "attention/query"),
+        (["lora.targets=[q_prj]"], "Did you mean: layers/attention/query"),
         (["data.max_length=3"], "it cuts off those of all 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),
         (

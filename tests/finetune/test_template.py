@@ -70,5 +70,5 @@ def test_the_command_writes_the_file_and_never_over_another(
     assert json.loads(capsys.readouterr().out) == {"config": "mine.yaml"}
     (tmp_path / "mine.yaml").write_text("kept")
     assert main(["init", "mine.yaml"]) == 2
-    assert "mine.yaml exists already" in capsys.readouterr().err
+    assert "mine.yaml already exists" in capsys.readouterr().err
     assert (tmp_path / "mine.yaml").read_text() == "kept"
