@@ -345,8 +345,14 @@ def adapt(
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.
     """
     if not isinstance(model, nn.Module):
+        is_nnx = any(c.__module__.startswith("flax.nnx") for c in type(model).__mro__)
         raise TypeError(
-            f"model must be a flax.linen Module; got {type(model).__name__}."
+            f"model must be a flax.linen Module; got {type(model).__name__}"
+            + (
+                ", a flax.nnx one. For those there is `flax.nnx.LoRA`."
+                if is_nnx
+                else "."
+            )
         )
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig; got {type(config).__name__}.")

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lora_jax import LoRAConfig, LoRADense, adapt, find_targets
 from tests.nn.external_models import MODELS, External
@@ -156,5 +157,9 @@ def test_a_model_with_lora_layers_is_rejected():
 def test_wrong_types_are_errors():
     with pytest.raises(TypeError, match=r"model must be a flax.linen Module; got int"):
         adapt(3, LoRAConfig())
+    with pytest.raises(
+        TypeError, match=r"got Linear, a flax.nnx one. For those there is"
+    ):
+        adapt(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), LoRAConfig())  # pyright: ignore[reportArgumentType] - refused
     with pytest.raises(TypeError, match=r"config must be a LoRAConfig; got dict"):
         adapt(Expert(), {"rank": 3})
