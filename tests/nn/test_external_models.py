@@ -79,6 +79,7 @@ def test_a_loop_of_two_rows_is_unchanged_at_init():
     np.testing.assert_array_equal(run(tiny.apply, tiny.attached), wanted)
 
 
+@pytest.mark.slow  # a second compilation of every model
 @pytest.mark.optimized
 def test_equal_to_the_base_at_init_in_bfloat16(ready):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), ready.params)
