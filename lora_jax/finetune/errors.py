@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A run whose loss is no number any more; the message says what to change."""
+    """A run whose loss is no longer a number; the message says what to change."""
 
     def __init__(self, message: str):
         super().__init__(message, code=1)

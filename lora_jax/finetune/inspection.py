@@ -56,7 +56,7 @@ def inspect(path: str) -> dict[str, Any]:
     if (folder / source.MODEL_CONFIG).is_file():
         return _inspect_model(folder, open_tensors(folder))
     raise UserError(
-        f"{folder} is no run folder ({settings.CONFIG}), adapter folder "
+        f"{folder} is not a run folder ({settings.CONFIG}), adapter folder "
         f"({ours.CONFIG}) or model folder ({source.MODEL_CONFIG})."
     )
 
@@ -164,7 +164,7 @@ def _layers(
 
 
 def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
-    """Returns the norms of ``scaling * A B``; None where it is no finite matrix."""
+    """Returns the norms of ``scaling * A B``; None where it is not a finite matrix."""
     is_matrix = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
     if is_matrix and np.isfinite(a).all() and np.isfinite(b).all():
         values = singular_values(a, b, scaling=scaling)

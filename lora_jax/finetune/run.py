@@ -88,7 +88,7 @@ def fine_tune(
         both ``resume`` and ``overwrite`` are set.
       UserError: if the run folder is taken, the disk is full, or the step does not fit
         the device.
-      DivergedError: a `UserError` of a run whose loss is no number any more.
+      DivergedError: a `UserError` of a run whose loss is no longer a number.
       Interrupted: a `KeyboardInterrupt` that says how to go on.
     """
     from lora_jax.finetune.run_folder import RunFolder

@@ -79,8 +79,8 @@ class RunFolder:
         home = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not (home.is_dir() and os.access(home, os.W_OK)):
             raise UserError(
-                f"output.dir {self.path} can't be written: {home} is no folder, or not "
-                "yours to write to. Choose another output.dir."
+                f"output.dir {self.path} can't be written: {home} is not a folder, or "
+                "not yours to write to. Choose another output.dir."
             )
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
@@ -91,8 +91,9 @@ class RunFolder:
             self._check_resume(settings)
         elif found and CONFIG not in found:
             raise UserError(
-                f"{self.path} is no run folder (it has no {CONFIG}, but {found[0]!r}), "
-                "and nothing there will be touched. Choose another output.dir."
+                f"{self.path} is not a run folder (it has no {CONFIG}, but "
+                f"{found[0]!r}), and nothing there will be touched. Choose "
+                "another output.dir."
             )
         elif found and not overwrite:
             raise UserError(
@@ -186,7 +187,7 @@ class RunFolder:
         if not self.is_writer:
             return
         if overwrite and self.path.exists():
-            # The config last: without it what a kill has left would be no run folder.
+            # The config last: without it the remains of a killed run are not a run.
             old = {p.name for p in self.path.iterdir() if atomic.is_leftover(p.name)}
             old |= OWN_NAMES - {LOCK}
             for name in sorted(old, key=lambda name: name == CONFIG):
@@ -277,11 +278,11 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
       The folder and its settings.
 
     Raises:
-      UserError: if it is no run folder, or has no adapter yet.
+      UserError: if it is not a run folder, or has no adapter yet.
     """
     run = RunFolder(path)
     if not run.is_started():
-        raise UserError(f"{path} is no run folder: it has no {CONFIG}.")
+        raise UserError(f"{path} is not a run folder: it has no {CONFIG}.")
     if not (run / ADAPTER / adapter.CONFIG).is_file():
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "

@@ -266,8 +266,8 @@ def _conflicts(settings: RunSettings) -> list[str]:
             re.compile(pattern)
         except re.error as error:
             faults.append(
-                f"mesh.rules: {pattern!r} is no regular expression: {error}; a rule's "
-                "key is the end of a weight's path, like mlp/up/kernel"
+                f"mesh.rules: {pattern!r} is not a regular expression: {error}; a "
+                "rule's key is the end of a weight's path, like mlp/up/kernel"
             )
     if train.batch_size % train.accumulate:
         faults.append(

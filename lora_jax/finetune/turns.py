@@ -27,7 +27,7 @@ def endless_turns(tokenizer: Tokenizer, ends: Mapping[int, int]) -> str:
     last = max(others, key=others.__getitem__)
     return (
         f"the assistant's turns end in {text(last)} ({sum(others.values()):,} of "
-        f"{sum(ends.values()):,}), which is no stop token ({known}): a generation goes "
-        "on after it. Name it in the eos_token_id of generation_config.json, or to "
-        "generate by --stop, or end the chat template's turns in a stop token."
+        f"{sum(ends.values()):,}), which is not a stop token ({known}): generation "
+        "continues after it. Name it in the eos_token_id of generation_config.json, or "
+        "to generate by --stop, or end the chat template's turns in a stop token."
     )

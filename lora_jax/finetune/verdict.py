@@ -23,7 +23,7 @@ def diverged(
     best: Mapping[str, Any] | None,
     last: Mapping[str, Any] | None,
 ) -> DivergedError:
-    """Returns the error that ends a run whose loss is no number any more.
+    """Returns the error that ends a run whose loss is no longer a number.
 
     Args:
       job: what was trained.

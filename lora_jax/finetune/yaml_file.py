@@ -1,8 +1,8 @@
 """YAML as people mean it: ``1e-3`` is a number, and a repeated key is an error.
 
-Of YAML there is what configs need: no tags, no dates, keys that are words or numbers.
-What a file holds is counted before it is built, with every alias (``*name``) written
-out: a few hundred bytes of aliases of aliases are more than any memory.
+Only what configs need is accepted: no tags, no dates, and keys that are strings or
+integers. Values are counted before they are built, with every alias (``*name``)
+expanded, since a few hundred bytes of nested aliases can fill any memory.
 """
 
 import re

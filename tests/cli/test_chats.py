@@ -178,7 +178,7 @@ def test_turns_that_end_in_no_stop_token_are_told(folder, config, tmp_path, call
     ask += ["--max-new-tokens", 1]
     _, _, shown = call(*ask)
     assert "warning: the assistant's turns end in 'sea' (1 of 1)" in shown
-    assert "which is no stop token ('</s>', '<s>')" in shown
+    assert "which is not a stop token ('</s>', '<s>')" in shown
     assert "warning" not in call(*ask, "--stop", "sea")[2]
     ask[2] = folder
     assert "warning" not in call(*ask)[2]

@@ -229,9 +229,9 @@ def peft_folder(path):
     ("words", "message"),
     [
         (["inspect", "{tmp}/none"], "there is no folder"),
-        (["inspect", "{tmp}"], "is no run folder (config.yaml), adapter folder"),
+        (["inspect", "{tmp}"], "is not a run folder (config.yaml), adapter folder"),
         (["eval"], "either a CONFIG or --run DIR"),
-        (["eval", "--run", "{tmp}"], "is no run folder: it has no config.yaml"),
+        (["eval", "--run", "{tmp}"], "is not a run folder: it has no config.yaml"),
         (["eval", "--run", "{run}", "--data", "{tmp}/no.jsonl"], "no.jsonl must exist"),
         (["eval", "--run", "{run}", "--data", "{tmp}/bad.jsonl"], "bad.jsonl:2:"),
         (

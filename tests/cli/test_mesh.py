@@ -82,7 +82,7 @@ def test_a_run_on_one_mesh_goes_on_on_another_and_is_evaluated_on_one_device(
         (["mesh.tensro=2"], "mesh.tensro: unknown key. Did you mean 'tensor'?"),
         (["mesh.uneven=pad"], "must be 'error' or 'replicate'; got 'pad'"),
         (["mesh.rules={up/kernel: [model]}"], "mesh.rules"),
-        (["mesh.rules={(up: [fsdp]}"], "'(up' is no regular expression"),
+        (["mesh.rules={(up: [fsdp]}"], "'(up' is not a regular expression"),
     ],
 )
 def test_meshes_that_can_not_be_are_refused(words, message, config, tmp_path, call):

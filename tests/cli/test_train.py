@@ -139,7 +139,7 @@ def test_overwrite_deletes_runs_only(run_dir, config, tmp_path, call):
     (tmp_path / "thesis.tex").write_text("years of work")
     code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}")
     assert code == 2
-    assert "is no run folder" in shown
+    assert "is not a run folder" in shown
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}/run")
@@ -357,7 +357,7 @@ def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
     (tmp_path / "thesis.tex").write_text("years of work")
     code, _, shown = call("train", config, f"output.dir={tmp_path}")
     assert code == 2
-    assert "is no run folder (it has no config.yaml, but 'thesis.tex')" in shown
+    assert "is not a run folder (it has no config.yaml, but 'thesis.tex')" in shown
 
 
 def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_good(

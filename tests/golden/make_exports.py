@@ -153,7 +153,7 @@ def read():
         against = out.last_hidden_state if kind == "bare" else out.logits
         assert (shown - against).abs().max() > 0.01, (family, kind)
         arrays[f"{family}_{kind}"] = found.numpy()
-        print(family, kind, type(model.base_model.model).__name__)  # noqa: T201
+        print(family, kind, type(model.base_model.model).__name__)  # noqa: T201 - a script prints its results
     versions = {
         "script": "tests/golden/make_exports.py",
         "torch": torch.__version__,
