@@ -1,0 +1,237 @@
+"""Matrix products in which every row has the matrix of its group.
+
+The rows ``[m, i]`` are sorted by group, and ``sizes`` ``[e]`` says how many each group
+has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. On GPU and TPU
+that is `jax.lax.ragged_dot`. On a CPU JAX computes every row with every matrix; here a
+loop takes a block of one group's rows at a time, in a small part of the time.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+_MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
+_NO_BATCH = ((), ())
+
+Rows = Float[Array, "m i"]
+Matrices = Float[Array, "e i o"]
+Sizes = Int[Array, " e"]
+
+
+@functools.partial(jax.jit, static_argnames=("is_transposed", "precision"))
+def grouped_dot(
+    x: Float[Array, "m _"],
+    matrices: Float[Array, "e _ _"],
+    sizes: Sizes,
+    *,
+    is_transposed: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "m _"]:
+    """Computes ``x[j] W[group of j]`` for every row.
+
+    Args:
+      x: rows ``[m, i]``, sorted by group.
+      matrices: ``W`` ``[e, i, o]``, of any floating dtype.
+      sizes: rows of each group ``[e]``.
+      is_transposed: multiplies by ``Wᵀ``; ``x`` is then ``[m, o]``.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      ``[m, o]`` (``[m, i]`` if transposed), in the dtype of ``x``.
+    """
+    options: dict[str, Any] = {"is_transposed": is_transposed, "precision": precision}
+    return jax.lax.platform_dependent(
+        x,
+        matrices,
+        sizes,
+        cpu=functools.partial(_dot_in_blocks, **options),
+        default=functools.partial(_ragged_dot, **options),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def grouped_outer(
+    x: Float[Array, "m i"],
+    y: Float[Array, "m o"],
+    sizes: Sizes,
+    dtype: DTypeLike,
+    precision: jax.lax.PrecisionLike = None,
+) -> Matrices:
+    """Computes ``Σ xᵀ y`` over the rows of each group: the gradient of ``W``.
+
+    Args:
+      x: rows ``[m, i]``, sorted by group.
+      y: rows ``[m, o]``.
+      sizes: rows of each group ``[e]``.
+      dtype: of the result and the sums.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      ``[e, i, o]``.
+    """
+    return _outer(x, y, sizes, dtype=dtype, precision=precision)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "precision"), inline=False)
+def _outer(x, y, sizes, *, dtype, precision):
+    options: dict[str, Any] = {"dtype": dtype, "precision": precision}
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        sizes,
+        cpu=functools.partial(_outer_in_blocks, **options),
+        default=functools.partial(_ragged_outer, **options),
+    )
+
+
+def _outer_jvp(dtype, precision, primals, tangents):
+    """Differentiates `grouped_outer`, which JAX can't transpose by itself."""
+    x, y, sizes = primals
+    dx, dy, _ = tangents
+    out = grouped_outer(x, y, sizes, dtype, precision)
+    change = jnp.zeros_like(out)
+    if not isinstance(dx, SymbolicZero):
+        change += linear_call(
+            lambda r, dx: _outer(dx, *r, dtype=dtype, precision=precision),
+            lambda r, ct: _by_rows(r[0], ct, r[1], x.dtype, precision, True),
+            (y, sizes),
+            dx,
+        )
+    if not isinstance(dy, SymbolicZero):
+        change += linear_call(
+            lambda r, dy: _outer(r[0], dy, r[1], dtype=dtype, precision=precision),
+            lambda r, ct: _by_rows(r[0], ct, r[1], y.dtype, precision, False),
+            (x, sizes),
+            dy,
+        )
+    return out, change
+
+
+grouped_outer.defjvp(_outer_jvp, symbolic_zeros=True)
+
+
+def _by_rows(rows, matrices, sizes, dtype, precision, is_transposed):
+    options: Any = {"is_transposed": is_transposed, "precision": precision}
+    return grouped_dot(rows, matrices, sizes, **options).astype(dtype)
+
+
+def _ragged_dot(x, matrices, sizes, *, is_transposed, precision):
+    x, matrices, sizes = _batched_alike(x, matrices.astype(x.dtype), sizes)
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        (((1,), (2 if is_transposed else 1,)), _NO_BATCH), (0,), (0,)
+    )
+    y = jax.lax.ragged_dot_general(
+        x, matrices, sizes, numbers, precision, preferred_element_type=x.dtype
+    )
+    is_inside = jnp.arange(len(x)) < jnp.sum(sizes)  # beyond, it may be anything
+    return jnp.where(is_inside[:, None], y, 0)
+
+
+def _ragged_outer(x, y, sizes, *, dtype, precision):
+    x, y, sizes = _batched_alike(x, y.astype(x.dtype), sizes)
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), _NO_BATCH), (0,), ())
+    return jax.lax.ragged_dot_general(
+        x, y, sizes, numbers, precision, preferred_element_type=dtype
+    )
+
+
+def _batched_alike(*arrays):
+    """Makes each array depend on all of them: JAX has no `jax.vmap` over some only."""
+    never = False
+    for array in arrays:
+        never |= jnp.any(array[:1] != array[:1]) & False
+    return [jnp.where(never, jnp.zeros_like(array), array) for array in arrays]
+
+
+class _Blocks(NamedTuple):
+    """Blocks of consecutive rows, each of one group.
+
+    Attributes:
+      count: how many of the ``n`` blocks have rows; they come first.
+      group: of each block ``[n]``.
+      start: its first row ``[n]``.
+      stop: the row after its last ``[n]``.
+      place: of each row among the rows of all blocks ``[m]``; -1 beyond the groups.
+    """
+
+    count: Array
+    group: Array
+    start: Array
+    stop: Array
+    place: Array
+
+
+def _cut(sizes: Array, rows: int) -> tuple[_Blocks, int]:
+    """Returns the blocks, and how many rows each may have."""
+    groups = len(sizes)
+    per_group = -(-rows // groups)
+    size = min(max(_MIN_BLOCK, 1 << (per_group - 1).bit_length()), _MAX_BLOCK)
+    number = rows // size + min(groups, rows)  # at most one a group is not full
+    ends = jnp.cumsum(sizes)
+    blocks = -(-sizes // size)
+    last = jnp.cumsum(blocks)
+    index = jnp.arange(number)
+    group = jnp.searchsorted(last, index, side="right")
+    group = jnp.minimum(group, groups - 1)
+    start = (ends - sizes)[group] + (index - (last - blocks)[group]) * size
+    stop = jnp.where(index < last[-1], jnp.minimum(start + size, ends[group]), 0)
+    row = jnp.arange(rows)
+    own = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
+    place = (last - blocks)[own] * size + row - (ends - sizes)[own]
+    place = jnp.where(row < ends[-1], place, -1)
+    start = jnp.where(index < last[-1], start, 0)
+    return _Blocks(last[-1], group, start, stop, place), size
+
+
+def _dot_in_blocks(x, matrices, sizes, *, is_transposed, precision):
+    outputs = matrices.shape[1 if is_transposed else 2]
+    if not x.size:
+        return jnp.zeros((len(x), outputs), x.dtype)
+    blocks, size = _cut(sizes, len(x))
+    padded = jnp.pad(x, [(0, size), (0, 0)])
+    contracted = ((1,), (1 if is_transposed else 0,))
+
+    def multiply(group, start):
+        own = jax.lax.dynamic_index_in_dim(matrices, group, keepdims=False)
+        rows = jax.lax.dynamic_slice_in_dim(padded, start, size)
+        return jax.lax.dot_general(
+            rows, own.astype(x.dtype), (contracted, _NO_BATCH), precision=precision
+        )
+
+    def body(_, block):
+        group, start, stop = block
+        zero = jnp.zeros((size, outputs), x.dtype)
+        return None, jax.lax.cond(stop > start, multiply, lambda *_: zero, group, start)
+
+    _, found = jax.lax.scan(body, None, blocks[1:4])
+    y = found.reshape(-1, outputs)[jnp.maximum(blocks.place, 0)]
+    return jnp.where(blocks.place[:, None] >= 0, y, 0)
+
+
+def _outer_in_blocks(x, y, sizes, *, dtype, precision):
+    total = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), dtype)
+    if not x.size:
+        return total
+    blocks, size = _cut(sizes, len(x))
+    x, y = (jnp.pad(rows, [(0, size), (0, 0)]) for rows in (x, y.astype(x.dtype)))
+
+    def body(index, total):
+        start, stop = blocks.start[index], blocks.stop[index]
+        left, right = (
+            jax.lax.dynamic_slice_in_dim(rows, start, size) for rows in (x, y)
+        )
+        left = jnp.where((start + jnp.arange(size) < stop)[:, None], left, 0)
+        product = jax.lax.dot_general(
+            left.astype(dtype),
+            right.astype(dtype),
+            (((0,), (0,)), _NO_BATCH),
+            precision=precision,
+        )
+        return total.at[blocks.group[index]].add(product)
+
+    return jax.lax.fori_loop(0, blocks.count, body, total)

@@ -1,0 +1,99 @@
+"""Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.ops import grouped
+from tests.laws import normal
+from tests.reference import assert_close
+
+SIZES = {
+    "even": (6, 6, 6),
+    "empty": (0, 17, 0),
+    "spare": (3, 1, 5),  # 9 rows are of no group
+    "none": (0, 0, 0),
+    "first": (18, 0, 0),
+}
+ROWS, INPUTS, OUTPUTS = 18, 7, 5
+
+
+def looped(x, matrices, sizes):
+    y, ends = np.zeros((len(x), matrices.shape[2])), np.cumsum(sizes)
+    for matrix, start, stop in zip(matrices, ends - sizes, ends, strict=True):
+        y[start:stop] = x[start:stop] @ matrix
+    return y
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return normal((ROWS, INPUTS), seed=1), normal((3, INPUTS, OUTPUTS), seed=2)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_row_is_multiplied_by_the_matrix_of_its_group(arrays, sizes):
+    x, matrices = arrays
+    wanted = looped(np.asarray(x, np.float64), np.asarray(matrices, np.float64), sizes)
+    sizes = jnp.array(sizes)
+    assert_close(grouped.grouped_dot(x, matrices, sizes), wanted)
+    turned = matrices.swapaxes(1, 2)
+    assert_close(grouped.grouped_dot(x, turned, sizes, is_transposed=True), wanted)
+    assert_close(jax.lax.ragged_dot(x, matrices, sizes), wanted)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_outer_product_sums_over_the_rows_of_a_group(arrays, sizes):
+    x, y = arrays[0], normal((ROWS, OUTPUTS), seed=3)
+    ends = np.cumsum(sizes)
+    wanted = np.stack(
+        [x[b - n : b].T @ y[b - n : b] for n, b in zip(sizes, ends, strict=True)]
+    )
+    assert_close(grouped.grouped_outer(x, y, jnp.array(sizes), jnp.float32), wanted)
+
+
+def test_blocks_compute_what_other_devices_compute(arrays):
+    """The branches of `jax.lax.platform_dependent`, both run here; and both batched."""
+    x, matrices = (jnp.stack([a, a[::-1]]) for a in arrays)
+    y, sizes = normal((2, ROWS, OUTPUTS), seed=3), jnp.array((5, 0, 9))
+    for is_transposed, right in ((False, matrices), (True, matrices.swapaxes(2, 3))):
+        options = {"is_transposed": is_transposed, "precision": None}
+        got, wanted = (
+            jax.vmap(lambda x, w, dot=dot: dot(x, w, sizes, **options))(x, right)
+            for dot in (grouped._dot_in_blocks, grouped._ragged_dot)
+        )
+        assert_close(got, wanted)
+        shared = jax.vmap(lambda x: grouped._ragged_dot(x, right[0], sizes, **options))
+        assert_close(shared(x)[0], wanted[0])
+    got, wanted = (
+        jax.vmap(lambda x, y, outer=outer: outer(x, y, sizes, **options))(x, y)
+        for outer in (grouped._outer_in_blocks, grouped._ragged_outer)
+        for options in ({"dtype": jnp.dtype("float32"), "precision": None},)
+    )
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_blocks_are_of_any_number_of_rows(rows):
+    x, matrices = normal((rows, 3), seed=1), normal((4, 3, 2), seed=2)
+    sizes = np.array([rows // 2, 0, rows - rows // 2 - rows // 3, rows // 3])
+    wanted = looped(np.asarray(x, np.float64), np.asarray(matrices, np.float64), sizes)
+    assert_close(grouped.grouped_dot(x, matrices, jnp.array(sizes)), wanted)
+
+
+def test_no_rows_give_none():
+    x, matrices = jnp.zeros((0, 3)), jnp.ones((2, 3, 4))
+    assert grouped.grouped_dot(x, matrices, jnp.zeros(2, int)).shape == (0, 4)
+    outer = grouped.grouped_outer(x, jnp.zeros((0, 4)), jnp.zeros(2, int), jnp.float32)
+    assert not outer.any()
+
+
+def test_rows_of_no_group_may_be_anything(arrays):
+    x, matrices = arrays
+    sizes = jnp.array((4, 0, 3))
+    bad = x.at[7:].set(jnp.nan)
+    got = grouped.grouped_dot(bad, matrices, sizes)
+    assert_close(got, grouped.grouped_dot(x.at[7:].set(0), matrices, sizes))
+    y = normal((ROWS, OUTPUTS), seed=3)
+    outer = grouped.grouped_outer(bad, y, sizes, jnp.float32)
+    assert np.isfinite(outer).all()
