@@ -24,20 +24,20 @@ EXPERTS = Contraction(batch=(0,), inputs=(1,), outputs=(2,))  # of a kernel [e, 
 
 
 def lora_experts(
-    x: Float[Array, "m i"],
+    x: Float[Array, "*p m i"],
     kernel: Float[Array, "e i o"],
     lora_a: Float[Array, "e i r"],
     lora_b: Float[Array, "e r o"],
-    sizes: Int[Array, " e"],
+    sizes: Int[Array, "*p _"],
     *,
     scaling: float | jax.Array,
     bias: Float[Array, "e o"] | None = None,
     magnitude: Float[Array, "e o"] | None = None,
-    base_output: Float[Array, "m o"] | None = None,
+    base_output: Float[Array, "*p m o"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "m o"]:
+) -> Float[Array, "*p m o"]:
     """Applies frozen experts plus the low-rank update of each.
 
     Computes ``y[j] = x[j] @ W0[e] + bias[e] + scaling * (dropout(x[j]) @ A[e]) @ B[e]``
@@ -51,7 +51,8 @@ def lora_experts(
       kernel: frozen base weights ``W0`` ``[e, i, o]``.
       lora_a: ``A`` ``[e, i, r]``.
       lora_b: ``B`` ``[e, r, o]``.
-      sizes: rows of each expert ``[e]``; rows beyond their sum get zero.
+      sizes: rows of each expert ``[e]``; rows beyond their sum get zero. On a mesh
+        ``[s, c, e / c]``, and ``x`` is ``[s, c, m, i]``, see `lora_jax.ops.grouped`.
       scaling: ``alpha / rank``.
       bias: frozen base biases ``[e, o]``, or None.
       magnitude: DoRA's ``m`` ``[e, o]``, or None; see `lora_dense`.
@@ -85,7 +86,7 @@ def lora_experts(
     y = base_output
     if y is None:
         y = expert_product(0.0, precision, x, kernel, sizes)
-        y = y if bias is None else y + of_rows(bias, sizes, len(x)).astype(y.dtype)
+        y = y if bias is None else y + of_rows(bias, sizes, x.shape[-2]).astype(y.dtype)
     x = x.astype(y.dtype)
     h = expert_product(dropout_rate, precision, x, lora_a, sizes, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # [m, r]
@@ -95,8 +96,8 @@ def lora_experts(
     m_over_n = dora_scale(
         kernel, lora_a, lora_b, magnitude, scaling=scaling, contraction=EXPERTS
     )
-    biases = None if bias is None else of_rows(bias, sizes, len(x))
-    return rescale(y, of_rows(m_over_n, sizes, len(x)), biases)
+    biases = None if bias is None else of_rows(bias, sizes, x.shape[-2])
+    return rescale(y, of_rows(m_over_n, sizes, x.shape[-2]), biases)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -161,19 +162,24 @@ expert_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def of_rows(
-    per_expert: Float[Array, "e o"], sizes: Int[Array, " e"], rows: int
-) -> Float[Array, "m o"]:
-    """Returns the row of each row's expert.
+    per_expert: Float[Array, "e o"], sizes: Int[Array, "*p _"], rows: int
+) -> Float[Array, "*p m o"]:
+    """Returns what each row's expert has.
 
     Args:
       per_expert: one row an expert ``[e, o]``.
-      sizes: rows of each expert ``[e]``.
+      sizes: rows of each expert ``[e]``, or ``[s, c, e / c]``.
       rows: ``m``.
 
     Returns:
-      ``[m, o]``; zero beyond the experts' rows.
+      ``[m, o]`` or ``[s, c, m, o]``; zero beyond the experts' rows.
     """
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+    ends = jnp.cumsum(sizes, axis=-1)[..., None, :]
+    expert = jnp.sum(jnp.arange(rows)[:, None] >= ends, axis=-1)  # [*p, m]
+    own = sizes.shape[-1]
+    if sizes.ndim > 1:
+        first = own * jnp.arange(sizes.shape[-2])[:, None]
+        expert = jnp.where(expert < own, expert + first, len(per_expert))
     return per_expert.at[expert].get(mode="fill", fill_value=0)
 
 
@@ -191,8 +197,13 @@ def check_experts(x: AnyFloat, kernel: AnyFloat, sizes: Array) -> None:
     """
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise TypeError(f"sizes must be integers; got {sizes.dtype}.")
-    is_fitting = kernel.ndim == 3 and x.ndim == 2 and x.shape[1] == kernel.shape[1]
-    if not is_fitting or sizes.shape != kernel.shape[:1]:
+    is_fitting = kernel.ndim == 3 and x.ndim in (2, 4) and sizes.ndim == x.ndim - 1
+    if is_fitting:
+        *parts, own = sizes.shape
+        groups = own * (parts[1] if parts else 1)
+        wanted = (*parts, x.shape[-2], kernel.shape[1])
+        is_fitting = groups == kernel.shape[0] and x.shape == wanted
+    if not is_fitting:
         raise ValueError(
             "x, kernel, sizes must be [m, in], [experts, in, out], [experts]; got "
             f"{x.shape}, {kernel.shape}, {sizes.shape}. Sort the rows by expert and "

@@ -4,34 +4,42 @@ The rows ``[m, i]`` are sorted by group, and ``sizes`` ``[e]`` says how many eac
 has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. On GPU and TPU
 that is `jax.lax.ragged_dot`. On a CPU JAX computes every row with every matrix; here a
 loop takes a block of one group's rows at a time, in a small part of the time.
+
+On a mesh rows are ``[s, c, m, i]`` and sizes ``[s, c, e / c]``: each of ``s`` shards of
+the batch sorts its own rows, once for each of ``c`` shards of the groups. Every device
+then multiplies the rows that it holds by the matrices that it holds.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from lora_jax.names import BATCH_AXES, EXPERT
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
 _NO_BATCH = ((), ())
 
-Rows = Float[Array, "m i"]
 Matrices = Float[Array, "e i o"]
-Sizes = Int[Array, " e"]
+Sizes = Int[Array, "*p e"]
 
 
 @functools.partial(jax.jit, static_argnames=("is_transposed", "precision"))
 def grouped_dot(
-    x: Float[Array, "m _"],
+    x: Float[Array, "*p m _"],
     matrices: Float[Array, "e _ _"],
     sizes: Sizes,
     *,
     is_transposed: bool = False,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "m _"]:
+) -> Float[Array, "*p m _"]:
     """Computes ``x[j] W[group of j]`` for every row.
 
     Args:
@@ -45,19 +53,32 @@ def grouped_dot(
       ``[m, o]`` (``[m, i]`` if transposed), in the dtype of ``x``.
     """
     options: dict[str, Any] = {"is_transposed": is_transposed, "precision": precision}
-    return jax.lax.platform_dependent(
-        x,
-        matrices,
-        sizes,
+    product = functools.partial(
+        jax.lax.platform_dependent,
         cpu=functools.partial(_dot_in_blocks, **options),
         default=functools.partial(_ragged_dot, **options),
     )
+    if x.ndim == 2:
+        return product(x, matrices, sizes)
+    if (shards := _shards(sizes)) is not None:
+        rows, groups = shards
+
+        def own(x, matrices, sizes):
+            return product(x[0, 0], matrices, sizes[0, 0])[None, None]
+
+        return _on_shards(own, (rows, groups, rows), rows)(x, matrices, sizes)
+    parts = jnp.split(matrices, sizes.shape[1])
+    made = [
+        [product(*each) for each in zip(x[i], parts, sizes[i], strict=True)]
+        for i in range(len(x))
+    ]
+    return jnp.stack([jnp.stack(row) for row in made])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def grouped_outer(
-    x: Float[Array, "m i"],
-    y: Float[Array, "m o"],
+    x: Float[Array, "*p m i"],
+    y: Float[Array, "*p m o"],
     sizes: Sizes,
     dtype: DTypeLike,
     precision: jax.lax.PrecisionLike = None,
@@ -74,18 +95,59 @@ def grouped_outer(
     Returns:
       ``[e, i, o]``.
     """
-    return _outer(x, y, sizes, dtype=dtype, precision=precision)
+    return grouped_outer_product(x, y, sizes, dtype=dtype, precision=precision)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "precision"), inline=False)
-def _outer(x, y, sizes, *, dtype, precision):
+@functools.partial(jax.jit, static_argnames=("dtype", "precision"))
+def grouped_outer_product(x, y, sizes, *, dtype, precision):
+    """Computes `grouped_outer`, without its derivative."""
     options: dict[str, Any] = {"dtype": dtype, "precision": precision}
-    return jax.lax.platform_dependent(
-        x,
-        y,
-        sizes,
+    product = functools.partial(
+        jax.lax.platform_dependent,
         cpu=functools.partial(_outer_in_blocks, **options),
         default=functools.partial(_ragged_outer, **options),
+    )
+    if x.ndim == 2:
+        return product(x, y, sizes)
+    if (shards := _shards(sizes)) is not None:
+        rows, groups = shards
+
+        def own(x, y, sizes):
+            made = product(x[0, 0], y[0, 0], sizes[0, 0])
+            return jax.lax.psum(made, BATCH_AXES)
+
+        return _on_shards(own, (rows, rows, rows), groups)(x, y, sizes)
+    made = [
+        sum(product(x[i, j], y[i, j], sizes[i, j]) for i in range(len(x)))
+        for j in range(x.shape[1])
+    ]
+    return jnp.concatenate(made)
+
+
+def _shards(sizes: Array) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Returns how the mesh shards rows and groups, None if it is not the mesh of both.
+
+    Args:
+      sizes: ``[s, c, e / c]``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.shape) or mesh.size == 1:
+        return None
+    batch, groups = (mesh.shape[a] for a in BATCH_AXES), mesh.shape.get(EXPERT, 1)
+    if sizes.shape[:2] != (math.prod(batch), groups):
+        return None
+    expert = EXPERT if EXPERT in mesh.shape else None
+    return PartitionSpec(BATCH_AXES, expert), PartitionSpec(expert)
+
+
+def _on_shards(function: Callable[..., Array], inputs, output) -> Callable[..., Array]:
+    """Runs a function on each device's rows and groups; other axes are XLA's."""
+    return jax.shard_map(
+        function,
+        in_specs=inputs,
+        out_specs=output,
+        axis_names={*BATCH_AXES, EXPERT} & set(jax.sharding.get_abstract_mesh().shape),
+        check_vma=False,
     )
 
 
@@ -95,16 +157,17 @@ def _outer_jvp(dtype, precision, primals, tangents):
     dx, dy, _ = tangents
     out = grouped_outer(x, y, sizes, dtype, precision)
     change = jnp.zeros_like(out)
+    product = functools.partial(grouped_outer_product, dtype=dtype, precision=precision)
     if not isinstance(dx, SymbolicZero):
         change += linear_call(
-            lambda r, dx: _outer(dx, *r, dtype=dtype, precision=precision),
+            lambda r, dx: product(dx, *r),
             lambda r, ct: _by_rows(r[0], ct, r[1], x.dtype, precision, True),
             (y, sizes),
             dx,
         )
     if not isinstance(dy, SymbolicZero):
         change += linear_call(
-            lambda r, dy: _outer(r[0], dy, r[1], dtype=dtype, precision=precision),
+            lambda r, dy: product(r[0], dy, r[1]),
             lambda r, ct: _by_rows(r[0], ct, r[1], y.dtype, precision, False),
             (x, sizes),
             dy,
@@ -176,16 +239,21 @@ def _cut(sizes: Array, rows: int) -> tuple[_Blocks, int]:
     blocks = -(-sizes // size)
     last = jnp.cumsum(blocks)
     index = jnp.arange(number)
-    group = jnp.searchsorted(last, index, side="right")
-    group = jnp.minimum(group, groups - 1)
+    group = _place_among(last, index)
     start = (ends - sizes)[group] + (index - (last - blocks)[group]) * size
     stop = jnp.where(index < last[-1], jnp.minimum(start + size, ends[group]), 0)
     row = jnp.arange(rows)
-    own = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
+    own = _place_among(ends, row)
     place = (last - blocks)[own] * size + row - (ends - sizes)[own]
     place = jnp.where(row < ends[-1], place, -1)
     start = jnp.where(index < last[-1], start, 0)
     return _Blocks(last[-1], group, start, stop, place), size
+
+
+def _place_among(ends: Array, index: Array) -> Array:
+    """Returns in which of consecutive ranges each index is; beyond, the last."""
+    before = jnp.sum(index[:, None] >= ends, axis=1)
+    return jnp.minimum(before, len(ends) - 1)
 
 
 def _dot_in_blocks(x, matrices, sizes, *, is_transposed, precision):

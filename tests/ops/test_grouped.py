@@ -1,5 +1,7 @@
 """Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ SIZES = {
     "first": (18, 0, 0),
 }
 ROWS, INPUTS, OUTPUTS = 18, 7, 5
+SPARE = jnp.array((5, 0, 9))
 
 
 def looped(x, matrices, sizes):
@@ -52,23 +55,30 @@ def test_the_outer_product_sums_over_the_rows_of_a_group(arrays, sizes):
     assert_close(grouped.grouped_outer(x, y, jnp.array(sizes), jnp.float32), wanted)
 
 
-def test_blocks_compute_what_other_devices_compute(arrays):
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_blocks_compute_what_other_devices_compute(arrays, is_transposed):
     """The branches of `jax.lax.platform_dependent`, both run here; and both batched."""
     x, matrices = (jnp.stack([a, a[::-1]]) for a in arrays)
-    y, sizes = normal((2, ROWS, OUTPUTS), seed=3), jnp.array((5, 0, 9))
-    for is_transposed, right in ((False, matrices), (True, matrices.swapaxes(2, 3))):
-        options = {"is_transposed": is_transposed, "precision": None}
-        got, wanted = (
-            jax.vmap(lambda x, w, dot=dot: dot(x, w, sizes, **options))(x, right)
-            for dot in (grouped._dot_in_blocks, grouped._ragged_dot)
-        )
-        assert_close(got, wanted)
-        shared = jax.vmap(lambda x: grouped._ragged_dot(x, right[0], sizes, **options))
-        assert_close(shared(x)[0], wanted[0])
+    matrices = matrices.swapaxes(2, 3) if is_transposed else matrices
+    options = {"is_transposed": is_transposed, "precision": None}
+
+    def ragged(x, w):
+        return grouped._ragged_dot(x, w, SPARE, **options)
+
+    def in_blocks(x, w):
+        return grouped._dot_in_blocks(x, w, SPARE, **options)
+
+    wanted = jax.vmap(ragged)(x, matrices)
+    assert_close(jax.vmap(in_blocks)(x, matrices), wanted)
+    assert_close(jax.vmap(lambda x: ragged(x, matrices[0]))(x)[0], wanted[0])
+
+
+def test_blocks_sum_what_other_devices_sum(arrays):
+    x, y = arrays[0], normal((2, ROWS, OUTPUTS), seed=3)
+    options = {"dtype": jnp.dtype("float32"), "precision": None}
     got, wanted = (
-        jax.vmap(lambda x, y, outer=outer: outer(x, y, sizes, **options))(x, y)
+        jax.vmap(functools.partial(outer, sizes=SPARE, **options), (None, 0))(x, y)
         for outer in (grouped._outer_in_blocks, grouped._ragged_outer)
-        for options in ({"dtype": jnp.dtype("float32"), "precision": None},)
     )
     assert_close(got, wanted)
 

@@ -1,6 +1,6 @@
 """Model families: which config keys mean what, and which tensor is which leaf."""
 
-from lora_jax.models.families import bert, gemma, gpt2, llama, vision
+from lora_jax.models.families import bert, gemma, gpt2, llama, mixtures, vision
 from lora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "phi3": llama.PHI3,
     "qwen2": llama.QWEN2,
     "qwen3": llama.QWEN3,
+    "qwen3_moe": mixtures.QWEN3_MOE,
     "roberta": bert.ROBERTA,
     "smollm3": llama.SMOLLM3,
     "vit": vision.VIT,
