@@ -24,7 +24,7 @@ from tests.reference import TOLERANCE, assert_close
 RANK, ALPHA = 3, 7.0
 SCALING = ALPHA / RANK
 PRODUCTS = (
-    *("dot_general", "ragged_dot_general", "conv_general_dilated"),
+    *("dot_general", "conv_general_dilated", "grouped_dot", "grouped_outer"),
     *("scatter-add", "scatter"),
 )
 

@@ -57,7 +57,7 @@ class ExpertDense(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.num_experts, x.shape[-1], self.features)
         kernel = self.param(KERNEL, init, shape)
-        y = expert_product(0.0, None, x.astype(self.dtype), kernel, sizes)
+        y: Any = expert_product(0.0, None, x.astype(self.dtype), kernel, sizes)
         if self.use_bias:
             bias = self.param(BIAS, nn.initializers.zeros, shape[::2])
             y = y + of_rows(bias.astype(y.dtype), sizes, x.shape[-2])

@@ -6,6 +6,7 @@ dropped, and the update costs ``r * (i + o)`` multiply-adds a row.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,14 +84,14 @@ def lora_experts(
     check_experts(x, kernel, sizes)
     check_factors(kernel.shape, lora_a.shape, lora_b.shape, EXPERTS)
     key = check_dropout(dropout_rate, dropout_key)
-    y = base_output
+    y: Any = base_output
     if y is None:
         y = expert_product(0.0, precision, x, kernel, sizes)
         y = y if bias is None else y + of_rows(bias, sizes, x.shape[-2]).astype(y.dtype)
     x = x.astype(y.dtype)
-    h = expert_product(dropout_rate, precision, x, lora_a, sizes, key)
+    h: Any = expert_product(dropout_rate, precision, x, lora_a, sizes, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # [m, r]
-    y = y + expert_product(0.0, precision, h, lora_b, sizes)
+    y += expert_product(0.0, precision, h, lora_b, sizes)
     if magnitude is None:
         return y
     m_over_n = dora_scale(

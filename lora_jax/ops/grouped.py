@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.names import BATCH_AXES, EXPERT
+from lora_jax.ops.product import varying_axes
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
 _NO_BATCH = ((), ())
@@ -31,7 +33,6 @@ Matrices = Float[Array, "e i o"]
 Sizes = Int[Array, "*p e"]
 
 
-@functools.partial(jax.jit, static_argnames=("is_transposed", "precision"))
 def grouped_dot(
     x: Float[Array, "*p m _"],
     matrices: Float[Array, "e _ _"],
@@ -52,12 +53,12 @@ def grouped_dot(
     Returns:
       ``[m, o]`` (``[m, i]`` if transposed), in the dtype of ``x``.
     """
-    options: dict[str, Any] = {"is_transposed": is_transposed, "precision": precision}
-    product = functools.partial(
-        jax.lax.platform_dependent,
-        cpu=functools.partial(_dot_in_blocks, **options),
-        default=functools.partial(_ragged_dot, **options),
-    )
+
+    def product(x, matrices, sizes):
+        arrays = _varying_alike(x, matrices, sizes)
+        options: Any = {"is_transposed": is_transposed, "precision": precision}
+        return grouped_dot_p.bind(*arrays, **options)
+
     if x.ndim == 2:
         return product(x, matrices, sizes)
     if (shards := _shards(sizes)) is not None:
@@ -75,7 +76,6 @@ def grouped_dot(
     return jnp.stack([jnp.stack(row) for row in made])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def grouped_outer(
     x: Float[Array, "*p m i"],
     y: Float[Array, "*p m o"],
@@ -95,18 +95,12 @@ def grouped_outer(
     Returns:
       ``[e, i, o]``.
     """
-    return grouped_outer_product(x, y, sizes, dtype=dtype, precision=precision)
 
+    def product(x, y, sizes):
+        arrays = _varying_alike(x, y, sizes)
+        options: Any = {"dtype": jnp.dtype(dtype), "precision": precision}
+        return grouped_outer_p.bind(*arrays, **options)
 
-@functools.partial(jax.jit, static_argnames=("dtype", "precision"))
-def grouped_outer_product(x, y, sizes, *, dtype, precision):
-    """Computes `grouped_outer`, without its derivative."""
-    options: dict[str, Any] = {"dtype": dtype, "precision": precision}
-    product = functools.partial(
-        jax.lax.platform_dependent,
-        cpu=functools.partial(_outer_in_blocks, **options),
-        default=functools.partial(_ragged_outer, **options),
-    )
     if x.ndim == 2:
         return product(x, y, sizes)
     if (shards := _shards(sizes)) is not None:
@@ -118,7 +112,9 @@ def grouped_outer_product(x, y, sizes, *, dtype, precision):
 
         return _on_shards(own, (rows, rows, rows), groups)(x, y, sizes)
     made = [
-        sum(product(x[i, j], y[i, j], sizes[i, j]) for i in range(len(x)))
+        functools.reduce(
+            jnp.add, (product(x[i, j], y[i, j], sizes[i, j]) for i in range(len(x)))
+        )
         for j in range(x.shape[1])
     ]
     return jnp.concatenate(made)
@@ -151,43 +147,23 @@ def _on_shards(function: Callable[..., Array], inputs, output) -> Callable[..., 
     )
 
 
-def _outer_jvp(dtype, precision, primals, tangents):
-    """Differentiates `grouped_outer`, which JAX can't transpose by itself."""
-    x, y, sizes = primals
-    dx, dy, _ = tangents
-    out = grouped_outer(x, y, sizes, dtype, precision)
-    change = jnp.zeros_like(out)
-    product = functools.partial(grouped_outer_product, dtype=dtype, precision=precision)
-    if not isinstance(dx, SymbolicZero):
-        change += linear_call(
-            lambda r, dx: product(dx, *r),
-            lambda r, ct: _by_rows(r[0], ct, r[1], x.dtype, precision, True),
-            (y, sizes),
-            dx,
-        )
-    if not isinstance(dy, SymbolicZero):
-        change += linear_call(
-            lambda r, dy: product(r[0], dy, r[1]),
-            lambda r, ct: _by_rows(r[0], ct, r[1], y.dtype, precision, False),
-            (x, sizes),
-            dy,
-        )
-    return out, change
-
-
-grouped_outer.defjvp(_outer_jvp, symbolic_zeros=True)
-
-
-def _by_rows(rows, matrices, sizes, dtype, precision, is_transposed):
-    options: Any = {"is_transposed": is_transposed, "precision": precision}
-    return grouped_dot(rows, matrices, sizes, **options).astype(dtype)
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """Makes arrays vary over the same axes inside a user's `jax.shard_map`."""
+    axes = [varying_axes(array) for array in arrays]
+    everywhere = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(a, tuple(everywhere - own), to="varying")
+        if everywhere - own
+        else a
+        for a, own in zip(arrays, axes, strict=True)
+    ]
 
 
 def _ragged_dot(x, matrices, sizes, *, is_transposed, precision):
-    x, matrices, sizes = _batched_alike(x, matrices.astype(x.dtype), sizes)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         (((1,), (2 if is_transposed else 1,)), _NO_BATCH), (0,), (0,)
     )
+    matrices = matrices.astype(x.dtype)
     y = jax.lax.ragged_dot_general(
         x, matrices, sizes, numbers, precision, preferred_element_type=x.dtype
     )
@@ -196,19 +172,11 @@ def _ragged_dot(x, matrices, sizes, *, is_transposed, precision):
 
 
 def _ragged_outer(x, y, sizes, *, dtype, precision):
-    x, y, sizes = _batched_alike(x, y.astype(x.dtype), sizes)
     numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), _NO_BATCH), (0,), ())
+    y = y.astype(x.dtype)
     return jax.lax.ragged_dot_general(
         x, y, sizes, numbers, precision, preferred_element_type=dtype
     )
-
-
-def _batched_alike(*arrays):
-    """Makes each array depend on all of them: JAX has no `jax.vmap` over some only."""
-    never = False
-    for array in arrays:
-        never |= jnp.any(array[:1] != array[:1]) & False
-    return [jnp.where(never, jnp.zeros_like(array), array) for array in arrays]
 
 
 class _Blocks(NamedTuple):
@@ -303,3 +271,82 @@ def _outer_in_blocks(x, y, sizes, *, dtype, precision):
         return total.at[blocks.group[index]].add(product)
 
     return jax.lax.fori_loop(0, blocks.count, body, total)
+
+
+# --- The two products as primitives: each is the other's derivative, and however a
+# device computes them, a trace (and its FLOPs) shows one equation.
+
+grouped_dot_p, grouped_outer_p = Primitive("grouped_dot"), Primitive("grouped_outer")
+
+
+@grouped_dot_p.def_abstract_eval
+def _dot_shape(x, matrices, sizes, *, is_transposed, precision):
+    del sizes, precision
+    return x.update(shape=(x.shape[0], matrices.shape[1 if is_transposed else 2]))
+
+
+@grouped_outer_p.def_abstract_eval
+def _outer_shape(x, y, sizes, *, dtype, precision):
+    del precision
+    return x.update(shape=(sizes.shape[0], x.shape[1], y.shape[1]), dtype=dtype)
+
+
+def _transposed_dot(ct, x, matrices, sizes, *, is_transposed, precision):
+    options = {"precision": precision}
+    if ad.is_undefined_primal(x):
+        turned = not is_transposed
+        dx = grouped_dot(ct, matrices, sizes, is_transposed=turned, **options)
+        return dx, None, None
+    pair = (ct, x) if is_transposed else (x, ct)
+    return None, grouped_outer(*pair, sizes, matrices.aval.dtype, **options), None
+
+
+def _transposed_outer(ct, x, y, sizes, *, dtype, precision):
+    del dtype
+    options = {"precision": precision}
+    if ad.is_undefined_primal(x):
+        dx = grouped_dot(y, ct, sizes, is_transposed=True, **options)
+        return dx.astype(x.aval.dtype), None, None
+    return None, grouped_dot(x, ct, sizes, **options).astype(y.aval.dtype), None
+
+
+def _define(primitive: Primitive, cpu: Callable, default: Callable, transpose: Any):
+    """Registers how a product, linear in its first two arrays, is computed."""
+
+    @functools.cache
+    def compiled(**options):
+        return jax.jit(functools.partial(primitive.bind, **options))
+
+    def jvp(primals, tangents, **options):
+        *pair, sizes = primals
+        changes = []
+        for i, tangent in enumerate(tangents[:2]):
+            if type(tangent) is not ad.Zero:
+                moved = [tangent if i == j else array for j, array in enumerate(pair)]
+                changes.append(primitive.bind(*moved, sizes, **options))
+        return primitive.bind(*primals, **options), functools.reduce(jnp.add, changes)
+
+    def batch(arrays, axes, **options):
+        moved = [
+            None if axis is None else jnp.moveaxis(array, axis, 0)
+            for array, axis in zip(arrays, axes, strict=True)
+        ]
+
+        def one(batched):
+            pairs = zip(batched, arrays, strict=True)
+            own = [whole if part is None else part for part, whole in pairs]
+            return primitive.bind(*own, **options)
+
+        return jax.lax.map(one, moved), 0
+
+    primitive.def_impl(lambda *arrays, **options: compiled(**options)(*arrays))
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    for function, platform in ((default, None), (cpu, "cpu")):
+        rule = mlir.lower_fun(function, multiple_results=False)
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+_define(grouped_dot_p, _dot_in_blocks, _ragged_dot, _transposed_dot)
+_define(grouped_outer_p, _outer_in_blocks, _ragged_outer, _transposed_outer)

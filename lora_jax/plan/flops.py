@@ -15,7 +15,7 @@ from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
 
-GROUPED = ("grouped_dot", "grouped_outer_product")  # of `lora_jax.ops.grouped`
+GROUPED = ("grouped_dot", "grouped_outer")  # the primitives of `ops.grouped`
 
 
 class StepFlops(NamedTuple):
@@ -46,9 +46,10 @@ def step_flops(
     """Counts the FLOPs of a step's matmuls.
 
     Per token, with ``N`` the elements of the kernels, ``A`` of the adapters (of experts
-    those that a token is sent to), ``H`` of the head, and ``S = 4 Σ_layers n h · (mean number of visible keys)``:
-    LoRA ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; rematerialising blocks adds their
-    forward pass, ``2N + S`` (and ``2A``).
+    those that a token is sent to), ``H`` of the head, and
+    ``S = 4 Σ_layers n h · (mean number of visible keys)``: LoRA ``4N + 6A + 4H + 3S``,
+    full ``6N + 6H + 3S``; rematerialising blocks adds their forward pass, ``2N + S``
+    (and ``2A``).
 
     Args:
       config: the decoder's config.
@@ -110,10 +111,9 @@ def traced_flops(jaxpr: Jaxpr) -> float:
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(out) * math.prod(kernel) / outputs
-        elif params.get("name") in GROUPED:  # by rows, however a device computes it
+        elif kind in GROUPED:  # by rows, however a device computes it
             rows, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
-            copies = rows[1] if len(rows) > 2 else 1  # one a shard of experts
-            total += 2.0 * math.prod(rows) * out[-1] / copies
+            total += 2.0 * math.prod(rows) * out[-1]
         else:
             inner = [traced_flops(each) for each in _inner(params)]
             once = max(inner, default=0.0) if kind == "cond" else sum(inner)

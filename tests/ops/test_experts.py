@@ -48,7 +48,7 @@ def test_the_kernels_gradient_is_formed_only_where_it_is_wanted(arrays):
 
     def shapes(argnums):
         traced = jax.make_jaxpr(jax.grad(loss, argnums))(x, kernel)
-        products = ("ragged_dot_general", "dot_general")
+        products = ("grouped_dot", "grouped_outer")
         made = [e for e in equations(traced.jaxpr) if e.primitive.name in products]
         return {e.outvars[0].aval.shape for e in made}
 

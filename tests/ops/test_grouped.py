@@ -1,7 +1,5 @@
 """Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,30 +55,34 @@ def test_the_outer_product_sums_over_the_rows_of_a_group(arrays, sizes):
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_blocks_compute_what_other_devices_compute(arrays, is_transposed):
-    """The branches of `jax.lax.platform_dependent`, both run here; and both batched."""
-    x, matrices = (jnp.stack([a, a[::-1]]) for a in arrays)
-    matrices = matrices.swapaxes(2, 3) if is_transposed else matrices
+    """The functions of both platforms, run on this one."""
+    x, matrices = arrays
+    matrices = matrices.swapaxes(1, 2) if is_transposed else matrices
     options = {"is_transposed": is_transposed, "precision": None}
-
-    def ragged(x, w):
-        return grouped._ragged_dot(x, w, SPARE, **options)
-
-    def in_blocks(x, w):
-        return grouped._dot_in_blocks(x, w, SPARE, **options)
-
-    wanted = jax.vmap(ragged)(x, matrices)
-    assert_close(jax.vmap(in_blocks)(x, matrices), wanted)
-    assert_close(jax.vmap(lambda x: ragged(x, matrices[0]))(x)[0], wanted[0])
+    wanted = grouped._ragged_dot(x, matrices, SPARE, **options)
+    assert_close(grouped._dot_in_blocks(x, matrices, SPARE, **options), wanted)
 
 
 def test_blocks_sum_what_other_devices_sum(arrays):
-    x, y = arrays[0], normal((2, ROWS, OUTPUTS), seed=3)
+    x, y = arrays[0], normal((ROWS, OUTPUTS), seed=3)
     options = {"dtype": jnp.dtype("float32"), "precision": None}
-    got, wanted = (
-        jax.vmap(functools.partial(outer, sizes=SPARE, **options), (None, 0))(x, y)
-        for outer in (grouped._outer_in_blocks, grouped._ragged_outer)
-    )
-    assert_close(got, wanted)
+    wanted = grouped._ragged_outer(x, y, SPARE, **options)
+    assert_close(grouped._outer_in_blocks(x, y, SPARE, **options), wanted)
+
+
+@pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, None), (None, 1, None)])
+def test_any_of_the_arrays_may_be_batched(arrays, batched):
+    stacks = [
+        whole if axis is None else jnp.stack([whole, whole[::-1]], axis)
+        for whole, axis in zip((*arrays, SPARE), batched, strict=True)
+    ]
+    got = jax.vmap(grouped.grouped_dot, batched)(*stacks)
+    for i in range(2):
+        own = [
+            whole if axis is None else jnp.take(whole, i, axis)
+            for whole, axis in zip(stacks, batched, strict=True)
+        ]
+        assert_close(got[i], grouped.grouped_dot(*own))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 700])
