@@ -134,7 +134,7 @@ class LoRAConfig:
         return cls(
             rank=rank,
             alpha=alpha,
-            targets=sorted(ranks),
+            targets=".*" if "" in ranks else sorted(ranks),  # a model that is a layer
             rank_pattern={path: r for path, r in ranks.items() if r != rank},
             alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
             **fields,

@@ -102,7 +102,7 @@ def combine_adapters(
             f"adapters {dora} are DoRA, whose change of W0 has full rank: method must "
             "be 'svd', with a rank; got 'cat'"
         )
-    elif dora and params is None:
+    elif dora and params is None and not is_itself:
         faults.append(f"params must be the base, as adapters {dora} are DoRA; got None")
     if faults:
         raise ValueError(f"adapters can't be combined: {'; '.join(faults)}.")
