@@ -127,10 +127,8 @@ class LoRAConfig:
         Returns:
           The config: the most common rank and alpha, and a pattern for each other one.
         """
-        rank, alpha = (
-            Counter(by_path.values()).most_common(1)[0][0]
-            for by_path in (ranks, alphas)
-        )
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
         return cls(
             rank=rank,
             alpha=alpha,
