@@ -18,6 +18,7 @@ from lora_jax.interop.identity import base_name
 from lora_jax.interop.portable import rewrite_peft
 from lora_jax.interop.pretrained import find_adapter, load_model, read_external
 from lora_jax.models.load import LoadedModel
+from lora_jax.names import EMBED, HEAD
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -75,10 +76,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 def _read(
     folder: Path, base: str, external: ExternalAdapter | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
-    """Reads an adapter; one from another tool needs the model to match names."""
+    """Reads an adapter, and the model where its names or its head must be known."""
     if external is None:
         found = load_adapter(folder)
-        return found.variables, found.config, base, found.extra
+        changed = {path for tree in found.variables.values() for path in tree}
+        if EMBED not in changed or HEAD in changed:
+            return found.variables, found.config, base, found.extra
+        loaded = load_model(base, folder)  # whose head may be the embedding or not
+        return loaded.variables, found.config, loaded, found.extra
     loaded = load_model(base, folder)
     named = external.config.get("base_model_name_or_path")
     return loaded.variables, loaded.module.config, loaded, {"model": named}
