@@ -38,8 +38,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if external is not None and model is None:
         named = external.config.get("base_model_name_or_path")
         model = named if isinstance(named, str) and Path(named).is_dir() else None
-    if external is not None and model is None and args.format == "peft":
-        rewrite_peft(target, external, portable=args.portable)
+    if (
+        external is not None
+        and args.format == "peft"
+        and (model is None or (_adds_to_base(external) and not args.portable))
+    ):
+        if model is not None:
+            load_model(model, folder)  # an adapter that doesn't fit it is an error
+        rewrite_peft(target, external, portable=args.portable, base_model=args.model)
     else:
         base = base_of(folder, model, external)
         variables, config, source, extra = _read(folder, base, external)
@@ -71,6 +77,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "portable": args.portable,
         "adapter_bytes": total,
     }
+
+
+def _adds_to_base(adapter: ExternalAdapter) -> bool:
+    """Says whether rows or biases of the base hold a part of the adapter here."""
+    biases = (factors.bias is not None for factors in adapter.modules.values())
+    return bool(adapter.tokens) or any(biases)
 
 
 def _read(
