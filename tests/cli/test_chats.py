@@ -136,7 +136,7 @@ def test_a_system_and_a_file_of_messages_are_asked(folder, tmp_path, call):
         ({"messages": SKY[1:]}, "in.jsonl:1: messages must hold one that is not the"),
         ({"messages": "a"}, "in.jsonl:1: messages must be a list of objects"),
         ({"messages": SKY, "tool": []}, "nothing reads, 'tool'; did you mean 'tools'?"),
-        ({"messages": SKY, "tools": [{}]}, "example 1: tools must be none"),
+        ({"messages": SKY, "tools": [{}]}, "example 1: tools must be empty"),
         ({"messages": [{"role": "usr", "content": ""}]}, "did you mean 'user'?"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_max_length_above_the_context_is_told(config, tmp_path, call, folder):
     assert code == 0, shown
     said = f"{longest} tokens, the model's context"
     assert f"{said}; data.max_length = 9999 is more" in out
-    assert f"4 examples were cut to {said}" in out
+    assert f"4 examples truncated to {said}" in out
 
 
 def test_no_conversation_is_in_two_splits(folder, tmp_path):

@@ -228,7 +228,7 @@ def peft_folder(path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["inspect", "{tmp}/none"], "there is no folder"),
+        (["inspect", "{tmp}/none"], "must be a folder or"),
         (["inspect", "{tmp}"], "is not a run folder (config.yaml), adapter folder"),
         (["eval"], "either a CONFIG or --run DIR"),
         (["eval", "--run", "{tmp}"], "is not a run folder: it has no config.yaml"),

@@ -151,7 +151,7 @@ def saved_step(ends) -> int:
     (_, said, code), (_, _, killed) = ends
     assert (code, killed) == (1, -signal.SIGKILL), said
     assert "another process of this run has ended" in said
-    told = re.search(r"The checkpoint of step (\d) is saved. Go on with", said)
+    told = re.search(r"The checkpoint of step (\d) is saved. Resume with", said)
     assert told, said
     return int(told[1])
 

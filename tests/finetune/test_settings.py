@@ -76,7 +76,7 @@ trian: {}
         "lora.targts: unknown key. Did you mean 'targets'?",
         "trian: no such section. Did you mean 'train'?",
         "lora.rnak: unknown key. Did you mean 'rank'?",
-        "'rank=3': an override must be section.key=value",
+        "'rank=3': overrides must be section.key=value",
         "trn.x: no section 'trn'. Did you mean 'train'?",
         "output: missing",
         "alpha must be a number; got 'x'; rank must be at least 1; got 0",
@@ -151,7 +151,7 @@ def test_a_number_that_float32_does_not_have_is_refused(value):
 
 def test_a_repeated_key_is_an_error(file):
     file.write_text(MINIMAL + "train: {epochs: 1, epochs: 2}\n")
-    with pytest.raises(ValueError, match="the key 'epochs' is there twice"):
+    with pytest.raises(ValueError, match="the key 'epochs' appears twice"):
         load_settings(file)
 
 
@@ -195,7 +195,7 @@ MERGES = MERGES.replace("]", "]}")
         ("[1]: 1", r"\[1\] can't be a key"),
         ("a: 0x_", "invalid literal"),
         ("a: " + "9" * 5000, "limit .* digits"),
-        ('a: "\\ud800"', "half a character"),
+        ('a: "\\ud800"', "a lone surrogate"),
         ("a: b\n" * 20_000, "at most 65,536 bytes; it has 100,000"),
     ],
     ids=lambda value: value[:20],
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 def test_a_file_without_sections_is_refused(file):
     file.write_text("just words")
-    with pytest.raises(ValueError, match=r"must hold sections .*got 'just words'"):
+    with pytest.raises(ValueError, match=r"must contain sections .*got 'just words'"):
         load_settings(file)
 
 
