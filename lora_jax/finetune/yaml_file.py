@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_float(self, node):
         value = super().construct_yaml_float(node)
         if value and not LEAST <= abs(value) <= MOST:
-            wanted = f"0 or from {LEAST:g} to {MOST:g}, the range of float32"
+            wanted = f"0 or from {LEAST:g} to {MOST:g}, for float32"
             _fail(f"{node.value[:40]} must be {wanted}", node.start_mark)
         return value
 
