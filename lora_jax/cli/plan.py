@@ -177,7 +177,7 @@ def _plan_slice(
 
 
 def read_mesh(text: str | None) -> dict[str, int]:
-    """Parses ``data=1,fsdp=16``; missing axes are 1, but ``fsdp`` the rest.
+    """Parses ``data=1,fsdp=16``; missing axes are 1, except for ``fsdp``, the rest.
 
     Args:
       text: value of the option, or None.
@@ -191,11 +191,8 @@ def read_mesh(text: str | None) -> dict[str, int]:
     sizes = {}
     for part in text.split(",") if text else ():
         name, _, number = part.partition("=")
-        if (
-            name not in AXES
-            or name in sizes
-            or not number.removeprefix("-").isdecimal()
-        ):
+        is_number = number.removeprefix("-").isdecimal()
+        if name not in AXES or name in sizes or not is_number:
             raise UserError(
                 f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "
                 f"{', '.join(AXES)} at most once; got {part!r} in {text!r}."

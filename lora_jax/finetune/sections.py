@@ -12,7 +12,9 @@ LARGEST = (1 << 31) - 1  # int32
 
 def _check_float(value: float) -> float:
     if 0 < value < LEAST:
-        raise ValueError(f"must be at least {LEAST:g}; smaller values underflow in float32")
+        raise ValueError(
+            f"must be at least {LEAST:g}; smaller values underflow in float32"
+        )
     return value
 
 

@@ -142,7 +142,7 @@ def test_two_processes_have_the_losses_and_the_adapters_of_one(job, never_killed
 def test_the_first_process_speaks_for_both(never_killed):
     (first, _, _), (second, _, _) = never_killed[1]
     assert "Result" in first
-    assert second.splitlines()[0].startswith("Process 1 of 2 waits for the others")
+    assert second.splitlines()[0].startswith("Process 1 of 2 is waiting for")
     assert "Loaded" not in second
 
 
