@@ -13,15 +13,7 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Encodes a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``, ``max_length``.
-      out: where to print.
-
-    Returns:
-      The number of lines and the width of the embeddings.
-    """
+    """Encodes a file; returns the number of lines and the embedding size."""
     target = new_file(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=record_fault)
     loaded = load(args.model, args.adapter)

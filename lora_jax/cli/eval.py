@@ -12,16 +12,7 @@ from lora_jax.finetune.settings import load_settings
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Evaluates a run.
-
-    Args:
-      args: ``run`` or ``config`` (with ``overrides``), ``data``, ``split``, ``base``.
-      out: where to print.
-
-    Returns:
-      The metrics (``loss``, an encoder's ``accuracy``, a decoder's ``perplexity``),
-      the number of examples, and what was evaluated.
-    """
+    """Evaluates a run; returns the metrics and what was evaluated."""
     if (args.run is None) == (args.config is None):
         raise UserError("eval takes either a CONFIG or --run DIR.")
     asked = None if args.run else load_settings(args.config, args.overrides)

@@ -27,15 +27,7 @@ from lora_jax.names import EMBED, HEAD
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Exports an adapter.
-
-    Args:
-      args: ``adapter``, ``model``, ``format``, ``portable``, ``skip_head``, ``out``.
-      out: where to print.
-
-    Returns:
-      Its folder, format and size.
-    """
+    """Exports an adapter; returns its folder, format and size."""
     target = new_folder(args.out)
     folder = find_adapter(args.adapter)
     external = read_external(folder)
@@ -85,7 +77,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _adds_to_base(adapter: ExternalAdapter) -> bool:
-    """Says whether rows or biases of the base hold a part of the adapter here."""
+    """Returns whether the adapter also changes rows or biases of the base."""
     biases = (factors.bias is not None for factors in adapter.modules.values())
     return bool(adapter.tokens) or any(biases)
 

@@ -23,17 +23,7 @@ DEFAULT_TOKENS = 128
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Generates text.
-
-    Args:
-      args: ``model``, ``adapter``, ``prompt`` (a list) or ``messages`` (a file),
-        ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
-        ``chat``, ``system``.
-      out: where to print; the text of a single prompt is streamed.
-
-    Returns:
-      For each prompt the text, its token ids, and why it ended.
-    """
+    """Generates text; returns text, token ids and stop reason for each prompt."""
     chats = _chats(args)
     loaded = load_decoder(args.model, args.adapter, scan_layers=False)
     tokenizer = loaded.tokenizer

@@ -11,15 +11,7 @@ from lora_jax.finetune.report import model_bytes
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Inspects a folder or a GGUF file.
-
-    Args:
-      args: ``dir``.
-      out: where to print.
-
-    Returns:
-      What `inspect` returns.
-    """
+    """Inspects a folder or a GGUF file; returns the result of `inspect`."""
     found = inspect(args.dir)
     if out.as_json:
         return found

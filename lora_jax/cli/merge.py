@@ -17,15 +17,7 @@ from lora_jax.tree.fingerprint import fingerprint
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Merges.
-
-    Args:
-      args: ``model``, ``adapter``, ``out``.
-      out: where to print.
-
-    Returns:
-      The folder, and the largest merge error of any layer.
-    """
+    """Merges an adapter; returns the folder and the largest merge error."""
     target = new_folder(args.out)
     found = load(args.model, args.adapter)
     folder = find_adapter(args.adapter)

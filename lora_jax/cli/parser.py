@@ -75,14 +75,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_score(commands["score"])
     _add_model(commands["merge"], adapter_required=True)
     _add_export(commands["export"])
-    for name in ("merge", "export"):
-        commands[name].add_argument(
-            "--out", metavar="DIR", required=True, help="folder to write"
-        )
-    for name in ("encode", "score"):
-        commands[name].add_argument(
-            "--out", metavar="FILE", required=True, help="JSONL to write"
-        )
+    for names, kind, text in (
+        (("merge", "export"), "DIR", "folder to write"),
+        (("encode", "score"), "FILE", "JSONL to write"),
+    ):
+        for name in names:
+            commands[name].add_argument("--out", metavar=kind, required=True, help=text)
     commands["inspect"].add_argument(
         "dir", help="adapter, run or model folder; or a GGUF file"
     )

@@ -12,15 +12,7 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Scores a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``.
-      out: where to print.
-
-    Returns:
-      The number of lines and tokens, and the mean log-probability of a token.
-    """
+    """Scores a file; returns the counts and the mean log-probability."""
     target = new_file(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=score_fault)
     loaded = load_decoder(args.model, args.adapter, scan_layers=True)

@@ -14,15 +14,7 @@ from lora_jax.parallel.processes import is_first, shut_down, start
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Trains a model.
-
-    Args:
-      args: ``config``, ``overrides``, ``resume``, ``overwrite``, and those of `join`.
-      out: where to print.
-
-    Returns:
-      The contents of summary.json.
-    """
+    """Trains a model; returns the contents of summary.json."""
     join(args, out)
     out.resume = _resume_command(args)
     try:

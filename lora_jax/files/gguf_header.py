@@ -76,45 +76,45 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
     try:
         if size < len(MAGIC):
             raise ValueError("it is too short for a header")
-        walk = _Walk(np.memmap(path, np.uint8, "r"))
-        metadata, tensors = _read(walk, block_sizes)
+        cursor = _Cursor(np.memmap(path, np.uint8, "r"))
+        metadata, tensors = _read(cursor, block_sizes)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} ({size} bytes) must be a complete GGUF file; {error}. It is "
             "probably truncated or another format: copy or download it again."
         ) from error
-    return Header(metadata, tensors, walk.data)
+    return Header(metadata, tensors, cursor.data)
 
 
 def _read(
-    walk: "_Walk", block_sizes: dict[int, tuple[int, int]]
+    cursor: "_Cursor", block_sizes: dict[int, tuple[int, int]]
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    if walk.take(4, "the magic number") != MAGIC:
+    if cursor.take(4, "the magic number") != MAGIC:
         raise ValueError("it doesn't begin with 'GGUF'")
-    version = walk.number("<u4", "the version")
+    version = cursor.number("<u4", "the version")
     if version not in VERSIONS:
         raise ValueError(
             f"its version must be one of {VERSIONS}, little-endian; got {version}"
         )
-    tensor_count = walk.count(MIN_TENSOR, "tensors")
+    tensor_count = cursor.count(MIN_TENSOR, "tensors")
     metadata: dict[str, Any] = {}
-    for _ in range(walk.count(MIN_FIELD, "metadata fields")):
-        key = walk.text("a metadata key")
+    for _ in range(cursor.count(MIN_FIELD, "metadata fields")):
+        key = cursor.text("a metadata key")
         if key in metadata:
             raise ValueError(f"metadata {key!r} appears twice")
-        metadata[key] = walk.value(walk.number("<u4", key), key)
+        metadata[key] = cursor.value(cursor.number("<u4", key), key)
     table = {}
     for _ in range(tensor_count):
-        name = walk.text("a tensor's name")
+        name = cursor.text("a tensor's name")
         if name in table:
             raise ValueError(f"tensor {name!r} appears twice")
-        table[name] = walk.tensor(name, block_sizes)
+        table[name] = cursor.tensor(name, block_sizes)
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if type(alignment) is not int or not 0 < alignment <= walk.data.size:
+    if type(alignment) is not int or not 0 < alignment <= cursor.data.size:
         raise ValueError(f"general.alignment must be in the file; got {alignment!r}")
-    start = -(-walk.at // alignment) * alignment
+    start = -(-cursor.at // alignment) * alignment
     tensors = {n: t._replace(offset=start + t.offset) for n, t in table.items()}
-    outside = [n for n, t in tensors.items() if t.offset + t.size > walk.data.size]
+    outside = [n for n, t in tensors.items() if t.offset + t.size > cursor.data.size]
     if outside:
         raise ValueError(
             f"{len(outside)} of {len(tensors)} tensors end after the file's end, e.g. "
@@ -123,7 +123,7 @@ def _read(
     return metadata, tensors
 
 
-class _Walk:
+class _Cursor:
     """A position in the file that moves forward, but never past its end."""
 
     def __init__(self, data: np.ndarray):

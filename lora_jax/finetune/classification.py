@@ -128,7 +128,6 @@ class Classification(Job):
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
         data, lengths = self.settings.data, batches.lengths
-        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
         share = np.mean([e["label"] == 0 for e in self.splits["train"].examples])
         padded = ", ".join(map(str, batches.buckets))
         tokens = f"mean {lengths.mean():.1f}, max {lengths.max()}, padded to {padded}"
@@ -137,7 +136,7 @@ class Classification(Job):
             tokens += f"; {cut:,} texts truncated to {limit}"
         classes = f"{self.labels}; {self.labels[0]!r} is {share:.1%} of train"
         return [
-            ("data", ", ".join(sizes)),
+            ("data", self.sizes),
             ("classes", classes),
             ("tokens", tokens),
             *lowered,

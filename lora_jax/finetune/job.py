@@ -133,6 +133,11 @@ class Job(abc.ABC):
         """The metric that selects the best step."""
         return self.metrics[-1]
 
+    @property
+    def sizes(self) -> str:
+        """The number of examples of each split, as text."""
+        return ", ".join(f"{k} {len(s.examples):,}" for k, s in self.splits.items())
+
     def describe(self, metrics: Metrics) -> str:
         """Formats an evaluation's metrics."""
         return "  ".join(

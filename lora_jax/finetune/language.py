@@ -124,7 +124,6 @@ class Language(Job):
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
         assert isinstance(batches, TextBatches)  # from `batches`
-        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
         lengths = [len(e["input_ids"]) for e in self.splits["train"].examples]
         tokens = f"mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)}; "
         if batches.packed_length:
@@ -134,7 +133,7 @@ class Language(Job):
         tokens += f" ({batches.token_fraction:.0%} of the positions are tokens)"
         share = batches.targets / sum(lengths)
         facts = [
-            ("data", ", ".join(sizes)),
+            ("data", self.sizes),
             ("tokens", tokens),
             ("targets", f"{batches.targets:,} tokens count ({share:.0%} of train)"),
         ]

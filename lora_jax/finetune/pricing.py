@@ -98,10 +98,10 @@ class JobSteps:
         else:
             plan = price(rows, self.remat)
         if not plan.fits:
-            raise too_large(plan, "this machine", self.way_out(plan))
+            raise too_large(plan, "this machine", self.suggestion(plan))
         return plan
 
-    def way_out(self, plan: StepPlan, price: Price | None = None) -> str:
+    def suggestion(self, plan: StepPlan, price: Price | None = None) -> str:
         """Suggests what would fit instead of a step, using ``price`` or `price`."""
         price = price or self.price
         policies = list(REMATS)
@@ -135,14 +135,15 @@ class JobSteps:
         return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
 
 
-def too_large(plan: StepPlan, device: str, way_out: str) -> UserError:
+def too_large(plan: StepPlan, device: str, suggestion: str) -> UserError:
     """Returns the error for a step that does not fit, with a suggestion."""
     least = "" if plan.temporaries else "at least "  # only weights, if not compiled
     each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
     policy = f" with remat {plan.remat}" if plan.remat else ""
     return UserError(
         f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
-        f"{size(plan.total)}{each}{policy}; {device} has {size(plan.limit)}. {way_out}"
+        f"{size(plan.total)}{each}{policy}; {device} has {size(plan.limit)}. "
+        f"{suggestion}"
     )
 
 

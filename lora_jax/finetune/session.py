@@ -333,16 +333,13 @@ class Session:
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
         if self.folder.is_writer:
-            base = baseline and (
-                baseline["what"],
-                baseline[f"validation_{job.metric}"],
-            )
+            key = f"validation_{job.metric}"
             draw_curves(
                 self.folder.metrics(),
                 self.folder / CURVES,
                 title=report.title(self.settings, self.counts),
                 metrics=job.metrics,
-                baseline=base or None,
+                baseline=(baseline["what"], baseline[key]) if baseline else None,
                 chosen=best["step"],
             )
         self.seconds["total"] = self.elapsed()

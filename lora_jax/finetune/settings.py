@@ -77,6 +77,7 @@ class RunSettings:
 
 
 SECTIONS: dict[str, type] = get_type_hints(RunSettings)
+ADAPTER = pydantic.TypeAdapter(RunSettings)
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | RunSettings
 
@@ -115,7 +116,7 @@ def load_settings(config: Config, overrides: Sequence[str] = ()) -> RunSettings:
             f"{name}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
             + "\n".join(f"  {fault}" for fault in faults)
         )
-    return _absolute(_adapter().validate_json(_to_json(tree), strict=True))
+    return _absolute(ADAPTER.validate_json(_to_json(tree), strict=True))
 
 
 def differences(old: RunSettings, new: RunSettings) -> list[str]:
@@ -204,7 +205,7 @@ def _unknown_keys(tree: dict[str, Any]) -> list[str]:
 def _invalid(tree: dict[str, Any], reported: set[str]) -> list[str]:
     """Returns the faults of values: types, ranges, and conflicts between fields."""
     try:
-        settings = _adapter().validate_json(_to_json(tree), strict=True)
+        settings = ADAPTER.validate_json(_to_json(tree), strict=True)
     except pydantic.ValidationError as error:
         faults = []
         for fault in error.errors(include_url=False):
@@ -246,10 +247,6 @@ def _conflicts(settings: RunSettings) -> list[str]:
             f"got {train.batch_size}"
         )
     return faults
-
-
-def _adapter() -> pydantic.TypeAdapter[RunSettings]:
-    return pydantic.TypeAdapter(RunSettings)
 
 
 def _to_json(tree: Any) -> str:

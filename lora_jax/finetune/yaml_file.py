@@ -125,7 +125,7 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         ]
         known[id(node)] = 1 + sum(_count(c, known, depth + 1) for c in children)
     if known[id(node)] > MAX_NODES:
-        _fail(f"it holds over {MAX_NODES:,} values, aliases included", node.start_mark)
+        _fail(f"it has over {MAX_NODES:,} values, including aliases", node.start_mark)
     return known[id(node)]
 
 
