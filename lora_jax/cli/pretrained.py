@@ -1,5 +1,6 @@
 """Loading the model of `--model` and `--adapter`."""
 
+import sys
 from typing import Any
 
 from lora_jax.files.adapter import CONFIG, FORMAT
@@ -28,7 +29,10 @@ def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
         settings = read_json(find_adapter(adapter) / CONFIG)
         if settings.get("format") == FORMAT:
             options["scan_layers"] = None
-    return load_model(model, adapter, **options)
+    loaded = load_model(model, adapter, **options)
+    if loaded.family.is_tower and loaded.unused:
+        print(f"({loaded.unused_text()})", file=sys.stderr)
+    return loaded
 
 
 def load_decoder(
