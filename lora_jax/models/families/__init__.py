@@ -1,10 +1,14 @@
 """Model families: which config keys mean what, and which tensor is which leaf."""
 
-<<<<<<< HEAD
-from lora_jax.models.families import bert, gemma, gpt2, llama, mixtures, vision
-=======
-from lora_jax.models.families import bert, gemma, gpt2, llama, towers, vision
->>>>>>> main
+from lora_jax.models.families import (
+    bert,
+    gemma,
+    gpt2,
+    llama,
+    mixtures,
+    towers,
+    vision,
+)
 from lora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
@@ -23,11 +27,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "qwen2": llama.QWEN2,
     "qwen2_5_vl": towers.QWEN2_VL_TOWER,
     "qwen3": llama.QWEN3,
-<<<<<<< HEAD
     "qwen3_moe": mixtures.QWEN3_MOE,
-=======
     "qwen3_vl": towers.QWEN3_VL_TOWER,
->>>>>>> main
     "roberta": bert.ROBERTA,
     "smollm3": llama.SMOLLM3,
     "vit": vision.VIT,
