@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import parameter_targets, router_names, split_experts
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
@@ -121,7 +122,18 @@ def export_adapter(
     spelling = names.spelling()
     if portable:
         adapter = make_portable(adapter, kernels, spelling.modules)
-    files = [names.full_name(b.rpartition(".")[0]) for b in base.source.names]
+        adapter = adapter._replace(modules=split_experts(adapter.modules, names))
+    parameters = parameter_targets(adapter, router_names(names))
+    wrapped = {name.removesuffix(".weight") for name in parameters}
+    if wrapped:  # PEFT has no dropout there, and none is needed to compute
+        adapter = adapter._replace(dropout_rate=0.0)
+    bare = (name.rpartition(".")[0] for name in base.source.names)
+    known = {names.full_name(name, is_new=not portable) for name in bare}
+    known |= {
+        name
+        for path, name in spelling.modules.items()
+        if not portable or not names.family.expert_parts(path)
+    }
     settings: dict[str, Any] = {
         "auto_mapping": opened.auto_mapping,
         "base_model_name_or_path": base_name(
@@ -131,9 +143,8 @@ def export_adapter(
             base.source.settings.get("_name_or_path"),
         ),
         "fan_in_fan_out": not base.family.is_transposed,
-        "target_modules": _shortest(
-            sorted(adapter.modules), {*spelling.modules.values(), *files}
-        ),
+        "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
+        "target_parameters": parameters or None,
         "modules_to_save": _saved(adapter, names) or None,
         "task_type": None if base.family.head else "CAUSAL_LM",
     }
@@ -231,8 +242,12 @@ def _describe(
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
-    if experts := [t.path for t in targets if t.kind == "experts"]:
-        raise ValueError(f"adapters of experts can't be exported; got {experts}.")
+    experts = [t.path for t in targets if t.kind == "experts"]
+    if experts and config.dora:
+        raise ValueError(
+            f"an adapter with DoRA of experts can't be exported; PEFT has none: got "
+            f"{', '.join(experts)}. Merge it into its base."
+        )
     spelled, modules = names.spelling().modules, {}
     by_path = {target.path: target for target in targets}
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
@@ -271,6 +286,9 @@ def _describe(
 
 
 def _factors(target: Target, leaves: Mapping[str, np.ndarray]) -> ExternalFactors:
+    if target.kind == "experts":
+        pair = (leaves[name].swapaxes(-1, -2) for name in (LORA_A, LORA_B))
+        return ExternalFactors(*pair, target.scaling, target.alpha)
     return ExternalFactors(
         a=np.moveaxis(leaves[LORA_A], (-1, -2), (0, 1)),
         b=leaves[LORA_B].T,
