@@ -1,8 +1,8 @@
 """Hugging Face's names for the modules of a model in memory, in every spelling.
 
 A module has one path here and up to four names there: with or without the family's
-prefix (files of a bare model have none), and as transformers 4 or 5 calls it
-(checkpoints keep the old names, adapters made today have the new ones).
+prefix (files of a bare model have none), and in transformers 4's or 5's spelling
+(checkpoints keep the old names, new adapters have the new ones).
 """
 
 import re
@@ -17,13 +17,12 @@ class Fusion(NamedTuple):
     """Projections that one family stores as one kernel and another as several.
 
     Attributes:
-      whole: end of the path of the one kernel; its outputs are in the order of
-        ``parts``.
-      parts: ends of the paths of the several kernels.
-      names: ends of their Hugging Face names, the whole's first.
+      whole: end of the fused kernel's path; its outputs are in the order of ``parts``.
+      parts: ends of the separate kernels' paths.
+      names: ends of their Hugging Face names, the fused one first.
       inside: prefix of the layer's path.
-      is_split: whether transformers 5 has several kernels where the model's files, and
-        the model here, have one.
+      is_split: whether transformers 5 splits the kernel that files, and models here,
+        fuse.
     """
 
     whole: str
@@ -57,23 +56,17 @@ FUSIONS = (
 )
 
 Style = tuple[bool, bool]  # with the prefix or not; as in transformers 5 or 4
-STYLES: tuple[Style, ...] = (
-    (True, True),
-    (True, False),
-    (False, True),
-    (False, False),
-)
+STYLES = tuple((prefix, new) for prefix in (True, False) for new in (True, False))
 
 
 class Names:
-    """The names that one model's modules and tensors may have in another's file.
+    """The names that a model's modules and tensors may have in another tool's file.
 
     Args:
-      family: of the model.
+      family: the model's.
       modules: paths of its adaptable modules.
       leaves: paths of its parameters.
-      has_prefix: whether what is written has the family's prefix; what is read may have
-        it or not.
+      has_prefix: whether names are written with the family's prefix; either is read.
     """
 
     def __init__(
@@ -88,7 +81,7 @@ class Names:
         self._bare = {path: str(family.module_name(path)) for path in modules}
         self._tensors = {path: family.tensor_name(path) for path in leaves}
         layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
-        self._others = {}  # modules of the family that this model lacks
+        self._others = {}  # modules that this model has fused or split
         for layer in layers:
             number = layer.rpartition("_")[2]
             for fusion in FUSIONS:
@@ -101,15 +94,15 @@ class Names:
             self._others[HEAD] = LM_HEAD
 
     def modules(self) -> dict[str, str]:
-        """Returns the module's path by each of its names."""
+        """Returns module paths by every accepted name."""
         return self._paths({**self._others, **self._bare}, self._spell)
 
     def tensors(self) -> dict[str, str]:
-        """Returns the parameter's path by each of its names."""
+        """Returns parameter paths by every accepted name."""
         return self._paths(self._tensors, self._spell_tensor)
 
     def spelled_as(self, names: Iterable[str]) -> "Spelling":
-        """Returns the spelling that a file with these module names has."""
+        """Returns the spelling used by a file with these module names."""
         given = set(names)
 
         def hits(style: Style) -> int:
@@ -118,14 +111,7 @@ class Names:
         return self.spelling(max(STYLES, key=hits))
 
     def spelling(self, style: Style | None = None) -> "Spelling":
-        """Returns the names of modules and tensors in one style.
-
-        Args:
-          style: one of `STYLES`; by default that of PEFT today.
-
-        Returns:
-          Both by path.
-        """
+        """Returns all names in a style; by default the one used for writing."""
         style = style or self.style
         return Spelling(
             {path: self._spell(bare, style) for path, bare in self._bare.items()},
@@ -133,14 +119,9 @@ class Names:
         )
 
     def split_names(self, path: str) -> list[str]:
-        """Returns the names that transformers 5 has for the parts of a module.
+        """Returns transformers 5's names for a module's parts, in output order.
 
-        Args:
-          path: of the module.
-
-        Returns:
-          One name a part, in the order of their outputs; none if the module is one
-          there too.
+        Empty if transformers 5 has the module unsplit too.
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
@@ -150,7 +131,7 @@ class Names:
         return []
 
     def full_name(self, bare: str) -> str:
-        """Returns a module's name in the style that is written."""
+        """Returns a module's name in the style used for writing."""
         return self._spell(bare, self.style)
 
     def _paths(
@@ -174,11 +155,11 @@ class Names:
 
 
 class Spelling(NamedTuple):
-    """One style of names.
+    """Names in one style.
 
     Attributes:
-      modules: names by the path of the module.
-      tensors: names by the path of the parameter.
+      modules: by module path.
+      tensors: by parameter path.
     """
 
     modules: Mapping[str, str]

@@ -1,11 +1,11 @@
-"""An adapter in the form that every loader computes alike.
+"""Rewrites an adapter so that every loader computes the same update.
 
 vLLM, SGLang, llama.cpp and PEFT differ in what they refuse and, worse, in what they
-ignore: rsLoRA, rank and alpha patterns, a q without its k and v. Without any of that
+ignore: rsLoRA, rank and alpha patterns, a q without its k and v. Without any of these
 an adapter is ``y = x W + (x Aᵀ) B'ᵀ`` with one rank and a scaling of one::
 
-    B' = scaling * B            A, B' padded with zeros to the largest rank
-    r = lora_alpha = rank       q, k and v all present if one of them is
+    B' = scaling * B            A, B' zero-padded to the largest rank
+    r = lora_alpha = rank       q, k and v all present if any is
 """
 
 import os
@@ -21,7 +21,7 @@ from lora_jax.models.stacking import LayerSlice
 from lora_jax.names import CLASSIFIER, LM_HEAD
 
 QKV = ("attention/query", "attention/key", "attention/value")
-LOADED_HEADS = (CLASSIFIER, "score")  # modules trained in full that vLLM loads
+LOADED_HEADS = (CLASSIFIER, "score")  # fully trained modules that vLLM loads
 
 
 def make_portable(
@@ -29,18 +29,17 @@ def make_portable(
     modules: Mapping[str, LayerSlice],
     names: Mapping[str, str],
 ) -> ExternalAdapter:
-    """Returns the same update in the form that every loader computes.
+    """Returns the same update in a form that every loader interprets alike.
+
+    B is rounded once where the scaling is not a power of two.
 
     Args:
       adapter: what is exported, under Hugging Face's names.
-      modules: the kernel of each of the model's modules, by path.
+      modules: kernels of the model's modules by path.
       names: Hugging Face's name of each module.
 
-    Returns:
-      The adapter; B is rounded once where the scaling is not a power of two.
-
     Raises:
-      ValueError: naming everything that some loader refuses: DoRA, embeddings,
+      ValueError: listing everything that some loader refuses: DoRA, embeddings,
         convolutions, modules and biases trained in full.
     """
     faults = []
@@ -59,7 +58,7 @@ def make_portable(
     if faults:
         raise ValueError(
             f"the adapter can't be made portable: {'; '.join(faults)}. Merge it into "
-            "its base, which every loader takes, or train without these."
+            "its base, which every loader accepts, or train without these."
         )
     rank = max(factors.rank for factors in adapter.modules.values())
     plain = {name: _plain(f, rank) for name, f in adapter.modules.items()}
@@ -79,24 +78,21 @@ def make_portable(
 def rewrite_peft(
     directory: str | os.PathLike[str], adapter: ExternalAdapter, *, portable: bool
 ) -> Path:
-    """Writes an adapter that PEFT made as a folder that PEFT loads, without a model.
+    """Rewrites an adapter from `read_peft` as a PEFT folder, without a model.
 
     Args:
-      directory: made if absent; an adapter there is replaced.
-      adapter: as `read_peft` returned it.
+      directory: created if absent; an adapter there is replaced.
+      adapter: from `read_peft`.
       portable: as for `export_adapter`.
 
-    Returns:
-      The folder.
-
     Raises:
-      ValueError: if the model is needed after all: for shapes that the file doesn't
-        have, or rows and biases that are added to the base's.
-      OSError: if it can't be written.
+      ValueError: if the model is needed after all: for shapes that the file lacks, or
+        for rows and biases added to the base's.
+      OSError: if the folder can't be written.
     """
     config, why = adapter.config, []
     if "peft_type" not in config:
-        why.append("the adapter is not PEFT's, whose names it would need")
+        why.append("it isn't PEFT's, so its modules' PEFT names are unknown")
     if adapter.tokens or any(f.bias is not None for f in adapter.modules.values()):
         why.append("trainable_token_indices and lora_bias change the base's parameters")
     settings = {
@@ -111,7 +107,7 @@ def rewrite_peft(
         ends = (".q_proj", ".k_proj", ".v_proj")
         layers = {n[: -len(e)] for n in adapter.modules for e in ends if n.endswith(e)}
         why += [
-            f"{layer} has no adapter of {end[1:]}, and zeros of its shape are needed"
+            f"{layer} has no adapter of {end[1:]}, so the shape of its zeros is unknown"
             for layer in sorted(layers)
             for end in ends
             if layer + end not in adapter.modules
@@ -119,7 +115,7 @@ def rewrite_peft(
     if why:
         raise ValueError(
             f"{adapter.origin} can't be exported without its base: {'; '.join(why)}. "
-            "Name the base (--model)."
+            "Give the base (--model)."
         )
     if portable:
         adapter = make_portable(adapter, {}, {})
@@ -129,7 +125,7 @@ def rewrite_peft(
 
 
 def _plain(factors: ExternalFactors, rank: int) -> ExternalFactors:
-    """Returns the factors with the scaling in B, padded to ``rank``."""
+    """Returns the factors with the scaling folded into B, padded to ``rank``."""
     more = (0, rank - factors.rank)
     b = factors.b * np.float32(factors.scaling)
     return factors._replace(
