@@ -1,4 +1,4 @@
-"""`DecoderConfig`: a decoder's sizes, constants, and where the families differ.
+"""`DecoderConfig`: a decoder's sizes and constants, and how families differ.
 
 One frozen dataclass describes Llama as well as Gemma or GPT-2; a family only fills it
 in. Nothing here depends on a model's name.
@@ -23,16 +23,16 @@ class Rope:
       theta: base of the frequencies ``theta^(-2j / rotary_dim)``.
       rotary_dim: dimensions of a head that are rotated; even.
       kind: how the frequencies are scaled for longer contexts, one of `KINDS`.
-      factor: by how much the context was stretched.
-      original_max_positions: the context before that.
-      low_freq_factor: llama3: wavelengths above ``original / low`` are stretched fully.
+      factor: how far the context was stretched.
+      original_max_positions: the context length before that.
+      low_freq_factor: llama3: wavelengths above ``original / low`` are fully stretched.
       high_freq_factor: llama3: those below ``original / high`` are not stretched.
-      beta_fast: yarn: frequencies with more rotations in the original context than this
+      beta_fast: yarn: frequencies with more rotations than this in the original context
         are not stretched.
-      beta_slow: yarn: those with fewer rotations than this are stretched fully.
+      beta_slow: yarn: those with fewer rotations than this are fully stretched.
       truncate: yarn: whether both limits are rounded to whole dimensions.
       attention_factor: yarn, longrope: factor of cosines and sines.
-      divisors: longrope: what each frequency is divided by in sequences of up to
+      divisors: longrope: divisor of each frequency in sequences of up to
         ``original_max_positions`` tokens.
       long_divisors: longrope: the same in longer ones.
 
@@ -56,13 +56,9 @@ class Rope:
     long_divisors: tuple[float, ...] = ()
 
     def frequencies(self, *, is_long: bool = False) -> np.ndarray:
-        """Returns radians a token, ``[rotary_dim / 2]`` float32.
+        """Returns radians per token, ``[rotary_dim / 2]`` float32.
 
-        Args:
-          is_long: longrope: whether the sequence is longer than its original context.
-
-        Returns:
-          The frequencies.
+        ``is_long`` is for longrope: whether the sequence exceeds its original context.
         """
         exponents = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
         plain = self.theta**-exponents
@@ -116,17 +112,17 @@ class DecoderConfig:
       norm_eps: epsilon of the norms.
       norm_offset: added to a stored RMSNorm scale (Gemma: 1).
       norm_placement: norms before the sublayers, after them, or both.
-      qk_norm: norm of queries and keys: each head's, the whole projection's, or none.
+      qk_norm: norm of queries and keys: per head, over the whole projection, or none.
       has_qkv_bias: bias of query, key and value.
       has_output_bias: bias of the attention's output.
       has_mlp_bias: bias of the MLP.
       is_qkv_fused: whether query, key and value are one kernel, ``qkv``.
       is_gate_up_fused: whether gate and up are one kernel, ``gate_up``.
       ropes: the tables of rotary frequencies.
-      layer_ropes: which of them each layer uses; None for no rotation (NoPE).
+      layer_ropes: the table that each layer uses; None for no rotation (NoPE).
       layer_windows: sliding window of each layer; None for full causal attention.
       has_learned_positions: whether there is a learned position embedding.
-      attention_scale: of the scores; None for ``1 / √h``.
+      attention_scale: scale of the scores; None for ``1 / √h``.
       divides_by_layer: whether scores are divided by the layer's number, from 1.
       attention_softcap: bound of the scores, or None.
       final_softcap: bound of the logits, or None.
@@ -134,7 +130,7 @@ class DecoderConfig:
       is_tied: whether the head is the embedding.
 
     Raises:
-      ValueError: if a size or constant is out of range; every fault is named.
+      ValueError: if a size or constant is out of range; lists all of them.
     """
 
     vocab_size: int
@@ -170,7 +166,7 @@ class DecoderConfig:
 
     @property
     def original_positions(self) -> int | None:
-        """Where longrope's long factors begin; None without longrope."""
+        """The longest context with longrope's short factors; None without longrope."""
         return next(
             (r.original_max_positions for r in self.ropes if r.kind == "longrope"), None
         )
