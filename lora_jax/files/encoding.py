@@ -21,7 +21,7 @@ def check_text(text: str, what: str) -> None:
         size = len(text.encode())
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} must be Unicode; it holds half a character, "
+            f"{what} must be Unicode; it has a lone surrogate, "
             f"{text[error.start]!a}, at {error.start}."
         ) from error
     if size > MAX_TEXT:

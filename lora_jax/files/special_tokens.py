@@ -106,7 +106,7 @@ def _text(token: Any) -> str | None:
 def _find(token_to_id: Callable[[str], int | None], text: str) -> int | None:
     try:
         return token_to_id(text)
-    except UnicodeError:  # half a character, which is in no vocabulary
+    except UnicodeError:  # a lone surrogate, which is in no vocabulary
         return None
 
 

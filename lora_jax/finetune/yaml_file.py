@@ -118,7 +118,7 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         _fail(f"it nests deeper than {MAX_DEPTH} levels", node.start_mark)
     if isinstance(node, yaml.ScalarNode):
         if not _is_text(node.value):
-            _fail("it holds half a character", node.start_mark)
+            _fail("it has a lone surrogate", node.start_mark)
         return 1
     if id(node) not in known:
         known[id(node)] = MAX_NODES  # of a node inside itself

@@ -195,7 +195,7 @@ MERGES = MERGES.replace("]", "]}")
         ("[1]: 1", r"\[1\] can't be a key"),
         ("a: 0x_", "invalid literal"),
         ("a: " + "9" * 5000, "limit .* digits"),
-        ('a: "\\ud800"', "half a character"),
+        ('a: "\\ud800"', "a lone surrogate"),
         ("a: b\n" * 20_000, "at most 65,536 bytes; it has 100,000"),
     ],
     ids=lambda value: value[:20],

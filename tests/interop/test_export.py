@@ -139,7 +139,7 @@ def test_one_adapter_of_a_tied_embedding_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"\(tied\), so .* must both .* got one"):
         attach_adapter(load_model(GOLDEN / "qwen2"), one)
     model = fresh("qwen2", targets=["embed"], dora=True)
-    with pytest.raises(ValueError, match="no other tool scales both alike"):
+    with pytest.raises(ValueError, match="no other tool scales both sides alike"):
         exported(tmp_path / "out", model)
 
 
