@@ -346,13 +346,11 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         is_nnx = any(c.__module__.startswith("flax.nnx") for c in type(model).__mro__)
+        hint = (
+            ", a flax.nnx one. For those there is `flax.nnx.LoRA`." if is_nnx else "."
+        )
         raise TypeError(
-            f"model must be a flax.linen Module; got {type(model).__name__}"
-            + (
-                ", a flax.nnx one. For those there is `flax.nnx.LoRA`."
-                if is_nnx
-                else "."
-            )
+            f"model must be a flax.linen Module; got {type(model).__name__}{hint}"
         )
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig; got {type(config).__name__}.")

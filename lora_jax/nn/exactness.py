@@ -119,19 +119,15 @@ class _Drawing:
             return jax.random.key(0)
         if leaf.dtype == bool:
             return jnp.ones(leaf.shape, bool)
-        return (
-            jnp.asarray(np.arange(np.prod(leaf.shape, dtype=int)) % 2)
-            .reshape(leaf.shape)
-            .astype(leaf.dtype)
-        )
+        alternating = np.arange(np.prod(leaf.shape, dtype=int)) % 2
+        return jnp.asarray(alternating).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def is_concrete(tree: Any) -> bool:
     """Returns whether all leaves are concrete arrays: no tracers, no shapes."""
-    leaves = jax.tree.leaves(tree)
-    kinds = (jax.Array, np.ndarray)
     return all(
-        isinstance(leaf, kinds) and not isinstance(leaf, Tracer) for leaf in leaves
+        isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer)
+        for leaf in jax.tree.leaves(tree)
     )
 
 
