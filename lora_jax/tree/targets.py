@@ -165,13 +165,11 @@ class Target(Site):
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
         """Returns DoRA's m, the column norms of ``W0``, in the tree's layout."""
         m = column_norm(jnp.asarray(kernel), self.contraction)
-        scanned = self.scanned_m
-        return jnp.moveaxis(m, range(len(scanned)), scanned)
+        return jnp.moveaxis(m, range(len(self.scanned_m)), self.scanned_m)
 
     def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
         """Returns the tree's m with the scanned axes first, as the ops expect."""
-        scanned = self.scanned_m
-        return jnp.moveaxis(magnitude, scanned, range(len(scanned)))
+        return jnp.moveaxis(magnitude, self.scanned_m, range(len(self.scanned_m)))
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes at their positions in the tree."""
@@ -284,15 +282,7 @@ def uncovered_weights(
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
-    """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it.
-
-    Args:
-      site: the layer.
-      config: the adapter config.
-
-    Returns:
-      The `Target` or None.
-    """
+    """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it."""
     if not _is_chosen(site, config):
         return None
     return Target(
