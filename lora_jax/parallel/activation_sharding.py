@@ -17,7 +17,7 @@ from lora_jax.names import BATCH_AXES, TENSOR
 
 
 def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Returns a context to enter inside a function traced for a mesh; None is a no-op."""
+    """Returns a context to enter inside a function traced for a mesh, if any."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

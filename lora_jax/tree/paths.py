@@ -10,7 +10,7 @@ import jax
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the leaves of nested mappings by path, below an optional ``prefix``.
 
-    That is ``{"block_0/query/kernel": leaf, ...}`` in tree order. Anything that is not a
+    That is ``{"block_0/query/kernel": leaf, ...}`` in tree order. Anything else than a
     mapping is a leaf; empty mappings are dropped.
     """
     flat: dict[str, Any] = {}
