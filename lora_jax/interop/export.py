@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
-from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF
+from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.mlx import write_mlx
@@ -113,7 +113,9 @@ def export_adapter(
     names = Names(base.family, list(kernels), leaves, has_prefix=has_prefix)
     if has_head:
         _check_head(base)
-    adapter = _describe(variables, config, targets, names, skip_head=skip_head)
+    adapter = _describe(
+        variables, config, targets, names, base.source, skip_head=skip_head
+    )
     if format == "mlx":
         return _write_mlx(directory, adapter, names, base)
     spelling = names.spelling()
@@ -218,6 +220,7 @@ def _describe(
     config: LoRAConfig,
     targets: Sequence[Target],
     names: Names,
+    source: ModelSource,
     *,
     skip_head: bool,
 ) -> ExternalAdapter:
@@ -255,6 +258,8 @@ def _describe(
             )
         embed = modules[spelled[EMBED]]
         modules[LM_HEAD] = embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)
+    if config.bias == "none" and not config.dora:
+        modules = _with_biases(variables, names, source, modules)
     return ExternalAdapter(
         modules=modules,
         full=_full(variables, config, names, skip_head, adapted=modules),
@@ -264,6 +269,28 @@ def _describe(
         dropout_rate=config.dropout_rate,
         bias=config.bias,
     )
+
+
+def _with_biases(
+    variables: Mapping[str, PyTree],
+    names: Names,
+    source: ModelSource,
+    modules: dict[str, ExternalFactors],
+) -> dict[str, ExternalFactors]:
+    """Adds PEFT's ``lora_bias`` to the factors if biases of adapted layers are trained.
+
+    PEFT has one for every linear layer or for none, so the other layers get zeros.
+    """
+    trained = flatten(variables.get(PARAMS, {}))
+    biases = update_biases(trained, names, source, modules)
+    if not biases:
+        return modules
+    return {
+        name: f
+        if f.is_embedding
+        else f._replace(bias=biases.get(name, np.zeros(len(f.b), np.float32)))
+        for name, f in modules.items()
+    }
 
 
 def _full(
@@ -285,10 +312,13 @@ def _full(
         if skip_head and leaf.split("/")[0] in names.family.head:
             continue
         only_bias = name == BIAS and config.bias != "none"
-        if spelled[leaf].rpartition(".")[0] in adapted and not only_bias:
+        beside = adapted.get(spelled[leaf].rpartition(".")[0])
+        if name == BIAS and beside is not None and beside.bias is not None:
+            continue  # exported as the update's bias
+        if beside is not None and not only_bias:
             faults.append(
-                f"{leaf} is trained alongside an adapter, which PEFT's format supports "
-                "only with bias='lora_only' or 'all'"
+                f"{leaf} is trained beside an adapter, which PEFT's format can't hold"
+                + " with DoRA unless bias is 'lora_only' or 'all'" * (name == BIAS)
             )
         of_module = [p for p in spelled if p.rpartition("/")[0] == module]
         for path in [leaf] if only_bias else of_module:

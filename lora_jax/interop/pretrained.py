@@ -24,7 +24,15 @@ from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
 from lora_jax.models.target_names import own_names
-from lora_jax.names import CLASSIFIER, FROZEN, KERNEL, LAYERS, PARAMS, TRAINABLE
+from lora_jax.names import (
+    CLASSIFIER,
+    FROZEN,
+    HEAD,
+    KERNEL,
+    LAYERS,
+    PARAMS,
+    TRAINABLE,
+)
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
@@ -269,15 +277,17 @@ def _load_own(
             f"scan_layers must be False or None for {folder}, which was trained on "
             "blocks without nn.scan; got True."
         )
-    loaded = load_base(path, **{**options, "scan_layers": was_scanned})
-    adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
-    shapes = {  # not arrays: the config may claim any rank
-        child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
-        for target in adapted.targets(loaded.params)
-        for name, shape in target.leaf_shapes.items()
-    }
-    wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
-    wanted = adapted.upcast_trained(wanted)
+    options = {**options, "scan_layers": was_scanned}
+    has_head = any(HEAD in tree for tree in found.variables.values())
+    loaded = load_base(path, **options, own_head=has_head)
+    adapted, wanted = _fitting(loaded, found)
+    is_tied = getattr(loaded.config, "is_tied", False)
+    if is_tied and fingerprint(wanted[FROZEN]) != found.fingerprint:
+        # It may adapt the lookup alone; then the head has its own kernel.
+        apart = load_base(path, **options, own_head=True)
+        pair = _fitting(apart, found)
+        if fingerprint(pair[1][FROZEN]) == found.fingerprint:
+            loaded, (adapted, wanted) = apart, pair
     found = ours.load_adapter(
         folder,
         expected={name: wanted.get(name, {}) for name in TRAINABLE},
@@ -286,3 +296,15 @@ def _load_own(
     variables = {FROZEN: wanted[FROZEN], **found.variables}
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
+
+
+def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
+    """Returns the adapted model for an adapter, and its expected variables as shapes."""
+    adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
+    shapes = {  # not arrays: the config may claim any rank
+        child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for target in adapted.targets(loaded.params)
+        for name, shape in target.leaf_shapes.items()
+    }
+    wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
+    return adapted, adapted.upcast_trained(wanted)

@@ -116,6 +116,8 @@ def run(
             for number in range(most):
                 if time.monotonic() > end:
                     break
+                if number % 100 == 0:  # of what no signal interrupts; starts a thread
+                    faulthandler.dump_traceback_later(200 * SECONDS, exit=True)
                 [target] = chooser.choices(targets, weights)
                 folder = base / "input"
                 folder.mkdir()
@@ -128,6 +130,7 @@ def run(
                     print(f"{target.name} {number}: {what}", file=sys.stderr)
                 shutil.rmtree(folder)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(base, ignore_errors=True)
     return report
 
@@ -135,7 +138,6 @@ def run(
 def _try(target: Target, folder: Path, report: Report, outside: Outside) -> str:
     """Reads one input; returns what went wrong, the empty string if nothing did."""
     report.counts[target.name] += 1
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     what, outside.is_on = "", True
     names = [path.name for path in folder.iterdir()]
@@ -159,7 +161,6 @@ def _try(target: Target, folder: Path, report: Report, outside: Outside) -> str:
     finally:
         signal.alarm(0)
         outside.is_on = False
-        faulthandler.cancel_dump_traceback_later()
     taken = time.monotonic() - start
     report.slowest[target.name] = max(taken, report.slowest.get(target.name, 0))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
