@@ -299,7 +299,7 @@ def _load_own(
 
 
 def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
-    """Returns the adapted model for an adapter, and its expected variables as shapes."""
+    """Returns an adapter's model, and the shapes that its variables must have."""
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
     shapes = {  # not arrays: the config may claim any rank
         child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
