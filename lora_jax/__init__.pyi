@@ -84,6 +84,9 @@ from .parallel.rules import shard_variables as shard_variables
 
 # Arithmetic on trees of adapters and of parameters.
 from .tree.arithmetic import fit_adapter as fit_adapter
+from .tree.combine import Combined as Combined
+from .tree.combine import combine_adapters as combine_adapters
+from .tree.combine import extract_adapter as extract_adapter
 from .tree.fingerprint import fingerprint as fingerprint
 from .tree.merge import MergeError as MergeError
 from .tree.merge import merge_errors as merge_errors

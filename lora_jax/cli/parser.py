@@ -12,6 +12,8 @@ COMMANDS = {
     "generate": "continue a prompt with a decoder",
     "score": "compute log-probabilities of the tokens of each line with a decoder",
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
+    "combine": "add up adapters of one base, or cut one to another rank",
+    "extract": "compute the adapter closest to a full fine-tuning",
     "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
     "inspect": "show what is in an adapter or model folder",
 }
@@ -79,6 +81,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_generate(commands["generate"])
     _add_score(commands["score"])
     _add_merge(commands["merge"])
+    _add_combine(commands["combine"])
+    _add_extract(commands["extract"])
     _add_export(commands["export"])
     _add_inspect(commands["inspect"])
     return parser, commands
@@ -258,6 +262,52 @@ def _add_score(command: argparse.ArgumentParser) -> None:
 
 def _add_merge(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=True)
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_combine(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "adapters", nargs="+", metavar="DIR", help="run or adapter folders"
+    )
+    command.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one each; default: 1"
+    )
+    command.add_argument(
+        "--method",
+        choices=("cat", "svd", "ties", "dare", "dare_ties"),
+        default="cat",
+        help="cat: the exact sum, at the sum of the ranks (default); all others need "
+        "--rank",
+    )
+    command.add_argument("--rank", type=_count, metavar="R", help="of the result")
+    command.add_argument(
+        "--density",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="fraction of each update that TIES and DARE keep (default: 0.5)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="the base; optional if the adapters say which it is",
+    )
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def _add_extract(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", required=True, help="the base")
+    command.add_argument(
+        "--tuned", metavar="DIR", required=True, help="the fully fine-tuned model"
+    )
+    command.add_argument("--rank", type=_count, required=True, metavar="R")
+    command.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="layers to extract; default: all linear layers",
+    )
     command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
 
 

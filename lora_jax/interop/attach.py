@@ -19,7 +19,6 @@ from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
-    most_common,
     report,
 )
 from lora_jax.interop.full_tensors import (
@@ -253,15 +252,9 @@ def _config(
 ) -> LoRAConfig:
     """Returns the config that adapts exactly these sites, with their own numbers."""
     leads = {path: _lead(factors) for path, factors in layers.items()}
-    ranks = {path: lead.rank for path, lead in leads.items()}
-    alphas = {path: lead.alpha for path, lead in leads.items()}
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=sorted(layers),
-        rank_pattern={path: r for path, r in ranks.items() if r != rank},
-        alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
+    return LoRAConfig.for_layers(
+        {path: lead.rank for path, lead in leads.items()},
+        {path: lead.alpha for path, lead in leads.items()},
         dropout_rate=adapter.dropout_rate,
         rslora=adapter.rslora,
         dora=adapter.dora,
