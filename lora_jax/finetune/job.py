@@ -25,7 +25,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import LoadedModel
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
@@ -192,7 +192,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = own_names(lora, loaded.family)
+    lora = translate_names(lora, loaded.family)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)

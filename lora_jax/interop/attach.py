@@ -73,9 +73,9 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     placed, faults = _place(adapter, names, kernels, loaded.config)
     if "peft_type" in adapter.config:
         known = names.modules()
-        strange = [name for name in adapter.modules if known.get(name) not in kernels]
+        unknown = [name for name in adapter.modules if known.get(name) not in kernels]
         found = spelling.modules.values(), spelling.tensors.values()
-        faults += config_faults(adapter, *found, strange=strange)
+        faults += config_faults(adapter, *found, unknown=unknown)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
     faults += place_tokens(adapter, names, leaves, flat, values)

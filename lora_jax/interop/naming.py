@@ -20,7 +20,7 @@ class Fusion(NamedTuple):
       whole: end of the fused kernel's path; its outputs are in the order of ``parts``.
       parts: ends of the separate kernels' paths.
       names: ends of their Hugging Face names, the fused one first.
-      inside: prefix of the layer's path.
+      prefix: prefix of the layer's path.
       is_split: whether transformers 5 splits the kernel that files, and models here,
         fuse.
     """
@@ -28,7 +28,7 @@ class Fusion(NamedTuple):
     whole: str
     parts: tuple[str, ...]
     names: tuple[str, ...]
-    inside: str = ""
+    prefix: str = ""
     is_split: bool = False
 
 
@@ -50,7 +50,7 @@ FUSIONS = (
             f"encoder.layer.{{i}}.mlp.{p}"
             for p in ("weights_in", "gate_proj", "up_proj")
         ),
-        inside="encoder/",
+        prefix="encoder/",
         is_split=True,
     ),
 )
@@ -85,7 +85,7 @@ class Names:
         for layer in layers:
             number = layer.rpartition("_")[2]
             for fusion in FUSIONS:
-                if layer.rpartition("layer_")[0] != fusion.inside:
+                if layer.rpartition("layer_")[0] != fusion.prefix:
                     continue
                 ends = (fusion.whole, *fusion.parts)
                 for end, name in zip(ends, fusion.names, strict=True):
@@ -125,7 +125,7 @@ class Names:
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
-            if fusion.is_split and layer != path and layer.startswith(fusion.inside):
+            if fusion.is_split and layer != path and layer.startswith(fusion.prefix):
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []

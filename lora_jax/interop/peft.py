@@ -127,7 +127,7 @@ def config_faults(
     modules: Iterable[str],
     tensors: Iterable[str],
     *,
-    strange: Collection[str] = (),
+    unknown: Collection[str] = (),
 ) -> list[str]:
     """Compares the contents of a PEFT file with its config.
 
@@ -135,7 +135,7 @@ def config_faults(
       adapter: from `read_peft`.
       modules: full names of the model's modules.
       tensors: names of the model's parameters.
-      strange: modules in the file that the model lacks; reported elsewhere.
+      unknown: modules in the file that the model lacks; reported elsewhere.
 
     Returns:
       A line for each module that is only in the file or only in ``target_modules``, and
@@ -146,7 +146,7 @@ def config_faults(
     faults = []
     for name in dict.fromkeys((*modules, *adapter.modules)):
         # None for all-linear: PEFT decides by the type.
-        wanted = None if name in strange else config.is_target(name)
+        wanted = None if name in unknown else config.is_target(name)
         if wanted and name not in adapter.modules:
             faults.append(f"missing: factors of {name}, which target_modules names")
         elif wanted is False and name in adapter.modules:
@@ -343,7 +343,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
     }
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     tokens = {name: ids for name, (ids, _) in adapter.tokens.items()}
-    return {
+    config = {
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
         "base_model_name_or_path": None,
         "bias": adapter.bias,
@@ -360,7 +360,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
         "target_modules": sorted(adapter.modules),
         "task_type": None,
-        "trainable_token_indices": tokens or None,
         "use_dora": adapter.dora,
         "use_rslora": adapter.rslora,
     }
+    return config | ({"trainable_token_indices": tokens} if tokens else {})

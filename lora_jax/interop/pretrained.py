@@ -23,7 +23,7 @@ from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.names import (
     CLASSIFIER,
     FROZEN,
@@ -70,7 +70,7 @@ def load_model(
         content), or an `ExternalAdapter`, to attach to the model. Adapter dropout is
         off (``module.clone(deterministic=None)`` for training).
       lora: attaches fresh adapters; needs ``key``. Names may be Hugging Face's, such as
-        ``k_proj``, see `own_names`.
+        ``k_proj``, see `translate_names`.
       num_labels: classes of an encoder's head. If the file holds a head with as many
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
@@ -136,7 +136,7 @@ def load_model(
     else:
         loaded = load_base(path, **options)
     if lora is not None and key is not None:
-        lora = own_names(lora, loaded.family)
+        lora = translate_names(lora, loaded.family)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)

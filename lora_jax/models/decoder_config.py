@@ -208,16 +208,11 @@ class DecoderConfig:
             for window in {w for w in self.layer_windows if w is not None}
             if type(window) is not int or window < 1
         ]
-        for name in (
-            "norm_eps",
-            "attention_scale",
-            "attention_softcap",
-            "final_softcap",
-        ):
+        optional = ("attention_scale", "attention_softcap", "final_softcap")
+        for name in ("norm_eps", *optional):
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, (int, float)) and 0 < value < math.inf
-            ):
+            is_number = isinstance(value, (int, float)) and 0 < value < math.inf
+            if value is not None and not is_number:
                 faults.append(f"{name} must be above 0; got {value!r}")
         faults += [fault for rope in self.ropes for fault in self._rope_faults(rope)]
         return faults

@@ -113,25 +113,25 @@ class Family:
 
         Arrays that are not kernels stay as they are.
         """
-        if not self._is_turned(path):
+        if not self._is_transposed(path):
             return array
         return array.transpose(self.axes(array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """Inverts `from_file`."""
-        if not self._is_turned(path):
+        if not self._is_transposed(path):
             return array
         return array.transpose(np.argsort(self.axes(array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """Returns the shape that a file has for a leaf of ``shape``."""
-        if not self._is_turned(path):
+        if not self._is_transposed(path):
             return shape
         return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
 
-    def _is_turned(self, path: str) -> bool:
-        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
-        return is_turned and path.rpartition("/")[2] == KERNEL
+    def _is_transposed(self, path: str) -> bool:
+        is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
+        return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 
     @staticmethod
     def axes(ndim: int) -> tuple[int, ...]:

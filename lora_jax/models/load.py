@@ -33,7 +33,7 @@ from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-WORDS = "encoder/embeddings/word"  # an encoder's token embedding
+WORD_EMBEDDING = "encoder/embeddings/word"  # an encoder's token embedding
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -51,21 +51,9 @@ def load_base(
     key: PRNGKey | None = None,
     own_head: bool = False,
 ) -> LoadedModel:
-    """Loads a pretrained model without adapters.
+    """Loads a pretrained model without adapters; see `load_model`.
 
-    All arguments but ``own_head``, and the errors, are those of `load_model`.
-
-    Args:
-      path: see `load_model`.
-      num_labels: see `load_model`.
-      pooling: see `load_model`.
-      dtype: see `load_model`.
-      param_dtype: see `load_model`.
-      sharding: see `load_model`.
-      scan_layers: see `load_model`.
-      remat: see `load_model`.
-      key: see `load_model`.
-      own_head: unties a tied decoder: gives it a head initialised from the embedding.
+    ``own_head`` unties a tied decoder: its head is initialised from the embedding.
     """
     source = open_source(path)
     config = source.config
@@ -252,8 +240,8 @@ def _likely_causes(source: Source) -> list[str]:
             f"The model is quantised ({method or 'quantization_config'}), which is not "
             "read: take the one it was made from, or save it in bfloat16."
         )
-    words = source.family.module_name(WORDS if source.family.head else EMBED)
-    name, size = f"{words}.weight", settings.get("vocab_size")
+    table = source.family.module_name(WORD_EMBEDDING if source.family.head else EMBED)
+    name, size = f"{table}.weight", settings.get("vocab_size")
     rows = source.shape(name)[0] if name in source.names else size
     if rows != size:
         causes.append(

@@ -11,7 +11,7 @@ from lora_jax.models.family import Family
 _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
-def own_names(config: LoRAConfig, family: Family) -> LoRAConfig:
+def translate_names(config: LoRAConfig, family: Family) -> LoRAConfig:
     """Replaces Hugging Face's names for a family's modules by paths in this library.
 
     A name counts as theirs if it ends one of their module names and no path here:
@@ -30,12 +30,14 @@ def own_names(config: LoRAConfig, family: Family) -> LoRAConfig:
     def of_list(names: Any) -> Any:
         if isinstance(names, str):
             return names
-        return tuple(dict.fromkeys(p for name in names for p in _own(name, family)))
+        return tuple(
+            dict.fromkeys(p for name in names for p in _translate(name, family))
+        )
 
     def of_patterns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for pattern, value in pairs:
-            for path in _own(pattern, family):
+            for path in _translate(pattern, family):
                 found.setdefault(path, value)
         return found
 
@@ -50,7 +52,7 @@ _LISTS = ("targets", "exclude", "train")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def _own(name: str, family: Family) -> list[str]:
+def _translate(name: str, family: Family) -> list[str]:
     """Returns the paths, or their ends, for a name; itself if it isn't theirs."""
     if not _PLAIN.fullmatch(name) or any(
         f"/{path}".endswith(f"/{name}") for path in family.modules

@@ -165,17 +165,19 @@ def _trace(model: nn.Module, example: Example, lora_layers_only: bool) -> Trace:
     try:
         hash(known)
     except TypeError:
-        return _look(*known)
+        return _trace_uncached(*known)
     is_bound = model.scope is not None or model.parent is not None
-    return _look(*known) if is_bound else _look_once(*known)
+    return _trace_uncached(*known) if is_bound else _trace_cached(*known)
 
 
 @functools.lru_cache(maxsize=64)
-def _look_once(*known: Any) -> Trace:
-    return _look(*known)
+def _trace_cached(*known: Any) -> Trace:
+    return _trace_uncached(*known)
 
 
-def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -> Trace:
+def _trace_uncached(
+    model: nn.Module, example: Example, lora_layers_only: bool, *_: Any
+) -> Trace:
     """Traces ``model.init`` once, intercepting every layer."""
     watcher = Watcher(lora_layers_only)
     dynamic = list(filter(_is_array, example.leaves))
