@@ -1,5 +1,6 @@
 """`--model` and `--adapter`: what they stand for."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
       UserError: if neither says which model (an adapter of another tool never does).
       ValueError: if the adapter is damaged, or was not made on this base.
     """
+    loaded = _load(model, adapter, options)
+    if loaded.family.is_tower and loaded.unused:
+        print(f"({loaded.unused_text()})", file=sys.stderr)
+    return loaded
+
+
+def _load(
+    model: str | None, adapter: str | None, options: dict[str, Any]
+) -> LoadedModel:
     if adapter is None:
         if model is None:
             raise UserError("--model is missing: which model is to be used?")

@@ -66,6 +66,8 @@ def read_special_tokens(
     stops: list[int] = []
     for file in (GENERATION_CONFIG, MODEL_CONFIG):
         model = _read_json(folder / file)
+        if isinstance(text := model.get("text_config"), dict):  # of a multimodal model
+            model = text | model
         for name in ("bos", "eos", "pad"):
             stated = _as_ids(model.get(f"{name}_token_id"), folder / file)
             if ids[name] is None and stated:

@@ -210,7 +210,9 @@ def slice_steps(
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
-    stored = config_json.get("dtype", config_json.get("torch_dtype"))
+    inner = config_json.get("text_config")  # of a multimodal model
+    both = (inner if isinstance(inner, dict) else {}) | config_json
+    stored = both.get("dtype", both.get("torch_dtype"))
     lora, scan = translate_names(settings.lora, family), settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)

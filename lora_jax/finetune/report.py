@@ -54,7 +54,7 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
     if loaded.new:
         facts.append(("new", ", ".join(loaded.new)))
     if loaded.unused:
-        facts.append(("not used", ", ".join(loaded.unused)))
+        facts.append(("not used", loaded.unused_text()))
     return facts
 
 

@@ -8,6 +8,7 @@ here rotates halves, as Hugging Face's do, and GGUF tensors are reordered when r
 Every module the file has factors for is adapted; the file's config must agree.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
 from lora_jax.interop.peft import config_faults
 from lora_jax.interop.tied import place_tied
+from lora_jax.models.family import OTHER_MODALITIES
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, PARAMS
@@ -69,6 +71,7 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     flat = flatten(loaded.params)
     leaves = layer_slices(flat)
     names = Names(loaded.family, list(kernels), leaves)
+    adapter = _for_text(adapter, names)
     spelling = names.spelled_as(adapter.modules)
     placed, faults = _place(adapter, names, kernels, loaded.config)
     if "peft_type" in adapter.config:
@@ -147,6 +150,35 @@ def _place(
         f"unexpected: this model has no {path}" for path in found if path not in kernels
     ]
     return {path: f for path, f in found.items() if path in kernels}, faults
+
+
+def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
+    """Drops adapters for images or audio from a decoder's; warns if there are any."""
+    if names.family.head:
+        return adapter
+    kept: dict[str, Any] = {
+        part: {n: v for n, v in getattr(adapter, part).items() if not _is_other(n)}
+        for part in ("modules", "full", "base")
+    }
+    left = [
+        n
+        for part in ("modules", "full")
+        for n in getattr(adapter, part)
+        if n not in kept[part]
+    ]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{adapter.origin}: its adapters for images or sound ({left[0]}{more}) are "
+            "left out; this model reads and writes text.",
+            stacklevel=4,
+        )
+    return adapter._replace(**kept)
+
+
+def _is_other(name: str) -> bool:
+    bare = name.removeprefix("model.")
+    return any(re.match(pattern, bare) for pattern in OTHER_MODALITIES)
 
 
 def _place_fused(

@@ -1,5 +1,6 @@
 """Where a model's config and tensors come from: a folder or a GGUF file."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
 from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
+from lora_jax.tree.paths import nearest
 
 TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
@@ -46,7 +48,11 @@ class Source(NamedTuple):
     @property
     def config(self) -> Any:
         """The module's config, which the family reads from the settings."""
-        return self.family.read_config(self.settings)
+        config = self.family.read_config(self.settings)
+        if self.family.is_tower and TIED_HEAD not in self.names:
+            # Two config keys may disagree; like transformers, go by the file.
+            return dataclasses.replace(config, is_tied=True)
+        return config
 
     @property
     def architecture(self) -> str:
@@ -129,9 +135,12 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns ``settings``, read from ``path``; raises if the model type is unknown."""
     found = settings.get("model_type")
     if not isinstance(found, str) or found not in FAMILIES:
+        hint = ""
+        if isinstance(found, str) and found:
+            hint = f" Did you mean: {nearest(found, FAMILIES)}?"
         raise ValueError(
-            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}. "
-            "Build other models in Flax and adapt them with `adapt`."
+            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}."
+            f"{hint} Build other models in Flax and adapt them with `adapt`."
         )
     return settings
 
