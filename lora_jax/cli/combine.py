@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
-from lora_jax.cli.pretrained import adapter_extra, load
+from lora_jax.cli.pretrained import load
 from lora_jax.files.adapter import save_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.models.loaded import LoadedModel
@@ -58,9 +58,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         own = modules[0].config
         config = dataclasses.replace(combined.config, train=own.train, bias=own.bias)
         combined = combined._replace(config=config)
-    extra = adapter_extra(args.adapters[0])
+    extra = dict(loaded[0].extra or {})
+    base = args.model or extra.get("model", str(loaded[0].path))
     named = dict(zip(map(str, args.adapters), weights, strict=True))
-    extra |= {"model": args.model or extra.get("model"), "combined": named}
+    extra |= {"model": base, "combined": named}
     source = ", ".join(f"{weight:g} x {name}" for name, weight in named.items())
     out.heading("Combined")
     out.facts([("adapters", source), ("method", args.method)])

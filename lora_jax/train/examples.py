@@ -160,7 +160,7 @@ def _parse(line: bytes) -> tuple[Any, str]:
         return None, f"not UTF-8 at byte {error.start}"
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        return None, f"not Unicode: it has a lone surrogate, {half}"
+        return None, f"not Unicode: it contains a lone surrogate, {half}"
     except json.JSONDecodeError as error:
         return None, f"not JSON: {error.msg} at {error.colno}"
     except (ValueError, RecursionError) as error:  # endless digits, endless [[[
