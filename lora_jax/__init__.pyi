@@ -29,6 +29,7 @@ from .nn.merge import twin_targets as twin_targets
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
 from .nn.adapt import find_targets as find_targets
+from .nn.bank import AdapterBank as AdapterBank
 from .nn.layer_rules import register_layer as register_layer
 from .tree.targets import Target as Target
 
