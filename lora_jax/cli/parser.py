@@ -6,6 +6,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "init": "write a commented config.yaml, with every setting, to start from",
     "train": "fine-tune a model; writes a run folder",
+    "sweep": "fine-tune all combinations of settings, many runs in one compiled step",
     "plan": "show what would be trained and the cost of a step, without training",
     "eval": "evaluate a run's adapter on a data file",
     "encode": "compute embeddings (and logits) for the lines of a file",
@@ -33,11 +34,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     command = commands[args.command]
     # Overrides may also follow options: `train c.yaml --resume train.epochs=2`.
-    is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
+    name = next((name for name in ("overrides", "grid") if hasattr(args, name)), "")
+    is_override = [bool(name) and word[:1] != "-" for word in rest]
     if not all(is_override):
         command.error(f"unknown argument {rest[is_override.index(False)]!r}")
     if rest:
-        args.overrides = [*args.overrides, *rest]
+        setattr(args, name, [*getattr(args, name), *rest])
     return args
 
 
@@ -73,6 +75,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "file", nargs="?", default="config.yaml", help="default: config.yaml"
     )
     _add_train(commands["train"])
+    _add_sweep(commands["sweep"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
@@ -103,6 +106,36 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="delete the run folder and start over"
     )
     _add_processes(command)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="YAML file of all runs; output.dir is for all")
+    command.add_argument(
+        "grid",
+        nargs="*",
+        default=[],  # they may follow the options
+        metavar="section.key=v1,v2",
+        help="settings and their values; seed=0..2 is train.seed=0,1,2",
+    )
+    command.add_argument(
+        "--zip",
+        action="store_true",
+        help="take the first values together, then the second, and so on, instead of "
+        "all combinations",
+    )
+    command.add_argument(
+        "--together",
+        type=_count,
+        metavar="M",
+        help="runs side by side (default: what is fastest here)",
+    )
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the sweep in the folder"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the folder and start over"
+    )
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:

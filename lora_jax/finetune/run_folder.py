@@ -74,14 +74,7 @@ class RunFolder:
           UserError: if there is something and neither was asked for; if it is another
             run's, or no run folder at all; or if it can't be written.
         """
-        if self.path.is_file():
-            raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
-        home = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if not (home.is_dir() and os.access(home, os.W_OK)):
-            raise UserError(
-                f"output.dir {self.path} can't be written: {home} is not a folder, or "
-                "not yours to write to. Choose another output.dir."
-            )
+        self.check_place()
         found = (
             sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         )
@@ -108,6 +101,17 @@ class RunFolder:
             )
         if found:
             self.lock()
+
+    def check_place(self) -> None:
+        """Raises a `UserError` if the folder is a file, or can't be written."""
+        if self.path.is_file():
+            raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
+        home = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not (home.is_dir() and os.access(home, os.W_OK)):
+            raise UserError(
+                f"output.dir {self.path} can't be written: {home} is not a folder, or "
+                "not yours to write to. Choose another output.dir."
+            )
 
     def lock(self) -> None:
         """Makes the folder this run's own, until this object or the process ends.

@@ -158,6 +158,8 @@ class MeshSettings:
         (for one of the three sizes) means the devices that are left.
       fsdp: devices that share each copy's kernels and its part of the batch.
       tensor: devices that share each layer's outputs.
+      member: of a sweep alone: devices that its runs are split over, each with the
+        whole model.
       uneven: what to do where a weight's axis doesn't divide: ``"error"``, or
         ``"replicate"``, which leaves the axis whole on every device.
       rules: mesh axes for each axis of the weights whose path ends in the key, as in
@@ -167,5 +169,6 @@ class MeshSettings:
     data: Devices = -1
     fsdp: Devices = 1
     tensor: Devices = 1
+    member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)
