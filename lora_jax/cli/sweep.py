@@ -8,7 +8,8 @@ from lora_jax.cli.console import Console
 from lora_jax.cli.train import shortest
 from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.formatting import metric_text
-from lora_jax.finetune.sweep import BEST, Sweep, sweep
+from lora_jax.finetune.sweep import Sweep, sweep
+from lora_jax.finetune.sweep_folder import BEST
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:

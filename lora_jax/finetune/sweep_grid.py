@@ -68,7 +68,7 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
       ValueError: naming every fault of the grid and of its runs' settings.
       UserError: if a setting is swept that the runs must have alike.
     """
-    axes, faults = _axes(grid)
+    axes, faults = _axes(grid, zipped)
     lengths = {key: len(values) for key, values in axes.items() if len(values) > 1}
     if zipped and len(set(lengths.values())) > 1:
         shown = ", ".join(f"{key} has {n}" for key, n in lengths.items())
@@ -127,7 +127,7 @@ def groups(points: Sequence[Point]) -> tuple[list[list[Point]], list[str]]:
     return [*found.values()], differing
 
 
-def _axes(grid: Grid) -> tuple[dict[str, list[str]], list[str]]:
+def _axes(grid: Grid, zipped: bool) -> tuple[dict[str, list[str]], list[str]]:
     """Returns the values of each setting as texts, and what is wrong with the grid."""
     if isinstance(grid, Mapping):
         items = [(key, [_text(v) for v in values]) for key, values in grid.items()]
@@ -153,7 +153,7 @@ def _axes(grid: Grid) -> tuple[dict[str, list[str]], list[str]]:
             faults.append(f"{key}: given twice")
         elif not values:
             faults.append(f"{key}: no values, so there is no run")
-        elif len(set(values)) < len(values):
+        elif len(set(values)) < len(values) and not zipped:
             faults.append(f"{key}: the same value twice; got {', '.join(values)}")
         axes.setdefault(key, values)
     if not axes:

@@ -32,10 +32,9 @@ from lora_jax.names import LORA
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.step import StepPlan, price_step
 from lora_jax.train.loop import evaluate
-from lora_jax.train.members import Hyper, Members, member_optimizer
+from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_eval_step
-from lora_jax.tree.arithmetic import fit_adapter
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
@@ -87,7 +86,7 @@ class Member(Session):
         return found
 
     def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        lora = fit_adapter(variables[LORA], self.job.targets, self.group.targets)
+        lora = shared_adapter(variables[LORA], self.hyper, self.group.targets)
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(self.evaluations[name])
             padded = {**variables, LORA: lora}
@@ -169,7 +168,7 @@ class Group:
                 self._adapt()
             options = jobs.optimizer_options(train, self.steps.total)
             hyper = Hyper.of(self.targets, **options)
-            lora = fit_adapter(job.variables[LORA], job.targets, self.targets)
+            lora = shared_adapter(job.variables[LORA], hyper, self.targets)
             variables = {**job.variables, LORA: lora}
             state = TrainState.create(
                 variables, member_optimizer(hyper), jax.random.key(train.seed)

@@ -123,6 +123,32 @@ def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
     )
 
 
+def shared_adapter(
+    lora: PyTree, hyper: Hyper, targets: Sequence[Target]
+) -> dict[str, PyTree]:
+    """Returns a member's adapter as the shared module takes it.
+
+    Args:
+      lora: the adapter.
+      hyper: of the member.
+      targets: of the shared module.
+
+    Returns:
+      The adapter with the shared module's ranks, and its scaling multiplied into B.
+    """
+    shapes = {
+        child(target.path, name): shape
+        for target in targets
+        for name, shape in target.leaf_shapes.items()
+    }
+    return unflatten(
+        {
+            path: _padded(hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path])
+            for path, leaf in flatten(lora).items()
+        }
+    )
+
+
 class Members:
     """The states of ``m`` runs, and the compiled step that they share.
 
@@ -194,7 +220,7 @@ class Members:
             strict=True,
         )
         structure = jax.tree.structure(self._template)
-        padded = jax.tree.unflatten(structure, [_padded(y, x) for x, y in leaves])
+        padded = jax.tree.unflatten(structure, [_padded(y, x.shape) for x, y in leaves])
         own = self._set(self.state.changing, padded, slot)
         self.state = TrainState(frozen=self.state.frozen, **own)
         self.hyper = self._set(self.hyper, hyper, slot)
@@ -290,11 +316,11 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _padded(leaf: Any, like: Any) -> Any:
-    """Returns a leaf with zeros up to the shape of ``like``, on the host."""
+def _padded(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a leaf with zeros up to a shape, on the host."""
     if _is_key(leaf):
         return leaf
-    wide = np.zeros(like.shape, like.dtype)
+    wide = np.zeros(shape, leaf.dtype)
     wide[tuple(map(slice, leaf.shape))] = leaf
     return wide
 
