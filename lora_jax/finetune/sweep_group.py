@@ -242,13 +242,13 @@ class Group:
             while number >= parts:
                 self.plan = self.price(number, remat)
                 if self.plan.fits and exactly and number < count:
-                    way_out = f"At most {number} of them fit: --together {number}."
+                    suggestion = f"At most {number} of them fit: --together {number}."
                     self.plan = self.price(count, remat)
-                    raise too_large(self.plan, "this machine", way_out)
+                    raise too_large(self.plan, "this machine", suggestion)
                 if self.plan.fits:
                     return number, remat
                 number //= 2
-        raise too_large(self.plan, "this machine", self.steps.way_out(self.plan))
+        raise too_large(self.plan, "this machine", self.steps.suggestion(self.plan))
 
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
