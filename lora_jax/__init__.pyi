@@ -62,6 +62,7 @@ from .train.data import TextBatches as TextBatches
 from .finetune.run import fine_tune as fine_tune
 
 # Pretrained models.
+from .interop.bank import load_bank as load_bank
 from .interop.pretrained import load_model as load_model
 from .models.generate import generate as generate
 from .models.loaded import LoadedModel as LoadedModel
