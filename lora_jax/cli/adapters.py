@@ -82,5 +82,5 @@ def load_lines(
     groups: dict[str | None, list[int]] = {}
     for line, name in enumerate(names):
         groups.setdefault(name, []).append(line)
-    found = [(bank.adapter(name), lines) for name, lines in groups.items()]
+    found: list[Group] = [(bank.adapter(name), lines) for name, lines in groups.items()]
     return base._replace(module=bank.module.adapted, extra={}), found
