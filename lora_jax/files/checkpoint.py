@@ -52,7 +52,8 @@ class Checkpoints:
 
     Raises:
       OSError: if the directory can't be written.
-      ValueError: if ``keep`` is below 1 or ``best_mode`` is neither of the two.
+      ValueError: if ``keep`` is below 1, ``best_mode`` is neither of the two, or what
+        says when a checkpoint was made is damaged.
     """
 
     def __init__(
@@ -99,6 +100,13 @@ class Checkpoints:
             raise OSError(
                 f"checkpoints can't be written to {self.directory}: {error}. Choose a "
                 "directory that exists or can be made, on a disk with free space."
+            ) from error
+        except Exception as error:  # Orbax reads every step's _CHECKPOINT_METADATA
+            steps = sorted(p.name for p in self.directory.iterdir() if p.name.isdigit())
+            raise ValueError(
+                f"checkpoints in {self.directory} can't be opened: the file "
+                f"_CHECKPOINT_METADATA of one of the steps {steps} is damaged: "
+                f"{str(error)[:200]}. Move that step's folder away."
             ) from error
         for step in self.all_steps():
             with contextlib.suppress(_DamagedError):

@@ -5,17 +5,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MAX_TEXT = 1 << 20  # bytes of UTF-8; each may be a token, of which each takes 500
+MAX_GROWN = 2 * MAX_TEXT  # characters that a tokenizer may make of it
 
 
-def check_text(text: str, what: str) -> None:
+def check_text(text: str, what: str, growth: float = 1.0) -> None:
     """Raises unless a text is Unicode, and of a size that memory has room for.
 
     Args:
       text: to be encoded.
       what: what to call it in an error.
+      growth: characters that a tokenizer may make of each byte.
 
     Raises:
-      ValueError: if it holds lone surrogates, or over 1 MiB.
+      ValueError: if it holds lone surrogates, or over 1 MiB, or may grow to over 2 MiB.
     """
     try:
         size = len(text.encode())
@@ -27,6 +29,12 @@ def check_text(text: str, what: str) -> None:
     if size > MAX_TEXT:
         raise ValueError(
             f"{what} must have at most {MAX_TEXT:,} bytes; it has {size:,}. Split it."
+        )
+    if size * growth > MAX_GROWN:
+        raise ValueError(
+            f"{what} must have at most {int(MAX_GROWN / growth):,} bytes for this "
+            f"tokenizer, which may write {growth:.3g} characters for each; it has "
+            f"{size:,}. Split it."
         )
 
 
