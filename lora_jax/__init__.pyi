@@ -29,6 +29,7 @@ from .nn.merge import twin_targets as twin_targets
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
 from .nn.adapt import find_targets as find_targets
+from .nn.bank import AdapterBank as AdapterBank
 from .nn.layer_rules import register_layer as register_layer
 from .tree.targets import Target as Target
 
@@ -84,6 +85,9 @@ from .parallel.rules import shard_variables as shard_variables
 
 # Arithmetic on trees of adapters and of parameters.
 from .tree.arithmetic import fit_adapter as fit_adapter
+from .tree.combine import Combined as Combined
+from .tree.combine import combine_adapters as combine_adapters
+from .tree.combine import extract_adapter as extract_adapter
 from .tree.fingerprint import fingerprint as fingerprint
 from .tree.merge import MergeError as MergeError
 from .tree.merge import merge_errors as merge_errors

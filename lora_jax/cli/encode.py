@@ -1,11 +1,11 @@
-"""`lora-jax encode`: embeddings of lines of text, token ids or images."""
+"""`lora-jax encode`: computes embeddings of text, token ids or images."""
 
 import argparse
 from typing import Any
 
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
-from lora_jax.cli.pretrained import adapter_extra, load
+from lora_jax.cli.pretrained import load
 from lora_jax.finetune.encode import encode, record_fault
 from lora_jax.finetune.formatting import size
 from lora_jax.names import CLASSIFIER
@@ -13,15 +13,7 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Encodes a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``, ``max_length``.
-      out: where to print.
-
-    Returns:
-      The number of lines and the width of the embeddings.
-    """
+    """Encodes a file; returns the number of lines and the embedding size."""
     target = new_file(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=record_fault)
     loaded = load(args.model, args.adapter)
@@ -30,7 +22,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         records,
         args.data,
         batch_size=args.batch_size,
-        max_length=args.max_length or adapter_extra(args.adapter).get("max_length"),
+        max_length=args.max_length or (loaded.extra or {}).get("max_length"),
         reporter=out,
     )
     write_lines(target, lines)
@@ -38,7 +30,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     kinds = f"embedding of {width}" + (" and logits" if has_head else "")
     out.say(
         f"{len(lines):,} lines, each an {kinds}, in {target} "
-        f"({size(target.stat().st_size)})" + (f"; {cut:,} were cut" if cut else "")
+        f"({size(target.stat().st_size)})" + (f"; {cut:,} truncated" if cut else "")
     )
     return {
         "lines": len(lines),

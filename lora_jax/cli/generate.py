@@ -1,4 +1,4 @@
-"""`lora-jax generate`: text after a prompt, as it comes."""
+"""`lora-jax generate`: continues prompts or conversations."""
 
 import argparse
 import sys
@@ -23,17 +23,7 @@ DEFAULT_TOKENS = 128
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Generates.
-
-    Args:
-      args: ``model``, ``adapter``, ``prompt`` (a list) or ``messages`` (a file),
-        ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
-        ``chat``, ``system``.
-      out: where to print; one prompt's text is streamed.
-
-    Returns:
-      For each prompt the text, its token ids, and why it ended.
-    """
+    """Generates text; returns text, token ids and stop reason for each prompt."""
     chats = _chats(args)
     loaded = load_decoder(args.model, args.adapter, scan_layers=False)
     tokenizer = loaded.tokenizer
@@ -67,7 +57,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             stopped[row] = min(found, key=written[row].index)
             written[row] = written[row][: written[row].index(stopped[row])]
         if is_streamed:
-            # What may be the beginning of a stop string waits.
+            # Holds back what may be the start of a stop string.
             end = len(written[row]) if found else _safe(written[row], stop_texts)
             print(written[row][shown:end], end="", flush=True)
             shown = max(shown, end)
@@ -86,9 +76,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         key=jax.random.key(args.seed),
         on_token=on_token,
     )
-    tokens = [
-        ids[:-1] if ids[-1:] and ids[-1] in stop_tokens else ids for ids in tokens
-    ]
+    tokens = [ids[:-1] if ids and ids[-1] in stop_tokens else ids for ids in tokens]
     seconds = time.perf_counter() - start
     if is_streamed:
         print(written[0][shown:], flush=True)
@@ -97,7 +85,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             out.heading(prompt)
             out.say(text)
     count = sum(len(ids) for ids in tokens)
-    print(f"({count} tokens in {seconds:.1f} s, compiling included)", file=sys.stderr)
+    text = f"({count} tokens in {seconds:.1f} s, including compilation)"
+    print(text, file=sys.stderr)
     return {
         "results": [
             {
@@ -116,15 +105,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the conversations to be gone on with; none without ``--chat``."""
+    """Returns the conversations to continue; none for plain prompts."""
     if args.system is not None and not args.chat:
-        raise UserError("--system goes with --chat: it is the system's message there.")
+        raise UserError("--system requires --chat: it is the system message.")
     if args.messages is None:
         system = [] if args.system is None else [_message("system", args.system)]
         texts = args.prompt if args.chat else []
         return [{"messages": [*system, _message("user", text)]} for text in texts]
     if args.chat:
-        raise UserError("--chat goes with --prompt; the lines of --messages are chats.")
+        raise UserError("--chat requires --prompt; --messages are always chats.")
     chats = read_jsonl(args.messages, fields={}, check=_fault)
     for chat in chats:
         while chat["messages"][-1]["role"] == ASSISTANT:
@@ -133,7 +122,7 @@ def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _fault(record: dict[str, Any]) -> str:
-    """Says why a line can't be answered; empty if it can."""
+    """Returns an error message for a line that can't be answered; empty if valid."""
     try:
         kind = kind_of(record)
     except ValueError as error:
@@ -147,7 +136,7 @@ def _fault(record: dict[str, Any]) -> str:
     ):
         return "messages must be a list of objects, each with a role"
     if all(message["role"] == ASSISTANT for message in messages):
-        return f"messages must hold one that is not the {ASSISTANT}'s, to answer"
+        return f"messages must contain one that is not the {ASSISTANT}'s, to answer"
     return ""
 
 
@@ -166,39 +155,39 @@ def _encode(
             faults.append(f"{path or '--prompt'}: example {number}: {error}")
         else:
             prompts.append(found)
-    check_faults("conversations that can't be written", faults)
+    check_faults("conversations that can't be rendered", faults)
     return prompts
 
 
 def _stop_tokens(stops: list[str], tokenizer: Tokenizer) -> dict[int, str]:
-    """Returns which stop strings are special tokens: those are in no text."""
+    """Returns the stop strings that are special tokens, which are not in any text."""
     special = tokenizer.special_ids
     for stop in stops:
         inside = [text for text in special if text in stop and text != stop]
         if inside and stop not in special:
             raise UserError(
-                f"--stop {stop!r} must be a text or a special token; it holds the "
-                f"token {inside[0]!r} and more, and no text does. Give the token alone."
+                f"--stop {stop!r} must be a text or a special token; it contains the "
+                f"token {inside[0]!r}, which no text does. Use just the token."
             )
     return {special[stop]: stop for stop in stops if stop in special}
 
 
 def _warn_of_endless(tokenizer: Tokenizer, stops: list[str]) -> None:
-    """Warns if the template's turns end in what nothing stops at."""
+    """Warns if the chat template's turns don't end in a stop token."""
     try:
         chats = tokenizer.encode_chat([_message("user", "?"), _message(ASSISTANT, "!")])
-    except ValueError:  # not every template can be asked this
+    except ValueError:  # the template may not support this
         return
     ends = Counter(end for chat in chats for end in chat.ends)
     for end in [*ends]:
         if tokenizer.decode([end], skip_special=False) in stops:
             del ends[end]
-    if said := endless_turns(tokenizer, ends):
-        print(f"lora-jax generate: warning: {said}", file=sys.stderr)
+    if warning := endless_turns(tokenizer, ends):
+        print(f"lora-jax generate: warning: {warning}", file=sys.stderr)
 
 
 def _safe(text: str, stops: list[str]) -> int:
-    """How much of ``text`` can't be the beginning of a stop string."""
+    """Returns the length of ``text`` before any possible start of a stop string."""
     longest = max((len(stop) for stop in stops), default=0)
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):

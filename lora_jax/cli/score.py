@@ -1,4 +1,4 @@
-"""`lora-jax score`: log-probabilities of a file's tokens, a line in, a line out."""
+"""`lora-jax score`: log-probabilities of the tokens in a file."""
 
 import argparse
 from typing import Any
@@ -12,15 +12,7 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Scores a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``.
-      out: where to print.
-
-    Returns:
-      How many lines and tokens, and the mean log-probability of a token.
-    """
+    """Scores a file; returns the counts and the mean log-probability."""
     target = new_file(args.out, args.data)
     records = read_jsonl(args.data, fields={}, check=score_fault)
     loaded = load_decoder(args.model, args.adapter, scan_layers=True)
@@ -44,10 +36,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _line(row: Scored, record: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is written of a line's tokens.
+    """Returns the output for a line's tokens.
 
-    Of a line as for train, which may give several, it says which line it is, from 1,
-    and which of the tokens count.
+    For training data, which may give several per line, it includes the line number and
+    which tokens count.
     """
     found = {
         "tokens": len(row.logprobs) + 1,

@@ -43,13 +43,11 @@ def record_fault(record: Mapping[str, Any]) -> str:
     if fault := text_fault(record):
         return fault
     ids, mask = record.get("input_ids"), record.get("attention_mask")
-    is_fit = mask is None or (
-        ids is not None
-        and is_ints(mask)
-        and len(mask) == len(ids)
-        and set(mask) <= {0, 1}
-    )
-    return "" if is_fit else "'attention_mask' must have a 0 or 1 per 'input_ids' entry"
+    if mask is None or (
+        ids and is_ints(mask) and len(mask) == len(ids) and set(mask) <= {0, 1}
+    ):
+        return ""
+    return "'attention_mask' must have a 0 or 1 per 'input_ids' entry"
 
 
 def encode(
@@ -80,8 +78,8 @@ def encode(
     config = loaded.config
     if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
         raise UserError(
-            f"{loaded.path} must be an encoder, of text or of images; its config is a "
-            f"{type(config).__name__}. Decoders have `generate` and `score`."
+            f"{loaded.path} must be a text or image encoder; its config is a "
+            f"{type(config).__name__}. For decoders use `generate` and `score`."
         )
     reads_images = isinstance(config, ImageEncoderConfig)
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"

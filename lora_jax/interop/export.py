@@ -378,16 +378,21 @@ def _write_mlx(
     names: Names,
     base: _Base,
 ) -> Path:
-    """Writes for mlx-lm, under its names: ``model.`` before everything but the head."""
+    """Writes for mlx-lm, under its names: ``model.`` before everything but the head.
+
+    A multimodal model's language model is wrapped there, and its head with it.
+    """
     if base.family.head:
         raise ValueError("mlx-lm has only causal language models; this is an encoder.")
     modules = dict(adapter.modules)
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too
     prefix = base.family.prefix
+    outer = "language_model." if base.family.is_tower else ""
 
     def own(name: str) -> str:
-        return name if name == LM_HEAD else "model." + name.removeprefix(prefix)
+        inner = name if name == LM_HEAD else "model." + name.removeprefix(prefix)
+        return outer + inner
 
     renamed = {own(name): factors for name, factors in modules.items()}
     layers = config_of(base.module).num_layers

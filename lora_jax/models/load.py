@@ -283,7 +283,8 @@ def _likely_causes(source: Source) -> list[str]:
             "read: take the one it was made from, or save it in bfloat16."
         )
     words = source.family.module_name(WORDS if source.family.head else EMBED)
-    name, size = f"{words}.weight", settings.get("vocab_size")
+    size = getattr(source.config, "vocab_size", None)
+    name = f"{words}.weight"
     rows = source.shape(name)[0] if name in source.names else size
     if rows != size:
         causes.append(

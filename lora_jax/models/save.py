@@ -80,7 +80,10 @@ def save_model(
         if name not in ours and not family.is_unused(name)
     ]
     if not family.head and TIED_HEAD in ours and model.config.is_tied:
-        settings["tie_word_embeddings"] = False  # a tied table whose sides differ now
+        untied = {"tie_word_embeddings": False}  # a tied table whose sides differ now
+        settings |= untied
+        if isinstance(text := settings.get("text_config"), dict):
+            settings["text_config"] = text | untied
         model = model.with_own_head()
     if family.head and pooling is None:
         own = "mean" if family.head_pooling == POOLER else family.head_pooling

@@ -1,5 +1,6 @@
 """Where a model's config and tensors come from: a folder or a GGUF file."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
 from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
+from lora_jax.tree.paths import nearest
 
 TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
@@ -46,7 +48,11 @@ class Source(NamedTuple):
     @property
     def config(self) -> Any:
         """What the family reads from the settings: the module's config."""
-        return read_config(self.family, self.settings, self.path)
+        config = read_config(self.family, self.settings, self.path)
+        if self.family.is_tower and TIED_HEAD not in self.names:
+            # Two places may say whether it is tied; transformers goes by the file too.
+            return dataclasses.replace(config, is_tied=True)
+        return config
 
     @property
     def architecture(self) -> str:
@@ -172,9 +178,12 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     found = settings.get("model_type")
     if not isinstance(found, str) or found not in FAMILIES:
+        hint = ""
+        if isinstance(found, str) and found:
+            hint = f" Did you mean: {nearest(found, FAMILIES)}?"
         raise ValueError(
-            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}. "
-            "Other models can be built in Flax and adapted with `adapt`."
+            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}."
+            f"{hint} Other models can be built in Flax and adapted with `adapt`."
         )
     return settings
 

@@ -73,7 +73,7 @@ def test_what_is_not_supported_is_named_at_once(folder):
         "do_resize must be true or false; got 'yes'",
         "resample must be one of Pillow's filters 0 to 5; got 9",
         "rescale_factor must be a number above 0; got 0",
-        "image_std must be 3 numbers, one a channel; got [1, 0, 1]",
+        "image_std must be 3 numbers, one per channel; got [1, 0, 1]",
         "crop_size must have height and width",
     ):
         assert text in str(error.value)
@@ -84,7 +84,7 @@ def test_what_is_not_supported_is_named_at_once(folder):
 
 
 def test_a_folder_without_a_usable_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"give 'pixel_values' instead"):
+    with pytest.raises(FileNotFoundError, match=r"use 'pixel_values' instead"):
         load_processor(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text("{")

@@ -1,4 +1,4 @@
-"""Small good inputs, to be damaged."""
+"""Small valid inputs to be damaged."""
 
 import io
 import tempfile

@@ -1,4 +1,4 @@
-"""What is fuzzed: how a damaged input is written, and how it is read."""
+"""The readers to fuzz: how their inputs are written and read."""
 
 import contextlib
 import hashlib
@@ -57,14 +57,14 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"
 
 
 class Target(NamedTuple):
-    """One reader.
+    """A reader.
 
     Attributes:
-      name: of it.
-      write: writes a damaged input into a folder.
-      read: reads it; a `ValueError` or an `OSError` is what it may raise.
-      weight: how often it is chosen, next to the others.
-      names_file: whether its errors name the file.
+      name: its name.
+      write: writes a damaged input to a folder.
+      read: reads it; may raise a `ValueError` or `OSError`.
+      weight: how often it is chosen, relative to the others.
+      names_file: whether its errors must name the file.
     """
 
     name: str
@@ -245,7 +245,7 @@ OWN = _own_sample()
 
 
 def _own(rng: Random, folder: Path) -> None:
-    """Most with right checksums, as by a hostile sender: damage alone ends there."""
+    """Most inputs have correct checksums; otherwise they would all fail there."""
     config, tensors = OWN
     values: Any = json.loads(config)
     if rng.random() < 0.5:
@@ -263,7 +263,7 @@ def _own(rng: Random, folder: Path) -> None:
 
 
 def _npz(rng: Random, folder: Path) -> None:
-    """Half of them with right checksums of the members."""
+    """Half of the archives have correct checksums."""
     if rng.random() < 0.5:
         data = damage_bytes(rng, NPZ)
     else:
@@ -322,7 +322,7 @@ def _read_gguf(folder: Path) -> None:
     reader = GGUFReader(folder / "m.gguf")
     for name in reader.shapes:
         _ = reader[name]
-    with contextlib.suppress(ValueError):  # fuzzed by itself
+    with contextlib.suppress(ValueError):  # fuzzed separately
         FAMILIES[reader.config["model_type"]].read_config(reader.config)
     _use(Tokenizer(folder / "m.gguf"))
 
@@ -373,7 +373,7 @@ def _read_checkpoint(folder: Path) -> None:
         np.testing.assert_array_equal(*leaves)
 
 
-_coder()  # writes its files before anybody looks
+_coder()  # writes its files before writes are monitored
 TARGETS = [
     Target("yaml", _yaml, _read_yaml, 10),
     Target("jsonl", _lines, _read_lines, 20),

@@ -16,9 +16,13 @@ from tests.models.golden import GOLDEN
 DECODERS = (
     *("llama", "llama3", "mistral", "qwen2", "qwen3", "smollm3"),
     *("gemma2", "gemma3", "phi3", "phi3_partial", "olmo2", "gpt2"),
+    *("gemma3_tower", "mistral3", "qwen2_5_vl", "qwen3_vl"),
 )
 ENCODERS = ("roberta", "distilbert", "vit", "dinov2", "dinov2_gated")
-OLD_CONFIGS = ("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial")
+OLD_CONFIGS = (
+    *("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial"),
+    *("gemma3_tower", "qwen2_5_vl"),
+)
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 

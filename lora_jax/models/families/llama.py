@@ -236,6 +236,7 @@ def decoder_family(
         inputs=token_inputs,
         modules=modules,
         prefix=prefix,
+        prefixes=("model.language_model.", "language_model.model."),  # of a tower
         unused=(r"lm_head\.", *unused),  # a stray copy, where the head is tied
         is_transposed=is_transposed,
     )
