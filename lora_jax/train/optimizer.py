@@ -7,6 +7,7 @@ passes the raw gradient of W0 through as its update: gradient *ascent*.)
 """
 
 import math
+import sys
 from typing import Any
 
 import jax
@@ -106,7 +107,13 @@ def lora_optimizer(
         transforms.append(optax.add_decayed_weights(weight_decay, decay_mask))
     if lora_b_ratio != 1.0:
         transforms.append(optax.masked(optax.scale(lora_b_ratio), _lora_b_mask))
-    return optax.chain(*transforms, optax.scale_by_learning_rate(rate))
+    chain = optax.chain(*transforms, optax.scale_by_learning_rate(rate))
+
+    def init(params: PyTree) -> PyTree:
+        _check_no_base(params)
+        return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, chain.update)
 
 
 def learning_rate_schedule(
@@ -290,6 +297,25 @@ def decay_mask(tree: PyTree) -> PyTree:
         return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(key_path(path).split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, tree)
+
+
+def _check_no_base(params: PyTree) -> None:
+    """Raises if the state of an NNX model holds base weights beside its adapters."""
+    nnx = sys.modules.get("flax.nnx")  # heavy, and loaded where there is such a state
+    if nnx is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    found = [(p, leaf) for p, leaf in leaves if isinstance(leaf, nnx.Variable)]
+    base = [key_path(p) for p, leaf in found if not isinstance(leaf, nnx.LoRAParam)]
+    if base and len(base) < len(found):
+        raise ValueError(
+            f"the optimizer would train {len(base)} weights of the base beside the "
+            f"adapters, such as {base[0]}. Select what is trained: "
+            "`nnx.Optimizer(model, tx, wrt=lora_jax.nnx.Trained)`; weights of the base "
+            "that are to be trained go into `LoRAConfig.train`."
+        )
 
 
 def _lora_b_mask(tree: PyTree) -> PyTree:

@@ -29,11 +29,12 @@ import peft
 import torch
 import transformers
 
+from tests.golden.dense_families import DENSE
 from tests.golden.model_families import BERT, FAMILIES, Family
 from tests.golden.tower_families import TOWERS
 
 HERE = pathlib.Path(__file__).parent
-ALL = FAMILIES | TOWERS
+ALL = FAMILIES | TOWERS | DENSE
 DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TEXT_LINEARS = r".*language_model\..*{}_proj"
 WITH_IMAGES = "with_images"  # an adapter of which a language model takes a part
