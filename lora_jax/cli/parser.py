@@ -211,7 +211,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 
 
 def _add_encode(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -227,7 +227,7 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     asked = command.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt",
@@ -275,7 +275,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -343,18 +343,22 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     _flag(command, "--skip-head", "omit an encoder's trained head")
 
 
-def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+def _add_model(
+    command: argparse.ArgumentParser, *, adapter_required: bool, several: bool = False
+) -> None:
     command.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
         "optional if --adapter is a run folder",
     )
+    named = "; repeat it as NAME=DIR and name one in each line's field 'adapter'"
     command.add_argument(
         "--adapter",
         metavar="DIR",
         required=adapter_required,
-        help="run or adapter folder",
+        action="append" if several else "store",
+        help="run or adapter folder" + named * several,
     )
 
 
