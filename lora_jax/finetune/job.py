@@ -147,7 +147,7 @@ class Job(abc.ABC):
 
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        lora = own_names(settings.lora, self.loaded.family)
+        lora = translate_names(settings.lora, self.loaded.family)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora

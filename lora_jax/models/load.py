@@ -114,7 +114,7 @@ def load_base(
 
 
 def with_new_head(loaded: LoadedModel, key: PRNGKey) -> LoadedModel:
-    """Returns a base whose new leaves are redrawn with ``key``; all others are shared."""
+    """Returns a base whose new leaves are drawn again with ``key``; shares the rest."""
     flat = flatten(loaded.params)
     for path in loaded.new:
         where = flat[path].sharding
