@@ -17,7 +17,7 @@ from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.source import check_settings, read_settings
+from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import own_names
 from lora_jax.names import PARAMS
@@ -173,7 +173,7 @@ def slice_steps(
             f"--topology requires a decoder; {found} is a {config_json['model_type']}, "
             "an encoder. Omit --topology to compile its step for this machine."
         )
-    config = family.read_config(config_json)
+    config = read_config(family, config_json, found)
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(

@@ -160,6 +160,8 @@ class MeshSettings:
       fsdp: number of devices over which each copy's kernels and its part of the batch
         are sharded.
       tensor: number of devices over which each layer's outputs are sharded.
+      member: number of devices over which the runs of a sweep are split, each with the
+        whole model; 1 for a run of its own.
       uneven: what to do if a weight's axis is not divisible: ``"error"``, or
         ``"replicate"`` the axis on every device.
       rules: mesh axes for each axis of the weights whose path ends in the key, e.g.
@@ -169,5 +171,6 @@ class MeshSettings:
     data: Devices = -1
     fsdp: Devices = 1
     tensor: Devices = 1
+    member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

@@ -202,7 +202,7 @@ def _opened_as(base: _Base, *, has_head: bool) -> _Opened:
     name, is_bare = source.architecture, source.is_bare
     if has_head and is_bare:
         name, is_bare = name and re.sub("Model$", base.family.head_class, name), False
-    kind = source.settings["model_type"]
+    kind = source.settings["model_type"].replace("-", "_")
     library = f"transformers.models.{kind}.modeling_{kind}"
     mapping = {"base_model_class": name, "parent_library": library}
     return _Opened(not is_bare, mapping if name else None)

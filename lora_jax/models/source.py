@@ -48,7 +48,7 @@ class Source(NamedTuple):
     @property
     def config(self) -> Any:
         """What the family reads from the settings: the module's config."""
-        config = self.family.read_config(self.settings)
+        config = read_config(self.family, self.settings, self.path)
         if self.family.is_tower and TIED_HEAD not in self.names:
             # Two places may say whether it is tied; transformers goes by the file too.
             return dataclasses.replace(config, is_tied=True)
@@ -138,6 +138,29 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} must be a Hugging Face model folder; it has no {MODEL_CONFIG}."
         )
     return check_settings(read_json(path), path)
+
+
+def read_config(family: Family, settings: dict[str, Any], path: Path) -> Any:
+    """Reads a module's config.
+
+    Args:
+      family: of the model.
+      settings: what its ``config.json`` or GGUF file holds.
+      path: the folder or the file, for errors.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: if it doesn't fit, or is of an unsupported variant; names the file.
+    """
+    try:
+        return family.read_config(settings)
+    except ValueError as error:
+        file, text = path / MODEL_CONFIG if path.is_dir() else path, str(error)
+        own = text.removeprefix(f"{MODEL_CONFIG} ")
+        between = ": " if own == text else " "
+        raise ValueError(f"{file}{between}{own}") from error
 
 
 def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:

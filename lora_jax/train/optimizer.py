@@ -8,6 +8,7 @@ passes the raw gradient of W0 through as its update: gradient *ascent*.)
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,12 @@ from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
 ADAPTER = "adapter"
 REST = "rest"
-SCHEDULES = ("linear", "cosine", "constant")
+DECAYS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + jnp.cos(jnp.pi * x)) / 2,
+    "constant": lambda x: 1.0,
+}
+SCHEDULES = tuple(DECAYS)
 
 
 def lora_optimizer(
@@ -106,7 +112,7 @@ def lora_optimizer(
     if weight_decay:
         transforms.append(optax.add_decayed_weights(weight_decay, decay_mask))
     if lora_b_ratio != 1.0:
-        transforms.append(optax.masked(optax.scale(lora_b_ratio), _lora_b_mask))
+        transforms.append(optax.masked(optax.scale(lora_b_ratio), lora_b_mask))
     chain = optax.chain(*transforms, optax.scale_by_learning_rate(rate))
 
     def init(params: PyTree) -> PyTree:
@@ -170,12 +176,7 @@ def learning_rate_schedule(
     def rate(step):
         warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
         x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        decay = {
-            "linear": lambda: 1 - x,
-            "cosine": lambda: (1 + jnp.cos(jnp.pi * x)) / 2,
-            "constant": lambda: 1.0,
-        }[schedule]()
-        return learning_rate * warmup * decay
+        return learning_rate * warmup * DECAYS[schedule](x)
 
     return rate
 
@@ -318,7 +319,18 @@ def _check_no_base(params: PyTree) -> None:
         )
 
 
-def _lora_b_mask(tree: PyTree) -> PyTree:
+def lora_b_mask(tree: PyTree) -> PyTree:
+    """Returns a mask of the leaves named ``lora_b``.
+
+    Args:
+      tree: a tree of trainable leaves.
+
+    Returns:
+      The same tree with True or False at each leaf.
+
+    Raises:
+      ValueError: if there is none.
+    """
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: LORA_B in key_path(path).split("/"), tree
     )

@@ -27,6 +27,7 @@ from tests.models.golden import GOLDEN
 POOLINGS = {
     "bert": "pooler",
     "roberta": "pooler",
+    "xlm-roberta": "pooler",
     "distilbert": "pooler",
     "vit": "cls",
     "dinov2": "cls_mean",
@@ -111,7 +112,7 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     assert_equal(again.params, loaded.params)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "distilbert"])
 def test_a_file_without_a_head_gets_all_of_it_anew(name, copy):
     family = FAMILIES[name]
 

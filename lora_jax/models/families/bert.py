@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT: post-norm encoders with learned positions."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT: post-norm encoders with learned positions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -144,7 +144,7 @@ BERT = text_family(
     unused=(r"pooler\.dense\.", r"cls\."),
     head=("classifier",),
 )
-ROBERTA = text_family(
+ROBERTA = text_family(  # and XLM-RoBERTa, whose tensors have the same names
     read_roberta,
     SHARED | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
     prefix="roberta.",
