@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from lora_jax.names import BIAS, HEAD, KERNEL
+from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
@@ -53,6 +53,9 @@ class Family:
       renames: expressions in a file's module names and what transformers 5, and so
         an adapter of today, has in their place. Files of either kind are read.
       is_transposed: whether kernels are stored ``[out, in]``.
+      experts: from the path of the kernels of a layer's experts, one array here, to
+        the names of what each expert has in a file, in the order of their outputs.
+        ``modules`` has their names there under ``experts/expert_{e}/NAME``.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -68,6 +71,7 @@ class Family:
     head_class: str = "ForSequenceClassification"
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
+    experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def tensor_name(self, path: str) -> str:
         """The bare Hugging Face name of the leaf at ``path``.
@@ -103,9 +107,17 @@ class Family:
 
     def module_name(self, path: str) -> str | None:
         """The bare Hugging Face name of the module at ``path``, None if it has none."""
-        number = re.search(r"layer_(\d+)", path)
-        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
-        return template and template.replace("{i}", number[1] if number else "")
+        template, numbers = self.modules.get(_template(path)), {}
+        for letter, word in (("{i}", "layer"), ("{e}", "expert")):
+            number = re.search(rf"{word}_(\d+)", path)
+            numbers[letter] = number[1] if number else ""
+        for letter, number in numbers.items():
+            template = template and template.replace(letter, number)
+        return template
+
+    def expert_parts(self, path: str) -> tuple[str, ...]:
+        """What a file has for each expert at ``path``; none if all are one tensor."""
+        return self.experts.get(_template(path), ())
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor of this bare name belongs to the classification head."""
@@ -150,28 +162,37 @@ class Family:
         """
         if not self._is_turned(path):
             return array
-        return array.transpose(self.axes(array.ndim))
+        return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """`from_file` undone."""
         if not self._is_turned(path):
             return array
-        return array.transpose(np.argsort(self.axes(array.ndim)))
+        return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """The shape that a file has for a leaf of ``shape``."""
         if not self._is_turned(path):
             return shape
-        return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
+        axes = np.argsort(self._axes(path, len(shape)))
+        return tuple(shape[axis] for axis in axes)
 
     def _is_turned(self, path: str) -> bool:
         is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
         return is_turned and path.rpartition("/")[2] == KERNEL
 
     @staticmethod
-    def axes(ndim: int) -> tuple[int, ...]:
+    def _axes(path: str, ndim: int) -> tuple[int, ...]:
         """Order of a PyTorch kernel's axes in Flax: spatial, in, out."""
+        if f"/{EXPERTS}/" in path and ndim == 3:
+            return (0, 2, 1)
         return (*range(2, ndim), 1, 0)
+
+
+def _template(path: str) -> str:
+    """Returns a path with ``{i}`` and ``{e}`` for the numbers of layer and expert."""
+    path = re.sub(r"layer_\d+", "layer_{i}", path)
+    return re.sub(r"expert_\d+", "expert_{e}", path)
 
 
 def config_of(module: Any) -> Any:
