@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from lora_jax.array_types import PyTree
+from lora_jax.files.messages import Message, text_of
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
@@ -168,7 +169,9 @@ class Language(Job):
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
 
-        def encode(prompt: str) -> list[int]:
+        def encode(prompt: str | Sequence[Message]) -> list[int]:
+            if not isinstance(prompt, str):
+                return tokenizer.encode_prompt(prompt)
             if self.is_chat:
                 return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
             return tokenizer.encode_text(prompt).ids
@@ -181,7 +184,10 @@ class Language(Job):
             stop_ids=tokenizer.special.stop_ids,
         )
         return [
-            {"prompt": prompt, "text": tokenizer.decode(ids)}
+            {
+                "prompt": prompt if isinstance(prompt, str) else text_of(prompt[-1]),
+                "text": tokenizer.decode(ids),
+            }
             for prompt, ids in zip(prompts, texts, strict=True)
         ]
 

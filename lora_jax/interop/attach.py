@@ -27,6 +27,7 @@ from lora_jax.interop.full_tensors import (
     place_biases,
     place_full,
     place_tokens,
+    resized,
 )
 from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
@@ -240,6 +241,7 @@ def _shape_faults(
         wanted.append(("magnitude", factors.magnitude, (outputs,)))
     faults += [
         f"shape: {what} of {path} must be {list(shape)}; got {list(array.shape)}"
+        + resized(path, array.shape, shape)
         for what, array, shape in wanted
         if array.shape != shape
     ]

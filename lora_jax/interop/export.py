@@ -227,6 +227,8 @@ def _describe(
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
+    if experts := [t.path for t in targets if t.kind == "experts"]:
+        raise ValueError(f"adapters of experts can't be exported; got {experts}.")
     spelled, modules = names.spelling().modules, {}
     by_path = {target.path: target for target in targets}
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})

@@ -13,6 +13,8 @@ import numpy as np
 
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
+from lora_jax.models.family import Shape
+from lora_jax.models.load import WORDS
 from lora_jax.models.source import Source
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
@@ -42,7 +44,7 @@ def place_full(
         if value.shape != part.shape:
             faults.append(
                 f"shape: {name} must be {list(part.shape)} in Flax's layout; got "
-                f"{list(value.shape)}"
+                f"{list(value.shape)}{resized(single, value.shape, part.shape)}"
             )
             continue
         parts.setdefault(part.path, {})[part.index] = value
@@ -54,6 +56,20 @@ def place_full(
                 "one stacked array; load the model with scan_layers=False"
             )
     return {} if faults else {p: _joined(v) for p, v in parts.items()}, faults
+
+
+def resized(path: str, found: Shape, wanted: Shape) -> str:
+    """Says that an adapter's vocabulary was resized, if its shape shows that."""
+    module = path.removesuffix(f"/{EMBEDDING}").removesuffix(f"/{KERNEL}")
+    differ = [(a, b) for a, b in zip(found, wanted, strict=False) if a != b]
+    is_table = module in (EMBED, HEAD) or module == WORDS
+    if not is_table or len(found) != len(wanted) or len(differ) != 1:
+        return ""
+    [(theirs, ours)] = differ
+    return (
+        f": the adapter was made on a vocabulary of {theirs} tokens, resized from the "
+        f"{ours} of this base; load the base whose table was resized"
+    )
 
 
 def check_base(

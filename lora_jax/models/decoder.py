@@ -14,6 +14,8 @@ are one, ``layers``, with a leading layer axis::
     layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
     layer_{i}/mlp_norm/scale
     layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
+    layer_{i}/mlp/router/kernel                      with experts, in place of these
+    layer_{i}/mlp/experts/{gate_up,down}/kernel      [e, i, o]
     layer_{i}/mlp_post_norm/scale
     final_norm/scale
     head/kernel                                      not if tied
@@ -31,6 +33,7 @@ from lora_jax.attention.rope import rope_angles
 from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.embeddings import TokenIds, check_tokens
+from lora_jax.models.experts import ROUTED
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
@@ -83,7 +86,8 @@ class Decoder(nn.Module):
         unrolled blocks it saves memory only on GPU and TPU: XLA:CPU undoes it.
 
     Raises:
-      ValueError: if ``remat`` is unknown.
+      ValueError: if ``remat`` is unknown, or the layers to be scanned differ in their
+        parameters.
     """
 
     config: DecoderConfig
@@ -95,6 +99,11 @@ class Decoder(nn.Module):
         if self.remat not in REMATS:
             raise ValueError(
                 f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
+            )
+        if self.scan_layers and not self.config.is_uniform:
+            raise ValueError(
+                "scan_layers must be False where some layers have experts and others "
+                "an MLP; got True."
             )
         super().__post_init__()
 
@@ -229,7 +238,7 @@ class Decoder(nn.Module):
             )
         if self.scan_layers:
             scan = {
-                "variable_axes": {"params": 0},
+                "variable_axes": {"params": 0, ROUTED: 0},
                 "split_rngs": {"params": True, "dropout": True},
                 "length": cfg.num_layers,
             }

@@ -13,6 +13,7 @@ from lora_jax.attention.causal import cached_attention, causal_attention
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
 from lora_jax.parallel.activation_sharding import shard_rows
 
@@ -198,7 +199,7 @@ class Block(DecoderModule):
             return y if scale == 1 else y * scale
 
         attention = Attention(self.config, self.dtype, name="attention")
-        mlp = Mlp(self.config, self.dtype, name="mlp")
+        mlp = make_mlp(self.config, self.dtype, layer)
         inputs = pre("attention_norm", x)
         y, kept = attention(inputs, place, layer, past)
         if self.config.is_parallel:
@@ -206,6 +207,14 @@ class Block(DecoderModule):
         x = x + post("attention_post_norm", y)
         x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
         return shard_rows(x), kept
+
+
+def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
+    """Makes the MLP of a layer, or its mixture of experts."""
+    experts = config.experts
+    if experts is None or layer in experts.dense_layers:
+        return Mlp(config, dtype, name="mlp")
+    return Mixture(experts, config.activation, dtype, name="mlp")
 
 
 def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:

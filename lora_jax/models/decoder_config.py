@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
+from lora_jax.models.expert_config import ExpertConfig
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -137,6 +138,7 @@ class DecoderConfig:
       embed_scale: factor of the embedding's output.
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
+      experts: the mixture of experts in place of MLPs, or None.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -178,6 +180,12 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     is_tied: bool = False
+    experts: ExpertConfig | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same parameters, so that they can be scanned."""
+        return self.experts is None or not self.experts.dense_layers
 
     @property
     def original_positions(self) -> int | None:

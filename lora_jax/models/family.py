@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from lora_jax.names import BIAS, HEAD, KERNEL
+from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
@@ -53,6 +53,9 @@ class Family:
       renames: patterns in a file's module names, and their replacements in
         transformers 5 and in adapters made with it. Either is read.
       is_transposed: whether kernels are stored ``[out, in]``.
+      experts: from the path of the kernels of a layer's experts, one array here, to
+        the names of what each expert has in a file, in the order of their outputs.
+        ``modules`` has their names there under ``experts/expert_{e}/NAME``.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -68,6 +71,7 @@ class Family:
     head_class: str = "ForSequenceClassification"
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
+    experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def tensor_name(self, path: str) -> str:
         """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
@@ -97,9 +101,17 @@ class Family:
 
     def module_name(self, path: str) -> str | None:
         """Returns the bare Hugging Face name of the module at ``path``, or None."""
-        number = re.search(r"layer_(\d+)", path)
-        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
-        return template and template.replace("{i}", number[1] if number else "")
+        template, numbers = self.modules.get(_template(path)), {}
+        for letter, word in (("{i}", "layer"), ("{e}", "expert")):
+            number = re.search(rf"{word}_(\d+)", path)
+            numbers[letter] = number[1] if number else ""
+        for letter, number in numbers.items():
+            template = template and template.replace(letter, number)
+        return template
+
+    def expert_parts(self, path: str) -> tuple[str, ...]:
+        """Returns a file's tensors per expert at ``path``; none if all are one."""
+        return self.experts.get(_template(path), ())
 
     def is_head(self, name: str) -> bool:
         """Returns whether a tensor of this bare name is the classification head's."""
@@ -135,28 +147,37 @@ class Family:
         """
         if not self._is_transposed(path):
             return array
-        return array.transpose(self.axes(array.ndim))
+        return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """Inverts `from_file`."""
         if not self._is_transposed(path):
             return array
-        return array.transpose(np.argsort(self.axes(array.ndim)))
+        return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """Returns the shape that a file has for a leaf of ``shape``."""
         if not self._is_transposed(path):
             return shape
-        return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
+        axes = np.argsort(self._axes(path, len(shape)))
+        return tuple(shape[axis] for axis in axes)
 
     def _is_transposed(self, path: str) -> bool:
         is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
         return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 
     @staticmethod
-    def axes(ndim: int) -> tuple[int, ...]:
+    def _axes(path: str, ndim: int) -> tuple[int, ...]:
         """Returns the order of a PyTorch kernel's axes in Flax: spatial, in, out."""
+        if f"/{EXPERTS}/" in path and ndim == 3:
+            return (0, 2, 1)
         return (*range(2, ndim), 1, 0)
+
+
+def _template(path: str) -> str:
+    """Returns a path with ``{i}`` and ``{e}`` for the numbers of layer and expert."""
+    path = re.sub(r"layer_\d+", "layer_{i}", path)
+    return re.sub(r"expert_\d+", "expert_{e}", path)
 
 
 def config_of(module: Any) -> Any:

@@ -25,7 +25,7 @@ from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
-from lora_jax.models.stacking import layer_slices
+from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, FROZEN, HEAD, KERNEL, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
@@ -143,7 +143,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     names = (source.with_own_head() if own_head else source).names
 
     def is_rounded(path: str, leaf: Any) -> bool:
-        single = next(iter(layer_slices({path: leaf})))
+        single = next(iter(file_slices(source.family, {path: leaf})))
         name = source.family.tensor_name(single)
         if name not in names:
             return False
@@ -204,7 +204,8 @@ def _read(
     dtype: Any,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Reads every expected leaf; raises one error with the faults of all of them."""
-    family, names, slices = source.family, source.names, layer_slices(expected)
+    family, names = source.family, source.names
+    slices = file_slices(family, expected)
     wanted = {path: family.tensor_name(path) for path in slices}
     used = dict.fromkeys(wanted.values())
     left = [name for name in names if name not in used]

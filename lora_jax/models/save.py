@@ -23,7 +23,7 @@ from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
 from lora_jax.models.side_files import copy_side_files
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
-from lora_jax.models.stacking import layer_slices
+from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
 from lora_jax.tree.paths import flatten
 
@@ -72,7 +72,7 @@ def save_model(
     flat = flatten(params)
     ours = {  # by bare name: the layer's path, and its part of the array
         family.tensor_name(path): (path, part.of(flat[part.path]))
-        for path, part in layer_slices(flat).items()
+        for path, part in file_slices(family, flat).items()
     }
     faults = [
         f"missing: {name}"

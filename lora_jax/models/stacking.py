@@ -19,7 +19,7 @@ from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig, matches
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.family import Shape
+from lora_jax.models.family import Family, Shape
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import BIAS, LAYERS, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
@@ -29,21 +29,24 @@ from lora_jax.tree.targets import Target
 
 
 class LayerSlice(NamedTuple):
-    """Where one layer's array (or module) is.
+    """Where one layer's array (or module), or one expert's part of it, is.
 
     Attributes:
       path: of the array in the model's tree.
       index: of the layer in that array; None if it isn't a stack.
-      shape: of this layer's part of the array.
+      shape: of this part of the array.
+      inside: index of an expert's part in the layer's array.
     """
 
     path: str
     index: int | None
     shape: Shape
+    inside: Any = ...
 
     def of(self, array: Any) -> Any:
-        """Returns this layer's part of the array at ``path``."""
-        return array if self.index is None else array[self.index]
+        """Returns this part of the array at ``path``."""
+        layer = array if self.index is None else array[self.index]
+        return layer if self.inside is ... else layer[self.inside]
 
 
 def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
@@ -70,11 +73,36 @@ def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
     return slices
 
 
+def file_slices(family: Family, leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
+    """Returns where each tensor of a model's files is in its arrays.
+
+    As `layer_slices`, but with a slice per expert if the family's files have a tensor
+    for each, at paths such as ``layer_0/mlp/experts/expert_3/gate/kernel``.
+    """
+    found = {}
+    for path, whole in layer_slices(leaves).items():
+        module, _, leaf = path.rpartition("/")
+        names = family.expert_parts(module)
+        if not names:
+            found[path] = whole
+            continue
+        count, *inputs, outputs = whole.shape
+        size = outputs // len(names)
+        for i in range(count):
+            for j, name in enumerate(names):
+                inside = (i, ..., slice(j * size, (j + 1) * size))
+                part = whole._replace(shape=(*inputs, size), inside=inside)
+                parent = module.rpartition("/")[0]
+                found[f"{parent}/expert_{i}/{name}/{leaf}"] = part
+    return found
+
+
 def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
     """Returns whether a decoder with these adapters can scan its blocks.
 
-    Scanned blocks share one path, so ``lora`` must not have ``layers``, and each of its
-    patterns must match all layers of a module or leaf and their stack, or none.
+    Scanned blocks share one path, so all layers must have the same parameters, ``lora``
+    must not have ``layers``, and each of its patterns must match all layers of a module
+    or leaf and their stack, or none.
 
     Example:
       >>> config = DecoderConfig(
@@ -86,7 +114,7 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
       False
     """
-    if lora.layers is not None:
+    if lora.layers is not None or not config.is_uniform:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)

@@ -113,7 +113,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
 
     Autodiff does the same, and `jax.shard_map` checks it (``check_vma``).
     """
-    own, wanted = _varying_axes(gradient), _varying_axes(primal)
+    own, wanted = varying_axes(gradient), varying_axes(primal)
     if summed := tuple(own - wanted):
         gradient = jax.lax.psum(gradient, summed)
     if missing := tuple(wanted - own):
@@ -121,7 +121,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
     return gradient
 
 
-def _varying_axes(array: AnyFloat) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
     """Returns the `jax.shard_map` axes over which an array varies."""
     aval = jax.typeof(array)  # `mat.varying` since JAX 0.10, `vma` before
     varying = getattr(getattr(aval, "mat", None), "varying", None)

@@ -18,7 +18,7 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FSDP, LAYERS, LORA, TENSOR
+from lora_jax.names import EXPERT, FSDP, LAYERS, LORA, TENSOR
 from lora_jax.ops.contraction import Shape
 from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -28,6 +28,10 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
 RULES: Rules = (
+    ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
+    ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
+    ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
+    ("router/(kernel|bias)", PartitionSpec()),
     ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
@@ -61,6 +65,10 @@ class WeightSharding:
         """Returns a leaf's sharding, or raises ValueError."""
         rules = (*self.rules, *RULES)
         spec = next((s for pattern, s in rules if is_match(pattern, path)), None)
+        if spec is not None and EXPERT not in self.mesh.shape:  # most meshes
+            spec = PartitionSpec(
+                *(None if entry == EXPERT else entry for entry in spec)
+            )
         if spec is None:
             raise ValueError(
                 f"{path} {shape}: no rule matches it; add "

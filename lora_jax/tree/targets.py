@@ -20,7 +20,7 @@ from lora_jax.ops.dora import column_norm, magnitude_shape
 from lora_jax.ops.init import init_adapter, path_key
 from lora_jax.tree.paths import nearest
 
-LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
+LINEAR_KINDS = ("dense", "einsum", "experts")  # what "all-linear" covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Site:
 
     Attributes:
       path: path of the layer in the parameter tree.
-      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      kind: ``"dense"``, ``"einsum"``, ``"experts"``, ``"embed"`` or ``"conv"``.
       weight: name of its weight, ``"kernel"`` or ``"embedding"``.
       kernel_shape: shape of the weight in the tree, scanned axes included.
       contraction: the roles of its axes.

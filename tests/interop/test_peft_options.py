@@ -175,3 +175,21 @@ def test_second_copies_of_a_saved_bias_must_be_equal(tmp_path):
     save_file(tensors, folder / FILE)
     with pytest.raises(ValueError, match=r"duplicate: .*modules_to_save\.bias differs"):
         load("saved_norm", folder)
+
+
+@pytest.mark.parametrize("kind", ["embed", "head", "saved_embed", "saved_head"])
+def test_an_adapter_of_a_resized_vocabulary_says_so(kind, tmp_path):
+    folder = edited(kind, tmp_path)
+    tensors = load_file(folder / FILE)
+    with np.load(GOLDEN / "qwen2" / "reference.npz") as reference:
+        size = reference["logits"].shape[-1]
+
+    def longer(array):
+        pads = [(0, 3 if n == size else 0) for n in array.shape]
+        return np.pad(array, pads)
+
+    tensors = {n: longer(t) for n, t in tensors.items() if ".base_layer." not in n}
+    save_file(tensors, folder / FILE)
+    message = rf"vocabulary of {size + 3} tokens, resized from the {size} of this base"
+    with pytest.raises(ValueError, match=message):
+        load(kind, folder)

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa, DistilBERT: post-norm encoders, learned positions."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT: post-norm encoders, learned positions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -214,7 +214,7 @@ def decoder_family(
     *,
     prefix: str = "model.",
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",),
-    is_transposed: bool = True,
+    **options: Any,
 ) -> Family:
     """Makes a family of `Decoder`; the arguments are `Family`'s."""
     return Family(
@@ -225,7 +225,7 @@ def decoder_family(
         prefix=prefix,
         prefixes=("model.language_model.", "language_model.model."),  # of a tower
         unused=(r"lm_head\.", *unused),  # a stray copy, where the head is tied
-        is_transposed=is_transposed,
+        **options,
     )
 
 
