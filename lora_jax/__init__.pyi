@@ -61,8 +61,10 @@ from .train.data import TextBatches as TextBatches
 
 # Whole runs: a config in, a run folder out.
 from .finetune.run import fine_tune as fine_tune
+from .finetune.sweep import sweep as sweep
 
 # Pretrained models.
+from .interop.bank import load_bank as load_bank
 from .interop.pretrained import load_model as load_model
 from .models.generate import generate as generate
 from .models.loaded import LoadedModel as LoadedModel

@@ -36,6 +36,8 @@ MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # the axes a batch is sharded over
 EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
 
+MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
+
 DROPOUT = "dropout"  # the PRNG stream for adapter dropout
 
 # Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.

@@ -40,4 +40,5 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "roberta": bert.ROBERTA,
     "smollm3": llama.SMOLLM3,
     "vit": vision.VIT,
+    "xlm-roberta": bert.ROBERTA,
 }
