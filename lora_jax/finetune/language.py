@@ -31,7 +31,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
@@ -205,7 +205,9 @@ def open_language(
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(own_names(settings.lora, source.family), source.config)
+            scan = can_scan(
+                translate_names(settings.lora, source.family), source.config
+            )
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,

@@ -57,9 +57,6 @@ def einsum_rule(
       kind: name in the table of targets.
       equation: ``(module, x, *args) -> "...i,io->...o"``.
       weight: name of the kernel.
-
-    Returns:
-      The rule.
     """
 
     def contraction(module: nn.Module, x: jax.Array, *args: Any) -> Contraction:
@@ -208,10 +205,11 @@ def dense_general_equation(module: Any, x: jax.Array, *_: Any) -> str:
     return f"{x_labels},{kernel}->{pick(batch)}{pick(free)}{out_labels}"
 
 
-def _einsum_equation(module: nn.Einsum, x: jax.Array, *args: Any) -> str:
+def _einsum_equation(
+    module: nn.Einsum, x: jax.Array, equation: str | None = None, *_: Any
+) -> str:
     del x
-    equation = args[0] if args and args[0] is not None else module.einsum_str
-    return str(equation)
+    return str(module.einsum_str if equation is None else equation)
 
 
 def _embed(module, method, inputs, y, table, lora_a, lora_b, **options) -> AnyFloat:

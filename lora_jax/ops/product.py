@@ -135,16 +135,8 @@ def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
     """Computes `jnp.einsum`, contracting axes in the order of the larger operand.
 
     `jnp.einsum` contracts labels in alphabetical order; if the axes are in another
-    order, XLA:CPU first makes a transposed copy of the operand.
-
-    Args:
-      equation: explicit, with two operands and no ellipsis.
-      x: the first operand.
-      y: the second operand.
-      **options: passed to `jnp.einsum`.
-
-    Returns:
-      The product.
+    order, XLA:CPU first makes a transposed copy of the operand. The equation must be
+    explicit, with two operands and no ellipsis.
     """
     x_labels, y_labels = equation.split("->")[0].split(",")
     labels = x_labels + y_labels if x.size >= y.size else y_labels + x_labels

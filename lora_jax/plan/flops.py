@@ -90,15 +90,10 @@ def step_flops(
 
 
 def traced_flops(jaxpr: Jaxpr) -> float:
-    """Counts the FLOPs of a program's matmuls and convolutions.
+    """Counts the FLOPs of the matmuls and convolutions of a whole program's jaxpr.
 
-    Args:
-      jaxpr: jaxpr of the whole program, ``jit(f).trace(...).jaxpr.jaxpr``.
-
-    Returns:
-      The FLOPs. A scan's body counts once per iteration, a while loop's body once, a
-      conditional as its most expensive branch. Library kernels such as cuDNN attention
-      are not counted.
+    A scan's body counts once per iteration, a while loop's body once, a conditional as
+    its most expensive branch. Library kernels such as cuDNN attention are not counted.
     """
     total = 0.0
     for equation in jaxpr.eqns:

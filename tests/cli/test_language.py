@@ -203,7 +203,7 @@ def test_packing_and_patience(config, tmp_path, call):
     ("words", "message"),
     [
         (["lora.targets=[q_prj]"], "Did you mean: layers/attention/query"),
-        (["data.max_length=3"], "it cuts off those of all 24 examples"),
+        (["data.max_length=3"], "it cuts off all of them in 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),
         (
             ["model.remat=full"],
