@@ -18,6 +18,7 @@ from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.fused import fuse_factors
 from lora_jax.interop.naming import Names
 from lora_jax.names import ROUTER
+from lora_jax.tree.targets import Target
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # in the order of PEFT's wrappers
 INNER = ".base_layer"
@@ -92,22 +93,44 @@ def wrapper_name(name: str, modules: Mapping[str, Any]) -> str:
     return owner + INNER if is_inner else owner
 
 
-def parameter_targets(adapter: ExternalAdapter, routers: Iterable[str]) -> list[str]:
-    """Returns PEFT's ``target_parameters``: the experts, and routers.
+def parameter_targets(adapter: ExternalAdapter, names: Names) -> list[str]:
+    """Returns PEFT's ``target_parameters``: experts, and weights of routers.
 
     Args:
       adapter: what is written.
-      routers: names of the model's routers, whose weight is a bare parameter.
+      names: of the model.
     """
-    known = set(routers)
+    spelled = names.spelling().modules.items()
+    routers = {name for path, name in spelled if path.endswith(f"/{ROUTER}")}
     found = [name for name, f in adapter.modules.items() if f.is_experts]
-    return sorted(found + [f"{n}.weight" for n in adapter.modules if n in known])
+    return sorted(found + [f"{n}.weight" for n in adapter.modules if n in routers])
 
 
-def router_names(names: Names) -> list[str]:
-    """Returns the names of a model's routers."""
-    spelled = names.spelling().modules
-    return [name for path, name in spelled.items() if path.endswith(f"/{ROUTER}")]
+def known_names(names: Names, files: Iterable[str], *, by_expert: bool) -> set[str]:
+    """Returns the names of all modules that ``target_modules`` can match.
+
+    Args:
+      names: of the model.
+      files: bare names of its tensors.
+      by_expert: whether every expert has its own, as in files.
+    """
+    bare = (name.rpartition(".")[0] for name in files)
+    known = {names.full_name(name, is_new=not by_expert) for name in bare}
+    return known | {
+        name
+        for path, name in names.spelling().modules.items()
+        if not (by_expert and names.family.expert_parts(path))
+    }
+
+
+def check_exportable(targets: Iterable[Target]) -> None:
+    """Raises `ValueError` for DoRA of experts, which PEFT doesn't have."""
+    paths = [t.path for t in targets if t.kind == "experts" and t.dora]
+    if paths:
+        raise ValueError(
+            f"DoRA of experts can't be exported, as PEFT has none; got "
+            f"{', '.join(paths)}. Merge the adapter into its base."
+        )
 
 
 def split_experts(

@@ -16,7 +16,12 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.interop.experts import parameter_targets, router_names, split_experts
+from lora_jax.interop.experts import (
+    check_exportable,
+    known_names,
+    parameter_targets,
+    split_experts,
+)
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
@@ -123,17 +128,11 @@ def export_adapter(
     if portable:
         adapter = make_portable(adapter, kernels, spelling.modules)
         adapter = adapter._replace(modules=split_experts(adapter.modules, names))
-    parameters = parameter_targets(adapter, router_names(names))
+    parameters = parameter_targets(adapter, names)
     wrapped = {name.removesuffix(".weight") for name in parameters}
     if wrapped:  # PEFT has no dropout there, and none is needed to compute
         adapter = adapter._replace(dropout_rate=0.0)
-    bare = (name.rpartition(".")[0] for name in base.source.names)
-    known = {names.full_name(name, is_new=not portable) for name in bare}
-    known |= {
-        name
-        for path, name in spelling.modules.items()
-        if not portable or not names.family.expert_parts(path)
-    }
+    known = known_names(names, base.source.names, by_expert=portable)
     settings: dict[str, Any] = {
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_name(
@@ -238,12 +237,7 @@ def _describe(
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
-    experts = [t.path for t in targets if t.kind == "experts"]
-    if experts and config.dora:
-        raise ValueError(
-            f"an adapter with DoRA of experts can't be exported; PEFT has none: got "
-            f"{', '.join(experts)}. Merge it into its base."
-        )
+    check_exportable(targets)
     spelled, modules = names.spelling().modules, {}
     by_path = {target.path: target for target in targets}
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
