@@ -84,7 +84,9 @@ def to_external(
             continue
         sizes = [len(factors.b) // len(place.parts)] * len(place.parts)
         for name, part in zip(place.parts, split_factors(factors, sizes), strict=True):
-            modules[name] = drop_zero_ranks(part, rslora=rslora)
+            lean = drop_zero_ranks(part, rslora=rslora)
+            alpha = float(f"{lean.alpha:.12g}")  # as it was before it was fused
+            modules[name] = lean._replace(alpha=alpha)
     if len(modules) < sum(len(place.parts) for place in spelled):
         faults.append("the names must differ; two layers have the same one")
     return modules, faults

@@ -61,7 +61,8 @@ def load_adapter(
 
     Args:
       directory: the folder.
-      model: the base that it was trained on, without adapters; not changed.
+      model: the base that it was trained on, not changed; or a model with adapters of
+        the same config, such as one of LoRA layers, which is given the values.
       rngs: the stream of adapter dropout; None disables it.
       stack_axis: as for `lora_jax.nnx.adapt`.
 
@@ -70,11 +71,19 @@ def load_adapter(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged, the base is another one, or the tensors don't
-        fit the model; one error names all of them.
+      ValueError: if a file is damaged, base or config is another one, or the tensors
+        don't fit the model; one error names all of them.
     """
     config = LoRAConfig.from_dict(folders.read_adapter_config(directory)["lora"])
-    adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    if not has_lora(model):
+        adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    elif config_of(model) == config:
+        adapted = model
+    else:
+        raise ValueError(
+            f"the adapters of the model and of {directory} must have one config; got "
+            f"{config_of(model)} and {config}."
+        )
     expected = functional(adapted)[1]
     mark = fingerprint(expected[FROZEN])
     found = folders.load_adapter(directory, expected=expected, fingerprint=mark)
@@ -163,11 +172,19 @@ def load_peft(
     return adapted
 
 
+def has_lora(model: nnx.Module) -> bool:
+    """Returns whether a model has adapters."""
+    return bool(_adapted_layers(model))
+
+
+def _adapted_layers(model: nnx.Module) -> list[Any]:
+    modules = [module for _, module in nnx.iter_modules(model, graph=True)]
+    return [m for m in modules if isinstance(m, LoRALayer) and m.lora is not None]
+
+
 def config_of(model: nnx.Module) -> LoRAConfig:
     """Returns the one config of a model's adapters."""
-    layers = [m for _, m in nnx.iter_modules(model, graph=True)]
-    own = [m.lora for m in layers if isinstance(m, LoRALayer) and m.lora is not None]
-    configs = {lora.config for lora in own}
+    configs = {layer.lora.config for layer in _adapted_layers(model)}
     if len(configs) != 1:
         raise ValueError(
             f"{type(model).__name__} must have adapters of one LoRAConfig; it has "
