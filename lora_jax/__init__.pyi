@@ -11,6 +11,7 @@ from .ops import lora_conv as lora_conv
 from .ops import lora_dense as lora_dense
 from .ops import lora_einsum as lora_einsum
 from .ops import lora_embed as lora_embed
+from .ops import lora_experts as lora_experts
 from .ops import merge_kernel as merge_kernel
 
 # Linen modules.
@@ -60,8 +61,10 @@ from .train.data import TextBatches as TextBatches
 
 # Whole runs: a config in, a run folder out.
 from .finetune.run import fine_tune as fine_tune
+from .finetune.sweep import sweep as sweep
 
 # Pretrained models.
+from .interop.bank import load_bank as load_bank
 from .interop.pretrained import load_model as load_model
 from .models.generate import generate as generate
 from .models.loaded import LoadedModel as LoadedModel

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load
@@ -15,13 +16,16 @@ from lora_jax.train.data import read_jsonl
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Encodes a file; returns the number of lines and the embedding size."""
     target = new_file(args.out, args.data)
-    records = read_jsonl(args.data, fields={}, check=record_fault)
-    loaded = load(args.model, args.adapter)
+    adapters = parse_adapters(args.adapter)
+    check = with_adapter(record_fault, adapters)
+    records = read_jsonl(args.data, fields={}, check=check)
+    loaded, groups = load_lines(args.model, adapters, records, load)
     lines, cut = encode(
         loaded,
         records,
         args.data,
         batch_size=args.batch_size,
+        groups=groups,
         max_length=args.max_length or (loaded.extra or {}).get("max_length"),
         reporter=out,
     )

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 
+from lora_jax.cli.adapters import FIELD, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
-from lora_jax.cli.pretrained import load_decoder
-from lora_jax.files.messages import ASSISTANT
+from lora_jax.cli.pretrained import check_decoder, load_decoder
+from lora_jax.files.messages import ASSISTANT, text_of
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.lines import check_faults
 from lora_jax.finetune.turns import endless_turns
+from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
 from lora_jax.train.data import read_jsonl
 from lora_jax.train.text import MESSAGES, kind_of
@@ -24,8 +26,15 @@ DEFAULT_TOKENS = 128
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates text; returns text, token ids and stop reason for each prompt."""
-    chats = _chats(args)
-    loaded = load_decoder(args.model, args.adapter, scan_layers=False)
+    adapters = parse_adapters(args.adapter)
+    chats = _chats(args, adapters)
+    names: list[str | None] = [chat.pop(FIELD, None) for chat in chats]
+    if isinstance(adapters, dict):
+        loaded, bank = load_bank(args.model, adapters)
+        check_decoder(loaded)
+    else:
+        loaded = load_decoder(args.model, adapters, scan_layers=False)
+        bank = None
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.path} has no tokenizer; generate needs one.")
@@ -34,10 +43,13 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if chats:
         _warn_of_endless(tokenizer, args.stop)
         prompts = _encode(chats, tokenizer, args.messages)
-        asked = [str(chat["messages"][-1]["content"]) for chat in chats]
+        asked = [text_of(chat["messages"][-1]) for chat in chats]
     else:
         asked = args.prompt
         prompts = [tokenizer.encode_text(text).ids for text in asked]
+    if bank is not None and args.messages is None:  # each prompt by each adapter
+        names = [name for name in bank.names for _ in prompts]
+        prompts, asked = prompts * len(bank.names), asked * len(bank.names)
     room = loaded.config.max_positions - max(map(len, prompts))
     limit = args.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
     streams = [tokenizer.stream() for _ in prompts]
@@ -65,8 +77,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
     start = time.perf_counter()
     tokens = generate(
-        loaded.module,
-        loaded.variables,
+        loaded.module if bank is None else bank.module,
+        loaded.variables if bank is None else bank.variables(names),
         prompts,
         max_new_tokens=limit,
         stop_ids=tokenizer.special.stop_ids,
@@ -81,8 +93,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if is_streamed:
         print(written[0][shown:], flush=True)
     else:
-        for prompt, text in zip(asked, written, strict=True):
-            out.heading(prompt)
+        for row, (prompt, text) in enumerate(zip(asked, written, strict=True)):
+            out.heading(prompt if bank is None else f"{names[row] or 'base'}: {prompt}")
             out.say(text)
     count = sum(len(ids) for ids in tokens)
     text = f"({count} tokens in {seconds:.1f} s, including compilation)"
@@ -91,20 +103,21 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "results": [
             {
                 "prompt": prompt,
-                "text": text,
-                "input_ids": ids,
-                "output_ids": new,
-                "stopped_by": _reason(stop, len(new), limit),
+                **({} if bank is None else {FIELD: names[row]}),
+                "text": written[row],
+                "input_ids": prompts[row],
+                "output_ids": tokens[row],
+                "stopped_by": _reason(stopped[row], len(tokens[row]), limit),
             }
-            for prompt, text, ids, new, stop in zip(
-                asked, written, prompts, tokens, stopped, strict=True
-            )
+            for row, prompt in enumerate(asked)
         ],
         "seconds": round(seconds, 3),
     }
 
 
-def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _chats(
+    args: argparse.Namespace, adapters: str | dict[str, str] | None
+) -> list[dict[str, Any]]:
     """Returns the conversations to continue; none for plain prompts."""
     if args.system is not None and not args.chat:
         raise UserError("--system requires --chat: it is the system message.")
@@ -114,7 +127,7 @@ def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"messages": [*system, _message("user", text)]} for text in texts]
     if args.chat:
         raise UserError("--chat requires --prompt; --messages are always chats.")
-    chats = read_jsonl(args.messages, fields={}, check=_fault)
+    chats = read_jsonl(args.messages, fields={}, check=with_adapter(_fault, adapters))
     for chat in chats:
         while chat["messages"][-1]["role"] == ASSISTANT:
             del chat["messages"][-1]

@@ -7,6 +7,7 @@ from typing import Any
 COMMANDS = {
     "init": "write a commented config.yaml, with every setting, to start from",
     "train": "fine-tune a model; writes a run folder",
+    "sweep": "fine-tune all combinations of settings, many runs in one compiled step",
     "plan": "show what would be trained and the cost of a step, without training",
     "eval": "evaluate a run's adapter on a data file",
     "encode": "compute embeddings (and logits) for the lines of a file",
@@ -36,11 +37,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     command = commands[args.command]
     # Overrides may also follow options: `train c.yaml --resume train.epochs=2`.
-    is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
+    name = next((name for name in ("overrides", "grid") if hasattr(args, name)), "")
+    is_override = [bool(name) and word[:1] != "-" for word in rest]
     if not all(is_override):
         command.error(f"unknown argument {rest[is_override.index(False)]!r}")
     if rest:
-        args.overrides = [*args.overrides, *rest]
+        setattr(args, name, [*getattr(args, name), *rest])
     return args
 
 
@@ -70,6 +72,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "file", nargs="?", default="config.yaml", help="default: config.yaml"
     )
     _add_train(commands["train"])
+    _add_sweep(commands["sweep"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
@@ -109,6 +112,32 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     _flag(group, "--resume", "resume from the run's last checkpoint")
     _flag(group, "--overwrite", "delete the run folder and start over")
+    _add_processes(command)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="YAML file of all runs; output.dir is for all")
+    command.add_argument(
+        "grid",
+        nargs="*",
+        default=[],  # they may follow the options
+        metavar="section.key=v1,v2",
+        help="settings and their values; seed=0..2 is train.seed=0,1,2",
+    )
+    words = "take the first values together, then the second, and so on"
+    _flag(command, "--zip", f"{words}, instead of all combinations")
+    command.add_argument(
+        "--together",
+        type=_count,
+        metavar="M",
+        help="runs side by side (default: what is fastest here)",
+    )
+    group = command.add_mutually_exclusive_group()
+    _flag(group, "--resume", "go on with the sweep in the folder")
+    _flag(group, "--overwrite", "delete the folder and start over")
+
+
+def _add_processes(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group(
         "multiple processes",
         "run the same command in every process, on any number of hosts",
@@ -182,7 +211,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 
 
 def _add_encode(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -198,7 +227,7 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     asked = command.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt",
@@ -246,7 +275,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -314,18 +343,22 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     _flag(command, "--skip-head", "omit an encoder's trained head")
 
 
-def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+def _add_model(
+    command: argparse.ArgumentParser, *, adapter_required: bool, several: bool = False
+) -> None:
     command.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
         "optional if --adapter is a run folder",
     )
+    named = "; repeat it as NAME=DIR and name one in each line's field 'adapter'"
     command.add_argument(
         "--adapter",
         metavar="DIR",
         required=adapter_required,
-        help="run or adapter folder",
+        action="append" if several else "store",
+        help="run or adapter folder" + named * several,
     )
 
 

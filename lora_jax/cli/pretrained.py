@@ -43,9 +43,14 @@ def load_decoder(
     Scanned layers compile faster but copy each block's weights when they run.
     """
     loaded = load(model, adapter, scan_layers=scan_layers)
+    check_decoder(loaded)
+    return loaded
+
+
+def check_decoder(loaded: LoadedModel) -> None:
+    """Raises a `UserError` for an encoder."""
     if loaded.family.head:
         raise UserError(
             f"{loaded.path} must be a decoder; it is an encoder, which predicts no "
             "tokens. `lora-jax encode` computes its embeddings."
         )
-    return loaded

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load_decoder
@@ -14,9 +15,20 @@ from lora_jax.train.data import read_jsonl
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Scores a file; returns the counts and the mean log-probability."""
     target = new_file(args.out, args.data)
-    records = read_jsonl(args.data, fields={}, check=score_fault)
-    loaded = load_decoder(args.model, args.adapter, scan_layers=True)
-    scores = score(loaded, records, args.data, batch_size=args.batch_size, reporter=out)
+    adapters = parse_adapters(args.adapter)
+    check = with_adapter(score_fault, adapters)
+    records = read_jsonl(args.data, fields={}, check=check)
+    loaded, groups = load_lines(
+        args.model, adapters, records, load_decoder, scan_layers=True
+    )
+    scores = score(
+        loaded,
+        records,
+        args.data,
+        batch_size=args.batch_size,
+        groups=groups,
+        reporter=out,
+    )
     lines = [_line(row, records[row.line]) for row in scores]
     write_lines(target, lines)
     count = sum(int(row.counted.sum()) for row in scores)

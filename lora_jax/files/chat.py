@@ -30,6 +30,7 @@ from lora_jax.files.messages import (
     Message,
     check_calls,
     check_messages,
+    check_parts,
     check_tools,
     counted_turns,
 )
@@ -196,7 +197,9 @@ class ChatTemplate:
         for i, start, end in zip(turns, ends[::2], ends[1::2], strict=True):
             if start == REFUSED or (start is None and i == 0):
                 other = [*messages]
-                other[i] = {**messages[i], "content": PROBE}
+                is_text = not isinstance(messages[i].get("content"), list)
+                probe = PROBE if is_text else [{"type": "text", "text": PROBE}]
+                other[i] = {**messages[i], "content": probe}
                 start = _common(text, self._render(other, tools, False)["text"])
             if end is not None and start is not None and start <= end:
                 found[i] = [(start, end)]
@@ -243,11 +246,14 @@ class ChatTemplate:
         }
         answer = self._ask(request)
         if "error" in answer:
+            parts = any(isinstance(m.get("content"), list) for m in messages)
+            hint = ". Perhaps it takes strings only, not parts: join their texts."
             raise ValueError(
                 f"{self.name} can't render these {len(messages)} messages: "
-                f"{answer['error']}"
+                f"{answer['error']}{hint * parts}"
             )
         check_calls(messages, answer["text"])
+        check_parts(messages, answer["text"])
         return answer
 
     def _ask(self, request: dict[str, Any] | None) -> dict[str, Any]:

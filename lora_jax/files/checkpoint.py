@@ -53,7 +53,8 @@ class Checkpoints:
 
     Raises:
       OSError: if the directory can't be written.
-      ValueError: if ``keep`` is below 1 or ``best_mode`` is invalid.
+      ValueError: if ``keep`` is below 1 or ``best_mode`` is invalid, or a step's
+        bookkeeping is damaged.
     """
 
     def __init__(
@@ -100,6 +101,13 @@ class Checkpoints:
             raise OSError(
                 f"checkpoints can't be written to {self.directory}: {error}. Choose a "
                 "directory that exists or can be created, on a disk with free space."
+            ) from error
+        except Exception as error:  # Orbax reads every step's _CHECKPOINT_METADATA
+            steps = sorted(p.name for p in self.directory.iterdir() if p.name.isdigit())
+            raise ValueError(
+                f"checkpoints in {self.directory} can't be opened: the file "
+                f"_CHECKPOINT_METADATA of one of the steps {steps} is damaged: "
+                f"{str(error)[:200]}. Move that step's folder away."
             ) from error
         for step in self.all_steps():
             with contextlib.suppress(_DamagedError):
@@ -367,8 +375,13 @@ def _is_meta(meta: Any) -> bool:
         isinstance(leaves, dict)
         and all(isinstance(facts, list) for facts in leaves.values())
         and isinstance(metrics, dict)
-        and all(type(value) in (int, float) for value in metrics.values())
+        and all(map(_is_metric, metrics.values()))
     )
+
+
+def _is_metric(value: Any) -> bool:
+    is_small = type(value) is int and abs(value) < 1 << 63  # a float holds it
+    return type(value) is float or is_small
 
 
 def _as_json(value: Any) -> Any:

@@ -5,10 +5,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MAX_TEXT = 1 << 20  # bytes of UTF-8; each may become a token, which takes 500 bytes
+MAX_GROWN = 2 * MAX_TEXT  # characters that a tokenizer may make of it
 
 
-def check_text(text: str, what: str) -> None:
-    """Raises a `ValueError` about ``what`` for lone surrogates or over 1 MiB."""
+def check_text(text: str, what: str, growth: float = 1.0) -> None:
+    """Raises a `ValueError` for lone surrogates or a text that is too long.
+
+    Args:
+      text: at most 1 MiB.
+      what: its name in errors.
+      growth: characters that a tokenizer may make of each byte; 2 MiB in all.
+    """
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
@@ -19,6 +26,12 @@ def check_text(text: str, what: str) -> None:
     if size > MAX_TEXT:
         raise ValueError(
             f"{what} must have at most {MAX_TEXT:,} bytes; it has {size:,}. Split it."
+        )
+    if size * growth > MAX_GROWN:
+        raise ValueError(
+            f"{what} must have at most {int(MAX_GROWN / growth):,} bytes for this "
+            f"tokenizer, which may write {growth:.3g} characters for each; it has "
+            f"{size:,}. Split it."
         )
 
 

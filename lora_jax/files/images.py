@@ -6,7 +6,6 @@ exactly as in training.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,25 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.config import MOST
 from lora_jax.files.json_file import read_json
 
 IMAGE_CONFIG = "preprocessor_config.json"
+# What is read. Pillow knows more, some with the help of other programs.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "MPO",
+    "JPEG2000",
+    "AVIF",
+)
+MAX_FILE_PIXELS = 89_478_485  # where Pillow begins to warn
+MAX_PIXELS = 1 << 24  # of what is made of it
 
 Size = tuple[int, int]  # height and width
 
@@ -67,36 +82,51 @@ class ImageProcessor:
     std: tuple[float, ...]
 
     def read(self, path: str | os.PathLike[str]) -> np.ndarray:
-        """Reads an image in any format that Pillow supports.
+        """Reads an image in one of `FORMATS`.
 
         Returns:
           RGB pixels ``[c, y, x]`` float32.
 
         Raises:
           FileNotFoundError: if there is no such file.
-          ValueError: if it is not an image, damaged, or smaller than the crop.
+          ValueError: if it is not an image, damaged, smaller than the crop, over 89
+            million pixels, or over 16 million once resized.
         """
         import PIL.Image
         import PIL.ImageOps
 
-        too_large = PIL.Image.DecompressionBombError
         if not Path(path).is_file():
             raise FileNotFoundError(f"no image at {path}.")
+        PIL.Image.init()
+        known = [kind for kind in FORMATS if kind in PIL.Image.OPEN]
         try:
-            with PIL.Image.open(path) as file:
+            with PIL.Image.open(path, formats=known) as file:
+                _check_pixels(file.height, file.width, "it must", MAX_FILE_PIXELS)
                 image = PIL.ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, ValueError, SyntaxError, too_large) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # each format's reader raises what it likes
             raise ValueError(
-                f"{path} must be an image; it can't be read: {error}."
+                f"{path} must be an image ({', '.join(known)}); it can't be read: "
+                f"{error}."
             ) from error
         if self.size is not None:
             height, width = self._resized(image.height, image.width)
+            _check_pixels(height, width, f"{path}, resized, must", MAX_PIXELS)
             image = image.resize((width, height), self.resample)
         if self.crop is not None:
             image = image.crop(self._box(image.height, image.width, path))
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * self.factor
+        _check_pixels(image.height, image.width, f"{path} must", MAX_PIXELS)
         mean, std = (np.array(x)[:, None, None] for x in (self.mean, self.std))
-        return ((pixels - mean) / std).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * self.factor
+            pixels = ((pixels - mean) / std).astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise ValueError(
+                f"{path} must have finite pixels; rescale_factor, image_mean and "
+                f"image_std of {IMAGE_CONFIG} make others of it."
+            )
+        return pixels
 
     def _resized(self, height: int, width: int) -> Size:
         if not isinstance(self.size, int):
@@ -116,6 +146,13 @@ class ImageProcessor:
         return left, top, left + columns, top + rows
 
 
+def _check_pixels(height: int, width: int, what: str, most: int) -> None:
+    if height * width > most:
+        raise ValueError(
+            f"{what} have at most {most:,} pixels; got {height} x {width}."
+        )
+
+
 def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
     """Reads a model folder's ``preprocessor_config.json``.
 
@@ -131,7 +168,7 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
         )
     settings = read_json(path)
     name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise ValueError(
             f"{path}: image_processor_type must be one of {sorted(_KINDS)}; got "
             f"{name!r}. Process the images elsewhere and use 'pixel_values'."
@@ -153,7 +190,7 @@ def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProces
         elif key in _STEPS and not isinstance(settings[key], bool):
             faults.append(f"{key} must be true or false; got {settings[key]!r}")
     resample = settings["resample"]
-    if resample not in range(6):
+    if type(resample) is not int or resample not in range(6):
         faults.append(
             f"resample must be one of Pillow's filters 0 to 5; got {resample!r}"
         )
@@ -209,9 +246,9 @@ def _read_channels(
 
 
 def _is_number(value: Any, *, is_positive: bool = True) -> bool:
-    is_finite = type(value) in (int, float) and math.isfinite(value)
+    is_finite = type(value) in (int, float) and abs(value) <= MOST
     return is_finite and (value > 0 or not is_positive)
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_PIXELS

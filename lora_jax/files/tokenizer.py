@@ -17,6 +17,7 @@ from lora_jax.files.chat_tokens import ChatTokens, mark_tokens
 from lora_jax.files.encoding import check_text, close_gaps, explained
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.gguf_tokenizer import build_tokenizer
+from lora_jax.files.growth import text_growth
 from lora_jax.files.json_file import read_text
 from lora_jax.files.messages import Message
 from lora_jax.files.optional import load_optional
@@ -89,6 +90,7 @@ class Tokenizer:
         with explained(self.path, "a tokenizer"):
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
+            self._growth = text_growth(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self._chat: ChatTemplate | None = None
 
@@ -119,7 +121,7 @@ class Tokenizer:
                 f"index {wrong[0]} ({len(wrong)} of {len(texts)} are not strings)."
             )
         for i, text in enumerate(texts):
-            check_text(text, f"text {i}")
+            check_text(text, f"text {i}", self._growth)
         special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length is not None and max_length <= special:
             raise ValueError(
@@ -263,7 +265,7 @@ class Tokenizer:
         return TextStream(self._tokenizer, self.path)
 
     def _encode(self, text: str, **options: Any) -> Any:
-        check_text(text, "a text")
+        check_text(text, "a text", self._growth)
         with explained(self.path, "a tokenizer"):
             return self._tokenizer.encode(text, **options)
 

@@ -112,6 +112,11 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
       ValueError: if the mesh does not match the devices; suggests the nearest one.
     """
     own = settings.mesh
+    if own.member > 1 and is_strict:
+        raise ValueError(
+            f"mesh.member must be 1 for a run of its own; got {own.member}. It splits "
+            "the runs of a sweep over devices: `lora-jax sweep`."
+        )
     sizes = {axis: getattr(own, axis) for axis in AXES}
     try:
         mesh = make_mesh(**sizes)

@@ -10,6 +10,7 @@ from lora_jax.finetune.images import image_batches, image_fault, is_image
 from lora_jax.finetune.job import encode_texts
 from lora_jax.finetune.lines import (
     Batch,
+    Group,
     by_length,
     check_faults,
     check_ids,
@@ -57,6 +58,7 @@ def encode(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
     """Encodes lines, all of them text (or token ids) or all images.
@@ -67,6 +69,7 @@ def encode(
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
       max_length: maximum tokens per text; None for the model's context length.
+      groups: variables and the lines they encode; None for the model's own and all.
       reporter: shows the progress.
 
     Returns:
@@ -91,11 +94,23 @@ def encode(
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
     if isinstance(config, ImageEncoderConfig):
-        batches = image_batches(config, loaded.path, records, rows, path)
+        if groups is not None:
+            raise UserError(f"{path}: only lines of text can each name an adapter.")
+        images = image_batches(config, loaded.path, records, rows, path)
+        batches = ((loaded.variables, *batch) for batch in images)
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
-        batches = _text_batches(sequences, records, rows, config.max_positions)
+        batches = (
+            (variables, [chosen[i] for i in members], inputs)
+            for variables, chosen in groups or [(loaded.variables, range(len(records)))]
+            for members, inputs in _text_batches(
+                [sequences[i] for i in chosen],
+                [records[i] for i in chosen],
+                rows,
+                config.max_positions,
+            )
+        )
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
@@ -106,8 +121,8 @@ def encode(
     compiled, done = jax.jit(forward), 0
     lines: list[dict[str, list[float]]] = [{}] * len(records)
     with (reporter or Reporter()).progress("encode", len(records)) as tick:
-        for members, inputs in batches:
-            embedding, logits = jax.device_get(compiled(loaded.variables, *inputs))
+        for variables, members, inputs in batches:
+            embedding, logits = jax.device_get(compiled(variables, *inputs))
             for row, member in enumerate(members):
                 lines[member] = {"embedding": embedding[row].tolist()}
                 if logits is not None:

@@ -24,8 +24,9 @@ from lora_jax.finetune.formatting import metric_text
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.models.load import LoadedModel
-from lora_jax.models.target_names import own_names
+from lora_jax.models.load import with_new_head
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.target_names import translate_names
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
@@ -128,6 +129,29 @@ class Job(abc.ABC):
         """The frozen base's fingerprint; if sharded, all processes must call this."""
         return fingerprint(self.variables[FROZEN])
 
+    def with_settings(self, settings: RunSettings) -> "Job":
+        """Returns the job that ``settings`` describe, over the base of this one.
+
+        Args:
+          settings: with the model and data of this job; adapters and seed may differ.
+
+        Returns:
+          A job with new adapters; base and examples are shared.
+        """
+        head_key, _ = jax.random.split(jax.random.key(settings.train.seed))
+        loaded = with_new_head(self.loaded, head_key)
+        fields = attach(settings, self.devices, loaded, self.lora_for(settings))
+        other = dataclasses.replace(self, **fields)
+        other.fingerprint = self.fingerprint
+        return other
+
+    def lora_for(self, settings: RunSettings) -> LoRAConfig:
+        """Returns the adapter config of other settings, resolved for this model."""
+        lora = translate_names(settings.lora, self.loaded.family)
+        if not lora.train:  # of an encoder it is the head
+            lora = dataclasses.replace(lora, train=self.lora.train)
+        return lora
+
     @property
     def metric(self) -> str:
         """The metric that selects the best step."""
@@ -192,7 +216,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = own_names(lora, loaded.family)
+    lora = translate_names(lora, loaded.family)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)
@@ -313,15 +337,20 @@ def _lengths(split: Split) -> list[int]:
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:
     """Returns the optimizer that the settings describe."""
-    return lora_optimizer(
-        train.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=round(train.warmup * total_steps),
-        schedule=train.schedule,
-        clip_norm=train.clip_norm,
-        weight_decay=train.weight_decay,
-        lora_b_ratio=train.lora_b_ratio,
-    )
+    return lora_optimizer(**optimizer_options(train, total_steps))
+
+
+def optimizer_options(train: TrainSettings, total_steps: int) -> dict[str, Any]:
+    """Returns the arguments of `lora_optimizer` that the settings describe."""
+    return {
+        "learning_rate": train.learning_rate,
+        "total_steps": total_steps,
+        "warmup_steps": round(train.warmup * total_steps),
+        "schedule": train.schedule,
+        "clip_norm": train.clip_norm,
+        "weight_decay": train.weight_decay,
+        "lora_b_ratio": train.lora_b_ratio,
+    }
 
 
 def total_steps(train: TrainSettings, steps_per_epoch: int) -> int:

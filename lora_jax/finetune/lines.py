@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.array_types import PyTree
 from lora_jax.finetune.errors import UserError
 from lora_jax.train.buckets import length_buckets
 
 MAX_FAULTS = 20
 
 Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # line indices, model inputs
+Group = tuple[PyTree, Sequence[int]]  # variables, and the lines that they are for
 
 
 def is_ints(value: Any) -> bool:

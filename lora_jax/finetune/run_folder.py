@@ -73,14 +73,7 @@ class RunFolder:
           UserError: if the folder is in use and neither was requested; if it contains
             a different run or other files; or if it can't be written.
         """
-        if self.path.is_file():
-            raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
-        home = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if not (home.is_dir() and os.access(home, os.W_OK)):
-            raise UserError(
-                f"output.dir {self.path} can't be written: {home} is not a folder, or "
-                "not writable. Choose another output.dir."
-            )
+        self.check_place()
         # Ignores the leftovers of a process killed before it started a run.
         names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
         found = sorted(n for n in names if n != LOCK and not atomic.is_leftover(n))
@@ -104,6 +97,17 @@ class RunFolder:
             )
         if found:
             self.lock()
+
+    def check_place(self) -> None:
+        """Raises a `UserError` if the folder is a file, or can't be written."""
+        if self.path.is_file():
+            raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
+        home = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not (home.is_dir() and os.access(home, os.W_OK)):
+            raise UserError(
+                f"output.dir {self.path} can't be written: {home} is not a folder, or "
+                "not writable. Choose another output.dir."
+            )
 
     def lock(self) -> None:
         """Locks the folder until `release`, or until this object or the process ends.

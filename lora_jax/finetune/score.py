@@ -7,7 +7,13 @@ import jax
 import numpy as np
 
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.lines import by_length, check_faults, check_ids, text_fault
+from lora_jax.finetune.lines import (
+    Group,
+    by_length,
+    check_faults,
+    check_ids,
+    text_fault,
+)
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.load import LoadedModel
 from lora_jax.train.causal_lm import chunk_tokens
@@ -45,6 +51,7 @@ def score(
     path: str,
     *,
     batch_size: int = 8,
+    groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> list[Scored]:
     """Returns ``log p(token | previous tokens)`` of each line's tokens from the second.
@@ -57,6 +64,7 @@ def score(
       records: the lines, valid according to `score_fault`.
       path: their file, for error messages.
       batch_size: lines per batch.
+      groups: variables and the lines they score; None for the model's own and all.
       reporter: shows the progress.
 
     Returns:
@@ -90,12 +98,15 @@ def score(
     scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     rows, done = min(batch_size, len(sequences)), 0
     with (reporter or Reporter()).progress("score", len(sequences)) as tick:
-        for members, (ids,) in by_length(rows, config.max_positions, sequences):
-            found = np.asarray(log_probabilities(loaded.variables, ids))
-            for row, member in enumerate(members):
-                scores[member] = found[row, : len(sequences[member]) - 1]
-            done += len(members)
-            tick(done, "lines")
+        for variables, lines in groups or [(loaded.variables, range(len(records)))]:
+            chosen = [i for i, (line, _) in enumerate(encoded) if line in lines]
+            own = [sequences[i] for i in chosen]
+            for members, (ids,) in by_length(rows, config.max_positions, own):
+                found = np.asarray(log_probabilities(variables, ids))
+                for row, member in enumerate(members):
+                    scores[chosen[member]] = found[row, : len(own[member]) - 1]
+                done += len(members)
+                tick(done, "lines")
     return [
         Scored(line, logprobs, np.array(each.mask[1:], np.uint8))
         for (line, each), logprobs in zip(encoded, scores, strict=True)

@@ -23,7 +23,7 @@ from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.loop import Fitted, Progress, evaluate, fit
+from lora_jax.train.loop import Fitted, Progress, Steps, evaluate, fitting, take_steps
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_eval_step
 
@@ -54,6 +54,7 @@ class Session:
         self.stale = 0
         self.is_stopped = False
         self.checkpoints: Checkpoints | None = None
+        self.stoppable = interruptible
 
     def how_to_resume(self) -> str:
         """Describes what is saved and how to resume."""
@@ -72,13 +73,7 @@ class Session:
           UserError: if the step doesn't fit the device; suggests what does.
         """
         with self.timed("load"):
-            self.job = open_job(self.settings)
-        self.batches = self.job.batches()
-        train = self.settings.train
-        self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
-        half = max(1, -(-self.batches.steps_per_epoch // 2))
-        self.eval_every = min(train.eval_every or half, self.total)
-        self.counts = report.counts(self.job)
+            self.take(open_job(self.settings))
         check_batch(self.settings, self.job.devices)
         data = [self.job.fingerprint, self.batches.identity()]
         check_same("the base and the data", data)
@@ -86,12 +81,26 @@ class Session:
         with self.timed("compile"):
             found = compile_step(self.job, self.batches, self.out)
         self.step, self.state, self.plan = found
-        steps = f"{self.total} of {train.batch_size} {self.job.unit}"
+        steps = f"{self.total} of {self.settings.train.batch_size} {self.job.unit}"
         steps += f"; validation every {self.eval_every}"
         report.print_plan(self.out, self.job, self.plan, self.counts, steps)
 
+    def take(self, job: jobs.Job) -> None:
+        """Makes a job this run's own, and counts its steps and parameters."""
+        self.job, self.batches = job, job.batches()
+        train, per_epoch = self.settings.train, self.batches.steps_per_epoch
+        self.total = jobs.total_steps(train, per_epoch)
+        half = max(1, -(-per_epoch // 2))
+        self.eval_every = min(train.eval_every or half, self.total)
+        self.counts = report.counts(job)
+
     def train(self) -> dict[str, Any]:
         """Trains, evaluates, and writes the results."""
+        feed = self.job.devices.feed(self.batches)
+        return take_steps(self.steps(), self.step, feed)
+
+    def steps(self) -> Steps[dict[str, Any]]:
+        """Trains as `train` does, by steps that its driver takes; see `fitting`."""
         job, train, state = self.job, self.settings.train, self.state
         del self.state  # training consumes it
         self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
@@ -107,7 +116,7 @@ class Session:
             state = self._restore(state)
             baseline = self._baseline()
             is_over = self.is_out_of_patience()  # resumed after stopping early
-            fitted = Fitted(state, True) if is_over else self._fit(state)
+            fitted = Fitted(state, True) if is_over else (yield from self._fit(state))
             if fitted.is_stopped and not self.is_out_of_patience():
                 self.is_stopped = True
                 raise KeyboardInterrupt
@@ -167,14 +176,14 @@ class Session:
         self.folder.log(line)
         return line
 
-    def _fit(self, state: TrainState) -> Fitted:
+    def _fit(self, state: TrainState) -> Steps[Fitted]:
         first = int(state.step)
         self.out.heading("Training")
         clock = Clock(self.total, self.job.weight)
         save_every = self.settings.train.save_every or self.eval_every
         with (
             self.timed("train"),
-            interruptible(self.out) as should_stop,
+            self.stoppable(self.out) as should_stop,
             self.out.progress("train", self.total) as tick,
         ):
             tick(first, "")
@@ -198,10 +207,8 @@ class Session:
                 if int(state.step) % self.eval_every and int(state.step) != self.total:
                     self._save(state)  # otherwise saved by the validation
 
-            fitted = fit(
+            fitted = yield from fitting(
                 state,
-                self.step,
-                self.job.devices.feed(self.batches),
                 total_steps=self.total,
                 log_every=self.settings.train.log_every,
                 on_step=lambda number: tick(number, clock.note, quiet=True),

@@ -34,13 +34,14 @@ class TrainStep:
     On a mesh, the returned state has the shardings of the input state.
 
     Attributes:
-      update: the underlying jitted function ``(own, frozen, batch) -> (own, metrics)``,
-        which donates ``own``, the ``state.changing``; for a state on one device.
+      function: the pure ``(own, frozen, batch) -> (own, metrics)``, where ``own`` is
+        ``state.changing``; to be vmapped, for instance.
+      update: the same jitted, donating ``own``; for a state on one device.
     """
 
     def __init__(self, update: Callable[..., Any]) -> None:
         self.update: Any = jax.jit(update, donate_argnums=0)
-        self._update = update
+        self.function = update
         self._sharded: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -50,14 +51,7 @@ class TrainStep:
         return TrainState(frozen=state.frozen, **own), metrics
 
     def update_for(self, state: TrainState) -> Any:
-        """Returns the jitted function for the devices of a state.
-
-        Args:
-          state: a state of arrays, or of shapes with shardings.
-
-        Returns:
-          ``update``, or a version that preserves shardings for a state on a mesh.
-        """
+        """Returns the jitted function for the devices of a state."""
         mesh = mesh_of(state.step)
         if mesh is None:
             return self.update
@@ -67,34 +61,18 @@ class TrainStep:
             scalars = NamedSharding(mesh, PartitionSpec())
             summed = jax.tree.map(whole_over_batch, shardings["trainable"])
             self._sharded[known] = jax.jit(
-                functools.partial(self._update, summed=summed, mesh=mesh),
+                functools.partial(self.function, summed=summed, mesh=mesh),
                 donate_argnums=0,
                 out_shardings=(shardings, scalars),
             )
         return self._sharded[known]
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """Traces without running; arrays may be ``jax.ShapeDtypeStruct``.
-
-        Args:
-          state: a state with the shapes to compile for.
-          batch: likewise.
-
-        Returns:
-          A ``jax.stages.Traced``: ``.jaxpr``, ``.lower()``.
-        """
+        """Traces without running, for a state and batch of arrays or shapes."""
         return self.update_for(state).trace(state.changing, state.frozen, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """Lowers without running; see `trace`.
-
-        Args:
-          state: a state with the shapes to compile for.
-          batch: likewise.
-
-        Returns:
-          A ``jax.stages.Lowered``, e.g. for ``.compile().cost_analysis()``.
-        """
+        """Lowers without running; see `trace`."""
         return self.trace(state, batch).lower()
 
 
@@ -296,14 +274,8 @@ def split_batch(batch: Batch, accumulate: int) -> Batch:
 def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
     """Returns a loss function's three results as float32 scalars, or raises.
 
-    Args:
-      result: what ``loss_fn`` returned.
-
-    Returns:
-      ``(loss_sum, weight, metrics)``.
-
     Raises:
-      TypeError: if it is not such a triple, or metrics is not a mapping.
+      TypeError: if ``result`` is not such a triple, or metrics is not a mapping.
       ValueError: listing every value that is not a real scalar and every metric with a
         reserved name.
     """
@@ -337,8 +309,5 @@ def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
     def as_float(x: Any) -> jax.Array:
         return jnp.asarray(x, jnp.float32)
 
-    return (
-        as_float(loss_sum),
-        as_float(weight),
-        {k: as_float(metrics[k]) for k in metrics},
-    )
+    metrics = {name: as_float(value) for name, value in metrics.items()}
+    return as_float(loss_sum), as_float(weight), metrics

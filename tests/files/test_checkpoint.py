@@ -219,6 +219,32 @@ def test_a_value_changed_on_disk_is_noticed_by_its_checksum(tmp_path, monkeypatc
             checkpoints.restore(make_state())
 
 
+def test_damaged_bookkeeping_of_a_step_is_named(tmp_path):
+    with open_in(tmp_path) as checkpoints:
+        checkpoints.save(make_state(3))
+    file = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"init_timestamp_nsecs": {}})
+    )
+    with pytest.raises(
+        ValueError, match=rf"checkpoints in {tmp_path} .* of the steps \['3'\]"
+    ):
+        open_in(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**400, True, "1"])
+def test_a_metric_that_is_no_number_makes_a_checkpoint_damaged(tmp_path, value):
+    with open_in(tmp_path, best_metric="loss") as checkpoints:
+        checkpoints.save(make_state(3), {"loss": 1.0})
+    file = tmp_path / "3" / "meta" / "metadata"
+    kept = json.loads(file.read_text()) | {"metrics": {"loss": value}}
+    file.write_text(json.dumps(kept))
+    with open_in(tmp_path, best_metric="loss") as checkpoints:
+        assert checkpoints.best_step() is None
+        with pytest.raises(ValueError, match="its metadata is not"):
+            checkpoints.restore(make_state())
+
+
 def test_no_checkpoint_is_an_error_of_its_own(tmp_path):
     with open_in(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None

@@ -29,11 +29,12 @@ import peft
 import torch
 import transformers
 
+from tests.golden.dense_families import DENSE
 from tests.golden.model_families import BERT, FAMILIES, Family
 from tests.golden.tower_families import TOWERS
 
 HERE = pathlib.Path(__file__).parent
-ALL = FAMILIES | TOWERS
+ALL = FAMILIES | TOWERS | DENSE
 DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TEXT_LINEARS = r".*language_model\..*{}_proj"
 WITH_IMAGES = "with_images"  # an adapter of which a language model takes a part
@@ -314,14 +315,19 @@ def main(names: list[str]):
             make_bert_adapters()
         else:
             make(name, ALL[name])
-    versions = {
-        "script": "tests/golden/make_models.py",
+    found = versions("tests/golden/make_models.py")
+    (HERE / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def versions(script: str) -> dict[str, str]:
+    """What a script ran with."""
+    return {
+        "script": script,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, scan_laye
     assert generate(model.module, model.variables, prompts, max_new_tokens=8) == greedy
 
 
-@pytest.mark.parametrize("name", ["gemma3", "smollm3", "mistral", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "smollm3", "qwen2_5_vl", "ministral3", "cohere2"]
+)
 def test_reading_token_by_token_gives_the_logits_of_the_whole(name):
     model = load_model(GOLDEN / name)
     arrays = np.load(GOLDEN / name / "reference.npz")

@@ -137,7 +137,7 @@ def test_one_error_lists_missing_unexpected_mis_shaped_and_not_finite(folder):
         tensors["bert.encoder.layer.1.output.dense.bias"] = np.zeros(21, np.int32)
 
     edit_tensors(folder, spoil)
-    with pytest.raises(ValueError, match=r"5 of .*nothing was loaded") as error:
+    with pytest.raises(ValueError, match=r"5 faults in .*nothing was loaded") as error:
         load_model(folder)
     message = str(error.value)
     assert "missing: embeddings.LayerNorm.bias" in message
@@ -173,7 +173,7 @@ def test_a_tensor_under_two_names_is_an_error(folder):
     edit_tensors(folder, double)
     with pytest.raises(
         ValueError,
-        match=r"twice: bert.embeddings.LayerNorm.bias and embeddings.LayerNorm.bias",
+        match=r"both bert.embeddings.LayerNorm.bias and embeddings.LayerNorm.bias",
     ):
         load_model(folder)
 
@@ -348,3 +348,18 @@ def test_what_is_trained_in_full_is_float32_on_a_bfloat16_base(name, tmp_path):
     got = jax.jit(loaded.module.apply)(variables, *inputs)
     assert equal(apply({"params": merged}, *inputs), got)
     assert not equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"num_key_value_heads": 3}, r": DecoderConfig: num_kv_heads must"),
+        ("llama", {"hidden_act": "x"}, r": DecoderConfig: activation must"),
+        ("bert", {"hidden_size": "x"}, r" doesn't fit a BERT encoder: hidden_size"),
+    ],
+)
+def test_an_error_of_a_config_names_its_file(family, changes, message, tmp_path):
+    folder = Path(shutil.copytree(GOLDEN.parent / family, tmp_path / "m"))
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=f"^{folder / 'config.json'}{message}"):
+        load_model(folder)

@@ -142,6 +142,14 @@ def test_a_tied_table_is_what_the_file_has(tmp_path):
     assert load_model(folder).config == load_model(GEMMA).config
 
 
+def test_a_mistral_3_folder_may_hold_either_language_model():
+    settings = json.loads((GOLDEN / "ministral3" / "config.json").read_text())
+    whole = {"model_type": "mistral3", "text_config": settings}
+    found = FAMILIES["mistral3"].read_config(whole)
+    assert found == FAMILIES["ministral3"].read_config(settings)
+    assert found.query_growth == (0.5, 5)
+
+
 HUB = {  # as on the hub, what does not matter here left out
     "google/gemma-3-4b-it": (
         {

@@ -18,17 +18,14 @@ def read_rope(
     default_theta: float = 10000.0,
     settings: Mapping[str, Any] | None = None,
 ) -> Rope:
-    """Reads one table of rotary frequencies.
+    """Reads one table of rotary frequencies, collecting faults in ``fields``.
 
     Args:
-      fields: the config; collects the faults.
+      fields: the config.
       rotary_dim: dimensions of a head that are rotated.
-      default_theta: where the file has none.
-      settings: the table's own parameters; those of the config by default, where
+      default_theta: used if the file has none.
+      settings: the table's own parameters; by default the config's, where
         ``rope_scaling`` (older files) wins over ``rope_parameters``.
-
-    Returns:
-      The table.
     """
     config = fields.config
     if settings is None:
@@ -68,9 +65,10 @@ def read_rope(
         for name, value in checked.items()
         if (wanted := _fault(name, value))
     ]
-    if kind == "llama3" and not wrong and not _rises(table):
+    if kind == "llama3" and not wrong:
         low, high = table["low_freq_factor"], table["high_freq_factor"]
-        wrong.append(f"rope high_freq_factor must be above {low}; got {high}")
+        if not low < high:
+            wrong.append(f"rope high_freq_factor must be above {low}; got {high}")
     if kind == "longrope" and not wrong and original < 2:
         wrong.append(f"rope {POSITIONS} must be at least 2; got {original}")
     if wrong:
@@ -86,8 +84,48 @@ def read_rope(
     return Rope(**table)
 
 
+def read_ropes(
+    fields: Fields, rotary_dim: int, *, theta: float, local_theta: float
+) -> tuple[Rope, Rope]:
+    """Reads the tables of layers with full attention, and of those with a window.
+
+    Args:
+      fields: the config; collects the faults.
+      rotary_dim: dimensions of a head that are rotated.
+      theta: of full attention, where ``rope_parameters`` doesn't tell the two apart.
+      local_theta: of windows, there; ``rope_scaling`` is for full attention.
+
+    Returns:
+      The two tables.
+    """
+    new = fields.mapping("rope_parameters") or {}
+    full, local = (new.get(k) for k in ("full_attention", "sliding_attention"))
+    if not isinstance(full, dict) or not isinstance(local, dict):
+        scaling = fields.mapping("rope_scaling") or {}
+        full, local = {"rope_theta": theta, **scaling}, {"rope_theta": local_theta}
+    tables = [read_rope(fields, rotary_dim, settings=t) for t in (full, local)]
+    return tables[0], tables[1]
+
+
+def rotated_dim(fields: Fields, head_dim: int, default: float) -> int:
+    """How many dimensions of a head are rotated, ``partial_rotary_factor`` of them.
+
+    Args:
+      fields: the config; collects the faults.
+      head_dim: width of a head.
+      default: the factor where the file has none.
+
+    Returns:
+      The number.
+    """
+    newer = Fields(fields.mapping("rope_parameters") or {}, fields.what)
+    default = newer.number("partial_rotary_factor", default)
+    fields.faults += newer.faults
+    return int(head_dim * fields.number("partial_rotary_factor", default))
+
+
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
-    """The length of the context before it was stretched."""
+    """Returns the context length before it was stretched."""
     for config in (fields.config, settings):
         if config.get(POSITIONS):
             nested = Fields(config, fields.what)
@@ -115,7 +153,7 @@ def _attention_factor(
 
 
 def _fault(name: str, value: Any) -> str:
-    """Returns what ``value`` must be; empty if it is."""
+    """Describes what ``value`` must be; empty if it is valid."""
     if name == "kind":
         return ""
     if name == "truncate":
@@ -130,7 +168,3 @@ def _fault(name: str, value: Any) -> str:
 
 def _is_usable(value: Any) -> bool:
     return type(value) in (int, float) and value > 0 and not is_extreme(value)
-
-
-def _rises(table: Mapping[str, Any]) -> bool:
-    return table["low_freq_factor"] < table["high_freq_factor"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.families.dense import MINISTRAL3
 from lora_jax.models.families.gemma import GEMMA3
 from lora_jax.models.families.llama import MISTRAL, QWEN2, QWEN3
 from lora_jax.models.family import OTHER_MODALITIES, Family, Fields
@@ -94,7 +95,7 @@ GEMMA3_TOWER = tower_family(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
-MISTRAL3_TOWER = tower_family({"mistral": MISTRAL})
+MISTRAL3_TOWER = tower_family({"mistral": MISTRAL, "ministral3": MINISTRAL3})
 QWEN2_VL_TOWER = tower_family(
     {"qwen2_5_vl_text": QWEN2}, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80
 )
