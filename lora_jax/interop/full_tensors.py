@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
 from lora_jax.models.family import Shape
-from lora_jax.models.load import WORDS
+from lora_jax.models.load import WORD_EMBEDDING
 from lora_jax.models.source import Source
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
@@ -62,7 +62,7 @@ def resized(path: str, found: Shape, wanted: Shape) -> str:
     """Says that an adapter's vocabulary was resized, if its shape shows that."""
     module = path.removesuffix(f"/{EMBEDDING}").removesuffix(f"/{KERNEL}")
     differ = [(a, b) for a, b in zip(found, wanted, strict=False) if a != b]
-    is_table = module in (EMBED, HEAD) or module == WORDS
+    is_table = module in (EMBED, HEAD) or module == WORD_EMBEDDING
     if not is_table or len(found) != len(wanted) or len(differ) != 1:
         return ""
     [(theirs, ours)] = differ
