@@ -15,6 +15,7 @@ from lora_jax.train.examples import nearest
 Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
+PROBE = "\ufdd2"  # a character that no message has any use for
 WEIGHT = "weight"  # 0 for a turn not trained on; removed before rendering
 CALLS = "tool_calls"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
@@ -172,3 +173,26 @@ def _part_fault(part: Any) -> str:
     if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
         return f"must have a string as text of each part; got {str(part)[:60]!r}"
     return ""
+
+
+def continue_prompt(prompt: str, probe: str, content: str) -> str | None:
+    """Returns a turn as it is generated where the template drops its thoughts.
+
+    Args:
+      prompt: the text before the turn, which ends with ``<think>``, say.
+      probe: the text up to and with the turn, `PROBE` in place of its content.
+      content: of the turn; begins as the prompt ends.
+
+    Returns:
+      The text, which begins with ``prompt``; None if it can't be told.
+
+    Example:
+      >>> continue_prompt("A:<think>", f"A:{PROBE};", "<think>t</think>a")
+      'A:<think>t</think>a;'
+    """
+    before, _, after = probe.partition(PROBE)
+    opened = prompt.removeprefix(before).strip()
+    starts = prompt.startswith(before) and content.startswith(opened)
+    if probe.count(PROBE) != 1 or not opened or not starts:
+        return None
+    return prompt + content.removeprefix(opened).lstrip() + after

@@ -260,3 +260,26 @@ def test_parts_that_are_no_text_are_refused(content, message):
 def test_a_template_that_takes_strings_alone_says_so(source, message):
     with pytest.raises(ValueError, match=message):
         ChatTemplate(source, {}).render([{"role": "user", "content": parts("a")}])
+
+
+# DeepSeek-R1's: no turn keeps its thoughts, and the prompt to generate opens them.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"
+    "<A>{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>"])
+def test_thoughts_that_a_template_drops_from_all_turns_are_trained_on(opening):
+    chat_ = chat("q", f"{opening}t\n</think>\na", "r", f"{opening}u\n</think>\nb")
+    first, second = ChatTemplate(R1, {}).mark_assistant(chat_)
+    assert first.text == "<U>q<A><think>\nt\n</think>\na<end>"
+    assert said(first) == ["t\n</think>\na<end>"]
+    assert second.text == "<U>q<A>\na<end><U>r<A><think>\nu\n</think>\nb<end>"
+    assert said(second) == ["u\n</think>\nb<end>"]
+
+
+def test_an_answer_without_the_thoughts_that_its_prompt_opens_is_an_error():
+    with pytest.raises(ValueError, match="before message 1, so the assistant's turn"):
+        ChatTemplate(R1, {}).mark_assistant(chat("q", "a"))

@@ -17,8 +17,9 @@ def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     fields.only("scale_attn_weights", True)
     fields.only("add_cross_attention", False)
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
-    if hidden % heads:
+    if heads < 1 or hidden % heads:
         fields.faults.append(f"n_head must divide n_embd = {hidden}; got {heads}")
+        heads = 1
     return finish(
         fields,
         {
