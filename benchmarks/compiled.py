@@ -1,159 +1,134 @@
-"""A training step as the TPU's compiler sees it, without a TPU: an estimate.
+"""A training step as the compilers of TPUs and GPUs see it, without one: an estimate.
 
-The contenders of `benchmarks.contenders` are compiled for one chip by libtpu, in
-bfloat16, from shapes: nothing is allocated or run. FLOPs, bytes and memory are those of
-the executable; the cycles are the compiler's own estimates, summed by
-`benchmarks.schedule`, which says what they leave out.
+The contenders of `benchmarks.contenders` are compiled for one chip in bfloat16, from
+shapes: nothing is allocated or run. Memory is that of the executable. Cycles are
+libtpu's own estimates, summed by `benchmarks.schedule`, which says what they leave out;
+of a GPU there are none, only the kernels that a step launches (`benchmarks.targets`).
+
+A compilation takes minutes, so each result is appended to ``results/compiled.jsonl``,
+and a second run continues from there; delete the file to start over.
 """
 
 import dataclasses
 import functools
+import importlib.metadata
+import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from benchmarks import contenders, rivals, specs
 from benchmarks.contenders import FLOOR, OURS
-from benchmarks.harness import Contender
-from benchmarks.schedule import sum_cycles
+from benchmarks.harness import RESULTS, commit
 from benchmarks.rivals import ALPHA, RANK, Task
+from benchmarks.targets import Make, open_target, price
 from lora_jax import LoRAConfig, adapt
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.plan.flops import traced_flops
-from lora_jax.plan.step import parse_too_large
-from lora_jax.plan.slices import check_topology, open_slice, uncached
 
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")  # one chip of each
+DONE = RESULTS / "compiled.jsonl"
+TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100")  # one chip of each
 DECODER = specs.DecoderSpec(
     "Llama-3.1-8B's shape, 4 of 32 layers, vocabulary 32,000",
     dataclasses.replace(specs.ACCELERATOR_DECODERS[0].config, vocab_size=32_000),
     2,
     2048,
 )
-Make = Callable[[Task], Contender]
+PLAIN, QWIX, NNX = "plain autodiff", "qwix LoraProvider", "flax nnx.LoRA"
+CHUNKED = f"{PLAIN}, loss in chunks"
+MAIN = (OURS, PLAIN, CHUNKED, QWIX, NNX)  # of the decoder, for targets after the first
 Model = tuple[str, Task, float | None, dict[str, Make]]  # name, task, FLOPs, contenders
 
 
-def main(
-    quick: bool, topologies: Sequence[str] = TOPOLOGIES
-) -> list[dict[str, Any]]:
-    """Compiles all contenders for one chip of each topology.
+def main(quick: bool, targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
+    """Compiles all contenders for one chip of each target.
 
     Args:
-      quick: only the single layers, for the first topology.
-      topologies: TPU slices, as `lora-jax plan --topology` takes them.
+      quick: only the single layers, for the first target.
+      targets: TPU slices, as `lora-jax plan --topology` takes them, and ``"h100"``.
 
     Returns:
-      One row per chip and model.
+      One row per target and model.
+
+    Raises:
+      ValueError: if there is no such target.
+      ModuleNotFoundError: if the compiler of a target that was asked for is not
+        installed; a default one is left out with a note, unless it is the last.
     """
-    for name in topologies:  # before the first takes minutes
-        check_topology(name)
+    devices, absent = {}, []
+    for name in targets[:1] if quick else targets:
+        try:
+            devices[name] = open_target(name)
+        except ModuleNotFoundError as error:
+            absent.append(error)
+    if absent and (targets is not TARGETS or not devices):
+        raise absent[0]
+    for error in absent:
+        print(f"left out: {error}")
+    models: list[Callable[[], Model]]
+    models = [functools.partial(_layer, spec) for spec in specs.DENSE[1:]]
+    if not quick:
+        encoders = [functools.partial(_encoder, spec) for spec in specs.ENCODERS]
+        models = [functools.partial(_decoder, DECODER), *encoders, *models]
     rows = []
-    for name in topologies[:1] if quick else topologies:
-        mesh = make_mesh(devices=open_slice(name)[:1])
-        models = [functools.partial(_layer, spec) for spec in specs.DENSE[1:]]
-        if not quick:
-            encoders = [functools.partial(_encoder, spec) for spec in specs.ENCODERS]
-            models = [functools.partial(_decoder, DECODER), *encoders, *models]
-        for model in models:
-            with on_mesh_of(mesh):  # what it is built for
-                shape, task, formula, makers = model()
-            found = {each: _priced(make, task, mesh) for each, make in makers.items()}
-            rows.append(
-                {
-                    "shape": shape,
-                    "topology": name,
-                    "formula": formula,
-                    **{k: v for k, v in found.items() if isinstance(v, dict)},
-                    "missing": [f"{k} ({v})" for k, v in found.items() if isinstance(v, str)],
-                }
-            )
+    for model in models:
+        for name, device in devices.items():
+            only = None if name == targets[0] or len(targets) == 1 else MAIN
+            rows.append(_row(name, make_mesh(devices=[device]), model, only))
     return rows
 
 
-def _priced(make: Make, task: Task, mesh: Mesh) -> dict[str, Any] | str:
-    """Returns what the compiler says of a contender, or why there is nothing."""
-    try:
-        return price(make, task, mesh)
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
+def _row(
+    target: str, mesh: Mesh, build: Callable[[], Model], only: Sequence[str] | None
+) -> dict[str, Any]:
+    """Compiles the contenders of one model for one device."""
+    with on_mesh_of(mesh):  # what it is built for
+        shape, task, formula, makers = build()
+    row: dict[str, Any] = {"shape": shape, "target": target, "formula": formula}
+    missing = []
+    for name, make in makers.items():
+        if only is not None and name not in only:
+            continue
+        try:
+            row[name] = once(
+                shape, target, name, functools.partial(price, make, task, mesh)
+            )
+        except ModuleNotFoundError as error:
+            missing.append(f"{name} ({error.name} is not installed)")
+    return {**row, "missing": missing}
 
 
-def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a contender's step for the first device of a mesh.
+def once(
+    shape: str, target: str, name: str, find: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the result of a previous run from `DONE`, or finds and adds it.
 
     Args:
-      make: makes the contender, as on a device that is here.
-      task: its model, whose parameters may be shapes, and its batch.
-      mesh: of the device to compile for.
+      shape: name of the model.
+      target: what it is compiled for.
+      name: the contender.
+      find: compiles it.
 
     Returns:
-      ``flops``, ``bytes`` accessed, ``temp_bytes``, ``argument_bytes``,
-      ``output_bytes``, ``cycles`` and ``kernels`` outside them (None where the compiler
-      can't print the program) and ``compile_seconds``; of a step that is too large only
-      ``refused_bytes``, the memory it needs.
+      What ``find`` returned, and the commit it was compiled at.
     """
-    traced = trace(make, task, mesh)
-    lowered = traced.lower()
-    start = time.perf_counter()
-    try:
-        with uncached():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if needed := parse_too_large(str(error)):
-            return {"refused_bytes": needed}
-        raise
-    seconds = time.perf_counter() - start
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    try:
-        cycles = sum_cycles(compiled.as_text())._asdict()
-    except jax.errors.JaxRuntimeError:
-        cycles = {"total": None, "kernels": None}
-    return {
-        "flops": traced_flops(traced.jaxpr.jaxpr),
-        "bytes": cost["bytes accessed"],
-        "cycles": cycles["total"],
-        "kernels": cycles["kernels"],
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "compile_seconds": round(seconds, 1),
-    }
-
-
-def trace(make: Make, task: Task, mesh: Mesh) -> jax.stages.Traced:
-    """Traces the step that a contender would run; see `price`."""
-    place = NamedSharding(mesh, PartitionSpec())
-    found = []
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=place)
-
-    def capture(step: Any, *args: Any, **facts: Any) -> Contender:
-        found.append((step, jax.tree.map(shape, args)))
-        return Contender(None, 0.0, None, None, facts)
-
-    def build(params: Any) -> None:
-        make(task._replace(params=params))
-
-    with (
-        on_mesh_of(mesh),
-        mock.patch.object(rivals, "stepper", capture),
-        mock.patch.object(rivals, "repeater", capture),
-        mock.patch.object(contenders, "stepper", capture),
-    ):
-        jax.eval_shape(build, task.params)
-        ((step, args),) = found
-        return step.trace(*args)
+    compiler = "libtpu" if target != "h100" else "jax-cuda12-pjrt"
+    versions = {each: importlib.metadata.version(each) for each in ("jax", compiler)}
+    asked = {"shape": shape, "target": target, "name": name, "versions": versions}
+    for line in DONE.read_text().splitlines() if DONE.exists() else ():
+        row = json.loads(line)
+        if asked.items() <= row.items():
+            return row["found"]
+    found = {**find(), "commit": commit()}
+    with DONE.open("a") as file:
+        file.write(json.dumps({**asked, "found": found}) + "\n")
+    print(f"{shape}, {target}, {name}: {found}", flush=True)
+    return found
 
 
 def _decoder(spec: specs.DecoderSpec) -> Model:
@@ -185,15 +160,13 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
         f"{OURS}, scanned, remat block": ours(scanned, "stack", "block"),
         f"{OURS}, unrolled, remat none": ours(model, "apart", "none"),
         f"{OURS}, unrolled, remat lora": ours(model, "apart", "lora"),
-        "plain autodiff": lambda task: rivals.plain(apart(task)),
-        "plain autodiff, loss in chunks": lambda task: rivals.plain_chunked(
-            apart(task), labels, 1024
-        ),
-        "plain autodiff, blocks computed again": lambda task: rivals.plain(
+        PLAIN: lambda task: rivals.plain(apart(task)),
+        CHUNKED: lambda task: rivals.plain_chunked(apart(task), labels, 1024),
+        f"{PLAIN}, blocks computed again": lambda task: rivals.plain(
             apart(task, "block")
         ),
-        "qwix LoraProvider": lambda task: rivals.qwix_lora(apart(task)),
-        "flax nnx.LoRA": lambda task: rivals.nnx_lora(config, task),
+        QWIX: lambda task: rivals.qwix_lora(apart(task)),
+        NNX: lambda task: rivals.nnx_lora(config, task),
         "full fine-tuning": lambda task: contenders.full_step(
             scanned.clone(remat="lora"), task.params["stack"], batch
         ),
@@ -211,7 +184,7 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
 def _encoder(spec: specs.EncoderSpec) -> Model:
     task, ids, _ = contenders.encoder_task(spec)
     makers = _own(exclude=["classifier"])
-    makers["qwix LoraProvider"] = rivals.qwix_lora
+    makers[QWIX] = rivals.qwix_lora
     makers[FLOOR] = lambda task: rivals.matmuls(task.params, ids.size)
     return spec.name, task, None, makers
 
@@ -219,15 +192,15 @@ def _encoder(spec: specs.EncoderSpec) -> Model:
 def _layer(spec: specs.DenseSpec) -> Model:
     task, _, _ = contenders.layer_task(spec)
     makers = _own() | {f"{OURS}, DoRA": _own(dora=True)[OURS]}
-    makers["qwix LoraProvider"] = rivals.qwix_lora
-    makers["flax nnx.LoRA"] = lambda task: rivals.nnx_layer(spec.width, task)
+    makers[QWIX] = rivals.qwix_lora
+    makers[NNX] = lambda task: rivals.nnx_layer(spec.width, task)
     n = spec.width  # the input needs no gradient: no product with the transpose of W
     formula = spec.tokens * (2 * n * n + 10 * n * RANK)
     return f"{spec.name}, {spec.tokens:,} tokens, alone", task, float(formula), makers
 
 
 def _own(**options: Any) -> dict[str, Make]:
-    names = (OURS, "plain autodiff", "full fine-tuning")
+    names = (OURS, PLAIN, "full fine-tuning")
     return {
         name: lambda task, name=name: contenders.own(task, **options)[name]()
         for name in names
@@ -238,3 +211,55 @@ def _params(model: Any, *inputs: jax.Array) -> Any:
     """Returns the shapes of a model's parameters, in the dtype of the base."""
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, rivals.dtype()), params)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as Markdown tables, one a model and target."""
+    lines = []
+    for row in rows:
+        is_gpu = any("launches" in found for found in _contenders(row).values())
+        key, title = (
+            ("launches", "kernels launched") if is_gpu else ("cycles", "Mcycles")
+        )
+        lines += [
+            f"{row['shape']}, rank {RANK} on all linears, bfloat16, one chip of "
+            f"{row['target']}:\n",
+            f"| contender | {title} | lora_jax / it | temporaries | lora_jax / it | "
+            "FLOPs / formula |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, found in _contenders(row).items():
+            cells = [name, _count(found, key), _ratio(row[OURS], found, key)]
+            if needed := found.get("refused_bytes"):
+                cells += [f"does not fit: needs {needed / 2**30:.1f} GiB", "–", "–"]
+            else:
+                share = found["flops"] / row["formula"] if row["formula"] else None
+                cells += [
+                    f"{found['temp_bytes'] / 1e6:,.1f} MB",
+                    _ratio(row[OURS], found, "temp_bytes"),
+                    f"{share:.3f}" if share else "–",
+                ]
+            lines.append(f"| {' | '.join(cells)} |")
+        if row["missing"]:
+            lines.append(f"\nNot compiled: {', '.join(row['missing'])}.")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _contenders(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: found for name, found in row.items() if isinstance(found, dict)}
+
+
+def _count(found: dict[str, Any], key: str) -> str:
+    value = found.get(key)
+    if value is None:
+        return "–"
+    unknown = found.get("unknown", 0)
+    text = f"{value / 1e6:,.2f}" if key == "cycles" else str(value)
+    return text + (f" + {unknown} kernels" if unknown else "")
+
+
+def _ratio(ours: dict[str, Any], found: dict[str, Any], key: str) -> str:
+    if not ours.get(key) or not found.get(key):
+        return "–"
+    return f"{ours[key] / found[key]:.2f}"

@@ -275,6 +275,7 @@ def lm_task(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Task:
 
 def mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Returns the mean cross-entropy of logits, as a function of them."""
+
     def loss(logits):
         total, weight = softmax_cross_entropy(logits, labels)
         return total / weight

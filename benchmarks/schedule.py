@@ -3,7 +3,7 @@
 A loop's body counts as often as it runs, a conditional as its slowest branch.
 
 libtpu writes ``estimated_cycles`` on the instructions of the schedule. Their sum leaves
-out: custom calls (Pallas kernels carry no estimate), waiting for asynchronous copies,
+out: Pallas kernels that state no cost of their own, waiting for asynchronous copies,
 which the compiler expects to overlap with other work, and all that happens at run time
 (the launch, the batch's transfer, contention for memory).
 """
@@ -34,11 +34,11 @@ class Cycles(NamedTuple):
 
     Attributes:
       total: cycles of the instructions that carry an estimate.
-      kernels: calls of Pallas kernels, which carry none.
+      unknown: calls of Pallas kernels that carry none.
     """
 
     total: int
-    kernels: int
+    unknown: int
 
 
 def sum_cycles(text: str) -> Cycles:
@@ -61,7 +61,7 @@ def sum_cycles(text: str) -> Cycles:
     found = by_operation(text)
     return Cycles(
         sum(cycles for cycles, _ in found.values()),
-        sum(kernels for _, kernels in found.values()),
+        sum(unknown for _, unknown in found.values()),
     )
 
 
@@ -72,7 +72,7 @@ def by_operation(text: str) -> dict[str, tuple[int, int]]:
       text: as for `sum_cycles`.
 
     Returns:
-      For each ``op_name`` of the HLO its cycles and the kernels it calls.
+      For each ``op_name`` of the HLO its cycles, and its kernels without an estimate.
     """
     computations, entry = _computations(text)
     totals: dict[str, tuple[int, int]] = {}
@@ -80,14 +80,15 @@ def by_operation(text: str) -> dict[str, tuple[int, int]]:
         for line in computations[name]:
             if _is_control(line):
                 continue
-            cycles, kernels = _CYCLES.search(line), _CUSTOM in line
-            if cycles is None and not kernels:
+            cycles = _CYCLES.search(line)
+            if cycles is None and _CUSTOM not in line:
                 continue
             named = _NAME.search(line)
             key = named[1] if named else ""
             before = totals.get(key, (0, 0))
             own = int(cycles[1]) * times if cycles else 0
-            totals[key] = before[0] + own, before[1] + kernels * times
+            unknown = 0 if cycles else times
+            totals[key] = before[0] + own, before[1] + unknown
     return totals
 
 
