@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": BASE | {"ops", "tree", "attention"},
     "train": BASE | {"ops", "tree", "parallel"},
     "files": BASE | {"tree", "parallel", "train"},
-    "models": BASE | {"tree", "parallel", "attention", "nn", "files"},
+    "models": BASE | {"ops", "tree", "parallel", "attention", "nn", "files"},
     "interop": BASE | {"ops", "tree", "parallel", "nn", "files", "models"},
     "plan": BASE | {"tree", "parallel", "nn", "train", "models"},
 }

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from lora_jax.ops.fence import fence_gradient
+
 Activation = Callable[[Array], Array]
 
 
@@ -59,4 +61,5 @@ def gate(
     Returns:
       ``[*b, f]``.
     """
+    x, up = fence_gradient(x), fence_gradient(up)
     return jax.checkpoint(lambda x, up: activation(x) * up)(x, up)

@@ -13,8 +13,8 @@ from lora_jax.attention.causal import cached_attention, causal_attention
 from lora_jax.attention.rope import apply_rope
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.fence import fence
 from lora_jax.names import LINEAR
+from lora_jax.ops.fence import fence_gradient
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -159,8 +159,7 @@ class Mlp(DecoderModule):
             both = self.dense("gate_up", x, 2 * f, bias)
             x = gate(act, *jnp.split(both, 2, axis=-1))  # [b, t, f]
         elif cfg.is_gated:
-            both = self.dense("gate", x, f, bias), self.dense("up", x, f, bias)
-            x = gate(act, *fence(both))
+            x = gate(act, self.dense("gate", x, f, bias), self.dense("up", x, f, bias))
         else:
             x = jax.checkpoint(act)(self.dense("up", x, f, bias))
         return self.dense("down", x, cfg.hidden_size, bias)
@@ -183,7 +182,7 @@ class Block(DecoderModule):
         placement = self.config.norm_placement
 
         def pre(name: str, x: Array) -> Array:
-            return fence(self.norm(name)(x)) if placement != "post" else x
+            return fence_gradient(self.norm(name)(x)) if placement != "post" else x
 
         def post(name: str, y: Array) -> Array:
             return self.norm(name)(y) if placement != "pre" else y

@@ -36,8 +36,8 @@ from lora_jax.train.step import LossFn
 LOGITS_AT_ONCE = 2**22
 CHUNK_TOKENS = 128  # but at least this many tokens, to reuse the head enough
 # An accelerator's: so many tokens that reading the head takes 1/8 of the time of
-# multiplying by it. On an H100 a step of Llama-3.2-1B's shape took 136 ms with chunks of
-# 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
+# multiplying by it. On an H100 a step of Llama-3.2-1B's shape took 136 ms with chunks
+# of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
 HEAD_REUSE = 8
 LOGITS_SHARE = 32  # but at most this part of its memory for a chunk's logits,
 LOGIT_BYTES = 4 + 2  # in float32, and their gradients in bfloat16

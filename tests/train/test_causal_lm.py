@@ -7,8 +7,8 @@ import pytest
 
 from lora_jax import LoRAConfig
 from lora_jax.interop.pretrained import load_model
-from lora_jax.train import causal_lm as lm
 from lora_jax.parallel.device_kind import kind_named
+from lora_jax.train import causal_lm as lm
 from lora_jax.train.causal_lm import causal_lm, chunk_tokens, make_lm_loss
 from tests.models.golden import GOLDEN
 
