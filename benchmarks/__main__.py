@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from lora_jax.cli import huge_pages
 
 if __name__ == "__main__":  # as `lora-jax` does; before importing JAX and torch
-    huge_pages.ask()
+    huge_pages.enable()
 
 from benchmarks import compare, harness, report
 

@@ -8,7 +8,9 @@ writes outside its own folder.
 The cache is ``$LORA_JAX_CACHE``, or ``~/.cache/lora_jax``.
 """
 
+import gzip
 import hashlib
+import lzma
 import os
 import re
 import subprocess
@@ -16,12 +18,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from experiments.index import fetch_source
 
 CACHE_VARIABLE = "LORA_JAX_CACHE"
+DAMAGED = (  # what a damaged or encrypted archive, or one packed otherwise, raises
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError),
+    *(zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError),
+)
 
 
 class Pin(NamedTuple):
@@ -163,7 +170,7 @@ def unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as pack:
                 pack.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except DAMAGED as error:
         raise FetchError(f"{archive.name} can't be unpacked: {error}.") from error
 
 

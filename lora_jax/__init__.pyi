@@ -29,6 +29,7 @@ from .nn.merge import twin_targets as twin_targets
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
 from .nn.adapt import find_targets as find_targets
+from .nn.bank import AdapterBank as AdapterBank
 from .nn.layer_rules import register_layer as register_layer
 from .tree.targets import Target as Target
 
@@ -59,8 +60,10 @@ from .train.data import TextBatches as TextBatches
 
 # Whole runs: a config in, a run folder out.
 from .finetune.run import fine_tune as fine_tune
+from .finetune.sweep import sweep as sweep
 
 # Pretrained models.
+from .interop.bank import load_bank as load_bank
 from .interop.pretrained import load_model as load_model
 from .models.generate import generate as generate
 from .models.loaded import LoadedModel as LoadedModel
@@ -84,6 +87,9 @@ from .parallel.rules import shard_variables as shard_variables
 
 # Arithmetic on trees of adapters and of parameters.
 from .tree.arithmetic import fit_adapter as fit_adapter
+from .tree.combine import Combined as Combined
+from .tree.combine import combine_adapters as combine_adapters
+from .tree.combine import extract_adapter as extract_adapter
 from .tree.fingerprint import fingerprint as fingerprint
 from .tree.merge import MergeError as MergeError
 from .tree.merge import merge_errors as merge_errors

@@ -8,6 +8,7 @@ alpha and scaling. Nothing else in the library decides this.
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -111,6 +112,31 @@ class LoRAConfig:
             raise TypeError(_report(type_errors + value_errors))
         if value_errors:
             raise ValueError(_report(value_errors))
+
+    @classmethod
+    def for_layers(
+        cls, ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any
+    ) -> "LoRAConfig":
+        """Builds a config that adapts exactly these layers, each with its own numbers.
+
+        Args:
+          ranks: rank by path.
+          alphas: alpha by path.
+          **fields: the others.
+
+        Returns:
+          The config: the most common rank and alpha, and a pattern for each other one.
+        """
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        return cls(
+            rank=rank,
+            alpha=alpha,
+            targets=".*" if "" in ranks else sorted(ranks),  # a model that is a layer
+            rank_pattern={path: r for path, r in ranks.items() if r != rank},
+            alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
+            **fields,
+        )
 
     def rank_for(self, path: str) -> int:
         """Returns the rank of the layer at ``path``."""

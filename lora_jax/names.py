@@ -34,6 +34,8 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # mesh axes, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # the axes a batch is sharded over
 
+MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
+
 DROPOUT = "dropout"  # the PRNG stream for adapter dropout
 
 # Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LIBRARY = {*MAY_IMPORT}
 MAY_IMPORT["finetune"] = LIBRARY
+MAY_IMPORT["nnx"] = LIBRARY
 MAY_IMPORT["cli"] = LIBRARY | {"finetune"}
 OPTIONAL = (
     *("orbax", "safetensors", "tokenizers", "huggingface_hub", "yaml", "rich"),

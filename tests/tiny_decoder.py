@@ -1,4 +1,4 @@
-"""A decoder that fits in a test: the golden Llama with a tokenizer of whole words."""
+"""A decoder that fits in a test: a golden one with a tokenizer of whole words."""
 
 import json
 import shutil
@@ -18,11 +18,10 @@ TEMPLATE = (
 )
 
 
-def make_decoder(folder: Path) -> Path:
-    """Writes the model folder, chat template included."""
-    shutil.copytree(
-        GOLDEN / "llama", folder, ignore=shutil.ignore_patterns("peft_*", "*.npz")
-    )
+def make_decoder(folder: Path, golden: str = "llama") -> Path:
+    """Writes the model folder, chat template included; Llama by default."""
+    others = shutil.ignore_patterns("peft_*", "*.npz")
+    shutil.copytree(GOLDEN / golden, folder, ignore=others)
     words = WORDS + [f"w{i}" for i in range(43 - len(WORDS))]
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]")

@@ -62,6 +62,28 @@ def apply_rope(x: Float[Array, "b t n h"], cos: Angles, sin: Angles) -> Array:
     return _rotate(x, cos[:, :, None], sin[:, :, None])
 
 
+def pairs_to_halves(x: Float[Array, "b t n h"], pairs: int) -> Array:
+    """Reorders heads so that rotating halves rotates neighbouring dimensions.
+
+    ``x_0 x_1 x_2 x_3 ...`` becomes ``x_0 x_2 ... x_1 x_3 ...`` in the first ``2 pairs``
+    dimensions. Scores of queries and keys in the same order stay what they were.
+
+    Args:
+      x: queries or keys ``[b, t, n, h]``.
+      pairs: how many pairs are rotated, at most ``h / 2``.
+
+    Returns:
+      The reordered array.
+
+    Example:
+      >>> pairs_to_halves(jnp.arange(5).reshape(1, 1, 1, 5), 2).ravel().tolist()
+      [0, 2, 1, 3, 4]
+    """
+    both = x[..., : 2 * pairs]
+    parts = (both[..., ::2], both[..., 1::2], x[..., 2 * pairs :])
+    return jnp.concatenate(parts, axis=-1)
+
+
 @jax.custom_vjp
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """``x [b, t, n, h]``, ``cos, sin [b, t, 1, c]``."""

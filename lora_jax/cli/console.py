@@ -1,8 +1,8 @@
-"""What a command says, and where: people read one stream, programs the other.
+"""The commands' output.
 
-Without ``--json`` everything goes to stdout. With it stdout carries one JSON document
-and nothing else; all that people read goes to stderr. On a terminal there are colours
-and a live progress bar; into a file or a pipe go plain lines.
+Without ``--json`` everything goes to stdout. With it, stdout gets a single JSON
+document, and messages for people go to stderr. A terminal gets colours and a live
+progress bar, a file or pipe plain lines.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ PLAIN_WIDTH = 140
 
 class _Rich(RichConsole):
     def on_broken_pipe(self) -> None:
-        """Goes on in silence: who reads may go (`| head`), a run must not."""
+        """Goes quiet: the reader may exit (`| head`), the run must not."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Console(Reporter):
-    """Prints for people, and for programs where ``as_json`` is set."""
+    """Prints for people, and with ``as_json`` for programs."""
 
     def __init__(self, *, as_json: bool = False):
         self.as_json = as_json
         self._rich = _Rich(stderr=as_json, highlight=False, soft_wrap=True)
         self.is_live = self._rich.is_terminal
         if not self.is_live:
-            self._rich.width = PLAIN_WIDTH  # no terminal to squeeze a table into
+            self._rich.width = PLAIN_WIDTH  # no terminal to fit tables into
 
     def mute(self) -> None:
-        """Says nothing from now on: another process speaks for this one."""
+        """Prints nothing from now on, because another process does."""
         self.as_json, self.is_live, self._rich.quiet = False, False, True
 
     def say(self, text: str = "", *, style: str | None = None) -> None:
-        """Prints one line as it is (square brackets mean nothing)."""
+        """Prints one line, without interpreting Rich markup."""
         self._rich.print(escape(text), style=style)
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -56,7 +56,7 @@ class Console(Reporter):
             self._rich.print(f"  [dim]{escape(name):<{width}}[/]  {escape(value)}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Prints a table; numbers go to the right, no word is broken."""
+        """Prints a table; numbers are right-aligned, words not broken."""
         table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         for i, column in enumerate(columns):
             is_number = all(isinstance(row[i], (int, float)) for row in rows)
@@ -69,13 +69,13 @@ class Console(Reporter):
         self._rich.print(table)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Prints the result as JSON on stdout, if programs are listening."""
+        """Prints the result as JSON on stdout, with ``as_json``."""
         if self.as_json:
             print(to_json(result, indent=2), flush=True)
 
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[Tick]:
-        """Shows a live bar, or a plain line every few seconds."""
+        """Shows a live progress bar, or a plain line every few seconds."""
         if not self.is_live:
             yield self._lines(name, total)
             return

@@ -1,11 +1,12 @@
-"""`lora-jax encode`: embeddings of lines of text, token ids or images."""
+"""`lora-jax encode`: computes embeddings of text, token ids or images."""
 
 import argparse
 from typing import Any
 
+from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
-from lora_jax.cli.pretrained import adapter_extra, load
+from lora_jax.cli.pretrained import load
 from lora_jax.finetune.encode import encode, record_fault
 from lora_jax.finetune.formatting import size
 from lora_jax.names import CLASSIFIER
@@ -13,24 +14,19 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Encodes a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``, ``max_length``.
-      out: where to print.
-
-    Returns:
-      The number of lines and the width of the embeddings.
-    """
+    """Encodes a file; returns the number of lines and the embedding size."""
     target = new_file(args.out, args.data)
-    records = read_jsonl(args.data, fields={}, check=record_fault)
-    loaded = load(args.model, args.adapter)
+    adapters = parse_adapters(args.adapter)
+    check = with_adapter(record_fault, adapters)
+    records = read_jsonl(args.data, fields={}, check=check)
+    loaded, groups = load_lines(args.model, adapters, records, load)
     lines, cut = encode(
         loaded,
         records,
         args.data,
         batch_size=args.batch_size,
-        max_length=args.max_length or adapter_extra(args.adapter).get("max_length"),
+        groups=groups,
+        max_length=args.max_length or (loaded.extra or {}).get("max_length"),
         reporter=out,
     )
     write_lines(target, lines)
@@ -38,7 +34,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     kinds = f"embedding of {width}" + (" and logits" if has_head else "")
     out.say(
         f"{len(lines):,} lines, each an {kinds}, in {target} "
-        f"({size(target.stat().st_size)})" + (f"; {cut:,} were cut" if cut else "")
+        f"({size(target.stat().st_size)})" + (f"; {cut:,} truncated" if cut else "")
     )
     return {
         "lines": len(lines),

@@ -1,4 +1,4 @@
-"""`lora-jax eval`: metrics of a run's adapter, or of the bare base, on a data file."""
+"""`lora-jax eval`: metrics of a run's adapter, or of its base, on a data file."""
 
 import argparse
 from typing import Any
@@ -12,27 +12,16 @@ from lora_jax.finetune.settings import load_settings
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Evaluates.
-
-    Args:
-      args: ``run`` or ``config`` (with ``overrides``), ``data``, ``split``, ``base``.
-      out: where to print.
-
-    Returns:
-      The metrics (``loss``, ``accuracy`` of an encoder, ``perplexity`` of a decoder),
-      how many examples, and of what.
-    """
+    """Evaluates a run; returns the metrics and what was evaluated."""
     if (args.run is None) == (args.config is None):
-        raise UserError(
-            "eval takes either a CONFIG or --run DIR, and just one of them."
-        )
+        raise UserError("eval takes either a CONFIG or --run DIR.")
     asked = None if args.run else load_settings(args.config, args.overrides)
     folder, settings = open_run(args.run if asked is None else asked.output.dir)
     if asked is not None:
         folder.check_settings(
             asked,
-            f"Evaluate it as it is with --run {folder.path}; --data gives it "
-            "another file.",
+            f"Use --run {folder.path} to evaluate it with its own settings, and --data "
+            "for another file.",
         )
     found = evaluate_run(
         folder,

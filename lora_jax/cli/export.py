@@ -1,13 +1,13 @@
 """`lora-jax export`: an adapter as a folder that PEFT, vLLM or mlx-lm loads."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
-from lora_jax.cli.pretrained import base_of
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.formatting import size
@@ -16,31 +16,35 @@ from lora_jax.interop.export import export_adapter
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.portable import rewrite_peft
-from lora_jax.interop.pretrained import find_adapter, load_model, read_external
+from lora_jax.interop.pretrained import (
+    find_adapter,
+    find_base,
+    load_model,
+    read_external,
+)
 from lora_jax.models.load import LoadedModel
+from lora_jax.names import EMBED, HEAD
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Exports.
-
-    Args:
-      args: ``adapter``, ``model``, ``format``, ``portable``, ``skip_head``, ``out``.
-      out: where to print.
-
-    Returns:
-      Its folder, format, and number of adapted layers.
-    """
+    """Exports an adapter; returns its folder, format and size."""
     target = new_folder(args.out)
     folder = find_adapter(args.adapter)
     external = read_external(folder)
     model = args.model
     if external is not None and model is None:
-        named = external.config.get("base_model_name_or_path")
-        model = named if isinstance(named, str) and Path(named).is_dir() else None
-    if external is not None and model is None and args.format == "peft":
-        rewrite_peft(target, external, portable=args.portable)
+        with contextlib.suppress(ValueError):
+            model = find_base(external)
+    if (
+        external is not None
+        and args.format == "peft"
+        and (model is None or (_adds_to_base(external) and not args.portable))
+    ):
+        if model is not None:
+            load_model(model, folder)  # an adapter that doesn't fit it is an error
+        rewrite_peft(target, external, portable=args.portable, base_model=args.model)
     else:
-        base = base_of(folder, model, external)
+        base = model or find_base(folder if external is None else external)
         variables, config, source, extra = _read(folder, base, external)
         export_adapter(
             target,
@@ -72,13 +76,23 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     }
 
 
+def _adds_to_base(adapter: ExternalAdapter) -> bool:
+    """Returns whether the adapter also changes rows or biases of the base."""
+    biases = (factors.bias is not None for factors in adapter.modules.values())
+    return bool(adapter.tokens) or any(biases)
+
+
 def _read(
     folder: Path, base: str, external: ExternalAdapter | None
 ) -> tuple[dict[str, PyTree], LoRAConfig, LoadedModel | str, dict[str, Any]]:
-    """Reads an adapter; one from another tool needs the model to match names."""
+    """Reads an adapter, and the model where its names or its head must be known."""
     if external is None:
         found = load_adapter(folder)
-        return found.variables, found.config, base, found.extra
+        changed = {path for tree in found.variables.values() for path in tree}
+        if EMBED not in changed or HEAD in changed:
+            return found.variables, found.config, base, found.extra
+        loaded = load_model(base, folder)  # whose head may be the embedding or not
+        return loaded.variables, found.config, loaded, found.extra
     loaded = load_model(base, folder)
     named = external.config.get("base_model_name_or_path")
     return loaded.variables, loaded.module.config, loaded, {"model": named}

@@ -1,4 +1,4 @@
-"""`lora-jax generate`: text after a prompt, as it comes."""
+"""`lora-jax generate`: continues prompts or conversations."""
 
 import argparse
 import sys
@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 
+from lora_jax.cli.adapters import FIELD, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
-from lora_jax.cli.pretrained import load_decoder
+from lora_jax.cli.pretrained import check_decoder, load_decoder
 from lora_jax.files.messages import ASSISTANT
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.lines import check_faults
 from lora_jax.finetune.turns import endless_turns
+from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
 from lora_jax.train.data import read_jsonl
 from lora_jax.train.text import MESSAGES, kind_of
@@ -23,19 +25,16 @@ DEFAULT_TOKENS = 128
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Generates.
-
-    Args:
-      args: ``model``, ``adapter``, ``prompt`` (a list) or ``messages`` (a file),
-        ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``stop``,
-        ``chat``, ``system``.
-      out: where to print; one prompt's text is streamed.
-
-    Returns:
-      For each prompt the text, its token ids, and why it ended.
-    """
-    chats = _chats(args)
-    loaded = load_decoder(args.model, args.adapter, scan_layers=False)
+    """Generates text; returns text, token ids and stop reason for each prompt."""
+    adapters = parse_adapters(args.adapter)
+    chats = _chats(args, adapters)
+    names: list[str | None] = [chat.pop(FIELD, None) for chat in chats]
+    if isinstance(adapters, dict):
+        loaded, bank = load_bank(args.model, adapters)
+        check_decoder(loaded)
+    else:
+        loaded = load_decoder(args.model, adapters, scan_layers=False)
+        bank = None
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.path} has no tokenizer; generate needs one.")
@@ -48,6 +47,9 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     else:
         asked = args.prompt
         prompts = [tokenizer.encode_text(text).ids for text in asked]
+    if bank is not None and args.messages is None:  # each prompt by each adapter
+        names = [name for name in bank.names for _ in prompts]
+        prompts, asked = prompts * len(bank.names), asked * len(bank.names)
     room = loaded.config.max_positions - max(map(len, prompts))
     limit = args.max_new_tokens or max(1, min(DEFAULT_TOKENS, room))
     streams = [tokenizer.stream() for _ in prompts]
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             stopped[row] = min(found, key=written[row].index)
             written[row] = written[row][: written[row].index(stopped[row])]
         if is_streamed:
-            # What may be the beginning of a stop string waits.
+            # Holds back what may be the start of a stop string.
             end = len(written[row]) if found else _safe(written[row], stop_texts)
             print(written[row][shown:end], end="", flush=True)
             shown = max(shown, end)
@@ -75,8 +77,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
     start = time.perf_counter()
     tokens = generate(
-        loaded.module,
-        loaded.variables,
+        loaded.module if bank is None else bank.module,
+        loaded.variables if bank is None else bank.variables(names),
         prompts,
         max_new_tokens=limit,
         stop_ids=tokenizer.special.stop_ids,
@@ -86,46 +88,46 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         key=jax.random.key(args.seed),
         on_token=on_token,
     )
-    tokens = [
-        ids[:-1] if ids[-1:] and ids[-1] in stop_tokens else ids for ids in tokens
-    ]
+    tokens = [ids[:-1] if ids and ids[-1] in stop_tokens else ids for ids in tokens]
     seconds = time.perf_counter() - start
     if is_streamed:
         print(written[0][shown:], flush=True)
     else:
-        for prompt, text in zip(asked, written, strict=True):
-            out.heading(prompt)
+        for row, (prompt, text) in enumerate(zip(asked, written, strict=True)):
+            out.heading(prompt if bank is None else f"{names[row] or 'base'}: {prompt}")
             out.say(text)
     count = sum(len(ids) for ids in tokens)
-    print(f"({count} tokens in {seconds:.1f} s, compiling included)", file=sys.stderr)
+    text = f"({count} tokens in {seconds:.1f} s, including compilation)"
+    print(text, file=sys.stderr)
     return {
         "results": [
             {
                 "prompt": prompt,
-                "text": text,
-                "input_ids": ids,
-                "output_ids": new,
-                "stopped_by": _reason(stop, len(new), limit),
+                **({} if bank is None else {FIELD: names[row]}),
+                "text": written[row],
+                "input_ids": prompts[row],
+                "output_ids": tokens[row],
+                "stopped_by": _reason(stopped[row], len(tokens[row]), limit),
             }
-            for prompt, text, ids, new, stop in zip(
-                asked, written, prompts, tokens, stopped, strict=True
-            )
+            for row, prompt in enumerate(asked)
         ],
         "seconds": round(seconds, 3),
     }
 
 
-def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the conversations to be gone on with; none without ``--chat``."""
+def _chats(
+    args: argparse.Namespace, adapters: str | dict[str, str] | None
+) -> list[dict[str, Any]]:
+    """Returns the conversations to continue; none for plain prompts."""
     if args.system is not None and not args.chat:
-        raise UserError("--system goes with --chat: it is the system's message there.")
+        raise UserError("--system requires --chat: it is the system message.")
     if args.messages is None:
         system = [] if args.system is None else [_message("system", args.system)]
         texts = args.prompt if args.chat else []
         return [{"messages": [*system, _message("user", text)]} for text in texts]
     if args.chat:
-        raise UserError("--chat goes with --prompt; the lines of --messages are chats.")
-    chats = read_jsonl(args.messages, fields={}, check=_fault)
+        raise UserError("--chat requires --prompt; --messages are always chats.")
+    chats = read_jsonl(args.messages, fields={}, check=with_adapter(_fault, adapters))
     for chat in chats:
         while chat["messages"][-1]["role"] == ASSISTANT:
             del chat["messages"][-1]
@@ -133,7 +135,7 @@ def _chats(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _fault(record: dict[str, Any]) -> str:
-    """Says why a line can't be answered; empty if it can."""
+    """Returns an error message for a line that can't be answered; empty if valid."""
     try:
         kind = kind_of(record)
     except ValueError as error:
@@ -147,7 +149,7 @@ def _fault(record: dict[str, Any]) -> str:
     ):
         return "messages must be a list of objects, each with a role"
     if all(message["role"] == ASSISTANT for message in messages):
-        return f"messages must hold one that is not the {ASSISTANT}'s, to answer"
+        return f"messages must contain one that is not the {ASSISTANT}'s, to answer"
     return ""
 
 
@@ -166,39 +168,39 @@ def _encode(
             faults.append(f"{path or '--prompt'}: example {number}: {error}")
         else:
             prompts.append(found)
-    check_faults("conversations that can't be written", faults)
+    check_faults("conversations that can't be rendered", faults)
     return prompts
 
 
 def _stop_tokens(stops: list[str], tokenizer: Tokenizer) -> dict[int, str]:
-    """Returns which stop strings are special tokens: those are in no text."""
+    """Returns the stop strings that are special tokens, which are not in any text."""
     special = tokenizer.special_ids
     for stop in stops:
         inside = [text for text in special if text in stop and text != stop]
         if inside and stop not in special:
             raise UserError(
-                f"--stop {stop!r} must be a text or a special token; it holds the "
-                f"token {inside[0]!r} and more, and no text does. Give the token alone."
+                f"--stop {stop!r} must be a text or a special token; it contains the "
+                f"token {inside[0]!r}, which no text does. Use just the token."
             )
     return {special[stop]: stop for stop in stops if stop in special}
 
 
 def _warn_of_endless(tokenizer: Tokenizer, stops: list[str]) -> None:
-    """Warns if the template's turns end in what nothing stops at."""
+    """Warns if the chat template's turns don't end in a stop token."""
     try:
         chats = tokenizer.encode_chat([_message("user", "?"), _message(ASSISTANT, "!")])
-    except ValueError:  # not every template can be asked this
+    except ValueError:  # the template may not support this
         return
     ends = Counter(end for chat in chats for end in chat.ends)
     for end in [*ends]:
         if tokenizer.decode([end], skip_special=False) in stops:
             del ends[end]
-    if said := endless_turns(tokenizer, ends):
-        print(f"lora-jax generate: warning: {said}", file=sys.stderr)
+    if warning := endless_turns(tokenizer, ends):
+        print(f"lora-jax generate: warning: {warning}", file=sys.stderr)
 
 
 def _safe(text: str, stops: list[str]) -> int:
-    """How much of ``text`` can't be the beginning of a stop string."""
+    """Returns the length of ``text`` before any possible start of a stop string."""
     longest = max((len(stop) for stop in stops), default=0)
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):

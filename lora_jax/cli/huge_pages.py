@@ -19,21 +19,21 @@ TUNABLES, HUGETLB = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def ask() -> None:
+def enable() -> None:
     """Restarts this process with huge pages, if that has an effect.
 
     Call it first in the program. It does nothing if the system is not Linux, enables
     huge pages always or never, or ``GLIBC_TUNABLES`` already configures them: opt out
     with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0``.
     """
-    told = os.environ.get(TUNABLES, "")
-    if HUGETLB in told or not _is_for_who_asks() or not sys.executable:
+    tunables = os.environ.get(TUNABLES, "")
+    if HUGETLB in tunables or not _is_opt_in() or not sys.executable:
         return
-    os.environ[TUNABLES] = ":".join(filter(None, (told, f"{HUGETLB}=1")))
+    os.environ[TUNABLES] = ":".join(filter(None, (tunables, f"{HUGETLB}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _is_for_who_asks() -> bool:
+def _is_opt_in() -> bool:
     try:
         return "[madvise]" in _SYSTEM.read_text()
     except OSError:

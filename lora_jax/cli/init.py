@@ -10,18 +10,7 @@ from lora_jax.finetune.template import config_template
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Writes the file.
-
-    Args:
-      args: ``file``.
-      out: where to print.
-
-    Returns:
-      The file name.
-
-    Raises:
-      UserError: if the file exists.
-    """
+    """Writes the file and returns its name; an existing file is a `UserError`."""
     file = Path(args.file)
     try:
         with file.open("x", encoding="utf-8") as opened:

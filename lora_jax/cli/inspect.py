@@ -1,4 +1,4 @@
-"""`lora-jax inspect`: what is in an adapter, run or model folder; damage included."""
+"""`lora-jax inspect`: the contents of an adapter, run or model folder."""
 
 import argparse
 from pathlib import Path
@@ -11,18 +11,10 @@ from lora_jax.finetune.report import model_bytes
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Inspects a folder or a GGUF file.
-
-    Args:
-      args: ``dir``.
-      out: where to print.
-
-    Returns:
-      What `inspect` returns.
-    """
+    """Inspects a folder or a GGUF file; returns the result of `inspect`."""
     found = inspect(args.dir)
     if out.as_json:
-        return found  # which says it all
+        return found
     stored = size(model_bytes(Path(found["path"])))
     damage = ", ".join(f"{n}: {k} values" for n, k in found["not_finite"].items())
     broken = ("not finite", damage or "none")
@@ -45,7 +37,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         named = config.get("base_model_name_or_path", config.get("model"))
         out.heading(f"Adapter {found['path']}, written by {found['tool']}")
         facts = [
-            ("trained on", str(named or "not said")),
+            ("trained on", str(named or "unknown")),
             ("variant", ", ".join(found["variant"]) or "plain LoRA"),
             numbers,
             in_full,
@@ -54,7 +46,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     else:
         out.heading(f"Adapter {found['path']}")
         facts = [
-            ("trained on", str(found["extra"].get("model", "not said"))),
+            ("trained on", str(found["extra"].get("model", "unknown"))),
             ("base", f"fingerprint {found['base']}"),
             ("targets", str(found["lora"]["targets"])),
             numbers,

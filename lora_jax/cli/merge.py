@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
-from lora_jax.cli.pretrained import adapter_extra, load
+from lora_jax.cli.pretrained import load
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import layer_count, model_bytes
 from lora_jax.interop.identity import base_name, describe_adapter
@@ -17,19 +17,11 @@ from lora_jax.tree.fingerprint import fingerprint
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Merges.
-
-    Args:
-      args: ``model``, ``adapter``, ``out``.
-      out: where to print.
-
-    Returns:
-      The folder, and the largest merge error of any layer.
-    """
+    """Merges an adapter; returns the folder and the largest merge error."""
     target = new_folder(args.out)
     found = load(args.model, args.adapter)
     folder = find_adapter(args.adapter)
-    base = base_name(args.model, adapter_extra(args.adapter).get("model"), found.path)
+    base = base_name(args.model, (found.extra or {}).get("model"), found.path)
     mark = fingerprint(found.variables[FROZEN])
     loaded = as_stored(found)
     adapted: Any = loaded.module
@@ -53,7 +45,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     ]
     if has_head:
         kept = f"classifier.weight, classifier.bias, on {pooling} pooling"
-        facts.append(("head", f"{kept} (config.json says so)"))
+        facts.append(("head", f"{kept} (recorded in config.json)"))
     out.heading("Merged")
     out.facts(facts)
     return {

@@ -22,7 +22,7 @@ def new_file(out: str, data: str) -> Path:
 
 
 def new_folder(out: str) -> Path:
-    """Returns the folder to write; raises unless it has only leftovers of a kill."""
+    """Returns the folder to write; raises unless it is empty, except for leftovers."""
     target = Path(out)
     is_free = target.is_dir() and all(is_leftover(p.name) for p in target.iterdir())
     if target.exists() and not is_free:
@@ -31,5 +31,5 @@ def new_folder(out: str) -> Path:
 
 
 def write_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON lines: all of them under the file's name, or none."""
+    """Writes JSON lines atomically."""
     write_text(target, "".join(json.dumps(line) + "\n" for line in lines))

@@ -2,16 +2,20 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "init": "write a commented config.yaml, with every setting, to start from",
     "train": "fine-tune a model; writes a run folder",
+    "sweep": "fine-tune all combinations of settings, many runs in one compiled step",
     "plan": "show what would be trained and the cost of a step, without training",
     "eval": "evaluate a run's adapter on a data file",
     "encode": "compute embeddings (and logits) for the lines of a file",
     "generate": "continue a prompt with a decoder",
     "score": "compute log-probabilities of the tokens of each line with a decoder",
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
+    "combine": "add up adapters of one base, or cut one to another rank",
+    "extract": "compute the adapter closest to a full fine-tuning",
     "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
     "inspect": "show what is in an adapter or model folder",
 }
@@ -33,11 +37,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     command = commands[args.command]
     # Overrides may also follow options: `train c.yaml --resume train.epochs=2`.
-    is_override = [hasattr(args, "overrides") and word[:1] != "-" for word in rest]
+    name = next((name for name in ("overrides", "grid") if hasattr(args, name)), "")
+    is_override = [bool(name) and word[:1] != "-" for word in rest]
     if not all(is_override):
         command.error(f"unknown argument {rest[is_override.index(False)]!r}")
     if rest:
-        args.overrides = [*args.overrides, *rest]
+        setattr(args, name, [*getattr(args, name), *rest])
     return args
 
 
@@ -58,14 +63,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         for name, text in COMMANDS.items()
     }
     for command in commands.values():
-        command.add_argument(
-            "--json",
-            action="store_true",
-            help="print only one JSON document on stdout",
-        )
-        command.add_argument(
-            "--debug", action="store_true", help="show the traceback of an error"
-        )
+        _flag(command, "--json", "print only one JSON document on stdout")
+        _flag(command, "--debug", "show the traceback of an error")
     for name in ("train", "plan"):
         commands[name].add_argument("config", help="YAML file, or a run folder")
         _add_overrides(commands[name])
@@ -73,22 +72,37 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "file", nargs="?", default="config.yaml", help="default: config.yaml"
     )
     _add_train(commands["train"])
+    _add_sweep(commands["sweep"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
     _add_encode(commands["encode"])
     _add_generate(commands["generate"])
     _add_score(commands["score"])
-    _add_merge(commands["merge"])
+    _add_model(commands["merge"], adapter_required=True)
+    _add_combine(commands["combine"])
+    _add_extract(commands["extract"])
     _add_export(commands["export"])
-    _add_inspect(commands["inspect"])
+    for names, kind, text in (
+        (("merge", "combine", "extract", "export"), "DIR", "folder to write"),
+        (("encode", "score"), "FILE", "JSONL to write"),
+    ):
+        for name in names:
+            commands[name].add_argument("--out", metavar=kind, required=True, help=text)
+    commands["inspect"].add_argument(
+        "dir", help="adapter, run or model folder; or a GGUF file"
+    )
     return parser, commands
+
+
+def _flag(command: Any, name: str, text: str) -> None:
+    command.add_argument(name, action="store_true", help=text)
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides",
         nargs="*",
-        default=[],  # without it, argparse calls them required
+        default=[],  # otherwise argparse requires them
         metavar="section.key=value",
         help="settings to change",
     )
@@ -96,13 +110,31 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
-    group.add_argument(
-        "--resume", action="store_true", help="resume from the run's last checkpoint"
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="delete the run folder and start over"
-    )
+    _flag(group, "--resume", "resume from the run's last checkpoint")
+    _flag(group, "--overwrite", "delete the run folder and start over")
     _add_processes(command)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="YAML file of all runs; output.dir is for all")
+    command.add_argument(
+        "grid",
+        nargs="*",
+        default=[],  # they may follow the options
+        metavar="section.key=v1,v2",
+        help="settings and their values; seed=0..2 is train.seed=0,1,2",
+    )
+    words = "take the first values together, then the second, and so on"
+    _flag(command, "--zip", f"{words}, instead of all combinations")
+    command.add_argument(
+        "--together",
+        type=_count,
+        metavar="M",
+        help="runs side by side (default: what is fastest here)",
+    )
+    group = command.add_mutually_exclusive_group()
+    _flag(group, "--resume", "go on with the sweep in the folder")
+    _flag(group, "--overwrite", "delete the folder and start over")
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
@@ -117,10 +149,10 @@ def _add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--process-id", type=int, metavar="I", help="index of this process, from 0"
     )
-    group.add_argument(
+    _flag(
+        group,
         "--distributed",
-        action="store_true",
-        help="detect these three from SLURM, Kubernetes, Open MPI or the TPU pod",
+        "detect these three from SLURM, Kubernetes, Open MPI or the TPU pod",
     )
     group.add_argument(
         "--start-timeout",
@@ -147,15 +179,15 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
     )
-    command.add_argument(
+    _flag(
+        command,
         "--largest-batch",
-        action="store_true",
-        help="also find it, with a few more compilations",
+        "also find the largest batch that fits, with a few more compilations",
     )
-    command.add_argument(
+    _flag(
+        command,
         "--smallest-slice",
-        action="store_true",
-        help="also find it, among slices of the same chip",
+        "also find the smallest slice of the same chip that fits",
     )
 
 
@@ -170,16 +202,16 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         default="test",
         help="without --data, the split of the run's own data (default: test)",
     )
-    command.add_argument(
+    _flag(
+        command,
         "--base",
-        action="store_true",
-        help="evaluate the frozen base without adapter; for an encoder, with a linear "
+        "evaluate the frozen base without the adapter; an encoder's with a linear "
         "head fitted on the train split",
     )
 
 
 def _add_encode(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -188,7 +220,6 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
         "relative to the file) or {pixel_values}; the embedding is the mean over "
         "unmasked tokens, for images over all tokens, including the class token",
     )
-    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(
         "--max-length", type=_count, metavar="N", help="maximum tokens per text"
@@ -196,7 +227,7 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     asked = command.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt",
@@ -207,8 +238,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--messages",
         metavar="FILE",
-        help="JSONL: a line is {messages}, and {tools} if there are any, as for train; "
-        "the assistant's turns at the end of a line are left out and written anew",
+        help="JSONL with {messages} and optionally {tools}, as for train; the "
+        "assistant's turns at the end of a line are dropped and generated anew",
     )
     command.add_argument(
         "--max-new-tokens",
@@ -221,7 +252,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the most likely token (default)",
+        help="default: 0, for the most likely token",
     )
     command.add_argument("--top-p", type=float, default=1.0, metavar="P")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
@@ -231,20 +262,20 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="ends a text; it may be a special token, as <|im_end|>",
+        help="text that ends generation; may be a special token, e.g. <|im_end|>",
     )
-    command.add_argument(
+    _flag(
+        command,
         "--chat",
-        action="store_true",
-        help="format the prompt as a user message with the model's chat template",
+        "format the prompt as a user message with the model's chat template",
     )
     command.add_argument(
-        "--system", metavar="TEXT", help="a system's message before it, with --chat"
+        "--system", metavar="TEXT", help="system message before it, with --chat"
     )
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False)
+    _add_model(command, adapter_required=False, several=True)
     command.add_argument(
         "--data",
         metavar="FILE",
@@ -252,13 +283,51 @@ def _add_score(command: argparse.ArgumentParser) -> None:
         help="JSONL with text or input_ids; or training data (messages, or prompt and "
         "completion), scored on the tokens that training counts",
     )
-    command.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     command.add_argument("--batch-size", type=_count, default=8, metavar="N")
 
 
-def _add_merge(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=True)
-    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+def _add_combine(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "adapters", nargs="+", metavar="DIR", help="run or adapter folders"
+    )
+    command.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one each; default: 1"
+    )
+    command.add_argument(
+        "--method",
+        choices=("cat", "svd", "ties", "dare", "dare_ties"),
+        default="cat",
+        help="cat: the exact sum, at the sum of the ranks (default); all others need "
+        "--rank",
+    )
+    command.add_argument("--rank", type=_count, metavar="R", help="of the result")
+    command.add_argument(
+        "--density",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="fraction of each update that TIES and DARE keep (default: 0.5)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="the base; optional if the adapters say which it is",
+    )
+
+
+def _add_extract(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="DIR", required=True, help="the base")
+    command.add_argument(
+        "--tuned", metavar="DIR", required=True, help="the fully fine-tuned model"
+    )
+    command.add_argument("--rank", type=_count, required=True, metavar="R")
+    command.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="layers to extract; default: all linear layers",
+    )
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -266,34 +335,31 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
     )
-    command.add_argument(
+    _flag(
+        command,
         "--portable",
-        action="store_true",
-        help="use only features all loaders agree on: one rank, no patterns, scaling 1",
+        "use only features all loaders agree on: one rank, no patterns, scaling 1",
     )
-    command.add_argument(
-        "--skip-head", action="store_true", help="omit an encoder's trained head"
-    )
-    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    _flag(command, "--skip-head", "omit an encoder's trained head")
 
 
-def _add_model(command: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+def _add_model(
+    command: argparse.ArgumentParser, *, adapter_required: bool, several: bool = False
+) -> None:
     command.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face folder, GGUF file, package:NAME/PATH, or hub id; "
         "optional if --adapter is a run folder",
     )
+    named = "; repeat it as NAME=DIR and name one in each line's field 'adapter'"
     command.add_argument(
         "--adapter",
         metavar="DIR",
         required=adapter_required,
-        help="run or adapter folder",
+        action="append" if several else "store",
+        help="run or adapter folder" + named * several,
     )
-
-
-def _add_inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dir", help="adapter, run or model folder; or a GGUF file")
 
 
 def _count(text: str) -> int:

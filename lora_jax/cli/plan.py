@@ -38,14 +38,6 @@ TARGET = ("path", "kind", "kernel_shape", "rank", "alpha", "scaling", "trainable
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Compiles a training step; reports its cost, whether it fits, and what would.
 
-    Args:
-      args: ``config``, ``overrides`` and ``largest_batch``; ``topology`` and, only
-        with it, ``mesh``, ``batch``, ``tokens``, ``smallest_slice``.
-      out: where to print.
-
-    Returns:
-      The plan as JSON values.
-
     Raises:
       ValueError: if the topology does not exist, or mesh or batch are not divisible.
       UserError: if the step does not fit and no alternative was requested.
@@ -81,7 +73,7 @@ def _plan_local(
     price = _printed(steps.price, "this machine", out)
     plan = fitting_remat(price, rows, steps.remat)[-1]
     unit = settings.train.accumulate * job.devices.parts
-    _check_fits(plan, "this machine", lambda: steps.way_out(plan, price), args)
+    _check_fits(plan, "this machine", lambda: steps.suggestion(plan, price), args)
     full = steps.price(rows, plan.remat, trains_all=True)
     flops = steps.flops(plan, full)
     _print_plans(out, {"LoRA": plan, "full fine-tuning": full}, flops)
@@ -140,7 +132,7 @@ def _plan_slice(
 
         return first_fitting(price, found)
 
-    def way_out() -> str:
+    def suggestion() -> str:
         out.say("  searching for a larger slice that fits")
         own = chips_of(topology)
         found, tried = first_slice(lambda name, least: chips_of(name) > own)
@@ -159,7 +151,7 @@ def _plan_slice(
         flops = {**flops._asdict(), "saved": flops.saved}
         return {**plan._asdict(), "total": plan.total, "flops": flops}
 
-    _check_fits(plan, chip, way_out, args)
+    _check_fits(plan, chip, suggestion, args)
     result = {
         "topology": topology,
         "mesh": dict(sizes),
@@ -177,13 +169,7 @@ def _plan_slice(
 
 
 def read_mesh(text: str | None) -> dict[str, int]:
-    """Parses ``data=1,fsdp=16``; missing axes are 1, but ``fsdp`` the rest.
-
-    Args:
-      text: value of the option, or None.
-
-    Returns:
-      The size of each axis; one may be -1.
+    """Parses ``data=1,fsdp=16``; missing axes are 1, but ``fsdp`` -1, the rest.
 
     Raises:
       UserError: if it can't be parsed.
@@ -191,11 +177,8 @@ def read_mesh(text: str | None) -> dict[str, int]:
     sizes = {}
     for part in text.split(",") if text else ():
         name, _, number = part.partition("=")
-        if (
-            name not in AXES
-            or name in sizes
-            or not number.removeprefix("-").isdecimal()
-        ):
+        is_number = number.removeprefix("-").isdecimal()
+        if name not in AXES or name in sizes or not is_number:
             raise UserError(
                 f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "
                 f"{', '.join(AXES)} at most once; got {part!r} in {text!r}."
@@ -253,12 +236,12 @@ def _verdict(plan: StepPlan, device: str, settings: RunSettings) -> str:
 
 
 def _check_fits(
-    plan: StepPlan, device: str, way_out: Callable[[], str], args: argparse.Namespace
+    plan: StepPlan, device: str, suggestion: Callable[[], str], args: argparse.Namespace
 ) -> None:
     """Raises if a step does not fit and no alternative was requested."""
     if plan.fits or args.largest_batch or args.smallest_slice:
         return
-    raise too_large(plan, device, way_out())
+    raise too_large(plan, device, suggestion())
 
 
 def _largest(

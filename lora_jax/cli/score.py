@@ -1,8 +1,9 @@
-"""`lora-jax score`: log-probabilities of a file's tokens, a line in, a line out."""
+"""`lora-jax score`: log-probabilities of the tokens in a file."""
 
 import argparse
 from typing import Any
 
+from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load_decoder
@@ -12,19 +13,22 @@ from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Scores a file.
-
-    Args:
-      args: ``model``, ``adapter``, ``data``, ``out``, ``batch_size``.
-      out: where to print.
-
-    Returns:
-      How many lines and tokens, and the mean log-probability of a token.
-    """
+    """Scores a file; returns the counts and the mean log-probability."""
     target = new_file(args.out, args.data)
-    records = read_jsonl(args.data, fields={}, check=score_fault)
-    loaded = load_decoder(args.model, args.adapter, scan_layers=True)
-    scores = score(loaded, records, args.data, batch_size=args.batch_size, reporter=out)
+    adapters = parse_adapters(args.adapter)
+    check = with_adapter(score_fault, adapters)
+    records = read_jsonl(args.data, fields={}, check=check)
+    loaded, groups = load_lines(
+        args.model, adapters, records, load_decoder, scan_layers=True
+    )
+    scores = score(
+        loaded,
+        records,
+        args.data,
+        batch_size=args.batch_size,
+        groups=groups,
+        reporter=out,
+    )
     lines = [_line(row, records[row.line]) for row in scores]
     write_lines(target, lines)
     count = sum(int(row.counted.sum()) for row in scores)
@@ -44,10 +48,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _line(row: Scored, record: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is written of a line's tokens.
+    """Returns the output for a line's tokens.
 
-    Of a line as for train, which may give several, it says which line it is, from 1,
-    and which of the tokens count.
+    For training data, which may give several per line, it includes the line number and
+    which tokens count.
     """
     found = {
         "tokens": len(row.logprobs) + 1,

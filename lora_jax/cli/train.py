@@ -1,4 +1,4 @@
-"""`lora-jax train`: fine-tunes a model as a config says."""
+"""`lora-jax train`: fine-tunes a model as configured."""
 
 import argparse
 import os
@@ -14,17 +14,9 @@ from lora_jax.parallel.processes import is_first, shut_down, start
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Trains.
-
-    Args:
-      args: ``config``, ``overrides``, ``resume``, ``overwrite``, and those of `join`.
-      out: where to print.
-
-    Returns:
-      What summary.json holds.
-    """
+    """Trains a model; returns the contents of summary.json."""
     join(args, out)
-    out.resume = _again(args)
+    out.resume = _resume_command(args)
     try:
         done = fine_tune(
             args.config,
@@ -43,15 +35,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def join(args: argparse.Namespace, out: Console) -> None:
-    """Makes this process one of many where the command line says so; mutes all but one.
+    """Joins a multi-process job if requested; mutes all processes but the first.
 
     Args:
-      args: ``coordinator``, ``processes``, ``process_id``, or ``distributed`` for what
-        the cluster says; ``start_timeout`` in seconds.
-      out: of this process.
+      args: ``coordinator``, ``processes``, ``process_id``, or ``distributed`` to detect
+        them from the cluster; ``start_timeout`` in seconds.
+      out: the console of this process.
 
     Raises:
-      UserError: if the options don't go together.
+      UserError: if the options are incompatible.
       ValueError: if a number is out of range, or no cluster is found.
       OSError: if the coordinator can't be reached.
     """
@@ -63,19 +55,19 @@ def join(args: argparse.Namespace, out: Console) -> None:
     given = [name for name, value in own.items() if value is not None]
     if args.distributed and given:
         raise UserError(
-            f"--distributed asks the cluster for what {', '.join(given)} says; give "
-            "one or the other."
+            f"--distributed detects {', '.join(given)} from the cluster; use one or "
+            "the other."
         )
     if given and len(given) < len(own):
         missing = ", ".join(name for name in own if name not in given)
         raise UserError(
-            f"{', '.join(given)} must come with {missing}; --distributed asks SLURM, "
-            "Kubernetes, Open MPI or the TPU pod for all three."
+            f"{', '.join(given)} must come with {missing}; --distributed detects all "
+            "three from SLURM, Kubernetes, Open MPI or the TPU pod."
         )
     if given:
         out.say(
-            f"Process {args.process_id} of {args.processes} waits for the others at "
-            f"{args.coordinator}, for {args.start_timeout} s at most"
+            f"Process {args.process_id} of {args.processes} is waiting for the others "
+            f"at {args.coordinator}, for up to {args.start_timeout} s"
         )
     if given or args.distributed:
         start(*own.values(), timeout=args.start_timeout)
@@ -84,11 +76,11 @@ def join(args: argparse.Namespace, out: Console) -> None:
 
 
 def shortest(path: str | Path) -> str:
-    """Returns a path relative to the working directory where that is shorter."""
+    """Returns a path relative to the working directory if that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
 
 
-def _again(args: argparse.Namespace) -> str:
+def _resume_command(args: argparse.Namespace) -> str:
     words = ["lora-jax", "train", args.config, *args.overrides, "--resume"]
     words += ["--distributed"] * args.distributed
     if args.coordinator is not None:
@@ -112,15 +104,15 @@ def _print_result(out: Console, done: Run) -> None:
     out.heading("Result")
     out.table((metric, "validation", "test"), rows)
     adapter, model = summary["adapter_bytes"], summary["model_bytes"]
-    share = f"{size(adapter)} beside the model's {size(model)} ({adapter / model:.1%})"
+    share = f"{size(adapter)}, {adapter / model:.1%} of the model's {size(model)}"
     spent = dict(summary["seconds"])
     total = duration(spent.pop("total"))
     phases = ", ".join(f"{name} {duration(each)}" for name, each in spent.items())
-    undrawn = 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib'
+    undrawn = 'not drawn; matplotlib is in `pip install "lora_jax[experiments]"`'
     out.facts(
         [
             ("adapter", share),
-            ("time", f"{total} in all: {phases}"),
+            ("time", f"{total} in total: {phases}"),
             ("run folder", str(done.path)),
             ("curves", summary["files"]["curves"] or undrawn),
         ]

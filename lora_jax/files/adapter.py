@@ -1,8 +1,8 @@
-"""An adapter in a folder of its own: small, strict, and never a base weight.
+"""Adapter folders: the trained leaves, without any base weight.
 
-``adapter.safetensors`` holds the trained leaves under their paths
+``adapter.safetensors`` holds the leaves by path
 (``"lora/encoder/layer_0/attention/query/lora_a"``, ``"params/classifier/kernel"``);
-``adapter_config.json`` says with which `LoRAConfig` and on which base they were made.
+``adapter_config.json`` records the `LoRAConfig` and the base they were trained with.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.files.arrays import host_leaves
+from lora_jax.files.arrays import count_not_finite, host_leaves
 from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.json_file import parse_json, read_json
 from lora_jax.files.safetensors import open_tensors, write_tensors
@@ -30,17 +30,17 @@ CONFIG = "adapter_config.json"
 CHECKSUM = "config_sha256"
 MATRICES = (KERNEL, EMBEDDING, LORA_A, LORA_B)
 FORMAT = "lora_jax"
-VERSION = 2  # 1 has no checksum of the config
+VERSION = 2  # version 1 has no config checksum
 
 
 class Adapter(NamedTuple):
-    """An adapter as a folder holds it.
+    """A loaded adapter.
 
     Attributes:
       variables: ``{"lora": ..., "params": ...}``, nested dictionaries of jax arrays.
-      config: what it was made with.
-      fingerprint: of the base it was trained on.
-      extra: whatever JSON the saver added.
+      config: the config it was trained with.
+      fingerprint: the fingerprint of the base it was trained on.
+      extra: the JSON values passed to `save_adapter`.
     """
 
     variables: dict[str, PyTree]
@@ -59,29 +59,31 @@ def save_adapter(
 ) -> int:
     """Saves the trained collections and nothing else.
 
-    In a job of several processes all of them have to call this: the first one writes.
-    An older adapter in the folder stays until both files of the new one are written;
-    then they are renamed, one right after the other. Only a crash between these two
-    renames leaves files that don't belong together, which `load_adapter` refuses.
+    In a multi-process job every process must call this; the first one writes. An
+    existing adapter stays until both new files are written, which are then renamed one
+    right after the other. Only a crash between the two renames leaves files that don't
+    match, and `load_adapter` rejects those.
 
     Args:
-      directory: made if absent; an adapter there is replaced. All processes see it.
-      variables: holds ``lora`` and perhaps ``params``; other collections are left out.
-      config: what the adapter was made with.
-      fingerprint: of the frozen base.
-      extra: JSON values to keep beside (labels, the name of the base).
+      directory: created if absent; an adapter there is replaced. Must be visible to all
+        processes.
+      variables: contains ``lora`` and optionally ``params``; other collections are
+        ignored.
+      config: the adapter's config.
+      fingerprint: the fingerprint of the frozen base.
+      extra: additional JSON values to store (labels, the name of the base).
 
     Returns:
-      The size of ``adapter.safetensors`` in bytes: 4 for each float32 number trained,
-      and the header.
+      The size of ``adapter.safetensors`` in bytes: 4 per trained float32 number, plus
+      the header.
 
     Raises:
-      ValueError: if there is no leaf in ``lora``, or a leaf holds NaN or infinity;
-        names all of them.
-      OSError: if the folder can't be written; an older adapter there stays whole.
+      ValueError: if ``lora`` has no leaves, or if leaves contain NaN or infinity; lists
+        all of them.
+      OSError: if the folder can't be written; an existing adapter is left intact.
     """
     directory = Path(directory)
-    tensors = _flat({k: variables[k] for k in TRAINABLE if k in variables})
+    tensors = leaves_by_path({k: variables[k] for k in TRAINABLE if k in variables})
     if not any(path.startswith(f"{LORA}/") for path in tensors):
         raise ValueError(
             f"variables must have leaves in {LORA!r} to save; got {len(tensors)} leaves"
@@ -112,7 +114,7 @@ def _write(
     except OSError as error:
         raise OSError(
             f"an adapter can't be saved to {directory}: {error}. Choose a folder that "
-            "exists or can be made."
+            "exists or can be created."
         ) from error
     with new_folder(directory) as new:
         write_tensors(new / TENSORS, arrays, metadata={"format": FORMAT})
@@ -127,29 +129,29 @@ def load_adapter(
     expected: Mapping[str, PyTree] | None = None,
     fingerprint: str | None = None,
 ) -> Adapter:
-    """Loads an adapter whole, or not at all.
+    """Loads a complete adapter, or raises.
 
     Args:
-      directory: that `save_adapter` wrote.
+      directory: a folder written by `save_adapter`.
       expected: variables to check against, arrays or ``jax.ShapeDtypeStruct``; their
         ``lora`` and ``params`` must have the same paths, shapes and dtypes.
-      fingerprint: of the base that is going to carry it.
+      fingerprint: the fingerprint of the base it will be applied to.
 
     Returns:
       The adapter.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged or of another format; if the base is another
-        (names both fingerprints); if tensors are missing, unexpected, of the wrong
-        shape or dtype, or not finite (names all of them, at once).
+      ValueError: if a file is damaged or in another format; if the base differs (gives
+        both fingerprints); if tensors are missing, unexpected, of the wrong shape or
+        dtype, or not finite (lists all of them).
     """
     directory = Path(directory)
     meta = read_adapter_config(directory)
     if _sha256(directory / TENSORS) != meta["sha256"]:
         raise ValueError(
             f"{directory / TENSORS} must be the file that {CONFIG} was written with; "
-            "its SHA-256 differs. It is damaged, or was changed: copy the folder again."
+            "its SHA-256 differs. It was damaged or changed: copy the folder again."
         )
     if fingerprint is not None and fingerprint != meta["base"]:
         raise ValueError(
@@ -160,7 +162,8 @@ def load_adapter(
     arrays = {path: reader[path] for path in reader.shapes}
     faults = _misplaced(arrays)
     if expected is not None:
-        faults += _compare(arrays, _flat({k: expected.get(k, {}) for k in TRAINABLE}))
+        wanted = {k: expected.get(k, {}) for k in TRAINABLE}
+        faults += _compare(arrays, leaves_by_path(wanted))
     faults += _not_finite(arrays)
     if faults:
         raise ValueError(
@@ -179,7 +182,7 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads an adapter folder's ``adapter_config.json``, without its tensors.
 
     Args:
-      directory: that `save_adapter` wrote.
+      directory: a folder written by `save_adapter`.
 
     Returns:
       The JSON: ``format``, ``version``, ``lora`` (a `LoRAConfig`'s fields), ``base``
@@ -187,9 +190,9 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
       ``config_sha256`` (of all the others).
 
     Raises:
-      FileNotFoundError: if it or the tensors are missing; names them.
-      ValueError: if it isn't JSON, is of another format or version, lacks a key, has a
-        value of another type, or isn't what was written.
+      FileNotFoundError: listing the missing files.
+      ValueError: if it isn't JSON, has another format or version, lacks a key, has a
+        value of the wrong type, or doesn't match its checksum.
     """
     directory = Path(directory)
     missing = [name for name in (TENSORS, CONFIG) if not (directory / name).is_file()]
@@ -202,13 +205,13 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     meta = read_json(file)
     if meta.get("format") != FORMAT:
         raise ValueError(
-            f"{file} must have format {FORMAT!r}; got {meta.get('format')!r}. It is "
-            "another tool's."
+            f"{file} must have format {FORMAT!r}; got {meta.get('format')!r}. It was "
+            "written by another tool."
         )
     if meta.get("version") not in (1, VERSION):
         raise ValueError(
             f"{file} must have version 1 or {VERSION}; got {meta.get('version')!r}. "
-            "Install the lora_jax that wrote it."
+            "Install the lora_jax version that wrote it."
         )
     keys = ["lora", "base", "trainable", "sha256", "extra"]
     keys += [CHECKSUM] * (meta["version"] > 1)
@@ -224,18 +227,17 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         LoRAConfig.from_dict(meta["lora"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} can't be understood: {error}") from error
+        raise ValueError(f"{file}: invalid LoRA config: {error}") from error
     if meta["version"] > 1 and meta[CHECKSUM] != _digest(meta):
         raise ValueError(
-            f"{file} must be as it was written; its checksum differs. It is damaged or "
-            "was changed: copy the folder again, or write other values by "
-            "`save_adapter`."
+            f"{file} must be unchanged; its checksum differs. Copy the folder again, "
+            "or write other values with `save_adapter`."
         )
     return meta
 
 
 def _misplaced(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns which names and shapes can be no adapter's."""
+    """Describes the tensors whose name or shape can't be an adapter's."""
     faults = []
     for path, array in arrays.items():
         parts = path.split("/")
@@ -250,19 +252,15 @@ def _misplaced(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _digest(meta: Mapping[str, Any]) -> str:
-    """Returns the checksum of a config's values, however they are laid out."""
+    """Returns the checksum of a config's values, independent of formatting."""
     values = {key: value for key, value in meta.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _flat(trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    return leaves_by_path(dict(trees))
 
 
 def _compare(
     arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]
 ) -> list[str]:
-    """Returns what is missing, unexpected, or of another shape or dtype."""
+    """Describes missing and unexpected tensors, and wrong shapes and dtypes."""
     faults = [f"{path} is missing" for path in expected if path not in arrays]
     for path, array in arrays.items():
         if path not in expected:
@@ -277,21 +275,11 @@ def _compare(
 
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    bad = {
-        path: int(np.sum(~np.isfinite(_as_float32(array))))
-        for path, array in arrays.items()
-        if jnp.issubdtype(array.dtype, jnp.floating)
-    }
     return [
-        f"{path} has {count} of {arrays[path].size} values NaN or infinite"
-        for path, count in bad.items()
-        if count
+        f"{path} has {count} of {array.size} values NaN or infinite"
+        for path, array in arrays.items()
+        if (count := count_not_finite(array))
     ]
-
-
-def _as_float32(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what float32 can't hold counts as infinite
-        return array.astype(np.float32)
 
 
 def _sha256(file: Path) -> str:

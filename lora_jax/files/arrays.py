@@ -1,4 +1,4 @@
-"""Arrays between devices and the host: leaves of a tree, and buffers to fill."""
+"""Moving arrays between devices and the host."""
 
 import math
 import zlib
@@ -17,16 +17,13 @@ ALIGNMENT = 64  # bytes
 
 
 def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
-    """Returns the leaves as NumPy arrays by path; PRNG keys as their data.
+    """Returns a tree's leaves as NumPy arrays by path; PRNG keys as their data.
 
     Args:
-      tree: of arrays; of those spread over several processes each gets the whole,
-        so that all of them have to call this.
-      copy: False may return views of the arrays' own buffers, as it does on CPU: for
-        looking at, not for keeping past the step that the arrays are donated to.
-
-    Returns:
-      Arrays by ``/``-joined path.
+      tree: a tree of arrays. Those sharded over several processes are gathered, so all
+        processes must call this.
+      copy: if False, the arrays may be views of the device buffers (as on CPU), which
+        are invalid once the originals are donated.
     """
     convert = np.array if copy else np.asarray
 
@@ -41,32 +38,16 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
 
 
 def place(leaves: dict[str, np.ndarray], like: PyTree) -> PyTree:
-    """Puts leaves where, and as what, their counterparts in another tree are.
-
-    Args:
-      leaves: from `host_leaves`.
-      like: a tree of jax arrays with the same paths.
-
-    Returns:
-      A tree of new arrays with the structure, kinds of keys and shardings of ``like``.
-    """
+    """Inverts `host_leaves`, with structure, key types and shardings of ``like``."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place_one(leaves[key_path(path)], leaf), like
     )
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns an array to be filled that `jax.device_put` takes as it is on CPU.
+    """Returns an uninitialised array that `jax.device_put` doesn't copy on CPU.
 
-    XLA wants its buffers at multiples of `ALIGNMENT`, which NumPy's are not: it would
-    copy them.
-
-    Args:
-      shape: of the array.
-      dtype: of the array.
-
-    Returns:
-      The array, not initialised.
+    XLA requires buffers aligned to `ALIGNMENT`, which NumPy's are not.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -74,16 +55,17 @@ def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def facts_of(leaf: np.ndarray) -> list[Any]:
-    """Returns shape, dtype and CRC-32 of a leaf, as JSON values.
-
-    Args:
-      leaf: any array.
-
-    Returns:
-      ``[[3, 2], "float32", 1234]``.
-    """
+def leaf_summary(leaf: np.ndarray) -> list[Any]:
+    """Returns a leaf's shape, dtype and CRC-32: ``[[3, 2], "float32", 1234]``."""
     return [list(leaf.shape), str(leaf.dtype), zlib.crc32(leaf.tobytes())]
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """Counts NaN and infinite values; values too large for float32 are infinite."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return 0
+    with np.errstate(over="ignore"):
+        return int(np.sum(~np.isfinite(array.astype(np.float32))))
 
 
 def _place_one(value: np.ndarray, like: jax.Array) -> jax.Array:

@@ -1,14 +1,15 @@
-"""Chat templates: messages to one text, and which of its characters the model says.
+"""Chat templates: rendering messages to text, and finding the assistant's turns in it.
 
-Templates come with models, so they are strangers' programs: they run in jinja2's
-immutable sandbox, with the names and filters that transformers gives them, in a process
-of their own with limits of time and memory (`lora_jax.files.chat_worker`). There is no
-clock: ``strftime_now`` always tells midnight of 26 July 2024, the date that Llama 3's
-templates write where nobody gives one, so the same data is the same text on any day.
+Templates come with models, so they are untrusted programs: they run in jinja2's
+immutable sandbox, with the globals and filters that transformers provides, in a
+separate process with time and memory limits (`lora_jax.files.chat_worker`).
+``strftime_now`` always returns 26 July 2024, the default date of Llama 3's templates,
+so that the same data is rendered to the same text on any day.
 """
 
 import contextlib
 import json
+import os
 import re
 import selectors
 import subprocess
@@ -34,10 +35,10 @@ from lora_jax.files.messages import (
 )
 from lora_jax.files.optional import load_optional
 
-PROBE = "\ufdd2"  # a character that no message has any use for
-SECONDS = 2.0  # of processor time, that one text may take
-MORE_SECONDS = 0.01  # for each beginning of it that is written too
-PATIENCE = 15.0  # seconds by the clock; a busy machine runs a process now and then
+PROBE = "\ufdd2"  # a noncharacter, so not in any message
+SECONDS = 2.0  # CPU time per text
+MORE_SECONDS = 0.01  # for each prefix rendered along with it
+PATIENCE = 15.0  # wall-clock seconds, longer because the machine may be busy
 MEMORY = 256 << 20  # bytes
 
 
@@ -45,10 +46,10 @@ class Rendered(NamedTuple):
     """A conversation as one text.
 
     Attributes:
-      text: what the template wrote.
-      turns: of each turn found in it, ``(start, end)`` of what the assistant says, in
-        characters; a template's own marks may be several.
-      marked: whether the template itself says where the turns are.
+      text: the template's output.
+      turns: for each turn found, the ``(start, end)`` character spans of the
+        assistant's words; several only if the template marks them itself.
+      marked: whether the template marks the turns itself.
     """
 
     text: str
@@ -57,17 +58,17 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template, in a process of its own.
+    """A chat template, run in a separate process.
 
     Args:
       source: Jinja source.
-      tokens: texts of special tokens by the names templates use, such as
+      tokens: texts of special tokens by template variable, such as
         ``{"bos_token": "<s>"}``.
-      name: what to call it in an error.
+      name: its name in error messages.
 
     Raises:
       ImportError: if jinja2 is not installed.
-      ValueError: if the source is no template, or takes too much to read.
+      ValueError: if the source is not a template, or exceeds the limits when compiled.
 
     Example:
       >>> source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
@@ -92,16 +93,16 @@ class ChatTemplate:
             "source": source,
             "tokens": dict(tokens),
             "memory": MEMORY,
-            "letters": MAX_TEXT,  # in bytes, where it is encoded
+            "max_chars": MAX_TEXT,  # in bytes, where it is encoded
             "seconds": SECONDS,
         }
-        self._fault = ""  # a limit that was passed is not tried again
+        self._fault = ""  # a template that exceeded a limit is not run again
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
         answer = self._ask(None)
         if "error" in answer:
             raise ValueError(
-                f"{name} must be Jinja; it can't be read: {answer['error']}."
+                f"{name} must be Jinja; it can't be parsed: {answer['error']}."
             )
         self._words = frozenset(answer["words"])
 
@@ -112,18 +113,18 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Any] | None = None,
     ) -> str:
-        """Writes a conversation as one text.
+        """Renders a conversation.
 
         Args:
           messages: each with a ``role`` and a ``content``.
-          add_generation_prompt: whether the text ends where an answer begins.
-          tools: that the model may call, as JSON schemas.
+          add_generation_prompt: whether to end with the start of an answer.
+          tools: JSON schemas of the tools that the model may call.
 
         Returns:
           The text.
 
         Raises:
-          ValueError: if the messages are malformed, the template refuses them, or it
+          ValueError: if the messages are malformed, the template rejects them, or it
             takes over 2 seconds or 256 MiB.
         """
         self._check(messages, tools)
@@ -133,29 +134,30 @@ class ChatTemplate:
     def mark_assistant(
         self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
     ) -> list[Rendered]:
-        """Writes a conversation and finds what the assistant says in it.
+        """Renders a conversation and finds the assistant's turns in it.
 
-        A turn is sought in the text in which the model would write it: that of the
-        messages up to it. The text of the whole conversation serves where it begins
-        with that one. Where it doesn't (Qwen3's template drops the thoughts of earlier
-        turns), the turn gets a text of its own, which ends with it.
+        Each turn is taken from a text that the model could generate it in: the rendered
+        messages up to it. If the whole conversation's text starts with that text, it is
+        used; if not (Qwen3's template drops the reasoning of earlier turns), the turn
+        gets its own text, which ends with it.
 
-        A template may mark the turns itself, with ``{% generation %}``. In the text of
-        any other, a turn lies between the end of the text up to it (with the prompt to
-        generate) and the end of the text after it. A beginning that the template won't
-        write, of no messages say, ends where the text begins to depend on the turn.
+        A template may mark the turns itself, with ``{% generation %}``. Otherwise a
+        turn lies between the end of the text before it (with the generation prompt) and
+        the end of the text up to it. If the template rejects the messages before it
+        (an empty list, say), it begins where the text starts to depend on the turn.
 
         Args:
-          messages: each with a ``role`` and a ``content``; one at least the
-            assistant's. Those with a ``weight`` of 0 don't count.
-          tools: that the model may call, as JSON schemas.
+          messages: each with a ``role`` and a ``content``, at least one by the
+            assistant. Turns with a ``weight`` of 0 are ignored.
+          tools: JSON schemas of the tools that the model may call.
 
         Returns:
-          The texts, in which every turn that counts is found once.
+          The texts; together they contain each counted turn once.
 
         Raises:
-          ValueError: if there is no such turn, the template refuses the messages or
-            takes too much, or it writes a turn's beginning otherwise once it ends.
+          ValueError: if there is no such turn, the template rejects the messages or
+            exceeds its limits, or it renders the text before a turn differently once
+            the turn follows.
         """
         self._check(messages, tools)
         turns, stop = counted_turns(messages), len(messages)
@@ -167,11 +169,11 @@ class ChatTemplate:
                 texts.append(rendered)
             elif stop == turns[-1] + 1:
                 raise ValueError(
-                    f"{self.name} must write a conversation's beginning the same "
-                    f"whatever follows; it does not before message {turns[-1]}, so "
-                    "where the assistant's turn lies can't be told. Put {% generation "
-                    "%} and {% endgeneration %} around it in the template, or give "
-                    "prompt and completion."
+                    f"{self.name} must render the beginning of a conversation the same "
+                    f"whatever follows; it does not before message {turns[-1]}, so the "
+                    "assistant's turn can't be located. Put {% generation %} and "
+                    "{% endgeneration %} around it in the template, or use prompt and "
+                    "completion."
                 )
             turns = [turn for turn in turns if turn not in found]
             stop = turns[-1] + 1 if turns else 0
@@ -187,7 +189,7 @@ class ChatTemplate:
         turns: Sequence[int],
         tools: Sequence[Any] | None,
     ) -> tuple[Rendered, set[int]]:
-        """Writes messages as one text; returns it and which of the turns are in it."""
+        """Renders messages; returns the text and the turns found in it."""
         beginnings = [end for i in turns for end in ((i, True), (i + 1, False))]
         answer = self._render(messages, tools, False, beginnings)
         text, ends, found = answer["text"], answer["ends"], {}
@@ -195,7 +197,7 @@ class ChatTemplate:
             if start == REFUSED or (start is None and i == 0):
                 other = [*messages]
                 other[i] = {**messages[i], "content": PROBE}
-                start = _same(text, self._render(other, tools, False)["text"])
+                start = _common(text, self._render(other, tools, False)["text"])
             if end is not None and start is not None and start <= end:
                 found[i] = [(start, end)]
         return Rendered(text, [*found.values()], marked=False), {*found}
@@ -206,7 +208,7 @@ class ChatTemplate:
         turns: Sequence[int],
         tools: Sequence[Any] | None,
     ) -> tuple[Rendered, set[int]]:
-        """As `_find`, by the template's own marks."""
+        """Like `_find`, using the template's own marks."""
         whole = self._render(messages, tools, False)["text"]
         text, marks = _read_marks(whole)
         found = {}
@@ -217,7 +219,7 @@ class ChatTemplate:
             if any(m["role"] == ASSISTANT for m in messages[:i]):
                 before = self._render(messages[:i], tools, False)["text"]
                 first = len(_read_marks(before)[1])
-            if not own[first:] or own[-1][0] < _same(whole, after):
+            if not own[first:] or own[-1][0] < _common(whole, after):
                 found[i] = [span for _, span in marks[first : len(own)]]
         return Rendered(text, [*found.values()], marked=True), {*found}
 
@@ -228,7 +230,7 @@ class ChatTemplate:
         prompt: bool,
         beginnings: Sequence[tuple[int, bool]] = (),
     ) -> dict[str, Any]:
-        """Returns the text, and the ends of its beginnings (None: it isn't one)."""
+        """Returns the text, and the ends of prefixes in it (None if it isn't one)."""
         request = {
             "messages": [
                 {key: value for key, value in message.items() if key != WEIGHT}
@@ -242,14 +244,14 @@ class ChatTemplate:
         answer = self._ask(request)
         if "error" in answer:
             raise ValueError(
-                f"{self.name} can't write these {len(messages)} messages: "
+                f"{self.name} can't render these {len(messages)} messages: "
                 f"{answer['error']}"
             )
         check_calls(messages, answer["text"])
         return answer
 
     def _ask(self, request: dict[str, Any] | None) -> dict[str, Any]:
-        """Has the worker read the template and answer, once it is there."""
+        """Sends a request to the worker, after starting it with the template."""
         with self._lock:
             if self._fault:
                 raise ValueError(self._fault)
@@ -263,37 +265,42 @@ class ChatTemplate:
             except _LimitError as limit:
                 self._worker = None
                 self._fault = (
-                    f"{self.name} must write a text within {SECONDS:g} s and "
-                    f"{MEMORY >> 20} MiB; it {limit}. It is faulty or hostile: take "
-                    "the one of the model's first publisher."
+                    f"{self.name} must render a text within {SECONDS:g} s and "
+                    f"{MEMORY >> 20} MiB; it {limit}. It is faulty or malicious: use "
+                    "the original publisher's."
                 )
                 raise ValueError(self._fault) from None
-            except BaseException:  # an answer may be under way still
+            except BaseException:  # the answer may still arrive later
                 self._worker = None
                 raise
 
 
 class _LimitError(Exception):
-    """What a template asked too much of."""
+    """A template exceeded a limit."""
 
 
 class _Worker:
-    """A process that fills in one template; it ends with this object."""
+    """A process that renders one template; it ends with this object."""
 
     def __init__(self):
-        # Isolated, without site-packages' hooks: it is told where jinja2 is.
+        # Isolated and without site hooks; the first request contains the path.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-X", "utf8", str(Path(chat_worker.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the command alone
+            start_new_session=True,  # Ctrl-C goes to the command only
         )
         self.end = weakref.finalize(self, _end, self._process)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Sends a request; an answer that doesn't come is a `_LimitError`."""
+        """Sends a request and returns the answer.
+
+        Raises:
+          _LimitError: if a limit was exceeded or no answer comes.
+          ValueError: if the request is not JSON.
+        """
         try:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
@@ -303,7 +310,7 @@ class _Worker:
         except (OSError, EOFError):
             self.end()
             code = self._process.returncode
-            if code == -chat_worker.TIME_IS_OVER:
+            if code == -chat_worker.TIMEOUT_SIGNAL:
                 raise _LimitError("takes longer") from None
             raise _LimitError(f"ended its process (status {code})") from None
         if "limit" in answer:
@@ -337,14 +344,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _same(one: str, other: str) -> int:
-    """Returns how many characters two texts have in common from their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _common(one: str, other: str) -> int:
+    """Returns the length of the longest common prefix."""
+    return len(os.path.commonprefix([one, other]))  # noqa: RUF071 - no paths
 
 
 def _read_marks(marked: str) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
-    """Takes the marks out of a text: returns it, and the places and spans of them."""
+    """Removes the marks from a text; returns it, and their positions and spans."""
     text, marks, start, place = "", [], 0, 0
     for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
         if piece == OPEN:

@@ -1,4 +1,4 @@
-"""Which tokens of a rendered conversation the assistant says."""
+"""Which tokens of a rendered conversation are the assistant's."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -11,8 +11,8 @@ class ChatTokens(NamedTuple):
 
     Attributes:
       ids: the tokens of the rendered template.
-      mask: 1 for each token that the assistant says, 0 for the others.
-      ends: the last token of each of its turns, white space aside.
+      mask: 1 for each of the assistant's tokens, 0 for the others.
+      ends: the last token of each of its turns, ignoring white space.
     """
 
     ids: list[int]
@@ -28,15 +28,15 @@ def mark_tokens(
 ) -> ChatTokens:
     """Marks the tokens of the assistant's turns.
 
-    A token that reaches into a turn belongs to it. If only white space follows a turn's
-    last stop token, the turn ends there: the model stops too. A template's own marks
-    are taken as they are.
+    A token that overlaps a turn belongs to it. If only white space follows a turn's
+    last stop token, the turn ends there, as generation does. A template's own marks are
+    used as they are.
 
     Args:
       rendered: the conversation.
       ids: its tokens.
-      spans: of each token, ``(start, end)`` in the text.
-      stop_ids: of the tokens that end a generation.
+      spans: the ``(start, end)`` of each token in the text.
+      stop_ids: the tokens that end a generation.
 
     Returns:
       Ids, mask and ends.
@@ -54,20 +54,17 @@ def mark_tokens(
             for i, (a, b) in enumerate(spans)
             if any(a < end and b > start for start, end in turn)
         ]
-        # Up to the last stop token with white space alone after it, or else to the end.
-        stop = next(
-            (
-                n
-                for n, i in reversed([*enumerate(inside)])
-                if ids[i] in stop_ids and not text[spans[i][1] : turn[-1][1]].strip()
-            ),
-            None,
-        )
-        if stop is None:
-            said = [i for i in inside if text[slice(*spans[i])].strip()]
-        else:
-            said = inside[: stop + 1]
+        # Up to the last stop token followed by white space only, else to the end.
+        stops = [
+            n
+            for n, i in enumerate(inside)
+            if ids[i] in stop_ids and not text[spans[i][1] : turn[-1][1]].strip()
+        ]
+        if stops:
+            said = inside[: stops[-1] + 1]
             inside = inside if rendered.marked else said
+        else:
+            said = [i for i in inside if text[slice(*spans[i])].strip()]
         for i in inside:
             mask[i] = 1
         ends += [ids[i] for i in said[-1:]]

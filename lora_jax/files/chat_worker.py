@@ -1,14 +1,15 @@
-"""Fills in one chat template, in a process of its own with little time and memory.
+"""Renders one chat template in a separate process with little time and memory.
 
-A template comes with a model, so it is a stranger's program. jinja2's sandbox keeps it
-from the machine, but not from looping for ever or doubling a text until memory is full:
-only the operating system can. So `lora_jax.files.chat` runs this file as a script that
-imports jinja2 and nothing else; where a limit is passed, this process ends.
+A template comes with a model, so it is an untrusted program. jinja2's sandbox isolates
+it from the machine but doesn't stop infinite loops or exponential memory use; only the
+operating system can. So `lora_jax.files.chat` runs this file as a script that imports
+only jinja2, and the process ends when a limit is exceeded.
 
-Requests and answers are JSON, one a line. The first request is ``{"path", "source",
-"tokens", "seconds", "memory", "letters"}``; each later one ``{"messages", "tools",
-"ends", "seconds"}``. An answer holds ``error`` (the template's fault), ``limit`` (what
-it asks too much of), ``words`` (of the template's source) or ``text`` and ``ends``.
+Requests and answers are JSON lines. The first request is ``{"path", "source",
+"tokens", "seconds", "memory", "max_chars"}``; later ones are ``{"messages", "tools",
+"prompt", "ends", "seconds"}``. An answer contains ``error`` (in the template),
+``limit`` (the one exceeded), ``words`` (of the template's source), or ``text`` and
+``ends``.
 """
 
 import datetime
@@ -18,15 +19,14 @@ import signal
 import sys
 from typing import Any, ClassVar
 
-# Characters that Unicode keeps free of meaning, as marks inside a rendered text.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-REFUSED = -1  # the end of a beginning that the template won't write
-TIME_IS_OVER = signal.SIGPROF  # ends the process, whatever it does
-NOW = datetime.datetime(2024, 7, 26)  # for all templates, on every day
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, as marks in a rendered text
+REFUSED = -1  # the end of a prefix that the template rejects
+TIMEOUT_SIGNAL = signal.SIGPROF  # ends the process
+NOW = datetime.datetime(2024, 7, 26)  # in all templates, on any day
 
 
 def make_environment() -> Any:
-    """Returns what a template may see and call: as in transformers, on one day."""
+    """Returns the environment that transformers provides, with a fixed date."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
@@ -45,7 +45,7 @@ def make_environment() -> Any:
             return f"{OPEN}{caller()}{CLOSE}"
 
     class Namespace(jinja2.utils.Namespace):
-        def __init__(*args: Any, **values: Any):  # so that a value may be named self
+        def __init__(*args: Any, **values: Any):  # a value may be named self
             attributes = dict(*args[1:], **values)
             for name in attributes:
                 check_name(name)
@@ -72,7 +72,7 @@ def make_environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        """JSON as text; jinja2's own filter would escape it for HTML."""
+        """Dumps JSON without HTML escapes, which jinja2's own filter would add."""
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -95,9 +95,10 @@ def make_environment() -> Any:
 
 
 def _render(template: Any, first: dict[str, Any], request: dict[str, Any]) -> Any:
-    """Returns the text of all messages, and how far it is that of each beginning.
+    """Returns the text, and the end of each requested prefix in it.
 
-    That is None where it isn't, and `REFUSED` where the beginning can't be written.
+    An end is None if the text doesn't start with that prefix, and `REFUSED` if the
+    template rejects it.
     """
 
     def write(stop: int | None, prompt: bool) -> str:
@@ -108,9 +109,11 @@ def _render(template: Any, first: dict[str, Any], request: dict[str, Any]) -> An
             add_generation_prompt=prompt,
             **first["tokens"],
         )
-        if len(text) > first["letters"]:
-            most = f"at most {first['letters']:,}"
-            raise ValueError(f"the text must have {most} letters; it has {len(text):,}")
+        if len(text) > first["max_chars"]:
+            raise ValueError(
+                f"the text must have at most {first['max_chars']:,} characters; it has "
+                f"{len(text):,}"
+            )
         return text
 
     text, ends = write(None, request["prompt"]), []
@@ -119,7 +122,7 @@ def _render(template: Any, first: dict[str, Any], request: dict[str, Any]) -> An
             part = write(stop, prompt)
         except MemoryError:
             raise
-        except Exception:  # whatever a stranger's program may raise
+        except Exception:  # an untrusted program may raise anything
             ends.append(REFUSED)
         else:
             ends.append(len(part) if text.startswith(part) else None)
@@ -127,7 +130,7 @@ def _render(template: Any, first: dict[str, Any], request: dict[str, Any]) -> An
 
 
 def _words(environment: Any, source: str) -> list[str]:
-    """Returns the names and strings of a template, without the text it writes."""
+    """Returns the names and strings in a template, without its literal text."""
     tokens = [(kind, value) for _, kind, value in environment.lex(source)]
     names = {value for kind, value in tokens if kind == "name"}
     return sorted(names | {value[1:-1] for kind, value in tokens if kind == "string"})
@@ -146,7 +149,7 @@ def main() -> None:
         resource.setrlimit(what, (size, size))
     template, request = None, first
     while request:
-        # The time is the process's own, so that a busy machine changes nothing.
+        # CPU time, so that a busy machine makes no difference.
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
             if template is None:
@@ -156,7 +159,7 @@ def main() -> None:
                 answer = _render(template, first, request)
         except MemoryError:
             answer = {"limit": "memory"}
-        except Exception as error:  # whatever a stranger's program may raise
+        except Exception as error:  # an untrusted program may raise anything
             answer = {"error": (str(error) or type(error).__name__)[:500]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,27 +1,28 @@
-"""Checkpoints of a training run: what it takes to go on as if never interrupted.
+"""Checkpoints of a training run, which resumes from them bit for bit.
 
-One Orbax checkpoint holds the trainable leaves, the optimizer's state, the step (which
-is the position in the data), the PRNG key and the count of skipped steps, with the
-run's config and the base's fingerprint beside them. It never holds a base array.
+An Orbax checkpoint holds the trainable leaves, the optimizer state, the step (which is
+also the position in the data), the PRNG key, the count of skipped steps, the run's
+config and the base's fingerprint. It never holds a base array.
 
 Leaves are copied to the host before `Checkpoints.save` returns, because the next step
-donates their buffers; writing happens behind the training. Each leaf's CRC-32 is kept,
-so that a damaged checkpoint is noticed, and the one before it is taken.
+donates their buffers; they are written in the background. Each leaf's CRC-32 is stored,
+so that a damaged checkpoint is detected and the previous one is used.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from lora_jax.files.arrays import facts_of, host_leaves, place
+from lora_jax.files.arrays import host_leaves, leaf_summary, place
 from lora_jax.parallel.processes import is_first, is_lost_peer, wait_for_all
 from lora_jax.train.state import TrainState
 from lora_jax.tree.paths import flatten
@@ -36,23 +37,24 @@ DAMAGED = "damaged"
 class Checkpoints:
     """The checkpoints of one run, in one directory: the last few and the best.
 
-    A context manager: leaving it waits for the save under way, if no process is lost.
+    A context manager: leaving it waits for the pending save, unless a process is lost.
 
     Args:
-      directory: made if absent.
-      config: the run's config as JSON values: all that must agree when it is resumed.
+      directory: created if absent.
+      config: the run's config as JSON values, which must be the same when resuming.
       fingerprint: of the frozen base, from `lora_jax.tree.fingerprint.fingerprint`.
       data: what the order of the data depends on, from `Batches.identity`.
-      free: settings that may differ, as ``section.key``, even if ``config`` of a
-        checkpoint holds them.
-      keep: how many of the last checkpoints to keep.
-      best_metric: name of the metric by which the best one is kept besides; None keeps
-        the last ones only.
+      free: settings that may differ, as ``section.key``, even if a checkpoint's
+        ``config`` contains them.
+      keep: the number of latest checkpoints to keep.
+      best_metric: name of the metric by which the best checkpoint is also kept; None
+        keeps only the latest ones.
       best_mode: ``"min"`` or ``"max"``.
 
     Raises:
       OSError: if the directory can't be written.
-      ValueError: if ``keep`` is below 1 or ``best_mode`` is neither of the two.
+      ValueError: if ``keep`` is below 1 or ``best_mode`` is invalid, or a step's
+        bookkeeping is damaged.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Checkpoints:
                 "Checkpoints must have keep >= 1 and best_mode 'min' or 'max'; got "
                 f"keep = {keep}, best_mode = {best_mode!r}."
             )
-        import orbax.checkpoint as ocp  # heavy, and needed by nobody who only computes
+        import orbax.checkpoint as ocp  # slow to import
 
         self.directory = Path(directory).absolute()
         self._identity = {
@@ -98,7 +100,14 @@ class Checkpoints:
         except OSError as error:
             raise OSError(
                 f"checkpoints can't be written to {self.directory}: {error}. Choose a "
-                "directory that exists or can be made, on a disk with free space."
+                "directory that exists or can be created, on a disk with free space."
+            ) from error
+        except Exception as error:  # Orbax reads every step's _CHECKPOINT_METADATA
+            steps = sorted(p.name for p in self.directory.iterdir() if p.name.isdigit())
+            raise ValueError(
+                f"checkpoints in {self.directory} can't be opened: the file "
+                f"_CHECKPOINT_METADATA of one of the steps {steps} is damaged: "
+                f"{str(error)[:200]}. Move that step's folder away."
             ) from error
         for step in self.all_steps():
             with contextlib.suppress(_DamagedError):
@@ -109,14 +118,14 @@ class Checkpoints:
     ) -> None:
         """Saves a state; returns once it is copied to the host.
 
-        Saving the same step twice does nothing the second time.
+        Saving a step a second time has no effect.
 
         Args:
-          state: after a step; its frozen part is not looked at.
-          metrics: of a validation just done; must hold ``best_metric`` if given.
+          state: the state after a step; its frozen part is ignored.
+          metrics: validation metrics of this step, including ``best_metric`` if set.
 
         Raises:
-          OSError: if this checkpoint, or the one before it, can't be written.
+          OSError: if this checkpoint, or the previous one, can't be written.
           ValueError: if ``best_metric`` is missing, or later steps were saved here.
         """
         step = int(state.step)
@@ -133,11 +142,11 @@ class Checkpoints:
             metrics = {name: float(value) for name, value in metrics.items()}
             if self._best_metric is not None and self._best_metric not in metrics:
                 raise ValueError(
-                    f"metrics must hold {self._best_metric!r}, by which the best is "
-                    f"kept; got {sorted(metrics)}."
+                    f"metrics must contain {self._best_metric!r}, which selects the "
+                    f"best checkpoint; got {sorted(metrics)}."
                 )
         leaves = host_leaves(state.changing)
-        facts = {path: facts_of(leaf) for path, leaf in leaves.items()}
+        facts = {path: leaf_summary(leaf) for path, leaf in leaves.items()}
         meta = {
             "format": FORMAT,
             "version": VERSION,
@@ -159,27 +168,28 @@ class Checkpoints:
             )
 
     def restore(self, state: TrainState, *, step: int | None = None) -> TrainState:
-        """Restores the latest checkpoint that is whole, or that of one step.
+        """Restores the latest intact checkpoint, or that of one step.
 
         Args:
-          state: as `TrainState.create` made it for this run: gives shapes, types,
-            devices and the frozen part.
-          step: which to restore; None takes the latest, and if that is damaged says so
-            in the log and takes the one before.
+          state: a new state from `TrainState.create` for this run: provides shapes,
+            types, devices and the frozen part.
+          step: the step to restore; None for the latest, or if that is damaged (which
+            is logged) the one before it.
 
         Returns:
           The state as it was saved, bit for bit.
 
         Raises:
-          FileNotFoundError: if there is none, or not that step.
-          ValueError: if config, base, data or shapes differ from this run's (names
-            both sides of each difference), or none is whole.
+          FileNotFoundError: if there is no checkpoint, or none of that step.
+          ValueError: if config, base, data or shapes differ from this run's (gives
+            both values of each difference), or no checkpoint is intact.
         """
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise FileNotFoundError(
-                f"{self.directory} must hold {wanted}; it holds those of steps {steps}."
+                f"{self.directory} must contain {wanted}; it has those of steps "
+                f"{steps}."
             )
         faults = []
         for candidate in reversed(steps) if step is None else [step]:
@@ -189,15 +199,15 @@ class Checkpoints:
                 faults.append(f"step {candidate}: {damage}")
                 self._damaged.append(candidate)
                 logger.warning(
-                    "The checkpoint of step %d in %s is damaged (%s); taking the one "
+                    "The checkpoint of step %d in %s is damaged (%s); using the one "
                     "before it.",
                     candidate,
                     self.directory,
                     damage,
                 )
         raise ValueError(
-            f"no checkpoint in {self.directory} is whole: {'; '.join(faults)}. Start "
-            "the run again, in a new directory."
+            f"no checkpoint in {self.directory} is intact: {'; '.join(faults)}. Start "
+            "a new run in a new directory."
         )
 
     def all_steps(self) -> list[int]:
@@ -209,20 +219,20 @@ class Checkpoints:
         return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Returns the step that is best by ``best_metric``, or None."""
+        """Returns the step with the best ``best_metric``, or None."""
         return _best(self._scores, self.all_steps())
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until pending saves are on disk.
 
         Raises:
-          OSError: if it can't be written.
+          OSError: if a checkpoint can't be written.
         """
         with _writing("a checkpoint", self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends Orbax's threads.
+        """Waits for pending saves and ends Orbax's threads.
 
         Raises:
           OSError: if a checkpoint can't be written.
@@ -240,16 +250,16 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         if is_lost_peer(error):
-            self._manager.reload()  # the save under way would wait for the lost one
+            self._manager.reload()  # the pending save would wait for the lost process
             return
         try:
             self.close()
         except OSError:
-            if error is None:  # else the first error is the one to tell
+            if error is None:  # otherwise the first error is the one to report
                 raise
 
     def _note(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Remembers a step's metric, lower is better; a NaN is never the best."""
+        """Records a step's metric, negated if higher is better; NaN is ignored."""
         score = meta.get("metrics", {}).get(self._best_metric, math.nan)
         if math.isfinite(score):
             self._scores[step] = score if self._best_mode == "min" else -score
@@ -260,13 +270,12 @@ class Checkpoints:
         self._check(step, meta, here)
         saved = self._restore(step, state=args.StandardRestore(here))
         for path, leaf in saved.items():
-            if list(facts_of(leaf)) != list(meta["leaves"].get(path, ())):
+            if list(leaf_summary(leaf)) != list(meta["leaves"].get(path, ())):
                 raise _DamagedError(f"{path} is not what was saved")
-        own = place(saved, state.changing)
-        return TrainState(frozen=state.frozen, **own)
+        return TrainState(frozen=state.frozen, **place(saved, state.changing))
 
     def _meta(self, step: int) -> dict[str, Any]:
-        """Reads what was saved beside a state, as far as it is used here."""
+        """Reads and checks a checkpoint's metadata."""
         meta = self._restore(step, meta=self._args.JsonRestore())
         if not _is_meta(meta):
             raise _DamagedError("its metadata is not that of a checkpoint")
@@ -283,36 +292,32 @@ class Checkpoints:
     def _check(
         self, step: int, meta: Mapping[str, Any], here: Mapping[str, np.ndarray]
     ) -> None:
-        """Raises if the checkpoint is another run's."""
-        faults = []
-        for part, mine in self._identity.items():
-            a, b = (
+        """Raises if the checkpoint is from a different run."""
+        pairs = [
+            [
                 flatten({part: value} if value else {part: {"": value}})
                 for value in (mine, meta.get(part))
-            )
-            faults += [
-                f"{path} is {a.get(path, 'absent')!r} here, {b.get(path, 'absent')!r} "
-                "in the checkpoint"
-                for path in sorted((a.keys() | b.keys()) - self._free)
-                if a.get(path) != b.get(path)
             ]
-        shapes = {path: facts_of(leaf)[:2] for path, leaf in here.items()}
-        saved = {path: facts[:2] for path, facts in meta["leaves"].items()}
-        faults += [
-            f"{path} is {shapes.get(path, 'absent')} here, "
-            f"{saved.get(path, 'absent')} in the checkpoint"
-            for path in sorted(shapes.keys() | saved.keys())
-            if shapes.get(path) != saved.get(path)
+            for part, mine in self._identity.items()
+        ]
+        shapes = {path: leaf_summary(leaf)[:2] for path, leaf in here.items()}
+        pairs.append([shapes, {p: facts[:2] for p, facts in meta["leaves"].items()}])
+        faults = [
+            f"{path} is {own.get(path, 'absent')!r} here, "
+            f"{saved.get(path, 'absent')!r} in the checkpoint"
+            for own, saved in pairs
+            for path in sorted((own.keys() | saved.keys()) - self._free)
+            if own.get(path) != saved.get(path)
         ]
         if faults:
             raise ValueError(
-                f"the checkpoint of step {step} in {self.directory} is another run's: "
-                f"{'; '.join(faults)}. Resume with the config, base and data it was "
-                "made with, or choose a new directory."
+                f"the checkpoint of step {step} in {self.directory} is from a "
+                f"different run: {'; '.join(faults)}. Resume with its config, base and "
+                "data, or choose a new directory."
             )
 
     def _set_damaged_aside(self) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again."""
+        """Renames damaged checkpoints so that their steps can be saved again."""
         for step in self._damaged:
             folder = self.directory / str(step)
             if is_first() and folder.exists():
@@ -327,7 +332,7 @@ class Checkpoints:
 
 
 class _LastAndBest:
-    """Which checkpoints Orbax keeps: the last ``keep`` and the best."""
+    """Orbax preservation policy: the last ``keep`` checkpoints and the best."""
 
     def __init__(self, keep: int, scores: Mapping[int, float]) -> None:
         self.keep, self.scores = keep, scores
@@ -344,21 +349,16 @@ class _DamagedError(Exception):
     """A checkpoint that can't be read back as it was written."""
 
 
-class _writing:
-    """Turns whatever Orbax raises while it writes into one clear error."""
-
-    def __init__(self, what: str, directory: Path) -> None:
-        self.what, self.directory = what, directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            raise OSError(
-                f"{self.what} can't be written to {self.directory}: {error}. Free some "
-                "disk space and resume: earlier checkpoints are as they were."
-            ) from error
+@contextlib.contextmanager
+def _writing(what: str, directory: Path) -> Iterator[None]:
+    """Turns any exception raised by Orbax while writing into an `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"{what} can't be written to {directory}: {error}. Free some disk space "
+            "and resume: earlier checkpoints are intact."
+        ) from error
 
 
 def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
@@ -367,7 +367,7 @@ def _best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
 
 
 def _is_meta(meta: Any) -> bool:
-    """Says whether JSON is what `Checkpoints.save` wrote, as far as it is used here."""
+    """Returns whether JSON has the form that `Checkpoints.save` writes."""
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         return False
     leaves, metrics = meta.get("leaves"), meta.get("metrics", {})
@@ -375,14 +375,15 @@ def _is_meta(meta: Any) -> bool:
         isinstance(leaves, dict)
         and all(isinstance(facts, list) for facts in leaves.values())
         and isinstance(metrics, dict)
-        and all(type(value) in (int, float) for value in metrics.values())
+        and all(map(_is_metric, metrics.values()))
     )
+
+
+def _is_metric(value: Any) -> bool:
+    is_small = type(value) is int and abs(value) < 1 << 63  # a float holds it
+    return type(value) is float or is_small
 
 
 def _as_json(value: Any) -> Any:
     """Returns ``value`` as JSON would give it back: tuples become lists."""
-    if isinstance(value, Mapping):
-        return {str(k): _as_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(v) for v in value]
-    return value
+    return json.loads(json.dumps(value))

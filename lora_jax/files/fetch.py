@@ -1,4 +1,4 @@
-"""Where a pretrained model is: a folder, a GGUF file, an installed package, the hub."""
+"""Locating pretrained models: folders, GGUF files, installed packages, the hub."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from lora_jax.files.optional import load_optional
 
 SCHEME = "package:"
-MODEL_FILE = ".gguf"  # the only kind of file that is a whole model
+MODEL_FILE = ".gguf"  # the only single-file model format
 
 
 class FetchError(OSError):
@@ -19,9 +19,8 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     """Finds a model folder or GGUF file, downloading it if ``path`` is a hub id.
 
     Args:
-      path: a folder or a ``.gguf`` file; or ``"package:NAME/path"``, a folder or
-        ``.gguf`` file inside an installed Python package, which is not imported; or a
-        hub id, ``"owner/name"``.
+      path: a folder or a ``.gguf`` file; ``"package:NAME/path"`` for one inside an
+        installed Python package, which is not imported; or a hub id, ``"owner/name"``.
 
     Returns:
       The folder or the file.
@@ -53,23 +52,23 @@ def _find_in_package(text: str) -> Path:
     parts = PurePosixPath(inside)
     if not name.isidentifier() or not inside or {"..", "/"} & {*parts.parts}:
         raise ValueError(
-            f"{text!r} must be {SCHEME}NAME/folder: the name that Python imports the "
-            f"package by, and a folder or {MODEL_FILE} file inside it."
+            f"{text!r} must be {SCHEME}NAME/folder: the package's import name, and a "
+            f"folder or {MODEL_FILE} file inside it."
         )
     spec = importlib.util.find_spec(name)
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
     if not roots:
         raise FileNotFoundError(
             f"{text} must be in an installed package; Python finds no package {name}. "
-            "Install the one that ships the model."
+            "Install the package that ships the model."
         )
     for root in roots:
         if _is_model(root / parts):
             return root / parts
     folders = sorted(p.name for root in roots for p in root.iterdir() if p.is_dir())
     raise FileNotFoundError(
-        f"the package {name} must have a folder {inside}, or a {MODEL_FILE} file of "
-        f"that name; its folders are {folders}."
+        f"the package {name} must contain a folder or {MODEL_FILE} file {inside}; its "
+        f"folders are {folders}."
     )
 
 
@@ -81,7 +80,7 @@ def _find_on_hub(repository: str) -> Path:
         folder = huggingface_hub.snapshot_download(
             repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
         )
-    except Exception as error:  # the hub has many; all of them end the same way here
+    except Exception as error:  # of any type, all handled alike
         raise FetchError(
             f"{repository} must be a model folder or a hub id; there is no such folder "
             f"here, and the hub could not serve it: {type(error).__name__}: "

@@ -1,13 +1,12 @@
-"""GGUF files: llama.cpp's models, read as if they were Hugging Face's.
+"""GGUF files: llama.cpp's models, with Hugging Face's names and layout.
 
-Names, shapes, the order of rows and the config are those of a Hugging Face folder, so
-one loader reads both. Tensors are dequantised to float32 one at a time on access: the
-result is the rounded model, not the original one.
+Names, shapes, row order and config are those of a Hugging Face folder, so one loader
+reads both. Tensors are dequantised to float32 one at a time on access: the result is
+the rounded model, not the original one.
 
-llama.cpp's converter does two things to weights, and both are undone here. It permutes
-the rows of ``q_proj`` and ``k_proj`` of the *llama* architecture from rotate-half to
-interleaved RoPE (other architectures keep theirs), and it adds the 1 of Gemma's
-``(1 + weight)`` to its norms.
+Two changes by llama.cpp's converter are undone: it permutes the rows of ``q_proj`` and
+``k_proj`` of the *llama* architecture from rotate-half to interleaved RoPE, and it adds
+the 1 of Gemma's ``(1 + weight)`` to its norms.
 """
 
 import os
@@ -29,7 +28,7 @@ from lora_jax.files.gguf_header import Header, read_header
 from lora_jax.files.optional import load_optional
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as gguf-split names files
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as named by gguf-split
 MAX_PARTS = 1000
 
 
@@ -37,30 +36,20 @@ def _gguf() -> Any:
     return load_optional("reading GGUF files", "gguf")
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a GGUF file's fields.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Values by the file's own keys.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Reads a GGUF file's fields by their own keys.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is damaged or not a GGUF file.
     """
-    return _read_header(Path(path)).metadata
+    return _read_header(path).metadata
 
 
 def first_part(path: Path) -> Path:
-    """Returns the first of a split model's files, which holds its config.
+    """Returns a split model's first file if it exists (it has the config), or ``path``.
 
-    Args:
-      path: of any of its files, or of a whole model.
-
-    Returns:
-      ``NAME-00001-of-0000N.gguf`` if it is there; else ``path``.
+    ``path`` may be any of its files, or that of a whole model.
     """
     found = _PART.fullmatch(path.name)
     first = path.with_name(f"{found[1]}-00001-of-{found[3]}{SUFFIX}") if found else path
@@ -68,13 +57,12 @@ def first_part(path: Path) -> Path:
 
 
 def _read_header(path: Path) -> Header:
-    library = _gguf()
-    sizes = {int(k): v for k, v in library.GGML_QUANT_SIZES.items()}
+    sizes = {int(k): v for k, v in _gguf().GGML_QUANT_SIZES.items()}
     return read_header(path, sizes)
 
 
 def _read_parts(path: Path) -> tuple[list[Path], list[Header]]:
-    """Reads the headers of a model's files: one, or those that gguf-split made."""
+    """Reads the headers of a model's files: one, or the parts made by gguf-split."""
     files = [first_part(path)]
     headers = [_read_header(files[0])]
     count = headers[0].metadata.get("split.count", 1)
@@ -83,16 +71,16 @@ def _read_parts(path: Path) -> tuple[list[Path], list[Header]]:
     found = _PART.fullmatch(files[0].name)
     if not isinstance(count, int) or not found or int(found[3]) != count:
         raise ValueError(
-            f"{path} is one file of several of a split model, which must be named "
-            f"NAME-00001-of-{str(count)[:5]:0>5}{SUFFIX} and so on. "
-            "Give them these names, or join them with `llama-gguf-split --merge`."
+            f"{path} is part of a split model, whose files must be named "
+            f"NAME-00001-of-{str(count)[:5]:0>5}{SUFFIX} and so on. Rename them, or "
+            "join them with `llama-gguf-split --merge`."
         )
     parts = range(2, min(count, MAX_PARTS) + 1)
     files += [path.with_name(f"{found[1]}-{i:05}-of-{found[3]}{SUFFIX}") for i in parts]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path} is one of {count} files of a split model, which must lie in one "
+            f"{path} is one of {count} files of a split model, which must be in one "
             f"folder; {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
             f"in {path.parent}. Download the rest."
         )
@@ -100,31 +88,32 @@ def _read_parts(path: Path) -> tuple[list[Path], list[Header]]:
     for file, header, number in zip(files, headers, range(count), strict=True):
         if header.metadata.get("split.no") != number:
             raise ValueError(
-                f"{file} must be file {number + 1} of {count} by its metadata; its "
-                f"split.no is {header.metadata.get('split.no')!r}, counted from 0."
+                f"{file} must be file {number + 1} of {count} according to its "
+                f"metadata; its split.no is {header.metadata.get('split.no')!r}, "
+                "counted from 0."
             )
     return files, headers
 
 
 class GGUFReader:
-    """The tensors and the config of a GGUF file, with Hugging Face's names.
+    """The tensors and config of a GGUF file, with Hugging Face's names.
 
     It has the interface of `lora_jax.files.safetensors.TensorReader`. The tokenizer is
     read by `lora_jax.files.gguf_tokenizer`.
 
     Attributes:
       files: the file, or all files of a split model.
-      shapes: from each tensor's Hugging Face name to its shape, ``(out, in)``.
-      metadata: the file's fields, by the file's own keys.
+      shapes: shapes by Hugging Face tensor name, ``(out, in)``.
+      metadata: the file's fields, by their own keys.
       config: the equivalent of ``config.json``.
 
     Args:
-      path: the file; one of several for a model that gguf-split has split.
+      path: the file, or any part of a model split by gguf-split.
 
     Raises:
-      FileNotFoundError: if there is no such file, or another part is missing.
-      ValueError: if it is damaged or not a GGUF file of a model, or its architecture or
-        one of its tensors is not supported.
+      FileNotFoundError: if the file, or another part of it, does not exist.
+      ValueError: if it is damaged or not a model, or its architecture or one of its
+        tensors is not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -134,23 +123,23 @@ class GGUFReader:
         self.metadata: dict[str, Any] = headers[0].metadata
         if self.metadata.get("general.type", "model") == "adapter":
             raise ValueError(
-                f"{path} must be a model; it is a GGUF file of a LoRA adapter, "
-                "llama.cpp's. Adapters are read from folders of lora_jax, PEFT and "
-                "mlx-lm: name the one that it was converted from."
+                f"{path} must be a model; it is a GGUF LoRA adapter. "
+                "Adapters are read from folders of lora_jax, PEFT and mlx-lm: use the "
+                "one that it was converted from."
             )
         self._architecture = architecture_of(path, self.metadata)
         tensors = {n: (t, h.data) for h in headers for n, t in h.tensors.items()}
         if len(tensors) < sum(len(header.tensors) for header in headers):
-            raise ValueError(f"{path}: each tensor must be in one of its files.")
+            raise ValueError(f"{path}: each tensor must be in only one of its files.")
         named = {name: hugging_face_name(name, self._architecture) for name in tensors}
         unknown = sorted(
             n for n, known in named.items() if known is None and n != ROPE_FACTORS
         )
         if unknown:
             raise ValueError(
-                f"{path} must hold tensors of the architecture "
-                f"{self._architecture!r}; {len(unknown)} of {len(named)} are not "
-                f"known: {unknown[:8]}. Take the model's Hugging Face folder instead."
+                f"{path} must contain tensors of the architecture "
+                f"{self._architecture!r}; {len(unknown)} of {len(named)} are "
+                f"unknown: {unknown[:8]}. Use the model's Hugging Face folder instead."
             )
         self._stored = {known: tensors[n] for n, known in named.items() if known}
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -169,7 +158,7 @@ class GGUFReader:
         if name not in self._stored:
             raise ValueError(
                 f"tensor {name!r} must be one of the {len(self._stored)} in "
-                f"{self.files[0]}; it is not there."
+                f"{self.files[0]}."
             )
         tensor = self._dequantised(name, *self._stored[name])
         rule = ARCHITECTURES[self._architecture]
@@ -185,7 +174,7 @@ class GGUFReader:
         return tensor
 
     def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
-        """Reads one tensor and yields it as a single piece."""
+        """Yields a tensor as a single piece."""
         yield ..., self[name]
 
     def _dequantised(self, name: str, stored: Any, data: np.ndarray) -> np.ndarray:
@@ -199,8 +188,8 @@ class GGUFReader:
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.files[0]}: tensor {name!r} is stored as {kind.name}, which the "
-                "package gguf can't turn into floats. Take another quantisation of the "
-                "model, such as Q8_0 or Q4_K."
+                "gguf package can't dequantise. Use another quantisation of the model, "
+                "such as Q8_0 or Q4_K."
             ) from error
         return np.array(values, np.float32, order="C").reshape(stored.shape)
 
@@ -209,14 +198,7 @@ def rotate_half_rows(tensor: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows from interleaved RoPE (llama.cpp's llama) to rotate-half.
 
     Interleaved pairs are rows ``(2 j, 2 j + 1)`` of a head, rotate-half pairs ``(j,
-    j + h / 2)``.
-
-    Args:
-      tensor: ``[n * h, ...]``, a projection's weight or bias.
-      heads: how many heads ``n`` its rows hold.
-
-    Returns:
-      The same shape.
+    j + h / 2)``. ``tensor`` is the ``[n * h, ...]`` weight or bias of ``heads`` heads.
 
     Example:
       >>> rotate_half_rows(np.arange(8), heads=2).tolist()

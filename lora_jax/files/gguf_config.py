@@ -1,8 +1,8 @@
-"""GGUF's names and metadata translated to Hugging Face's, per architecture.
+"""Translating GGUF's names and metadata to Hugging Face's, per architecture.
 
-Constants that llama.cpp keeps in its code and not in the file (Gemma's window pattern,
-its attention scale) are constants here too. Anything else that would change the maths
-is an error: nothing is guessed.
+Constants that are in llama.cpp's code and not in the file (Gemma's window pattern and
+attention scale) are constants here too. Anything else that would change the maths is
+an error.
 """
 
 import math
@@ -20,18 +20,18 @@ EMBED_TENSOR = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 GEMMA_LOCAL_ROPE = 10_000.0
 GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
-# Layers of the two models whose attention scale doesn't follow from the head's size.
+# Layer counts of the two models whose attention scale is not that of the head size.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp writes one architecture.
+    """How llama.cpp stores one architecture.
 
     Attributes:
-      model_type: Hugging Face's name of it.
-      class_name: of its causal language model.
-      blocks: from a tensor's name in a block to Hugging Face's.
-      permuted: whether the rows of q and k are in interleaved order.
+      model_type: Hugging Face's model type.
+      class_name: Hugging Face's causal language model class.
+      blocks: from a tensor's name within a block to Hugging Face's.
+      permuted: whether the rows of q and k are interleaved.
       shifted_norms: whether 1 was added to the norms.
     """
 
@@ -61,15 +61,13 @@ _MLP = {
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _DENSE = _ATTENTION | _MLP | {"ffn_norm": "post_attention_layernorm"}
-_GEMMA = (
-    _ATTENTION
-    | _MLP
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
-)
+_GEMMA = {
+    **_ATTENTION,
+    **_MLP,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _PHI3 = {
     "attn_norm": "input_layernorm",
     "attn_qkv": "self_attn.qkv_proj",
@@ -99,26 +97,19 @@ _FIELDS = {  # Hugging Face's name: (GGUF's, type)
 
 
 def architecture_of(path: Path, metadata: Mapping[str, Any]) -> str:
-    """Returns a file's architecture; one that isn't known is a ValueError."""
+    """Returns a file's architecture; raises a ValueError if it is not supported."""
     found = metadata.get("general.architecture")
     if not isinstance(found, str) or found not in ARCHITECTURES:
         got = repr(found)[:80]
         raise ValueError(
             f"{path}: general.architecture must be one of {sorted(ARCHITECTURES)}; got "
-            f"{got}. Take the model's Hugging Face folder instead."
+            f"{got}. Use the model's Hugging Face folder instead."
         )
     return found
 
 
 def hugging_face_name(name: str, architecture: str) -> str | None:
-    """Translates a tensor's name.
-
-    Args:
-      name: as GGUF has it.
-      architecture: a key of `ARCHITECTURES`.
-
-    Returns:
-      Hugging Face's name, or None if the architecture has no such tensor.
+    """Translates a tensor's GGUF name; None if the architecture has no such tensor.
 
     Example:
       >>> hugging_face_name("blk.3.attn_q.weight", "llama")
@@ -142,17 +133,16 @@ def hugging_face_config(
     """Returns the equivalent of ``config.json``.
 
     Args:
-      path: of the file, for errors.
-      metadata: of its header.
-      shapes: of its tensors, by Hugging Face's names.
+      path: the file, for error messages.
+      metadata: its header's fields.
+      shapes: its tensors' shapes, by Hugging Face's names.
       rope_factors: the tensor of Llama 3's RoPE scaling, if the file has one.
 
     Returns:
       The config.
 
     Raises:
-      ValueError: listing every field that is missing, has a wrong type, or changes the
-        model in a way that is not supported.
+      ValueError: listing every field that is missing, invalid or not supported.
     """
     name = metadata["general.architecture"]
     fields = _Fields(metadata, name)
@@ -166,14 +156,14 @@ def hugging_face_config(
         fields.faults.append("expert_count must be 0: experts are not supported")
     if fields.faults:
         raise ValueError(
-            f"{path} must hold the metadata of a {name} model; "
+            f"{path} must contain the metadata of a {name} model; "
             f"{len(fields.faults)} faults: {'; '.join(fields.faults)}."
         )
     return config
 
 
 def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
-    """Returns the sizes of the layers and of the rotary embedding."""
+    """Returns the sizes of layers and rotary embedding."""
     rule = ARCHITECTURES[name]
     config: dict[str, Any] = {
         "architectures": [rule.class_name],
@@ -193,14 +183,13 @@ def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
     if heads % kv_heads:
         fields.faults.append(f"{heads} heads must be a multiple of {kv_heads} kv heads")
     if name == "phi3":
-        config["sliding_window"] = (
-            fields.get("attention.sliding_window", int, 0) or None
-        )
+        window = fields.get("attention.sliding_window", int, 0)
+        config["sliding_window"] = window or None
         if rotated != config["head_dim"]:
             config["partial_rotary_factor"] = rotated / (config["head_dim"] or 1)
     elif rotated != config["head_dim"]:
         fields.faults.append(
-            f"rope.dimension_count must be the head's {config['head_dim']}, got "
+            f"rope.dimension_count must be the head size {config['head_dim']}, got "
             f"{rotated}"
         )
     return config
@@ -209,7 +198,7 @@ def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
 def _vocabulary(
     fields: "_Fields", shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Returns the keys that follow from the tensors, and the ids of special tokens."""
+    """Returns the keys derived from the tensors, and the ids of special tokens."""
     config: dict[str, Any] = {
         "tie_word_embeddings": HEAD_TENSOR not in shapes,
         "attention_bias": any(name.endswith("q_proj.bias") for name in shapes),
@@ -255,10 +244,10 @@ class _Fields:
         self.faults: list[str] = []
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A positive number (or ``default``, which makes the field optional)."""
+        """Returns a positive value; ``default`` makes the field optional."""
         value = self.metadata.get(f"{self.prefix}.{key}", default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()  # one number for each layer, all the same
+            value = value[0].item()  # the same for each layer
         if kind is float and type(value) in (int, float):
             with np.errstate(over="ignore"):  # infinite is not positive, below
                 value = float(str(np.float32(value)))  # 1e-05, not 9.99999974e-06
@@ -275,7 +264,7 @@ class _Fields:
 
 
 def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns Gemma's own keys, with llama.cpp's constants."""
+    """Returns Gemma's additional keys, with llama.cpp's constants."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"] or 1
     large = layers == GEMMA_27B[name]
     extra: dict[str, Any] = {
@@ -302,17 +291,15 @@ def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, A
 def _rope_scaling(
     fields: _Fields, factors: np.ndarray | None, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns the file's RoPE scaling, None if it has none."""
+    """Returns the file's RoPE scaling, or None."""
     kind = fields.get("rope.scaling.type", str, "none")
     if factors is not None:
         if found := _llama3_scaling(factors, config):
             return found
         fields.faults.append(f"{ROPE_FACTORS} must be Llama 3's factors; they are not")
     if kind == "linear":
-        return {
-            "rope_type": "linear",
-            "factor": fields.get("rope.scaling.factor", float),
-        }
+        factor = fields.get("rope.scaling.factor", float)
+        return {"rope_type": "linear", "factor": factor}
     if kind != "none":
         fields.faults.append(f"rope.scaling.type must be none or linear, got {kind!r}")
     return None
@@ -321,10 +308,10 @@ def _rope_scaling(
 def _llama3_scaling(
     factors: np.ndarray, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Finds the parameters of Llama 3's scaling that give the stored factors.
+    """Finds the parameters of Llama 3's scaling from the factors of the frequencies.
 
-    The file holds the factor of each frequency only. Llama 3.1 and 3.3 scale by 8 and
-    Llama 3.2 by 32, both from 8192 tokens with low and high factors 1 and 4.
+    Llama 3.1 and 3.3 scale by 8 and Llama 3.2 by 32, both from 8192 tokens with low and
+    high factors 1 and 4.
     """
     head_dim, old = config["head_dim"], 8192
     if factors.shape != (head_dim // 2,):

@@ -1,9 +1,8 @@
-"""The header of a GGUF file, read with every count checked against the file's size.
+"""Reading a GGUF file's header, with every count checked against the file's size.
 
-The `gguf` package's own reader trusts the counts it finds: a truncated or hostile file
-makes it loop and allocate without end, and a vocabulary takes it seconds. So the header
-(metadata and the table of tensors, a simple format) is read here, and the package is
-used only to undo the quantisation.
+The `gguf` package's own reader trusts the counts in a file: with a truncated or
+malicious one it loops and allocates without bound, and a vocabulary takes it seconds.
+So the header (metadata and tensor table) is read here; the package only dequantises.
 
 References:
   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
@@ -26,18 +25,18 @@ SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
     10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
-LEAST_FIELD = 13  # bytes: an empty key, a type and a byte
-LEAST_TENSOR = 24  # bytes: an empty name, no dimensions, a type and an offset
+MIN_FIELD = 13  # bytes: an empty key, a type and a byte
+MIN_TENSOR = 24  # bytes: an empty name, no dimensions, a type and an offset
 
 
 class StoredTensor(NamedTuple):
-    """One tensor as the file stores it.
+    """A tensor in the file.
 
     Attributes:
-      shape: outermost axis first, as NumPy counts (the file counts the other way).
-      kind: number of its storage type in ggml.
-      offset: of its first byte in the file.
-      size: in bytes.
+      shape: outermost axis first, unlike in the file.
+      kind: number of its ggml storage type.
+      offset: offset of its first byte in the file.
+      size: size in bytes.
     """
 
     shape: tuple[int, ...]
@@ -47,12 +46,12 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The part of a file before the tensors' data.
+    """A file's header.
 
     Attributes:
       metadata: values by key; arrays of numbers are NumPy's, of strings lists.
-      tensors: where each tensor lies, by the file's own names.
-      data: the whole file as mapped bytes.
+      tensors: the location of each tensor, by the file's own names.
+      data: the whole file as memory-mapped bytes.
     """
 
     metadata: dict[str, Any]
@@ -67,9 +66,6 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
       path: the file.
       block_sizes: from a storage type's number to (elements, bytes) of its blocks.
 
-    Returns:
-      The header.
-
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not a GGUF file, or a count or offset in it is impossible.
@@ -80,55 +76,55 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
     try:
         if size < len(MAGIC):
             raise ValueError("it is too short for a header")
-        walk = _Walk(np.memmap(path, np.uint8, "r"))
-        metadata, tensors = _read(walk, block_sizes)
+        cursor = _Cursor(np.memmap(path, np.uint8, "r"))
+        metadata, tensors = _read(cursor, block_sizes)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} ({size} bytes) must be a whole GGUF file; {error}. It is probably "
-            "truncated or something else: copy or download it again."
+            f"{path} ({size} bytes) must be a complete GGUF file; {error}. It is "
+            "probably truncated or another format: copy or download it again."
         ) from error
-    return Header(metadata, tensors, walk.data)
+    return Header(metadata, tensors, cursor.data)
 
 
 def _read(
-    walk: "_Walk", block_sizes: dict[int, tuple[int, int]]
+    cursor: "_Cursor", block_sizes: dict[int, tuple[int, int]]
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    if walk.take(4, "the magic number") != MAGIC:
+    if cursor.take(4, "the magic number") != MAGIC:
         raise ValueError("it doesn't begin with 'GGUF'")
-    version = walk.number("<u4", "the version")
+    version = cursor.number("<u4", "the version")
     if version not in VERSIONS:
         raise ValueError(
             f"its version must be one of {VERSIONS}, little-endian; got {version}"
         )
-    tensor_count = walk.count(LEAST_TENSOR, "tensors")
+    tensor_count = cursor.count(MIN_TENSOR, "tensors")
     metadata: dict[str, Any] = {}
-    for _ in range(walk.count(LEAST_FIELD, "metadata fields")):
-        key = walk.text("a metadata key")
+    for _ in range(cursor.count(MIN_FIELD, "metadata fields")):
+        key = cursor.text("a metadata key")
         if key in metadata:
-            raise ValueError(f"metadata {key!r} is there twice")
-        metadata[key] = walk.value(walk.number("<u4", key), key)
+            raise ValueError(f"metadata {key!r} appears twice")
+        metadata[key] = cursor.value(cursor.number("<u4", key), key)
     table = {}
     for _ in range(tensor_count):
-        name = walk.text("a tensor's name")
+        name = cursor.text("a tensor's name")
         if name in table:
-            raise ValueError(f"tensor {name!r} is there twice")
-        table[name] = walk.tensor(name, block_sizes)
+            raise ValueError(f"tensor {name!r} appears twice")
+        table[name] = cursor.tensor(name, block_sizes)
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if type(alignment) is not int or not 0 < alignment <= walk.data.size:
+    if type(alignment) is not int or not 0 < alignment <= cursor.data.size:
         raise ValueError(f"general.alignment must be in the file; got {alignment!r}")
-    start = -(-walk.at // alignment) * alignment
+    start = -(-cursor.at // alignment) * alignment
     tensors = {n: t._replace(offset=start + t.offset) for n, t in table.items()}
-    outside = [n for n, t in tensors.items() if t.offset + t.size > walk.data.size]
+    outside = [n for n, t in tensors.items() if t.offset + t.size > cursor.data.size]
     if outside:
         raise ValueError(
-            f"{len(outside)} of {len(tensors)} tensors end after the file's end, the "
-            f"first is {outside[0]!r}"
+            f"{len(outside)} of {len(tensors)} tensors end after the file's end, e.g. "
+            f"{outside[0]!r}"
         )
     return metadata, tensors
 
 
-class _Walk:
-    """A position in the file that moves forward, never past its end."""
+class _Cursor:
+    """A position in the file that moves forward, but never past its end."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.view, self.at = data, data.data, 0
@@ -146,7 +142,7 @@ class _Walk:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
 
     def count(self, least: int, what: str) -> int:
-        """Reads a number of items that take at least ``least`` bytes each."""
+        """Reads the number of items, which take at least ``least`` bytes each."""
         count = self.number("<u8", f"the number of {what}")
         if count * least > self.data.size - self.at:
             raise ValueError(
@@ -168,13 +164,13 @@ class _Walk:
     def _array(self, kind: int, what: str) -> Any:
         if kind == STRING:
             count = self.count(8, f"strings of {what}")
-            return [self._quick_text(what) for _ in range(count)]
+            return [self._fast_text(what) for _ in range(count)]
         dtype = np.dtype(_scalar(kind, what))
         count = self.count(dtype.itemsize, f"numbers of {what}")
         return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
 
-    def _quick_text(self, what: str) -> str:
-        """`text`, for vocabularies of hundreds of thousands."""
+    def _fast_text(self, what: str) -> str:
+        """Like `text`, but faster, for large vocabularies."""
         if self.at + 8 > self.data.size:
             raise ValueError(f"{what[:80]} is cut off at byte {self.at}")
         (size,) = struct.unpack_from("<Q", self.view, self.at)

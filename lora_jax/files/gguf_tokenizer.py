@@ -1,11 +1,11 @@
-"""The tokenizer that a GGUF file carries in its metadata.
+"""The tokenizer in a GGUF file's metadata.
 
 Byte-level BPE (``tokenizer.ggml.model`` "gpt2") is rebuilt from tokens and merges. The
-file only names the rule that splits text before merging, which llama.cpp has in its
-code; the rules here are those of the models' own ``tokenizer.json``.
+file gives only the name of the pre-tokenizer, which is defined in llama.cpp's code; the
+definitions here are those of the models' own ``tokenizer.json``.
 
 SentencePiece's BPE ("llama": Llama 2, Mistral, Phi-3, Gemma) is rebuilt from tokens and
-scores: neighbours are joined in the order of the joined token's score.
+scores: pairs are merged in the order of the merged token's score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from lora_jax.files.special_tokens import SpecialTokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
-LONGEST_TOKEN = 1000  # letters; real ones have under 200
-_SPACE = "\u2581"  # SentencePiece's mark for a space
+LONGEST_TOKEN = 1000  # characters; real ones have under 200
+_SPACE = "\u2581"  # SentencePiece's space
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLITS = {  # a regular expression; None for GPT-2's own
+_SPLITS = {  # a regular expression; None for GPT-2's
     "gpt-2": None,
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
@@ -33,7 +33,7 @@ _SPLITS = {  # a regular expression; None for GPT-2's own
     "qwen2": _QWEN2,
     "smollm": None,
 }
-_NAMED = {  # names of special tokens in templates, and in GGUF
+_NAMED = {  # special tokens: the template variable, and GGUF's name
     "bos_token": "bos",
     "eos_token": "eos",
     "pad_token": "padding",
@@ -55,29 +55,29 @@ def build_tokenizer(
     """Builds the tokenizer that a GGUF file describes.
 
     Args:
-      path: of the file, for errors.
-      metadata: of its header.
+      path: the file, for error messages.
+      metadata: its header's fields.
 
     Returns:
       A ``tokenizers.Tokenizer``, and its special tokens.
 
     Raises:
-      ValueError: if its kind or its rule to split text is not supported, or its parts
-        don't fit together.
+      ValueError: if its type or pre-tokenizer is not supported, or its parts are
+        inconsistent.
     """
     kind: Any = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
             f"{path} must have a byte-level BPE tokenizer ({BYTE_LEVEL!r}) or "
-            f"SentencePiece's BPE ({SENTENCEPIECE!r}); its kind is {_short(kind)}. "
-            "Give token ids, or take the model's Hugging Face folder, whose "
-            "tokenizer.json holds what a GGUF file leaves out."
+            f"SentencePiece's BPE ({SENTENCEPIECE!r}); its type is {_short(kind)}. "
+            "Use token ids, or the model's Hugging Face folder with its complete "
+            "tokenizer.json."
         )
     rule: Any = metadata.get("tokenizer.ggml.pre")
     if kind == BYTE_LEVEL and not (isinstance(rule, str) and rule in _SPLITS):
         raise ValueError(
             f"{path}: tokenizer.ggml.pre must be one of {sorted(_SPLITS)}; got "
-            f"{_short(rule)}. Give token ids, or take the model's Hugging Face folder."
+            f"{_short(rule)}. Use token ids, or the model's Hugging Face folder."
         )
     parts: dict[str, Any] = {
         key: metadata.get(f"tokenizer.ggml.{key}") for key in _KEYS[kind]
@@ -91,7 +91,7 @@ def build_tokenizer(
         faults = _faults(**parts)
     if faults:
         raise ValueError(
-            f"{path} must hold a whole tokenizer; {len(faults)} faults: "
+            f"{path} must contain a complete tokenizer; {len(faults)} faults: "
             f"{'; '.join(faults[:8])}."
         )
     special = _special(path, metadata)
@@ -134,13 +134,15 @@ def _faults(
     if not all(isinstance(token, str) for token in known):
         return [*faults, "tokens must be strings"]
     if long := [token for token in known if len(token) > LONGEST_TOKEN]:
-        faults.append(f"{len(long)} tokens have over {LONGEST_TOKEN} letters")
+        faults.append(f"{len(long)} tokens have over {LONGEST_TOKEN} characters")
     if len(known) != len(tokens):
-        faults.append(f"{len(tokens) - len(known)} tokens are there twice")
+        faults.append(f"{len(tokens) - len(known)} tokens appear twice")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else []
         if len(pair) != 2 or not {*pair, "".join(pair)} <= known:
-            faults.append(f"merge {str(merge)[:40]!r} must join two tokens to a third")
+            faults.append(
+                f"merge {str(merge)[:40]!r} must join two tokens into a third"
+            )
     if scores is not None and scores.shape != (len(tokens),):
         faults.append(f"{len(tokens)} tokens and {scores.size} scores")
     elif scores is not None and not np.isfinite(scores).all():
@@ -211,7 +213,7 @@ def _sentencepiece(
 def _merges(
     tokens: list[str], scores: np.ndarray, token_type: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Returns every pair that joins to a token, the highest score first."""
+    """Returns every pair of tokens that forms a token, highest score first."""
     kinds = zip(tokens, token_type.tolist(), strict=True)
     parts = {token for token, kind in kinds if kind == NORMAL}
     merges = []
@@ -224,9 +226,9 @@ def _merges(
 
 
 def _add_tokens(tokenizer: Any, tokens: list[str], token_type: np.ndarray) -> None:
-    """Adds the tokens that are matched in text before anything is split.
+    """Adds the tokens that are matched before the text is split.
 
-    Gemma's runs of spaces are such tokens; older files write them as marks.
+    Gemma's runs of spaces are such tokens; older files contain them as `_SPACE`.
     """
     from tokenizers import AddedToken
 
@@ -240,7 +242,7 @@ def _add_tokens(tokenizer: Any, tokens: list[str], token_type: np.ndarray) -> No
 
 
 def _begin_with(tokenizer: Any, bos_id: int | None) -> None:
-    """Makes every text begin with the token."""
+    """Makes every text start with the token."""
     from tokenizers import processors
 
     if bos_id is not None:
@@ -254,7 +256,7 @@ def _begin_with(tokenizer: Any, bos_id: int | None) -> None:
 def _special(path: Path, metadata: Mapping[str, Any]) -> SpecialTokens:
     tokens = metadata["tokenizer.ggml.tokens"]
 
-    def identity(name: str) -> int | None:
+    def token_id(name: str) -> int | None:
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None and not (type(token) is int and 0 <= token < len(tokens)):
             raise ValueError(
@@ -263,13 +265,13 @@ def _special(path: Path, metadata: Mapping[str, Any]) -> SpecialTokens:
             )
         return token
 
-    eos, bos = identity("eos"), identity("bos")
+    eos, bos = token_id("eos"), token_id("bos")
     template = metadata.get("tokenizer.chat_template")
-    ends = (eos, identity("eot"), identity("eom"))
+    ends = (eos, token_id("eot"), token_id("eom"))
     return SpecialTokens(
         bos_id=bos,
         eos_id=eos,
-        pad_id=identity("padding"),
+        pad_id=token_id("padding"),
         stop_ids=tuple(sorted({token for token in ends if token is not None})),
         chat_template=template if isinstance(template, str) else None,
         template_file=path,

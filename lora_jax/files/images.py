@@ -1,12 +1,11 @@
-"""Image files, processed as a model's ``preprocessor_config.json`` says.
+"""Image files, processed according to a model's ``preprocessor_config.json``.
 
 The steps are those of transformers' image processors, in their order: resize and crop
-the bytes with Pillow, rescale, normalise. A setting that asks for anything else is an
-error, so that no image is read differently from how the model was trained.
+with Pillow, rescale, normalise. Any other setting is an error, so that images are read
+exactly as in training.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,29 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.config import MOST
 from lora_jax.files.json_file import read_json
 
 IMAGE_CONFIG = "preprocessor_config.json"
+# What is read. Pillow knows more, some with the help of other programs.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "MPO",
+    "JPEG2000",
+    "AVIF",
+)
+MAX_FILE_PIXELS = 89_478_485  # where Pillow begins to warn
+MAX_PIXELS = 1 << 24  # of what is made of it
 
 Size = tuple[int, int]  # height and width
 
-# Defaults of absent keys: the class attributes of transformers' processors.
+# Defaults: the class attributes of transformers' processors.
 _SHARED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {
@@ -48,15 +63,15 @@ _KINDS["ViTFeatureExtractor"] = "ViT"
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Turns an image file into the pixels that a model reads.
+    """Turns an image file into a model's input.
 
     Attributes:
       size: height and width to resize to, or the length of the shorter edge, or None.
-      resample: Pillow's number of the filter.
-      crop: height and width cut from the middle, or None.
-      factor: multiplies the bytes.
-      mean: of each channel, subtracted after that.
-      std: of each channel, by which the difference is divided.
+      resample: Pillow's number of the resampling filter.
+      crop: height and width of the centre crop, or None.
+      factor: rescales the bytes.
+      mean: the mean of each channel, subtracted after rescaling.
+      std: the standard deviation of each channel.
     """
 
     size: Size | int | None
@@ -67,43 +82,51 @@ class ImageProcessor:
     std: tuple[float, ...]
 
     def read(self, path: str | os.PathLike[str]) -> np.ndarray:
-        """Reads one image.
-
-        Args:
-          path: of a file in a format that Pillow knows.
+        """Reads an image in one of `FORMATS`.
 
         Returns:
-          Pixels ``[c, y, x]`` float32, red, green, blue.
+          RGB pixels ``[c, y, x]`` float32.
 
         Raises:
           FileNotFoundError: if there is no such file.
-          ValueError: if it is not an image, damaged, or too small to be cropped.
+          ValueError: if it is not an image, damaged, smaller than the crop, over 89
+            million pixels, or over 16 million once resized.
         """
         import PIL.Image
         import PIL.ImageOps
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"no image at {path}.")
+        PIL.Image.init()
+        known = [kind for kind in FORMATS if kind in PIL.Image.OPEN]
         try:
-            with PIL.Image.open(path) as file:
+            with PIL.Image.open(path, formats=known) as file:
+                _check_pixels(file.height, file.width, "it must", MAX_FILE_PIXELS)
                 image = PIL.ImageOps.exif_transpose(file).convert("RGB")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            PIL.Image.DecompressionBombError,
-        ) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # each format's reader raises what it likes
             raise ValueError(
-                f"{path} must be an image; it can't be read: {error}."
+                f"{path} must be an image ({', '.join(known)}); it can't be read: "
+                f"{error}."
             ) from error
         if self.size is not None:
             height, width = self._resized(image.height, image.width)
+            _check_pixels(height, width, f"{path}, resized, must", MAX_PIXELS)
             image = image.resize((width, height), self.resample)
         if self.crop is not None:
             image = image.crop(self._box(image.height, image.width, path))
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * self.factor
+        _check_pixels(image.height, image.width, f"{path} must", MAX_PIXELS)
         mean, std = (np.array(x)[:, None, None] for x in (self.mean, self.std))
-        return ((pixels - mean) / std).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * self.factor
+            pixels = ((pixels - mean) / std).astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise ValueError(
+                f"{path} must have finite pixels; rescale_factor, image_mean and "
+                f"image_std of {IMAGE_CONFIG} make others of it."
+            )
+        return pixels
 
     def _resized(self, height: int, width: int) -> Size:
         if not isinstance(self.size, int):
@@ -116,38 +139,39 @@ class ImageProcessor:
         rows, columns = self.crop or (height, width)
         if rows > height or columns > width:
             raise ValueError(
-                f"{path} must have at least {rows} x {columns} pixels to be cropped; "
-                f"after resizing it has {height} x {width}."
+                f"{path} must have at least {rows} x {columns} pixels, the crop; after "
+                f"resizing it has {height} x {width}."
             )
         top, left = (height - rows) // 2, (width - columns) // 2
         return left, top, left + columns, top + rows
 
 
+def _check_pixels(height: int, width: int, what: str, most: int) -> None:
+    if height * width > most:
+        raise ValueError(
+            f"{what} have at most {most:,} pixels; got {height} x {width}."
+        )
+
+
 def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
     """Reads a model folder's ``preprocessor_config.json``.
 
-    Args:
-      folder: the model folder.
-
-    Returns:
-      The processor.
-
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it isn't JSON, or has unsupported settings; names all of them.
+      ValueError: if it isn't JSON, or has unsupported settings; lists all of them.
     """
     path = Path(folder) / IMAGE_CONFIG
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {IMAGE_CONFIG}, which says how images are resized and "
-            "normalised; give 'pixel_values' instead of 'image'."
+            f"{folder} has no {IMAGE_CONFIG}, which defines how images are resized and "
+            "normalised; use 'pixel_values' instead of 'image'."
         )
     settings = read_json(path)
     name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise ValueError(
             f"{path}: image_processor_type must be one of {sorted(_KINDS)}; got "
-            f"{name!r}. Process the images elsewhere and give 'pixel_values'."
+            f"{name!r}. Process the images elsewhere and use 'pixel_values'."
         )
     faults: list[str] = []
     processor = _read(_KINDS[name], settings, faults)
@@ -157,7 +181,7 @@ def load_processor(folder: str | os.PathLike[str]) -> ImageProcessor:
 
 
 def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProcessor:
-    """Reads the settings of one kind of processor, collecting the faults."""
+    """Reads the settings of a processor of one kind, collecting faults."""
     kept = {key: value for key, value in given.items() if value is not None}
     settings = {**_DEFAULTS[kind], **kept}
     for key in sorted(settings):
@@ -166,7 +190,7 @@ def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProces
         elif key in _STEPS and not isinstance(settings[key], bool):
             faults.append(f"{key} must be true or false; got {settings[key]!r}")
     resample = settings["resample"]
-    if resample not in range(6):
+    if type(resample) is not int or resample not in range(6):
         faults.append(
             f"resample must be one of Pillow's filters 0 to 5; got {resample!r}"
         )
@@ -195,7 +219,7 @@ def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProces
 def _read_size(
     settings: Mapping[str, Any], key: str, faults: list[str], *, is_square: bool
 ) -> Size | int:
-    """Reads a size: height and width, or where allowed the shorter edge."""
+    """Reads a size: height and width, or if allowed the shorter edge."""
     value: Any = settings.get(key)
     if is_square and _is_count(value):
         return value, value
@@ -211,22 +235,20 @@ def _read_size(
 def _read_channels(
     settings: Mapping[str, Any], key: str, faults: list[str]
 ) -> Sequence[float]:
-    value = settings[key]
-    is_positive = key == "image_std"
+    value, is_positive = settings[key], key == "image_std"
     if (
         isinstance(value, list)
-        and len(value) == 3
-        and all(_is_number(x, is_positive=is_positive) for x in value)
+        and [_is_number(x, is_positive=is_positive) for x in value] == [True] * 3
     ):
         return value
-    faults.append(f"{key} must be 3 numbers, one a channel; got {value!r}")
+    faults.append(f"{key} must be 3 numbers, one per channel; got {value!r}")
     return [1.0] * 3
 
 
 def _is_number(value: Any, *, is_positive: bool = True) -> bool:
-    is_finite = type(value) in (int, float) and math.isfinite(value)
+    is_finite = type(value) in (int, float) and abs(value) <= MOST
     return is_finite and (value > 0 or not is_positive)
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_PIXELS

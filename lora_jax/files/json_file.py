@@ -1,4 +1,4 @@
-"""Text and JSON of strangers: of bounded size, or an error that says why."""
+"""Untrusted text and JSON files, of bounded size."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,14 @@ MAX_BYTES = 1 << 24
 
 
 def read_text(file: Path, most: int = MAX_BYTES) -> str:
-    """Reads a UTF-8 file of bounded size.
-
-    Args:
-      file: its path.
-      most: bytes that it may have.
-
-    Returns:
-      The text.
+    """Reads a UTF-8 file of at most ``most`` bytes.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not UTF-8 or too large.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} must hold {file.name}; it has none.")
+        raise FileNotFoundError(f"{file.parent} must contain {file.name}.")
     with file.open("rb") as stream:
         data = stream.read(most + 1)
     if len(data) > most:
@@ -36,20 +29,11 @@ def read_text(file: Path, most: int = MAX_BYTES) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file of bounded size.
-
-    Integers of 19 digits or more become floats, perhaps infinite: no field can use
-    them, and who checks for an integer or a finite number refuses them.
-
-    Args:
-      file: its path.
-
-    Returns:
-      The object.
+    """Reads a JSON object from a file of bounded size; see `parse_json`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is no JSON object or too large.
+      ValueError: if it is not a JSON object or too large.
     """
     text = read_text(file)
     try:
@@ -64,20 +48,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON as `read_json` does.
+    """Parses JSON; integers of 19 digits or more become floats, possibly infinite.
 
-    Args:
-      text: the JSON.
-
-    Returns:
-      Its value.
-
-    Raises:
-      ValueError: if it is no JSON.
+    No field is that large, so checks for integers or finite numbers reject them.
     """
-    return json.loads(text, parse_int=_integer)
 
+    def parse_int(digits: str) -> int | float:
+        return int(digits) if len(digits) < 19 else float(digits)
 
-def _integer(digits: str) -> int | float:
-    """Reads an integer; one of over 64 bits as a float, for no field is so large."""
-    return int(digits) if len(digits) < 19 else float(digits)
+    return json.loads(text, parse_int=parse_int)

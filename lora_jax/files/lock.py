@@ -1,4 +1,4 @@
-"""A lock file: one process at a time, and a dead one never in the way."""
+"""A lock file for one process at a time, never left locked by a dead one."""
 
 import contextlib
 import fcntl
@@ -17,16 +17,15 @@ class LockedError(Exception):
 class Lock:
     """Holds a lock file until `release`, or until this object or the process ends.
 
-    The file says whose the lock is. That it is held is a lock of the operating system,
-    which ends with its process however that ends: what a killed process has written is
-    not believed.
+    The file's contents only name the owner. The lock itself is the operating system's,
+    which ends with the process, even if that is killed.
 
     Args:
-      path: the file; made if absent, and removed when the lock is released.
+      path: the file; created if absent, and removed on release.
 
     Raises:
-      LockedError: if another has it, naming its process and host.
-      OSError: if the file is a link, or can't be written.
+      LockedError: if another process has it; names the process and host.
+      OSError: if the file is a symlink, or can't be written.
     """
 
     def __init__(self, path: Path):
@@ -35,7 +34,7 @@ class Lock:
         if handle is None:
             owner = _read(path)
             if owner == me:
-                gc.collect()  # this process's own, if nobody refers to it any more
+                gc.collect()  # releases a lock of this process without references
                 handle = _take(path)
             if handle is None:
                 raise LockedError(f"{path} is held by {_named(owner)}")
@@ -45,17 +44,17 @@ class Lock:
 
 
 def _take(path: Path) -> int | None:
-    """Opens and locks the file, or returns None if another process has it."""
+    """Opens and locks the file; None if another process has the lock."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     while True:
         handle = os.open(path, flags, 0o666)
-        if not is_locked(handle):
+        if not try_lock(handle):
             os.close(handle)
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
-        os.close(handle)  # its owner has just removed it
+        os.close(handle)  # the owner has just removed it
 
 
 def _release(path: Path, handle: int) -> None:
@@ -72,15 +71,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def is_locked(handle: int) -> bool:
-    """Takes an open file's lock, which ends when the file is closed.
-
-    Args:
-      handle: of the file.
-
-    Returns:
-      Whether it is this process's now; False if another has it.
-    """
+def try_lock(handle: int) -> bool:
+    """Locks an open file until it is closed; False if another process has the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

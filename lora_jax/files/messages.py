@@ -1,8 +1,8 @@
-"""The messages and tools of a conversation, checked before a template sees them.
+"""Validating the messages and tools of a conversation before it is rendered.
 
-A template takes what it is given: it writes a turn of the role ``usr``, and drops a key
-that it doesn't know. Neither can be seen in a loss, so both are errors here. What a
-template knows are the words of its source.
+Templates accept anything: they render a turn of the role ``usr`` and ignore unknown
+keys. Neither shows in the loss, so both are errors here. A template is assumed to know
+the words in its source.
 """
 
 import json
@@ -15,23 +15,23 @@ from lora_jax.train.examples import nearest
 Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
-WEIGHT = "weight"  # 0 where a turn is not trained on; no template sees it
+WEIGHT = "weight"  # 0 for a turn not trained on; removed before rendering
 CALLS = "tool_calls"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 KEYS = ("role", "content", CALLS, "tool_call_id", "name", WEIGHT)
 
 
 def check_messages(messages: Any, words: Collection[str]) -> None:
-    """Raises unless a conversation is one that a template can write whole.
+    """Raises unless a template can render a conversation completely.
 
     Args:
       messages: a list of objects. Each has a ``role``, one of `ROLES` or a word of the
-        template, and a string as ``content``, which may be null or absent beside
-        ``tool_calls``. Other keys are those of `KEYS` and words of the template.
+        template, and a string as ``content``, which may be null or absent if it has
+        ``tool_calls``. Other keys must be in `KEYS` or words of the template.
       words: names and strings in the template's source.
 
     Raises:
-      ValueError: naming the first message that is wrong.
+      ValueError: naming the first invalid message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(
@@ -44,14 +44,11 @@ def check_messages(messages: Any, words: Collection[str]) -> None:
 
 
 def check_tools(tools: Any, words: Collection[str]) -> None:
-    """Raises unless tools are None or a list of objects that a template writes.
+    """Raises a `ValueError` unless tools are None or objects that a template renders.
 
     Args:
-      tools: JSON schemas; an empty list is no tool.
+      tools: JSON schemas; may be empty.
       words: names and strings in the template's source.
-
-    Raises:
-      ValueError: saying what is wrong.
     """
     if not isinstance(tools, list | tuple | None) or not all(
         isinstance(tool, Mapping) for tool in tools or ()
@@ -61,22 +58,19 @@ def check_tools(tools: Any, words: Collection[str]) -> None:
         )
     if tools and "tools" not in words:
         raise ValueError(
-            f"tools must be none, because the chat template has no place for them; got "
-            f"{len(tools)}. Write them into a system message."
+            "tools must be empty, because the chat template doesn't use them; got "
+            f"{len(tools)}. Put them in a system message."
         )
 
 
 def check_calls(messages: Sequence[Message], text: str) -> None:
-    """Raises if a call's arguments, given as a text of JSON, were written in quotes.
+    """Raises a `ValueError` if a call's arguments were rendered as a quoted string.
 
-    OpenAI's files hold such texts; most templates want the object.
+    OpenAI's files contain them as JSON strings; most templates expect the object.
 
     Args:
-      messages: in which `check_messages` finds no fault.
-      text: that the template wrote of them.
-
-    Raises:
-      ValueError: naming the message.
+      messages: valid according to `check_messages`.
+      text: the rendered messages.
     """
     for i, message in enumerate(messages):
         calls = message.get(CALLS)
@@ -87,34 +81,27 @@ def check_calls(messages: Sequence[Message], text: str) -> None:
             if isinstance(given, str) and quoted != f'"{given}"' and quoted in text:
                 raise ValueError(
                     f"message {i} must have an object as arguments of its {CALLS}; got "
-                    f"the string {given[:40]!r}, which the chat template writes in "
+                    f"the string {given[:40]!r}, which the chat template puts in "
                     "quotes."
                 )
 
 
 def counted_turns(messages: Sequence[Message]) -> list[int]:
-    """Returns which messages are trained on: the assistant's, but for weights of 0.
+    """Returns the indices of the messages trained on: the assistant's, unless weight 0.
 
-    Args:
-      messages: in which `check_messages` finds no fault.
-
-    Returns:
-      Their indices, at least one.
-
-    Raises:
-      ValueError: if there is none.
+    Raises a `ValueError` if there are none.
     """
     turns = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT]
     if not turns:
         roles = [m["role"] for m in messages]
         raise ValueError(
-            f"messages must hold a turn of the role {ASSISTANT!r}; got {roles[:8]}."
+            f"messages must have a turn with the role {ASSISTANT!r}; got {roles[:8]}."
         )
     counted = [i for i in turns if messages[i].get(WEIGHT) != 0]
     if not counted:
         raise ValueError(
-            f"messages must hold a turn of the role {ASSISTANT!r} that counts; all "
-            f"{len(turns)} have the weight 0."
+            f"messages must have a turn with the role {ASSISTANT!r} and weight 1; all "
+            f"{len(turns)} have weight 0."
         )
     return counted
 
@@ -125,7 +112,7 @@ def _fault(message: Any, words: Collection[str]) -> str:
     for key in message:
         if key not in KEYS and key not in words:
             hint = nearest(str(key), KEYS)
-            return f"has a key that nothing reads, {str(key)[:40]!r}; {hint}"
+            return f"has an unknown key, {str(key)[:40]!r}; {hint}"
     role, content, weight = (message.get(k) for k in ("role", "content", WEIGHT))
     calls = message.get(CALLS)
     if not isinstance(role, str):
@@ -135,13 +122,13 @@ def _fault(message: Any, words: Collection[str]) -> str:
     if not isinstance(content, str) and not (content is None and calls):
         return f"must have a string as content; got {str(content)[:40]!r}"
     if OPEN in (content or "") or CLOSE in (content or ""):
-        return "must be text; it holds the noncharacter U+FDD0 or U+FDD1"
+        return "must be text; it contains the noncharacter U+FDD0 or U+FDD1"
     if calls and not isinstance(calls, list):
         return f"must have a list as {CALLS}; got {str(calls)[:40]!r}"
     if calls and CALLS not in words:
-        return f"has {CALLS}, for which the chat template has no place"
+        return f"has {CALLS}, which the chat template doesn't use"
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         return f"must have a weight of 0 or 1; got {str(weight)[:40]!r}"
     if weight and role != ASSISTANT:
-        return f"must have no weight but 0: only turns of {ASSISTANT!r} are trained on"
+        return f"must have a weight of 0: only turns of {ASSISTANT!r} are trained on"
     return ""

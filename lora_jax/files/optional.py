@@ -1,21 +1,18 @@
-"""Packages of the `train` extra: imported where they are used, not with lora_jax."""
+"""Packages of the `train` extra, imported on use rather than with lora_jax."""
 
 import importlib
 from typing import Any
 
 
 def load_optional(purpose: str, *modules: str) -> Any:
-    """Imports modules of a package that may not be installed.
+    """Imports modules of a package that may not be installed; returns the first.
 
     Args:
-      purpose: what the package is for, the start of the error.
-      *modules: full names; the package is the first's.
-
-    Returns:
-      The first module.
+      purpose: what the package is for, the start of the error message.
+      *modules: full module names; the package is the first one's.
 
     Raises:
-      ImportError: that says what to install.
+      ImportError: with the install command.
 
     Example:
       >>> load_optional("reading tea leaves", "tealeaves")

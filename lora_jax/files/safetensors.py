@@ -1,7 +1,7 @@
-"""Safetensors files: read one tensor at a time, written whole or not at all.
+"""Safetensors files, read one tensor at a time and written atomically.
 
-Reading goes through the header and a memory map, so a model never needs more memory
-than its own size plus a piece of one tensor. Nothing here unpickles.
+Files are memory-mapped, so a model needs no more memory than its own size plus a piece
+of one tensor. Nothing is unpickled.
 """
 
 import math
@@ -19,8 +19,8 @@ from lora_jax.files.optional import load_optional
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers read at once
-LONGEST_FILE = 255  # letters of a file's name
-LONGEST_NAME = 1000  # letters of a tensor's name; real ones have under 100
+LONGEST_FILE = 255  # characters of a file name
+LONGEST_NAME = 1000  # characters of a tensor's name; real ones have under 100
 
 
 def _safetensors() -> Any:
@@ -33,7 +33,7 @@ class TensorReader:
 
     Attributes:
       files: the files, in order.
-      shapes: from each tensor's name to its shape, as the headers say.
+      shapes: tensor shapes by name, from the headers.
     """
 
     def __init__(self, files: list[Path]):
@@ -48,13 +48,13 @@ class TensorReader:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     if len(name) > LONGEST_NAME:
                         raise ValueError(
-                            f"{file}: names of tensors must have at most "
-                            f"{LONGEST_NAME} letters; {name[:40]!r}... has {len(name)}."
+                            f"{file}: tensor names must have at most {LONGEST_NAME} "
+                            f"characters; {name[:40]!r}... has {len(name)}."
                         )
                     if name in self.shapes:
                         raise ValueError(
-                            f"{file}: tensor {name!r} must be in one shard; another "
-                            f"has it too: {owners[name]}."
+                            f"{file}: tensor {name!r} must be in one shard only; it is "
+                            f"also in {owners[name]}."
                         )
                     owners[name] = file.name
                     self.shapes[name] = tuple(handle.get_slice(name).get_shape())
@@ -71,13 +71,10 @@ class TensorReader:
         return self._read(name, self._handle(name).get_tensor, name)
 
     def pieces(self, name: str) -> Iterator[tuple[Any, np.ndarray]]:
-        """Reads one tensor some rows at a time.
-
-        Args:
-          name: of the tensor.
+        """Reads a tensor some rows at a time.
 
         Yields:
-          Where a piece belongs in the tensor, and the piece: about `PIECE` numbers, or
+          The index of a piece in the tensor, and the piece: about `PIECE` numbers, or
           one row.
         """
         handle, shape = self._handle(name), self.shapes[name]
@@ -96,16 +93,16 @@ class TensorReader:
         except AttributeError as error:  # the package looks its dtype up in NumPy
             kind = self._handles[name].get_slice(name).get_dtype()
             raise ValueError(
-                f"tensor {name!r} of {', '.join(map(str, self.files))} must be of a "
-                f"dtype that NumPy has, or bfloat16; got {kind}. Quantised models have "
-                "to be turned into bfloat16 or float32 first."
+                f"tensor {name!r} of {', '.join(map(str, self.files))} must have a "
+                f"NumPy dtype or bfloat16; got {kind}. Convert quantised models to "
+                "bfloat16 or float32 first."
             ) from error
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
             raise ValueError(
                 f"tensor {name!r} must be one of the {len(self.shapes)} in "
-                f"{', '.join(map(str, self.files))}; it is in none of them."
+                f"{', '.join(map(str, self.files))}."
             )
         return self._handles[name]
 
@@ -118,7 +115,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
         ``model.safetensors.index.json`` and its shards.
 
     Returns:
-      A reader; no tensor is read yet.
+      A reader; no tensors have been read.
 
     Raises:
       FileNotFoundError: if there is no such file, or a shard is missing.
@@ -137,8 +134,8 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
         return TensorReader([path / SINGLE])
     found = sorted(p.name for p in path.iterdir())
     raise FileNotFoundError(
-        f"{path} must hold {SINGLE} or {INDEX}; it holds {found}. Pickled weights "
-        "(.bin, .pt) are not read: save the model with safetensors."
+        f"{path} must contain {SINGLE} or {INDEX}; it has {found}. Pickled weights "
+        "(.bin, .pt) are not supported: save the model with safetensors."
     )
 
 
@@ -150,18 +147,16 @@ def _shards(folder: Path) -> list[Path]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / INDEX} must be JSON with a weight_map from tensor names to "
-            f"file names; it can't be read: {error!r}."
+            f"file names; it can't be parsed: {error!r}."
         ) from error
-    outside = [n for n in names if not _is_file_name(n)]
-    if outside:
+    if outside := [n for n in names if not _is_file_name(n)]:
         got = repr(outside)[:200]
         raise ValueError(
             f"{folder / INDEX} must name files in its own folder; got {got}."
         )
-    missing = [n for n in names if not (folder / n).is_file()]
-    if missing:
+    if missing := [n for n in names if not (folder / n).is_file()]:
         raise FileNotFoundError(
-            f"{folder} must hold the {len(names)} shards of {INDEX}; missing: "
+            f"{folder} must contain the {len(names)} shards of {INDEX}; missing: "
             f"{', '.join(missing)}. Download the folder again."
         )
     return [folder / n for n in names]
@@ -178,21 +173,18 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes a safetensors file: complete under its name, or not there at all.
-
-    The bytes go to a temporary file beside it, which then takes the name: a crash or a
-    full disk leaves an older file of that name as it was.
+    """Writes a safetensors file atomically.
 
     Args:
       path: the file to write.
       tensors: NumPy or JAX arrays by name.
-      metadata: strings kept in the header.
+      metadata: strings for the header.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      OSError: if it can't be written (no space, no permission).
+      OSError: if it can't be written; an existing file is left as it was.
     """
     library, path = _safetensors(), Path(path)
     arrays = {name: np.asarray(t, order="C") for name, t in tensors.items()}
@@ -203,6 +195,6 @@ def write_tensors(
         size = sum(a.nbytes for a in arrays.values())
         raise OSError(
             f"{path} ({size} bytes) can't be written: {error}. Free some disk space or "
-            "choose another folder; no file of this name was changed."
+            "choose another folder; an existing file was not changed."
         ) from error
     return path.stat().st_size

@@ -1,8 +1,8 @@
-"""Special tokens and the chat template that a model folder has beside its tokenizer.
+"""The special tokens and chat template in a model folder.
 
-They are spread over several files: the tokens' text in ``tokenizer_config.json``, the
-ids that end a generation in ``generation_config.json`` (or ``config.json``), the chat
-template in ``chat_template.jinja`` or ``tokenizer_config.json``.
+They are in several files: the tokens' texts in ``tokenizer_config.json``, the ids that
+end a generation in ``generation_config.json`` (or ``config.json``), the chat template
+in ``chat_template.jinja`` or ``tokenizer_config.json``.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,13 +24,13 @@ class SpecialTokens(NamedTuple):
     """A tokenizer's special tokens.
 
     Attributes:
-      bos_id: of the token that begins a text, if there is one.
-      eos_id: of the token that ends a text, which training appends.
-      pad_id: of the padding token.
-      stop_ids: of the tokens that end a generation, ``eos_id`` among them.
-      chat_template: Jinja source, if there is one.
-      template_file: the file that it is from.
-      texts: of all special tokens, by the names that templates use: ``"unk_token"``.
+      bos_id: id of the beginning-of-text token.
+      eos_id: id of the end-of-text token, which training appends.
+      pad_id: id of the padding token.
+      stop_ids: ids of the tokens that end a generation, including ``eos_id``.
+      chat_template: Jinja source.
+      template_file: the file with the template.
+      texts: texts of all special tokens by template variable, such as ``"unk_token"``.
     """
 
     bos_id: int | None = None
@@ -48,14 +48,14 @@ def read_special_tokens(
     """Reads the special tokens of a Hugging Face folder.
 
     Args:
-      folder: a folder; each of the files may be missing.
-      token_to_id: the tokenizer's own.
+      folder: the folder; any of the files may be missing.
+      token_to_id: the tokenizer's method.
 
     Returns:
-      The special tokens; one that isn't in the vocabulary counts as absent.
+      The special tokens; those that are not in the vocabulary are None.
 
     Raises:
-      ValueError: if a file is not a JSON object, or an id not a number.
+      ValueError: if a file is not a JSON object, or an id is invalid.
     """
     config = _read_json(folder / TOKENIZER_CONFIG)
     texts = _texts(_read_json(folder / TOKENS_MAP)) | _texts(config)
@@ -66,6 +66,8 @@ def read_special_tokens(
     stops: list[int] = []
     for file in (GENERATION_CONFIG, MODEL_CONFIG):
         model = _read_json(folder / file)
+        if isinstance(text := model.get("text_config"), dict):  # of a multimodal model
+            model = text | model
         for name in ("bos", "eos", "pad"):
             stated = _as_ids(model.get(f"{name}_token_id"), folder / file)
             if ids[name] is None and stated:
@@ -87,7 +89,7 @@ def read_special_tokens(
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers gives a template: every named token, and the list of others."""
+    """Returns the template variables of transformers: named tokens and the others."""
     named: dict[str, Any] = {
         key: _text(value) for key, value in config.items() if key.endswith("_token")
     }
@@ -98,7 +100,7 @@ def _texts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """A token's text; older files have an AddedToken's fields."""
+    """Returns a token's text; older files contain the fields of an AddedToken."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -106,20 +108,19 @@ def _text(token: Any) -> str | None:
 def _find(token_to_id: Callable[[str], int | None], text: str) -> int | None:
     try:
         return token_to_id(text)
-    except UnicodeError:  # half a character, which is in no vocabulary
+    except UnicodeError:  # a lone surrogate, not in any vocabulary
         return None
 
 
 def _template(folder: Path, config: dict[str, Any]) -> tuple[str | None, Path | None]:
-    """Returns the template, and the file that it is from."""
+    """Returns the chat template and its file."""
     if (folder / TEMPLATE).is_file():
         return read_text(folder / TEMPLATE), folder / TEMPLATE
     found = config.get("chat_template")
-    if isinstance(found, list):  # several by name
-        wanted = [
-            t for t in found if isinstance(t, dict) and t.get("name") == "default"
-        ]
-        found = wanted[-1].get("template") if wanted else None
+    if isinstance(found, list):  # several named ones
+        entries = [t for t in reversed(found) if isinstance(t, dict)]
+        default = (t.get("template") for t in entries if t.get("name") == "default")
+        found = next(default, None)
     if isinstance(found, str):
         return found, folder / TOKENIZER_CONFIG
     return None, None

@@ -1,14 +1,13 @@
-"""Text to token ids and back, by a model's own tokenizer.
+"""Tokenizing text with a model's own tokenizer.
 
-A thin wrapper over the ``tokenizers`` package, for ``tokenizer.json`` and GGUF files.
-A ``tokenizer.json`` often carries truncation and padding settings of whoever saved it
-(all-MiniLM-L6-v2's pads every text to 128); both are switched off here: truncation is
-explicit and counted, and padding is left to batching.
+A thin wrapper around the ``tokenizers`` package, for ``tokenizer.json`` and GGUF files.
+Truncation and padding settings in a ``tokenizer.json`` (all-MiniLM-L6-v2's pads every
+text to 128) are disabled: truncation is explicit and counted, and batching pads.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from lora_jax.files.chat_tokens import ChatTokens, mark_tokens
 from lora_jax.files.encoding import check_text, close_gaps, explained
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.gguf_tokenizer import build_tokenizer
+from lora_jax.files.growth import text_growth
 from lora_jax.files.json_file import read_text
 from lora_jax.files.messages import Message
 from lora_jax.files.optional import load_optional
@@ -37,8 +37,8 @@ class Encoded(NamedTuple):
     """A batch of texts as token ids.
 
     Attributes:
-      ids: one list of ids a text, special tokens included, of unequal lengths.
-      truncated: how many of the texts were cut to ``max_length``.
+      ids: a list of ids per text, including special tokens, of different lengths.
+      truncated: number of texts truncated to ``max_length``.
     """
 
     ids: list[list[int]]
@@ -46,13 +46,13 @@ class Encoded(NamedTuple):
 
 
 class TextTokens(NamedTuple):
-    """One text as token ids, each with its characters.
+    """A text as token ids with their positions.
 
     Attributes:
-      ids: the tokens, after a beginning-of-text token where the model has one; none is
+      ids: the tokens, after a beginning-of-text token if the model has one; none is
         appended.
-      spans: ``(start, end)`` of each token in the text. Several tokens of one character
-        all have its span; a beginning-of-text token has ``(0, 0)``.
+      spans: the ``(start, end)`` of each token in the text. If a character has several
+        tokens, all have its span; a beginning-of-text token has ``(0, 0)``.
     """
 
     ids: list[int]
@@ -60,12 +60,12 @@ class TextTokens(NamedTuple):
 
 
 class Tokenizer:
-    """Encodes and decodes with a ``tokenizer.json``, or with a GGUF file's tokenizer.
+    """The tokenizer of a ``tokenizer.json`` or a GGUF file.
 
     Attributes:
       path: the file it was read from.
-      vocab_size: number of ids, added tokens included.
-      special: special tokens and chat template, from the files beside a
+      vocab_size: number of ids, including added tokens.
+      special: special tokens and chat template, from the folder of the
         ``tokenizer.json`` or from the GGUF file.
 
     Args:
@@ -73,8 +73,7 @@ class Tokenizer:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it can't be read, or a GGUF file's tokenizer is of an unsupported
-        kind.
+      ValueError: if it can't be read, or a GGUF file's tokenizer is not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -91,51 +90,50 @@ class Tokenizer:
         with explained(self.path, "a tokenizer"):
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
+            self._growth = text_growth(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self._chat: ChatTemplate | None = None
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> Encoded:
-        """Encodes a batch of texts, special tokens included.
+        """Encodes a batch of texts, adding special tokens.
 
         Args:
           texts: the texts.
-          max_length: ids a text may have at most, special tokens counted; the closing
-            special token survives the cut. None for no limit.
+          max_length: maximum number of ids per text, including special tokens; a
+            closing special token is kept on truncation. None for no limit.
 
         Returns:
-          The ids, and how many texts were cut.
+          The ids, and the number of truncated texts.
 
         Raises:
-          TypeError: if ``texts`` is one string or holds anything but strings.
-          ValueError: if ``max_length`` leaves no room beside the special tokens, or a
-            text is no Unicode or over 1 MiB.
+          TypeError: if ``texts`` is a single string or contains anything but strings.
+          ValueError: if ``max_length`` leaves no room for text, or a text is not
+            Unicode or over 1 MiB.
         """
         if isinstance(texts, str):
             raise TypeError(
                 f"texts must be a sequence of strings; got one string, {texts[:40]!r}. "
                 "Put it in a list."
             )
-        wrong = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-        if wrong:
+        if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
             raise TypeError(
-                f"texts must hold strings; got {type(texts[wrong[0]]).__name__} at "
+                f"texts must be strings; got {type(texts[wrong[0]]).__name__} at "
                 f"index {wrong[0]} ({len(wrong)} of {len(texts)} are not strings)."
             )
         for i, text in enumerate(texts):
-            check_text(text, f"text {i}")
+            check_text(text, f"text {i}", self._growth)
         special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length is not None and max_length <= special:
             raise ValueError(
-                f"max_length must be above {special}, the special tokens of each text; "
-                f"got {max_length}."
+                f"max_length must be above {special}, the number of special tokens per "
+                f"text; got {max_length}."
             )
         with explained(self.path, "a tokenizer"):
             encodings = self._tokenizer.encode_batch(list(texts))
-        truncated = 0
-        if max_length is not None:
-            truncated = sum(len(e) > max_length for e in encodings)
-        if max_length is not None and truncated:
-            # Cut by the package, which knows which special tokens come after the text.
+        if max_length is None:
+            return Encoded([e.ids for e in encodings], 0)
+        if truncated := sum(len(e) > max_length for e in encodings):
+            # By the package, which knows the special tokens after the text.
             self._tokenizer.enable_truncation(max_length)
             try:
                 encodings = self._tokenizer.encode_batch(list(texts))
@@ -144,16 +142,10 @@ class Tokenizer:
         return Encoded([e.ids for e in encodings], truncated)
 
     def encode_text(self, text: str) -> TextTokens:
-        """Encodes one text for a language model, with each token's place in it.
+        """Encodes a text for a language model, with the position of each token.
 
-        A beginning-of-text token (BOS) comes once, even if the text itself begins with
-        it, as a rendered chat template does. End-of-text tokens are left out.
-
-        Args:
-          text: the text.
-
-        Returns:
-          The ids and their places.
+        A beginning-of-text token (BOS) is added unless the text itself starts with it,
+        as rendered chat templates do. End-of-text tokens are omitted.
 
         Raises:
           ValueError: if the text is not Unicode or over 1 MiB, or the tokenizer fails.
@@ -175,42 +167,39 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Any] | None = None,
     ) -> str:
-        """Writes a conversation as one text, by the model's chat template.
+        """Renders a conversation with the model's chat template.
 
         Args:
           messages: each with a ``role`` and a ``content``.
-          add_generation_prompt: whether the text ends where an answer begins.
-          tools: that the model may call, as JSON schemas.
+          add_generation_prompt: whether to end with the start of an answer.
+          tools: JSON schemas of the tools that the model may call.
 
         Returns:
           The text.
 
         Raises:
-          ValueError: if there is no template, or it refuses the messages.
+          ValueError: if there is no template, or it rejects the messages.
         """
-        template = self._template()
-        return template.render(
+        return self._template().render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools
         )
 
     def encode_chat(
         self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
     ) -> list[ChatTokens]:
-        """Encodes a conversation, and marks what the assistant says.
-
-        See `mark_tokens` for which tokens are those of a turn.
+        """Encodes a conversation and marks the assistant's tokens; see `mark_tokens`.
 
         Args:
-          messages: each with a ``role`` and a ``content``; at least one is the
-            assistant's.
-          tools: that the model may call, as JSON schemas.
+          messages: each with a ``role`` and a ``content``; at least one by the
+            assistant.
+          tools: JSON schemas of the tools that the model may call.
 
         Returns:
-          Ids and mask of each text that the conversation takes; one, unless the
-          template writes earlier turns otherwise once later ones follow.
+          Ids and mask of each text of the conversation: one, unless the template
+          renders earlier turns differently once later ones follow.
 
         Raises:
-          ValueError: if there is no template, it refuses the messages, or the
+          ValueError: if there is no template, it rejects the messages, or the
             assistant's turns can't be located; see `ChatTemplate.mark_assistant`.
         """
         found = []
@@ -224,96 +213,89 @@ class Tokenizer:
     def encode_prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
     ) -> list[int]:
-        """Encodes a conversation up to where the assistant answers.
+        """Encodes a conversation up to the assistant's answer.
 
-        The tokens are those that `encode_chat` has before the answer: what the template
-        writes, and no BOS besides.
+        The tokens are those before the answer in `encode_chat`: no BOS is added to what
+        the template renders.
 
         Args:
           messages: each with a ``role`` and a ``content``.
-          tools: that the model may call, as JSON schemas.
+          tools: JSON schemas of the tools that the model may call.
 
         Returns:
           The ids.
 
         Raises:
-          ValueError: if there is no template, or it refuses the messages.
+          ValueError: if there is no template, or it rejects the messages.
         """
         text = self.render_chat(messages, tools=tools)
         return self._encode(text, add_special_tokens=False).ids
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """The tokens that `decode` leaves out, and their ids."""
+        """The ids of the tokens that `decode` omits, by text."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids, by default without special tokens."""
+        """Returns the text of token ids, by default without special tokens."""
         with explained(self.path, "a tokenizer"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer into a model folder, as transformers reads it.
+        """Writes the tokenizer to a model folder, for transformers.
 
-        Args:
-          directory: gets ``tokenizer.json``, ``tokenizer_config.json`` (special tokens,
-            chat template) and ``generation_config.json`` (where generation stops).
+        The files are ``tokenizer.json``, ``tokenizer_config.json`` (special tokens,
+        chat template) and ``generation_config.json`` (stop tokens).
         """
         directory = Path(directory)
         with new_file(directory / TOKENIZER_FILE) as new:
             self._tokenizer.save(str(new))
-        special = self.special
-        named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
-        settings: dict[str, Any] = dict(special.texts) | {
-            f"{name}_token": self._tokenizer.id_to_token(token)
-            for name, token in named.items()
-            if token is not None
-        }
+        settings = self._special_texts()
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if special.chat_template is not None:
-            settings["chat_template"] = special.chat_template
-        stops = {"eos_token_id": list(special.stop_ids)}
-        for file, values in (
-            (TOKENIZER_CONFIG, settings),
-            (GENERATION_CONFIG, stops),
-        ):
+        if self.special.chat_template is not None:
+            settings["chat_template"] = self.special.chat_template
+        stops = {"eos_token_id": list(self.special.stop_ids)}
+        for file, values in ((TOKENIZER_CONFIG, settings), (GENERATION_CONFIG, stops)):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             write_text(directory / file, text)
 
     def stream(self) -> "TextStream":
-        """Returns a decoder for ids that come one by one."""
+        """Returns a decoder for ids that arrive one by one."""
         return TextStream(self._tokenizer, self.path)
 
     def _encode(self, text: str, **options: Any) -> Any:
-        check_text(text, "a text")
+        check_text(text, "a text", self._growth)
         with explained(self.path, "a tokenizer"):
             return self._tokenizer.encode(text, **options)
 
     def _begin(self) -> list[int]:
-        """Returns the tokens before every text (an empty one doesn't show which)."""
+        """Returns the special tokens before every text (unclear from an empty one)."""
         encoding = self._encode("x")
         mask = encoding.special_tokens_mask
         return encoding.ids[: mask.index(0) if 0 in mask else None]
+
+    def _special_texts(self) -> dict[str, Any]:
+        """Returns the texts of special tokens by template variable."""
+        special = self.special
+        named = {"bos": special.bos_id, "eos": special.eos_id, "pad": special.pad_id}
+        return dict(special.texts) | {
+            f"{name}_token": self._tokenizer.id_to_token(token)
+            for name, token in named.items()
+            if token is not None
+        }
 
     def _template(self) -> ChatTemplate:
         if self._chat is None:
             if self.special.chat_template is None:
                 raise ValueError(
-                    f"{self.path} must come with a chat template to write messages; it "
-                    "has none. Put a chat_template.jinja beside it, or give text or "
+                    f"{self.path} must come with a chat template to render messages; "
+                    "it has none. Put a chat_template.jinja beside it, or use text or "
                     "prompt and completion."
                 )
-            named = {"bos": self.special.bos_id, "eos": self.special.eos_id}
-            named["pad"] = self.special.pad_id
-            tokens: Mapping[str, Any] = {
-                f"{name}_token": self._tokenizer.id_to_token(token)
-                for name, token in named.items()
-                if token is not None
-            }
             self._chat = ChatTemplate(
                 self.special.chat_template,
-                {**self.special.texts, **tokens},
+                self._special_texts(),
                 f"the chat template of {self.special.template_file or self.path}",
             )
         return self._chat
@@ -322,8 +304,7 @@ class Tokenizer:
 class TextStream:
     """Decodes ids one by one, never yielding part of a character.
 
-    Bytes that are not UTF-8 are left out, where `Tokenizer.decode` has replacement
-    characters.
+    Invalid UTF-8 is dropped, whereas `Tokenizer.decode` returns replacement characters.
     """
 
     def __init__(self, tokenizer: Any, path: Path):
@@ -333,37 +314,22 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """Takes the next id.
-
-        Args:
-          token: the id.
-
-        Returns:
-          The text that this id completes; it may be empty.
-        """
+        """Adds the next id; returns the text that it completes, possibly empty."""
         with explained(self._path, "a tokenizer"):
             text = self._stream.step(self._tokenizer, token)
         return (text or "").replace(REPLACEMENT, "")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
-    """Loads a model's tokenizer, or None where it has none.
-
-    Args:
-      path: a model folder, or a GGUF file.
-
-    Returns:
-      The tokenizer.
+    """Loads the tokenizer of a model folder or GGUF file; None if it has none.
 
     Raises:
       ValueError: if it can't be read.
     """
     path = Path(path)
-    if path.suffix == SUFFIX and path.is_file():
-        return Tokenizer(path)
-    return (
-        Tokenizer(path / TOKENIZER_FILE) if (path / TOKENIZER_FILE).is_file() else None
-    )
+    is_gguf = path.suffix == SUFFIX and path.is_file()
+    file = path if is_gguf else path / TOKENIZER_FILE
+    return Tokenizer(file) if file.is_file() else None
 
 
 def _read_json(path: Path, tokenizers: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Fine-tuning runs, and what is done with the models that come of them.
+"""Fine-tuning runs, and evaluating and using the resulting models.
 
-`run.fine_tune` starts one; `evaluation`, `encode`, `score` and `inspection` take it on.
-Nothing here prints: what there is to say goes to a `Reporter`.
+`run.fine_tune` starts a run; `evaluation`, `encode`, `score` and `inspection` use it.
+Nothing here prints: output goes to a `Reporter`.
 """

@@ -43,11 +43,7 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass
 class Classification(Job):
-    """See `Job`.
-
-    Attributes:
-      labels: the classes, by index.
-    """
+    """A `Job` with its classes, ``labels``, by index."""
 
     labels: list[str | int]
 
@@ -57,7 +53,7 @@ class Classification(Job):
     best_mode: ClassVar[str] = "max"
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
-        """Returns the loss function: cross-entropy, smoothed in training, and hits."""
+        """Returns the cross-entropy loss, label-smoothed in training."""
         smoothing = self.settings.train.label_smoothing if is_training else 0.0
         return classification_loss(module, label_smoothing=smoothing)
 
@@ -132,17 +128,15 @@ class Classification(Job):
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
         data, lengths = self.settings.data, batches.lengths
-        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
         share = np.mean([e["label"] == 0 for e in self.splits["train"].examples])
         padded = ", ".join(map(str, batches.buckets))
-        tokens = f"{lengths.mean():.1f} in the mean, {lengths.max()} at most, to "
-        tokens += padded
+        tokens = f"mean {lengths.mean():.1f}, max {lengths.max()}, padded to {padded}"
         _, limit, lowered = max_tokens(data, self.loaded, MAX_LENGTH)
         if cut := sum(split.truncated for split in self.splits.values()):
-            tokens += f"; {cut:,} texts were cut to {limit}"
+            tokens += f"; {cut:,} texts truncated to {limit}"
         classes = f"{self.labels}; {self.labels[0]!r} is {share:.1%} of train"
         return [
-            ("data", ", ".join(sizes)),
+            ("data", self.sizes),
             ("classes", classes),
             ("tokens", tokens),
             *lowered,
@@ -164,7 +158,7 @@ def open_classification(
     splits: Sequence[str],
     extra: Mapping[str, Any],
 ) -> Classification:
-    """Builds the job; see `open_job`. ``extra`` has the classes of a trained run."""
+    """Builds the job; see `open_job`. ``extra`` contains a trained run's classes."""
     if settings.data.packing or settings.train.samples:
         raise UserError(
             "data.packing and train.samples are for decoders, but the model in "
@@ -199,20 +193,7 @@ def open_classification(
 
 
 def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
-    """Reads the texts and labels of the splits that have a file.
-
-    Args:
-      data: the settings.
-      splits: the splits to read.
-
-    Returns:
-      ``{"train": [{"text", "label"}, ...], "validation": ..., "test": ...}``, without
-      splits that have no file.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: listing file, line and reason for each malformed line.
-    """
+    """Reads ``{"train": [{"text", "label"}, ...], ...}`` of the splits with a file."""
     return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 

@@ -1,4 +1,4 @@
-"""The step of a run, compiled from shapes alone: refused before it fills the memory."""
+"""Compiling a run's step from shapes, rejecting it before it fills the memory."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ from lora_jax.train.step import TrainStep, make_train_step
 
 
 class Compiled(NamedTuple):
-    """A run's step, ready to go.
+    """A run's compiled step.
 
     Attributes:
-      step: compiled for every shape of the run.
-      state: before the first step.
-      plan: of the longest shape.
+      step: the step, compiled for every shape of the run.
+      state: the initial state.
+      plan: the plan of the longest shape.
     """
 
     step: TrainStep
@@ -32,15 +32,12 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
     """Compiles the step for every shape, the longest first.
 
     Args:
-      job: what is trained; a decoder's ``remat`` is set to what the step fits with.
-      batches: of its training split.
+      job: the job; a decoder's ``remat`` is set to the policy that fits.
+      batches: batches of its training split.
       out: where to show progress.
 
-    Returns:
-      The step, with its state.
-
     Raises:
-      UserError: if the step doesn't fit the device; says what does.
+      UserError: if the step doesn't fit the device; suggests what does.
     """
     train, steps = job.settings.train, JobSteps(job, batches)
     tx = jobs.optimizer(train, steps.total)
@@ -49,7 +46,7 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
     made: list[TrainStep] = []
 
     def price(rows: int, remat: str | None) -> StepPlan:
-        del rows  # those of the shape
+        del rows  # given by the shape
         if remat is not None:
             job.set_remat(remat)
         loss_fn = job.loss(job.adapted, is_training=True)
@@ -65,7 +62,7 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
 
 
 def _shapes(job: jobs.Job, batches: Schedule, total: int) -> list[dict[str, Any]]:
-    """Returns the shapes of batches that a run has, longest first."""
+    """Returns the batch shapes of a run, longest first."""
     found: dict[int, int] = {}
     for number in range(min(total, batches.steps_per_epoch)):
         found.setdefault(batches.length_at(number), number)

@@ -43,12 +43,10 @@ def draw_curves(
     for name, axis in axes.items():
         train = _series(lines, "train", name)
         validation = _series(lines, "validation", name)
-        axis.plot(
-            *train, color=BLUE, alpha=0.45, linewidth=1.2, label="train (per log)"
-        )
-        axis.plot(
-            *validation, color=ORANGE, marker="o", linewidth=2, label="validation"
-        )
+        style: dict[str, Any] = {"color": BLUE, "alpha": 0.45, "linewidth": 1.2}
+        axis.plot(*train, label="train (per log)", **style)
+        style = {"color": ORANGE, "marker": "o", "linewidth": 2}
+        axis.plot(*validation, label="validation", **style)
         if name == metrics[-1] and baseline is not None:
             what, value = baseline
             shown = f"{value:.1%}" if name == "accuracy" else f"{value:.3f}"
@@ -63,11 +61,9 @@ def draw_curves(
                 color=GREY,
                 fontsize=9,
             )
-        for step, value in zip(*validation, strict=True):
-            if step == chosen:
-                axis.plot(
-                    step, value, "o", color=ORANGE, markersize=11, fillstyle="none"
-                )
+        kept = [(x, y) for x, y in zip(*validation, strict=True) if x == chosen]
+        for point in kept:
+            axis.plot(*point, "o", color=ORANGE, markersize=11, fillstyle="none")
         axis.set(xlabel="step", ylabel=name, title=name)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -65,15 +65,9 @@ class Devices:
         return shard_variables(variables, self.sharding, targets)
 
     def feed(self, batches: Schedule) -> Callable[[int], Any]:
-        """Returns a function for the sharded batch of a step.
+        """Returns a function from a step number to its sharded batch.
 
         Each process builds only its own rows.
-
-        Args:
-          batches: the schedule, with a batch size divisible over the mesh.
-
-        Returns:
-          A function of the step number.
         """
         mesh = self.mesh
         if mesh is None:
@@ -118,13 +112,18 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
       ValueError: if the mesh does not match the devices; suggests the nearest one.
     """
     own = settings.mesh
+    if own.member > 1 and is_strict:
+        raise ValueError(
+            f"mesh.member must be 1 for a run of its own; got {own.member}. It splits "
+            "the runs of a sweep over devices: `lora-jax sweep`."
+        )
     sizes = {axis: getattr(own, axis) for axis in AXES}
     try:
         mesh = make_mesh(**sizes)
     except ValueError as error:
         if is_strict:
             raise ValueError(f"mesh: {error}") from error
-        return Devices(note=f"one of {jax.device_count()}; the run's was {sizes}")
+        return Devices(note=f"one of {jax.device_count()}; the run used {sizes}")
     if mesh.size == 1:
         return Devices()
     rules = mesh_rules(settings)
@@ -138,15 +137,7 @@ def mesh_rules(settings: RunSettings) -> Rules:
 
 
 def check_batch(settings: RunSettings, devices: Devices) -> None:
-    """Raises unless the batch size is divisible over the devices.
-
-    Args:
-      settings: settings of the run.
-      devices: its devices.
-
-    Raises:
-      ValueError: with the numbers, suggesting the nearest valid batch sizes.
-    """
+    """Raises a `ValueError` unless the batch size is divisible over the devices."""
     train, parts = settings.train, devices.parts
     unit = parts * train.accumulate
     if train.batch_size % unit:
@@ -156,6 +147,6 @@ def check_batch(settings: RunSettings, devices: Devices) -> None:
         raise ValueError(
             "train.batch_size must be a multiple of data x fsdp x accumulate = "
             f"{sizes['data']} x {sizes['fsdp']} x {train.accumulate} = {unit} on a mesh"
-            f" of {devices.describe()}; got {train.batch_size}. Take {nearest}, or "
+            f" of {devices.describe()}; got {train.batch_size}. Use {nearest}, or "
             "another mesh."
         )

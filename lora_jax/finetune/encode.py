@@ -10,6 +10,7 @@ from lora_jax.finetune.images import image_batches, image_fault, is_image
 from lora_jax.finetune.job import encode_texts
 from lora_jax.finetune.lines import (
     Batch,
+    Group,
     by_length,
     check_faults,
     check_ids,
@@ -43,13 +44,11 @@ def record_fault(record: Mapping[str, Any]) -> str:
     if fault := text_fault(record):
         return fault
     ids, mask = record.get("input_ids"), record.get("attention_mask")
-    is_fit = mask is None or (
-        ids is not None
-        and is_ints(mask)
-        and len(mask) == len(ids)
-        and set(mask) <= {0, 1}
-    )
-    return "" if is_fit else "'attention_mask' must have a 0 or 1 per 'input_ids' entry"
+    if mask is None or (
+        ids and is_ints(mask) and len(mask) == len(ids) and set(mask) <= {0, 1}
+    ):
+        return ""
+    return "'attention_mask' must have a 0 or 1 per 'input_ids' entry"
 
 
 def encode(
@@ -59,6 +58,7 @@ def encode(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
     """Encodes lines, all of them text (or token ids) or all images.
@@ -69,6 +69,7 @@ def encode(
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
       max_length: maximum tokens per text; None for the model's context length.
+      groups: variables and the lines they encode; None for the model's own and all.
       reporter: shows the progress.
 
     Returns:
@@ -80,8 +81,8 @@ def encode(
     config = loaded.config
     if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
         raise UserError(
-            f"{loaded.path} must be an encoder, of text or of images; its config is a "
-            f"{type(config).__name__}. Decoders have `generate` and `score`."
+            f"{loaded.path} must be a text or image encoder; its config is a "
+            f"{type(config).__name__}. For decoders use `generate` and `score`."
         )
     reads_images = isinstance(config, ImageEncoderConfig)
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"
@@ -93,11 +94,23 @@ def encode(
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
     if isinstance(config, ImageEncoderConfig):
-        batches = image_batches(config, loaded.path, records, rows, path)
+        if groups is not None:
+            raise UserError(f"{path}: only lines of text can each name an adapter.")
+        images = image_batches(config, loaded.path, records, rows, path)
+        batches = ((loaded.variables, *batch) for batch in images)
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
-        batches = _text_batches(sequences, records, rows, config.max_positions)
+        batches = (
+            (variables, [chosen[i] for i in members], inputs)
+            for variables, chosen in groups or [(loaded.variables, range(len(records)))]
+            for members, inputs in _text_batches(
+                [sequences[i] for i in chosen],
+                [records[i] for i in chosen],
+                rows,
+                config.max_positions,
+            )
+        )
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
@@ -108,8 +121,8 @@ def encode(
     compiled, done = jax.jit(forward), 0
     lines: list[dict[str, list[float]]] = [{}] * len(records)
     with (reporter or Reporter()).progress("encode", len(records)) as tick:
-        for members, inputs in batches:
-            embedding, logits = jax.device_get(compiled(loaded.variables, *inputs))
+        for variables, members, inputs in batches:
+            embedding, logits = jax.device_get(compiled(variables, *inputs))
             for row, member in enumerate(members):
                 lines[member] = {"embedding": embedding[row].tolist()}
                 if logits is not None:

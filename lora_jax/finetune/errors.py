@@ -15,14 +15,14 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A run whose loss is no longer a number; the message says what to change."""
+    """A run whose loss is not finite; the message suggests what to change."""
 
     def __init__(self, message: str):
         super().__init__(message, code=1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C or SIGTERM; the message says how to resume it.
+    """A run was stopped by Ctrl-C or SIGTERM; the message tells how to resume it.
 
     Attributes:
       is_orderly: whether all processes of the run stopped after the same step.

@@ -1,4 +1,4 @@
-"""Metrics of a run's adapter, or of its bare base, on its own data or any other."""
+"""Metrics of a run's adapter, or of its base, on the run's data or another file."""
 
 from typing import NamedTuple
 
@@ -16,14 +16,14 @@ from lora_jax.train.step import make_eval_step
 
 
 class Evaluation(NamedTuple):
-    """What was measured.
+    """The result of an evaluation.
 
     Attributes:
-      metrics: by name; of a decoder the perplexity too.
-      examples: how many.
-      data: where they are from.
-      model: what was measured, in words.
-      devices: what there is to say about them, if anything.
+      metrics: metrics by name, including a decoder's perplexity.
+      examples: number of examples.
+      data: description of their source.
+      model: description of the model.
+      devices: a remark about the devices, or None.
     """
 
     metrics: dict[str, float]
@@ -45,20 +45,17 @@ def evaluate_run(
     """Evaluates a run.
 
     Args:
-      folder: of the run, with an adapter; see `open_run`.
-      settings: of the run.
+      folder: the run folder, with an adapter; see `open_run`.
+      settings: settings of the run.
       data: a JSONL file of examples, or None for the run's own ``split``.
-      split: "train", "validation" or "test", without ``data``.
-      is_base: whether to measure the frozen base: an encoder's with a linear head
+      split: "train", "validation" or "test"; ignored with ``data``.
+      is_base: whether to evaluate the frozen base: an encoder's with a linear head
         fitted on the training split.
       reporter: shows the progress.
 
-    Returns:
-      The metrics.
-
     Raises:
       UserError: if the run has no such split.
-      ValueError: if data can't be read, or the adapter was not made on this base.
+      ValueError: if data can't be read, or the adapter was trained on another base.
     """
     out = reporter or Reporter()
     adapter = load_adapter(folder / ADAPTER)
@@ -72,13 +69,13 @@ def evaluate_run(
         wanted = job.splits[split]
     else:
         raise UserError(
-            f"the run has no {split} split: its data.{split} is null. Name a file by "
-            "--data, or another split by --split validation."
+            f"the run has no {split} split: its data.{split} is null. Choose a file "
+            "with --data, or another split, e.g. --split validation."
         )
 
     if is_base:
         found = job.baseline({**job.splits, "test": wanted}, out)
-        what, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
+        model, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
     else:
         expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
         adapter = load_adapter(
@@ -90,9 +87,9 @@ def evaluate_run(
         batches = job.evaluation(wanted)
         with out.progress("evaluate", batches.steps_per_epoch) as tick:
             measured = evaluate(step, variables, job.devices.one_epoch(batches, tick))
-        what = f"adapter of step {adapter.extra['step']}"
+        model = f"adapter of step {adapter.extra['step']}"
         metrics = {name: measured[name] for name in job.metrics}
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
     source = data or source_of(settings.data, split)
-    return Evaluation(metrics, len(wanted.examples), source, what, job.devices.note)
+    return Evaluation(metrics, len(wanted.examples), source, model, job.devices.note)

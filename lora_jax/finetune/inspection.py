@@ -1,8 +1,8 @@
-"""What is in an adapter, run or model folder; damage included.
+"""The contents of an adapter, run or model folder, including damage.
 
-The norm of an update ``scaling * A B`` comes from its factors: with ``A = Qa Ra`` and
-``Bᵀ = Qb Rb`` its singular values are those of the ``[r, r]`` matrix ``Ra Rbᵀ``, so the
-``[in, out]`` product is never formed.
+The norm of an update ``scaling * A B`` is computed from its factors: with ``A = Qa Ra``
+and ``Bᵀ = Qb Rb`` its singular values are those of the ``[r, r]`` matrix ``Ra Rbᵀ``, so
+the ``[in, out]`` product is never formed.
 """
 
 import re
@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
+from lora_jax.files.arrays import count_not_finite
 from lora_jax.files.fetch import SCHEME, find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.safetensors import TensorReader, open_tensors
@@ -26,16 +27,16 @@ from lora_jax.names import LORA, LORA_A, LORA_B
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """Reads all that is in a folder or a GGUF file.
+    """Describes the contents of a folder or GGUF file.
 
     Args:
       path: a run folder, an adapter folder of ours or of another tool, a model folder,
         a GGUF file or a package's model.
 
     Returns:
-      JSON values. Of an adapter ``"kind": "adapter"``, what its config says, a row for
-      each of its ``"layers"``, what is trained in ``"full"``, and, if another tool
-      wrote it, ``"tool"``; of a model ``"kind": "model"`` and a row for each of its
+      JSON values. For an adapter ``"kind": "adapter"``, its config, a row for each of
+      its ``"layers"``, the shapes trained in ``"full"``, and, if another tool wrote it,
+      ``"tool"``; for a model ``"kind": "model"`` and a row for each of its
       ``"tensors"``. ``"not_finite"`` counts NaN and infinities by tensor.
 
     Raises:
@@ -46,7 +47,7 @@ def inspect(path: str) -> dict[str, Any]:
     if folder.suffix == SUFFIX and folder.is_file():
         return _inspect_model(folder, GGUFReader(folder))
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}, nor a {SUFFIX} file.")
+        raise UserError(f"{folder} must be a folder or a {SUFFIX} file.")
     if any((folder / name).is_file() for name in (settings.CONFIG, ours.CONFIG)):
         found = find_adapter(folder)
         external = read_external(found)
@@ -62,15 +63,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def singular_values(a: np.ndarray, b: np.ndarray, *, scaling: float) -> np.ndarray:
-    """Returns the singular values of ``scaling * A B`` without forming it.
-
-    Args:
-      a: ``[i, r]``.
-      b: ``[r, o]``.
-      scaling: the factor.
-
-    Returns:
-      At most ``r`` float64 values, largest first.
+    """Returns the singular values of ``scaling * A B``, largest first, in float64.
 
     Example:
       >>> a, b = np.array([[3.0], [4.0]]), np.array([[1.0, 0.0]])
@@ -110,7 +103,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_external(adapter: ExternalAdapter, folder: Path) -> dict[str, Any]:
-    """Describes an adapter that another tool wrote; reading it has checked it."""
+    """Describes an adapter of another tool, which was validated when read."""
     layers = [
         {
             "path": name,
@@ -142,7 +135,7 @@ def _inspect_external(adapter: ExternalAdapter, folder: Path) -> dict[str, Any]:
 def _layers(
     reader: TensorReader, path: str, config: LoRAConfig
 ) -> list[dict[str, Any]]:
-    """Returns a row for each layer that an adapter's leaves hold: one, or a stack."""
+    """Returns a row for each layer of an adapter's leaves: one, or those of a stack."""
     a = reader[f"{LORA}/{path}/{LORA_A}"]
     name = f"{LORA}/{path}/{LORA_B}"
     if name not in reader.shapes:
@@ -164,7 +157,7 @@ def _layers(
 
 
 def _norms(a: np.ndarray, b: np.ndarray, *, scaling: float) -> dict[str, Any]:
-    """Returns the norms of ``scaling * A B``; None where it is not a finite matrix."""
+    """Returns the norms of ``scaling * A B``; None if it is not a finite matrix."""
     is_matrix = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
     if is_matrix and np.isfinite(a).all() and np.isfinite(b).all():
         values = singular_values(a, b, scaling=scaling)
@@ -177,14 +170,13 @@ def _inspect_model(folder: Path, reader: Any) -> dict[str, Any]:
     for name in sorted(reader.shapes, key=_natural):
         array = reader[name]
         is_float = array.dtype.kind not in "iub"
+        norm = np.linalg.norm(array.astype(np.float64)) if is_float else None
         tensors.append(
             {
                 "name": name,
                 "shape": list(array.shape),
                 "dtype": str(array.dtype),
-                "norm": float(np.linalg.norm(array.astype(np.float64)))
-                if is_float
-                else None,
+                "norm": None if norm is None else float(norm),
             }
         )
     return {
@@ -197,12 +189,8 @@ def _inspect_model(folder: Path, reader: Any) -> dict[str, Any]:
 
 
 def _not_finite(reader: Any) -> dict[str, int]:
-    """Returns how many values are NaN or infinite, for each tensor that has any."""
-    counts = {
-        name: int(np.sum(~np.isfinite(array.astype(np.float32))))
-        for name in reader.shapes
-        if (array := reader[name]).dtype.kind not in "iub"
-    }
+    """Returns the number of NaN and infinite values of each tensor with any."""
+    counts = {name: count_not_finite(reader[name]) for name in reader.shapes}
     return {name: count for name, count in counts.items() if count}
 
 

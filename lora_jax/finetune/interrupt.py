@@ -1,4 +1,4 @@
-"""During a run: handling Ctrl-C, timing, and showing the library's warnings."""
+"""Handling Ctrl-C, timing and the library's warnings during a run."""
 
 import contextlib
 import logging
@@ -53,12 +53,7 @@ class Clock:
         self.note = ""
 
     def add(self, progress: Progress, first: int) -> None:
-        """Adds a report.
-
-        Args:
-          progress: the report.
-          first: the step at which this process started or resumed the run.
-        """
+        """Adds a report of a run that was started or resumed at step ``first``."""
         self._seconds += progress.seconds
         left = self._total - progress.step
         eta = self._seconds / (progress.step - first) * left

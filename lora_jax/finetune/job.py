@@ -24,7 +24,8 @@ from lora_jax.finetune.formatting import metric_text
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.models.load import LoadedModel
+from lora_jax.models.load import with_new_head
+from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.target_names import own_names
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
@@ -121,17 +122,45 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def extra(self) -> dict[str, Any]:
-        """Returns what is saved beside an adapter, to use it without these settings."""
+        """Returns JSON values to save with an adapter, for use without settings."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The frozen base's fingerprint; if sharded, all processes must call this."""
         return fingerprint(self.variables[FROZEN])
 
+    def with_settings(self, settings: RunSettings) -> "Job":
+        """Returns the job that ``settings`` describe, over the base of this one.
+
+        Args:
+          settings: with the model and data of this job; adapters and seed may differ.
+
+        Returns:
+          A job with new adapters; base and examples are shared.
+        """
+        head_key, _ = jax.random.split(jax.random.key(settings.train.seed))
+        loaded = with_new_head(self.loaded, head_key)
+        fields = attach(settings, self.devices, loaded, self.lora_for(settings))
+        other = dataclasses.replace(self, **fields)
+        other.fingerprint = self.fingerprint
+        return other
+
+    def lora_for(self, settings: RunSettings) -> LoRAConfig:
+        """Returns the adapter config of other settings, resolved for this model."""
+        lora = own_names(settings.lora, self.loaded.family)
+        if not lora.train:  # of an encoder it is the head
+            lora = dataclasses.replace(lora, train=self.lora.train)
+        return lora
+
     @property
     def metric(self) -> str:
         """The metric that selects the best step."""
         return self.metrics[-1]
+
+    @property
+    def sizes(self) -> str:
+        """The number of examples of each split, as text."""
+        return ", ".join(f"{k} {len(s.examples):,}" for k, s in self.splits.items())
 
     def describe(self, metrics: Metrics) -> str:
         """Formats an evaluation's metrics."""
@@ -140,7 +169,7 @@ class Job(abc.ABC):
         )
 
     def set_remat(self, remat: str) -> None:
-        """Has a decoder's backward pass compute again what a policy says."""
+        """Sets a decoder's rematerialisation policy."""
         module = self.loaded.module.clone(remat=remat)
         self.loaded = self.loaded._replace(module=module)
         self.adapted = adapt(module, self.lora, *self.loaded.inputs)
@@ -148,12 +177,7 @@ class Job(abc.ABC):
     def streams(
         self, splits: Mapping[str, Split], what: str, out: Reporter
     ) -> Iterator[tuple[str, Schedule, Iterator[Any]]]:
-        """Iterates over splits with one progress bar, each example once.
-
-        Args:
-          splits: the examples.
-          what: label of the progress bar.
-          out: where to show it.
+        """Iterates over splits, each example once, with one progress bar (``what``).
 
         Yields:
           A split's name, its schedule and its batches, to be exhausted before the next.
@@ -222,17 +246,13 @@ def source_of(data: DataSettings, split: str) -> str:
 
 
 def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
-    """Takes a validation split from the training examples if it has no file.
-
-    Args:
-      rows: examples by split.
-      data: the settings, with ``holdout`` and ``seed``.
+    """Splits off a validation split from the training examples if it has no file.
 
     Returns:
       The splits, in the order of `SPLITS`.
 
     Raises:
-      UserError: if there are fewer than 2 training examples.
+      UserError: if no training examples are left.
     """
     is_given = data.validation is not None or "validation" in rows
     if is_given or "train" not in rows:
@@ -241,8 +261,8 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
     count = max(1, round(data.holdout * len(train)))
     if count >= len(train):
         raise UserError(
-            f"data.train has {len(train)} examples, of which data.holdout = "
-            f"{data.holdout} leaves none for training; set data.validation to a file."
+            f"data.train has {len(train)} examples, and data.holdout = {data.holdout} "
+            "leaves none for training; set data.validation to a file."
         )
     order = np.random.default_rng(data.seed).permutation(len(train))
     chosen = set(order[:count].tolist())
@@ -266,15 +286,9 @@ def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
 def max_tokens(
     data: DataSettings, loaded: LoadedModel, default: int
 ) -> tuple[int, str, Facts]:
-    """Returns how many tokens an example may have: what is asked, or the model takes.
+    """Returns the maximum tokens per example, a description of it, and remarks.
 
-    Args:
-      data: the settings, with ``max_length``.
-      loaded: the model.
-      default: where nothing is asked.
-
-    Returns:
-      The limit, its name, and what there is to say where more was asked.
+    It is ``data.max_length`` or ``default``, but at most the model's context length.
     """
     longest = loaded.config.max_positions
     asked = default if data.max_length is None else data.max_length
@@ -283,8 +297,8 @@ def max_tokens(
     name = f"{longest} tokens, the model's context"
     if data.max_length is None:
         return longest, name, []
-    said = f"{name}; data.max_length = {asked} is more"
-    return longest, name, [("max length", said)]
+    note = f"{name}; data.max_length = {asked} is more"
+    return longest, name, [("max length", note)]
 
 
 def encode_texts(
@@ -309,7 +323,7 @@ def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
 def eval_buckets(
     split: Split, buckets: Sequence[int], loaded: LoadedModel
 ) -> list[int]:
-    """Returns lengths to pad an evaluation to: those given and one more if needed."""
+    """Returns lengths to pad an evaluation to: ``buckets`` and one more if needed."""
     own = train_buckets(split, loaded)
     if not buckets:
         return own
@@ -323,15 +337,20 @@ def _lengths(split: Split) -> list[int]:
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:
     """Returns the optimizer that the settings describe."""
-    return lora_optimizer(
-        train.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=round(train.warmup * total_steps),
-        schedule=train.schedule,
-        clip_norm=train.clip_norm,
-        weight_decay=train.weight_decay,
-        lora_b_ratio=train.lora_b_ratio,
-    )
+    return lora_optimizer(**optimizer_options(train, total_steps))
+
+
+def optimizer_options(train: TrainSettings, total_steps: int) -> dict[str, Any]:
+    """Returns the arguments of `lora_optimizer` that the settings describe."""
+    return {
+        "learning_rate": train.learning_rate,
+        "total_steps": total_steps,
+        "warmup_steps": round(train.warmup * total_steps),
+        "schedule": train.schedule,
+        "clip_norm": train.clip_norm,
+        "weight_decay": train.weight_decay,
+        "lora_b_ratio": train.lora_b_ratio,
+    }
 
 
 def total_steps(train: TrainSettings, steps_per_epoch: int) -> int:

@@ -1,4 +1,4 @@
-"""Training a decoder to write: JSONL text, prompts and completions, or chats."""
+"""The language modelling task: text, prompts and completions, or chats."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -48,8 +48,8 @@ class Language(Job):
     """See `Job`.
 
     Attributes:
-      is_chat: whether the training lines are messages; then so are the samples.
-      ends: how often each token ends a turn of the assistant's in the training file.
+      is_chat: whether the training examples are messages; then so are the samples.
+      ends: how often each token ends an assistant's turn in the training file.
     """
 
     is_chat: bool = False
@@ -61,7 +61,7 @@ class Language(Job):
 
     @property
     def max_length(self) -> int:
-        """Tokens that an example may have."""
+        """Maximum tokens per example."""
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
@@ -86,15 +86,15 @@ class Language(Job):
         )
 
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`; packed as the training split is."""
-        rows = self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
-        if self.settings.data.packing:
-            packed = self.max_length
-            return TextBatches(
-                split.examples, rows, packed_length=packed, shuffle=False
-            )
-        buckets = eval_buckets(split, buckets, self.loaded)
-        return TextBatches(split.examples, rows, buckets, shuffle=False)
+        """See `Job.evaluation`; packed like the training split."""
+        packed = self.max_length if self.settings.data.packing else None
+        return TextBatches(
+            split.examples,
+            self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size)),
+            None if packed else eval_buckets(split, buckets, self.loaded),
+            packed_length=packed,
+            shuffle=False,
+        )
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
@@ -102,7 +102,7 @@ class Language(Job):
         return Split(list(data.examples), data.truncated, data.dropped)
 
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the loss of the base as it is."""
+        """Measures the loss of the frozen base."""
         step = make_eval_step(self.loss(self.loaded.module, is_training=False))
         variables = {"params": self.loaded.params}
         measured = {name: s for name, s in splits.items() if name != "train"}
@@ -117,39 +117,34 @@ class Language(Job):
         }
 
     def describe(self, metrics: Metrics) -> str:
-        """Words the loss, and the perplexity it is."""
-        return (
-            f"{super().describe(metrics)}  perplexity {perplexity(metrics['loss']):.2f}"
-        )
+        """Formats the loss and its perplexity."""
+        found = perplexity(metrics["loss"])
+        return f"{super().describe(metrics)}  perplexity {found:.2f}"
 
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
-        assert isinstance(batches, TextBatches)  # `batches` made them
-        sizes = [f"{name} {len(s.examples):,}" for name, s in self.splits.items()]
+        assert isinstance(batches, TextBatches)  # from `batches`
         lengths = [len(e["input_ids"]) for e in self.splits["train"].examples]
-        mean = sum(lengths) / len(lengths)
-        tokens = f"{mean:.1f} in the mean, {max(lengths)} at most; "
+        tokens = f"mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)}; "
         if batches.packed_length:
             tokens += f"packed to {len(batches):,} rows of {batches.packed_length}"
         else:
             tokens += f"padded to {', '.join(map(str, batches.buckets))}"
+        tokens += f" ({batches.token_fraction:.0%} of the positions are tokens)"
         share = batches.targets / sum(lengths)
         facts = [
-            ("data", ", ".join(sizes)),
-            (
-                "tokens",
-                f"{tokens} ({batches.token_fraction:.0%} of the places are tokens)",
-            ),
+            ("data", self.sizes),
+            ("tokens", tokens),
             ("targets", f"{batches.targets:,} tokens count ({share:.0%} of train)"),
         ]
         cut = sum(split.truncated for split in self.splits.values())
         dropped = sum(split.dropped for split in self.splits.values())
         _, limit, lowered = max_tokens(self.settings.data, self.loaded, MAX_LENGTH)
         if cut:
-            said = f"{cut:,} examples were cut to {limit}"
+            note = f"{cut:,} examples truncated to {limit}"
             if dropped:
-                said += f"; {dropped:,} of them lost all targets and are left out"
-            facts.append(("cut", said))
+                note += f"; {dropped:,} of them lost all targets and were dropped"
+            facts.append(("truncated", note))
         tokenizer = self.loaded.tokenizer
         endless = endless_turns(tokenizer, self.ends) if tokenizer else ""
         return facts + lowered + ([("warning", endless)] if endless else [])
@@ -160,13 +155,13 @@ class Language(Job):
 
     @property
     def prompt(self) -> Literal["text", "chat"] | None:
-        """See `Job.prompt`; without a tokenizer there are no texts."""
+        """See `Job.prompt`; None without a tokenizer."""
         if self.loaded.tokenizer is None:
             return None
         return "chat" if self.is_chat else "text"
 
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
-        """Returns what the model writes greedily after each of ``train.samples``."""
+        """Returns greedy continuations of ``train.samples``."""
         prompts, tokenizer = self.settings.train.samples, self.loaded.tokenizer
         if not prompts:
             return []
@@ -197,8 +192,8 @@ def open_language(
     """Builds the job; see `open_job`."""
     if settings.train.label_smoothing:
         raise UserError(
-            "train.label_smoothing is of an encoder's classes; a decoder's loss has "
-            f"none. Leave it at 0; got {settings.train.label_smoothing}."
+            "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
+            f"classes. Got {settings.train.label_smoothing}."
         )
     with fail_together():
         scan = settings.model.scan
@@ -231,7 +226,7 @@ def open_language(
 
 
 def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
-    """Groups the examples of each line, so that none is held out without the others."""
+    """Groups the examples by line, so that those of a line are held out together."""
     rows: dict[int, list[dict[str, Any]]] = {}
     for line, example in zip(data.lines, data.examples, strict=True):
         rows.setdefault(line, []).append(dict(example))

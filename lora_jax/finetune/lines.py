@@ -5,19 +5,19 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.array_types import PyTree
 from lora_jax.finetune.errors import UserError
 from lora_jax.train.buckets import length_buckets
 
 MAX_FAULTS = 20
 
 Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # line indices, model inputs
+Group = tuple[PyTree, Sequence[int]]  # variables, and the lines that they are for
 
 
 def is_ints(value: Any) -> bool:
     """Returns whether a value is a non-empty list of integers."""
-    return (
-        isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
-    )
+    return isinstance(value, list) and {type(i) for i in value} == {int}
 
 
 def text_fault(record: Mapping[str, Any]) -> str:
@@ -33,15 +33,7 @@ def text_fault(record: Mapping[str, Any]) -> str:
 
 
 def check_faults(what: str, faults: Sequence[str]) -> None:
-    """Raises if there are errors.
-
-    Args:
-      what: a heading for the error message.
-      faults: one message each; the first 20 are shown.
-
-    Raises:
-      UserError: with the shown messages.
-    """
+    """Raises a `UserError` headed ``what`` with the first 20 faults, if any."""
     if faults:
         shown, more = "\n  ".join(faults[:MAX_FAULTS]), len(faults) - MAX_FAULTS
         end = f"\n  and {more} more" if more > 0 else ""
@@ -54,10 +46,7 @@ def check_ids(sequences: Sequence[list[int]], config: Any, path: str) -> None:
     Args:
       sequences: the ids of each line.
       config: the model's config.
-      path: file of the lines, for errors.
-
-    Raises:
-      UserError: listing each invalid line.
+      path: file of the lines, for error messages.
     """
     faults, longest = [], config.max_positions
     for number, ids in enumerate(sequences, start=1):

@@ -1,4 +1,4 @@
-"""The training steps that settings describe, priced before any is run."""
+"""Pricing the training steps of a run's settings before running any."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.source import check_settings, read_settings
+from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import own_names
 from lora_jax.names import PARAMS
@@ -33,20 +33,15 @@ from lora_jax.train.buckets import Schedule
 
 
 class JobSteps:
-    """A job's steps on this machine, of batches of its longest shape.
+    """A job's steps on this machine, with batches of its longest shape.
 
     Attributes:
-      job: from `open_job`.
-      batches: of its training split.
-      total: steps of the run.
-      longest: shapes of a batch of the longest shape.
-      remat: what the backward pass is to compute again, or to begin with; None of an
-        encoder.
-      limit: bytes that a device has.
-
-    Args:
-      job: from `open_job`.
-      batches: of its training split; None makes them.
+      job: a job from `open_job`.
+      batches: batches of its training split; created if not given.
+      total: number of steps of the run.
+      longest: the longest batch, as shapes.
+      remat: the (first) remat policy; None for an encoder.
+      limit: bytes per device.
     """
 
     def __init__(self, job: jobs.Job, batches: Schedule | None = None) -> None:
@@ -62,16 +57,13 @@ class JobSteps:
     def price(
         self, rows: int, remat: str | None, *, trains_all: bool = False
     ) -> StepPlan:
-        """Prices a step of so many rows.
+        """Prices a step.
 
         Args:
-          rows: of the batch.
-          remat: what a decoder's backward pass computes again.
-          trains_all: whether the whole base is trained, without adapters; compiled
-            however large it is, to be compared with.
-
-        Returns:
-          The plan.
+          rows: batch size.
+          remat: a decoder's remat policy.
+          trains_all: whether to train the whole base, without adapters; this step is
+            compiled for comparison even if it is too large.
         """
         job, loaded, train = self.job, self.job.loaded, self.job.settings.train
         module = loaded.module if remat is None else loaded.module.clone(remat=remat)
@@ -94,17 +86,11 @@ class JobSteps:
         )
 
     def choose(self, price: Price) -> StepPlan:
-        """Finds what the run's step is to compute again.
-
-        Args:
-          price: of a step.
-
-        Returns:
-          The plan of the first policy that fits.
+        """Returns the plan of the first remat policy that fits, using ``price``.
 
         Raises:
-          UserError: if the step does not fit: under any policy, where the settings
-            leave the choice, or else under theirs. It says what would.
+          UserError: if the step does not fit with the policy of the settings, or with
+            any policy if that is "auto"; suggests what would.
         """
         rows, _ = self.longest["input_ids"].shape
         if self.job.settings.model.remat == "auto":
@@ -112,16 +98,11 @@ class JobSteps:
         else:
             plan = price(rows, self.remat)
         if not plan.fits:
-            raise too_large(plan, "this machine", self.way_out(plan))
+            raise too_large(plan, "this machine", self.suggestion(plan))
         return plan
 
-    def way_out(self, plan: StepPlan, price: Price | None = None) -> str:
-        """Says what would fit instead of a step that doesn't.
-
-        Args:
-          plan: of the step.
-          price: of others; None for `price`.
-        """
+    def suggestion(self, plan: StepPlan, price: Price | None = None) -> str:
+        """Suggests what would fit instead of a step, using ``price`` or `price`."""
         price = price or self.price
         policies = list(REMATS)
         tried = len(policies) if plan.remat is None else policies.index(plan.remat) + 1
@@ -130,7 +111,7 @@ class JobSteps:
             if plan.fits:
                 return (
                     f"With model.remat={plan.remat} it fits: {size(plan.total)}. "
-                    "model.remat=auto chooses by itself."
+                    "model.remat=auto chooses it automatically."
                 )
         unit = self.job.settings.train.accumulate * self.job.devices.parts
         if found := largest_batch(lambda rows: price(rows, plan.remat), unit):
@@ -144,9 +125,9 @@ class JobSteps:
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:
-        """Returns the arithmetic of two steps, with adapters and with all trained.
+        """Returns the FLOPs of two steps, with adapters and with everything trained.
 
-        A decoder's is by formula, because cuDNN's attention can't be traced.
+        A decoder's are computed by formula, because cuDNN's attention can't be traced.
         """
         if plan.remat is None:
             return StepFlops(plan.flops, full.flops)
@@ -154,43 +135,32 @@ class JobSteps:
         return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
 
 
-def too_large(plan: StepPlan, device: str, way_out: str) -> UserError:
-    """Returns the error of a step that does not fit.
-
-    Args:
-      plan: of the step.
-      device: what it doesn't fit.
-      way_out: what would fit.
-
-    Returns:
-      The error, to be raised.
-    """
-    least = "" if plan.temporaries else "at least "  # weights alone, not compiled
+def too_large(plan: StepPlan, device: str, suggestion: str) -> UserError:
+    """Returns the error for a step that does not fit, with a suggestion."""
+    least = "" if plan.temporaries else "at least "  # only weights, if not compiled
     each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
     policy = f" with remat {plan.remat}" if plan.remat else ""
     return UserError(
         f"a step of {plan.batch} x {plan.tokens} tokens needs {least}"
-        f"{size(plan.total)}{each}{policy}; {device} has {size(plan.limit)}. {way_out}"
+        f"{size(plan.total)}{each}{policy}; {device} has {size(plan.limit)}. "
+        f"{suggestion}"
     )
 
 
 def slice_steps(
     settings: RunSettings, topology: str, mesh: Mapping[str, int], tokens: int | None
 ) -> DecoderSteps:
-    """Returns a decoder's steps on a TPU slice, from settings and its config alone.
+    """Returns a decoder's steps on a TPU slice, from the settings and its config only.
 
     Args:
-      settings: of the run.
-      topology: the slice, ``"v5e:4x4"``.
-      mesh: sizes of its axes; one may be -1.
-      tokens: of a row; None for ``data.max_length``.
-
-    Returns:
-      The steps.
+      settings: settings of the run.
+      topology: the slice, e.g. ``"v5e:4x4"``.
+      mesh: sizes of the mesh axes; one may be -1.
+      tokens: tokens per row; None for ``data.max_length``.
 
     Raises:
-      UserError: if the model is an encoder, or a row longer than its context.
-      ValueError: if there is no such slice, or the mesh doesn't divide it.
+      UserError: if the model is an encoder, or a row exceeds its context.
+      ValueError: if the slice does not exist, or the mesh doesn't divide it.
     """
     limit, found = check_topology(topology).memory, find_model(settings.model.path)
     if found.suffix == SUFFIX:
@@ -200,17 +170,19 @@ def slice_steps(
     family = FAMILIES[config_json["model_type"]]
     if family.head:
         raise UserError(
-            f"--topology plans decoders; {found} is a {config_json['model_type']}, an "
-            "encoder. Without --topology its step is compiled for this machine."
+            f"--topology requires a decoder; {found} is a {config_json['model_type']}, "
+            "an encoder. Omit --topology to compile its step for this machine."
         )
-    config = family.read_config(config_json)
+    config = read_config(family, config_json, found)
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
-    stored = config_json.get("dtype", config_json.get("torch_dtype"))
+    inner = config_json.get("text_config")  # of a multimodal model
+    both = (inner if isinstance(inner, dict) else {}) | config_json
+    stored = both.get("dtype", both.get("torch_dtype"))
     lora, scan = own_names(settings.lora, family), settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)

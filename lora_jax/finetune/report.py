@@ -1,4 +1,4 @@
-"""What a training run reports: what was loaded, what is trained, what came of it."""
+"""Reports of a training run: the loaded model, the plan and the result."""
 
 import contextlib
 import importlib.metadata
@@ -34,15 +34,14 @@ def tree_bytes(tree: Any) -> int:
 
 
 def loaded_facts(job: Job) -> list[tuple[str, str]]:
-    """Says which model was loaded, from where, and what was left over or made new."""
+    """Describes the loaded model, with new and unused parameters."""
     config, loaded = job.loaded.config, job.loaded
     facts = [
         (
             "model",
             f"{type(loaded.module).__name__}, {config.num_layers} layers, "
-            f"d {config.hidden_size}, "
-            f"{config.num_heads} heads, MLP {config.mlp_size}, vocabulary "
-            f"{config.vocab_size:,}",
+            f"d {config.hidden_size}, {config.num_heads} heads, MLP {config.mlp_size}, "
+            f"vocabulary {config.vocab_size:,}",
         ),
         ("from", str(loaded.path)),
         (
@@ -54,7 +53,7 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
     if loaded.new:
         facts.append(("new", ", ".join(loaded.new)))
     if loaded.unused:
-        facts.append(("not used", ", ".join(loaded.unused)))
+        facts.append(("not used", loaded.unused_text()))
     return facts
 
 
@@ -69,19 +68,18 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
 def print_plan(
     out: Reporter, job: Job, plan: StepPlan, numbers: dict[str, Any], steps: str
 ) -> None:
-    """Prints what a run trains, what its step needs and on what it runs.
+    """Prints what a run trains, its memory and its devices.
 
     Args:
       out: where to print.
-      job: what is trained.
-      plan: of its step.
+      job: the job.
+      plan: the plan of its step.
       numbers: from `counts`.
-      steps: how many there are, in words.
+      steps: a description of the number of steps.
     """
     facts = [("trained", trained_text(numbers)), ("memory", memory_text(plan.parts))]
     facts += [("remat", plan.remat)] if plan.remat else []
-    facts += [("steps", steps)]
-    facts += [("device", f"{device()}; {job.devices.describe()}")]
+    facts += [("steps", steps), ("device", f"{device()}; {job.devices.describe()}")]
     out.heading("Plan")
     out.facts(facts)
 
@@ -97,20 +95,17 @@ def summarise(
     seconds: Mapping[str, float],
     **numbers: Any,
 ) -> dict[str, Any]:
-    """Returns what summary.json holds.
+    """Returns the JSON values of summary.json.
 
     Args:
-      job: what was trained.
-      folder: of the run, with its adapter.
-      state: after the last step.
-      best: the line of the validation that chose the adapter.
+      job: the job.
+      folder: the run folder, with its adapter.
+      state: the state after the last step.
+      best: the line of the best validation.
       test: the adapter's metrics on the test split, if there is one.
       baseline: the frozen base's line, if it was measured.
-      seconds: spent on each phase.
+      seconds: seconds spent on each phase.
       **numbers: ``parameters``, ``memory_bytes``, and a ``warning`` or None.
-
-    Returns:
-      JSON values.
     """
     aside = ("step", "split", "seconds")
     curves = folder / CURVES
@@ -146,7 +141,7 @@ def model_bytes(folder: Path) -> int:
 
 
 def device() -> str:
-    """Names what the run is on."""
+    """Describes the devices."""
     first = jax.devices()[0]
     if first.platform == "cpu":
         own = getattr(os, "sched_getaffinity", None)  # not on macOS
@@ -155,7 +150,7 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on, as far as they are installed."""
+    """Returns the versions of the installed packages that a result depends on."""
     names = ("lora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
@@ -166,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
-    """Returns a title for the curves: what was trained on what."""
+    """Returns a title for the curves."""
     data = Path(settings.data.train).name
     return (
         f"LoRA rank {settings.lora.rank} on {data}: {numbers['trainable']:,} trained "
@@ -175,14 +170,7 @@ def title(settings: RunSettings, numbers: Mapping[str, Any]) -> str:
 
 
 def layer_count(targets: Sequence[Target]) -> int:
-    """Counts adapted layers; a stack of scanned blocks counts as many as it holds.
-
-    Args:
-      targets: the adapted layers.
-
-    Returns:
-      How many kernels have an adapter.
-    """
+    """Counts adapted layers, including each layer of stacked (scanned) blocks."""
     return sum(len(_slices(target)) for target in targets)
 
 
@@ -191,13 +179,9 @@ def _slices(target: Target) -> list[LayerSlice]:
 
 
 def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
-    """Returns the table of targets, layers that differ only in their number as one row.
+    """Returns a table of targets; layers that differ only in their number share a row.
 
-    Args:
-      targets: the adapted layers.
-
-    Returns:
-      Rows of path, number of layers, kind, shape, rank, alpha, parameters of all.
+    The columns are path, number of layers, kind, shape, rank, alpha and parameters.
     """
     groups: dict[tuple[Any, ...], list[Target]] = {}
     is_long = len(targets) > LONG
@@ -245,7 +229,7 @@ def counts(job: Job) -> dict[str, Any]:
 
 
 def memory_text(parts: dict[str, int]) -> str:
-    """Returns where the bytes of a step go, `StepPlan.parts`, as one line."""
+    """Formats `StepPlan.parts` as one line."""
     return (
         f"base {size(parts['base'])} + trained {size(parts['trained'])} + optimizer "
         f"{size(parts['optimizer'])} + batch and padding {size(parts['other'])} + "
@@ -255,7 +239,7 @@ def memory_text(parts: dict[str, int]) -> str:
 
 
 def trained_text(numbers: dict[str, Any]) -> str:
-    """Returns how much is trained as one line."""
+    """Formats `counts` as one line."""
     return (
         f"{numbers['trainable']:,} of {numbers['frozen'] + numbers['trainable']:,} "
         f"parameters ({numbers['share']:.2%}): adapters {numbers['adapter']:,}, "

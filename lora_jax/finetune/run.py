@@ -1,4 +1,4 @@
-"""`fine_tune`: from a config to an adapter and honest numbers about it."""
+"""`fine_tune`: from a config to an adapter with its metrics."""
 
 import contextlib
 import errno
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """A run that is finished.
+    """A finished run.
 
     Attributes:
-      path: the run folder; its ``adapter/`` holds the best adapter.
-      settings: of the run.
-      summary: what ``summary.json`` holds: the metrics of the best adapter
+      path: the run folder; its ``adapter/`` is the best adapter.
+      settings: settings of the run.
+      summary: the contents of ``summary.json``: metrics of the best adapter
         (``"validation"``, ``"test"``) and of the frozen base (``"baseline"``), counts
         of parameters, memory, seconds, versions.
       metrics: the lines of ``metrics.jsonl``: training, validations, samples.
@@ -44,13 +44,13 @@ class Run(NamedTuple):
     prompt: Literal["text", "chat"] | None = None
 
     def load(self, **options: Any) -> LoadedModel:
-        """Loads the base with the run's adapter on it.
+        """Loads the base with the run's adapter.
 
         Args:
-          **options: as for `load_model`.
+          **options: options of `load_model`.
 
         Returns:
-          The model; ``loaded.module.apply(loaded.variables, ...)``.
+          The model; call ``loaded.module.apply(loaded.variables, ...)``.
         """
         return load_model(self.settings.model.path, self.path, **options)
 
@@ -63,33 +63,33 @@ def fine_tune(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Run:
-    """Fine-tunes a pretrained model as a config says; what `lora-jax train` does.
+    """Fine-tunes a pretrained model as configured, like `lora-jax train`.
 
-    An encoder learns to classify, a decoder to write. The run folder,
-    ``output.dir``, holds the resolved config, the best adapter, checkpoints, metrics
-    and a summary. The first Ctrl-C (or SIGTERM) stops after the steps under way and
-    saves a checkpoint; the second stops at once.
+    An encoder is trained to classify, a decoder to generate text. The run folder,
+    ``output.dir``, contains the resolved config, the best adapter, checkpoints, metrics
+    and a summary. The first Ctrl-C (or SIGTERM) stops after the current steps and saves
+    a checkpoint; the second stops immediately.
 
     Args:
-      config: a YAML file or a run folder, a nested dictionary of the same sections, or
-        `RunSettings`. Needs the packages of ``lora_jax[train]``.
+      config: a YAML file, a run folder, a nested dictionary of the same sections, or
+        `RunSettings`. Requires the packages of ``lora_jax[train]``.
       overrides: settings to change, each ``"section.key=value"`` in YAML.
-      resume: whether to go on from the last checkpoint in the run folder.
-      overwrite: whether a run that is in the folder is deleted.
-      reporter: takes in what is said meanwhile; None says nothing.
+      resume: whether to resume from the last checkpoint in the run folder.
+      overwrite: whether to delete an existing run in the folder.
+      reporter: receives progress and messages; None discards them.
 
     Returns:
-      The finished run. Where several processes train (`jax.distributed`), all of them
-      call this with the same arguments, and all get it.
+      The finished run. In a multi-process job (`jax.distributed`) all processes call
+      this with the same arguments, and all get it.
 
     Raises:
       FileNotFoundError: if a file or the model is missing.
-      ValueError: naming every fault of the settings; if data or model can't be read; if
+      ValueError: listing all errors in the settings; if data or model can't be read; if
         both ``resume`` and ``overwrite`` are set.
-      UserError: if the run folder is taken, the disk is full, or the step does not fit
+      UserError: if the run folder is in use, the disk is full, or the step does not fit
         the device.
-      DivergedError: a `UserError` of a run whose loss is no longer a number.
-      Interrupted: a `KeyboardInterrupt` that says how to go on.
+      DivergedError: a `UserError`, if the loss is no longer finite.
+      Interrupted: a `KeyboardInterrupt` that tells how to resume.
     """
     from lora_jax.finetune.run_folder import RunFolder
     from lora_jax.finetune.session import Session
@@ -105,7 +105,7 @@ def fine_tune(
             if folder.is_writer:
                 folder.check(settings, resume=resume, overwrite=overwrite)
         session = Session(settings, folder, reporter or Reporter())
-        with _telling_how_to_resume(session):
+        with _explained(session):
             with fail_together():
                 check_same("the settings", [settings.to_dict(), resume])
                 session.prepare()
@@ -117,26 +117,26 @@ def fine_tune(
 
 
 @contextlib.contextmanager
-def _telling_how_to_resume(session: "Session") -> Iterator[None]:
-    """Adds to an error what is saved and how to go on from there."""
+def _explained(session: "Session") -> Iterator[None]:
+    """Adds to errors what is saved and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        said = f"interrupted. {session.how_to_resume()}"
-        raise Interrupted(said, is_orderly=session.is_stopped) from None
+        message = f"interrupted. {session.how_to_resume()}"
+        raise Interrupted(message, is_orderly=session.is_stopped) from None
     except Exception as error:
         if is_lost_peer(error):
             raise UserError(
-                "another process of this run has ended, and the others can't go on "
-                f"without it (its own message says why). {session.how_to_resume()}\n"
-                f"JAX saw: {str(error).splitlines()[0][:200]}",
+                "another process of this run has ended, and the others can't continue "
+                f"without it (see its own message). {session.how_to_resume()}\n"
+                f"JAX reported: {str(error).splitlines()[0][:200]}",
                 code=1,
             ) from error
         if isinstance(error, OSError) and (
             error.errno == errno.ENOSPC or "disk" in str(error)
         ):
-            said = f"{error}\n{session.how_to_resume()}"
-            raise UserError(said, code=1) from error
+            message = f"{error}\n{session.how_to_resume()}"
+            raise UserError(message, code=1) from error
         is_saved = session.checkpoints and session.checkpoints.latest_step() is not None
         if is_saved and not isinstance(error, DivergedError):
             error.add_note(session.how_to_resume())

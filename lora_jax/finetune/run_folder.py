@@ -1,7 +1,7 @@
-"""The run folder: one directory that holds all there is to know about a run.
+"""The run folder, which contains everything about a run.
 
 ``config.yaml`` (resolved), ``adapter/`` (the best so far), ``checkpoints/`` (Orbax),
-``metrics.jsonl`` (a line a log step), ``summary.json`` and ``curves.png`` at the end.
+``metrics.jsonl`` (a line per log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
 import dataclasses
@@ -33,9 +33,8 @@ CURVES = "curves.png"
 LOCK = ".lock"
 OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
 
-# Settings that may change when a run is resumed: its result doesn't depend on them.
-# (On another mesh, or where other values are computed again, sums are rounded in
-# another order; nothing else is different.)
+# Settings that may change when a run is resumed: its result doesn't depend on them
+# (except for rounding, on another mesh or with another remat policy).
 MESH = {f"mesh.{field.name}" for field in dataclasses.fields(MeshSettings)}
 FREE = MESH | {
     "model.remat",
@@ -47,11 +46,11 @@ FREE = MESH | {
 
 
 class RunFolder:
-    """A run folder on disk, seen by all processes of a run and written by the first.
+    """A run folder, visible to all processes of a run and written by the first.
 
     Attributes:
       path: the folder.
-      is_writer: whether this process writes; what it would write is dropped if not.
+      is_writer: whether this process writes; otherwise writing has no effect.
     """
 
     def __init__(self, path: str | Path, *, is_writer: bool = True):
@@ -59,61 +58,62 @@ class RunFolder:
         self._lock: Lock | None = None
 
     def __truediv__(self, name: str) -> Path:
-        """Returns the path of a file in it."""
+        """Returns the path of a file in the folder."""
         return self.path / name
 
     def check(self, settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
         """Checks that the folder can be used, before anything is computed.
 
         Args:
-          settings: of the run that is to go there.
-          resume: whether to go on with what is there.
-          overwrite: whether what is there may be deleted.
+          settings: settings of the run to be started or resumed.
+          resume: whether to resume an existing run.
+          overwrite: whether an existing run may be deleted.
 
         Raises:
-          UserError: if there is something and neither was asked for; if it is another
-            run's, or no run folder at all; or if it can't be written.
+          UserError: if the folder is in use and neither was requested; if it contains
+            a different run or other files; or if it can't be written.
         """
+        self.check_place()
+        # Ignores the leftovers of a process killed before it started a run.
+        names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+        found = sorted(n for n in names if n != LOCK and not atomic.is_leftover(n))
+        if resume:
+            self._check_resume(settings)
+        elif found and CONFIG not in found:
+            raise UserError(
+                f"{self.path} is not a run folder (it has no {CONFIG}, but "
+                f"{found[0]!r}), so it was not changed. Choose another output.dir."
+            )
+        elif found and not overwrite:
+            raise UserError(
+                f"{self.path} already contains a run ({self.state()}). Use --resume "
+                "(in Python: resume=True) to resume it, --overwrite (overwrite=True) "
+                "to delete it, or choose another output.dir."
+            )
+        elif others := sorted(set(found) - OWN_NAMES):
+            raise UserError(
+                f"{self.path} contains other files than a run's ({', '.join(others)}), "
+                "so it was not overwritten. Move them away first."
+            )
+        if found:
+            self.lock()
+
+    def check_place(self) -> None:
+        """Raises a `UserError` if the folder is a file, or can't be written."""
         if self.path.is_file():
             raise UserError(f"output.dir {self.path} is a file; it must be a folder.")
         home = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not (home.is_dir() and os.access(home, os.W_OK)):
             raise UserError(
                 f"output.dir {self.path} can't be written: {home} is not a folder, or "
-                "not yours to write to. Choose another output.dir."
+                "not writable. Choose another output.dir."
             )
-        found = (
-            sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
-        )
-        # What a kill leaves of a run that was only about to start is nobody's.
-        found = [n for n in found if n != LOCK and not atomic.is_leftover(n)]
-        if resume:
-            self._check_resume(settings)
-        elif found and CONFIG not in found:
-            raise UserError(
-                f"{self.path} is not a run folder (it has no {CONFIG}, but "
-                f"{found[0]!r}), and nothing there will be touched. Choose "
-                "another output.dir."
-            )
-        elif found and not overwrite:
-            raise UserError(
-                f"{self.path} holds a run already ({self.state()}). Add --resume (in "
-                "Python: resume=True) to go on with it, --overwrite (overwrite=True) "
-                "to delete it, or choose another output.dir."
-            )
-        elif strange := sorted(set(found) - OWN_NAMES):
-            raise UserError(
-                f"{self.path} holds more than a run ({', '.join(strange)}), so it is "
-                "not overwritten. Move that away first."
-            )
-        if found:
-            self.lock()
 
     def lock(self) -> None:
-        """Makes the folder this run's own, until this object or the process ends.
+        """Locks the folder until `release`, or until this object or the process ends.
 
         Raises:
-          UserError: naming the process whose it is.
+          UserError: if another process has locked it; names the process.
         """
         if self._lock is not None:
             return
@@ -121,12 +121,12 @@ class RunFolder:
             self._lock = Lock(self / LOCK)
         except LockedError as error:
             raise UserError(
-                f"a run in {self.path} is under way: {error}. Wait until it has ended, "
-                "or choose another output.dir."
+                f"a run in {self.path} is in progress: {error}. Wait until it has "
+                "ended, or choose another output.dir."
             ) from error
 
     def release(self) -> None:
-        """Lets others have the folder again; does nothing if it isn't locked."""
+        """Unlocks the folder if it is locked."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -137,35 +137,26 @@ class RunFolder:
                 f"nothing to resume: there is no run in {self.path}. Start one without "
                 "--resume (in Python: resume=True)."
             )
-        self.check_settings(
-            settings, "Resume it as it was started, or choose another output.dir."
-        )
+        advice = "Resume it with its own settings, or choose another output.dir."
+        self.check_settings(settings, advice)
 
     def check_settings(self, settings: RunSettings, advice: str) -> None:
-        """Raises if the run's own settings differ from these where it matters.
-
-        Args:
-          settings: what was asked for.
-          advice: the way out, for the error.
-
-        Raises:
-          UserError: naming every difference.
-        """
+        """Raises a `UserError` with ``advice`` if settings that matter differ."""
         old = load_settings(self / CONFIG)
         changed = [d for d in differences(old, settings) if d.split(":")[0] not in FREE]
         if changed:
+            lines = "\n  ".join(changed)
             raise UserError(
-                f"the run in {self.path} was started with other settings:\n  "
-                + "\n  ".join(changed)
-                + f"\n{advice}"
+                f"the run in {self.path} was started with other settings:\n  {lines}"
+                f"\n{advice}"
             )
 
     def is_started(self) -> bool:
-        """Says whether there is a run in the folder."""
+        """Returns whether there is a run in the folder."""
         return (self / CONFIG).is_file()
 
     def state(self) -> str:
-        """Says in a few words how far the run in the folder is."""
+        """Describes the progress of the run in the folder."""
         if (self / SUMMARY).is_file():
             return "finished"
         lines = self.metrics()
@@ -175,19 +166,19 @@ class RunFolder:
         return f"unfinished, at step {step}"
 
     def create(self, settings: RunSettings, *, overwrite: bool) -> None:
-        """Makes the folder and writes the resolved config.
+        """Creates the folder and writes the resolved config.
 
         Args:
-          settings: of the run.
-          overwrite: delete the run that is there; `check` has looked at it.
+          settings: settings of the run.
+          overwrite: whether to delete an existing run, already checked by `check`.
 
         Raises:
-          UserError: if the folder can't be made, or another process has just made it.
+          UserError: if the folder can't be created, or another process just did.
         """
         if not self.is_writer:
             return
         if overwrite and self.path.exists():
-            # The config last: without it the remains of a killed run are not a run.
+            # The config last, so that an interrupted deletion is still a run folder.
             old = {p.name for p in self.path.iterdir() if atomic.is_leftover(p.name)}
             old |= OWN_NAMES - {LOCK}
             for name in sorted(old, key=lambda name: name == CONFIG):
@@ -202,11 +193,11 @@ class RunFolder:
             if error.errno == errno.ENOSPC:
                 raise
             raise UserError(
-                f"output.dir {self.path} can't be made: {error.strerror}. Choose "
+                f"output.dir {self.path} can't be created: {error.strerror}. Choose "
                 "another output.dir."
             ) from error
         self.lock()
-        if self.is_started():  # since `check`: nobody else starts one under the lock
+        if self.is_started():  # since `check`; now the lock prevents that
             raise UserError(
                 f"another process has just started a run in {self.path}. Processes of "
                 "one run must be joined (--distributed, or --coordinator and its "
@@ -216,14 +207,7 @@ class RunFolder:
         atomic.write_text(self / CONFIG, settings.to_yaml())
 
     def check_space(self, needed: int) -> None:
-        """Raises if the disk has not ``needed`` bytes left.
-
-        Args:
-          needed: bytes that the run is going to write.
-
-        Raises:
-          UserError: saying how much is missing.
-        """
+        """Raises a `UserError` if fewer than ``needed`` bytes are free on the disk."""
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(
@@ -233,7 +217,7 @@ class RunFolder:
             )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl; a last line cut short is left out."""
+        """Returns the lines of metrics.jsonl, without an incomplete last one."""
         if not (self / METRICS).is_file():
             return []
         lines = []
@@ -241,15 +225,15 @@ class RunFolder:
             try:
                 lines.append(json.loads(text))
             except ValueError:
-                break  # a kill in the middle of a line
+                break  # the process was killed while writing a line
         return lines
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drops the lines of metrics.jsonl after ``step``; returns those that stay."""
+        """Removes the lines of metrics.jsonl after ``step``; returns the others."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(to_json(line) + "\n" for line in kept)
-        self._replace(METRICS, text)
         if self.is_writer:
+            text = "".join(to_json(line) + "\n" for line in kept)
+            atomic.write_text(self / METRICS, text)
             (self / SUMMARY).unlink(missing_ok=True)
         return kept
 
@@ -260,22 +244,12 @@ class RunFolder:
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        self._replace(SUMMARY, to_json(summary, indent=2) + "\n")
-
-    def _replace(self, name: str, text: str) -> None:
-        if not self.is_writer:
-            return
-        atomic.write_text(self / name, text)
+        if self.is_writer:
+            atomic.write_text(self / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
-    """Opens a run folder that exists.
-
-    Args:
-      path: the folder.
-
-    Returns:
-      The folder and its settings.
+    """Opens an existing run folder; returns it and its settings.
 
     Raises:
       UserError: if it is not a run folder, or has no adapter yet.
@@ -287,6 +261,6 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "
             f"validation writes it. `lora-jax train {path} --resume` (in Python: "
-            "fine_tune(folder, resume=True)) goes on with it."
+            "fine_tune(folder, resume=True)) resumes it."
         )
     return run, load_settings(run / CONFIG)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of texts, by a decoder."""
+"""Log-probabilities of tokens according to a decoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,13 @@ import jax
 import numpy as np
 
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.lines import by_length, check_faults, check_ids, text_fault
+from lora_jax.finetune.lines import (
+    Group,
+    by_length,
+    check_faults,
+    check_ids,
+    text_fault,
+)
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.load import LoadedModel
 from lora_jax.train.causal_lm import chunk_tokens
@@ -15,11 +21,11 @@ from lora_jax.train.text import MESSAGES, Encoded, encode_record, kind_of
 
 
 class Scored(NamedTuple):
-    """The tokens of a line but the first; a chat may have several of these.
+    """The scores of a line's tokens except the first; a chat may have several.
 
     Attributes:
-      line: the number of the line, from 0.
-      logprobs: ``log p(token | those before it)``.
+      line: index of the line.
+      logprobs: ``log p(token | previous tokens)``.
       counted: 1 for each token that training counts, 0 for the others.
     """
 
@@ -29,7 +35,7 @@ class Scored(NamedTuple):
 
 
 def score_fault(record: Mapping[str, Any]) -> str:
-    """Says what is wrong with a line to score; empty if nothing is."""
+    """Returns an error message for a line to score; empty if it is valid."""
     if not _is_trained(record):
         return text_fault(record)
     try:
@@ -45,28 +51,30 @@ def score(
     path: str,
     *,
     batch_size: int = 8,
+    groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> list[Scored]:
-    """Returns ``log p(token | those before it)`` of each line's tokens but the first.
+    """Returns ``log p(token | previous tokens)`` of each line's tokens from the second.
 
     Texts and token ids are scored as they are, and all their tokens count. Messages,
-    and prompts with completions, become tokens as in training, where some count.
+    and prompts with completions, are tokenised as in training, where only some count.
 
     Args:
       loaded: a decoder.
-      records: the lines, in which `score_fault` finds none.
-      path: their file, for errors.
-      batch_size: lines at once.
+      records: the lines, valid according to `score_fault`.
+      path: their file, for error messages.
+      batch_size: lines per batch.
+      groups: variables and the lines they score; None for the model's own and all.
       reporter: shows the progress.
 
     Returns:
-      The scores in the order of the lines, each one shorter than its tokens.
+      The scores, in the order of the lines.
 
     Raises:
-      UserError: if texts can't be tokenised, or a line is not what the model reads.
+      UserError: if lines can't be tokenised or exceed the model's context.
     """
     if loaded.tokenizer is None and any("text" in record for record in records):
-        raise UserError(f"{loaded.path} has no tokenizer; {path} must hold ids.")
+        raise UserError(f"{loaded.path} has no tokenizer; {path} must contain ids.")
     encoded = _encode(loaded, records, path)
     sequences = [each.ids for _, each in encoded]
     apply, config = loaded.module.apply, loaded.config
@@ -76,28 +84,29 @@ def score(
     @jax.jit
     def log_probabilities(variables, ids):
         hidden: Any = apply(variables, ids, method="hidden")
-        hidden = hidden[:, :-1]
         labels = ids[:, 1:]
-        count = labels.size
 
-        def of_token(pair):  # `chunk` of them at once: [b, t, v] never exists
+        def of_token(pair):  # in chunks, so that [b, t, v] is never materialised
             h, label = pair
             logits: Any = apply(variables, h[None, None], method="logits")
             return jax.nn.log_softmax(logits[0, 0])[label]
 
-        tokens = (hidden.reshape(count, -1), labels.reshape(count))
+        tokens = (hidden[:, :-1].reshape(labels.size, -1), labels.reshape(-1))
         found = jax.lax.map(of_token, tokens, batch_size=chunk)
         return found.reshape(labels.shape)
 
     scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     rows, done = min(batch_size, len(sequences)), 0
     with (reporter or Reporter()).progress("score", len(sequences)) as tick:
-        for members, (ids,) in by_length(rows, config.max_positions, sequences):
-            found = np.asarray(log_probabilities(loaded.variables, ids))
-            for row, member in enumerate(members):
-                scores[member] = found[row, : len(sequences[member]) - 1]
-            done += len(members)
-            tick(done, "lines")
+        for variables, lines in groups or [(loaded.variables, range(len(records)))]:
+            chosen = [i for i, (line, _) in enumerate(encoded) if line in lines]
+            own = [sequences[i] for i in chosen]
+            for members, (ids,) in by_length(rows, config.max_positions, own):
+                found = np.asarray(log_probabilities(variables, ids))
+                for row, member in enumerate(members):
+                    scores[chosen[member]] = found[row, : len(own[member]) - 1]
+                done += len(members)
+                tick(done, "lines")
     return [
         Scored(line, logprobs, np.array(each.mask[1:], np.uint8))
         for (line, each), logprobs in zip(encoded, scores, strict=True)
@@ -111,7 +120,7 @@ def _is_trained(record: Mapping[str, Any]) -> bool:
 def _encode(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], path: str
 ) -> list[tuple[int, Encoded]]:
-    """Returns the tokens of lines, each with its line's number."""
+    """Returns the tokens of lines, each with the index of its line."""
     tokenizer, size = loaded.tokenizer, loaded.config.vocab_size
     encoded, faults = [], []
     for line, record in enumerate(records):
@@ -124,7 +133,7 @@ def _encode(
         else:
             ids = record.get("input_ids")
             if ids is None:
-                assert tokenizer is not None  # looked at before
+                assert tokenizer is not None  # checked before
                 ids = tokenizer.encode_text(record["text"]).ids
             found = [Encoded(ids, [1] * len(ids))]
         encoded += [(line, each) for each in found]

@@ -1,4 +1,4 @@
-"""The sections of a run's settings, and what each of their keys means."""
+"""The sections of a run's settings, with the documentation of each key."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -7,12 +7,14 @@ from pydantic import AfterValidator, Field
 
 from lora_jax.config import LEAST
 
-LARGEST = (1 << 31) - 1  # of an int32
+LARGEST = (1 << 31) - 1  # int32
 
 
 def _check_float(value: float) -> float:
     if 0 < value < LEAST:
-        raise ValueError(f"must be at least {LEAST:g}, as float32 has it")
+        raise ValueError(
+            f"must be at least {LEAST:g}; smaller values underflow in float32"
+        )
     return value
 
 
@@ -31,18 +33,18 @@ class ModelSettings:
     """Which pretrained model to start from.
 
     Attributes:
-      path: a Hugging Face folder, a GGUF file, a hub id (``owner/name``), or a model
-        that an installed Python package ships (``package:NAME/path``).
-      pooling: the sentence vector of an encoder: the ``"mean"`` over unmasked tokens,
-        the ``"cls"`` token, or BERT's own ``"pooler"``.
+      path: a Hugging Face folder, a GGUF file, a hub id (``owner/name``), or a model in
+        an installed Python package (``package:NAME/path``).
+      pooling: an encoder's sentence vector: the ``"mean"`` over unmasked tokens, the
+        ``"cls"`` token, or BERT's own ``"pooler"``.
       dtype: dtype of the computation.
-      param_dtype: dtype of the frozen parameters; null keeps their file's.
-      scan: whether a decoder's blocks are compiled once, as a loop; null means yes
-        where the adapters of all blocks are alike. An unrolled step compiles longer and
-        runs faster on a GPU.
-      remat: what the backward pass of a decoder computes again to save memory:
-        ``"none"``, what is cheap (``"lora"``), or each whole ``"block"``; ``"auto"``
-        takes ``lora``, and ``block`` where a step doesn't fit without it.
+      param_dtype: dtype of the frozen parameters; null for that of the file.
+      scan: whether to compile a decoder's blocks once, as a loop; null for yes if the
+        adapters of all blocks are alike. Unrolled blocks take longer to compile but run
+        faster on a GPU.
+      remat: what a decoder recomputes in the backward pass to save memory: ``"none"``,
+        cheap activations (``"lora"``), or each whole ``"block"``; ``"auto"`` is
+        ``lora``, or ``block`` if the step doesn't fit otherwise.
     """
 
     path: str
@@ -54,27 +56,27 @@ class ModelSettings:
 
     @property
     def first_remat(self) -> str:
-        """The policy to begin with."""
+        """The remat policy to try first."""
         return "lora" if self.remat == "auto" else self.remat
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which examples: one JSONL file for each split.
+    """The examples: one JSONL file for each split.
 
     Attributes:
       train: a JSONL file. Its lines are ``{"text": str, "label": int or str}`` for an
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
         ``{"input_ids"}`` for a decoder.
-      validation: the same, to choose the best step by; null takes it from ``train``.
-      test: the same, scored once at the end; null for none.
-      holdout: the fraction of ``train`` that becomes the validation split where there
-        is no file of one.
-      seed: seed of the choice of what is held out.
-      max_length: tokens kept of each example, special ones included; null for 128
+      validation: the same, to choose the best step; null to hold out a part of
+        ``train``.
+      test: the same, evaluated once at the end; null for none.
+      holdout: the fraction of ``train`` held out for validation if there is no file.
+      seed: seed for choosing the held-out examples.
+      max_length: maximum tokens per example, including special ones; null for 128
         (encoders) or 1,024 (decoders).
-      packing: whether a decoder's rows of ``max_length`` tokens hold several examples,
-        which don't see each other.
+      packing: whether to pack a decoder's examples into rows of ``max_length`` tokens;
+        they don't attend to each other.
     """
 
     train: str
@@ -92,28 +94,27 @@ class TrainSettings:
 
     Attributes:
       epochs: passes over the training split.
-      max_steps: stop after this many steps; null for all of ``epochs``. The schedule
-        is stretched over the steps that are run.
-      batch_size: examples in a step.
-      accumulate: micro-batches that a step is cut into; divides ``batch_size``.
+      max_steps: maximum number of steps; null for all of ``epochs``. The schedule spans
+        the steps that are run.
+      batch_size: examples per step.
+      accumulate: number of micro-batches per step; must divide ``batch_size``.
       learning_rate: peak of the schedule.
       lora_b_ratio: learning rate of B divided by that of A (LoRA+).
       schedule: shape of the learning rate after warmup.
       warmup: fraction of the steps over which the learning rate rises from 0.
-      weight_decay: decoupled, on trained weights.
-      clip_norm: largest global norm of the trainable gradient; null for no clipping.
-      label_smoothing: probability taken from an encoder's label and spread over all
-        classes.
+      weight_decay: decoupled weight decay of trained weights.
+      clip_norm: maximum global norm of the trainable gradient; null for no clipping.
+      label_smoothing: probability moved from an encoder's label to all classes.
       seed: seed of A, the head, dropout and the order of the examples.
       log_every: steps between lines of metrics.jsonl.
-      eval_every: steps between validations; null for twice an epoch.
-      save_every: steps between checkpoints; null for one at every validation.
-      keep: number of latest checkpoints kept, besides the best.
-      patience: stop after this many validations without a better one; null never does.
-      samples: prompts that a decoder continues at every validation, for the log; if it
-        learns from messages, they are what a user says.
-      baseline: whether to measure the frozen base (an encoder's with a linear head
-        fitted to it) for comparison.
+      eval_every: steps between validations; null for twice per epoch.
+      save_every: steps between checkpoints; null for one per validation.
+      keep: number of latest checkpoints to keep, besides the best.
+      patience: stop after this many validations without improvement; null for never.
+      samples: prompts for a decoder to continue at every validation, for the log; user
+        messages if it is trained on messages.
+      baseline: whether to evaluate the frozen base for comparison (an encoder's with a
+        linear head fitted to it).
     """
 
     epochs: Count = 1
@@ -139,11 +140,11 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OutputSettings:
-    """Where the run folder goes.
+    """The run's output.
 
     Attributes:
-      dir: the run folder. It must not exist yet, unless ``--resume`` or
-        ``--overwrite`` is given.
+      dir: the run folder. It must not exist yet, except with ``--resume`` or
+        ``--overwrite``.
     """
 
     dir: str
@@ -151,21 +152,25 @@ class OutputSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How the devices of all processes are arranged, and what each of them holds.
+    """The mesh of devices of all processes, and how weights are sharded over it.
 
     Attributes:
-      data: groups of devices, each with a copy of the model and a part of the batch. -1
-        (for one of the three sizes) means the devices that are left.
-      fsdp: devices that share each copy's kernels and its part of the batch.
-      tensor: devices that share each layer's outputs.
-      uneven: what to do where a weight's axis doesn't divide: ``"error"``, or
-        ``"replicate"``, which leaves the axis whole on every device.
-      rules: mesh axes for each axis of the weights whose path ends in the key, as in
+      data: number of copies of the model, each for a part of the batch. One of the
+        three sizes may be -1, for the remaining devices.
+      fsdp: number of devices over which each copy's kernels and its part of the batch
+        are sharded.
+      tensor: number of devices over which each layer's outputs are sharded.
+      member: number of devices over which the runs of a sweep are split, each with the
+        whole model; 1 for a run of its own.
+      uneven: what to do if a weight's axis is not divisible: ``"error"``, or
+        ``"replicate"`` the axis on every device.
+      rules: mesh axes for each axis of the weights whose path ends in the key, e.g.
         ``{"mlp/up/kernel": [fsdp, null]}``; tried before the built-in rules.
     """
 
     data: Devices = -1
     fsdp: Devices = 1
     tensor: Devices = 1
+    member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""One start of a training run, from reading the data to the summary."""
+"""A session of a training run, from reading the data to the summary."""
 
 import contextlib
 import itertools
@@ -23,26 +23,26 @@ from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.loop import Fitted, Progress, evaluate, fit
+from lora_jax.train.loop import Fitted, Progress, Steps, evaluate, fitting, take_steps
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_eval_step
 
-MARGIN = 4_000_000  # bytes of metrics, curves, summary and file-system blocks
+MARGIN = 4_000_000  # bytes for metrics, curves, summary and file-system blocks
 
 
 class Session:
-    """One start of a run: `prepare`, then `train`.
+    """A new or resumed run: `prepare`, then `train`.
 
     Attributes:
-      settings: of the run.
-      folder: of the run.
+      settings: settings of the run.
+      folder: the run folder.
       out: where to report.
-      seconds: spent on each phase so far.
+      seconds: seconds spent on each phase so far.
       best: the line of the best validation so far.
       last: the line of the last validation.
-      stale: validations since the best.
-      is_stopped: whether Ctrl-C has ended it, in good order.
-      checkpoints: once they are open.
+      stale: number of validations since the best.
+      is_stopped: whether Ctrl-C stopped it gracefully.
+      checkpoints: the checkpoints, once they are open.
     """
 
     def __init__(self, settings: RunSettings, folder: RunFolder, out: Reporter):
@@ -54,31 +54,26 @@ class Session:
         self.stale = 0
         self.is_stopped = False
         self.checkpoints: Checkpoints | None = None
+        self.stoppable = interruptible
 
     def how_to_resume(self) -> str:
-        """Says what is saved and how to go on from there."""
+        """Describes what is saved and how to resume."""
         step = self.checkpoints.latest_step() if self.checkpoints else None
-        again = self.out.resume
+        command = self.out.resume
         if step is not None:
-            return f"The checkpoint of step {step} is saved. Go on with\n  {again}"
+            return f"The checkpoint of step {step} is saved. Resume with\n  {command}"
         if self.folder.is_started():
-            return f"No checkpoint was written yet. Start from step 0 with\n  {again}"
+            return f"No checkpoint was written yet. Start from step 0 with\n  {command}"
         return "Nothing was written yet; start it again."
 
     def prepare(self) -> None:
-        """Reads data and model, and compiles the step; touches no run folder.
+        """Reads data and model and compiles the step, without using the run folder.
 
         Raises:
-          UserError: if the step doesn't fit the device; says what does.
+          UserError: if the step doesn't fit the device; suggests what does.
         """
         with self.timed("load"):
-            self.job = open_job(self.settings)
-        self.batches = self.job.batches()
-        train = self.settings.train
-        self.total = jobs.total_steps(train, self.batches.steps_per_epoch)
-        half = max(1, -(-self.batches.steps_per_epoch // 2))
-        self.eval_every = min(train.eval_every or half, self.total)
-        self.counts = report.counts(self.job)
+            self.take(open_job(self.settings))
         check_batch(self.settings, self.job.devices)
         data = [self.job.fingerprint, self.batches.identity()]
         check_same("the base and the data", data)
@@ -86,14 +81,26 @@ class Session:
         with self.timed("compile"):
             found = compile_step(self.job, self.batches, self.out)
         self.step, self.state, self.plan = found
-        steps = (
-            f"{self.total} of {train.batch_size} {self.job.unit}; validation every "
-            f"{self.eval_every}"
-        )
+        steps = f"{self.total} of {self.settings.train.batch_size} {self.job.unit}"
+        steps += f"; validation every {self.eval_every}"
         report.print_plan(self.out, self.job, self.plan, self.counts, steps)
 
+    def take(self, job: jobs.Job) -> None:
+        """Makes a job this run's own, and counts its steps and parameters."""
+        self.job, self.batches = job, job.batches()
+        train, per_epoch = self.settings.train, self.batches.steps_per_epoch
+        self.total = jobs.total_steps(train, per_epoch)
+        half = max(1, -(-per_epoch // 2))
+        self.eval_every = min(train.eval_every or half, self.total)
+        self.counts = report.counts(job)
+
     def train(self) -> dict[str, Any]:
-        """Trains, tests, and writes everything down."""
+        """Trains, evaluates, and writes the results."""
+        feed = self.job.devices.feed(self.batches)
+        return take_steps(self.steps(), self.step, feed)
+
+    def steps(self) -> Steps[dict[str, Any]]:
+        """Trains as `train` does, by steps that its driver takes; see `fitting`."""
         job, train, state = self.job, self.settings.train, self.state
         del self.state  # training consumes it
         self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
@@ -108,9 +115,8 @@ class Session:
         with self._open_checkpoints() as self.checkpoints:
             state = self._restore(state)
             baseline = self._baseline()
-            # A run that was stopped early has nothing to go on with.
-            is_over = self.is_out_of_patience()
-            fitted = Fitted(state, True) if is_over else self._fit(state)
+            is_over = self.is_out_of_patience()  # resumed after stopping early
+            fitted = Fitted(state, True) if is_over else (yield from self._fit(state))
             if fitted.is_stopped and not self.is_out_of_patience():
                 self.is_stopped = True
                 raise KeyboardInterrupt
@@ -133,7 +139,7 @@ class Session:
         )
 
     def _restore(self, state: TrainState) -> TrainState:
-        """Takes up the last checkpoint, if there is one."""
+        """Restores the last checkpoint, if there is one."""
         assert self.checkpoints is not None  # opened just before
         if self.checkpoints.latest_step() is not None:
             logger = logging.getLogger("lora_jax")
@@ -151,7 +157,7 @@ class Session:
         return state
 
     def _baseline(self) -> dict[str, Any] | None:
-        """Measures the frozen base; once a run."""
+        """Evaluates the frozen base, once per run."""
         for line in from_first(self.folder.metrics()):
             if line["split"] == "baseline":
                 return line
@@ -170,14 +176,14 @@ class Session:
         self.folder.log(line)
         return line
 
-    def _fit(self, state: TrainState) -> Fitted:
+    def _fit(self, state: TrainState) -> Steps[Fitted]:
         first = int(state.step)
         self.out.heading("Training")
         clock = Clock(self.total, self.job.weight)
         save_every = self.settings.train.save_every or self.eval_every
         with (
             self.timed("train"),
-            interruptible(self.out) as should_stop,
+            self.stoppable(self.out) as should_stop,
             self.out.progress("train", self.total) as tick,
         ):
             tick(first, "")
@@ -185,34 +191,29 @@ class Session:
             def on_log(progress: Progress) -> None:
                 clock.add(progress, first)
                 tick(progress.step, clock.note)
+                pace = progress.examples / progress.seconds
                 self.folder.log(
                     {
                         "step": progress.step,
                         "split": "train",
                         **progress.metrics,
                         "skipped": progress.skipped,
-                        f"{self.job.weight}_per_second": progress.examples
-                        / progress.seconds,
+                        f"{self.job.weight}_per_second": pace,
                         "seconds": self.elapsed(),
                     }
                 )
 
-            def on_validate(state: TrainState) -> None:
-                self._validate(state)
-
             def on_save(state: TrainState) -> None:
                 if int(state.step) % self.eval_every and int(state.step) != self.total:
-                    self._save(state)  # else the validation has saved it
+                    self._save(state)  # otherwise saved by the validation
 
-            fitted = fit(
+            fitted = yield from fitting(
                 state,
-                self.step,
-                self.job.devices.feed(self.batches),
                 total_steps=self.total,
                 log_every=self.settings.train.log_every,
                 on_step=lambda number: tick(number, clock.note, quiet=True),
                 on_log=on_log,
-                every=[(self.eval_every, on_validate), (save_every, on_save)],
+                every=[(self.eval_every, self._validate), (save_every, on_save)],
                 should_stop=self._agreed(should_stop, first),
             )
             if fitted.is_stopped and self.checkpoints is not None:
@@ -220,7 +221,7 @@ class Session:
                 self.checkpoints.wait()
         if skipped := int(fitted.state.skipped):
             self.out.say(
-                f"  {skipped} of {self.total} steps were skipped: their loss or "
+                f"  {skipped} of {self.total} steps were skipped because their loss or "
                 "gradient was not finite. A lower train.learning_rate helps.",
                 style="yellow",
             )
@@ -229,7 +230,7 @@ class Session:
     def _agreed(
         self, should_stop: Callable[[], bool], first: int
     ) -> Callable[[], bool]:
-        """Whether to stop: asked after each step, answered alike in all processes."""
+        """Returns a function, called after each step, that all processes agree on."""
         steps = itertools.count(first + 1)
 
         def is_over() -> bool:
@@ -266,18 +267,18 @@ class Session:
             self.out.say(f"    {sample['prompt']!r} -> {sample['text']!r}")
         if self.is_out_of_patience() and line["step"] < self.total:
             self.out.say(
-                f"  no better validation for {self.stale} times (train.patience): "
+                f"  no improvement for {self.stale} validations (train.patience): "
                 "stopping early"
             )
 
     def _is_best(self, line: dict[str, Any]) -> bool:
-        """Keeps the first validation, and each better one after it."""
+        """Records a validation; returns whether it is the best so far."""
         metric, self.last = self.job.metric, line
         if not verdict.is_finite(line, self.job.metrics):
             return False
         if self.best is None or self.job.is_better(line[metric], self.best[metric]):
             self.best = line
-            if not self.is_out_of_patience():  # the step under way comes too late
+            if not self.is_out_of_patience():  # else the run is already stopping
                 self.stale = 0
             return True
         self.stale += 1
@@ -290,7 +291,7 @@ class Session:
         )
 
     def is_out_of_patience(self) -> bool:
-        """Whether the last validations were no better than one before them."""
+        """Returns whether the last ``patience`` validations brought no improvement."""
         patience = self.settings.train.patience
         return patience is not None and self.stale >= patience
 
@@ -324,14 +325,14 @@ class Session:
     def _finish(
         self, state: TrainState, baseline: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Tests the adapter that was kept, as it lies on disk."""
+        """Evaluates the saved adapter and writes curves and summary."""
         job, best, last = self.job, self.best, self.last
         if best is None or last is None or 2 * int(state.skipped) > int(state.step):
             raise self._diverged(state)
         adapter = self._load_adapter(state)
         if adapter.extra["step"] != best["step"]:
-            # A kill came between an adapter and its checkpoint, and the steps after the
-            # checkpoint before it have gone another way: on another mesh, say.
+            # The process was killed between saving an adapter and its checkpoint, and
+            # the repeated steps had another result, e.g. on another mesh.
             assert self.checkpoints is not None  # open while training
             self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
             adapter = self._load_adapter(state)
@@ -339,14 +340,13 @@ class Session:
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
         if self.folder.is_writer:
+            key = f"validation_{job.metric}"
             draw_curves(
                 self.folder.metrics(),
                 self.folder / CURVES,
                 title=report.title(self.settings, self.counts),
                 metrics=job.metrics,
-                baseline=(baseline["what"], baseline[f"validation_{job.metric}"])
-                if baseline
-                else None,
+                baseline=(baseline["what"], baseline[key]) if baseline else None,
                 chosen=best["step"],
             )
         self.seconds["total"] = self.elapsed()
@@ -374,7 +374,7 @@ class Session:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to a phase, less those of phases inside it."""
+        """Adds a block's seconds to a phase, except those of phases inside it."""
         start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield

@@ -1,9 +1,9 @@
-"""Settings of a run: one typed truth, filled by a YAML file and by overrides.
+"""Settings of a run, from a YAML file or nested dictionary and overrides.
 
-A run is described by six small dataclasses. A YAML file or a nested dictionary fills
-them, and so does every ``section.key=value`` override, which is read as the same YAML.
-Values keep their types: ``"8"`` is not a rank, and ``true`` is not a number. Every
-fault is reported at once, and an unknown key names the nearest one that exists.
+A run is configured by six small dataclasses. The values of ``section.key=value``
+overrides are YAML too. Types are strict: ``"8"`` is not a rank, and ``true`` is not a
+number. All errors are reported together, and those about unknown keys suggest the
+nearest known one.
 """
 
 import copy
@@ -48,14 +48,14 @@ DEFAULT_LORA = _lora({})
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides a run.
+    """All settings of a run.
 
     Attributes:
       model: the base.
       data: the examples.
       output: the run folder.
-      lora: the adapters; see `LoRAConfig`. Of an encoder its ``train`` is the new
-        head, ``["classifier"]``, where nothing else is said.
+      lora: the adapters; see `LoRAConfig`. For an encoder, ``train`` defaults to the
+        new head, ``["classifier"]``.
       train: the training.
       mesh: the devices.
     """
@@ -69,30 +69,15 @@ class RunSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, by section."""
-        sections = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
-        return {
-            name: section.to_dict()
-            if isinstance(section, LoRAConfig)
-            else dataclasses.asdict(section)
-            for name, section in sections.items()
-        }
+        return {**dataclasses.asdict(self), "lora": self.lora.to_dict()}
 
     def to_yaml(self) -> str:
         """Returns the settings as YAML that `load_settings` reads back unchanged."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelSettings,
-    "data": DataSettings,
-    "output": OutputSettings,
-    "lora": LoRAConfig,
-    "train": TrainSettings,
-    "mesh": MeshSettings,
-}
-
+SECTIONS: dict[str, type] = get_type_hints(RunSettings)
+ADAPTER = pydantic.TypeAdapter(RunSettings)
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | RunSettings
 
@@ -100,13 +85,13 @@ Config = str | os.PathLike[str] | Mapping[str, Any] | RunSettings
 def load_settings(config: Config, overrides: Sequence[str] = ()) -> RunSettings:
     """Reads a run's settings and ``section.key=value`` overrides.
 
-    Paths in the settings are relative to the working directory; those of files and
-    folders that exist are made absolute.
+    Paths in the settings are relative to the working directory and made absolute,
+    except for a ``model.path`` that does not exist, such as a hub id.
 
     Args:
-      config: a YAML file, or a run folder that holds a ``config.yaml`` (the run is then
-        where the folder is, wherever it was started); the same as a nested dictionary,
-        whose ``lora`` may be a `LoRAConfig`; or settings.
+      config: a YAML file; a run folder with a ``config.yaml`` (``output.dir`` is then
+        that folder, even if it was moved); a nested dictionary, whose ``lora`` may be a
+        `LoRAConfig`; or settings.
       overrides: each ``section.key=value``, the value in YAML.
 
     Returns:
@@ -114,13 +99,13 @@ def load_settings(config: Config, overrides: Sequence[str] = ()) -> RunSettings:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming every fault at once: YAML that doesn't parse, unknown sections
-        and keys with the nearest known one, values of the wrong type or out of range.
+      ValueError: listing all errors: invalid YAML, unknown sections and keys with the
+        nearest known one, values of the wrong type or out of range.
     """
     name, tree = _read(config)
     if not isinstance(tree, dict):
         raise ValueError(
-            f"{name} must hold sections ({', '.join(SECTIONS)}); got {_short(tree)}."
+            f"{name} must contain sections ({', '.join(SECTIONS)}); got {_short(tree)}."
         )
     faults = _unknown_keys(tree)
     for override in overrides:
@@ -131,19 +116,11 @@ def load_settings(config: Config, overrides: Sequence[str] = ()) -> RunSettings:
             f"{name}: {len(faults)} fault{'s' * (len(faults) > 1)} in the settings\n"
             + "\n".join(f"  {fault}" for fault in faults)
         )
-    return _absolute(_adapter().validate_json(_to_json(tree), strict=True))
+    return _absolute(ADAPTER.validate_json(_to_json(tree), strict=True))
 
 
 def differences(old: RunSettings, new: RunSettings) -> list[str]:
-    """Names the settings in which two runs differ.
-
-    Args:
-      old: the settings of the run that exists.
-      new: those asked for.
-
-    Returns:
-      One ``"train.epochs: 1 -> 2"`` for each setting that differs.
-    """
+    """Returns a line like ``"train.epochs: 1 -> 2"`` for each setting that differs."""
     before, after = old.to_dict(), new.to_dict()
     return [
         f"{section}.{key}: {before[section][key]!r} -> {value!r}"
@@ -154,17 +131,16 @@ def differences(old: RunSettings, new: RunSettings) -> list[str]:
 
 
 def _read(config: Config) -> tuple[str, Any]:
-    """Returns what to call a config in errors, and its tree, which may be changed."""
+    """Returns a config's name for error messages and its tree, which may be mutated."""
     if isinstance(config, RunSettings):
         return "config", config.to_dict()
     if isinstance(config, Mapping):
         lora = config.get("lora")
         own = {"lora": lora.to_dict()} if isinstance(lora, LoRAConfig) else {}
         return "config", copy.deepcopy({**config, **own})
-    file = folder = Path(config)
+    folder = Path(config)
     is_run = folder.is_dir()
-    if is_run:
-        file = folder / CONFIG
+    file = folder / CONFIG if is_run else folder
     if not file.is_file():
         raise FileNotFoundError(
             f"no config file at {file}{_nearby(file)}. A config is a YAML file."
@@ -176,13 +152,11 @@ def _read(config: Config) -> tuple[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> list[str]:
-    """Sets one override in ``tree``; returns its faults."""
+    """Applies an override to ``tree``; returns its faults."""
     name, equals, text = override.partition("=")
     section, dot, key = name.partition(".")
     if not equals or not dot:
-        return [
-            f"{override!r}: an override must be section.key=value, like lora.rank=4"
-        ]
+        return [f"{override!r}: overrides must be section.key=value, like lora.rank=4"]
     if section not in SECTIONS:
         return [f"{name}: no section {section!r}. {_suggest(section, list(SECTIONS))}"]
     if key not in (fields := _fields(section)):
@@ -200,7 +174,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    """Returns a sentence that names the closest of ``known``, or lists them all."""
+    """Returns a sentence with the closest of ``known``, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
@@ -229,16 +203,14 @@ def _unknown_keys(tree: dict[str, Any]) -> list[str]:
 
 
 def _invalid(tree: dict[str, Any], reported: set[str]) -> list[str]:
-    """Returns what pydantic and the rules between fields have against ``tree``."""
+    """Returns the faults of values: types, ranges, and conflicts between fields."""
     try:
-        settings = _adapter().validate_json(_to_json(tree), strict=True)
+        settings = ADAPTER.validate_json(_to_json(tree), strict=True)
     except pydantic.ValidationError as error:
         faults = []
         for fault in error.errors(include_url=False):
-            where = ".".join(
-                str(part) for part in fault["loc"] if part != "constrained"
-            )
-            where = ".".join(where.split(".")[:2])
+            parts = [str(part) for part in fault["loc"] if part != "constrained"]
+            where = ".".join(".".join(parts).split(".")[:2])
             message = fault["msg"].removeprefix("Value error, ").rstrip(".")
             message = message.replace("Input should be", "must be", 1)
             if fault["type"] == "missing":
@@ -258,16 +230,16 @@ def _conflicts(settings: RunSettings) -> list[str]:
     mesh = {axis: getattr(settings.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     if min(mesh.values()) < -1 or 0 in mesh.values() or [*mesh.values()].count(-1) > 1:
         faults.append(
-            "mesh: data, fsdp and tensor must be at least 1, and one of them may be -1 "
-            f"for the devices that are left; got {mesh}"
+            "mesh: data, fsdp and tensor must be at least 1, or one of them -1 for the "
+            f"remaining devices; got {mesh}"
         )
     for pattern in settings.mesh.rules:
         try:
             re.compile(pattern)
         except re.error as error:
             faults.append(
-                f"mesh.rules: {pattern!r} is not a regular expression: {error}; a "
-                "rule's key is the end of a weight's path, like mlp/up/kernel"
+                f"mesh.rules: {pattern!r} is not a regular expression: {error}; keys "
+                "match the end of a weight's path, like mlp/up/kernel"
             )
     if train.batch_size % train.accumulate:
         faults.append(
@@ -277,16 +249,12 @@ def _conflicts(settings: RunSettings) -> list[str]:
     return faults
 
 
-def _adapter() -> pydantic.TypeAdapter[RunSettings]:
-    return pydantic.TypeAdapter(RunSettings)
-
-
 def _to_json(tree: Any) -> str:
     return json.dumps(_printable(tree), default=str)
 
 
 def _printable(value: Any) -> Any:
-    """Returns JSON values with words for integers that are too long to be printed."""
+    """Replaces integers that are too long to print by a description."""
     if isinstance(value, Mapping):
         return {key: _printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -315,10 +283,8 @@ def _absolute(settings: RunSettings) -> RunSettings:
 def _nearby(file: Path) -> str:
     if not file.parent.is_dir():
         return f" (there is no folder {file.parent} either)"
-    found = sorted(
-        p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml")
-    )
-    close = difflib.get_close_matches(file.name, found, n=1)
+    names = [p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    close = difflib.get_close_matches(file.name, sorted(names), n=1)
     return f" (did you mean {file.parent / close[0]}?)" if close else ""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.finetune.classification import open_classification
-from lora_jax.finetune.devices import open_devices
+from lora_jax.finetune.devices import Devices, open_devices
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.settings import RunSettings
@@ -20,6 +20,7 @@ def open_job(
     splits: Sequence[str] = SPLITS,
     extra: Mapping[str, Any] | None = None,
     is_strict: bool = True,
+    devices: Devices | None = None,
 ) -> Job:
     """Reads the data, loads the base, adds new adapters and tokenises.
 
@@ -29,6 +30,7 @@ def open_job(
         classes or a held-out validation split come from it.
       extra: what was saved beside the run's adapter, if any.
       is_strict: whether the mesh of the settings must fit; see `open_devices`.
+      devices: used instead of that mesh, if given.
 
     Returns:
       The job.
@@ -37,7 +39,8 @@ def open_job(
       FileNotFoundError: if a file is missing.
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
-    devices = open_devices(settings, is_strict=is_strict)
+    if devices is None:
+        devices = open_devices(settings, is_strict=is_strict)
     if open_source(settings.model.path).family.head:
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     return open_language(settings, devices, splits=splits)

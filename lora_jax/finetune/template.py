@@ -1,6 +1,6 @@
-"""A commented config.yaml to start from: every setting, its default and its meaning.
+"""A commented config.yaml to start from, with every setting and its default.
 
-The comments are the docstrings of the settings' dataclasses: a key is documented once.
+The comments are from the docstrings of the settings' dataclasses.
 """
 
 import dataclasses
@@ -16,26 +16,20 @@ from lora_jax.config import LoRAConfig
 from lora_jax.finetune.settings import SECTIONS
 
 WIDTH = 88
-# What has no default: names to replace.
-EXAMPLES = {
+EXAMPLES = {  # settings without default
     ("model", "path"): "my-model",
     ("data", "train"): "my-data.jsonl",
     ("output", "dir"): "my-run",
 }
 HEADING = """\
-Settings of a run: every key, with its default. Those of model.path, data.train and
-output.dir are examples: put your own there. All others may be left out. `lora-jax
-plan`, `train` and `eval` take this file, and `section.key=value` behind it to change a
-setting.
+Settings of a run: every key with its default. Replace model.path, data.train and
+output.dir by your own; all others may be omitted. `lora-jax plan`, `train` and `eval`
+take this file, followed by any `section.key=value` to change settings.
 """
 
 
 def config_template() -> str:
-    """Returns the text of a config.yaml that holds every setting.
-
-    Returns:
-      YAML that `load_settings` reads; each key stands under a comment that explains it.
-    """
+    """Returns a config.yaml with every setting under a comment that explains it."""
     lines = _comment(HEADING)
     for section, kind in SECTIONS.items():
         summary, meanings = documentation(kind)
@@ -50,19 +44,19 @@ def config_template() -> str:
 
 
 def documentation(kind: type) -> tuple[str, dict[str, str]]:
-    """Reads a dataclass's docstring.
+    """Parses a dataclass's docstring.
 
     Args:
       kind: the class; its docstring has an ``Attributes:`` section.
 
     Returns:
-      The summary, with the paragraph before the attributes if there is one; and what
-      is said of each attribute.
+      The summary (with the paragraph before the attributes if there is one), and the
+      description of each attribute.
 
     Example:
       >>> from lora_jax.finetune.sections import OutputSettings
       >>> documentation(OutputSettings)[0]
-      'Where the run folder goes.'
+      "The run's output."
     """
     before, _, after = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
     first, *_, last = ("", *before.strip().split("\n\n"))[-3:]
@@ -73,7 +67,7 @@ def documentation(kind: type) -> tuple[str, dict[str, str]]:
 
 
 def _plain(text: str) -> str:
-    """Returns a docstring's words as YAML says them."""
+    """Returns a docstring's text with YAML's notation."""
     text = " ".join(text.split()).replace("``", "`").replace("None", "null")
     return re.sub(r'`"([\w-]+)"`', r"`\1`", text)
 
@@ -87,9 +81,9 @@ def _default(kind: type, field: dataclasses.Field[Any]) -> Any:
 
 
 def _choices(hint: Any) -> Sequence[str]:
-    """Returns the words that a setting can be; none where it isn't one of a few."""
+    """Returns the values of a setting's ``Literal`` type, if it has one."""
     literals = [h for h in (hint, *get_args(hint)) if get_origin(h) is Literal]
-    return [str(word) for literal in literals for word in get_args(literal)]
+    return [str(value) for literal in literals for value in get_args(literal)]
 
 
 def _in_yaml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Whether the assistant's turns end where a generation does."""
+"""Checking that the assistant's turns end in a stop token."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,13 @@ from lora_jax.files.tokenizer import Tokenizer
 
 
 def endless_turns(tokenizer: Tokenizer, ends: Mapping[int, int]) -> str:
-    """Says which turns end in no stop token; a model that learns them writes on.
+    """Returns a warning if turns don't end in a stop token, or the empty string.
+
+    A model trained on such turns continues generating after them.
 
     Args:
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       ends: how often each token ends a turn.
-
-    Returns:
-      A sentence with what to do; empty if all turns end in one.
     """
     stops = tokenizer.special.stop_ids
     others = {i: n for i, n in ends.items() if i not in stops}
@@ -28,6 +27,7 @@ def endless_turns(tokenizer: Tokenizer, ends: Mapping[int, int]) -> str:
     return (
         f"the assistant's turns end in {text(last)} ({sum(others.values()):,} of "
         f"{sum(ends.values()):,}), which is not a stop token ({known}): generation "
-        "continues after it. Name it in the eos_token_id of generation_config.json, or "
-        "to generate by --stop, or end the chat template's turns in a stop token."
+        "continues after it. Add it to the eos_token_id of generation_config.json, "
+        "pass it to generate with --stop, or end the chat template's turns in a stop "
+        "token."
     )

@@ -1,4 +1,4 @@
-"""What became of a run: better than the frozen base, worse, or no number at all."""
+"""Judging a run: better or worse than the frozen base, or diverged."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from lora_jax.finetune.job import Job
 
 
 def is_finite(line: Mapping[str, Any], metrics: Sequence[str]) -> bool:
-    """Says whether a validation's metrics are numbers; None is NaN, read from JSON."""
+    """Returns whether a validation's metrics are finite; None is NaN read from JSON."""
     values = (line[name] for name in metrics)
     return all(value is not None and math.isfinite(value) for value in values)
 
@@ -23,47 +23,44 @@ def diverged(
     best: Mapping[str, Any] | None,
     last: Mapping[str, Any] | None,
 ) -> DivergedError:
-    """Returns the error that ends a run whose loss is no longer a number.
+    """Returns the error that ends a run whose loss is no longer finite.
 
     Args:
-      job: what was trained.
-      step: at which that was seen.
-      skipped: steps so far whose loss or gradient was not finite.
-      best: the line of the best validation so far, if one was finite.
+      job: the job.
+      step: the current step.
+      skipped: number of steps so far whose loss or gradient was not finite.
+      best: the line of the best validation so far, if any was finite.
       last: the line of the last validation.
-
-    Returns:
-      The error, to be raised.
     """
     train = job.settings.train
     loss = last and last["loss"]
-    said = [
+    lines = [
         f"the run has diverged: {skipped} of {step} steps were skipped, their loss or "
         f"gradient not finite, and the validation loss is "
         f"{math.nan if loss is None else loss:.4g}."
     ]
     if skipped == step:
-        said.append(
-            "Not even the first step could be taken, so the base or its dtype is at "
-            f"fault: `lora-jax inspect {job.loaded.path}` counts weights that are not "
-            f"finite; model.dtype=float32 has the widest range (now "
+        lines.append(
+            "Not even the first step was finite, so the base or its dtype is at fault: "
+            f"`lora-jax inspect {job.loaded.path}` counts weights that are not finite; "
+            "model.dtype=float32 has the widest range (now "
             f"{job.settings.model.dtype})."
         )
     else:
-        said.append(
+        lines.append(
             f"Lower train.learning_rate (now {train.learning_rate:g}; most adapters "
-            "train at 1e-4 to 1e-3) or raise train.warmup, and start anew in another "
+            "train at 1e-4 to 1e-3) or raise train.warmup, and start again in another "
             "output.dir, or with --overwrite (in Python: overwrite=True)."
         )
     if best is None:
-        said.append("No validation was finite, so no adapter was kept.")
+        lines.append("No validation was finite, so no adapter was kept.")
     else:
         shown = metric_text(job.metric, best[job.metric])
-        said.append(
-            f"The last good adapter is kept, that of step {best['step']} (validation "
-            f"{job.metric} {shown}), and its checkpoint too."
+        lines.append(
+            f"The last good adapter, of step {best['step']} (validation {job.metric} "
+            f"{shown}), and its checkpoint are kept."
         )
-    return DivergedError("\n".join(said))
+    return DivergedError("\n".join(lines))
 
 
 def warning(
@@ -73,16 +70,16 @@ def warning(
     last: Mapping[str, Any],
     baseline: Mapping[str, Any] | None,
 ) -> str | None:
-    """Says so where training made the model worse than the frozen base.
+    """Returns a warning if training made the model worse than the frozen base.
 
     Args:
-      job: what was trained.
-      best: the line of the validation that chose the adapter.
+      job: the job.
+      best: the line of the best validation.
       last: the line of the last validation.
       baseline: the frozen base's line, if it was measured.
 
     Returns:
-      A sentence or two; None if the run ended better than the base, or as shown equal.
+      The warning; None if the run ended better than the base, or equal as displayed.
     """
     if baseline is None:
         return None
@@ -95,7 +92,7 @@ def warning(
     def compare(line: Mapping[str, Any]) -> str:
         return (
             f"validation {name} {metric_text(name, line[name])} at step "
-            f"{line['step']}, {metric_text(name, base)} of the {baseline['what']}"
+            f"{line['step']}, {metric_text(name, base)} for the {baseline['what']}"
         )
 
     if is_worse(best[name]):

@@ -1,8 +1,8 @@
-"""YAML as people mean it: ``1e-3`` is a number, and a repeated key is an error.
+"""Strict YAML for configs: ``1e-3`` is a number, and a repeated key is an error.
 
-Only what configs need is accepted: no tags, no dates, and keys that are strings or
-integers. Values are counted before they are built, with every alias (``*name``)
-expanded, since a few hundred bytes of nested aliases can fill any memory.
+Tags and dates are not supported, and keys must be strings or integers. Values are
+counted before they are constructed, with every alias (``*name``) expanded, since a few
+hundred bytes of nested aliases can fill any memory.
 """
 
 import re
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
         if self._depth > MAX_DEPTH:
             _fail(f"it nests deeper than {MAX_DEPTH} levels", event.start_mark)
         if getattr(event, "tag", None) is not None:
-            _fail(f"the tag {event.tag!r} is not read; leave it out", event.start_mark)
+            _fail(f"the tag {event.tag!r} is not supported", event.start_mark)
         return event
 
     def construct_yaml_int(self, node):
@@ -40,11 +40,8 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_float(self, node):
         value = super().construct_yaml_float(node)
         if value and not LEAST <= abs(value) <= MOST:
-            _fail(
-                f"{node.value[:40]} must be a number of {LEAST:g} to {MOST:g}, or "
-                "0, as float32 has them",
-                node.start_mark,
-            )
+            wanted = f"0 or from {LEAST:g} to {MOST:g}, for float32"
+            _fail(f"{node.value[:40]} must be {wanted}", node.start_mark)
         return value
 
     def construct_mapping(self, node, deep=False):
@@ -56,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             if type(key) not in (str, int):
                 _fail(f"{key!r} can't be a key; put it in quotes", key_node.start_mark)
             if key in seen:
-                _fail(f"the key {key!r} is there twice", key_node.start_mark)
+                _fail(f"the key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -75,18 +72,18 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """Parses YAML, safely.
+    """Parses untrusted YAML.
 
     Args:
-      text: the YAML, or the bytes of a file of it, UTF-8; at most 64 KiB.
-      where: what to call it in an error.
+      text: the YAML, or UTF-8 bytes of it; at most 64 KiB.
+      where: its name in error messages.
 
     Returns:
       Mappings, lists and scalars.
 
     Raises:
       ValueError: if it isn't YAML, a mapping has a key twice, or it is too large or too
-        deep with all its aliases.
+        deep with aliases expanded.
 
     Example:
       >>> parse_yaml("lr: 1e-3", "config.yaml")
@@ -94,8 +91,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise ValueError(
-            f"{where} must be a config of at most {MAX_BYTES:,} bytes; it has "
-            f"{len(text):,}."
+            f"{where} must have at most {MAX_BYTES:,} bytes; it has {len(text):,}."
         )
     try:
         loader = _Loader(text)
@@ -108,20 +104,20 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # Not YAMLErrors: numbers without digits or with too many, such as 0x_.
+        # ValueErrors are from numbers without digits or with too many, such as 0x_.
         raise ValueError(f"{where} is not valid YAML: {error}") from error
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Returns how many nodes there are, each as often as it is reached."""
-    if depth > MAX_DEPTH:  # with its aliases
+    """Counts a node and its descendants, with aliases expanded."""
+    if depth > MAX_DEPTH:  # with aliases
         _fail(f"it nests deeper than {MAX_DEPTH} levels", node.start_mark)
     if isinstance(node, yaml.ScalarNode):
-        if not _is_text(node.value):
-            _fail("it holds half a character", node.start_mark)
+        if re.search("[\ud800-\udfff]", node.value):
+            _fail("it contains a lone surrogate", node.start_mark)
         return 1
     if id(node) not in known:
-        known[id(node)] = MAX_NODES  # of a node inside itself
+        known[id(node)] = MAX_NODES  # for a node inside itself
         children = [
             child
             for entry in node.value
@@ -129,16 +125,8 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         ]
         known[id(node)] = 1 + sum(_count(c, known, depth + 1) for c in children)
     if known[id(node)] > MAX_NODES:
-        _fail(f"it holds over {MAX_NODES:,} values, aliases included", node.start_mark)
+        _fail(f"it has over {MAX_NODES:,} values, including aliases", node.start_mark)
     return known[id(node)]
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _fail(problem: str, mark: Any) -> None:

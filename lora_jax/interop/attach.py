@@ -9,6 +9,7 @@ order when they are read.
 The modules that the file has factors of are adapted; its config must agree.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -20,7 +21,6 @@ from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
-    most_common,
     report,
 )
 from lora_jax.interop.full_tensors import (
@@ -33,6 +33,7 @@ from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
 from lora_jax.interop.peft import config_faults
 from lora_jax.interop.tied import place_tied
+from lora_jax.models.family import OTHER_MODALITIES
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, PARAMS
@@ -72,6 +73,7 @@ def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
     flat = flatten(loaded.params)
     leaves = layer_slices(flat)
     names = Names(loaded.family, list(kernels), leaves)
+    adapter = _for_text(adapter, names)
     spelling = names.spelled_as(adapter.modules)
     placed, faults = _place(adapter, names, kernels, loaded.config)
     if "peft_type" in adapter.config:
@@ -149,6 +151,35 @@ def _place(
         f"unexpected: this model has no {path}" for path in found if path not in kernels
     ]
     return {path: f for path, f in found.items() if path in kernels}, faults
+
+
+def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
+    """Leaves out a decoder's adapters of images or sound; a warning counts them."""
+    if names.family.head:
+        return adapter
+    kept: dict[str, Any] = {
+        part: {n: v for n, v in getattr(adapter, part).items() if not _is_other(n)}
+        for part in ("modules", "full", "base")
+    }
+    left = [
+        n
+        for part in ("modules", "full")
+        for n in getattr(adapter, part)
+        if n not in kept[part]
+    ]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{adapter.origin}: what it holds for images or sound ({left[0]}{more}) is "
+            "left out; this model reads and writes text.",
+            stacklevel=4,
+        )
+    return adapter._replace(**kept)
+
+
+def _is_other(name: str) -> bool:
+    bare = name.removeprefix("model.")
+    return any(re.match(pattern, bare) for pattern in OTHER_MODALITIES)
 
 
 def _without_effect(adapter: ExternalAdapter, names: Names) -> list[str]:
@@ -261,15 +292,9 @@ def _config(
 ) -> LoRAConfig:
     """Returns the config that adapts exactly these sites, each with its own numbers."""
     leads = {path: _lead(factors) for path, factors in layers.items()}
-    ranks = {path: lead.rank for path, lead in leads.items()}
-    alphas = {path: lead.alpha for path, lead in leads.items()}
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=sorted(layers),
-        rank_pattern={path: r for path, r in ranks.items() if r != rank},
-        alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
+    return LoRAConfig.for_layers(
+        {path: lead.rank for path, lead in leads.items()},
+        {path: lead.alpha for path, lead in leads.items()},
         dropout_rate=adapter.dropout_rate,
         rslora=adapter.rslora,
         dora=adapter.dora,

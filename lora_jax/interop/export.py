@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
-from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF
+from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.mlx import write_mlx
@@ -113,7 +113,9 @@ def export_adapter(
     )
     if has_head:
         _check_head(base)
-    adapter = _describe(variables, config, targets, names, skip_head=skip_head)
+    adapter = _describe(
+        variables, config, targets, names, base.source, skip_head=skip_head
+    )
     if format == "mlx":
         return _write_mlx(directory, adapter, names, base)
     spelling = names.spelling()
@@ -222,6 +224,7 @@ def _describe(
     config: LoRAConfig,
     targets: Sequence[Target],
     names: Names,
+    source: ModelSource,
     *,
     skip_head: bool,
 ) -> ExternalAdapter:
@@ -252,6 +255,8 @@ def _describe(
             )
         embed = modules[spelled[EMBED]]
         modules[LM_HEAD] = embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)
+    if config.bias == "none" and not config.dora:
+        modules = _with_biases(variables, names, source, modules)
     return ExternalAdapter(
         modules=modules,
         full=_full(variables, config, names, skip_head, adapted=modules),
@@ -274,6 +279,28 @@ def _factors(target: Target, leaves: Mapping[str, np.ndarray]) -> ExternalFactor
     )
 
 
+def _with_biases(
+    variables: Mapping[str, PyTree],
+    names: Names,
+    source: ModelSource,
+    modules: dict[str, ExternalFactors],
+) -> dict[str, ExternalFactors]:
+    """Returns the factors with PEFT's ``lora_bias`` where the layers' own are trained.
+
+    PEFT has none or one for every linear layer: the others get zeros.
+    """
+    trained = flatten(variables.get(PARAMS, {}))
+    biases = update_biases(trained, names, source, modules)
+    if not biases:
+        return modules
+    return {
+        name: f
+        if f.is_embedding
+        else f._replace(bias=biases.get(name, np.zeros(len(f.b), np.float32)))
+        for name, f in modules.items()
+    }
+
+
 def _full(
     variables: Mapping[str, PyTree],
     config: LoRAConfig,
@@ -293,10 +320,17 @@ def _full(
         if skip_head and leaf.split("/")[0] in names.family.head:
             continue
         only_bias = name == BIAS and config.bias != "none"
-        if spelled[leaf].rpartition(".")[0] in adapted and not only_bias:
+        beside = adapted.get(spelled[leaf].rpartition(".")[0])
+        if name == BIAS and beside is not None and beside.bias is not None:
+            continue  # in the update's
+        if beside is not None and not only_bias:
             faults.append(
-                f"{leaf} is trained beside an adapter, which PEFT's format can hold "
-                "only with bias='lora_only' or 'all'"
+                f"{leaf} is trained beside an adapter, which PEFT's format can't hold"
+                + (
+                    " with DoRA unless bias is 'lora_only' or 'all'"
+                    if name == BIAS
+                    else ""
+                )
             )
         of_module = [p for p in spelled if p.rpartition("/")[0] == module]
         for path in [leaf] if only_bias else of_module:
@@ -344,16 +378,21 @@ def _write_mlx(
     names: Names,
     base: _Base,
 ) -> Path:
-    """Writes for mlx-lm, under its names: ``model.`` before everything but the head."""
+    """Writes for mlx-lm, under its names: ``model.`` before everything but the head.
+
+    A multimodal model's language model is wrapped there, and its head with it.
+    """
     if base.family.head:
         raise ValueError("mlx-lm has only causal language models; this is an encoder.")
     modules = dict(adapter.modules)
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too
     prefix = base.family.prefix
+    outer = "language_model." if base.family.is_tower else ""
 
     def own(name: str) -> str:
-        return name if name == LM_HEAD else "model." + name.removeprefix(prefix)
+        inner = name if name == LM_HEAD else "model." + name.removeprefix(prefix)
+        return outer + inner
 
     renamed = {own(name): factors for name, factors in modules.items()}
     layers = config_of(base.module).num_layers

@@ -8,7 +8,8 @@ import numpy as np
 
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
-from lora_jax.models.stacking import LayerSlice
+from lora_jax.models.source import Source
+from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
 
 ROUNDING = 1e-2  # relative: a base in bfloat16, or from 8 bits, is still that base
@@ -171,6 +172,8 @@ def place_biases(
         if factors.bias is None:
             continue
         part = leaves.get(f"{path}/{BIAS}")
+        if part is None and not factors.bias.any():
+            continue
         if part is None or part.shape != factors.bias.shape:
             faults.append(
                 f"unexpected: lora_bias of {path}, a layer without a bias, to which it "
@@ -181,6 +184,36 @@ def place_biases(
         part.of(whole)[...] += np.float32(factors.scaling) * factors.bias
         values[part.path] = jnp.asarray(whole)
     return faults
+
+
+def update_biases(
+    trained: Mapping[str, Any],
+    names: Names,
+    source: Source,
+    adapted: Mapping[str, ExternalFactors],
+) -> dict[str, np.ndarray]:
+    """Returns the biases of updates, ``(b - b0) / scaling``; undoes `place_biases`.
+
+    Args:
+      trained: parameters trained in full, by path.
+      names: of the model's parameters.
+      source: the base, which ``b0`` is read from.
+      adapted: the factors by Hugging Face name.
+
+    Returns:
+      A bias by the Hugging Face name of each adapted module whose bias is trained.
+    """
+    spelled, biases = names.spelling().tensors, {}
+    for leaf, part in layer_slices(trained).items():
+        module = spelled[leaf].rpartition(".")[0]
+        if leaf.rpartition("/")[2] != BIAS or module not in adapted:
+            continue
+        kept = source.tensors[source.names[names.family.tensor_name(leaf)]]
+        before = np.asarray(names.family.from_file(leaf, kept), np.float32)
+        after = np.asarray(part.of(trained[part.path]), np.float32)
+        scaling = np.float32(adapted[module].scaling)
+        biases[module] = (after - before) / scaling
+    return biases
 
 
 def _drop_tied(tensors: dict[str, np.ndarray], names: Mapping[str, str]) -> list[str]:

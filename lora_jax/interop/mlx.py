@@ -128,6 +128,11 @@ def write_mlx(
     modules = adapter.modules
     faults = [f"{name} is trained in full" for name in adapter.full]
     faults += [
+        f"the bias of {name} is trained"
+        for name, f in modules.items()
+        if f.bias is not None
+    ]
+    faults += [
         f"{name} is a convolution" for name, f in modules.items() if f.a.ndim > 2
     ]
     faults += [

@@ -1,8 +1,9 @@
 """Hugging Face's names for the modules of a model in memory, in every spelling.
 
-A module has one path here and up to four names there: with or without the family's
-prefix (files of a bare model have none), and as transformers 4 or 5 calls it
-(checkpoints keep the old names, adapters made today have the new ones).
+A module has one path here and several names there: with or without the family's prefix
+(files of a bare model have none), with that of a multimodal model around it, and as
+transformers 4 or 5 calls it (checkpoints keep the old names, adapters made today have
+the new ones).
 """
 
 import re
@@ -56,13 +57,8 @@ FUSIONS = (
     ),
 )
 
-Style = tuple[bool, bool]  # with the prefix or not; as in transformers 5 or 4
-STYLES: tuple[Style, ...] = (
-    (True, True),
-    (True, False),
-    (False, True),
-    (False, False),
-)
+WRAPPED = "language_model.model."  # a tower's prefix in mlx-lm and older transformers
+Style = tuple[str, bool]  # the prefix; as in transformers 5 or 4
 
 
 class Names:
@@ -84,7 +80,10 @@ class Names:
         *,
         has_prefix: bool = True,
     ):
-        self.family, self.style = family, (has_prefix, True)
+        self.family = family
+        self.style: Style = (family.prefix if has_prefix else "", True)
+        prefixes = dict.fromkeys((family.prefix, "", *family.prefixes))
+        self._styles = [(p, is_new) for p in prefixes for is_new in (True, False)]
         self._bare = {path: str(family.module_name(path)) for path in modules}
         self._tensors = {path: family.tensor_name(path) for path in leaves}
         layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
@@ -115,13 +114,13 @@ class Names:
         def hits(style: Style) -> int:
             return len(given & {self._spell(b, style) for b in self._bare.values()})
 
-        return self.spelling(max(STYLES, key=hits))
+        return self.spelling(max(self._styles, key=hits))
 
     def spelling(self, style: Style | None = None) -> "Spelling":
         """Returns the names of modules and tensors in one style.
 
         Args:
-          style: one of `STYLES`; by default that of PEFT today.
+          style: by default that of PEFT today.
 
         Returns:
           Both by path.
@@ -157,16 +156,18 @@ class Names:
         self, names: Mapping[str, str], spell: Callable[[str, Style], str]
     ) -> dict[str, str]:
         paths: dict[str, str] = {}
-        for style in STYLES:
+        for style in self._styles:
             for path, bare in names.items():
                 paths.setdefault(spell(bare, style), path)
         return paths
 
     def _spell(self, bare: str, style: Style) -> str:
-        has_prefix, is_new = style
-        has_none = bare == LM_HEAD or self.family.is_head(f"{bare}.")
+        prefix, is_new = style
+        if bare == LM_HEAD:  # beside the model, in its wrapper if that has one
+            return f"language_model.{bare}" if prefix == WRAPPED else bare
+        has_none = self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare
-        return bare if has_none or not has_prefix else self.family.prefix + bare
+        return bare if has_none else prefix + bare
 
     def _spell_tensor(self, bare: str, style: Style) -> str:
         module, dot, leaf = bare.rpartition(".")

@@ -203,6 +203,10 @@ def write_peft(
             m = factors.magnitude
             shape = (1, -1, *ones) if is_conv else (-1,)
             tensors[f"{name}.lora_magnitude_vector"] = m.reshape(shape)
+        if factors.bias is not None:
+            tensors[f"{name}.lora_B.bias"] = factors.bias
+    for name, (_, rows) in adapter.tokens.items():
+        tensors[f"{name}.token_adapter.trainable_tokens_delta"] = rows
     for name, array in adapter.full.items():
         module, _, leaf = name.rpartition(".")
         inside = module in adapter.modules and leaf == "bias"
@@ -346,6 +350,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
     ranks = {name: factors.rank for name, factors in adapter.modules.items()}
     alphas = {name: _number(f.alpha) for name, f in adapter.modules.items()}
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    tokens = {name: ids for name, (ids, _) in adapter.tokens.items()}
     return {
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
         "base_model_name_or_path": None,
@@ -354,7 +359,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,  # any other value makes PEFT change the base
         "lora_alpha": alpha,
-        "lora_bias": False,
+        "lora_bias": any(f.bias is not None for f in adapter.modules.values()),
         "lora_dropout": adapter.dropout_rate,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -363,6 +368,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
         "target_modules": sorted(adapter.modules),
         "task_type": None,
+        "trainable_token_indices": tokens or None,
         "use_dora": adapter.dora,
         "use_rslora": adapter.rslora,
     }

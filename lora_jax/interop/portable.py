@@ -21,6 +21,11 @@ from lora_jax.models.stacking import LayerSlice
 from lora_jax.names import CLASSIFIER, LM_HEAD
 
 QKV = ("attention/query", "attention/key", "attention/value")
+KEPT = ("auto_mapping", "modules_to_save", "task_type", "target_modules")
+KEPT_IF_GIVEN = (
+    *("ensure_weight_tying", "trainable_token_indices", "exclude_modules"),
+    *("layers_pattern", "layers_to_transform"),
+)
 LOADED_HEADS = (CLASSIFIER, "score")  # modules trained in full that vLLM loads
 
 
@@ -54,6 +59,10 @@ def make_portable(
         for name in adapter.full
         if name.split(".")[0] not in LOADED_HEADS
     ]
+    if adapter.tokens:
+        faults.append("rows of single tokens are trained")
+    if any(factors.bias is not None for factors in adapter.modules.values()):
+        faults.append("updates have biases (lora_bias)")
     if adapter.bias != "none":
         faults.append(f"biases are trained (bias={adapter.bias!r})")
     if faults:
@@ -77,35 +86,38 @@ def make_portable(
 
 
 def rewrite_peft(
-    directory: str | os.PathLike[str], adapter: ExternalAdapter, *, portable: bool
+    directory: str | os.PathLike[str],
+    adapter: ExternalAdapter,
+    *,
+    portable: bool,
+    base_model: str | None = None,
 ) -> Path:
     """Writes an adapter that PEFT made as a folder that PEFT loads, without a model.
+
+    Tensors and what the config says of them stay as they are, unless ``portable``.
 
     Args:
       directory: made if absent; an adapter there is replaced.
       adapter: as `read_peft` returned it.
       portable: as for `export_adapter`.
+      base_model: the base that the file names; None for the one that it names now.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if the model is needed after all: for shapes that the file doesn't
-        have, or rows and biases that are added to the base's.
+      ValueError: if the adapter isn't PEFT's, or the model is needed for shapes that
+        the file doesn't have.
       OSError: if it can't be written.
     """
     config, why = adapter.config, []
     if "peft_type" not in config:
         why.append("the adapter is not PEFT's, whose names it would need")
-    if adapter.tokens or any(f.bias is not None for f in adapter.modules.values()):
-        why.append("trainable_token_indices and lora_bias change the base's parameters")
-    settings = {
-        key: config.get(key)
-        for key in ("auto_mapping", "modules_to_save", "task_type", "target_modules")
-    }
+    settings = {key: config.get(key) for key in KEPT}
+    settings |= {key: config[key] for key in KEPT_IF_GIVEN if config.get(key)}
     settings["fan_in_fan_out"] = config.get("fan_in_fan_out") or False
     settings["base_model_name_or_path"] = base_name(
-        config.get("base_model_name_or_path")
+        base_model, config.get("base_model_name_or_path")
     )
     if portable:
         ends = (".q_proj", ".k_proj", ".v_proj")
@@ -123,7 +135,8 @@ def rewrite_peft(
         )
     if portable:
         adapter = make_portable(adapter, {}, {})
-        if not isinstance(settings["target_modules"], list):
+        dropped = [settings.pop(key, None) for key in KEPT_IF_GIVEN]
+        if any(dropped) or not isinstance(settings["target_modules"], list):
             settings["target_modules"] = sorted(adapter.modules)
     return write_peft(directory, adapter, settings)
 

@@ -24,7 +24,15 @@ from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
 from lora_jax.models.target_names import own_names
-from lora_jax.names import CLASSIFIER, FROZEN, KERNEL, LAYERS, PARAMS, TRAINABLE
+from lora_jax.names import (
+    CLASSIFIER,
+    FROZEN,
+    HEAD,
+    KERNEL,
+    LAYERS,
+    PARAMS,
+    TRAINABLE,
+)
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
@@ -112,22 +120,25 @@ def load_model(
         "remat": remat,
         "key": key,
     }
-    folder, external = None, adapter
-    if adapter is not None and not isinstance(adapter, ExternalAdapter):
+    if adapter is None:
+        if path is None:
+            raise ValueError("path must name a model where no adapter does; got None.")
+        loaded = load_base(path, **options)
+    elif isinstance(adapter, ExternalAdapter):
+        path = find_base(adapter) if path is None else path
+        loaded = _load_external(path, adapter, options)
+    else:
         folder = find_adapter(adapter)
         external = read_external(folder)
-        if path is not None:
-            source = open_source(path)
-            config = {} if external is None else external.config
-            check_not_merged(source.settings, source.path, folder, config)
-    if isinstance(external, ExternalAdapter):
-        loaded = _load_external(path, external, options)
-    elif folder is not None:
-        loaded = _load_own(path, folder, options)
-    elif path is None:
-        raise ValueError("path must name a model where no adapter does; got None.")
-    else:
-        loaded = load_base(path, **options)
+        if path is None:
+            path = find_base(folder if external is None else external)
+        source = open_source(path)
+        config = {} if external is None else external.config
+        check_not_merged(source.settings, source.path, folder, config)
+        if external is None:
+            loaded = _load_own(path, folder, options)
+        else:
+            loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
         lora = own_names(lora, loaded.family)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
@@ -170,12 +181,40 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"the run in {folder} has no adapter yet: it ended before its first "
             f"validation, which writes it. `lora-jax train {folder} --resume` (in "
-            "Python: fine_tune(folder, resume=True)) goes on with it."
+            "Python: fine_tune(folder, resume=True)) resumes it."
         )
     raise FileNotFoundError(
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ADAPTER_CONFIG}."
     )
+
+
+def find_base(adapter: Path | ExternalAdapter) -> str:
+    """Returns the base that an adapter names.
+
+    Args:
+      adapter: a folder of ours, or an adapter of another tool.
+
+    Raises:
+      ValueError: if it names none, or for an adapter of another tool, if that is not a
+        folder on this machine.
+    """
+    if isinstance(adapter, ExternalAdapter):
+        base = adapter.config.get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).is_dir():
+            return base
+        raise ValueError(
+            f"path must name the base of {adapter.origin}, an adapter of another tool: "
+            f"the base that it names, {base!r}, is not a folder here. On the command "
+            "line, add --model."
+        )
+    base = ours.read_adapter_config(adapter)["extra"].get("model")
+    if base is None:
+        raise ValueError(
+            f"path must name the base of {adapter}; the adapter doesn't say which "
+            "model it was trained on. On the command line, add --model."
+        )
+    return base
 
 
 def _file_kind(file: Path) -> str:
@@ -221,20 +260,10 @@ def read_external(folder: Path) -> ExternalAdapter | None:
 
 
 def _load_external(
-    path: str | os.PathLike[str] | None,
-    adapter: ExternalAdapter,
-    options: dict[str, Any],
+    path: str | os.PathLike[str], adapter: ExternalAdapter, options: dict[str, Any]
 ) -> LoadedModel:
-    """Loads a base, with the head that the adapter brings, and puts the adapter on."""
-    if path is None:
-        path = adapter.config.get("base_model_name_or_path")
-        if not isinstance(path, str) or not Path(path).is_dir():
-            raise ValueError(
-                f"path must name the base of {adapter.origin}, an adapter of another "
-                f"tool: the base that it names, {path!r}, is not a folder here."
-            )
-    source = open_source(path)
-    family = source.family
+    """Loads a base, with the adapter's head if it has one, and attaches the adapter."""
+    family = open_source(path).family
     if adapter.full:
         head = adapter.full.get(f"{family.modules.get(CLASSIFIER)}.weight")
         if head is not None:
@@ -246,16 +275,10 @@ def _load_external(
 
 
 def _load_own(
-    path: str | os.PathLike[str] | None, folder: Path, options: dict[str, Any]
+    path: str | os.PathLike[str], folder: Path, options: dict[str, Any]
 ) -> LoadedModel:
     """Loads a base and, strictly, an adapter that this library saved."""
     found, file = ours.load_adapter(folder), folder / ADAPTER_CONFIG
-    path = found.extra.get("model") if path is None else path
-    if path is None:
-        raise ValueError(
-            f"path must name the base of {folder}; the adapter doesn't say which model "
-            "it was trained on."
-        )
     head = found.variables.get(PARAMS, {}).get(CLASSIFIER)
     if (head or found.extra.get("pooling")) and not open_source(path).family.head:
         raise ValueError(
@@ -281,15 +304,17 @@ def _load_own(
             f"scan_layers must be False or None for {folder}, which was trained on "
             "blocks without nn.scan; got True."
         )
-    loaded = load_base(path, **{**options, "scan_layers": was_scanned})
-    adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
-    shapes = {  # no arrays: the config may claim any rank
-        child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
-        for target in adapted.targets(loaded.params)
-        for name, shape in target.leaf_shapes.items()
-    }
-    wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
-    wanted = adapted.upcast_trained(wanted)
+    options = {**options, "scan_layers": was_scanned}
+    has_head = any(HEAD in tree for tree in found.variables.values())
+    loaded = load_base(path, **options, own_head=has_head)
+    adapted, wanted = _fitting(loaded, found)
+    if getattr(loaded.config, "is_tied", False) and (
+        fingerprint(wanted[FROZEN]) != found.fingerprint
+    ):  # unless it is of the lookup alone, whose head has a kernel of its own
+        apart = load_base(path, **options, own_head=True)
+        pair = _fitting(apart, found)
+        if fingerprint(pair[1][FROZEN]) == found.fingerprint:
+            loaded, (adapted, wanted) = apart, pair
     found = ours.load_adapter(
         folder,
         expected={name: wanted.get(name, {}) for name in TRAINABLE},
@@ -298,3 +323,15 @@ def _load_own(
     variables = {FROZEN: wanted[FROZEN], **found.variables}
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
+
+
+def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
+    """Returns an adapter's model, and the variables that it must have, in shapes."""
+    adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
+    shapes = {  # no arrays: the config may claim any rank
+        child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for target in adapted.targets(loaded.params)
+        for name, shape in target.leaf_shapes.items()
+    }
+    wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
+    return adapted, adapted.upcast_trained(wanted)

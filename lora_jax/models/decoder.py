@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         """Returns the normalised last hidden states ``[b, t, d]``; see `__call__`."""
         x, place = self._embed(input_ids, positions, segment_ids)
         x, _ = self._blocks(x, place, "__call__")
-        return self.final_norm(x)
+        return self._last(x)
 
     def prefill(
         self,
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         def pad(array: Array) -> Array:
             return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + room)
 
-        return self.final_norm(x), Cache(*jax.tree.map(pad, (keys, values)))
+        return self._last(x), Cache(*jax.tree.map(pad, (keys, values)))
 
     def decode(
         self,
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         x, place = self._embed(input_ids, positions, None, is_long)
         place = place._replace(slots=positions)
         x, (keys, values) = self._blocks(x, place, "run", cache)
-        return self.final_norm(x), Cache(keys, values)
+        return self._last(x), Cache(keys, values)
 
     def logits(
         self, hidden: Hidden, *, deterministic: bool = True
@@ -247,6 +247,11 @@ class Decoder(nn.Module):
         if not cfg.is_tied:
             self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
+    def _last(self, x: Hidden) -> Hidden:
+        """The normalised hidden states, scaled: the head is linear, its logits too."""
+        x, scale = self.final_norm(x), self.config.logit_scale
+        return x if scale == 1 else x * scale
+
     def _exceeds(self, length: int) -> bool:
         original = self.config.original_positions
         return original is not None and length > original
@@ -289,7 +294,12 @@ class Decoder(nn.Module):
         if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned
             cos.append(jnp.ones_like(cos[0]))
             sin.append(jnp.zeros_like(sin[0]))
-        return shard_rows(x), PositionContext(tuple(cos), tuple(sin), None, segment_ids)
+        growth = None
+        if cfg.query_growth is not None:
+            beta, unit = cfg.query_growth
+            growth = 1 + beta * jnp.log1p((positions // unit).astype(jnp.float32))
+        place = PositionContext(tuple(cos), tuple(sin), growth, None, segment_ids)
+        return shard_rows(x), place
 
     def _blocks(
         self, x: Hidden, place: PositionContext, method: str, cache: Cache | None = None

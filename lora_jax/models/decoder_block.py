@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.attention.causal import cached_attention, causal_attention
-from lora_jax.attention.rope import apply_rope
+from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import LINEAR
@@ -29,12 +29,14 @@ class PositionContext(NamedTuple):
     Attributes:
       cos: cosines of each rope table, ``[b, t, c]``.
       sin: sines.
+      growth: ``[b, t]`` factors of the queries, or None.
       slots: ``[b, t]`` slots in the cache when decoding, else None.
       segment_ids: ``[b, t]`` example of each token of a packed row, or None.
     """
 
     cos: tuple[Array, ...]
     sin: tuple[Array, ...]
+    growth: Array | None
     slots: Array | None
     segment_ids: Array | None
 
@@ -116,7 +118,12 @@ class Attention(DecoderModule):
         rope = _of_layer(cfg.layer_ropes, layer, len(cfg.ropes))
         if rope is not None:
             cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
+            if cfg.rotates_pairs:  # the scores don't depend on the dimensions' order
+                pairs = cos.shape[-1]
+                query, key = pairs_to_halves(query, pairs), pairs_to_halves(key, pairs)
             query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        if place.growth is not None:
+            query = query * place.growth[..., None, None].astype(query.dtype)
 
         if cfg.divides_by_layer:
             query = query / jnp.asarray(layer + 1, query.dtype)
@@ -166,7 +173,10 @@ class Mlp(DecoderModule):
 
 
 class Block(DecoderModule):
-    """One transformer block: ``x + post(sublayer(pre(x)))``, twice."""
+    """One transformer block: ``x + post(sublayer(pre(x)))``, twice.
+
+    Parallel: ``x + attention(pre(x)) + mlp(pre(x))``.
+    """
 
     def __call__(
         self, x: Hidden, place: PositionContext, layer: Layer
@@ -179,17 +189,21 @@ class Block(DecoderModule):
         self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
     ) -> tuple[Hidden, Past]:
         """Like `__call__`, and returns the layer's keys and values for a cache."""
-        placement = self.config.norm_placement
+        placement, scale = self.config.norm_placement, self.config.residual_scale
 
         def pre(name: str, x: Array) -> Array:
             return fence_gradient(self.norm(name)(x)) if placement != "post" else x
 
         def post(name: str, y: Array) -> Array:
-            return self.norm(name)(y) if placement != "pre" else y
+            y = self.norm(name)(y) if placement != "pre" else y
+            return y if scale == 1 else y * scale
 
         attention = Attention(self.config, self.dtype, name="attention")
         mlp = Mlp(self.config, self.dtype, name="mlp")
-        y, kept = attention(pre("attention_norm", x), place, layer, past)
+        inputs = pre("attention_norm", x)
+        y, kept = attention(inputs, place, layer, past)
+        if self.config.is_parallel:
+            return shard_rows(x + scale * (y + mlp(inputs))), kept
         x = x + post("attention_post_norm", y)
         x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
         return shard_rows(x), kept
@@ -198,7 +212,8 @@ class Block(DecoderModule):
 def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
     """Makes a norm of the config's kind."""
     if config.norm == "layer":
-        return nn.LayerNorm(config.norm_eps, dtype=dtype, name=name)
+        bias = config.has_norm_bias
+        return nn.LayerNorm(config.norm_eps, dtype=dtype, use_bias=bias, name=name)
     return RMSNorm(config.norm_eps, config.norm_offset, dtype, name=name)
 
 

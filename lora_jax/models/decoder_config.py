@@ -115,7 +115,11 @@ class DecoderConfig:
       norm: RMSNorm (``"rms"``) or LayerNorm (``"layer"``).
       norm_eps: epsilon of the norms.
       norm_offset: added to a stored RMSNorm scale (Gemma: 1).
+      has_norm_bias: whether a LayerNorm has a bias.
       norm_placement: norms before the sublayers, after them, or both.
+      is_parallel: whether attention and MLP read the same normed input; there is one
+        norm a block, before them.
+      residual_scale: factor of what a sublayer adds to the stream.
       qk_norm: norm of queries and keys: each head's, the whole projection's, or none.
       has_qkv_bias: bias of query, key and value.
       has_output_bias: bias of the attention's output.
@@ -125,12 +129,17 @@ class DecoderConfig:
       ropes: the tables of rotary frequencies.
       layer_ropes: which of them each layer uses; None for no rotation (NoPE).
       layer_windows: sliding window of each layer; None for full causal attention.
+      rotates_pairs: whether neighbouring dimensions of a head are rotated together, not
+        one of each half.
+      query_growth: ``(beta, n)`` multiplies the queries at position ``p`` by ``1 + beta
+        log(1 + floor(p / n))``; None for 1.
       has_learned_positions: whether there is a learned position embedding.
       attention_scale: of the scores; None for ``1 / √h``.
       divides_by_layer: whether scores are divided by the layer's number, from 1.
       attention_softcap: bound of the scores, or None.
       final_softcap: bound of the logits, or None.
       embed_scale: factor of the embedding's output.
+      logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
 
     Raises:
@@ -150,7 +159,10 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
+    has_norm_bias: bool = True
     norm_placement: Literal["pre", "post", "both"] = "pre"
+    is_parallel: bool = False
+    residual_scale: float = 1.0
     qk_norm: Literal["head", "projection"] | None = None
     has_qkv_bias: bool = False
     has_output_bias: bool = False
@@ -160,12 +172,15 @@ class DecoderConfig:
     ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int | None, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
+    rotates_pairs: bool = False
+    query_growth: tuple[float, int] | None = None
     has_learned_positions: bool = False
     attention_scale: float | None = None
     divides_by_layer: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embed_scale: float = 1.0
+    logit_scale: float = 1.0
     is_tied: bool = False
 
     @property
@@ -217,6 +232,8 @@ class DecoderConfig:
             "attention_scale",
             "attention_softcap",
             "final_softcap",
+            "residual_scale",
+            "logit_scale",
         ):
             value = getattr(self, name)
             if value is not None and not (

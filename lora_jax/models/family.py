@@ -20,6 +20,14 @@ _MISSING = object()
 MAX_LAYERS = 1000  # a config.json may ask for anything
 LEAST, MOST = 1e-20, 1e20  # of a number that is not 0 and not a size
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
+# Bare names of what a multimodal model has beside its language model.
+OTHER_MODALITIES = (
+    r"(vision|audio)_tower\.",
+    r"vision_model\.",
+    r"visual\.",
+    r"multi_modal_projector\.",
+    r"embed_(vision|audio)\.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,10 @@ class Family:
       inputs: from the config to the shapes of ``module.init``'s inputs.
       modules: from a module's (or a leaf's) path in our tree, with ``{i}`` for a
         layer's number, to its Hugging Face name.
-      prefix: of names in files saved from a model with a head.
+      prefix: of names in files saved from a model with a head, and in adapters.
+      prefixes: others that names in files and adapters may have.
+      is_tower: whether it is the language model of a multimodal folder, whose other
+        tensors are left alone.
       unused: expressions for the start of names that a file may hold and the module
         doesn't use.
       head: paths of the classification head's modules, which are made anew where a
@@ -49,6 +60,8 @@ class Family:
     inputs: Callable[[Any], tuple[Any, ...]]
     modules: Mapping[str, str]
     prefix: str
+    prefixes: tuple[str, ...] = ()
+    is_tower: bool = False
     unused: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     head_pooling: str = "pooler"
@@ -78,6 +91,12 @@ class Family:
             )
         return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
 
+    @property
+    def file_prefixes(self) -> tuple[str, ...]:
+        """Prefixes that names in a model's files may have, the longest first."""
+        known = (self.prefix, *(self.prefixes if self.is_tower else ()))
+        return tuple(sorted(known, key=len, reverse=True))
+
     def is_unused(self, name: str) -> bool:
         """Whether a file may hold a tensor of this bare name that is not used."""
         return any(re.match(pattern, name) for pattern in self.unused)
@@ -102,7 +121,8 @@ class Family:
           The name without prefix, with today's names of LayerNorm's weights and the
           checkpoints' names of modules.
         """
-        bare = name.removeprefix(self.prefix)
+        found = (p for p in self.file_prefixes if name.startswith(p))
+        bare = name.removeprefix(next(found, ""))
         if old := re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare):
             return old[1] + {"gamma": "weight", "beta": "bias"}[old[2]]
         for module in self.modules.values() if self.renames else ():

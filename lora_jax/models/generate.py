@@ -17,13 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.models.family import config_of
+from lora_jax.nn.bank import RowAdapted
 
 MULTIPLE = 64  # prompts and caches are padded to a multiple of this
 OnToken = Callable[[int, list[int]], bool | None]
 
 
 def generate(
-    module: nn.Module,
+    module: nn.Module | RowAdapted,
     variables: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
@@ -38,7 +39,7 @@ def generate(
     """Continues prompts, greedily or by sampling.
 
     Args:
-      module: a `Decoder`, with adapters or without.
+      module: a `Decoder`, with adapters or without, or the module of an `AdapterBank`.
       variables: of ``module.apply``.
       prompts: token ids of each prompt, at least one.
       max_new_tokens: the longest continuation.
@@ -133,7 +134,9 @@ def sample(
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(module: nn.Module, size: int, is_sampled: bool, is_long: bool):
+def _compiled(
+    module: nn.Module | RowAdapted, size: int, is_sampled: bool, is_long: bool
+):
     """Returns the jitted prefill and decode for caches of ``size`` slots."""
 
     def choose(variables, hidden, positions, key, *sampling):

@@ -124,12 +124,7 @@ def load_base(
     stored = {path: shape for path, shape in shapes.items() if path not in fresh}
     flat, unused = _read(source, stored, places, param_dtype)
     for path in fresh:
-        owner, _, leaf = path.rpartition("/")
-        new = np.zeros(shapes[path], np.float32)
-        if key is not None and leaf == KERNEL:
-            own_key = key if owner == CLASSIFIER else jax.random.fold_in(key, 1)
-            new = 0.02 * jax.random.normal(own_key, shapes[path], jnp.float32)
-        flat[path] = _place(new, places[path])  # float32: it is there to be trained
+        flat[path] = _place(_new_leaf(path, shapes[path], key), places[path])
     return LoadedModel(
         module=module,
         variables={PARAMS: unflatten(flat)},
@@ -140,6 +135,32 @@ def load_base(
         unused=tuple(unused),
         new=tuple(fresh),
     )
+
+
+def with_new_head(loaded: LoadedModel, key: PRNGKey) -> LoadedModel:
+    """Returns a model whose new leaves are drawn again, as `load_base` draws them.
+
+    Args:
+      loaded: a base, without adapters.
+      key: PRNG key of the head.
+
+    Returns:
+      The model; all that came from its file is shared.
+    """
+    flat = flatten(loaded.params)
+    for path in loaded.new:
+        where = flat[path].sharding
+        flat[path] = put_array(_new_leaf(path, flat[path].shape, key), where)
+    return loaded._replace(variables={**loaded.variables, PARAMS: unflatten(flat)})
+
+
+def _new_leaf(path: str, shape: Shape, key: PRNGKey | None) -> Any:
+    """Draws a leaf of a new head; float32, as it is there to be trained."""
+    owner, _, leaf = path.rpartition("/")
+    if key is None or leaf != KERNEL:
+        return np.zeros(shape, np.float32)
+    own_key = key if owner == CLASSIFIER else jax.random.fold_in(key, 1)
+    return 0.02 * jax.random.normal(own_key, shape, jnp.float32)
 
 
 def as_stored(loaded: LoadedModel) -> LoadedModel:
@@ -283,7 +304,8 @@ def _likely_causes(source: Source) -> list[str]:
             "read: take the one it was made from, or save it in bfloat16."
         )
     words = source.family.module_name(WORDS if source.family.head else EMBED)
-    name, size = f"{words}.weight", settings.get("vocab_size")
+    size = getattr(source.config, "vocab_size", None)
+    name = f"{words}.weight"
     rows = source.shape(name)[0] if name in source.names else size
     if rows != size:
         causes.append(

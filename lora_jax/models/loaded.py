@@ -50,6 +50,20 @@ class LoadedModel(NamedTuple):
         """The base's parameters, a plain nested dictionary."""
         return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
 
+    def unused_text(self) -> str:
+        """Names what the module doesn't use; of a multimodal folder, how much of what.
+
+        Returns:
+          One line; empty if all is used.
+        """
+        if not self.family.is_tower:
+            return ", ".join(self.unused)
+        parts = [n.removeprefix("model.").split(".")[0] for n in self.unused]
+        names = ", ".join(dict.fromkeys(parts))
+        return (
+            names and f"{names}: {len(parts)} tensors stay on disk; text in, text out"
+        )
+
     @property
     def has_head(self) -> bool:
         """Whether an encoder has a classification head."""

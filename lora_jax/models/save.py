@@ -5,10 +5,12 @@ of the source folder; those that nothing changed are the same bytes, also where 
 were loaded in another dtype. Tensors that the module doesn't use (BERT's pooler, say)
 are copied, so that the folder still fits its ``config.json`` and transformers loads it;
 a second copy of a tied embedding is left out. The source's other files go along.
+A bare encoder that was given a head is saved as the class with that head.
 """
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,14 @@ def save_model(
         if name not in ours and not family.is_unused(name)
     ]
     if not family.head and TIED_HEAD in ours and model.config.is_tied:
-        settings["tie_word_embeddings"] = False  # a tied table whose sides differ now
+        untied = {"tie_word_embeddings": False}  # a tied table whose sides differ now
+        settings |= untied
+        if isinstance(text := settings.get("text_config"), dict):
+            settings["text_config"] = text | untied
         model = model.with_own_head()
+    if family.head and pooling is None:
+        own = "mean" if family.head_pooling == POOLER else family.head_pooling
+        pooling = POOLER if POOLER in params else own
     tensors = {}
     for name, (path, part) in ours.items():
         array = family.to_file(path, np.asarray(part))
@@ -107,15 +115,24 @@ def save_model(
         if name not in ours and name != TIED_HEAD and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
+    if (
+        CLASSIFIER in params
+        and pooling == family.head_pooling
+        and model.is_bare
+        and model.architecture.endswith("Model")
+    ):  # transformers has a class with this head
+        tensors = {
+            name if family.is_head(name) else family.prefix + name: tensor
+            for name, tensor in tensors.items()
+        }
+        kind = re.sub("Model$", family.head_class, model.architecture)
+        settings["architectures"] = [kind]
     kept = settings.get(OURS)
     before = kept.get(MERGED, []) if isinstance(kept, dict) else []
     ours_kept: dict[str, Any] = {}
     if before or merged:
         ours_kept[MERGED] = [*before, *([dict(merged)] if merged else [])]
     if family.head:
-        if pooling is None:
-            own = "mean" if family.head_pooling == POOLER else family.head_pooling
-            pooling = POOLER if POOLER in params else own
         ours_kept["pooling"] = pooling
     if CLASSIFIER in params and family.head:
         count = params[CLASSIFIER][KERNEL].shape[-1]

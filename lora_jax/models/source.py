@@ -1,5 +1,6 @@
 """Where a model's config and tensors come from: a folder or a GGUF file."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.family import Family
 from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
+from lora_jax.tree.paths import nearest
 
 TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
@@ -46,7 +48,11 @@ class Source(NamedTuple):
     @property
     def config(self) -> Any:
         """What the family reads from the settings: the module's config."""
-        return self.family.read_config(self.settings)
+        config = read_config(self.family, self.settings, self.path)
+        if self.family.is_tower and TIED_HEAD not in self.names:
+            # Two places may say whether it is tied; transformers goes by the file too.
+            return dataclasses.replace(config, is_tied=True)
+        return config
 
     @property
     def architecture(self) -> str:
@@ -134,6 +140,29 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return check_settings(read_json(path), path)
 
 
+def read_config(family: Family, settings: dict[str, Any], path: Path) -> Any:
+    """Reads a module's config.
+
+    Args:
+      family: of the model.
+      settings: what its ``config.json`` or GGUF file holds.
+      path: the folder or the file, for errors.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: if it doesn't fit, or is of an unsupported variant; names the file.
+    """
+    try:
+        return family.read_config(settings)
+    except ValueError as error:
+        file, text = path / MODEL_CONFIG if path.is_dir() else path, str(error)
+        own = text.removeprefix(f"{MODEL_CONFIG} ")
+        between = ": " if own == text else " "
+        raise ValueError(f"{file}{between}{own}") from error
+
+
 def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns a config whose model type is known.
 
@@ -149,9 +178,12 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     found = settings.get("model_type")
     if not isinstance(found, str) or found not in FAMILIES:
+        hint = ""
+        if isinstance(found, str) and found:
+            hint = f" Did you mean: {nearest(found, FAMILIES)}?"
         raise ValueError(
-            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}. "
-            "Other models can be built in Flax and adapted with `adapt`."
+            f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}."
+            f"{hint} Other models can be built in Flax and adapted with `adapt`."
         )
     return settings
 

@@ -59,7 +59,7 @@ def _own(name: str, family: Family) -> list[str]:
     paths = []
     for path, bare in family.modules.items():
         for theirs in (bare, family.renamed(bare)):
-            for prefix in ("", family.prefix):
+            for prefix in ("", family.prefix, *family.prefixes):
                 number = _match_end(prefix + theirs, name)
                 if number is not None:
                     inside = path.rpartition("layer_{i}/")[2]

@@ -8,7 +8,6 @@ three collections; the model itself sees the one ``params`` tree it expects, wit
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +31,8 @@ from lora_jax.nn.trace import (
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
 from lora_jax.tree.partition import join, partition, upcast_leaves
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import Target, child, select_targets, uncovered_weights
+from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.uncovered import describe_uncovered
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
@@ -257,20 +257,8 @@ class Adapted(nn.Module):
             weights=flatten(found.params),
             unsupported=found.unsupported,
         )
-        if left := uncovered_weights(found.unsupported, self.config):
-            kinds = Counter(weight.kind for weight in left.values())
-            first = {weight.kind: path for path, weight in reversed(left.items())}
-            shown = ", ".join(
-                f"{first[kind]} ({kind}"
-                + (f", and {n - 1} more like it)" if n > 1 else ")")
-                for kind, n in kinds.items()
-            )
-            warnings.warn(
-                f"targets='all-linear' does not adapt {shown}: these layer types are "
-                "not registered. Register them with `register_layer`, or list them in "
-                "`exclude` to silence this warning.",
-                stacklevel=3,
-            )
+        if message := describe_uncovered(found.unsupported, self.config):
+            warnings.warn(message, stacklevel=3)
         return chosen
 
     def _run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -348,11 +336,7 @@ def adapt(
         is_nnx = any(c.__module__.startswith("flax.nnx") for c in type(model).__mro__)
         raise TypeError(
             f"model must be a flax.linen Module; got {type(model).__name__}"
-            + (
-                ", a flax.nnx one. For those there is `flax.nnx.LoRA`."
-                if is_nnx
-                else "."
-            )
+            + (", a flax.nnx one: use `lora_jax.nnx.adapt`." if is_nnx else ".")
         )
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig; got {type(config).__name__}.")

@@ -154,7 +154,9 @@ def _dense(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> AnyF
     return lora_dense(x, kernel, lora_a, lora_b, base_output=y, **options)
 
 
-def _dense_general_equation(module: nn.DenseGeneral, x: jax.Array, *_: Any) -> str:
+def dense_general_equation(module: Any, x: jax.Array, *_: Any) -> str:
+    """Returns the einsum of a `flax.linen.DenseGeneral` for an input ``x``."""
+
     def axes(value) -> list[int]:
         values = value if isinstance(value, (tuple, list)) else (value,)
         return sorted(axis % x.ndim for axis in values)
@@ -215,7 +217,7 @@ def _conv(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> AnyFl
 
 _RULES: dict[type[nn.Module], LayerRule] = {
     nn.Dense: LayerRule("dense", KERNEL, (CALL,), lambda *_: DENSE, _dense),
-    nn.DenseGeneral: einsum_rule("dense", _dense_general_equation),
+    nn.DenseGeneral: einsum_rule("dense", dense_general_equation),
     nn.Einsum: einsum_rule("einsum", _einsum_equation),
     nn.Embed: LayerRule("embed", EMBEDDING, (CALL, ATTEND), lambda *_: DENSE, _embed),
     nn.Conv: LayerRule("conv", KERNEL, (CALL,), _conv_contraction, _conv),

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.flops import traced_flops
+from lora_jax.train.members import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, TrainStep, make_train_step
 from lora_jax.tree.paths import flatten, key_path
@@ -119,7 +120,7 @@ def price_training(
 
 
 def price_step(
-    step: TrainStep,
+    step: TrainStep | Members,
     state: TrainState,
     batch: Batch,
     *,
@@ -130,9 +131,9 @@ def price_step(
     """Lowers and compiles one training step and returns its plan.
 
     Args:
-      step: from `make_train_step`.
+      step: from `make_train_step`, or that of a sweep.
       state: arrays, or shapes with shardings on devices that may be absent.
-      batch: likewise, with ``input_ids`` ``[b, t]``.
+      batch: likewise, with ``input_ids`` ``[b, t]``, or ``[m, b, t]`` of a sweep.
       limit: memory of a device in bytes; None for no limit.
       remat: the rematerialisation policy, recorded in the plan.
       even_if_too_large: whether to compile even if the weights alone exceed ``limit``.
@@ -144,10 +145,10 @@ def price_step(
       jax.errors.JaxRuntimeError: if compilation fails without a ``limit``, or for
         another reason than memory.
     """
-    rows, tokens = batch["input_ids"].shape
+    *rows, tokens = batch["input_ids"].shape
     plan = StepPlan(
         devices=state.step.sharding.num_devices,
-        batch=rows,
+        batch=math.prod(rows),
         tokens=tokens,
         remat=remat,
         base=device_bytes(state.frozen),

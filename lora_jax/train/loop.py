@@ -6,14 +6,18 @@ in the data, so resuming needs only the checkpointed state.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from lora_jax.train.state import TrainState
 
 Sums = Mapping[str, Any]
+Metrics = Mapping[str, jax.Array]
+R = TypeVar("R")
+# Yields the number of a step and the state to take it from; is sent what it gave.
+Steps = Generator[tuple[int, TrainState], tuple[TrainState, Metrics], R]
 
 
 class Progress(NamedTuple):
@@ -48,15 +52,9 @@ class Fitted(NamedTuple):
 
 def fit(
     state: TrainState,
-    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
     batch_at: Callable[[int], Any],
-    *,
-    total_steps: int,
-    log_every: int = 10,
-    on_step: Callable[[int], None] = lambda step: None,
-    on_log: Callable[[Progress], None] = lambda progress: None,
-    every: Sequence[tuple[int, Callable[[TrainState], None]]] = (),
-    should_stop: Callable[[], bool] = lambda: False,
+    **options: Any,
 ) -> Fitted:
     """Trains from ``state.step`` up to ``total_steps``.
 
@@ -64,15 +62,7 @@ def fit(
       state: the initial state; donated.
       step: from `make_train_step`.
       batch_at: returns the batch of a step, a pure function of its number.
-      total_steps: the last step.
-      log_every: number of steps between reports, when the host waits for the device.
-      on_step: called with the number of each completed step.
-      on_log: called every ``log_every`` steps and after the last.
-      every: callbacks with their periods: ``[(100, validate)]`` calls
-        ``validate(state)`` after steps 100, 200, ... and after the last. Callbacks must
-        not keep the state: the next step donates it.
-      should_stop: polled after each dispatch; True ends the loop after the steps in
-        flight and the callbacks due after them.
+      **options: ``total_steps`` and the rest, see `fitting`.
 
     Returns:
       The trained state, and whether the loop was stopped early.
@@ -91,12 +81,80 @@ def fit(
       >>> fitted.is_stopped
       False
     """
+    return take_steps(fitting(state, **options), step, batch_at)
+
+
+def take_steps(
+    steps: Steps[R],
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    batch_at: Callable[[int], Any],
+) -> R:
+    """Takes the steps that a loop asks for, until it ends.
+
+    Args:
+      steps: the loop: `fitting`, or what yields from it.
+      step: from `make_train_step`.
+      batch_at: returns the batch of a step.
+
+    Returns:
+      What the loop returns.
+    """
+    try:
+        number, state = next(steps)
+        while True:
+            try:
+                taken = step(state, batch_at(number))
+            except BaseException as error:
+                steps.throw(error)  # ends what the loop has open
+                raise
+            number, state = steps.send(taken)
+    except StopIteration as end:
+        return end.value
+
+
+def fitting(
+    state: TrainState,
+    *,
+    total_steps: int,
+    log_every: int = 10,
+    on_step: Callable[[int], None] = lambda step: None,
+    on_log: Callable[[Progress], None] = lambda progress: None,
+    every: Sequence[tuple[int, Callable[[TrainState], None]]] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Steps[Fitted]:
+    """The loop of `fit` without its steps, which whoever drives it takes.
+
+    So one loop serves a run of its own (`take_steps`) and a run that shares a compiled
+    step with others.
+
+    Args:
+      state: the initial state.
+      total_steps: the last step.
+      log_every: number of steps between reports, when the host waits for the device.
+      on_step: called with the number of each completed step.
+      on_log: called every ``log_every`` steps and after the last.
+      every: callbacks with their periods: ``[(100, validate)]`` calls
+        ``validate(state)`` after steps 100, 200, ... and after the last. Callbacks must
+        not keep the state: the next step donates it.
+      should_stop: polled after each dispatch; True ends the loop after the steps in
+        flight and the callbacks due after them.
+
+    Yields:
+      The number of a step, and the state to take it from; expects the new state and
+      the metrics.
+
+    Returns:
+      The trained state, and whether the loop was stopped early.
+
+    Raises:
+      ValueError: if a period is below 1.
+    """
     if wrong := [n for n in (log_every, *(n for n, _ in every)) if n < 1]:
         raise ValueError(f"periods must be at least 1 step; got {wrong}.")
     done, pending = int(state.step), []
     start = time.perf_counter()
     while done < total_steps:
-        state, metrics = step(state, batch_at(done))
+        state, metrics = yield done, state
         pending.append(metrics)
         done += 1
         is_stopped = should_stop() and done < total_steps

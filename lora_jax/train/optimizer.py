@@ -7,6 +7,8 @@ passes the raw gradient of W0 through as its update: gradient *ascent*.)
 """
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +22,12 @@ from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
 ADAPTER = "adapter"
 REST = "rest"
-SCHEDULES = ("linear", "cosine", "constant")
+DECAYS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + jnp.cos(jnp.pi * x)) / 2,
+    "constant": lambda x: 1.0,
+}
+SCHEDULES = tuple(DECAYS)
 
 
 def lora_optimizer(
@@ -105,8 +112,14 @@ def lora_optimizer(
     if weight_decay:
         transforms.append(optax.add_decayed_weights(weight_decay, decay_mask))
     if lora_b_ratio != 1.0:
-        transforms.append(optax.masked(optax.scale(lora_b_ratio), _lora_b_mask))
-    return optax.chain(*transforms, optax.scale_by_learning_rate(rate))
+        transforms.append(optax.masked(optax.scale(lora_b_ratio), lora_b_mask))
+    chain = optax.chain(*transforms, optax.scale_by_learning_rate(rate))
+
+    def init(params: PyTree) -> PyTree:
+        _check_no_base(params)
+        return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, chain.update)
 
 
 def learning_rate_schedule(
@@ -163,12 +176,7 @@ def learning_rate_schedule(
     def rate(step):
         warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
         x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        decay = {
-            "linear": lambda: 1 - x,
-            "cosine": lambda: (1 + jnp.cos(jnp.pi * x)) / 2,
-            "constant": lambda: 1.0,
-        }[schedule]()
-        return learning_rate * warmup * decay
+        return learning_rate * warmup * DECAYS[schedule](x)
 
     return rate
 
@@ -292,7 +300,37 @@ def decay_mask(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(decays, tree)
 
 
-def _lora_b_mask(tree: PyTree) -> PyTree:
+def _check_no_base(params: PyTree) -> None:
+    """Raises if the state of an NNX model holds base weights beside its adapters."""
+    nnx = sys.modules.get("flax.nnx")  # heavy, and loaded where there is such a state
+    if nnx is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    found = [(p, leaf) for p, leaf in leaves if isinstance(leaf, nnx.Variable)]
+    base = [key_path(p) for p, leaf in found if not isinstance(leaf, nnx.LoRAParam)]
+    if base and len(base) < len(found):
+        raise ValueError(
+            f"the optimizer would train {len(base)} weights of the base beside the "
+            f"adapters, such as {base[0]}. Select what is trained: "
+            "`nnx.Optimizer(model, tx, wrt=lora_jax.nnx.Trained)`; weights of the base "
+            "that are to be trained go into `LoRAConfig.train`."
+        )
+
+
+def lora_b_mask(tree: PyTree) -> PyTree:
+    """Returns a mask of the leaves named ``lora_b``.
+
+    Args:
+      tree: a tree of trainable leaves.
+
+    Returns:
+      The same tree with True or False at each leaf.
+
+    Raises:
+      ValueError: if there is none.
+    """
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: LORA_B in key_path(path).split("/"), tree
     )

@@ -34,13 +34,14 @@ class TrainStep:
     On a mesh, the returned state has the shardings of the input state.
 
     Attributes:
-      update: the underlying jitted function ``(own, frozen, batch) -> (own, metrics)``,
-        which donates ``own``, the ``state.changing``; for a state on one device.
+      function: the pure ``(own, frozen, batch) -> (own, metrics)``, where ``own`` is
+        ``state.changing``; to be vmapped, for instance.
+      update: the same jitted, donating ``own``; for a state on one device.
     """
 
     def __init__(self, update: Callable[..., Any]) -> None:
         self.update: Any = jax.jit(update, donate_argnums=0)
-        self._update = update
+        self.function = update
         self._sharded: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -67,7 +68,7 @@ class TrainStep:
             scalars = NamedSharding(mesh, PartitionSpec())
             summed = jax.tree.map(whole_over_batch, shardings["trainable"])
             self._sharded[known] = jax.jit(
-                functools.partial(self._update, summed=summed, mesh=mesh),
+                functools.partial(self.function, summed=summed, mesh=mesh),
                 donate_argnums=0,
                 out_shardings=(shardings, scalars),
             )

@@ -255,34 +255,6 @@ def select_targets(
     return chosen
 
 
-def uncovered_weights(
-    unsupported: Mapping[str, UnsupportedWeight], config: LoRAConfig
-) -> dict[str, UnsupportedWeight]:
-    """Returns linear weights that ``"all-linear"`` misses: their layer isn't supported.
-
-    Args:
-      unsupported: weights that can't be adapted, by path.
-      config: the adapter config; empty result unless it targets ``"all-linear"``.
-
-    Returns:
-      The weights with at least two axes that are not position tables (a first axis of
-      size 1) and match neither ``exclude`` nor ``train``.
-    """
-    if config.targets != ALL_LINEAR:
-        return {}
-    return {
-        path: weight
-        for path, weight in unsupported.items()
-        if len(weight.shape) > 1
-        and min(weight.shape) > 1
-        and not any(
-            matches(out, p)
-            for out in (config.exclude, config.train)
-            for p in (path, _owner(path))
-        )
-    }
-
-
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
     """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it.
 
@@ -293,8 +265,11 @@ def target_at(site: Site, config: LoRAConfig) -> Target | None:
     Returns:
       The `Target` or None.
     """
-    if not _is_chosen(site, config):
-        return None
+    return as_target(site, config) if _is_chosen(site, config) else None
+
+
+def as_target(site: Site, config: LoRAConfig) -> Target:
+    """Returns the `Target` of a layer that is adapted, whatever ``config`` targets."""
     return Target(
         **{field.name: getattr(site, field.name) for field in dataclasses.fields(Site)},
         rank=config.rank_for(site.path),

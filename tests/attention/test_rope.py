@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.attention.rope import apply_rope, rope_angles
+from lora_jax.attention.rope import apply_rope, pairs_to_halves, rope_angles
 
 FREQUENCIES = jnp.array([1.0, 0.1, 0.01])
 
@@ -19,6 +19,16 @@ def test_pairs_rotate_like_complex_numbers_and_the_rest_is_unchanged():
     x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
     y = np.asarray(rotated(x, 7))
     z = np.asarray(x[..., :3] + 1j * x[..., 3:6]) * np.exp(7j * np.asarray(FREQUENCIES))
+    np.testing.assert_allclose(y[..., :3], z.real, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[..., 3:6], z.imag, rtol=1e-5, atol=1e-6)
+    assert (y[..., 6:] == x[..., 6:]).all()
+
+
+def test_reordered_heads_rotate_neighbouring_dimensions():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 7))
+    y = np.asarray(rotated(pairs_to_halves(x, 3), 7))
+    z = np.asarray(x[..., :6:2] + 1j * x[..., 1:6:2])
+    z = z * np.exp(7j * np.asarray(FREQUENCIES))
     np.testing.assert_allclose(y[..., :3], z.real, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[..., 3:6], z.imag, rtol=1e-5, atol=1e-6)
     assert (y[..., 6:] == x[..., 6:]).all()

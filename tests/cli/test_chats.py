@@ -116,8 +116,8 @@ def test_a_system_and_a_file_of_messages_are_asked(folder, tmp_path, call):
     )
     assert first["prompt"] == SKY[0]["content"]
     for asked, message in (
-        (["--prompt", "a", "--system", "b"], "--system goes with --chat"),
-        (["--messages", file, "--chat"], "--chat goes with --prompt"),
+        (["--prompt", "a", "--system", "b"], "--system requires --chat"),
+        (["--messages", file, "--chat"], "--chat requires --prompt"),
         (["--messages", file, "--prompt", "a"], "not allowed with"),
         ([], "one of the arguments --prompt --messages is required"),
     ):
@@ -133,10 +133,13 @@ def test_a_system_and_a_file_of_messages_are_asked(folder, tmp_path, call):
     ("row", "message"),
     [
         ({"text": "a"}, "in.jsonl:1: must be messages; it is text"),
-        ({"messages": SKY[1:]}, "in.jsonl:1: messages must hold one that is not the"),
+        (
+            {"messages": SKY[1:]},
+            "in.jsonl:1: messages must contain one that is not the",
+        ),
         ({"messages": "a"}, "in.jsonl:1: messages must be a list of objects"),
         ({"messages": SKY, "tool": []}, "nothing reads, 'tool'; did you mean 'tools'?"),
-        ({"messages": SKY, "tools": [{}]}, "example 1: tools must be none"),
+        ({"messages": SKY, "tools": [{}]}, "example 1: tools must be empty"),
         ({"messages": [{"role": "usr", "content": ""}]}, "did you mean 'user'?"),
     ],
 )
@@ -167,7 +170,7 @@ def test_a_special_token_stops_a_text(folder, tmp_path, call):
     mixed = ["--stop", f"the {token}"]
     code, _, shown = call("generate", "--model", place, *options, *mixed)
     assert code == 2
-    assert f"it holds the token {token!r} and more" in shown
+    assert f"it contains the token {token!r}, which" in shown
 
 
 def test_turns_that_end_in_no_stop_token_are_told(folder, config, tmp_path, call):
@@ -245,7 +248,7 @@ def test_a_max_length_above_the_context_is_told(config, tmp_path, call, folder):
     assert code == 0, shown
     said = f"{longest} tokens, the model's context"
     assert f"{said}; data.max_length = 9999 is more" in out
-    assert f"4 examples were cut to {said}" in out
+    assert f"4 examples truncated to {said}" in out
 
 
 def test_no_conversation_is_in_two_splits(folder, tmp_path):

@@ -77,7 +77,7 @@ def test_eval_with_settings_that_are_not_the_runs_names_them(config, run_dir, ca
     assert code == 2
     assert "lora.rank: 2" in shown
     assert "train.keep" not in shown
-    assert f"with --run {run_dir}" in shown
+    assert f"Use --run {run_dir} to" in shown
 
 
 def test_eval_of_the_base_repeats_the_baseline(run_dir, call):
@@ -228,7 +228,7 @@ def peft_folder(path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["inspect", "{tmp}/none"], "there is no folder"),
+        (["inspect", "{tmp}/none"], "must be a folder or"),
         (["inspect", "{tmp}"], "is not a run folder (config.yaml), adapter folder"),
         (["eval"], "either a CONFIG or --run DIR"),
         (["eval", "--run", "{tmp}"], "is not a run folder: it has no config.yaml"),

@@ -110,4 +110,4 @@ def test_a_folder_without_a_processor_takes_pixels_only(tmp_path, encode):
 def test_a_decoder_is_no_encoder(encode):
     code, _, said = encode(GOLDEN / "llama", [{"input_ids": [1, 2]}])
     assert code == 2
-    assert "must be an encoder" in said
+    assert "must be a text or image encoder" in said

@@ -109,5 +109,5 @@ def test_the_base_that_a_peft_folder_names_is_not_looked_for(
     words = ("--adapter", LLAMA / "peft_plain", "--out", tmp_path / "m")
     code, _, shown = call(*command, *words)
     assert code == 2
-    assert "is an adapter of another tool" in shown
+    assert "an adapter of another tool" in shown
     assert "add --model" in shown

@@ -10,8 +10,8 @@ MADVISE, ALWAYS, NEVER = "always [madvise] never", "[always] madvise never", "[n
 SHOW = """
 import os, sys
 from lora_jax.cli import huge_pages
-huge_pages._is_for_who_asks = lambda: True
-huge_pages.ask()
+huge_pages._is_opt_in = lambda: True
+huge_pages.enable()
 print(os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.utf8_mode, os.getpid())
 """
 
@@ -29,7 +29,7 @@ def starts(tmp_path, monkeypatch):
         monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
         if told is not None:
             monkeypatch.setenv("GLIBC_TUNABLES", told)
-        huge_pages.ask()
+        huge_pages.enable()
         return started, os.environ.get("GLIBC_TUNABLES")
 
     return ask

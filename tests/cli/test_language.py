@@ -241,7 +241,7 @@ def test_settings_of_encoders_are_refused_for_a_decoder(config, tmp_path, call):
     words = ["train.label_smoothing=0.1", f"output.dir={tmp_path}/run"]
     code, _, shown = call("train", config, *words)
     assert code == 2
-    assert "train.label_smoothing is of an encoder's classes" in shown
+    assert "train.label_smoothing must be 0 for a decoder" in shown
 
 
 def test_eval_of_a_file_needs_no_training_data(run, config, tmp_path, call):

@@ -57,9 +57,9 @@ def test_overrides_may_stand_behind_options():
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
             1,
-            "memory is full: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+            "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
         ),
-        (KeyError("a"), 1, "This is a fault of lora_jax"),
+        (KeyError("a"), 1, "This is a bug in lora_jax"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_run_on_one_mesh_goes_on_on_another_and_is_evaluated_on_one_device(
     code, out, shown = call("eval", "--run", tmp_path / "run", "--json")
     assert code == 0, shown
     assert json.loads(out)["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
-    assert "one of 1; the run's was" in shown
+    assert "one of 1; the run used" in shown
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_run_on_one_mesh_goes_on_on_another_and_is_evaluated_on_one_device(
             ["mesh.fsdp=3"],
             "3 x 1 = 3 does not. The nearest that works: data = 1, fsdp = 1",
         ),
-        (["mesh.fsdp=-1"], "one of them may be -1"),
+        (["mesh.fsdp=-1"], "or one of them -1"),
         (["mesh.tensor=0"], "must be at least 1"),
         (["mesh.tensro=2"], "mesh.tensro: unknown key. Did you mean 'tensor'?"),
         (["mesh.uneven=pad"], "must be 'error' or 'replicate'; got 'pad'"),
@@ -104,6 +104,6 @@ def test_a_batch_that_does_not_divide_names_the_numbers_and_those_that_do(config
     with pytest.raises(ValueError, match="must be a multiple of data x fsdp") as error:
         check_batch(settings, TwoByTwo())
     assert "= 2 x 2 x 2 = 8 on a mesh of data 2 x fsdp 2 x tensor 2" in str(error.value)
-    assert "got 10. Take 8 or 16, or another mesh." in str(error.value)
+    assert "got 10. Use 8 or 16, or another mesh." in str(error.value)
     check_batch(load_settings(config, ["train.batch_size=16"]), TwoByTwo())
     assert [TwoByTwo().rows(n) for n in (1, 4, 5)] == [4, 4, 8]

@@ -70,7 +70,7 @@ def test_steps_are_priced_from_shapes_alone_whatever_the_settings(
     code, out, shown = call("plan", config, *words, "--json")
     assert code == 0, shown
     assert json.loads(out)["step"]["full"]["total"] > 0
-    assert "one of 1; the run's was" in shown
+    assert "one of 1; the run used" in shown
 
 
 def test_batches_divide_over_the_mesh_as_they_must_in_training(
@@ -79,7 +79,7 @@ def test_batches_divide_over_the_mesh_as_they_must_in_training(
     monkeypatch.setattr(Devices, "parts", 3)
     code, _, shown = call("plan", config)
     assert code == 2
-    assert "got 8. Take 6 or 9" in shown
+    assert "got 8. Use 6 or 9" in shown
     units = []
     monkeypatch.setattr(
         command, "largest_batch", lambda price, unit: units.append(unit)

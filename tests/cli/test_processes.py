@@ -142,7 +142,7 @@ def test_two_processes_have_the_losses_and_the_adapters_of_one(job, never_killed
 def test_the_first_process_speaks_for_both(never_killed):
     (first, _, _), (second, _, _) = never_killed[1]
     assert "Result" in first
-    assert second.splitlines()[0].startswith("Process 1 of 2 waits for the others")
+    assert second.splitlines()[0].startswith("Process 1 of 2 is waiting for")
     assert "Loaded" not in second
 
 
@@ -151,7 +151,7 @@ def saved_step(ends) -> int:
     (_, said, code), (_, _, killed) = ends
     assert (code, killed) == (1, -signal.SIGKILL), said
     assert "another process of this run has ended" in said
-    told = re.search(r"The checkpoint of step (\d) is saved. Go on with", said)
+    told = re.search(r"The checkpoint of step (\d) is saved. Resume with", said)
     assert told, said
     return int(told[1])
 

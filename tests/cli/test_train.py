@@ -55,7 +55,7 @@ def stopped(config, tmp_path, monkeypatch, call):
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(stopped, config):
     folder, shown = stopped
-    assert "The checkpoint of step 15 is saved. Go on with" in shown
+    assert "The checkpoint of step 15 is saved. Resume with" in shown
     assert f"lora-jax train {config} output.dir={folder} --resume" in shown
     assert "Traceback" not in shown
     assert not (folder / "summary.json").exists()
@@ -108,7 +108,7 @@ def test_a_run_that_exists_is_not_touched(run_dir, config, call):
     before = (run_dir / "summary.json").read_bytes()
     code, _, shown = call("train", config)
     assert code == 2
-    assert "holds a run already (finished). Add --resume" in shown
+    assert "already contains a run (finished). Use --resume" in shown
     assert (run_dir / "summary.json").read_bytes() == before
 
 
@@ -144,7 +144,7 @@ def test_overwrite_deletes_runs_only(run_dir, config, tmp_path, call):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, _, shown = call("train", config, "--overwrite", f"output.dir={tmp_path}/run")
     assert code == 2
-    assert "holds more than a run (notes.txt)" in shown
+    assert "contains other files than a run's (notes.txt)" in shown
 
 
 def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_start(
@@ -223,7 +223,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(
         code, _, shown = call("train", config, f"output.dir={folder}")
     assert code == 1
     assert "No space left on device" in shown
-    assert "The checkpoint of step 6 is saved. Go on with" in shown
+    assert "The checkpoint of step 6 is saved. Resume with" in shown
     assert (folder / "adapter" / "adapter.safetensors").exists()
     assert main(["train", str(config), f"output.dir={folder}", "--resume"]) == 0
 
@@ -378,14 +378,14 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_good(
     assert "merge" not in out
     assert "the run has diverged: 0 of 12 steps were skipped" in shown
     assert "and the validation loss is nan.\nLower train.learning_rate (now" in shown
-    assert "The last good adapter is kept, that of step 6 (validation acc" in shown
+    assert "The last good adapter, of step 6 (validation acc" in shown
     assert "--resume" not in shown  # would end in the same way
     assert not (folder / "summary.json").exists()
     assert [p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()] == ["6"]
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert saved["extra"]["step"] == 6
     code, _, shown = call("train", config, *words)
-    assert "holds a run already (diverged at step 12)" in shown
+    assert "already contains a run (diverged at step 12)" in shown
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_a_base_that_is_not_finite_is_told_from_a_learning_rate():
     )
     error = verdict.diverged(job, step=6, skipped=6, best=None, last=None)
     assert error.code == 1
-    assert "Not even the first step could be taken" in str(error)
+    assert "Not even the first step was finite" in str(error)
     assert "`lora-jax inspect base` counts weights that are not finite" in str(error)
 
 

@@ -157,3 +157,52 @@ def test_a_file_that_is_not_an_archive_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"not an archive")
     with pytest.raises(FetchError, match=rf"{name} can't be unpacked"):
         unpack(tmp_path / name, tmp_path / "in")
+
+
+def damaged_zip(path, method, change):
+    with zipfile.ZipFile(path, "w", method) as pack:
+        pack.writestr("f", bytes(range(256)) * 40)
+    data = bytearray(path.read_bytes())
+    start = 30 + 1  # after the local header and the name
+    change(data, start)
+    path.write_bytes(data)
+
+
+def break_stream(data, start):
+    data[start : start + 24] = b"\xff" * 24
+
+
+def of_no_method(data, _):
+    at = data.rindex(b"PK\x01\x02")
+    data[8:10] = data[at + 10 : at + 12] = (99).to_bytes(2, "little")
+
+
+def encrypt(data, _):
+    at = data.rindex(b"PK\x01\x02")
+    data[6] |= 1
+    data[at + 8] |= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        (zipfile.ZIP_DEFLATED, break_stream),
+        (zipfile.ZIP_LZMA, break_stream),
+        (zipfile.ZIP_STORED, of_no_method),
+        (zipfile.ZIP_STORED, encrypt),
+    ],
+    ids=["zlib", "lzma", "method", "encrypted"],
+)
+def test_a_damaged_wheel_is_named(tmp_path, method, change):
+    damaged_zip(tmp_path / "w.whl", method, change)
+    with pytest.raises(FetchError, match=r"w\.whl can't be unpacked: "):
+        unpack(tmp_path / "w.whl", tmp_path / "in")
+
+
+def test_a_damaged_source_archive_is_named(tmp_path):
+    archive = write_tar(tmp_path / "s.tar.gz", {"f": bytes(range(256)) * 99})
+    data = bytearray(archive.read_bytes())
+    data[20:60] = b"\xff" * 40
+    archive.write_bytes(data)
+    with pytest.raises(FetchError, match=r"s\.tar\.gz can't be unpacked: "):
+        unpack(archive, tmp_path / "in")

@@ -145,12 +145,12 @@ def test_templates_see_what_transformers_shows_them():
         ("{{ cycler() }}", "at least one item"),
         ("{{ '%d' | format('a') }}", "a real number is required"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
-        ("{{ ('a' * 1024) * 1025 }}", "at most 1,048,576 letters; it has 1,049,600"),
+        ("{{ ('a' * 1024) * 1025 }}", "at most 1,048,576 characters; it has 1,049,600"),
         ("{{ 'a' * 10**30 }}", "index-sized integer"),
     ],
 )
 def test_what_a_template_refuses_or_must_not_do_is_an_error(source, message):
-    with pytest.raises(ValueError, match=f"can't write these 1 messages: .*{message}"):
+    with pytest.raises(ValueError, match=f"can't render these 1 messages: .*{message}"):
         ChatTemplate(source, {}).render(chat("x"))
 
 
@@ -181,7 +181,7 @@ def test_the_day_that_a_template_is_told_is_always_the_same():
 )
 def test_a_template_that_is_none_is_named(source, message):
     with pytest.raises(
-        ValueError, match=f"must be Jinja; it can't be read: .*{message}"
+        ValueError, match=f"must be Jinja; it can't be parsed: .*{message}"
     ):
         ChatTemplate(source, {})
 
@@ -296,7 +296,7 @@ def test_the_file_of_a_template_is_named(tmp_path):
     save_tokenizer(tmp_path / "t", template="{{ raise_exception('no') }}")
     tokenizer = Tokenizer(tmp_path / "t" / "tokenizer.json")
     file = tmp_path / "t" / "chat_template.jinja"
-    with pytest.raises(ValueError, match=f"chat template of {file} can't write .*no"):
+    with pytest.raises(ValueError, match=f"chat template of {file} can't render .*no"):
         tokenizer.render_chat(chat("x"))
     file.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=f"{file} must be UTF-8; byte 0 is not"):
@@ -312,7 +312,7 @@ def test_the_file_of_a_template_is_named(tmp_path):
         ([{"role": 3, "content": ""}], "message 0 must have a string as role; got '3'"),
         (["hi"], "message 0 must be an object"),
         (chat("a", "b\ufdd0"), "message 1 .*noncharacter"),
-        (chat("a"), r"a turn of the role 'assistant'; got \['user'\]"),
+        (chat("a"), r"a turn with the role 'assistant'; got \['user'\]"),
     ],
 )
 def test_malformed_messages_are_named(messages, message):

@@ -141,7 +141,7 @@ def test_another_config_base_or_data_is_refused_and_both_sides_are_named(tmp_pat
     other = {"lora": {"rank": 4, "targets": ["query"]}, "seed": 0}
     with (
         open_in(tmp_path, other, "1-def", data={"seed": 2}) as checkpoints,
-        pytest.raises(ValueError, match="is another run's") as error,
+        pytest.raises(ValueError, match="is from a different run") as error,
     ):
         checkpoints.restore(make_state(rank=4))
     for fault in (
@@ -198,7 +198,7 @@ def test_a_damaged_latest_falls_back_and_says_so(tmp_path, caplog, damage):
         restored = checkpoints.restore(make_state())
         assert int(restored.step) == 1
         assert "checkpoint of step 2" in caplog.text
-        assert "taking the one before it" in caplog.text
+        assert "using the one before it" in caplog.text
         checkpoints.save(make_state(2, value=7))  # the step can be saved again
         checkpoints.wait()
         assert checkpoints.all_steps() == [1, 2]
@@ -210,12 +210,38 @@ def test_a_damaged_latest_falls_back_and_says_so(tmp_path, caplog, damage):
 def test_a_value_changed_on_disk_is_noticed_by_its_checksum(tmp_path, monkeypatch):
     from lora_jax.files import checkpoint
 
-    honest = checkpoint.facts_of
+    honest = checkpoint.leaf_summary
     with open_in(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoint, "facts_of", lambda x: [*honest(x)[:2], 1])
+        monkeypatch.setattr(checkpoint, "leaf_summary", lambda x: [*honest(x)[:2], 1])
         checkpoints.save(make_state(1))
         monkeypatch.undo()
-        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: step 1:"):
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is intact: step 1:"):
+            checkpoints.restore(make_state())
+
+
+def test_damaged_bookkeeping_of_a_step_is_named(tmp_path):
+    with open_in(tmp_path) as checkpoints:
+        checkpoints.save(make_state(3))
+    file = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"init_timestamp_nsecs": {}})
+    )
+    with pytest.raises(
+        ValueError, match=rf"checkpoints in {tmp_path} .* of the steps \['3'\]"
+    ):
+        open_in(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**400, True, "1"])
+def test_a_metric_that_is_no_number_makes_a_checkpoint_damaged(tmp_path, value):
+    with open_in(tmp_path, best_metric="loss") as checkpoints:
+        checkpoints.save(make_state(3), {"loss": 1.0})
+    file = tmp_path / "3" / "meta" / "metadata"
+    kept = json.loads(file.read_text()) | {"metrics": {"loss": value}}
+    file.write_text(json.dumps(kept))
+    with open_in(tmp_path, best_metric="loss") as checkpoints:
+        assert checkpoints.best_step() is None
+        with pytest.raises(ValueError, match="its metadata is not"):
             checkpoints.restore(make_state())
 
 

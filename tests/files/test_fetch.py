@@ -41,7 +41,8 @@ def test_an_installed_package_is_looked_into_and_not_imported(package):
 def test_a_package_without_that_model_says_what_it_has(package):
     for inside in ("other", "model/f", "__init__.py"):
         with pytest.raises(
-            FileNotFoundError, match=rf"folder {inside}, or.*folders are \['model'\]"
+            FileNotFoundError,
+            match=rf"folder or .gguf file {inside};.*folders are \['model'\]",
         ):
             find_model(f"package:demo_models/{inside}")
     for name in ("demo_module", "no_such_package"):
@@ -53,7 +54,9 @@ def test_a_package_without_that_model_says_what_it_has(package):
 
 @pytest.mark.parametrize("inside", ["", "/", "/../x", "//etc", "/a/../../x", ".b/c"])
 def test_a_model_in_a_package_must_lie_inside_it(package, inside):
-    with pytest.raises(ValueError, match=r"must be package:NAME/folder: the name that"):
+    with pytest.raises(
+        ValueError, match=r"must be package:NAME/folder: the package.s import"
+    ):
         find_model(f"package:demo_models{inside}")
 
 

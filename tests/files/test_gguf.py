@@ -272,7 +272,7 @@ def test_metadata_is_what_the_gguf_package_reads(whole, tmp_path):
 def test_a_cut_file_is_one_clear_error(tmp_path_factory, whole, data):
     path = tmp_path_factory.mktemp("cut") / "m.gguf"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 33))])
-    with pytest.raises(ValueError, match=r"m.gguf .* must be a whole GGUF file"):
+    with pytest.raises(ValueError, match=r"m.gguf .* must be a complete GGUF file"):
         GGUFReader(path)
 
 
@@ -330,7 +330,7 @@ def test_what_is_not_known_is_an_error_that_lists_it(tmp_path):
     with pytest.raises(ValueError, match=r"one of \['gemma2', .*; got 'mamba'"):
         GGUFReader(write(path, "mamba"))
     stored = tensors() | {"blk.0.ffn_gate_exps.weight": np.ones((2, 3), np.float32)}
-    with pytest.raises(ValueError, match=r"1 of 12 are not known: \['blk.0.ffn_gate_e"):
+    with pytest.raises(ValueError, match=r"1 of 12 are unknown: \['blk.0.ffn_gate_e"):
         GGUFReader(write(path, stored=stored))
     reader = GGUFReader(write(path))
     with pytest.raises(ValueError, match=r"'lm_head.weight' must be one of the 11 in"):
@@ -441,7 +441,7 @@ def test_a_gguf_adapter_is_called_that(tmp_path):
         writer.add_type("adapter")
 
     file = write(tmp_path / "lora.gguf", add=add)
-    with pytest.raises(ValueError, match="a GGUF file of a LoRA adapter"):
+    with pytest.raises(ValueError, match="it is a GGUF LoRA adapter"):
         GGUFReader(file)
     for path in (file, write(tmp_path / "model.gguf")):
         kind = "a LoRA adapter" if path == file else "a model"

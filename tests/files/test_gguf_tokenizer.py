@@ -73,7 +73,7 @@ def test_each_rule_splits_numbers_its_way(rule, digits):
 def test_a_rule_that_is_not_known_is_an_error_with_the_known_ones():
     with pytest.raises(ValueError, match=r"one of \['gpt-2', .*'smollm'\]; got 'new'"):
         build_tokenizer(Path("m.gguf"), metadata(pre="new"))
-    with pytest.raises(ValueError, match=r"byte-level BPE .*; its kind is 't5'"):
+    with pytest.raises(ValueError, match=r"byte-level BPE .*; its type is 't5'"):
         build_tokenizer(Path("m.gguf"), metadata(model="t5"))
 
 
@@ -105,8 +105,8 @@ def test_bos_comes_first_where_the_file_says_so_and_for_llama_3():
         ({"merges": None}, "merges must be a list, got NoneType"),
         ({"merges": ["a b c"]}, "merge 'a b c' must join two"),
         ({"merges": ["a zz"]}, "merge 'a zz' must join two"),
-        ({"tokens": [*TOKENS, "a"]}, r"\d+ tokens and \d+ token types; 1 tokens are"),
-        ({"tokens": [*TOKENS[:-1], "a" * 1001]}, "1 tokens have over 1000 letters"),
+        ({"tokens": [*TOKENS, "a"]}, r"\d+ tokens and \d+ token types; 1 tokens app"),
+        ({"tokens": [*TOKENS[:-1], "a" * 1001]}, "1 tokens have over 1000 characters"),
         ({"model": "llama"}, "scores must be a list, got NoneType"),
         ({"model": "llama", "scores": np.zeros(3)}, r"\d+ tokens and 3 scores"),
         (

@@ -45,14 +45,14 @@ def test_an_architecture_is_a_string(tmp_path, value):
 )
 def test_fields_are_numbers_of_their_kind(tmp_path, key, value, message):
     path = write(tmp_path, **{key: value})
-    with pytest.raises(ValueError, match=f"{path} must hold .*{message}"):
+    with pytest.raises(ValueError, match=f"{path} must contain .*{message}"):
         GGUFReader(path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model", ["gpt2"], r"its kind is \['gpt2'\]"),
+        ("model", ["gpt2"], r"its type is \['gpt2'\]"),
         ("pre", [], r"tokenizer.ggml.pre must be one of .* got \[\]"),
         ("tokens", [], "faults"),
         ("tokens", [1, 2], "tokens must be a list, got ndarray"),

@@ -73,7 +73,7 @@ def test_what_is_not_supported_is_named_at_once(folder):
         "do_resize must be true or false; got 'yes'",
         "resample must be one of Pillow's filters 0 to 5; got 9",
         "rescale_factor must be a number above 0; got 0",
-        "image_std must be 3 numbers, one a channel; got [1, 0, 1]",
+        "image_std must be 3 numbers, one per channel; got [1, 0, 1]",
         "crop_size must have height and width",
     ):
         assert text in str(error.value)
@@ -84,7 +84,7 @@ def test_what_is_not_supported_is_named_at_once(folder):
 
 
 def test_a_folder_without_a_usable_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"give 'pixel_values' instead"):
+    with pytest.raises(FileNotFoundError, match=r"use 'pixel_values' instead"):
         load_processor(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text("{")
@@ -113,3 +113,48 @@ def test_files_that_are_no_images_are_named(tmp_path, folder):
     as_is = load_processor(folder("bit", do_resize=False))
     with pytest.raises(ValueError, match=r"at least 12 x 14 pixels.* it has 13 x 4"):
         as_is.read(small)
+
+
+def write_png(path, size=(30, 20)):
+    PIL.Image.new("RGB", size, (9, 99, 200)).save(path, "PNG")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": {}}, "image_processor_type must be one of"),
+        ({"resample": 2.0}, "resample must be one of Pillow's filters"),
+        ({"size": {"height": 10**400, "width": 2}}, "size must have height"),
+        (
+            {"size": {"height": 1 << 24, "width": 2}},
+            "resized, must have at most 16",
+        ),
+        ({"rescale_factor": 10**400}, "rescale_factor must be a number above 0"),
+        ({"rescale_factor": 1e30, "image_std": [1e-30] * 3}, "must have finite pixels"),
+    ],
+)
+def test_settings_that_would_fill_memory_or_float32_are_refused(
+    settings, message, tmp_path
+):
+    kept = {"image_processor_type": "ViTImageProcessor", **settings}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
+    image = write_png(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=message):
+        load_processor(tmp_path).read(image)
+
+
+def test_a_long_thin_image_is_not_resized_to_gigabytes(tmp_path):
+    kept = {"image_processor_type": "BitImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
+    image = write_png(tmp_path / "a.png", (100_000, 1))
+    with pytest.raises(ValueError, match=r"resized, must have .* got 224 x 22400000"):
+        load_processor(tmp_path).read(image)
+
+
+def test_a_format_that_other_programs_would_have_to_read_is_refused(tmp_path):
+    kept = {"image_processor_type": "ViTImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match=r"a\.eps must be an image \(JPEG, PNG"):
+        load_processor(tmp_path).read(tmp_path / "a.eps")

@@ -98,7 +98,7 @@ def test_ctrl_c_is_an_interrupt_that_says_how_to_resume(
     assert isinstance(stop.value, KeyboardInterrupt)
     assert stop.value.is_orderly
     assert str(stop.value) == (
-        "interrupted. The checkpoint of step 15 is saved. Go on with\n"
+        "interrupted. The checkpoint of step 15 is saved. Resume with\n"
         "  fine_tune(config, resume=True)"
     )
     reporter = Recorder()
@@ -136,7 +136,7 @@ def test_an_error_on_the_way_says_what_is_saved(tree, tmp_path, monkeypatch):
 
 
 def test_a_run_that_exists_is_kept_unless_it_is_resumed_or_overwritten(run, tree):
-    with pytest.raises(UserError, match=r"holds a run already .*resume=True"):
+    with pytest.raises(UserError, match=r"already contains a run .*resume=True"):
         fine_tune(tree)
     with pytest.raises(ValueError, match="resume and overwrite must not both"):
         fine_tune(tree, resume=True, overwrite=True)

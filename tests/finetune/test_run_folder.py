@@ -45,7 +45,9 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_is_not(run, settings, optio
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     options = {"resume": False, "overwrite": False, option: True}
-    with pytest.raises(UserError, match=f"under way: .* held by process {process.pid}"):
+    with pytest.raises(
+        UserError, match=f"in progress: .* held by process {process.pid}"
+    ):
         RunFolder(run).check(settings, **options)
     process.kill()
     process.wait()

@@ -76,7 +76,7 @@ trian: {}
         "lora.targts: unknown key. Did you mean 'targets'?",
         "trian: no such section. Did you mean 'train'?",
         "lora.rnak: unknown key. Did you mean 'rank'?",
-        "'rank=3': an override must be section.key=value",
+        "'rank=3': overrides must be section.key=value",
         "trn.x: no section 'trn'. Did you mean 'train'?",
         "output: missing",
         "alpha must be a number; got 'x'; rank must be at least 1; got 0",
@@ -151,7 +151,7 @@ def test_a_number_that_float32_does_not_have_is_refused(value):
 
 def test_a_repeated_key_is_an_error(file):
     file.write_text(MINIMAL + "train: {epochs: 1, epochs: 2}\n")
-    with pytest.raises(ValueError, match="the key 'epochs' is there twice"):
+    with pytest.raises(ValueError, match="the key 'epochs' appears twice"):
         load_settings(file)
 
 
@@ -174,28 +174,28 @@ MERGES = MERGES.replace("]", "]}")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "over 10,000 values, aliases included"),
-        (MERGES, "over 10,000 values, aliases included"),
+        (BOMB, "over 10,000 values, including aliases"),
+        (MERGES, "over 10,000 values, including aliases"),
         ("a: &a [*a]", "over 10,000 values"),
-        ("a: !!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not read"),
-        ("!!bool x", "the tag .*bool' is not read"),
-        ("a: !!map", "the tag .*map' is not read"),
-        ("a: !!python/object/apply:os.getpid []", "the tag .* is not read"),
+        ("a: !!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not supp"),
+        ("!!bool x", "the tag .*bool' is not supp"),
+        ("a: !!map", "the tag .*map' is not supp"),
+        ("a: !!python/object/apply:os.getpid []", "the tag .* is not supp"),
         ("[" * 30_000, "nests deeper than 20 levels"),
         ("- " * 9000 + "x", "nests deeper than 20 levels"),
         ("a: 2147483648", "2147483648 must be below"),
         ("a: -1" + "0" * 400, "must be below"),
-        ("a: .inf", ".inf must be a number of 1e-30 to 1e"),
-        ("a: .nan", ".nan must be a number of"),
-        ("a: 1e999", "1e999 must be a number of"),
-        ("a: 1e-40", "1e-40 must be a number of"),
+        ("a: .inf", ".inf must be 0 or from 1e-30 to 1e"),
+        ("a: .nan", ".nan must be 0 or from"),
+        ("a: 1e999", "1e999 must be 0 or from"),
+        ("a: 1e-40", "1e-40 must be 0 or from"),
         ("null: 1", "None can't be a key"),
         ("1.5: 1", "1.5 can't be a key"),
         ("yes: 1", "True can't be a key; put it in quotes"),
         ("[1]: 1", r"\[1\] can't be a key"),
         ("a: 0x_", "invalid literal"),
         ("a: " + "9" * 5000, "limit .* digits"),
-        ('a: "\\ud800"', "half a character"),
+        ('a: "\\ud800"', "a lone surrogate"),
         ("a: b\n" * 20_000, "at most 65,536 bytes; it has 100,000"),
     ],
     ids=lambda value: value[:20],
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 def test_a_file_without_sections_is_refused(file):
     file.write_text("just words")
-    with pytest.raises(ValueError, match=r"must hold sections .*got 'just words'"):
+    with pytest.raises(ValueError, match=r"must contain sections .*got 'just words'"):
         load_settings(file)
 
 

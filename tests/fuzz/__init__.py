@@ -1,1 +1,1 @@
-"""Hostile inputs to all that reads files; see README.md."""
+"""Fuzzing everything that reads files; see README.md."""

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --minutes 60`: a long run, or one input of it again."""
+"""`python -m tests.fuzz --minutes 60`: a long run, or one of its inputs again."""
 
 import argparse
 import tempfile
@@ -9,12 +9,12 @@ from tests.fuzz.targets import TARGETS
 
 
 def main() -> int:
-    """Runs, prints what README.md shows, and returns 1 if anything was found."""
+    """Runs the fuzzer and prints README.md's table; returns 1 if there are findings."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="a reader, such as yaml")
-    parser.add_argument("--again", metavar="NUMBER", type=int, help="one input again")
+    parser.add_argument("--again", metavar="NUMBER", type=int, help="just this input")
     args = parser.parse_args()
     targets = [t for t in TARGETS if not args.only or t.name in args.only]
     if args.again is not None:

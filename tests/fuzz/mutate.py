@@ -1,4 +1,4 @@
-"""Damage: to bytes, to JSON values, to the headers of safetensors and GGUF files."""
+"""Mutating bytes, JSON values, and the headers of safetensors and GGUF files."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ WORDS += [
 
 
 def damage_bytes(rng: Random, data: bytes) -> bytes:
-    """Changes a few bytes, cuts, repeats or inserts some."""
+    """Changes, deletes, repeats or inserts a few bytes."""
     work = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
         at = rng.randrange(len(work) + 1)
@@ -63,15 +63,13 @@ def damage_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) in a JSON value."""
+    """Returns every (container, key) in a JSON value."""
     found, left = [], [value]
     while left:
         node = left.pop()
         keys = node if isinstance(node, dict) else range(len(node))
-        for key in keys:
-            found.append((node, key))
-            if isinstance(node[key], dict | list):
-                left.append(node[key])
+        found += [(node, key) for key in keys]
+        left += [node[key] for key in keys if isinstance(node[key], dict | list)]
     return found
 
 
@@ -104,19 +102,19 @@ def damage_json(rng: Random, value: Any) -> Any:
 
 
 def to_json(value: Any) -> bytes:
-    """Writes JSON, half characters and huge integers included."""
+    """Encodes JSON, including lone surrogates and huge integers."""
     return json.dumps(value).encode()
 
 
 def damage_json_file(rng: Random, data: bytes) -> bytes:
-    """Damages the values of a JSON file, or now and then its bytes."""
+    """Damages the values of a JSON file, or sometimes its bytes."""
     if rng.random() < 0.25:
         return damage_bytes(rng, data)
     return to_json(damage_json(rng, json.loads(data)))
 
 
 def damage_safetensors(rng: Random, data: bytes) -> bytes:
-    """Damages the header's values or any bytes."""
+    """Damages values in the header, or any bytes."""
     if rng.random() < 0.4:
         return damage_bytes(rng, data)
     size = int.from_bytes(data[:8], "little")
@@ -140,7 +138,7 @@ def damage_safetensors(rng: Random, data: bytes) -> bytes:
 def encode_gguf(
     fields: dict[str, Any], tensors: dict[str, tuple[list[int], int, bytes]]
 ) -> bytes:
-    """Writes a GGUF file of any fields: Python values, or (type, bytes) as they are."""
+    """Encodes a GGUF file with any fields: Python values, or raw (type, bytes)."""
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(fields))]
 
     def text(value: str) -> bytes:
@@ -184,7 +182,7 @@ def damage_gguf(
     fields: dict[str, Any],
     tensors: dict[str, tuple[list[int], int, bytes]],
 ) -> bytes:
-    """Damages fields, the table of tensors, or bytes."""
+    """Damages fields, the tensor table, or bytes."""
     fields, tensors = dict(fields), dict(tensors)
     for _ in range(rng.choice([1, 1, 2, 3])):
         key = rng.choice(sorted(fields))

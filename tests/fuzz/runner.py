@@ -1,4 +1,4 @@
-"""Runs readers on damaged inputs, and watches what they do."""
+"""Running readers on damaged inputs and monitoring them."""
 
 import collections
 import contextlib
@@ -20,15 +20,15 @@ from tests.fuzz.targets import TARGETS, Target
 
 SECONDS = 10
 BYTES = 1 << 30
-EXPECTED = (ValueError, OSError)  # what the command says in words
+EXPECTED = (ValueError, OSError)  # shown as a message by the command
 
 
 class Finding(NamedTuple):
-    """An input that a reader didn't take as it should.
+    """An input that a reader handled wrongly.
 
     Attributes:
       target: the reader.
-      number: of the input: with the run's seed it makes the input again.
+      number: the input's number, which recreates it with the run's seed.
       what: what happened.
     """
 
@@ -38,13 +38,13 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run found.
+    """The results of a run.
 
     Attributes:
-      counts: inputs by reader.
-      refused: how many of them were refused with words, by reader.
+      counts: number of inputs by reader.
+      refused: number of inputs rejected with an expected error, by reader.
       slowest: seconds of the slowest input, by reader.
-      findings: all that went wrong, each kind of each reader once.
+      findings: the findings, once per kind and reader.
     """
 
     counts: collections.Counter[str]
@@ -58,7 +58,7 @@ class TooSlowError(BaseException):
 
 
 class Outside:
-    """Notices files that Python opens to write outside of a folder."""
+    """Detects files that Python writes outside a folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.seen, self.is_on = str(folder), [], False
@@ -83,7 +83,7 @@ class Outside:
 
 
 def make_input(target: Target, seed: int, number: int, folder: Path) -> None:
-    """Writes one input again: the same for the same seed and number."""
+    """Writes an input, the same for the same seed and number."""
     target.write(random.Random(f"{seed} {target.name} {number}"), folder)
 
 
@@ -94,16 +94,13 @@ def run(
     targets: Sequence[Target] = TARGETS,
     most: int = sys.maxsize,
 ) -> Report:
-    """Fuzzes for a while.
+    """Fuzzes for some seconds.
 
     Args:
-      seed: of the inputs.
-      seconds: after which no input is begun.
-      targets: what to fuzz.
-      most: inputs, at most.
-
-    Returns:
-      The report.
+      seed: seed of the inputs.
+      seconds: time after which no new input is started.
+      targets: the readers to fuzz.
+      most: maximum number of inputs.
     """
     report = Report(collections.Counter(), collections.Counter(), {}, [])
     kinds: set[tuple[str, str]] = set()
@@ -116,6 +113,8 @@ def run(
             for number in range(most):
                 if time.monotonic() > end:
                     break
+                if number % 100 == 0:  # of what no signal interrupts; starts a thread
+                    faulthandler.dump_traceback_later(200 * SECONDS, exit=True)
                 [target] = chooser.choices(targets, weights)
                 folder = base / "input"
                 folder.mkdir()
@@ -128,14 +127,14 @@ def run(
                     print(f"{target.name} {number}: {what}", file=sys.stderr)
                 shutil.rmtree(folder)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(base, ignore_errors=True)
     return report
 
 
 def _try(target: Target, folder: Path, report: Report, outside: Outside) -> str:
-    """Reads one input; returns what went wrong, the empty string if nothing did."""
+    """Reads an input; returns what went wrong, or the empty string."""
     report.counts[target.name] += 1
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     what, outside.is_on = "", True
     names = [path.name for path in folder.iterdir()]
@@ -159,7 +158,6 @@ def _try(target: Target, folder: Path, report: Report, outside: Outside) -> str:
     finally:
         signal.alarm(0)
         outside.is_on = False
-        faulthandler.cancel_dump_traceback_later()
     taken = time.monotonic() - start
     report.slowest[target.name] = max(taken, report.slowest.get(target.name, 0))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -173,7 +171,7 @@ def _try(target: Target, folder: Path, report: Report, outside: Outside) -> str:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Interrupts slow Python code, and lets no input have much more memory."""
+    """Interrupts slow Python code, and limits memory."""
 
     def stop(*_: object) -> None:
         raise TooSlowError

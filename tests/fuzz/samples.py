@@ -1,11 +1,20 @@
-"""Small good inputs, to be damaged."""
+"""Small valid inputs to be damaged."""
 
 import io
+import tempfile
 import zipfile
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import PIL.Image
 import tokenizers
+
+from lora_jax.files.checkpoint import Checkpoints
+from lora_jax.train.state import TrainState
 
 PIECES = [
     *("{{ bos_token }}", "{{ m }}", "{% for m in messages %}", "{% endfor %}", "text"),
@@ -101,3 +110,44 @@ def _gguf_sample() -> tuple[dict[str, Any], dict[str, tuple[list[int], int, byte
 
 
 GGUF = _gguf_sample()
+
+
+def _image_samples() -> dict[str, bytes]:
+    """A picture in each format that is read."""
+    rng = np.random.default_rng(0)
+    picture = PIL.Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8))
+    samples = {}
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        samples[kind] = buffer.getvalue()
+    return samples
+
+
+IMAGES = _image_samples()
+
+
+def _checkpoint_sample() -> tuple[Any, dict[str, bytes]]:
+    """A state, and the files of a folder with its checkpoints of two steps."""
+    adapter = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.full((2, 4), 2.0)}
+    variables = {"frozen": {"k": jnp.ones((3, 4))}, "lora": {"q": adapter}}
+    state = TrainState.create(variables, optax.sgd(0.1), jax.random.key(3))
+    with tempfile.TemporaryDirectory() as folder:
+        with open_checkpoints(folder) as checkpoints:
+            for step in (1, 2):
+                state = state.replace(step=jnp.int32(step))
+                checkpoints.save(state, {"loss": 1.0 / step})
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return state, {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)
+        }
+
+
+def open_checkpoints(folder: str | Path) -> Checkpoints:
+    """Opens those of one run."""
+    return Checkpoints(
+        folder, config={"rank": 2}, fingerprint="1-a", best_metric="loss"
+    )
+
+
+STATE, CHECKPOINT = _checkpoint_sample()

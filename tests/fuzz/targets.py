@@ -1,9 +1,10 @@
-"""What is fuzzed: how a damaged input is written, and how it is read."""
+"""The readers to fuzz: how their inputs are written and read."""
 
 import contextlib
 import hashlib
 import io
 import json
+import logging
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import load_adapter, save_adapter
 from lora_jax.files.chat import ChatTemplate
 from lora_jax.files.gguf import GGUFReader
+from lora_jax.files.images import load_processor
 from lora_jax.files.json_file import parse_json
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ from lora_jax.interop.loralib import read_loralib
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.source import read_settings
+from lora_jax.models.source import read_config, read_settings
 from lora_jax.train.examples import read_jsonl
 from lora_jax.train.text import read_text_examples
 from tests.fuzz.mutate import (
@@ -38,21 +40,31 @@ from tests.fuzz.mutate import (
     damage_safetensors,
     to_json,
 )
-from tests.fuzz.samples import GGUF, NPZ, NPZ_MEMBERS, PIECES, TOKENIZER
+from tests.fuzz.samples import (
+    CHECKPOINT,
+    GGUF,
+    IMAGES,
+    NPZ,
+    NPZ_MEMBERS,
+    PIECES,
+    STATE,
+    TOKENIZER,
+    open_checkpoints,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
 
 
 class Target(NamedTuple):
-    """One reader.
+    """A reader.
 
     Attributes:
-      name: of it.
-      write: writes a damaged input into a folder.
-      read: reads it; a `ValueError` or an `OSError` is what it may raise.
-      weight: how often it is chosen, next to the others.
-      names_file: whether its errors name the file.
+      name: its name.
+      write: writes a damaged input to a folder.
+      read: reads it; may raise a `ValueError` or `OSError`.
+      weight: how often it is chosen, relative to the others.
+      names_file: whether its errors must name the file.
     """
 
     name: str
@@ -233,7 +245,7 @@ OWN = _own_sample()
 
 
 def _own(rng: Random, folder: Path) -> None:
-    """Most with right checksums, as by a hostile sender: damage alone ends there."""
+    """Most inputs have correct checksums; otherwise they would all fail there."""
     config, tensors = OWN
     values: Any = json.loads(config)
     if rng.random() < 0.5:
@@ -251,7 +263,7 @@ def _own(rng: Random, folder: Path) -> None:
 
 
 def _npz(rng: Random, folder: Path) -> None:
-    """Half of them with right checksums of the members."""
+    """Half of the archives have correct checksums."""
     if rng.random() < 0.5:
         data = damage_bytes(rng, NPZ)
     else:
@@ -289,7 +301,7 @@ def _config(rng: Random, folder: Path) -> None:
 
 def _read_config(folder: Path) -> None:
     settings = read_settings(folder)
-    config = FAMILIES[settings["model_type"]].read_config(settings)
+    config = read_config(FAMILIES[settings["model_type"]], settings, folder)
     for rope in getattr(config, "ropes", ()):
         if rope.rotary_dim < 1 << 16:
             assert np.isfinite(rope.frequencies()).all()
@@ -310,12 +322,58 @@ def _read_gguf(folder: Path) -> None:
     reader = GGUFReader(folder / "m.gguf")
     for name in reader.shapes:
         _ = reader[name]
-    with contextlib.suppress(ValueError):  # fuzzed by itself
+    with contextlib.suppress(ValueError):  # fuzzed separately
         FAMILIES[reader.config["model_type"]].read_config(reader.config)
     _use(Tokenizer(folder / "m.gguf"))
 
 
-_coder()  # writes its files before anybody looks
+PROCESSORS = [json.loads(p.read_bytes()) for p in GOLDEN.glob("images/*/*.json")]
+
+
+def _image(rng: Random, folder: Path) -> None:
+    image, settings = rng.choice(list(IMAGES.values())), rng.choice(PROCESSORS)
+    if rng.random() < 0.7:
+        image = damage_bytes(rng, image)
+    if rng.random() < 0.5:
+        settings = damage_json(rng, settings)
+    (folder / "picture").write_bytes(image)
+    (folder / "preprocessor_config.json").write_bytes(to_json(settings))
+
+
+def _read_image(folder: Path) -> None:
+    pixels = load_processor(folder).read(folder / "picture")
+    assert np.isfinite(pixels).all()
+
+
+def _checkpoint(rng: Random, folder: Path) -> None:
+    """Damages some files of one step or of both, or takes them away."""
+    damaged = set(rng.sample(sorted(CHECKPOINT), rng.choice([1, 1, 1, 2, 4])))
+    for name, data in CHECKPOINT.items():
+        path = folder / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name in damaged:
+            if rng.random() < 0.1:
+                continue
+            is_json = data.startswith(b"{")
+            data = (damage_json_file if is_json else damage_bytes)(rng, data)
+        path.write_bytes(data)
+
+
+def _read_checkpoint(folder: Path) -> None:
+    """What is restored has the bits that were saved, at either step."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with open_checkpoints(folder / "checkpoints") as checkpoints:
+            found = checkpoints.restore(STATE)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert int(found.step) in (1, 2)
+    for name in ("a", "b"):
+        leaves = [s.variables["lora"]["q"][f"lora_{name}"] for s in (found, STATE)]
+        np.testing.assert_array_equal(*leaves)
+
+
+_coder()  # writes its files before writes are monitored
 TARGETS = [
     Target("yaml", _yaml, _read_yaml, 10),
     Target("jsonl", _lines, _read_lines, 20),
@@ -327,5 +385,7 @@ TARGETS = [
     Target("mlx", _mlx, read_mlx, 15),
     Target("adapter", _own, load_adapter, 15),
     Target("npz", _npz, _read_npz, 10),
-    Target("config", _config, _read_config, 20, names_file=False),
+    Target("image", _image, _read_image, 15),
+    Target("checkpoint", _checkpoint, _read_checkpoint, 1),
+    Target("config", _config, _read_config, 20),
 ]

@@ -29,9 +29,15 @@ import peft
 import torch
 import transformers
 
+from tests.golden.dense_families import DENSE
 from tests.golden.model_families import BERT, FAMILIES, Family
+from tests.golden.tower_families import TOWERS
 
 HERE = pathlib.Path(__file__).parent
+ALL = FAMILIES | TOWERS | DENSE
+DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+TEXT_LINEARS = r".*language_model\..*{}_proj"
+WITH_IMAGES = "with_images"  # an adapter of which a language model takes a part
 SHOWS = 1e-2  # What leaving something out must change in the logits, at least.
 HEAD = r"(.*\.)?(pre_)?classifier(\..*)?"
 
@@ -39,11 +45,15 @@ HEAD = r"(.*\.)?(pre_)?classifier(\..*)?"
 def adapters(name: str, family: Family) -> dict[str, dict]:
     """`LoraConfig` arguments by kind; heads of classifiers get no adapter."""
     query, value = family.attention
-    decoder = family.model.endswith(("ForCausalLM", "LMHeadModel"))
+    decoder = family.model.endswith(DECODERS)
     shared = {"task_type": "CAUSAL_LM"} if decoder else {"exclude_modules": HEAD}
     if name == "gpt2":
         shared["fan_in_fan_out"] = True
     linears = {"target_modules": "all-linear", **shared}
+    attention = [query, value]
+    if name in TOWERS:
+        linears["target_modules"] = TEXT_LINEARS.format(r"\w+")
+        attention = TEXT_LINEARS.format("[qv]")
     saved = {"task_type": "CAUSAL_LM" if decoder else "SEQ_CLS"}
     kinds = {
         "plain": {"r": 3, "lora_alpha": 5, **linears},
@@ -66,17 +76,18 @@ def adapters(name: str, family: Family) -> dict[str, dict]:
         "saved": {
             "r": 3,
             "lora_alpha": 5,
-            "target_modules": [query, value],
+            "target_modules": attention,
             "modules_to_save": ["lm_head" if decoder else "classifier"],
             **saved,
         },
+        WITH_IMAGES: {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
         "conv": {
             "r": 3,
             "lora_alpha": 5,
             "target_modules": ["projection", query, value],
         },
     }
-    return {kind: kinds[kind] for kind in ("plain", "rslora", "dora", *family.extra)}
+    return {kind: kinds[kind] for kind in (*family.kinds, *family.extra)}
 
 
 def seed(*names: str):
@@ -118,8 +129,10 @@ def make_batch(name: str, family: Family) -> dict[str, torch.Tensor]:
         return {
             "pixel_values": torch.randn(3, family.config["num_channels"], size, size)
         }
-    ids = torch.randint(3, family.config["vocab_size"], (3, 13))
-    if family.model.endswith(("ForCausalLM", "LMHeadModel")):
+    sizes = family.config.get("text_config", family.config)
+    most = 40 if name in TOWERS else sizes["vocab_size"]  # no token of an image
+    ids = torch.randint(3, most, (3, 13))
+    if family.model.endswith(DECODERS):
         return {"input_ids": ids}
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
@@ -222,7 +235,7 @@ def adapted(name: str, family: Family, batch, base: torch.Tensor, kinds=None) ->
         if kinds is not None and kind not in kinds:
             continue
         seed(name, kind)
-        folder = home / f"peft_{kind}"
+        folder = home / (kind if kind == WITH_IMAGES else f"peft_{kind}")
         shutil.rmtree(folder, ignore_errors=True)
         load = {"attn_implementation": "eager"}
         tuned = save_adapter(folder, cls.from_pretrained(home, **load), name, config)
@@ -297,11 +310,11 @@ def main(names: list[str]):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for name in names or [*FAMILIES, "bert"]:
+    for name in names or [*ALL, "bert"]:
         if name == "bert":
             make_bert_adapters()
         else:
-            make(name, FAMILIES[name])
+            make(name, ALL[name])
     versions = {
         "script": "tests/golden/make_models.py",
         "python": platform.python_version(),

@@ -55,7 +55,8 @@ class Family:
         toggles: Config changes, each of which must change the logits.
         attention: Two attention projections, the targets of small adapters.
         mlp: The last projection of the feed-forward block.
-        extra: Adapters beside plain, rslora and dora (see ``make_models.ADAPTERS``).
+        kinds: Adapters on it (see ``make_models.adapters``).
+        extra: Adapters beside those.
         silent: Parameters (a regex) that can't show in the logits.
         old: Config keys as transformers 4 wrote them, in place of the new ones (None).
         greedy: Whether to record greedy decoding.
@@ -66,6 +67,7 @@ class Family:
     toggles: tuple[dict, ...] = ()
     attention: tuple[str, str] = ("q_proj", "v_proj")
     mlp: str = "mlp.down_proj"
+    kinds: tuple[str, ...] = ("plain", "rslora", "dora")
     extra: tuple[str, ...] = ()
     silent: str = "$"
     old: dict | None = None

@@ -200,6 +200,14 @@ def test_all_faults_of_a_config_are_named_at_once():
         ("gpt2", {"scale_attn_weights": False}, "must be True here; got False"),
         ("gpt2", {"n_head": 5}, "n_head must divide n_embd = 768; got 5"),
         ("phi3", {"partial_rotary_factor": 0.35}, "rotary_dim must be even"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be above 0; got 0"),
+        ("granite", {"residual_multiplier": -1}, "residual_scale must be above 0"),
+        ("olmo3", {"layer_types": ["full_attention", "x"]}, "layer_types must be of"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_theta": 9.0, "llama_4_scaling_beta": "x"}},
+            "llama_4_scaling_beta must be a number; got 'x'",
+        ),
     ],
 )
 def test_what_a_family_does_not_compute_is_refused(family, changes, message):

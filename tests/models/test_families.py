@@ -11,14 +11,20 @@ from lora_jax.attention.causal import causal_attention
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base, param_shapes
+from lora_jax.train.causal_lm import make_lm_loss
 from tests.models.golden import GOLDEN
 
 DECODERS = (
     *("llama", "llama3", "mistral", "qwen2", "qwen3", "smollm3"),
     *("gemma2", "gemma3", "phi3", "phi3_partial", "olmo2", "gpt2"),
+    *("gemma3_tower", "mistral3", "qwen2_5_vl", "qwen3_vl"),
+    *("olmo3", "ministral3", "glm4", "granite", "cohere2"),
 )
 ENCODERS = ("roberta", "distilbert", "vit", "dinov2", "dinov2_gated")
-OLD_CONFIGS = ("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial")
+OLD_CONFIGS = (
+    *("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial"),
+    *("gemma3_tower", "qwen2_5_vl", "olmo3", "glm4", "granite", "cohere2"),
+)
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
@@ -81,6 +87,22 @@ def test_every_parameter_has_its_own_tensor_name(name):
     names = [family.tensor_name(path) for path in param_shapes(family, loaded.module)]
     assert len(set(names)) == len(names)
     assert [family.bare_name(family.prefix + name) for name in names] == names
+
+
+def test_the_training_loss_is_that_of_scaled_logits():
+    loaded, golden = load_base(GOLDEN / "granite"), read("granite")
+    labels = np.roll(golden["input_ids"], -1, axis=1)
+    batch = {
+        "input_ids": jnp.int32(golden["input_ids"]),
+        "labels": jnp.int32(labels),
+        "weights": jnp.ones(labels.shape),
+    }
+    loss = make_lm_loss(loaded.module, is_tied=loaded.config.is_tied)
+    total, weight, _ = jax.jit(loss)(loaded.variables, batch, {})
+    logits = golden["logits"].astype(np.float64)
+    own = np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    want = np.log(np.exp(logits).sum(axis=-1)) - own
+    np.testing.assert_allclose(total / weight, want.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])

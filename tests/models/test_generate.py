@@ -26,7 +26,7 @@ def prompts_of(name: str):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gemma3_tower"])
 def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, scan_layers):
     model = load_model(GOLDEN / name, scan_layers=scan_layers)
     prompts, greedy = prompts_of(name)
@@ -34,7 +34,9 @@ def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, scan_laye
     assert generate(model.module, model.variables, prompts, max_new_tokens=8) == greedy
 
 
-@pytest.mark.parametrize("name", ["gemma3", "smollm3", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "smollm3", "qwen2_5_vl", "ministral3", "cohere2"]
+)
 def test_reading_token_by_token_gives_the_logits_of_the_whole(name):
     model = load_model(GOLDEN / name)
     arrays = np.load(GOLDEN / name / "reference.npz")

@@ -348,3 +348,18 @@ def test_what_is_trained_in_full_is_float32_on_a_bfloat16_base(name, tmp_path):
     got = jax.jit(loaded.module.apply)(variables, *inputs)
     assert equal(apply({"params": merged}, *inputs), got)
     assert not equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"num_key_value_heads": 3}, r": DecoderConfig: num_kv_heads must"),
+        ("llama", {"hidden_act": "x"}, r": DecoderConfig: activation must"),
+        ("bert", {"hidden_size": "x"}, r" doesn't fit a BERT encoder: hidden_size"),
+    ],
+)
+def test_an_error_of_a_config_names_its_file(family, changes, message, tmp_path):
+    folder = Path(shutil.copytree(GOLDEN.parent / family, tmp_path / "m"))
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=f"^{folder / 'config.json'}{message}"):
+        load_model(folder)

@@ -113,7 +113,7 @@ def test_tools_weights_and_ends_of_a_chat(tmp_path, tokenizer):
     data = read(tmp_path, other, {"messages": messages, "tools": tools})
     text = other.decode(data.examples[0]["input_ids"].tolist())
     assert text.startswith(json.dumps(tools))
-    with pytest.raises(ValueError, match=r"jsonl:1: tools must be none.*; got 1"):
+    with pytest.raises(ValueError, match=r"jsonl:1: tools must be empty.*; got 1"):
         read(tmp_path, tokenizer, {"messages": messages, "tools": tools})
     with pytest.raises(ValueError, match=r"jsonl:1: .*'tool'; did you mean 'tools'\?"):
         read(tmp_path, tokenizer, {"messages": messages, "tool": tools})
@@ -225,10 +225,10 @@ def test_bad_records_of_ids_are_named(tmp_path, record, message):
 
 def test_what_the_template_refuses_is_named_with_its_line(tmp_path, tokenizer):
     user = {"role": "user", "content": "a"}
-    with pytest.raises(ValueError, match=r"train.jsonl:1: messages must hold a turn"):
+    with pytest.raises(ValueError, match=r"train.jsonl:1: messages must have a turn"):
         read(tmp_path, tokenizer, {"messages": [user]})
     silent = save_tokenizer(tmp_path / "t", "{{ raise_exception('no') }}" + CHATML)
-    with pytest.raises(ValueError, match=r"train.jsonl:1: .*can't write .*: no"):
+    with pytest.raises(ValueError, match=r"train.jsonl:1: .*can't render .*: no"):
         read(tmp_path, silent, {"messages": [user, user | {"role": "assistant"}]})
 
 

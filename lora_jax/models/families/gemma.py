@@ -13,7 +13,7 @@ from lora_jax.models.families.llama import (
     read_sizes,
     sliding_layers,
 )
-from lora_jax.models.families.rope import read_rope
+from lora_jax.models.families.rope import read_rope, read_ropes
 from lora_jax.models.family import Fields
 
 
@@ -70,16 +70,12 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
     window = fields.integer("sliding_window", 4096)
     pattern = max(fields.integer("sliding_window_pattern", 6), 1)
     windows = sliding_layers(fields, layers, lambda i: (i + 1) % pattern != 0, window)
-    new = fields.mapping("rope_parameters") or {}
-    full, local = (new.get(k) for k in ("full_attention", "sliding_attention"))
-    if isinstance(full, dict) and isinstance(local, dict):
-        tables = (full, local)
-    else:
-        theta = fields.number("rope_local_base_freq", 10000.0)
-        scaling = fields.mapping("rope_scaling") or {}
-        base = fields.number("rope_theta", 1e6)
-        tables = ({"rope_theta": base, **scaling}, {"rope_theta": theta})
-    ropes = tuple(read_rope(fields, common["head_dim"], settings=t) for t in tables)
+    ropes = read_ropes(
+        fields,
+        common["head_dim"],
+        theta=fields.number("rope_theta", 1e6),
+        local_theta=fields.number("rope_local_base_freq", 10000.0),
+    )
     return finish(
         fields,
         common

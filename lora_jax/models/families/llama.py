@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.families.rope import read_rope
+from lora_jax.models.families.rope import read_rope, rotated_dim
 from lora_jax.models.family import Family, Fields
 
 Config = Mapping[str, Any]
@@ -65,7 +65,7 @@ def sliding_layers(
     return tuple(window if slides(i) else None for i in range(layers))
 
 
-def _plain_rope(fields: Fields, sizes: dict[str, Any], **options: Any) -> dict:
+def plain_rope(fields: Fields, sizes: dict[str, Any], **options: Any) -> dict:
     """One table of full rotation, the same in all layers."""
     rope = read_rope(fields, sizes["head_dim"], **options)
     return {"ropes": (rope,), "layer_ropes": (0,) * sizes["num_layers"]}
@@ -79,7 +79,7 @@ def read_llama(config: Config) -> DecoderConfig:
     return finish(
         fields,
         sizes
-        | _plain_rope(fields, sizes)
+        | plain_rope(fields, sizes)
         | {
             "has_qkv_bias": bias,
             "has_output_bias": bias,
@@ -99,7 +99,7 @@ def read_mistral(config: Config) -> DecoderConfig:
     if config.get("num_key_value_heads") is None:
         sizes["num_kv_heads"] = 8
     return finish(
-        fields, sizes | _plain_rope(fields, sizes) | {"layer_windows": windows}
+        fields, sizes | plain_rope(fields, sizes) | {"layer_windows": windows}
     )
 
 
@@ -118,7 +118,7 @@ def read_qwen2(config: Config) -> DecoderConfig:
     return finish(
         fields,
         sizes
-        | _plain_rope(fields, sizes)
+        | plain_rope(fields, sizes)
         | {"has_qkv_bias": True, "layer_windows": windows},
     )
 
@@ -132,7 +132,7 @@ def read_qwen3(config: Config) -> DecoderConfig:
     return finish(
         fields,
         sizes
-        | _plain_rope(fields, sizes)
+        | plain_rope(fields, sizes)
         | {
             "qk_norm": "head",
             "has_qkv_bias": bias,
@@ -174,12 +174,7 @@ def read_phi3(config: Config) -> DecoderConfig:
     """Reads a Phi-3 config: fused projections, a part of each head rotated."""
     fields = Fields(config, "Phi-3 decoder")
     sizes = read_sizes(fields, max_positions_default=4096)
-    settings = fields.mapping("rope_parameters") or {}
-    newer = Fields(settings, fields.what)
-    default = newer.number("partial_rotary_factor", 1.0)
-    fields.faults += newer.faults
-    part = fields.number("partial_rotary_factor", default)
-    rope = read_rope(fields, int(sizes["head_dim"] * part))
+    rope = read_rope(fields, rotated_dim(fields, sizes["head_dim"], 1.0))
     layers = sizes["num_layers"]
     window = fields.integer("sliding_window", None)
     return finish(
@@ -205,7 +200,7 @@ def read_olmo2(config: Config) -> DecoderConfig:
     return finish(
         fields,
         sizes
-        | _plain_rope(fields, sizes)
+        | plain_rope(fields, sizes)
         | {
             "qk_norm": "projection",
             "norm_placement": "post",
@@ -236,6 +231,7 @@ def decoder_family(
         inputs=token_inputs,
         modules=modules,
         prefix=prefix,
+        prefixes=("model.language_model.", "language_model.model."),  # of a tower
         unused=(r"lm_head\.", *unused),  # a stray copy, where the head is tied
         is_transposed=is_transposed,
     )

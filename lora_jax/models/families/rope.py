@@ -86,6 +86,46 @@ def read_rope(
     return Rope(**table)
 
 
+def read_ropes(
+    fields: Fields, rotary_dim: int, *, theta: float, local_theta: float
+) -> tuple[Rope, Rope]:
+    """Reads the tables of layers with full attention, and of those with a window.
+
+    Args:
+      fields: the config; collects the faults.
+      rotary_dim: dimensions of a head that are rotated.
+      theta: of full attention, where ``rope_parameters`` doesn't tell the two apart.
+      local_theta: of windows, there; ``rope_scaling`` is for full attention.
+
+    Returns:
+      The two tables.
+    """
+    new = fields.mapping("rope_parameters") or {}
+    full, local = (new.get(k) for k in ("full_attention", "sliding_attention"))
+    if not isinstance(full, dict) or not isinstance(local, dict):
+        scaling = fields.mapping("rope_scaling") or {}
+        full, local = {"rope_theta": theta, **scaling}, {"rope_theta": local_theta}
+    tables = [read_rope(fields, rotary_dim, settings=t) for t in (full, local)]
+    return tables[0], tables[1]
+
+
+def rotated_dim(fields: Fields, head_dim: int, default: float) -> int:
+    """How many dimensions of a head are rotated, ``partial_rotary_factor`` of them.
+
+    Args:
+      fields: the config; collects the faults.
+      head_dim: width of a head.
+      default: the factor where the file has none.
+
+    Returns:
+      The number.
+    """
+    newer = Fields(fields.mapping("rope_parameters") or {}, fields.what)
+    default = newer.number("partial_rotary_factor", default)
+    fields.faults += newer.faults
+    return int(head_dim * fields.number("partial_rotary_factor", default))
+
+
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
     """The length of the context before it was stretched."""
     for config in (fields.config, settings):

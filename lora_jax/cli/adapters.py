@@ -1,0 +1,86 @@
+"""`--adapter NAME=DIR ...`: several adapters, chosen line by line."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.lines import Group
+from lora_jax.interop.bank import load_bank
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.tree.paths import nearest
+
+FIELD = "adapter"  # of a line
+Check = Callable[[dict[str, Any]], str]
+
+
+def parse_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
+    """Returns one folder, or folders by name if they are named.
+
+    Raises:
+      UserError: if several folders are given without names, or a name twice.
+    """
+    if not given:
+        return None
+    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+        return given[0]
+    pairs = [text.partition("=") for text in given]
+    if bad := ["=".join(filter(None, p)) for p in pairs if not (p[0] and p[2])]:
+        raise UserError(
+            f"several adapters need names: --adapter NAME=DIR; got {', '.join(bad)}."
+        )
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UserError(f"names of adapters must differ; got {', '.join(names)}.")
+    return {name: folder for name, _, folder in pairs}
+
+
+def with_adapter(check: Check, adapters: str | Mapping[str, str] | None) -> Check:
+    """Extends the check of a line by its field `FIELD`, which names an adapter."""
+
+    def check_both(record: dict[str, Any]) -> str:
+        if FIELD not in record:
+            return check(record)
+        name = record[FIELD]
+        if not isinstance(adapters, Mapping):
+            return f"{FIELD!r} needs named adapters, --adapter NAME=DIR; got {name!r}"
+        if name is not None and (not isinstance(name, str) or name not in adapters):
+            hint = nearest(str(name), list(adapters))
+            known = f"{', '.join(adapters)}, or null for the base"
+            meant = f". Did you mean {hint}?" if hint else ""
+            return f"{FIELD!r} must be one of {known}; got {name!r}{meant}"[:300]
+        return check({key: record[key] for key in record if key != FIELD})
+
+    return check_both
+
+
+def load_lines(
+    model: str | None,
+    adapters: str | Mapping[str, str] | None,
+    records: Sequence[dict[str, Any]],
+    load_one: Callable[..., LoadedModel],
+    **options: Any,
+) -> tuple[LoadedModel, list[Group] | None]:
+    """Loads a model for lines that may name their adapters; removes these names.
+
+    Args:
+      model: as `--model`.
+      adapters: as `parse_adapters` returned them.
+      records: the lines; they lose their `FIELD`.
+      load_one: loads a model with one adapter or none.
+      **options: of ``load_one``.
+
+    Returns:
+      The model, and each adapter's variables with the indices of its lines; None where
+      all lines are the model's own. The variables have the same shapes for all, so
+      they share a compilation.
+    """
+    names = [record.pop(FIELD, None) for record in records]
+    if not isinstance(adapters, Mapping):
+        return load_one(model, adapters, **options), None
+    base, bank = load_bank(model, adapters)
+    groups: dict[str | None, list[int]] = {}
+    for line, name in enumerate(names):
+        groups.setdefault(name, []).append(line)
+    found: list[Group] = [(bank.adapter(name), lines) for name, lines in groups.items()]
+    return base._replace(module=bank.module.adapted, extra={}), found

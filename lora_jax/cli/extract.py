@@ -1,0 +1,59 @@
+"""`lora-jax extract`: the LoRA adapter closest to a full fine-tuning."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from lora_jax.cli.combine import save
+from lora_jax.cli.console import Console
+from lora_jax.cli.outputs import new_folder
+from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.finetune.errors import UserError
+from lora_jax.interop.pretrained import load_model
+from lora_jax.models.target_names import own_names
+from lora_jax.nn.adapt import find_targets
+from lora_jax.tree.combine import extract_adapter
+from lora_jax.tree.paths import flatten
+
+SHOWN = 8
+
+
+def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    """Extracts.
+
+    Args:
+      args: ``model``, ``tuned``, ``rank``, ``targets``, ``out``.
+      out: where to print.
+
+    Returns:
+      See `lora_jax.cli.combine.save`, and ``left``: changed weights without an adapter.
+    """
+    target = new_folder(args.out)
+    base, tuned = load_model(args.model), load_model(args.tuned)
+    if base.config != tuned.config:
+        raise UserError(
+            f"{args.tuned} must be a fine-tuned {args.model}; their configs differ: "
+            f"{tuned.config} and {base.config}."
+        )
+    chosen = args.targets or ALL_LINEAR
+    config = own_names(LoRAConfig(rank=args.rank, targets=chosen), base.family)
+    rows = find_targets(base.module, config, *base.inputs, params=base.params)
+    combined = extract_adapter(base.params, tuned.params, rows)
+    before, after = flatten(base.params), flatten(tuned.params)
+    adapted = {row.weight_path for row in rows}
+    left = [
+        path
+        for path, leaf in before.items()
+        if path not in adapted and not np.array_equal(leaf, after[path])
+    ]
+    out.heading("Extracted")
+    out.facts([("base", args.model), ("tuned", args.tuned)])
+    result = save(target, base, combined, {"model": args.model}, out)
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        out.say(
+            f"Changed, and not in the adapter: {', '.join(left[:SHOWN])}{more}.",
+            style="yellow",
+        )
+    return {**result, "left": left}

@@ -1,0 +1,152 @@
+"""`sweep`: a config and a grid of settings in; run folders and a table out."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
+from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.interrupt import interruptible
+from lora_jax.finetune.reporter import Reporter
+from lora_jax.names import MEMBER
+
+if TYPE_CHECKING:
+    from lora_jax.finetune.settings import RunSettings
+    from lora_jax.finetune.sweep_group import Member
+
+
+class Sweep(NamedTuple):
+    """A sweep that is finished.
+
+    Attributes:
+      path: its folder: one of each run, and ``best/``, a copy of the best of them.
+      runs: the best first: each run's ``name``, its ``values`` by setting,
+        ``validation`` and ``test`` metrics, ``folder``, and ``status``, ``"done"`` or
+        ``"diverged"``.
+      metric: the metric by which they are sorted.
+      plot: it against the learning rate, a line a rank; None without matplotlib.
+    """
+
+    path: Path
+    runs: list[dict[str, Any]]
+    metric: str
+    plot: Path | None
+
+
+def sweep(
+    config: "str | os.PathLike[str] | Mapping[str, Any] | RunSettings",
+    grid: Mapping[str, Sequence[Any]] | Sequence[str],
+    *,
+    zipped: bool = False,
+    together: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Sweep:
+    """Fine-tunes all combinations of a grid's settings; what `lora-jax sweep` does.
+
+    Runs train side by side in one compiled step over one frozen base, each with its own
+    learning rate and schedule, rank, alpha, weight decay, seed, order of the data,
+    early stopping and best adapter. Each gives what `fine_tune` gives, up to
+    the order of float32 sums (1e-5 relative). Runs that differ in what a step is
+    compiled for, such as the batch size or the dropout, train after one another.
+
+    Args:
+      config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.
+      grid: values by setting, ``{"train.learning_rate": [1e-4, 1e-3]}``, or the words
+        of the command, ``["train.learning_rate=1e-4,1e-3", "seed=0..2"]``.
+      zipped: whether the n-th values belong together, instead of all combinations.
+      together: how many runs train side by side; None takes what is fastest.
+      resume: whether to go on with the sweep in the folder.
+      overwrite: whether a sweep that is in the folder is deleted.
+      reporter: takes in what is said meanwhile; None says nothing.
+
+    Returns:
+      The finished sweep.
+
+    Raises:
+      FileNotFoundError: if a file or the model is missing.
+      ValueError: naming every fault of the grid and of the settings.
+      UserError: if the folder is taken, a setting can't be swept, or not even one run
+        fits the device.
+      Interrupted: a `KeyboardInterrupt` that says how to go on.
+    """
+    from lora_jax.finetune.sweep_folder import SweepFolder
+    from lora_jax.finetune.sweep_grid import expand, groups
+    from lora_jax.finetune.sweep_group import Group
+
+    out = reporter or Reporter()
+    if resume and overwrite:
+        raise ValueError("resume and overwrite must not both be set; choose one.")
+    if together is not None and together < 1:
+        raise ValueError(f"together must be at least 1; got {together}.")
+    if jax.process_count() > 1:
+        raise UserError("a sweep is one process; start it without --distributed.")
+    points = expand(config, grid, zipped=zipped)
+    sorted_, differing = groups(points)
+    mesh = _member_mesh(points[0].settings, min(map(len, sorted_)))
+    folder = SweepFolder(points[0].settings.output.dir, points)
+    with contextlib.ExitStack() as stack:
+        folder.check(resume=resume, overwrite=overwrite)
+        out.heading(f"A sweep of {len(points)} runs")
+        if differing:
+            shown = ", ".join(differing)
+            out.say(
+                f"  {len(sorted_)} steps, one after another: they differ in {shown}"
+            )
+        stop = stack.enter_context(interruptible(out))
+        stack.callback(folder.release)
+        for number, group in enumerate(sorted_):
+            left = [point for point in group if not folder.ended(point)]
+            if not left:
+                continue
+            runs = Group(group, out, mesh, stop)
+            count = runs.choose(folder.together.get(str(number), together))
+            folder.open(number, count, overwrite=overwrite)
+            out.say(f"  {len(left)} runs, {count} side by side")
+
+            def on_end(
+                member: "Member",
+                summary: dict[str, Any] | None,
+                error: DivergedError | None,
+                metric: str = runs.job.metric,
+            ) -> None:
+                line = folder.add(member.point, metric, summary, error)
+                found = line["validation"] or {}
+                shown = metric_text(metric, found.get(metric))
+                said = "diverged" if error else f"validation {metric} {shown}"
+                out.say(f"  {member.point.name}: {said}")
+
+            try:
+                runs.train(left, count, on_end)
+            except KeyboardInterrupt:
+                said = "interrupted; every run has its checkpoint. Go on with\n  "
+                raise Interrupted(said + out.resume, is_orderly=True) from None
+        return Sweep(*folder.finish())
+
+
+def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
+    """Returns the mesh that splits runs over devices, or None for one device."""
+    own, devices = settings.mesh, jax.devices()
+    wanted = own.member
+    if own.member == 1 and own.data == -1:
+        wanted = min(len(devices), runs)  # what is left, as for a run's data axis
+    if own.data not in (-1, 1) or own.fsdp != 1 or own.tensor != 1:
+        raise UserError(
+            "mesh.data, fsdp and tensor must be 1 in a sweep, whose runs are split "
+            f"over mesh.member; got {own.data}, {own.fsdp}, {own.tensor}."
+        )
+    if wanted > len(devices):
+        raise UserError(
+            f"mesh.member must be at most the {len(devices)} devices; got {wanted}."
+        )
+    if wanted == 1:
+        return None
+    return jax.make_mesh(
+        (wanted,), (MEMBER,), axis_types=(AxisType.Auto,), devices=devices[:wanted]
+    )

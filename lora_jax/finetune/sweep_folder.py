@@ -1,0 +1,204 @@
+"""The folder of a sweep: what runs there are, how they ended, and the best of them."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.files import atomic
+from lora_jax.files.lock import Lock, LockedError
+from lora_jax.finetune.errors import DivergedError, UserError
+from lora_jax.finetune.formatting import to_json
+from lora_jax.finetune.run_folder import CHECKPOINTS, FREE, LOCK, RunFolder
+from lora_jax.finetune.sections import OutputSettings
+from lora_jax.finetune.settings import CONFIG, differences, load_settings
+from lora_jax.finetune.sweep_grid import Point
+from lora_jax.finetune.sweep_plot import PLOT, draw_sweep
+
+RECORD = "sweep.json"  # the runs, and how those ended that have
+BEST = "best"
+OPTIONS = "--resume (in Python: resume=True)"
+
+
+class SweepFolder:
+    """The folder of a sweep: `RECORD`, a run folder for each run, ``best/``, the plot.
+
+    Attributes:
+      path: the folder.
+      lines: how each run ended that has, by name.
+      together: how many runs of each group train side by side.
+    """
+
+    def __init__(self, path: str, points: Sequence[Point]) -> None:
+        self.path = Path(path).parent  # of the runs' folders
+        self.points = points
+        self.lines: dict[str, dict[str, Any]] = {}
+        self.together: dict[str, int] = {}
+        self._lock: Lock | None = None
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Checks that the folder can be used, before anything is computed.
+
+        Args:
+          resume: whether to go on with what is there.
+          overwrite: whether what is there may be deleted.
+
+        Raises:
+          UserError: if it can't.
+        """
+        RunFolder(self.path).check_place()
+        found = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+        found = [
+            name for name in found if name != LOCK and not atomic.is_leftover(name)
+        ]
+        if RECORD not in found:
+            if resume:
+                raise UserError(f"nothing to resume: there is no sweep in {self.path}.")
+            if found:
+                raise UserError(
+                    f"{self.path} is not a sweep's folder (it holds {found[0]!r}), and "
+                    "nothing there will be touched. Choose another output.dir."
+                )
+            return
+        if not (resume or overwrite):
+            raise UserError(
+                f"{self.path} holds a sweep already. Add {OPTIONS} to go on with it, "
+                "--overwrite (overwrite=True) to delete it, or choose another "
+                "output.dir."
+            )
+        self._take()
+        record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        if resume:
+            self._check_same(record["runs"])
+            self.lines, self.together = record["ended"], record["together"]
+        else:
+            own = {RECORD, PLOT, BEST, *record["runs"]}
+            if strange := sorted(set(found) - own):
+                raise UserError(
+                    f"{self.path} holds more than a sweep ({', '.join(strange)}), so "
+                    "it is not overwritten. Move that away first."
+                )
+
+    def _check_same(self, runs: Mapping[str, Any]) -> None:
+        here = {point.name: point.settings for point in self.points}
+        changed = [f"{name}: not in this grid" for name in runs if name not in here]
+        changed += [f"{name}: new" for name in here if name not in runs]
+        for name in sorted(runs.keys() & here.keys()):
+            found = differences(load_settings(runs[name]), here[name])
+            changed += [f"{name}: {d}" for d in found if d.split(":")[0] not in FREE]
+        if changed:
+            raise UserError(
+                f"the sweep in {self.path} was started with another grid or config:\n  "
+                + "\n  ".join(changed[:12])
+                + "\nResume it as it was started, or choose another output.dir."
+            )
+
+    def _take(self) -> None:
+        if self._lock is None:
+            try:
+                self._lock = Lock(self.path / LOCK)
+            except LockedError as error:
+                raise UserError(f"a sweep is under way: {error}.") from error
+
+    def open(self, number: int, together: int, *, overwrite: bool) -> None:
+        """Makes the folder if this is the first group; notes how a group is trained.
+
+        Args:
+          number: of the group.
+          together: how many of its runs train side by side.
+          overwrite: whether to delete the sweep that is there.
+        """
+        if overwrite and not self.together:
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name not in (LOCK, RECORD):
+                    entry.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        self.together[str(number)] = together
+        self._write()
+
+    def _write(self) -> None:
+        record = {
+            "runs": {point.name: point.settings.to_dict() for point in self.points},
+            "together": self.together,
+            "ended": self.lines,
+        }
+        atomic.write_text(self.path / RECORD, to_json(record, indent=1) + "\n")
+
+    def release(self) -> None:
+        """Lets others have the folder again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def ended(self, point: Point) -> bool:
+        """Says whether a run has ended."""
+        return point.name in self.lines
+
+    def add(
+        self,
+        point: Point,
+        metric: str,
+        summary: Mapping[str, Any] | None,
+        error: DivergedError | None,
+    ) -> dict[str, Any]:
+        """Notes how a run ended.
+
+        Args:
+          point: the run.
+          metric: that selects the best.
+          summary: of a run that is done.
+          error: of a run that diverged.
+
+        Returns:
+          Its line.
+        """
+        line = {
+            "name": point.name,
+            "values": point.values,
+            "status": "diverged" if error else "done",
+            "metric": metric,
+            "validation": summary and summary["validation"],
+            "test": summary and summary["test"],
+            "warning": str(error) if error else summary and summary["warning"],
+            "folder": point.settings.output.dir,
+        }
+        self.lines[point.name] = line
+        self._write()
+        return line
+
+    def finish(self) -> tuple[Path, list[dict[str, Any]], str, Path | None]:
+        """Sorts the runs, draws them, and copies the best.
+
+        Returns:
+          What a `Sweep` holds.
+        """
+        points = self.points
+        lines = [self.lines[point.name] for point in points]
+        metric = lines[0]["metric"]
+        settings = [point.settings for point in points]
+        is_drawn = draw_sweep(settings, lines, self.path / PLOT, metric)
+        sign = 1 if metric == "loss" else -1
+
+        def place(line: dict[str, Any]) -> tuple[bool, float]:
+            found = line["validation"] and line["validation"].get(metric)
+            return (found is None, 0.0 if found is None else sign * found)
+
+        lines.sort(key=place)
+        if lines[0]["status"] == "done":
+            best = Path(lines[0]["folder"])
+            kept = [p for p in best.iterdir() if p.name not in (CHECKPOINTS, LOCK)]
+            shutil.rmtree(self.path / BEST, ignore_errors=True)
+            with atomic.new_folder(self.path / BEST) as new:
+                for path in kept:
+                    copy = shutil.copytree if path.is_dir() else shutil.copy2
+                    copy(path, new / path.name)
+                output = OutputSettings(str(self.path / BEST))
+                own = load_settings(best)
+                own = dataclasses.replace(own, output=output)
+                atomic.write_text(new / CONFIG, own.to_yaml())
+        return self.path, lines, metric, self.path / PLOT if is_drawn else None

@@ -1,0 +1,357 @@
+"""Runs that share a compiled step: trained side by side, one after another in a slot.
+
+A run is a `Session` as in `lora-jax train`, and its loop is the same: it asks for a
+step and is sent the result. Only who takes the step differs: here all runs that wait
+for one take it together. So early stopping, checkpoints, the best adapter, resuming and
+the summary are those of a run of its own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune.devices import Devices
+from lora_jax.finetune.errors import DivergedError
+from lora_jax.finetune.pricing import JobSteps, too_large
+from lora_jax.finetune.reporter import Reporter
+from lora_jax.finetune.run_folder import RunFolder
+from lora_jax.finetune.session import Session
+from lora_jax.finetune.sweep_grid import Point
+from lora_jax.finetune.tasks import open_job
+from lora_jax.models.decoder import REMATS
+from lora_jax.names import LORA
+from lora_jax.nn.adapt import Adapted, adapt
+from lora_jax.plan.step import StepPlan, price_step
+from lora_jax.train.loop import evaluate
+from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import make_eval_step
+from lora_jax.tree.targets import Target
+
+MOST = 16  # runs side by side where nobody says how many
+LEAST_GAIN = 0.95  # of the time one by one, to be worth it
+
+OnEnd = Callable[["Member", dict[str, Any] | None, DivergedError | None], None]
+
+
+class Member(Session):
+    """One run of a group.
+
+    Attributes:
+      point: what the grid says of it.
+      number: of the step that it waits for.
+      like: its state before the first step.
+      hyper: what the shared step is told of it.
+      loop: asks for its steps.
+    """
+
+    def __init__(self, point: Point, group: "Group") -> None:
+        super().__init__(
+            point.settings, RunFolder(point.settings.output.dir), group.out
+        )
+        self.point, self.group = point, group
+        self.out = Reporter()  # the group speaks for its runs
+        self.stoppable = lambda out: contextlib.nullcontext(group.should_stop)
+        is_started = self.folder.is_started()
+        self.folder.check(self.settings, resume=is_started, overwrite=False)
+        self.take(group.job.with_settings(self.settings))
+        train = self.settings.train
+        options = jobs.optimizer_options(train, self.total)
+        key = jax.random.key(train.seed)
+        tx = jobs.optimizer(train, self.total)
+        self.state = self.like = TrainState.create(self.job.variables, tx, key)
+        self.hyper = Hyper.of(self.job.targets, **options)
+        self.plan = group.plan
+        if not is_started:
+            self.folder.create(self.settings, overwrite=False)
+        self.loop, self.number = self.steps(), 0
+
+    def _baseline(self) -> dict[str, Any] | None:
+        """Takes over what another run has measured of the same base."""
+        lines = self.folder.metrics()
+        is_known = any(line["split"] == "baseline" for line in lines)
+        if self.group.baseline and self.settings.train.baseline and not is_known:
+            self.folder.log(self.group.baseline)
+        found = super()._baseline()
+        self.group.baseline = found or self.group.baseline
+        return found
+
+    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+        lora = shared_adapter(variables[LORA], self.hyper, self.group.targets)
+        with self.timed("evaluate"):
+            stream = self.job.devices.one_epoch(self.evaluations[name])
+            padded = {**variables, LORA: lora}
+            return evaluate(self.group.eval_step, padded, stream)
+
+
+class _InSlot:
+    """The state of a run in a slot, read once it is looked at."""
+
+    def __init__(self, read: Callable[[], TrainState]) -> None:
+        self._read = functools.cache(read)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._read(), name)
+
+
+class Group:
+    """Runs over one base that share a compiled step.
+
+    Attributes:
+      points: the runs.
+      out: where to report.
+      job: that of the first run.
+      targets: the adapted layers, at the largest ranks, with a scaling of 1.
+      steps: prices of the job's steps.
+      eval_step: shared by all runs.
+      baseline: the frozen base's metrics, once a run has measured them.
+      plan: of the step.
+      should_stop: whether Ctrl-C was pressed.
+
+    Args:
+      points: the runs.
+      out: where to report.
+      mesh: with an axis ``member``, or None for one device.
+      should_stop: whether to stop.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        out: Reporter,
+        mesh: Mesh | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.points, self.out, self.mesh = list(points), out, mesh
+        self.should_stop = should_stop
+        self.job = open_job(points[0].settings, devices=Devices())
+        self.steps = JobSteps(self.job)
+        self.batches = self.steps.batches
+        self.baseline: dict[str, Any] | None = None
+        self.plan: StepPlan
+        if len(self.batches.buckets) > 1:
+            # Runs of one seed have batches of the same lengths at the same steps.
+            self.points.sort(key=lambda point: point.settings.train.seed)
+        base = self.job.loaded
+        tables = [
+            adapt(base.module, lora, *base.inputs).targets(base.params)
+            for lora in {self.job.lora_for(point.settings) for point in self.points}
+        ]
+        self.config = _shared_config(self.job.lora, tables)
+        self._adapt()
+        self._made: dict[tuple[int, str | None], Members] = {}
+        self._plans: dict[tuple[int, str | None], StepPlan] = {}
+
+    def _adapt(self) -> None:
+        base = self.job.loaded
+        self.adapted: Adapted = adapt(base.module, self.config, *base.inputs)
+        self.targets: list[Target] = self.adapted.targets(base.params)
+        self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
+
+    def members(self, count: int, remat: str | None) -> Members:
+        """Returns so many slots; made once."""
+        if (count, remat) not in self._made:
+            job, train = self.job, self.job.settings.train
+            if remat is not None and remat != getattr(
+                job.loaded.module, "remat", remat
+            ):
+                job.set_remat(remat)
+                self._adapt()
+            options = jobs.optimizer_options(train, self.steps.total)
+            hyper = Hyper.of(self.targets, **options)
+            lora = shared_adapter(job.variables[LORA], hyper, self.targets)
+            variables = {**job.variables, LORA: lora}
+            state = TrainState.create(
+                variables, member_optimizer(hyper), jax.random.key(train.seed)
+            )
+            loss_fn = job.loss(self.adapted, is_training=True)
+            self._made[count, remat] = Members(
+                loss_fn, train.accumulate, state, hyper, count, self.mesh
+            )
+        return self._made[count, remat]
+
+    def price(self, count: int, remat: str | None) -> StepPlan:
+        """Compiles the step of so many runs; says what it needs."""
+        if (count, remat) not in self._plans:
+            members, limit = self.members(count, remat), self.steps.limit
+            shapes = members.shapes(self.steps.longest)
+            self._plans[count, remat] = price_step(
+                members, members.state, shapes, limit=limit, remat=remat
+            )
+        return self._plans[count, remat]
+
+    def choose(self, together: int | None = None) -> int:
+        """Chooses how many runs are trained side by side, and compiles their step.
+
+        As many as fit the device, if asked for; else as many as make the sweep faster
+        than one run after another, by the clock.
+
+        Args:
+          together: how many; None to choose.
+
+        Returns:
+          ``m``.
+
+        Raises:
+          UserError: if not even one fits, or not as many as asked for.
+        """
+        total = len(self.points)
+        wanted = self._even(min(together or self._most(), total))
+        count, remat = self._largest(wanted, exactly=together is not None)
+        if together is not None or count == 1 or self.mesh is not None:
+            return self._settle(count, remat)
+        alone = total * self._seconds(1, remat)
+        while count > 1:
+            if -(-total // count) * self._seconds(count, remat) < LEAST_GAIN * alone:
+                return self._settle(count, remat)
+            count = self._even(count // 2)
+        return self._settle(1, remat)
+
+    def _most(self) -> int:
+        """How many to try: of one seed, where others have batches of other lengths."""
+        if len(self.batches.buckets) == 1 or self.mesh is not None:
+            return MOST
+        seeds = [point.settings.train.seed for point in self.points]
+        return min(MOST, max(map(seeds.count, seeds)))
+
+    def _even(self, count: int) -> int:
+        """Returns no more than ``count``, so that the last round is about as full."""
+        parts = 1 if self.mesh is None else self.mesh.size
+        rounds = -(-len(self.points) // count)
+        even = -(-len(self.points) // rounds)
+        return -(-even // parts) * parts
+
+    def _largest(self, count: int, *, exactly: bool) -> tuple[int, str | None]:
+        """Finds the largest number of runs up to ``count`` that fits, and the remat."""
+        first, model = self.steps.remat, self.job.settings.model
+        policies = [first]
+        if first is not None and model.remat == "auto":
+            policies = [*REMATS][[*REMATS].index(first) :]
+        parts = 1 if self.mesh is None else self.mesh.size
+        for remat in policies:
+            number = count
+            while number >= parts:
+                self.plan = self.price(number, remat)
+                if self.plan.fits and exactly and number < count:
+                    suggestion = f"At most {number} of them fit: --together {number}."
+                    self.plan = self.price(count, remat)
+                    raise too_large(self.plan, "this machine", suggestion)
+                if self.plan.fits:
+                    return number, remat
+                number //= 2
+        raise too_large(self.plan, "this machine", self.steps.suggestion(self.plan))
+
+    def _settle(self, count: int, remat: str | None) -> int:
+        self.slots = self.members(count, remat)
+        self._made = {(count, remat): self.slots}
+        self.plan = self.price(count, remat)
+        return count
+
+    def _seconds(self, count: int, remat: str | None) -> float:
+        """Times a step, by the fastest of three; on states that no run has."""
+        members, batch = self.members(count, remat), self.batches.batch_at(0)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(members.step(dict.fromkeys(range(count), batch)))
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def train(self, points: Sequence[Point], count: int, on_end: OnEnd) -> None:
+        """Trains runs, ``count`` at a time.
+
+        Args:
+          points: those of the group that haven't ended.
+          count: from `choose`.
+          on_end: called with each run that ended, and its summary or why it diverged.
+
+        Raises:
+          KeyboardInterrupt: once all runs under way have saved a checkpoint.
+        """
+        queue = deque(point for point in self.points if point in points)
+        running: dict[int, Member] = {}
+        total, done, estimate = len(queue), 0, self.steps.total * len(queue)
+
+        def advance(slot: int, member: Member, taken: Any) -> None:
+            """Sends a run the step it waited for; frees its slot after the last."""
+            try:
+                member.number, state = member.loop.send(taken)
+                if taken is None:
+                    self.slots.put(slot, state, member.hyper)
+                return
+            except StopIteration as end:
+                on_end(member, end.value, None)
+            except DivergedError as error:
+                on_end(member, None, error)
+            except KeyboardInterrupt:
+                if not member.is_stopped:
+                    raise
+            running.pop(slot).folder.release()
+
+        try:
+            with self.out.progress("sweep", estimate) as tick:
+                while True:
+                    for slot in range(count):
+                        while slot not in running and queue and not self.should_stop():
+                            running[slot] = member = Member(queue.popleft(), self)
+                            advance(slot, member, None)
+                    if not running:
+                        break
+                    chosen = self._next(running)
+                    metrics = self.slots.step(
+                        {s: m.batches.batch_at(m.number) for s, m in chosen.items()}
+                    )
+                    for slot, member in chosen.items():
+                        read = functools.partial(self.slots.get, slot, member.like)
+                        advance(slot, member, (_InSlot(read), metrics[slot]))
+                    done += len(chosen)
+                    left = len(queue) + len(running)
+                    note = f"{total - left} of {total} runs have ended"
+                    tick(min(done, estimate), note, quiet=not left)
+        finally:
+            for member in running.values():
+                member.loop.close()
+                member.folder.release()
+        if queue or self.should_stop():
+            raise KeyboardInterrupt
+
+    def _next(self, running: dict[int, Member]) -> dict[int, Member]:
+        """Chooses the runs that step: most whose batches are of one length."""
+        found: dict[int, dict[int, Member]] = {}
+        for slot, member in running.items():
+            length = member.batches.length_at(member.number)
+            found.setdefault(length, {})[slot] = member
+        return max(found.values(), key=lambda group: (len(group), -_behind(group)))
+
+
+def _behind(group: dict[int, Member]) -> int:
+    return min(member.number for member in group.values())
+
+
+def _shared_config(lora: Any, tables: Sequence[Sequence[Target]]) -> Any:
+    """Returns the config of the shared module: the largest ranks, a scaling of 1."""
+    ranks: dict[str, int] = {}
+    for target in (target for table in tables for target in table):
+        ranks[target.path] = max(target.rank, ranks.get(target.path, 0))
+    # The longest path first: a shorter one may be the end of it.
+    pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
+    if len(set(ranks.values())) == 1:
+        pattern = {}
+    rank = max(ranks.values())
+    return dataclasses.replace(
+        lora,
+        rank=rank,
+        alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        rslora=False,
+    )

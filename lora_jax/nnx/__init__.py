@@ -1,0 +1,44 @@
+"""LoRA for Flax NNX: ``import lora_jax.nnx as lnnx``.
+
+The config, the ops and the files are those of the Linen side.
+"""
+
+from lora_jax.nnx.adapt import (
+    Trained,
+    TrainedParam,
+    adapt,
+    find_targets,
+    lora_targets,
+)
+from lora_jax.nnx.functional import Functional, functional, update
+from lora_jax.nnx.layers import (
+    LoRAAttention,
+    LoRAConv,
+    LoRAEinsum,
+    LoRAEmbed,
+    LoRALinear,
+    LoRALinearGeneral,
+)
+from lora_jax.nnx.merge import merge, merge_errors, unmerge
+from lora_jax.nnx.rules import register_layer
+
+__all__ = [
+    "Functional",
+    "LoRAAttention",
+    "LoRAConv",
+    "LoRAEinsum",
+    "LoRAEmbed",
+    "LoRALinear",
+    "LoRALinearGeneral",
+    "Trained",
+    "TrainedParam",
+    "adapt",
+    "find_targets",
+    "functional",
+    "lora_targets",
+    "merge",
+    "merge_errors",
+    "register_layer",
+    "unmerge",
+    "update",
+]

@@ -1,0 +1,228 @@
+"""How LoRA applies to each type of NNX layer: the registry for `lora_jax.nnx`.
+
+A flax layer has the rule of its Linen counterpart: the ops, and what is passed to them,
+are the same. Layers of tunix and MaxText are recognised by their attributes, so neither
+library is imported.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_jax.array_types import AnyFloat
+from lora_jax.names import KERNEL
+from lora_jax.nn.layer_rules import (
+    ATTEND,
+    CALL,
+    LayerRule,
+    dense_general_equation,
+    einsum_rule,
+    registered_rules,
+)
+from lora_jax.ops.contraction import DENSE, Contraction, Shape
+from lora_jax.ops.einsum import parse_equation
+from lora_jax.ops.embed import lora_embed
+
+ENCODE, DECODE = "encode", "decode"  # of tunix's Embedder: lookup and tied head
+HEAD_METHODS = (ATTEND, DECODE)
+
+
+class Rule(NamedTuple):
+    """How to adapt one type of layer.
+
+    Attributes:
+      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      weight: name of the adapted `flax.nnx.Param`.
+      methods: methods whose output is adapted.
+      contraction: ``module -> Contraction`` of the weight, without stacked axes.
+      apply: as in `lora_jax.nn.layer_rules.LayerRule`.
+      shape: ``module ->`` the weight's shape as the module declares it, or None.
+    """
+
+    kind: str
+    weight: str
+    methods: tuple[str, ...]
+    contraction: Callable[[Any], Contraction]
+    apply: Callable[..., AnyFloat]
+    shape: Callable[[Any], Shape | None] = lambda module: None
+
+
+def register_layer(
+    module_type: type[nnx.Module],
+    equation: str | Callable[..., str],
+    *,
+    weight: str = KERNEL,
+    kind: str = "einsum",
+) -> None:
+    """Makes a custom layer adaptable: any module that computes an einsum with a weight.
+
+    Args:
+      module_type: the NNX class; its subclasses are covered too.
+      equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
+        ``module -> equation``.
+      weight: name of the weight, a `flax.nnx.Param`.
+      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
+        of a new kind must be named in the config.
+
+    Raises:
+      TypeError: if ``module_type`` is not an NNX module class.
+
+    Example:
+      >>> class Transposed(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 3)))
+      ...     def __call__(self, x):
+      ...         return x @ self.w.T
+      >>> register_layer(Transposed, "...i,oi->...o", weight="w")
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nnx.Module)):
+        raise TypeError(
+            f"module_type must be an NNX module class; got {module_type!r}."
+        )
+    as_function = equation if callable(equation) else lambda module: equation
+    _RULES[module_type] = _einsum(kind, as_function, weight)
+
+
+def rule_of(cls: type, module: Any) -> tuple[type, Rule] | None:
+    """Returns the rule of a module, and the class it is made for.
+
+    Args:
+      cls: the module's class.
+      module: the module.
+
+    Returns:
+      The class and the rule; None if LoRA can't adapt the module, among them
+      subclasses that replace the arithmetic of a method instead of calling ``super``.
+    """
+    if isinstance(module, nnx.Conv) and module.mask is not None:
+        return None  # a masked kernel differs from the stored one
+    for known in cls.__mro__:
+        rule = _RULES.get(known)
+        if rule is not None:
+            is_same = all(_calls_super(cls, known, name) for name in rule.methods)
+            return (known, rule) if is_same else None
+    rule = next((rule for is_like, rule in _LIKE if is_like(module)), None)
+    return None if rule is None else (cls, rule)
+
+
+def _calls_super(cls: type, known: type, name: str) -> bool:
+    """Returns whether overrides of a method between two classes call ``super``."""
+    for sub in cls.__mro__[: cls.__mro__.index(known)]:
+        function = vars(sub).get(name)
+        code = getattr(function and inspect.unwrap(function), "__code__", None)
+        if function and "super" not in getattr(code, "co_names", ()):
+            return False
+    return True
+
+
+def _from_linen(linen: LayerRule, shape: Callable[[Any], Shape | None]) -> Rule:
+    return Rule(*linen, shape=shape)
+
+
+def _einsum(
+    kind: str,
+    equation: Callable[[Any], str],
+    weight: str,
+    shape: Callable[[Any], Shape | None] = lambda module: None,
+) -> Rule:
+    def contraction(module: Any) -> Contraction:
+        labels = equation(module).replace(" ", "")
+        named = labels.partition(",")[0].replace("...", "")
+        return parse_equation(labels, len(named)).contraction
+
+    rule = einsum_rule(kind, lambda module, *_: equation(module), weight)
+    return Rule(kind, weight, (CALL,), contraction, rule.apply, shape)
+
+
+def _general(
+    fields: Callable[[Any], tuple[tuple[int, ...], ...]], axes: Callable[[Any], Any]
+) -> Rule:
+    """Makes the rule of a ``DenseGeneral``, whose equation needs the input's rank."""
+
+    def equation(module: Any, x: jax.Array, *_: Any) -> str:
+        outputs = fields(module)[2]
+        axis, batch_axes = axes(module)
+        as_linen = SimpleNamespace(features=outputs, axis=axis, batch_dims=batch_axes)
+        return dense_general_equation(as_linen, x)
+
+    def contraction(module: Any) -> Contraction:
+        batch, inputs, outputs = map(len, fields(module))
+        ends = np.cumsum([0, batch, inputs, outputs]).tolist()
+        b, i, o = (tuple(range(*ends[part : part + 2])) for part in range(3))
+        return Contraction(b, i, o)
+
+    rule = einsum_rule("dense", equation)
+    return Rule(
+        *("dense", KERNEL, (CALL,), contraction, rule.apply),
+        shape=lambda module: tuple(np.concatenate(fields(module)).astype(int).tolist()),
+    )
+
+
+def _embedder(module, method, inputs, y, table, lora_a, lora_b, **options) -> AnyFloat:
+    """Adapts a lookup that may scale, cast or shard its rows, and the tied head.
+
+    The lookup is the module's own, in a table of the adapted rows.
+    """
+    if method == DECODE:
+        attend = _LINEN[nn.Embed].apply
+        return attend(module, ATTEND, inputs, y, table, lora_a, lora_b, **options)
+    ids = jnp.asarray(inputs[0])
+    options = {k: v for k, v in options.items() if not k.startswith("dropout")}
+    rows = lora_embed(ids, table, lora_a, lora_b, **options)
+    of_rows = object.__new__(type(module))
+    weight = nnx.Param(rows.reshape(-1, rows.shape[-1]))
+    vars(of_rows).update(vars(module), input_embedding=weight, lora=None)
+    return of_rows.encode(jnp.arange(ids.size).reshape(ids.shape))
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda module: all(hasattr(module, name) for name in names)
+
+
+_LINEN = dict(registered_rules())
+_RULES: dict[type, Rule] = {
+    nnx.Linear: _from_linen(
+        _LINEN[nn.Dense], lambda m: (m.in_features, m.out_features)
+    ),
+    nnx.LinearGeneral: _general(
+        lambda m: (tuple(m.batch_axis.values()), m.in_features, m.out_features),
+        lambda m: (m.axis, tuple(m.batch_axis)),
+    ),
+    nnx.Einsum: _einsum(
+        "einsum", lambda m: m.einsum_str, KERNEL, lambda m: tuple(m.kernel_shape)
+    )._replace(apply=_LINEN[nn.Einsum].apply),
+    nnx.Embed: _from_linen(_LINEN[nn.Embed], lambda m: (m.num_embeddings, m.features)),
+    nnx.Conv: _from_linen(_LINEN[nn.Conv], lambda m: tuple(m.kernel_shape)),
+}
+# Layers of other libraries, by their attributes: tunix's Einsum and Embedder, MaxText's
+# DenseGeneral.
+_LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
+    (
+        lambda m: _has("einsum_str", "w")(m) and getattr(m, "w_scale", None) is None,
+        _einsum(
+            "einsum", lambda m: m.einsum_str, "w", lambda m: getattr(m, "shape", None)
+        ),
+    ),
+    (
+        _has("input_embedding", ENCODE, DECODE),
+        Rule("embed", "input_embedding", (ENCODE, DECODE), lambda m: DENSE, _embedder),
+    ),
+    (
+        _has("in_features_shape", "out_features_shape", "axis", KERNEL),
+        _general(
+            lambda m: ((), _tuple(m.in_features_shape), _tuple(m.out_features_shape)),
+            lambda m: (m.axis, ()),
+        ),
+    ),
+)
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -1,0 +1,334 @@
+"""Many runs in one compiled step: their states side by side over one frozen base.
+
+The step is that of `make_train_step` under `jax.vmap`: over a run's trained leaves,
+optimizer, key and batch, and over what its settings say (`Hyper`), but not over W0. So
+the base's matmuls stay single ones, of the rows of all members, and W0 is read once.
+
+Ranks are padded to the largest with zeros, which is exact: zero columns of A and rows
+of B get zero gradients, and Adam leaves them at zero. A member's ``alpha / rank`` is
+multiplied into its B inside the step, so the shared module's own scaling must be 1.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.array_types import PyTree
+from lora_jax.names import LORA, LORA_B, MEMBER
+from lora_jax.train.optimizer import DECAYS, decay_mask, lora_b_mask
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import Target, child
+
+
+class Hyper(NamedTuple):
+    """What a member's settings say, as numbers that the step is given.
+
+    Attributes:
+      learning_rate: peak of the schedule.
+      schedule: its index in `DECAYS`.
+      warmup_steps: steps of linear warmup.
+      total_steps: steps of the run.
+      weight_decay: decoupled.
+      clip_norm: largest global norm; infinite for no clipping.
+      lora_b_ratio: learning rate of B divided by that of A.
+      scaling: ``alpha / rank`` by the path of each ``lora_b``.
+    """
+
+    learning_rate: Any
+    schedule: Any
+    warmup_steps: Any
+    total_steps: Any
+    weight_decay: Any
+    clip_norm: Any
+    lora_b_ratio: Any
+    scaling: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        targets: Sequence[Target],
+        *,
+        learning_rate: float,
+        total_steps: int,
+        warmup_steps: int = 0,
+        schedule: str = "linear",
+        clip_norm: float | None = 1.0,
+        weight_decay: float = 0.0,
+        lora_b_ratio: float = 1.0,
+    ) -> "Hyper":
+        """Returns the numbers for `lora_optimizer`'s arguments.
+
+        Args:
+          targets: the member's adapted layers.
+          learning_rate: this and the others are those of `lora_optimizer`.
+          total_steps: see there.
+          warmup_steps: see there.
+          schedule: see there.
+          clip_norm: see there.
+          weight_decay: see there.
+          lora_b_ratio: see there.
+
+        Returns:
+          The numbers, float32 and int32.
+        """
+        return cls(
+            learning_rate=np.float32(learning_rate),
+            schedule=np.int32([*DECAYS].index(schedule)),
+            warmup_steps=np.int32(warmup_steps),
+            total_steps=np.int32(total_steps),
+            weight_decay=np.float32(weight_decay),
+            clip_norm=np.float32(math.inf if clip_norm is None else clip_norm),
+            lora_b_ratio=np.float32(lora_b_ratio),
+            scaling={child(t.path, LORA_B): np.float32(t.scaling) for t in targets},
+        )
+
+
+def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of `lora_optimizer`, for numbers that are traced.
+
+    Its state has the leaves of `lora_optimizer`'s, in the same order.
+
+    Args:
+      hyper: of one member.
+
+    Returns:
+      The transform.
+    """
+
+    def rate(step: Any) -> Any:
+        warmup_steps = hyper.warmup_steps
+        warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
+        decay_steps = jnp.maximum(hyper.total_steps - warmup_steps, 1)
+        x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        decays = jnp.stack(
+            [jnp.asarray(decay(x), x.dtype) for decay in DECAYS.values()]
+        )
+        return hyper.learning_rate * warmup * decays[hyper.schedule]
+
+    return optax.chain(
+        optax.clip_by_global_norm(hyper.clip_norm),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(hyper.weight_decay, decay_mask),
+        optax.masked(optax.scale(hyper.lora_b_ratio), lora_b_mask),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def shared_adapter(
+    lora: PyTree, hyper: Hyper, targets: Sequence[Target]
+) -> dict[str, PyTree]:
+    """Returns a member's adapter as the shared module takes it.
+
+    Args:
+      lora: the adapter.
+      hyper: of the member.
+      targets: of the shared module.
+
+    Returns:
+      The adapter with the shared module's ranks, and its scaling multiplied into B.
+    """
+    shapes = {
+        child(target.path, name): shape
+        for target in targets
+        for name, shape in target.leaf_shapes.items()
+    }
+    return unflatten(
+        {
+            path: _padded(hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path])
+            for path, leaf in flatten(lora).items()
+        }
+    )
+
+
+class Members:
+    """The states of ``m`` runs, and the compiled step that they share.
+
+    A slot holds one run at a time; another takes its place without a compilation.
+
+    Attributes:
+      state: the states, each leaf with a leading axis of ``m``; the base without.
+      hyper: the numbers of the members, likewise.
+      update: the jitted step, ``(own, hyper, is_active, frozen, batch)`` to the new
+        ``own`` and a list of the members' metrics; compiles once a shape of batch.
+
+    Args:
+      loss_fn: of the shared module, whose scaling is 1, at the largest ranks.
+      accumulate: see `make_train_step`.
+      state: a state with the shared module's shapes and `member_optimizer`'s state.
+      hyper: of any member.
+      count: ``m``.
+      mesh: whose axis ``member`` the members are split over, or None.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        accumulate: int,
+        state: TrainState,
+        hyper: Hyper,
+        count: int,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._split = self._whole = None
+        if mesh is not None:
+            self._split = NamedSharding(mesh, PartitionSpec(MEMBER))
+            self._whole = NamedSharding(mesh, PartitionSpec())
+        stack = functools.partial(_stack, count=count, sharding=self._split)
+        frozen = state.frozen
+        if self._whole is not None:
+            frozen = jax.device_put(frozen, self._whole)
+        self._template, self._count = state.changing, count
+        self.state = TrainState(frozen=frozen, **stack(state.changing))
+        self.hyper = stack(hyper)
+        step = _member_step(loss_fn, accumulate)
+        every = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
+
+        def update(own, hyper, is_active, frozen, batch):
+            own, metrics = every(own, hyper, is_active, frozen, batch)
+            each = jax.tree.map(list, metrics)
+            return own, [{k: x[i] for k, x in each.items()} for i in range(count)]
+
+        wanted = self._split and (self._split, self._whole)
+        self.update: Any = jax.jit(update, donate_argnums=0, out_shardings=wanted)
+        self._set: Any = jax.jit(
+            lambda tree, new, i: jax.tree.map(lambda x, y: x.at[i].set(y), tree, new),
+            donate_argnums=0,
+            out_shardings=self._split,
+        )
+        self._get: Any = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree))
+
+    def put(self, slot: int, state: TrainState, hyper: Hyper) -> None:
+        """Puts a run into a slot.
+
+        Args:
+          slot: below ``m``.
+          state: its own, with its own ranks and the state of `lora_optimizer`.
+          hyper: its numbers.
+        """
+        leaves = zip(
+            jax.tree.leaves(self._template),
+            jax.tree.leaves(state.changing),
+            strict=True,
+        )
+        structure = jax.tree.structure(self._template)
+        padded = jax.tree.unflatten(structure, [_padded(y, x.shape) for x, y in leaves])
+        own = self._set(self.state.changing, padded, slot)
+        self.state = TrainState(frozen=self.state.frozen, **own)
+        self.hyper = self._set(self.hyper, hyper, slot)
+
+    def get(self, slot: int, like: TrainState) -> TrainState:
+        """Returns the state of the run in a slot.
+
+        Args:
+          slot: below ``m``.
+          like: a state of that run: gives structure, ranks and the frozen base.
+
+        Returns:
+          The state, with the run's own ranks, on the devices of ``like``.
+        """
+        own = jax.tree.leaves(self._get(self.state.changing, slot))
+        leaves, structure = jax.tree.flatten(like.changing)
+        cut = [_cut(x, y) for x, y in zip(own, leaves, strict=True)]
+        return TrainState(frozen=like.frozen, **jax.tree.unflatten(structure, cut))
+
+    def step(self, batches: Mapping[int, Batch]) -> dict[int, Metrics]:
+        """Takes one step of some of the runs; the others stay as they are.
+
+        Args:
+          batches: the batch of each run that takes a step, by slot; all of one shape.
+
+        Returns:
+          The metrics of each of them.
+        """
+        filler = next(iter(batches.values()))
+        rows = [batches.get(slot, filler) for slot in range(self._count)]
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        is_active = np.array([slot in batches for slot in range(self._count)])
+        if self._split is not None:
+            batch, is_active = jax.device_put((batch, is_active), self._split)
+        own, metrics = self.update(
+            self.state.changing, self.hyper, is_active, self.state.frozen, batch
+        )
+        self.state = TrainState(frozen=self.state.frozen, **own)
+        return {slot: metrics[slot] for slot in batches}
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Traces the step; see `TrainStep.trace`.
+
+        Args:
+          state: states or their shapes, as `state`.
+          batch: shapes ``[m, b, ...]``.
+
+        Returns:
+          A ``jax.stages.Traced``.
+        """
+        is_active = jax.ShapeDtypeStruct((self._count,), bool, sharding=self._split)
+        return self.update.trace(
+            state.changing, self.hyper, is_active, state.frozen, batch
+        )
+
+    def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of the batches of all members, given those of one."""
+        return {
+            name: jax.ShapeDtypeStruct(
+                (self._count, *leaf.shape), leaf.dtype, sharding=self._split
+            )
+            for name, leaf in batch.items()
+        }
+
+
+def _member_step(loss_fn: LossFn, accumulate: int) -> Any:
+    """Returns the step of one member, to be vmapped."""
+
+    def step(own, hyper, is_active, frozen, batch):
+        def scaled_loss(variables, batch, rngs):
+            lora = flatten(variables[LORA])
+            lora |= {path: s * lora[path] for path, s in hyper.scaling.items()}
+            return loss_fn({**variables, LORA: unflatten(lora)}, batch, rngs)
+
+        one = make_train_step(scaled_loss, member_optimizer(hyper), accumulate)
+        new, metrics = one.function(own, frozen, batch)
+        kept = jax.tree.map(
+            lambda x, y: jnp.where(is_active, x, y),
+            {**new, "rng": ()},
+            {**own, "rng": ()},
+        )
+        return {**kept, "rng": own["rng"]}, metrics
+
+    return step
+
+
+def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
+    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * count), tree)
+    return stacked if sharding is None else jax.device_put(stacked, sharding)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _padded(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a leaf with zeros up to a shape, on the host."""
+    if _is_key(leaf):
+        return leaf
+    wide = np.zeros(shape, leaf.dtype)
+    wide[tuple(map(slice, leaf.shape))] = leaf
+    return wide
+
+
+def _cut(leaf: Any, like: Any) -> Any:
+    """Undoes `_padded`."""
+    if _is_key(leaf):
+        return jax.device_put(leaf, like.sharding)
+    return jax.device_put(
+        np.asarray(leaf)[tuple(map(slice, like.shape))], like.sharding
+    )

@@ -1,0 +1,197 @@
+"""Sweeps: each run equals its own, whatever runs beside it."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_jax import sweep
+from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune import sweep_group
+from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.run import fine_tune
+from lora_jax.finetune.run_folder import open_run
+from lora_jax.finetune.sweep_grid import expand, groups
+from lora_jax.train.data import TextBatches
+from lora_jax.tree.paths import flatten
+from tests.tiny_decoder import make_decoder
+
+GRID = {
+    "train.learning_rate": [1e-2, 1e30, 3e-3, 2e-3],
+    "lora.rank": [2, 1, 3, 2],
+    "lora.alpha": [3.0, 1.0, 5.0, 7.0],
+    "lora.rslora": [False, False, True, False],
+    "train.schedule": ["linear", "constant", "cosine", "constant"],
+    "train.seed": [0, 1, 2, 3],
+    "train.lora_b_ratio": [1.0, 1.0, 4.0, 1.0],
+    "train.weight_decay": [0.0, 0.0, 0.1, 0.0],
+    "train.clip_norm": [1.0, None, 0.5, None],
+    "train.epochs": [3, 3, 3, 2],
+    "train.patience": [None, None, None, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    rows = [{"text": f"the {a} is {b} ."} for a in ("sky", "sea") for b in "abcdefg"]
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"path": str(make_decoder(folder / "llama"))},
+        "data": {"train": str(data), "holdout": 0.3, "packing": True, "max_length": 12},
+        "lora": {"targets": ["query", "down"], "dropout_rate": 0.1},
+        "train": {"batch_size": 2, "eval_every": 2, "log_every": 1},
+        "output": {"dir": str(folder / "sweep")},
+    }
+
+
+@pytest.fixture(scope="module")
+def slots():
+    """The slots of the sweeps so far."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(tree, slots):
+    with pytest.MonkeyPatch.context() as patch:
+        make = sweep_group.Members
+
+        def kept(*args):
+            slots.append(make(*args))
+            return slots[-1]
+
+        patch.setattr(sweep_group, "Members", kept)
+        return sweep(tree, GRID, zipped=True, together=2)
+
+
+def lines_of(folder, *, without=("seconds", "targets_per_second")):
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in x.items() if k not in without} for x in lines]
+
+
+def adapter_of(folder):
+    return flatten(load_adapter(folder / "adapter").variables)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_each_run_equals_its_own(done, tree, tmp_path, number):
+    line = next(x for x in done.runs if x["name"].startswith(f"00{number}"))
+    folder = done.path / line["name"]
+    own = fine_tune(folder, [f"output.dir={tmp_path}/own"])
+    together, alone = lines_of(folder), lines_of(own.path)
+    assert len(together) == len(alone)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            is_number = isinstance(value, (int, float))
+            wanted = pytest.approx(value, rel=1e-5) if is_number else value
+            assert ours[name] == wanted
+    ours, theirs = (adapter_of(path) for path in (folder, own.path))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # Adam turns the rounding of a gradient near zero into that of its step.
+        atol = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=atol)
+    assert line["validation"] == pytest.approx(own.summary["validation"], rel=1e-5)
+
+
+def test_a_run_that_ended_makes_room_without_a_compilation(done, slots):
+    by_name = {line["name"][:3]: line for line in done.runs}
+    assert {k: line["status"] for k, line in by_name.items()} == {
+        "000": "done",
+        "001": "diverged",
+        "002": "done",
+        "003": "done",
+    }
+    (used,) = slots  # `together` is given, so no other number was tried
+    assert used.update._cache_size() == 1
+    assert "the run has diverged" in by_name["001"]["warning"]
+    assert not (done.path / by_name["001"]["name"] / "summary.json").exists()
+
+
+def test_the_runs_are_sorted_drawn_and_the_best_is_a_run_folder(done):
+    losses = [line["validation"]["loss"] for line in done.runs[:3]]
+    assert losses == sorted(losses)
+    assert done.metric == "loss"
+    assert done.runs[-1]["status"] == "diverged"
+    folder, settings = open_run(done.path / "best")
+    values = done.runs[0]["values"]
+    assert settings.train.learning_rate == float(values["train.learning_rate"])
+    assert settings.output.dir == str(done.path / "best")
+    best = done.path / done.runs[0]["name"]
+    assert adapter_of(folder.path).keys() == adapter_of(best).keys()
+    assert done.plot is None or done.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kill_loses_nothing(done, tree, tmp_path, monkeypatch):
+    again = {**tree, "output": {"dir": str(tmp_path / "again")}}
+    batch_at, count = TextBatches.batch_at, 0
+
+    def interrupting(self, number):
+        nonlocal count
+        count += self.shuffle
+        if self.shuffle and count == 9:
+            signal.raise_signal(signal.SIGINT)
+        return batch_at(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextBatches, "batch_at", interrupting)
+        with pytest.raises(Interrupted, match="every run has its checkpoint"):
+            sweep(again, GRID, zipped=True, together=2)
+    with pytest.raises(UserError, match="holds a sweep already"):
+        sweep(again, GRID, zipped=True)
+    with pytest.raises(UserError, match=r"other(.|\n)*train.epochs: 3 -> 4"):
+        sweep(again, {**GRID, "train.epochs": [4] * 4}, zipped=True, resume=True)
+    resumed = sweep(again, GRID, zipped=True, resume=True)
+    for before, after in zip(done.runs, resumed.runs, strict=True):
+        assert after["validation"] == before["validation"]
+        if before["status"] == "done":
+            old, new = (adapter_of(Path(x["folder"])) for x in (before, after))
+            assert all(np.array_equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"train.learning_rat": [1]}, "Did you mean 'train.learning_rate'"),
+        (["learning_rate=1,2"], "Did you mean 'train.learning_rate'"),
+        ({"lora.rank": []}, "lora.rank: no values"),
+        ({}, "no setting is given"),
+        (["lora.rank=1,2", "lora.rank=3"], "lora.rank: given twice"),
+        (["lora.rank=1,1"], "lora.rank: the same value twice"),
+        (["lora.rank=0,-1", "seed=x"], "lora: (.|\n)*train.seed: must be"),
+        (["output.dir=a,b"], "output.dir can't be swept: it is the sweep's own"),
+        (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
+        (["mesh.member=1,2"], "mesh.member can't be swept"),
+        (["mesh.member=64"], "mesh.member must be at most the"),
+        (["mesh.fsdp=2"], "mesh.data, fsdp and tensor must be 1 in a sweep"),
+    ],
+)
+def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):
+    own = {**tree, "output": {"dir": str(tmp_path / "none")}}
+    with pytest.raises((ValueError, UserError), match=said):
+        sweep(own, grid)
+    assert not (tmp_path / "none").exists()
+
+
+def test_zipped_values_must_be_as_many(tree):
+    with pytest.raises(ValueError, match=r"lora.rank has 2, train.seed has 3"):
+        expand(tree, ["lora.rank=1,2", "seed=0..2"], zipped=True)
+
+
+def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
+    points = expand(
+        tree, ["lora.targets=[query,up],[down]", "seed=0..2", "lora.rank=4"]
+    )
+    assert len(points) == 6
+    assert points[0].settings.lora.targets == ("query", "up")
+    assert [p.settings.train.seed for p in points] == [0, 1, 2] * 2
+    assert {p.settings.lora.rank for p in points} == {4}
+    assert points[5].name == "005_targets=-down-_seed=2"
+    found, differing = groups(points)
+    assert [len(group) for group in found] == [3, 3]
+    assert differing == ["lora.targets"]

@@ -1,0 +1,170 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import AdapterBank, LoRAConfig, adapt, generate, load_model
+from lora_jax.names import LORA
+from tests.interop.peft_cases import adapter_of, inputs
+from tests.models.golden import GOLDEN
+from tests.nn.external_models import trained
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="down")(nn.relu(nn.Dense(7, name="up")(x)))
+
+
+X = jax.random.normal(jax.random.key(3), (4, 5, 6))
+PARAMS = Net().init(jax.random.key(0), X)["params"]
+
+
+def member(seed, **fields):
+    adapted = adapt(Net(), LoRAConfig(**{"rank": 2, "alpha": 3, **fields}), X)
+    variables = trained(adapted.attach(PARAMS, jax.random.key(seed)))
+    return adapted, variables, (variables[LORA], adapted.targets(PARAMS))
+
+
+def of(*members, **options):
+    named = {f"m{i}": row for i, (*_, row) in enumerate(members)}
+    return AdapterBank(Net(), PARAMS, named, X, **options)
+
+
+def test_each_row_is_its_adapter_alone():
+    several = (
+        member(1),
+        member(2, rank=3, alpha=7, rslora=True, targets=["up"]),
+        member(3, rank=1, alpha=2, rank_pattern={"up": 2}),
+    )
+    bank = of(*several)
+    names = ["m2", None, "m0", "m1"]
+    got = bank.module.apply(bank.variables(names), X)
+    for row, name in enumerate(names):
+        if name is None:
+            wanted = Net().apply({"params": PARAMS}, X[row])
+        else:
+            adapted, variables, _ = several[int(name[1])]
+            wanted = adapted.apply(variables, X[row])
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
+    assert np.abs(got[0] - Net().apply({"params": PARAMS}, X[0])).max() > 0.01
+
+
+def test_dora_rows_too_and_none_is_the_base():
+    several = member(1, dora=True), member(2, dora=True, alpha=5)
+    bank = of(*several)
+    got = bank.module.apply(bank.variables(["m1", "m0", None, "m1"]), X)
+    for row, index in ((0, 1), (1, 0), (3, 1)):
+        adapted, variables, _ = several[index]
+        wanted = adapted.apply(variables, X[row])
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
+    base = Net().apply({"params": PARAMS}, X[2])
+    np.testing.assert_allclose(got[2], base, rtol=1e-5, atol=1e-6)
+
+
+def test_the_base_is_multiplied_once_for_all_rows():
+    bank = of(member(1), member(2))
+
+    def run(variables, x):
+        return bank.module.apply(variables, x)
+
+    variables = bank.variables(["m0", "m1", None, "m0"])
+    text = jax.jit(run).lower(variables, X).as_text()
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    of_base = [line for line in dots if "tensor<6x7xf32>" in line]
+    assert len(of_base) == 1
+    assert "batching_dims" not in of_base[0]
+
+
+def test_replacing_adding_and_removing_compile_nothing():
+    bank, traces = of(member(1), member(2), capacity=3), []
+
+    @jax.jit
+    def run(variables):
+        traces.append(1)
+        return bank.module.apply(variables, X)
+
+    first = run(bank.variables(["m0", "m1", None, "m0"]))
+    adapted, variables, row = member(9, rank=1, alpha=5)
+    bank.add("m0", *row)
+    bank.add("new", *member(8)[2])
+    changed = run(bank.variables(["m0", "m1", None, "new"]))
+    np.testing.assert_allclose(
+        changed[0], adapted.apply(variables, X[0]), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(changed[1:3], first[1:3])
+    bank.remove("m1")
+    assert bank.names == ["m0", "new"]
+    bank.add("last", *member(2)[2])
+    again = run(bank.variables([None, "last", None, "new"]))
+    np.testing.assert_array_equal(again[1], first[1])
+    assert len(traces) == 1
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_each_alone():
+    several = member(1), member(2)
+    bank = of(*several)
+    names = ["m1", "m0", "m1", "m0"]
+
+    def mixed(lora):
+        rows = jax.tree.map(lambda leaf: leaf[bank.slots(names)], lora)
+        variables = {"frozen": PARAMS, "lora": rows}
+        return jnp.sum(jnp.sin(bank.module.apply(variables, X)))
+
+    got = jax.grad(mixed)(bank._lora)
+    for index, rows in ((1, [0, 2]), (0, [1, 3])):
+        adapted, variables, _ = several[index]
+
+        def alone(lora, adapted=adapted, rows=rows):
+            y = adapted.apply({"frozen": PARAMS, "lora": lora}, X[jnp.array(rows)])
+            return jnp.sum(jnp.sin(y))
+
+        slot = int(bank.slots([f"m{index}"])[0])
+        wanted = jax.grad(alone)(variables[LORA])
+        for layer, scaling in (("up", 1.5), ("down", 1.5)):
+            np.testing.assert_allclose(  # the scaling is in the bank's B
+                got[layer]["lora_b"][slot] * scaling,
+                wanted[layer]["lora_b"],
+                rtol=1e-4,
+                atol=1e-6,
+            )
+            np.testing.assert_allclose(
+                got[layer]["lora_a"][slot],
+                wanted[layer]["lora_a"],
+                rtol=1e-4,
+                atol=1e-6,
+            )
+
+
+def test_a_mixed_batch_of_a_decoder_generates_what_each_adapter_does():
+    model = str(GOLDEN / "llama")
+    names = ["plain", "rslora"]
+    loaded = {n: load_model(model, adapter_of("llama", n)) for n in names}
+    base = load_model(model)
+    members = {
+        n: (one.variables[LORA], one.module.targets(one.params))
+        for n, one in loaded.items()
+    }
+    bank = AdapterBank(base.module, base.params, members, *base.inputs)
+    rows = ["rslora", "plain", None]
+    prompts = [row[:5].tolist() for row in inputs("llama")[0]]
+    got = generate(bank.module, bank.variables(rows), prompts, max_new_tokens=6)
+    for name, prompt, text in zip(rows, prompts, got, strict=True):
+        one = loaded.get(name, base)
+        alone = generate(one.module, one.variables, [prompt], max_new_tokens=6)
+        assert text == alone[0]
+
+
+def test_misuse_is_told():
+    bank = of(member(1), member(2))
+    with pytest.raises(ValueError, match=r"has no adapter 'm3'.*did you mean 'm"):
+        bank.variables(["m0", "m3", None, "m1"])
+    with pytest.raises(ValueError, match="capacity = 2, and it holds m0, m1"):
+        bank.add("more", *member(3)[2])
+    with pytest.raises(ValueError, match=r"adapter 'm0': .*rank of at least 3; got 2"):
+        bank.add("m0", *member(3, rank=3)[2])
+    with pytest.raises(ValueError, match=r"all be DoRA or none; \['m1'\] are"):
+        of(member(1), member(2, dora=True))
+    with pytest.raises(ValueError, match="from 1 to capacity = 1 members; got 2"):
+        of(member(1), member(2), capacity=1)
