@@ -255,7 +255,7 @@ def _count(found: dict[str, Any], key: str) -> str:
     if value is None:
         return "–"
     unknown = found.get("unknown", 0)
-    text = f"{value / 1e6:,.2f}" if key == "cycles" else str(value)
+    text = str(value) if key == "launches" else f"{value / 1e6:,.3f}"
     return text + (f" + {unknown} kernels" if unknown else "")
 
 

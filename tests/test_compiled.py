@@ -125,8 +125,8 @@ def test_the_table_compares_what_is_known():
     ours = {"cycles": 1_000_000, **KNOWN, "unknown": 2}
     rows = [row(**{compiled.OURS: ours, "other": {"cycles": 4_000_000, **KNOWN}})]
     text = compiled.table(rows)
-    assert "| lora_jax | 1.00 + 2 kernels | 1.00 | 2.0 MB | 1.00 | 1.500 |" in text
-    assert "| other | 4.00 | 0.25 | 2.0 MB | 1.00 | 1.500 |" in text
+    assert "| lora_jax | 1.000 + 2 kernels | 1.00 | 2.0 MB | 1.00 | 1.500 |" in text
+    assert "| other | 4.000 | 0.25 | 2.0 MB | 1.00 | 1.500 |" in text
     assert "Not compiled: qwix LoraProvider (qwix is not installed)." in text
 
 
