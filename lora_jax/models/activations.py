@@ -18,12 +18,6 @@ def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     ``jax.nn.gelu(approximate=False)`` computes the same with ``erfc``, which XLA
     evaluates by two expansions and a select; ``erf``, as in PyTorch, is cheaper.
 
-    Args:
-      x: inputs ``[*b, f]``.
-
-    Returns:
-      Activations ``[*b, f]``, in the dtype of ``x``.
-
     Example:
       >>> import jax.numpy as jnp
       >>> [f"{y:.4f}" for y in exact_gelu(jnp.array([0.0, 1.0]))]
@@ -37,7 +31,7 @@ def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return nn.gelu(x, approximate=True)
 
 
-# The "fast" and "new" ones are tanh.
+# "gelu_new" and "gelu_fast" are the tanh approximation too.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": exact_gelu,
     "gelu_new": tanh_gelu,
@@ -51,15 +45,6 @@ ACTIVATIONS: dict[str, Activation] = {
 def gate(
     activation: Activation, x: Float[Array, "*b f"], up: Float[Array, "*b f"]
 ) -> Float[Array, "*b f"]:
-    """Computes ``activation(x) * up``, keeping only x and up for the backward pass.
-
-    Args:
-      activation: one of `ACTIVATIONS`.
-      x: input of the activation ``[*b, f]``.
-      up: the gated values ``[*b, f]``.
-
-    Returns:
-      ``[*b, f]``.
-    """
+    """Computes ``activation(x) * up``, saving only x and up for the backward pass."""
     x, up = fence_gradient(x), fence_gradient(up)
     return jax.checkpoint(lambda x, up: activation(x) * up)(x, up)

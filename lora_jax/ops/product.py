@@ -114,7 +114,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
 
     Autodiff does the same, and `jax.shard_map` checks it (``check_vma``).
     """
-    own, wanted = _varying_axes(gradient), _varying_axes(primal)
+    own, wanted = varying_axes(gradient), varying_axes(primal)
     if summed := tuple(own - wanted):
         gradient = jax.lax.psum(gradient, summed)
     if missing := tuple(wanted - own):
@@ -122,7 +122,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
     return gradient
 
 
-def _varying_axes(array: AnyFloat) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
     """Returns the `jax.shard_map` axes over which an array varies."""
     aval = jax.typeof(array)  # `mat.varying` since JAX 0.10, `vma` before
     varying = getattr(getattr(aval, "mat", None), "varying", None)
@@ -136,16 +136,8 @@ def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
     """Computes `jnp.einsum`, contracting axes in the order of the larger operand.
 
     `jnp.einsum` contracts labels in alphabetical order; if the axes are in another
-    order, XLA:CPU first makes a transposed copy of the operand.
-
-    Args:
-      equation: explicit, with two operands and no ellipsis.
-      x: the first operand.
-      y: the second operand.
-      **options: passed to `jnp.einsum`.
-
-    Returns:
-      The product.
+    order, XLA:CPU first makes a transposed copy of the operand. The equation must be
+    explicit, with two operands and no ellipsis.
     """
     x_labels, y_labels = equation.split("->")[0].split(",")
     labels = x_labels + y_labels if x.size >= y.size else y_labels + x_labels

@@ -19,14 +19,7 @@ from lora_jax.ops.target import target_platform as target_platform
 
 
 def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Returns a context for tracing a function for a mesh.
-
-    Args:
-      mesh: from `make_mesh`, or None for a no-op.
-
-    Returns:
-      The context, to be entered inside the traced function.
-    """
+    """Returns a context to enter inside a function traced for a mesh, if any."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -39,14 +32,7 @@ def num_row_shards() -> int:
 
 
 def shard_rows(x: AnyFloat) -> AnyFloat:
-    """Constrains activations ``[b, ...]`` to be sharded like the batch.
-
-    Args:
-      x: activations whose first axis is the batch axis.
-
-    Returns:
-      ``x``, with its other axes unsharded.
-    """
+    """Constrains activations ``[b, ...]`` to be sharded by rows, like the batch."""
     parts = num_row_shards()
     if parts == 1 or x.shape[0] % parts:
         return x
@@ -56,12 +42,7 @@ def shard_rows(x: AnyFloat) -> AnyFloat:
 def gather_kernel(kernel: AnyFloat) -> AnyFloat:
     """Gathers a kernel ``[i, o]`` once, for a loop that reads it repeatedly.
 
-    Args:
-      kernel: sharded over any mesh axes.
-
-    Returns:
-      The kernel, gathered over the batch axes; its outputs stay sharded over
-      ``tensor``.
+    It is gathered over the batch axes; its outputs stay sharded over ``tensor``.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or kernel.shape[1] % mesh.shape[TENSOR]:
