@@ -116,7 +116,7 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
             "flax nnx.LoRA": lambda: nnx_lora(config, task),
         }
     if not is_on_cpu():  # slicing W0 in a loop has a cost there
-        makers[f"{OURS}, unrolled"] = lambda: _lm_step(task.model, task.params, batch)
+        makers[f"{OURS}, unrolled"] = lambda: lm_step(task.model, task.params, batch)
     makers[FLOOR] = lambda: matmuls(task.params, spec.batch * spec.length)
     name = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return _alternate(
@@ -141,21 +141,13 @@ def encoder_task(spec: specs.EncoderSpec) -> tuple[Task, np.ndarray, np.ndarray]
     labels = rng.integers(0, 2, spec.batch)
     model = SequenceClassifier(spec.config, num_labels=2, dtype=dtype())
     inputs = (jnp.asarray(ids, jnp.int32), jnp.ones(shape, jnp.int32))
-    loss = _mean_loss(jnp.asarray(labels))
+    loss = mean_loss(jnp.asarray(labels))
     return Task(model, init(model, *inputs), inputs, loss), ids, labels
 
 
 def _layers(spec: specs.DenseSpec) -> dict:
     """Runs a single layer trained on the squared error."""
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((2, spec.tokens, spec.width), np.float32)
-    model, inputs = Layer(spec.width, dtype()), (jnp.asarray(x, dtype()),)
-    wanted = jnp.asarray(y)
-
-    def loss(output: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(output.astype(jnp.float32) - wanted))
-
-    task = Task(model, init(model, *inputs), inputs, loss)
+    task, x, y = layer_task(spec)
     makers = own(task) | {
         ON_NNX: lambda: our_nnx_layer(spec.width, task),
         "flax nnx.LoRA": lambda: nnx_layer(spec.width, task),
@@ -164,6 +156,19 @@ def _layers(spec: specs.DenseSpec) -> dict:
     return _alternate(
         name, makers, task, lambda: torch_peft.layer(spec.width, x, y), calls=5
     )
+
+
+def layer_task(spec: specs.DenseSpec) -> tuple[Task, np.ndarray, np.ndarray]:
+    """Returns a single layer trained on the squared error, its inputs and outputs."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, spec.tokens, spec.width), np.float32)
+    model, inputs = Layer(spec.width, dtype()), (jnp.asarray(x, dtype()),)
+    wanted = jnp.asarray(y)
+
+    def loss(output: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(output.astype(jnp.float32) - wanted))
+
+    return Task(model, init(model, *inputs), inputs, loss), x, y
 
 
 def own(task: Task, **options: Any) -> Makers:
@@ -269,10 +274,12 @@ def lm_batch(ids: np.ndarray) -> dict[str, jax.Array]:
 def lm_task(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Task:
     """Returns next-token prediction with a decoder whose blocks are not scanned."""
     model, ids = Decoder(config, dtype=dtype()), batch["input_ids"]
-    return Task(model, init(model, ids), (ids,), _mean_loss(batch["labels"]))
+    return Task(model, init(model, ids), (ids,), mean_loss(batch["labels"]))
 
 
-def _mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Returns the mean cross-entropy of logits, as a function of them."""
+
     def loss(logits):
         total, weight = softmax_cross_entropy(logits, labels)
         return total / weight
@@ -298,10 +305,11 @@ def init(model: nn.Module, *inputs: jax.Array) -> Any:
 def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
     """This library's step on scanned blocks; ``options`` are passed to `measured`."""
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat=remat)
-    return _lm_step(model, _scanned(config, batch), batch, **options)
+    return lm_step(model, _scanned(config, batch), batch, **options)
 
 
-def _lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contender:
+def lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contender:
+    """This library's step of a decoder; ``options`` are passed to `measured`."""
     adapted = adapt(model, LoRAConfig(RANK, ALPHA), batch["input_ids"])
     variables = adapted.attach(params, jax.random.key(1))
     loss_fn = make_lm_loss(adapted, is_tied=False)
@@ -339,8 +347,13 @@ def _loss_fn(module: Any, task: Task) -> Any:
 
 def _full_decoder(config: DecoderConfig, batch: Any) -> Contender:
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat="lora")
-    variables = {"params": _copy(_scanned(config, batch))}
-    return _trained(make_lm_loss(model, is_tied=False), variables, batch)
+    return full_step(model, _scanned(config, batch), batch)
+
+
+def full_step(model: Decoder, params: Any, batch: Any) -> Contender:
+    """Full fine-tuning of a decoder."""
+    loss_fn = make_lm_loss(model, is_tied=False)
+    return _trained(loss_fn, {"params": _copy(params)}, batch)
 
 
 def _scanned(config: DecoderConfig, batch: Any) -> Any:
