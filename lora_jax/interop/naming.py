@@ -134,9 +134,23 @@ class Names:
                 return [self._spell(name, self.style) for name in bare]
         return []
 
-    def full_name(self, bare: str) -> str:
-        """Returns a module's name in the style used for writing."""
-        return self._spell(bare, self.style)
+    def expert_names(self, path: str, number: int, part: str) -> list[str]:
+        """Returns the names of a part of one expert, as files have them first.
+
+        Args:
+          path: of the kernel of all experts.
+          number: of the expert.
+          part: one of `Family.expert_parts`.
+        """
+        parent = path.rpartition("/")[0]
+        bare = str(self.family.module_name(f"{parent}/expert_{number}/{part}"))
+        own = self.style[0]
+        styles = sorted(self._styles, key=lambda style: (style[1], style[0] != own))
+        return list(dict.fromkeys(self._spell(bare, style) for style in styles))
+
+    def full_name(self, bare: str, *, is_new: bool = True) -> str:
+        """Returns a module's name in the style that is written, or as in files."""
+        return self._spell(bare, (self.style[0], is_new))
 
     def _paths(
         self, names: Mapping[str, str], spell: Callable[[str, Style], str]
