@@ -1,6 +1,15 @@
 """Model families: which config keys mean what, and which tensor is which leaf."""
 
-from lora_jax.models.families import bert, dense, gemma, gpt2, llama, towers, vision
+from lora_jax.models.families import (
+    bert,
+    dense,
+    gemma,
+    gpt2,
+    llama,
+    modernbert,
+    towers,
+    vision,
+)
 from lora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
@@ -8,6 +17,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "cohere2": dense.COHERE2,
     "dinov2": vision.DINOV2,
     "distilbert": bert.DISTILBERT,
+    "electra": bert.ELECTRA,
     "gemma2": gemma.GEMMA2,
     "gemma3": towers.GEMMA3_TOWER,
     "gemma3_text": gemma.GEMMA3,
@@ -18,6 +28,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "ministral3": dense.MINISTRAL3,
     "mistral": llama.MISTRAL,
     "mistral3": towers.MISTRAL3_TOWER,
+    "modernbert": modernbert.MODERNBERT,
+    "mpnet": bert.MPNET,
     "olmo2": llama.OLMO2,
     "olmo3": dense.OLMO3,
     "phi3": llama.PHI3,
