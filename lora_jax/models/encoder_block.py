@@ -89,7 +89,7 @@ class Mlp(nn.Module):
             x, last = gate(activation, *jnp.split(both, 2, axis=-1)), "gated_down"
         else:
             x, last = dense(cfg.mlp_size, "up")(x), "down"
-            x = jax.checkpoint(activation)(x)  # [b, t, f]; kept is x alone
+            x = jax.checkpoint(activation)(x)  # [b, t, f]; saves only x
         return dense(cfg.hidden_size, last)(x)
 
 

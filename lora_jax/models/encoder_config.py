@@ -1,4 +1,4 @@
-"""Sizes, constants and variants of encoders of text and of images."""
+"""Sizes, constants and variants of text and image encoders."""
 
 import dataclasses
 from typing import Literal
@@ -12,7 +12,7 @@ POOLERS = (None, "gelu", "relu", "tanh")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """The fields that encoders of text and of images share.
+    """The fields that text and image encoders share.
 
     Attributes:
       hidden_size: width of the model, ``d``.
@@ -29,21 +29,21 @@ class BlockConfig:
       has_norm_bias: biases of all norms.
       has_first_norm: whether the first sublayer has a norm.
       is_qkv_fused: whether query, key and value are one kernel, in that order.
-      layer_ropes: rotary frequencies of each layer's queries and keys; empty: none.
-      layer_windows: how far from itself a token of a layer sees, its own place
-        included; None in a layer: everything; empty: no layer has a window.
-      num_buckets: rows of a table of biases a head, by the distance of query and key,
-        added to all layers' scores; None for models without one.
-      has_layer_scale: whether each sublayer's output has a factor a channel.
-      is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, gate and up
-        being one kernel.
-      pooler_activation: of the pooling "pooler"; None for models without a pooler.
-      pooler_input: what that pooling reads: the first token ("cls") or the mean.
+      layer_ropes: each layer's rotary frequencies; empty for none.
+      layer_windows: how many keys a query sees on either side, its own included, in
+        each layer; None for all; empty if no layer has a window.
+      num_buckets: rows of the table of relative position biases, one column a head,
+        shared by all layers; None for models without one.
+      has_layer_scale: whether each sublayer's output has a factor per channel.
+      is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, with gate and up
+        in one kernel.
+      pooler_activation: activation of the "pooler" pooling; None without a pooler.
+      pooler_input: what that pooling reads, the first token ("cls") or the mean.
       has_pooler_bias: bias of its dense layer.
       has_pooler_norm: whether a norm follows its activation.
 
     Raises:
-      ValueError: if a size or constant is out of range; every fault is named.
+      ValueError: if a size or constant is out of range; lists all of them.
     """
 
     hidden_size: int
@@ -110,7 +110,7 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(BlockConfig):
-    """An encoder of token ids; see `BlockConfig`.
+    """A text encoder; see `BlockConfig`.
 
     Attributes:
       vocab_size: rows of the word embedding, ``v``.
@@ -119,8 +119,8 @@ class EncoderConfig(BlockConfig):
       max_positions: the longest sequence.
       has_positions: whether there is a table of positions.
       num_token_types: rows of the token type embedding; None for models without one.
-      padding_id: of RoBERTa, whose positions count the other tokens from
-        ``padding_id + 1`` on; None: positions are ``0 ... t-1``.
+      padding_id: for RoBERTa, which numbers non-padding tokens from ``padding_id + 1``;
+        None: positions are ``0 ... t-1``.
     """
 
     vocab_size: int
@@ -151,7 +151,7 @@ class EncoderConfig(BlockConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig(BlockConfig):
-    """An encoder of images, patch by patch; see `BlockConfig`.
+    """An image encoder, patch by patch; see `BlockConfig`.
 
     Attributes:
       image_height: in pixels, of the images that the position table is for.
@@ -182,5 +182,5 @@ class ImageEncoderConfig(BlockConfig):
         return faults
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches in a column and in a row of an image."""
+        """Returns the number of patches in a column and in a row of an image."""
         return height // self.patch_height, width // self.patch_width

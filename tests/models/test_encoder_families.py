@@ -294,7 +294,7 @@ def test_wrong_images_are_named():
         (vit, x[..., :8], r"size \(12, 12\); got shape \(1, 3, 12, 8\)"),
         (dinov2, x[0, 0, 0], r"c = 3 .* got shape \(12,\)"),
         (vit, x.transpose(0, 2, 3, 1), r"c = 3 .* got shape \(1, 12, 12, 3\)"),
-        (dinov2, x[..., :3], r"a patch or more; got shape \(1, 3, 12, 3\)"),
+        (dinov2, x[..., :3], r"at least one patch; got shape \(1, 3, 12, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.module.apply(model.variables, image)
