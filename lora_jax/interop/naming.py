@@ -165,7 +165,7 @@ class Names:
 
     def _spell(self, bare: str, style: Style) -> str:
         prefix, is_new = style
-        if bare == LM_HEAD:  # beside the model, in its wrapper if that has one
+        if bare == LM_HEAD:  # outside the model, in its wrapper if there is one
             return f"language_model.{bare}" if prefix == WRAPPED else bare
         has_none = self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare
