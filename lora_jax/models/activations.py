@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from lora_jax.ops.fence import fence_gradient
+
 Activation = Callable[[Array], Array]
 
 
@@ -44,4 +46,5 @@ def gate(
     activation: Activation, x: Float[Array, "*b f"], up: Float[Array, "*b f"]
 ) -> Float[Array, "*b f"]:
     """Computes ``activation(x) * up``, saving only x and up for the backward pass."""
+    x, up = fence_gradient(x), fence_gradient(up)
     return jax.checkpoint(lambda x, up: activation(x) * up)(x, up)

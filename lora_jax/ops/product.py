@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.names import X_A
+from lora_jax.ops.target import target_platform
 
 _MIN_FOR_BARRIER = 16
 RANK = "R"  # the label of the rank axis in every product's equation
@@ -82,7 +83,7 @@ def _backward(equation, rate, precision, residuals, dy):
     rest = "".join(c for c in factor_labels if c not in batch and c != RANK)
     order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
     is_transposed = order != sorted(order)
-    # Without a barrier XLA folds this transpose into the product and transposes the
+    # Without a barrier XLA:CPU folds this transpose into the product and transposes the
     # wide operand after all (8 times slower for [768, 1536], rank 8). Small arrays get
     # no barrier: it gains nothing there, and XLA:CPU (jaxlib 0.10.2) aborts on a
     # batched product over 2 or 3 rows or columns that feeds a barrier. XLA:CPU can't
@@ -101,7 +102,7 @@ def _backward(equation, rate, precision, residuals, dy):
         precision=precision,
         preferred_element_type=factor.dtype,
     )
-    if is_transposed and not is_small:
+    if is_transposed and not is_small and target_platform() == "cpu":
         rank_first = jax.lax.optimization_barrier(rank_first)
     rank_first = rank_first.transpose(order)
     dx = dropout(dx, rate, key)

@@ -10,10 +10,12 @@ import contextlib
 import math
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.names import BATCH_AXES, TENSOR
+from lora_jax.ops.target import current_mesh as current_mesh
+from lora_jax.ops.target import target_platform as target_platform
 
 
 def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
@@ -21,22 +23,6 @@ def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def current_mesh() -> AbstractMesh | None:
-    """Returns the mesh of `on_mesh_of`, or None outside of it and on other meshes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if set(BATCH_AXES) <= set(mesh.shape) else None
-
-
-def target_platform() -> str:
-    """Returns the platform to compile for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-
-    On a mesh it is that of its devices, which may not be on this machine.
-    """
-    mesh = current_mesh()
-    device = None if mesh is None else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def num_row_shards() -> int:
