@@ -36,9 +36,10 @@ from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.models.experts import ROUTED
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layer_rules import register_layer
-from lora_jax.parallel.activation_sharding import shard_rows
+from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
 
+MAX_UNROLLED = 8  # scanned layers compiled one by one on TPU; more take minutes
 # What the backward pass saves of a block, from most to least memory.
 REMATS: dict[str, Any] = {
     "none": None,  # everything it needs
@@ -241,6 +242,7 @@ class Decoder(nn.Module):
                 "variable_axes": {"params": 0, ROUTED: 0},
                 "split_rngs": {"params": True, "dropout": True},
                 "length": cfg.num_layers,
+                "unroll": self._unroll(),
             }
             block = nn.scan(
                 block,
@@ -260,6 +262,17 @@ class Decoder(nn.Module):
         """The normalised hidden states, scaled: the head is linear, its logits too."""
         x, scale = self.final_norm(x), self.config.logit_scale
         return x if scale == 1 else x * scale
+
+    def _unroll(self) -> int:
+        """Returns the number of layers that are compiled in one pass of the loop.
+
+        A loop copies what the backward pass needs into a stack and out of it. Without
+        one, two Llama-8B layers on v5e take 113 million cycles a step instead of 144
+        for autodiff of single blocks, by the compiler's estimate.
+        """
+        is_short = self.config.num_layers <= MAX_UNROLLED and self.remat == "none"
+        is_tpu = target_platform() == "tpu"
+        return self.config.num_layers if is_short and is_tpu else 1
 
     def _exceeds(self, length: int) -> bool:
         original = self.config.original_positions

@@ -15,7 +15,6 @@ from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
-from lora_jax.ops.fence import fence_gradient
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -193,7 +192,7 @@ class Block(DecoderModule):
         placement, scale = self.config.norm_placement, self.config.residual_scale
 
         def pre(name: str, x: Array) -> Array:
-            return fence_gradient(self.norm(name)(x)) if placement != "post" else x
+            return self.norm(name)(x) if placement != "post" else x
 
         def post(name: str, y: Array) -> Array:
             y = self.norm(name)(y) if placement != "pre" else y
