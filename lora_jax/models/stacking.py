@@ -84,7 +84,8 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       config: the decoder's.
 
     Returns:
-      False if ``lora`` has ``layers``, or a pattern that tells layers apart.
+      False if ``lora`` has ``layers``, or a pattern that tells layers apart, or the
+      model has layers of different shapes.
 
     Example:
       >>> config = DecoderConfig(
@@ -96,7 +97,7 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
       False
     """
-    if lora.layers is not None:
+    if lora.layers is not None or config.layer_changes:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)

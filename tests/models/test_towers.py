@@ -19,7 +19,7 @@ from lora_jax.models.source import read_settings
 from tests.interop.peft_cases import assert_peft, logits_of
 from tests.models.golden import GOLDEN
 
-TOWERS = ("gemma3_tower", "mistral3", "qwen2_5_vl", "qwen3_vl")
+TOWERS = ("gemma3_tower", "gemma4_tower", "mistral3", "qwen2_5_vl", "qwen3_vl")
 ADAPTER = "adapter_model.safetensors"
 INSIDE = "base_model.model.model.language_model."
 GEMMA = GOLDEN / "gemma3_tower"

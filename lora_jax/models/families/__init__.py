@@ -1,6 +1,15 @@
 """Model families: which config keys mean what, and which tensor is which leaf."""
 
-from lora_jax.models.families import bert, dense, gemma, gpt2, llama, towers, vision
+from lora_jax.models.families import (
+    bert,
+    dense,
+    gemma,
+    gemma4,
+    gpt2,
+    llama,
+    towers,
+    vision,
+)
 from lora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
@@ -11,6 +20,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "gemma2": gemma.GEMMA2,
     "gemma3": towers.GEMMA3_TOWER,
     "gemma3_text": gemma.GEMMA3,
+    "gemma4": towers.GEMMA4_TOWER,
+    "gemma4_text": gemma4.GEMMA4,
     "glm4": dense.GLM4,
     "gpt2": gpt2.GPT2,
     "granite": dense.GRANITE,
