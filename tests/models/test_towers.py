@@ -103,6 +103,18 @@ def test_one_adapter_fits_the_whole_folder_and_the_language_model_alone(tmp_path
         )
 
 
+def test_a_wrapped_layer_of_the_same_name_is_told_apart(tmp_path):
+    lora = LoRAConfig(rank=1, targets=["query"])
+    model = load_model(GOLDEN / "gemma4_tower", lora=lora, key=jax.random.key(0))
+    assert any(name.endswith("q_proj.linear.weight") for name in model.unused)
+    export_adapter(tmp_path, model.variables, lora, model)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())[
+        "target_modules"
+    ]
+    layers = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert targets == layers
+
+
 def test_mlx_wraps_the_language_model(tmp_path):
     lora = LoRAConfig(rank=2, targets=["query", "head"])
     model = load_model(GOLDEN / "mistral3", lora=lora, key=jax.random.key(0))
