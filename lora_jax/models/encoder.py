@@ -1,22 +1,25 @@
-"""Encoders of text and of images as plain Linen modules, with no LoRA inside.
+"""Encoders of text and images as plain Linen modules, without LoRA.
 
 `lora_jax.adapt` adds the adapters from outside, so these files hold only the models:
 embeddings, blocks, and a head. Every family (BERT, RoBERTa, ViT, ...) is these
-modules under another config.
+modules with another config.
 
-The parameter tree (kernels ``[i, o]``, as Flax stores them)::
+The parameter tree (kernels are ``[i, o]``, as in Flax)::
 
-    encoder/embeddings/{word,position,token_type}/embedding     of text
-    encoder/embeddings/norm/{scale,bias}                        of text
-    encoder/embeddings/patch/{kernel,bias}                      of images
-    encoder/embeddings/{cls,position}                           of images
-    encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}
+    encoder/embeddings/{word,position,token_type}/embedding     text only
+    encoder/embeddings/norm/{scale,bias}                        text only
+    encoder/embeddings/patch/{kernel,bias}                      images only
+    encoder/embeddings/{cls,position}                           images only
+    encoder/embeddings/projection/{kernel,bias}       only with embedding_size
+    encoder/relative_bias/embedding                   only with num_buckets
+    encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}   or {qkv,output}
     encoder/layer_{i}/attention_norm/{scale,bias}
     encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
     encoder/layer_{i}/mlp_norm/{scale,bias}
     encoder/layer_{i}/{attention_scale,mlp_scale}     only with layer scale
     encoder/final_norm/{scale,bias}                   only with norm_placement="pre"
     pooler/{kernel,bias}                              only with pooling="pooler"
+    pooler_norm/{scale,bias}                          only with has_pooler_norm
     classifier/{kernel,bias}                          only with num_labels
 """
 
@@ -24,8 +27,10 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.embeddings import (
     Embeddings,
     Hidden,
@@ -34,17 +39,17 @@ from lora_jax.models.embeddings import (
     TokenIds,
     check_tokens,
 )
-from lora_jax.models.encoder_block import Block
+from lora_jax.models.encoder_block import Block, make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 
 Pooled = Float[Array, "b d"]
 
 POOLINGS = ("mean", "cls", "pooler", "cls_mean")
-POOLER_ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
+POOLER_ACTIVATIONS = {**ACTIVATIONS, "tanh": jnp.tanh}
 
 
 class Encoder(nn.Module):
-    """An encoder of text: token ids to hidden states.
+    """A text encoder: token ids to hidden states.
 
     Attributes:
       config: the sizes.
@@ -72,7 +77,7 @@ class Encoder(nn.Module):
           input_ids: token ids ``[b, t]``.
           attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
           token_type_ids: segment ids ``[b, t]``; all 0 if not given.
-          deterministic: False switches dropout on (PRNG stream "dropout").
+          deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
           Hidden states ``[b, t, d]``; ignore those at padding.
@@ -95,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """An encoder of images: pixels to hidden states of patches; see `Encoder`."""
+    """An image encoder: pixels to hidden states of patches; see `Encoder`."""
 
     config: ImageEncoderConfig
     dtype: Any = jnp.float32
@@ -106,15 +111,15 @@ class ImageEncoder(nn.Module):
         """Encodes a batch of images.
 
         Args:
-          pixel_values: normalised images ``[b, c, y, x]``, as Hugging Face has them.
-          deterministic: False switches dropout on (PRNG stream "dropout").
+          pixel_values: normalised images ``[b, c, y, x]``, as in Hugging Face.
+          deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
           Hidden states ``[b, 1 + patches, d]``: the class token's, then the patches'
           row by row.
 
         Raises:
-          ValueError: if the images are not of the config's channels and size.
+          ValueError: if the images don't have the config's channels and size.
           TypeError: if ``pixel_values`` are not floats.
         """
         check_pixels(self.config, pixel_values)
@@ -125,24 +130,53 @@ class ImageEncoder(nn.Module):
 def run_blocks(
     owner: "Encoder | ImageEncoder", x: Hidden, mask: Array | None, deterministic: bool
 ) -> Hidden:
-    """Makes and runs the blocks of a module whose compact method calls this.
+    """Makes and runs the blocks of ``owner``, whose compact method calls this.
 
-    Args:
-      owner: the calling module.
-      x: embeddings ``[b, t, d]``.
-      mask: boolean ``[b, t]``, True = real; None: all are.
-      deterministic: False switches dropout on.
-
-    Returns:
-      Hidden states ``[b, t, d]``.
+    ``mask`` is boolean ``[b, t]``, True for real tokens; None if all are.
     """
     cfg, dtype, rate = owner.config, owner.dtype, owner.dropout_rate
     x = nn.Dropout(rate)(x, deterministic=deterministic)
+    bias = None
+    if cfg.num_buckets is not None:
+        t = x.shape[1]
+        table = nn.Embed(cfg.num_buckets, cfg.num_heads, name="relative_bias")
+        distance = np.arange(t) - np.arange(t)[:, None]
+        buckets = relative_buckets(distance, cfg.num_buckets)  # [t, t]
+        bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]  # [1, n, t, t]
     for i in range(cfg.num_layers):
-        x = Block(cfg, dtype, rate, name=f"layer_{i}")(x, mask, deterministic)
+        block = Block(cfg, dtype, rate, i, name=f"layer_{i}")
+        x = block(x, mask, deterministic, bias)
     if cfg.norm_placement == "pre":
-        x = nn.LayerNorm(cfg.norm_eps, dtype=dtype, name="final_norm")(x)
+        x = make_norm(cfg, dtype, "final_norm")(x)
     return x
+
+
+def relative_buckets(distance: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Buckets of distances: half of them for keys after the query, half for the others.
+
+    The first half of each side is one bucket a distance, the second half grows
+    logarithmically up to a distance of 128, in float32 as in PyTorch.
+
+    Args:
+      distance: the key's position minus the query's, integers of any shape.
+      num_buckets: number of buckets; even.
+
+    Returns:
+      The buckets, in the shape of ``distance``.
+
+    Example:
+      >>> relative_buckets(np.array([-500, -1, 0, 1, 8, 64]), 32).tolist()
+      [15, 1, 0, 17, 24, 30]
+
+    References:
+      Raffel et al., https://arxiv.org/abs/1910.10683, section 2.1.
+    """
+    side, exact, far = num_buckets // 2, num_buckets // 4, 128
+    size = np.abs(distance)
+    octaves = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
+    steps = octaves / np.float32(np.log(far / exact)) * np.float32(side - exact)
+    wide = np.minimum(exact + steps.astype(np.int32), side - 1)
+    return np.where(size < exact, size, wide) + side * (distance > 0)
 
 
 def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
@@ -158,7 +192,7 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
     is_batch = len(shape) == 4 and shape[1] == config.num_channels
     wanted, is_sized = f"size {own}", shape[-2:] == own
     if config.is_resizable and is_batch:
-        wanted, is_sized = "a patch or more", 0 not in config.grid(*shape[-2:])
+        wanted, is_sized = "at least one patch", 0 not in config.grid(*shape[-2:])
     if not (is_batch and is_sized):
         raise ValueError(
             f"pixel_values must be [b, c, y, x] with c = {config.num_channels} and "
@@ -170,14 +204,14 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
 def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
     """Averages the hidden states of unmasked tokens, in float32.
 
-    Computes ``sum_t mask * hidden / max(sum_t mask, 1)``.
+    Computes ``sum_t mask * hidden / max(sum_t mask, 1)``: zeros for an all-padding row.
 
     Args:
       hidden: hidden states ``[b, t, d]``.
       attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
 
     Returns:
-      Averages ``[b, d]`` float32; zeros for a row of padding alone.
+      Averages ``[b, d]`` float32.
 
     Example:
       >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).item()
@@ -189,13 +223,13 @@ def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
 
 
 def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
-    """Pools hidden states to one vector a row, in float32.
+    """Pools hidden states to one vector per row, in float32.
 
     Args:
       hidden: hidden states ``[b, t, d]``.
       mask: ``[b, t]``, 1 for real tokens and 0 for padding.
       pooling: "mean" over unmasked tokens; "cls" or "pooler": the first token's;
-        "cls_mean": the first token's and the mean of the others, side by side.
+        "cls_mean": the first token's and the mean of the others, concatenated.
 
     Returns:
       Vectors ``[b, d]``; ``[b, 2 d]`` for "cls_mean".
@@ -210,15 +244,15 @@ def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
 
 
 class Classifier(nn.Module):
-    """An encoder, pooled to one vector a row, with a linear head; see the subclasses.
+    """An encoder, pooled to one vector per row, with a linear head; see the subclasses.
 
     Attributes:
       config: the encoder's sizes.
       num_labels: classes of the head; None for no head.
       pooling: "mean" over unmasked tokens, "cls" (the first token's hidden state),
-        "pooler" (``activation(W cls + b)``: BERT's pooler, RoBERTa's and DistilBERT's
-        first dense layer of the head) or "cls_mean" (the first token's beside the mean
-        of the others: DINOv2's).
+        "pooler" (``activation(W cls + b)``: BERT's pooler, the first dense layer of
+        RoBERTa's and DistilBERT's heads; with a norm, ModernBERT's) or "cls_mean"
+        (DINOv2's: the first token's, concatenated with the mean of the others).
       dtype: dtype of the encoder's computation; pooling and head are float32.
       dropout_rate: see `Encoder`.
 
@@ -252,32 +286,35 @@ class Classifier(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        """Creates the encoder and, where asked for, the pooler and the head."""
+        """Creates the encoder and, if configured, the pooler and the head."""
         self.encoder = self.encoder_type(self.config, self.dtype, self.dropout_rate)
         if self.pooling == "pooler":
-            self.pooler = nn.Dense(self.config.hidden_size, dtype=jnp.float32)
+            cfg = self.config
+            bias = cfg.has_pooler_bias
+            self.pooler = nn.Dense(cfg.hidden_size, bias, dtype=jnp.float32)
+            if cfg.has_pooler_norm:
+                self.pooler_norm = make_norm(cfg, jnp.float32, None)
         if self.num_labels is not None:
             self.classifier = nn.Dense(self.num_labels, dtype=jnp.float32)
 
     def head(self, hidden: Hidden, mask: TokenIds) -> Float[Array, "b o"]:
-        """Pools hidden states and classifies them.
+        """Pools hidden states ``[b, t, d]`` and classifies them.
 
-        Args:
-          hidden: hidden states ``[b, t, d]``.
-          mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
-        pooled = pool(hidden, mask, self.pooling)
-        if self.pooling == "pooler":
+        has_pooler = self.pooling == "pooler"
+        kind = self.config.pooler_input if has_pooler else self.pooling
+        pooled = pool(hidden, mask, kind)
+        if has_pooler:
             activation = POOLER_ACTIVATIONS[self.config.pooler_activation]
             pooled = activation(self.pooler(pooled))
+            if self.config.has_pooler_norm:
+                pooled = self.pooler_norm(pooled)
         return pooled if self.num_labels is None else self.classifier(pooled)
 
 
 class SequenceClassifier(Classifier):
-    """An `Encoder` of text with a head; its attributes are `Classifier`'s."""
+    """A text `Encoder` with a head; its attributes are `Classifier`'s."""
 
     encoder_type: ClassVar[Any] = Encoder
 
@@ -289,16 +326,9 @@ class SequenceClassifier(Classifier):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "b o"]:
-        """Classifies a batch of sequences.
+        """Classifies a batch of sequences; arguments are `Encoder`'s.
 
-        Args:
-          input_ids: token ids ``[b, t]``.
-          attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-          token_type_ids: segment ids ``[b, t]``; all 0 if not given.
-          deterministic: False switches dropout on (PRNG stream "dropout").
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         hidden = self.encoder(
             input_ids, attention_mask, token_type_ids, deterministic=deterministic
@@ -324,14 +354,9 @@ class ImageClassifier(Classifier):
     def __call__(
         self, pixel_values: Pixels, *, deterministic: bool = True
     ) -> Float[Array, "b o"]:
-        """Classifies a batch of images.
+        """Classifies a batch of images; arguments are `ImageEncoder`'s.
 
-        Args:
-          pixel_values: normalised images ``[b, c, y, x]``.
-          deterministic: False switches dropout on (PRNG stream "dropout").
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         hidden = self.encoder(pixel_values, deterministic=deterministic)
         return self.head(hidden, jnp.ones(hidden.shape[:2], jnp.int32))
