@@ -1,7 +1,10 @@
 """Sweeps: each run equals its own, whatever runs beside it."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +198,26 @@ def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
     found, differing = groups(points)
     assert [len(group) for group in found] == [3, 3]
     assert differing == ["lora.targets"]
+
+
+def test_the_members_are_split_over_devices(done, tree, tmp_path):
+    code = (
+        "import json, sys; from lora_jax import sweep;"
+        "tree, grid = json.load(sys.stdin);"
+        "done = sweep(tree, grid, zipped=True, together=2);"
+        "print(json.dumps([line['validation'] for line in done.runs]))"
+    )
+    own = {**tree, "output": {"dir": str(tmp_path / "mesh")}, "mesh": {"member": 2}}
+    flags = os.environ.get("XLA_FLAGS", "")
+    devices = "--xla_force_host_platform_device_count=2"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([own, GRID]),
+        env={**os.environ, "XLA_FLAGS": f"{flags} {devices}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    for line, found in zip(done.runs, json.loads(process.stdout), strict=True):
+        assert (found or {}) == pytest.approx(line["validation"] or {}, rel=1e-5)
