@@ -163,7 +163,8 @@ class Members:
     Args:
       loss_fn: of the shared module, whose scaling is 1, at the largest ranks.
       accumulate: see `make_train_step`.
-      state: a state with the shared module's shapes and `member_optimizer`'s state.
+      state: a state with the shared module's shapes and `member_optimizer`'s state;
+        shapes with shardings are enough to `trace`.
       hyper: of any member.
       count: ``m``.
       mesh: whose axis ``member`` the members are split over, or None.
@@ -317,8 +318,15 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
 
 
 def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
-    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * count), tree)
-    return stacked if sharding is None else jax.device_put(stacked, sharding)
+    def stack(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            where = leaf.sharding if sharding is None else sharding
+            shape = (count, *leaf.shape)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
+        stacked = jnp.stack([jnp.asarray(leaf)] * count)
+        return stacked if sharding is None else jax.device_put(stacked, sharding)
+
+    return jax.tree.map(stack, tree)
 
 
 def _is_key(leaf: Any) -> bool:
