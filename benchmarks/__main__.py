@@ -29,6 +29,7 @@ COMPARISONS = (
     "slices",
     "sweep",
     "plan_peak",
+    "compiled",
 )
 QUICK = ("contenders", "overhead")
 
@@ -43,6 +44,12 @@ def main() -> None:
         help="fewer samples and shapes, in a separate results file; without names: "
         f"{' and '.join(QUICK)}",
     )
+    parser.add_argument(
+        "--target",
+        action="append",
+        help="of 'compiled': a TPU slice or GPU to compile for, like v5e:2x2; may be "
+        "repeated",
+    )
     args = parser.parse_args()
     if args.names[:1] == ["compare"]:
         if len(args.names) != 3:
@@ -50,6 +57,8 @@ def main() -> None:
         sys.exit(not compare.main(*map(Path, args.names[1:])))
     if unknown := sorted(set(args.names) - {*COMPARISONS, "report"}):
         parser.error(f"unknown benchmark {unknown}; use {COMPARISONS} or 'report'")
+    if args.target and args.names != ["compiled"]:
+        parser.error("--target is an option of 'compiled' alone")
     names = args.names or (QUICK if args.quick else ())
     if not names:
         for name in COMPARISONS:
@@ -62,7 +71,8 @@ def main() -> None:
             report.main()
             continue
         module = importlib.import_module(f"benchmarks.{name}")
-        rows = module.main(args.quick)
+        options = {"targets": args.target} if args.target else {}
+        rows = module.main(args.quick, **options)
         path = harness.save(name, rows, args.quick)
         print(module.table(rows))
         print(f"written to {path}")

@@ -2,11 +2,11 @@
 
 The contenders alternate, with the same sizes, batch, dtype, rank and targets, and Adam
 on the adapters. Those that aren't installed are skipped with a note. Our decoders have
-scanned blocks, as in `lora-jax train`. qwix and plain autodiff run on this library's
-models, with its attention; nnx.LoRA on the same decoder written for NNX, PEFT on
-transformers' Llama and BERT, eager and compiled. The base is float32 on a CPU, bfloat16
-elsewhere. A lower bound for any step is included: only the base's matmuls, in the
-forward pass and for the input gradients.
+scanned blocks, as in `lora-jax train`, on both APIs of flax. qwix and plain autodiff
+run on this library's models, with its attention; nnx.LoRA on the same decoder written
+for NNX, PEFT on transformers' Llama and BERT, eager and compiled. The base is float32
+on a CPU, bfloat16 elsewhere. A lower bound for any step is included: only the base's
+matmuls, in the forward pass and for the input gradients.
 """
 
 import functools
@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
+import lora_jax.nnx as lnnx
 from benchmarks import specs, torch_peft
 from benchmarks.harness import Contender, alternate, is_on_cpu
+from benchmarks.nnx_decoder import NnxDecoder, linear
 from benchmarks.rivals import (
     ALPHA,
     RANK,
@@ -51,6 +54,7 @@ from lora_jax.models.encoder import SequenceClassifier
 CONFIG = specs.SMALL
 PEFT_LORA = {"r": RANK, "lora_alpha": ALPHA}
 OURS, FLOOR = "lora_jax", "no LoRA: the base's matmuls alone"
+ON_NNX = f"{OURS} on NNX"
 Makers = dict[str, Callable[[], Contender]]
 
 
@@ -108,10 +112,11 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
             f"{OURS}, remat none": lambda: ours(config, "none", batch),
             f"{OURS}, remat block": lambda: ours(config, "block", batch),
             "full fine-tuning": lambda: _full_decoder(config, batch),
+            ON_NNX: lambda: ours_on_nnx(config, batch),
             "flax nnx.LoRA": lambda: nnx_lora(config, task),
         }
     if not is_on_cpu():  # slicing W0 in a loop has a cost there
-        makers[f"{OURS}, unrolled"] = lambda: _lm_step(task.model, task.params, batch)
+        makers[f"{OURS}, unrolled"] = lambda: lm_step(task.model, task.params, batch)
     makers[FLOOR] = lambda: matmuls(task.params, spec.batch * spec.length)
     name = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return _alternate(
@@ -136,12 +141,25 @@ def encoder_task(spec: specs.EncoderSpec) -> tuple[Task, np.ndarray, np.ndarray]
     labels = rng.integers(0, 2, spec.batch)
     model = SequenceClassifier(spec.config, num_labels=2, dtype=dtype())
     inputs = (jnp.asarray(ids, jnp.int32), jnp.ones(shape, jnp.int32))
-    loss = _mean_loss(jnp.asarray(labels))
+    loss = mean_loss(jnp.asarray(labels))
     return Task(model, init(model, *inputs), inputs, loss), ids, labels
 
 
 def _layers(spec: specs.DenseSpec) -> dict:
     """Runs a single layer trained on the squared error."""
+    task, x, y = layer_task(spec)
+    makers = own(task) | {
+        ON_NNX: lambda: our_nnx_layer(spec.width, task),
+        "flax nnx.LoRA": lambda: nnx_layer(spec.width, task),
+    }
+    name = f"{spec.name}, {spec.tokens:,} tokens, alone"
+    return _alternate(
+        name, makers, task, lambda: torch_peft.layer(spec.width, x, y), calls=5
+    )
+
+
+def layer_task(spec: specs.DenseSpec) -> tuple[Task, np.ndarray, np.ndarray]:
+    """Returns a single layer trained on the squared error, its inputs and outputs."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, spec.tokens, spec.width), np.float32)
     model, inputs = Layer(spec.width, dtype()), (jnp.asarray(x, dtype()),)
@@ -150,12 +168,7 @@ def _layers(spec: specs.DenseSpec) -> dict:
     def loss(output: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(output.astype(jnp.float32) - wanted))
 
-    task = Task(model, init(model, *inputs), inputs, loss)
-    makers = own(task) | {"flax nnx.LoRA": lambda: nnx_layer(spec.width, task)}
-    name = f"{spec.name}, {spec.tokens:,} tokens, alone"
-    return _alternate(
-        name, makers, task, lambda: torch_peft.layer(spec.width, x, y), calls=5
-    )
+    return Task(model, init(model, *inputs), inputs, loss), x, y
 
 
 def own(task: Task, **options: Any) -> Makers:
@@ -171,11 +184,7 @@ def own(task: Task, **options: Any) -> Makers:
     adapted = adapt(task.model, LoRAConfig(RANK, ALPHA, **options), *task.inputs)
 
     def step(module: Any, variables: Any) -> Contender:
-        def loss_fn(variables, inputs, rngs):
-            del rngs
-            return task.loss(module.apply(variables, *inputs)), jnp.float32(1), {}
-
-        return _trained(loss_fn, variables, task.inputs)
+        return _trained(_loss_fn(module, task), variables, task.inputs)
 
     return {
         OURS: lambda: step(adapted, adapted.attach(task.params, jax.random.key(1))),
@@ -265,10 +274,12 @@ def lm_batch(ids: np.ndarray) -> dict[str, jax.Array]:
 def lm_task(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Task:
     """Returns next-token prediction with a decoder whose blocks are not scanned."""
     model, ids = Decoder(config, dtype=dtype()), batch["input_ids"]
-    return Task(model, init(model, ids), (ids,), _mean_loss(batch["labels"]))
+    return Task(model, init(model, ids), (ids,), mean_loss(batch["labels"]))
 
 
-def _mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def mean_loss(labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Returns the mean cross-entropy of logits, as a function of them."""
+
     def loss(logits):
         total, weight = softmax_cross_entropy(logits, labels)
         return total / weight
@@ -294,20 +305,55 @@ def init(model: nn.Module, *inputs: jax.Array) -> Any:
 def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
     """This library's step on scanned blocks; ``options`` are passed to `measured`."""
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat=remat)
-    return _lm_step(model, _scanned(config, batch), batch, **options)
+    return lm_step(model, _scanned(config, batch), batch, **options)
 
 
-def _lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contender:
+def lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contender:
+    """This library's step of a decoder; ``options`` are passed to `measured`."""
     adapted = adapt(model, LoRAConfig(RANK, ALPHA), batch["input_ids"])
     variables = adapted.attach(params, jax.random.key(1))
     loss_fn = make_lm_loss(adapted, is_tied=False)
     return _trained(loss_fn, variables, batch, **options)
 
 
+def ours_on_nnx(config: DecoderConfig, batch: Any, **options: Any) -> Contender:
+    """This library's step on scanned blocks of NNX."""
+
+    @nnx.jit
+    def make():
+        return NnxDecoder(config, None, dtype(), nnx.Rngs(0))
+
+    lora = LoRAConfig(RANK, ALPHA, exclude=["head"])
+    module, variables = lnnx.functional(lnnx.adapt(make(), lora, rngs=nnx.Rngs(1)))
+    loss_fn = make_lm_loss(module, is_tied=False)
+    return _trained(loss_fn, variables, batch, **options)
+
+
+def our_nnx_layer(width: int, task: Task) -> Contender:
+    """This library's step on one NNX linear."""
+    layer = linear(width, width, dtype(), nnx.Rngs(0))
+    lora = LoRAConfig(RANK, ALPHA)
+    module, variables = lnnx.functional(lnnx.adapt(layer, lora, rngs=nnx.Rngs(1)))
+    return _trained(_loss_fn(module, task), variables, task.inputs)
+
+
+def _loss_fn(module: Any, task: Task) -> Any:
+    def loss_fn(variables, inputs, rngs):
+        del rngs
+        return task.loss(module.apply(variables, *inputs)), jnp.float32(1), {}
+
+    return loss_fn
+
+
 def _full_decoder(config: DecoderConfig, batch: Any) -> Contender:
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat="lora")
-    variables = {"params": _copy(_scanned(config, batch))}
-    return _trained(make_lm_loss(model, is_tied=False), variables, batch)
+    return full_step(model, _scanned(config, batch), batch)
+
+
+def full_step(model: Decoder, params: Any, batch: Any) -> Contender:
+    """Full fine-tuning of a decoder."""
+    loss_fn = make_lm_loss(model, is_tied=False)
+    return _trained(loss_fn, {"params": _copy(params)}, batch)
 
 
 def _scanned(config: DecoderConfig, batch: Any) -> Any:

@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.parallel.activation_sharding import target_platform
+
 RESULTS = Path(__file__).parent / "results"
 QUICK = "-quick"  # suffix of file names
+UNMEASURED = ("compiled",)  # nothing runs here
 
 
 class Contender(NamedTuple):
@@ -120,8 +123,8 @@ def summary(ms: list[float]) -> dict[str, Any]:
 
 
 def is_on_cpu() -> bool:
-    """Returns whether the benchmarks run on a CPU."""
-    return jax.default_backend() == "cpu"
+    """Returns whether the benchmarks run on a CPU, or compile for one."""
+    return target_platform() == "cpu"
 
 
 def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
@@ -149,7 +152,8 @@ def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.platform}{QUICK * quick}.json"
+    platform = f"-{device.platform}" * (name not in UNMEASURED)
+    path = RESULTS / f"{name}{platform}{QUICK * quick}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
@@ -157,7 +161,8 @@ def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> Path:
 def _versions() -> dict[str, str]:
     """Returns the versions of the measured libraries that are installed."""
     found = {}
-    for name in ("jax", "flax", "numpy", "qwix", "torch", "transformers", "peft"):
+    libraries = ("jax", "flax", "numpy", "qwix", "torch", "transformers", "peft")
+    for name in (*libraries, "libtpu", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

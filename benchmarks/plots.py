@@ -141,8 +141,42 @@ def _overhead(rows: Rows) -> Any:
     return figure
 
 
+def _compiled(rows: Rows) -> Any:
+    """Draws cycles against temporaries of the decoder's step, a picture per target."""
+    rows = [row for row in rows if "cycles" in row[contenders.OURS]]
+    shape = rows[0]["shape"]
+    rows = [row for row in rows if row["shape"] == shape]
+    figure, grid = plt.subplots(
+        1,
+        len(rows),
+        figsize=(6.2 * len(rows), 4.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    figure.suptitle(f"{shape}: the compiler's estimate, not a measurement", fontsize=10)
+    for axis, row in zip(grid.flat, rows, strict=True):
+        for name, found in row.items():
+            if not isinstance(found, dict) or not found.get("cycles"):
+                continue
+            at = found["temp_bytes"] / 1e6, found["cycles"] / 1e6
+            axis.scatter(*at, color=_color(name), s=36)
+            axis.annotate(
+                name, at, xytext=(5, 4), textcoords="offset points", fontsize=7
+            )
+        axis.set(
+            title=row["target"],
+            xlabel="temporaries, MB",
+            ylabel="cycles, millions, by the compiler",
+        )
+        axis.set_xlim(left=0, right=1.35 * axis.get_xlim()[1])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    return figure
+
+
 PICTURES: dict[str, Callable[[Rows], Any]] = {
     "contenders": _contenders,
     "lengths": _lengths,
     "overhead": _overhead,
+    "compiled": _compiled,
 }

@@ -52,6 +52,11 @@ def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
     return measured(lowered, run, **facts)
 
 
+def repeater(run: Any, *args: Any, **facts: Any) -> Contender:
+    """Makes a contender from a jitted function without state."""
+    return measured(run.lower(*args), lambda: run(*args), **facts)
+
+
 def _by_autodiff(
     forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
 ) -> Contender:
@@ -71,8 +76,18 @@ def _by_autodiff(
     return stepper(step, state, frozen, trained=count(adapters), **options)
 
 
-def plain(task: Task, **options: Any) -> Contender:
-    """``x W + s (x A) B`` written directly, differentiated by JAX."""
+def plain(
+    task: Task, call: Callable[[Any], Any] | None = None, **options: Any
+) -> Contender:
+    """``x W + s (x A) B`` written directly, differentiated by JAX.
+
+    ``call`` maps parameters to what ``task.loss`` takes; None for the model's outputs.
+    """
+
+    def outputs(params: Any) -> Any:
+        return task.model.apply({"params": params}, *task.inputs)
+
+    call = call or outputs
     config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
     adapted = adapt(task.model, config, *task.inputs)
     adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
@@ -90,9 +105,35 @@ def plain(task: Task, **options: Any) -> Contender:
             return y + ALPHA / RANK * (args[0] @ a) @ b
 
         with nn.intercept_methods(intercept):
-            return task.model.apply({"params": params}, *task.inputs)
+            return call(params)
 
     return _by_autodiff(forward, adapters, task.params, task, **options)
+
+
+def plain_chunked(task: Task, labels: jax.Array, chunk: int) -> Contender:
+    """`plain` for a decoder, its logits formed again in the backward pass.
+
+    The head and the loss run under ``jax.checkpoint``, ``chunk`` tokens at a time.
+    """
+
+    def call(params: Any) -> Any:
+        variables = {"params": params}
+        hidden = task.model.apply(variables, *task.inputs, method="hidden")
+        return hidden, params["head"]["kernel"]
+
+    def loss(outputs: Any) -> jax.Array:
+        hidden, kernel = outputs
+
+        @jax.checkpoint
+        def of_chunk(xs: Any) -> jax.Array:
+            h, wanted = xs
+            logits = jnp.dot(h, kernel, preferred_element_type=jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).sum()
+
+        rows = hidden.reshape(-1, chunk, hidden.shape[-1]), labels.reshape(-1, chunk)
+        return jnp.sum(jax.lax.map(of_chunk, rows)) / labels.size
+
+    return plain(task._replace(loss=loss), call)
 
 
 def matmuls(params: Any, tokens: int) -> Contender:
@@ -114,7 +155,7 @@ def matmuls(params: Any, tokens: int) -> Contender:
     widths = {kernel.shape[0] for kernel in kernels}
     key = jax.random.key(0)
     rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
-    return measured(run.lower(kernels, rows), lambda: run(kernels, rows), trained=0)
+    return repeater(run, kernels, rows, trained=0)
 
 
 def _linears(params: Any) -> list[str]:

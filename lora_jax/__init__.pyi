@@ -11,6 +11,7 @@ from .ops import lora_conv as lora_conv
 from .ops import lora_dense as lora_dense
 from .ops import lora_einsum as lora_einsum
 from .ops import lora_embed as lora_embed
+from .ops import lora_experts as lora_experts
 from .ops import merge_kernel as merge_kernel
 
 # Linen modules.

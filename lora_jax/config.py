@@ -340,10 +340,8 @@ def _errors(config: LoRAConfig) -> tuple[list[str], list[str]]:
             )
     if config.targets == ():
         values.append("targets must name at least one layer; got an empty list")
-    for name, check_value in (
-        ("rank_pattern", check_rank),
-        ("alpha_pattern", check_alpha),
-    ):
+    checks = {"rank_pattern": check_rank, "alpha_pattern": check_alpha}
+    for name, check_value in checks.items():
         keys = [key for key, _ in getattr(config, name)]
         values.extend(
             f"{name} must name each pattern once; got {key!r} again"
@@ -364,17 +362,11 @@ def _errors(config: LoRAConfig) -> tuple[list[str], list[str]]:
             f"{list(config.layers)}"
         )
 
-    def in_unit(p: float) -> bool:
-        return 0.0 <= p <= 1.0
+    def in_unit(rate: float) -> bool:
+        return 0.0 <= rate <= 1.0
 
-    check(
-        "dropout_rate",
-        config.dropout_rate,
-        _is_number,
-        "a number",
-        in_unit,
-        "in [0, 1]",
-    )
+    rate = config.dropout_rate
+    check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
     for name in ("rslora", "dora"):
         if not isinstance(getattr(config, name), bool):
             got = getattr(config, name)

@@ -27,12 +27,14 @@ EMBED = "embed"  # a decoder's token embedding, also its output head where tied
 HEAD = "head"  # a decoder's output head
 LM_HEAD = "lm_head"  # Hugging Face's name for it
 LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading layer axis
+EXPERTS, ROUTER = "experts", "router"  # of a mixture, inside its MLP
 CLASSIFIER = "classifier"  # an encoder's head
 POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # mesh axes, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # the axes a batch is sharded over
+EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
 
 MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
 

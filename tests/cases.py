@@ -17,8 +17,10 @@ from lora_jax.ops import (
     lora_dense,
     lora_einsum,
     lora_embed,
+    lora_experts,
     merge_kernel,
 )
+from lora_jax.ops.grouped import grouped_dot
 from tests import reference
 from tests.laws import RANK, Arrays, Case, normal
 
@@ -118,6 +120,32 @@ def attend_case() -> Case:
         apply=apply,
         base=base,
         reference=reference.attend,
+    )
+
+
+def sorted_experts_case() -> Case:
+    """Rows sorted by expert, as many experts as ranks; 2 rows belong to none."""
+    sizes = jnp.array([4, 1, 5])
+    contraction = roles((0,), (1,), (2,))
+
+    def apply(x, kernel, a, b, scaling, **dropout):
+        return lora_experts(x, kernel, a, b, sizes, scaling=scaling, **dropout)
+
+    def base(x, kernel):  # compared with JAX's own in test_grouped.py
+        return grouped_dot(x, kernel, sizes)
+
+    return Case(
+        name="sorted_experts",
+        init=functools.partial(
+            arrays_of, x=(12, 7), kernel=(3, 7, 5), contraction=contraction
+        ),
+        apply=apply,
+        base=base,
+        merge=merge_with(contraction),
+        reference=functools.partial(reference.experts, sizes=(4, 1, 5)),
+        matrices=lambda w: w,
+        fan_in=7,
+        trainable=3 * 3 * (7 + 5),
     )
 
 
@@ -235,6 +263,7 @@ OP_CASES = (
         fan_in=7,
         trainable=3 * 3 * (7 + 5),
     ),
+    sorted_experts_case(),
     embed_case(),
     attend_case(),
     conv_case(

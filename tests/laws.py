@@ -23,7 +23,10 @@ from tests.reference import TOLERANCE, assert_close
 
 RANK, ALPHA = 3, 7.0
 SCALING = ALPHA / RANK
-PRODUCTS = ("dot_general", "conv_general_dilated", "scatter-add", "scatter")
+PRODUCTS = (
+    *("dot_general", "conv_general_dilated", "grouped_dot", "grouped_outer"),
+    *("scatter-add", "scatter"),
+)
 
 
 class Arrays(NamedTuple):

@@ -48,6 +48,16 @@ def einsum(equation, factors, x, kernel, a, b, scaling):
     return np.einsum(equation, np.asarray(x, np.float64), merged)
 
 
+def experts(x, kernel, a, b, scaling, sizes):
+    """Each row times the merged kernel of its expert; zero beyond the experts' rows."""
+    merged = merge(kernel, a, b, scaling, "eir,ero->eio")
+    y = np.zeros((len(x), merged.shape[2]))
+    ends = np.cumsum(sizes)
+    for matrix, start, stop in zip(merged, ends - sizes, ends, strict=True):
+        y[start:stop] = np.asarray(x, np.float64)[start:stop] @ matrix
+    return y
+
+
 def embed(ids, table, a, b, scaling):
     return merge(table, a, b, scaling)[np.asarray(ids)]
 

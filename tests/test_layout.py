@@ -28,13 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": BASE | {"ops", "tree", "attention"},
     "train": BASE | {"ops", "tree", "parallel"},
     "files": BASE | {"tree", "parallel", "train"},
-    "models": BASE | {"tree", "parallel", "attention", "nn", "files"},
+    "models": BASE | {"ops", "tree", "parallel", "attention", "nn", "files"},
     "interop": BASE | {"ops", "tree", "parallel", "nn", "files", "models"},
     "plan": BASE | {"tree", "parallel", "nn", "train", "models"},
 }
 LIBRARY = {*MAY_IMPORT}
-MAY_IMPORT["finetune"] = LIBRARY
 MAY_IMPORT["nnx"] = LIBRARY
+MAY_IMPORT["finetune"] = LIBRARY
 MAY_IMPORT["cli"] = LIBRARY | {"finetune"}
 OPTIONAL = (
     *("orbax", "safetensors", "tokenizers", "huggingface_hub", "yaml", "rich"),

@@ -2,7 +2,7 @@
 
 A 10 → 8 layer without bias, whose target differs from its weight by a matrix of rank 3;
 Adam trains only A and B. Run it with ``python -m experiments.one_layer.run`` (seconds
-on a CPU).
+on a CPU). ``--api nnx`` trains an adapted `flax.nnx.Linear`, and prints the same table.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from lora_jax import init_adapter, lora_dense, merge_kernel
+import lora_jax.nnx as lnnx
+from lora_jax import LoRAConfig, init_adapter, lora_dense, merge_kernel
 
 IN, OUT, PLANTED = 10, 8, 3
 RANKS = range(1, 9)
@@ -50,13 +52,43 @@ def fit(kernel, x, target, key, alpha, learning_rate, *, rank, steps=STEPS):
       A, B and the loss before every step.
     """
     scaling = alpha / rank
-    tx = optax.adam(optax.cosine_decay_schedule(1.0, steps))
-    adapter = init_adapter(key, kernel.shape, rank)
     y = x @ target
 
     def loss_fn(adapter):
         prediction = lora_dense(x, kernel, *adapter, scaling=scaling)
         return jnp.mean((prediction - y) ** 2)
+
+    adapter = init_adapter(key, kernel.shape, rank)
+    return descend(loss_fn, adapter, learning_rate, steps)
+
+
+@functools.partial(jax.jit, static_argnames=("alpha", "rank", "steps"))
+def fit_nnx(kernel, x, target, key, alpha, learning_rate, *, rank, steps=STEPS):
+    """Does the same with an NNX layer that was written without LoRA.
+
+    Returns:
+      A, B and the loss before every step.
+    """
+    layer = nnx.Linear(IN, OUT, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(kernel)
+    config = LoRAConfig(rank=rank, alpha=alpha, targets=".*")
+    model = lnnx.adapt(layer, config, rngs=nnx.Rngs(1))
+    a, b = init_adapter(key, kernel.shape, rank)  # the start of the other API's run
+    lnnx.update(model, {"lora": {"lora_a": a, "lora_b": b}})
+    graphdef, trained, frozen = nnx.split(model, lnnx.Trained, ...)
+    y = x @ target
+
+    def loss_fn(trained):
+        model = nnx.merge(graphdef, trained, frozen, copy=True)
+        return jnp.mean((model(x) - y) ** 2)
+
+    trained, losses = descend(loss_fn, nnx.to_pure_dict(trained), learning_rate, steps)
+    return (trained["lora_a"], trained["lora_b"]), losses
+
+
+def descend(loss_fn, adapter, learning_rate, steps):
+    """Runs Adam with a cosine schedule; returns the adapter and the losses."""
+    tx = optax.adam(optax.cosine_decay_schedule(1.0, steps))
 
     def step(carry, _):
         adapter, opt_state = carry
@@ -88,7 +120,7 @@ def count_table():
     return rows
 
 
-def recovery():
+def recovery(fit=fit):
     """Fits every rank with every seed; returns distances and SVD bounds."""
     x, kernel, target = make_task(jax.random.key(42))
     before = np.asarray(kernel).copy()
@@ -97,9 +129,9 @@ def recovery():
     rows, curves = [], {}
     keys = jax.vmap(jax.random.key)(jnp.arange(len(SEEDS)))
     for rank in RANKS:
-        run = functools.partial(fit, rank=rank)
-        over_seeds = jax.vmap(run, in_axes=(None, None, None, 0, None, None))
-        (a, b), losses = over_seeds(kernel, x, target, keys, 2.0 * rank, 1e-2)
+        run = functools.partial(fit, alpha=2.0 * rank, learning_rate=1e-2, rank=rank)
+        over_seeds = jax.vmap(run, in_axes=(None, None, None, 0))
+        (a, b), losses = over_seeds(kernel, x, target, keys)
         merge = functools.partial(merge_kernel, scaling=2.0)
         merged = jax.vmap(merge, in_axes=(None, 0, 0))(kernel, a, b)
         errors = [float(np.linalg.norm(m - target)) / size for m in np.asarray(merged)]
@@ -200,7 +232,12 @@ def main():
     """Runs everything and writes ``results/``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    folder = parser.parse_args().out
+    parser.add_argument("--api", choices=["functions", "nnx"], default="functions")
+    args = parser.parse_args()
+    if args.api == "nnx":
+        print(to_markdown(count_table(), recovery(fit_nnx)[0]))
+        return
+    folder = args.out
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     counts = count_table()

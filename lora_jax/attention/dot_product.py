@@ -95,15 +95,6 @@ def choose_implementation(
     cuDNN's fused kernel if it supports them: an NVIDIA GPU (Ampere or later), bfloat16
     or float16, a head dimension that is a multiple of 8 up to 128 (256 on Hopper or
     later), no bias, and even lengths if there is a mask. Otherwise XLA.
-
-    Args:
-      query: ``[*b, t, n, h]``.
-      key: ``[*b, s, k, h]``.
-      bias: attention bias, or None.
-      mask: attention mask, or None.
-
-    Returns:
-      ``"cudnn"`` or ``"xla"``.
     """
     t, s, h = query.shape[-3], key.shape[-3], query.shape[-1]
     fits = (
@@ -130,12 +121,6 @@ def is_fused_attention(primitive: Primitive, *_: Any, **__: Any) -> bool:
     """A rematerialisation policy that saves the output of cuDNN's fused attention.
 
     Unlike the other attention kernels, it has no checkpoint name.
-
-    Args:
-      primitive: the primitive whose output may be saved.
-
-    Returns:
-      Whether it is the kernel's forward pass.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 
@@ -150,14 +135,6 @@ def check_attention(
     is_causal: bool = False,
 ) -> None:
     """Raises unless the arguments of `attention` have compatible shapes.
-
-    Args:
-      query: ``[*b, t, n, h]``.
-      key: ``[*b, s, k, h]``.
-      value: ``[*b, s, k, h]``.
-      bias: broadcastable to ``[*b, n, t, s]``, or None.
-      mask: broadcastable to ``[*b, n, t, s]``, or None.
-      is_causal: whether a causal mask applies too.
 
     Raises:
       ValueError: listing every array of the wrong shape.

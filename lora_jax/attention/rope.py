@@ -76,8 +76,8 @@ def pairs_to_halves(x: Float[Array, "b t n h"], pairs: int) -> Array:
       The reordered array.
 
     Example:
-      >>> pairs_to_halves(jnp.arange(5).reshape(1, 1, 1, 5), 2).ravel().tolist()
-      [0, 2, 1, 3, 4]
+      >>> pairs_to_halves(jnp.arange(5.0).reshape(1, 1, 1, 5), 2).ravel().tolist()
+      [0.0, 2.0, 1.0, 3.0, 4.0]
     """
     both = x[..., : 2 * pairs]
     parts = (both[..., ::2], both[..., 1::2], x[..., 2 * pairs :])

@@ -30,13 +30,6 @@ def can_splash(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> 
 
     It needs a TPU and rows of at least one block; with several devices also a mesh that
     divides the rows and the heads.
-
-    Args:
-      query: ``[b, t, n, h]``.
-      key: ``[b, s, k, h]``.
-
-    Returns:
-      True if the kernel can be used.
     """
     if target_platform() != "tpu" or query.shape[1] < LANES:
         return False

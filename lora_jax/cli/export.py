@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
 from lora_jax.config import LoRAConfig
-from lora_jax.files.adapter import load_adapter
+from lora_jax.files.adapter import CONFIG, load_adapter
+from lora_jax.files.json_file import read_json
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
 from lora_jax.interop.export import export_adapter
@@ -24,6 +26,8 @@ from lora_jax.interop.pretrained import (
 )
 from lora_jax.models.load import LoadedModel
 from lora_jax.names import EMBED, HEAD
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -68,12 +72,25 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             ("folder", f"{target} ({', '.join(f.name for f in files)}, {size(total)})"),
         ]
     )
+    if args.portable:
+        out.say("To serve it (repeat NAME=DIR for more adapters of this base):")
+        out.say(vllm_command(target), wrap=False)  # to be copied
     return {
         "out": str(target),
         "format": args.format,
         "portable": args.portable,
         "adapter_bytes": total,
     }
+
+
+def vllm_command(folder: Path) -> str:
+    """Returns the command with which vLLM serves a portable adapter on its base."""
+    config = read_json(folder / CONFIG)
+    base = config["base_model_name_or_path"] or "BASE"
+    largest = next((r for r in VLLM_RANKS if r >= config["r"]), config["r"])
+    name = f"{folder.name}={folder}"
+    options = ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules", name]
+    return shlex.join(["vllm", "serve", base, *options])
 
 
 def _adds_to_base(adapter: ExternalAdapter) -> bool:

@@ -11,7 +11,7 @@ from lora_jax.cli.outputs import new_folder
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.finetune.errors import UserError
 from lora_jax.interop.pretrained import load_model
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.nn.adapt import find_targets
 from lora_jax.tree.combine import extract_adapter
 from lora_jax.tree.paths import flatten
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"{tuned.config} and {base.config}."
         )
     chosen = args.targets or ALL_LINEAR
-    config = own_names(LoRAConfig(rank=args.rank, targets=chosen), base.family)
+    config = translate_names(LoRAConfig(rank=args.rank, targets=chosen), base.family)
     rows = find_targets(base.module, config, *base.inputs, params=base.params)
     combined = extract_adapter(base.params, tuned.params, rows)
     before, after = flatten(base.params), flatten(tuned.params)

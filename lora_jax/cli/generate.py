@@ -11,7 +11,7 @@ import jax
 from lora_jax.cli.adapters import FIELD, parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import check_decoder, load_decoder
-from lora_jax.files.messages import ASSISTANT
+from lora_jax.files.messages import ASSISTANT, text_of
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.lines import check_faults
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if chats:
         _warn_of_endless(tokenizer, args.stop)
         prompts = _encode(chats, tokenizer, args.messages)
-        asked = [str(chat["messages"][-1]["content"]) for chat in chats]
+        asked = [text_of(chat["messages"][-1]) for chat in chats]
     else:
         asked = args.prompt
         prompts = [tokenizer.encode_text(text).ids for text in asked]

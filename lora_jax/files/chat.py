@@ -26,16 +26,20 @@ from lora_jax.files.chat_worker import CLOSE, OPEN, REFUSED
 from lora_jax.files.encoding import MAX_TEXT
 from lora_jax.files.messages import (
     ASSISTANT,
+    CALLS,
+    PROBE,
     WEIGHT,
     Message,
     check_calls,
     check_messages,
+    check_parts,
     check_tools,
+    continue_prompt,
     counted_turns,
+    text_of,
 )
 from lora_jax.files.optional import load_optional
 
-PROBE = "\ufdd2"  # a noncharacter, so not in any message
 SECONDS = 2.0  # CPU time per text
 MORE_SECONDS = 0.01  # for each prefix rendered along with it
 PATIENCE = 15.0  # wall-clock seconds, longer because the machine may be busy
@@ -165,9 +169,12 @@ class ChatTemplate:
         texts: list[Rendered] = []
         while turns:
             rendered, found = find(messages[:stop], turns, tools)
-            if found:
+            if not found and stop == turns[-1] + 1:
+                rendered = self._continue(messages[:stop], tools)
+                found = set(turns[-1:])
+            if rendered is not None and found:
                 texts.append(rendered)
-            elif stop == turns[-1] + 1:
+            elif rendered is None:
                 raise ValueError(
                     f"{self.name} must render the beginning of a conversation the same "
                     f"whatever follows; it does not before message {turns[-1]}, so the "
@@ -195,9 +202,8 @@ class ChatTemplate:
         text, ends, found = answer["text"], answer["ends"], {}
         for i, start, end in zip(turns, ends[::2], ends[1::2], strict=True):
             if start == REFUSED or (start is None and i == 0):
-                other = [*messages]
-                other[i] = {**messages[i], "content": PROBE}
-                start = _common(text, self._render(other, tools, False)["text"])
+                other = self._render(_probed(messages, i), tools, False)
+                start = _common(text, other["text"])
             if end is not None and start is not None and start <= end:
                 found[i] = [(start, end)]
         return Rendered(text, [*found.values()], marked=False), {*found}
@@ -223,6 +229,19 @@ class ChatTemplate:
                 found[i] = [span for _, span in marks[first : len(own)]]
         return Rendered(text, [*found.values()], marked=True), {*found}
 
+    def _continue(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> Rendered | None:
+        """Renders the last turn as generated, if the template drops its thoughts."""
+        if self._marks or messages[-1].get(CALLS):
+            return None
+        prompt = self._render(messages[:-1], tools, True)["text"]
+        probe = self._render(_probed(messages, -1), tools, False)["text"]
+        text = continue_prompt(prompt, probe, text_of(messages[-1]))
+        if text is None:
+            return None
+        return Rendered(text, [[(len(prompt), len(text))]], marked=False)
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -243,11 +262,14 @@ class ChatTemplate:
         }
         answer = self._ask(request)
         if "error" in answer:
+            parts = any(isinstance(m.get("content"), list) for m in messages)
+            hint = ". Perhaps it takes strings only, not parts: join their texts."
             raise ValueError(
                 f"{self.name} can't render these {len(messages)} messages: "
-                f"{answer['error']}"
+                f"{answer['error']}{hint * parts}"
             )
         check_calls(messages, answer["text"])
+        check_parts(messages, answer["text"])
         return answer
 
     def _ask(self, request: dict[str, Any] | None) -> dict[str, Any]:
@@ -273,6 +295,15 @@ class ChatTemplate:
             except BaseException:  # the answer may still arrive later
                 self._worker = None
                 raise
+
+
+def _probed(messages: Sequence[Message], turn: int) -> list[Message]:
+    """Replaces the content of a turn by `PROBE`, in one part if it has parts."""
+    others = [*messages]
+    has_parts = isinstance(messages[turn].get("content"), list)
+    probe = [{"type": "text", "text": PROBE}] if has_parts else PROBE
+    others[turn] = {**messages[turn], "content": probe}
+    return others
 
 
 class _LimitError(Exception):

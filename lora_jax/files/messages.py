@@ -15,6 +15,7 @@ from lora_jax.train.examples import nearest
 Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
+PROBE = "\ufdd2"  # a character that no message has any use for
 WEIGHT = "weight"  # 0 for a turn not trained on; removed before rendering
 CALLS = "tool_calls"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
@@ -26,8 +27,9 @@ def check_messages(messages: Any, words: Collection[str]) -> None:
 
     Args:
       messages: a list of objects. Each has a ``role``, one of `ROLES` or a word of the
-        template, and a string as ``content``, which may be null or absent if it has
-        ``tool_calls``. Other keys must be in `KEYS` or words of the template.
+        template, and as ``content`` a string or a list of parts such as ``{"type":
+        "text", "text": ...}``. It may be null or absent if there are ``tool_calls``.
+        Other keys must be in `KEYS` or words of the template.
       words: names and strings in the template's source.
 
     Raises:
@@ -86,6 +88,28 @@ def check_calls(messages: Sequence[Message], text: str) -> None:
                 )
 
 
+def text_of(message: Message) -> str:
+    """Returns a message's text, that of its parts joined; empty if it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def check_parts(messages: Sequence[Message], text: str) -> None:
+    """Raises a `ValueError` if parts were rendered as Python writes a list.
+
+    Templates that expect a string as content do so.
+    """
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and str(content[0]) in text:
+            raise ValueError(
+                f"message {i} must have a string as content: the chat template "
+                "doesn't read parts. Join their texts."
+            )
+
+
 def counted_turns(messages: Sequence[Message]) -> list[int]:
     """Returns the indices of the messages trained on: the assistant's, unless weight 0.
 
@@ -119,6 +143,10 @@ def _fault(message: Any, words: Collection[str]) -> str:
         return f"must have a string as role; got {str(role)[:40]!r}"
     if role not in ROLES and role not in words:
         return f"has an unknown role, {role[:40]!r}; {nearest(role, ROLES)}"
+    if isinstance(content, list) and content:
+        if fault := next(filter(None, map(_part_fault, content)), ""):
+            return fault
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str) and not (content is None and calls):
         return f"must have a string as content; got {str(content)[:40]!r}"
     if OPEN in (content or "") or CLOSE in (content or ""):
@@ -132,3 +160,39 @@ def _fault(message: Any, words: Collection[str]) -> str:
     if weight and role != ASSISTANT:
         return f"must have a weight of 0: only turns of {ASSISTANT!r} are trained on"
     return ""
+
+
+def _part_fault(part: Any) -> str:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        return f"must have objects with a type as parts; got {str(part)[:40]!r}"
+    if part["type"] != "text":
+        return (
+            f"must have parts of the type 'text' only; got {part['type'][:40]!r}: "
+            "a language model here reads no images, audio or video"
+        )
+    if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+        return f"must have a string as text of each part; got {str(part)[:60]!r}"
+    return ""
+
+
+def continue_prompt(prompt: str, probe: str, content: str) -> str | None:
+    """Returns a turn as it is generated where the template drops its thoughts.
+
+    Args:
+      prompt: the text before the turn, which ends with ``<think>``, say.
+      probe: the text up to and with the turn, `PROBE` in place of its content.
+      content: of the turn; begins as the prompt ends.
+
+    Returns:
+      The text, which begins with ``prompt``; None if it can't be told.
+
+    Example:
+      >>> continue_prompt("A:<think>", f"A:{PROBE};", "<think>t</think>a")
+      'A:<think>t</think>a;'
+    """
+    before, _, after = probe.partition(PROBE)
+    opened = prompt.removeprefix(before).strip()
+    starts = prompt.startswith(before) and content.startswith(opened)
+    if probe.count(PROBE) != 1 or not opened or not starts:
+        return None
+    return prompt + content.removeprefix(opened).lstrip() + after

@@ -126,7 +126,7 @@ class Tokenizer:
         if max_length is not None and max_length <= special:
             raise ValueError(
                 f"max_length must be above {special}, the number of special tokens per "
-                f"text; got {max_length}."
+                f"text of {self.path}; got {max_length}."
             )
         with explained(self.path, "a tokenizer"):
             encodings = self._tokenizer.encode_batch(list(texts))

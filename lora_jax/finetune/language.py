@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from lora_jax.array_types import PyTree
+from lora_jax.files.messages import Message, text_of
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
@@ -30,7 +31,7 @@ from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
@@ -168,7 +169,9 @@ class Language(Job):
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
 
-        def encode(prompt: str) -> list[int]:
+        def encode(prompt: str | Sequence[Message]) -> list[int]:
+            if not isinstance(prompt, str):
+                return tokenizer.encode_prompt(prompt)
             if self.is_chat:
                 return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
             return tokenizer.encode_text(prompt).ids
@@ -181,7 +184,10 @@ class Language(Job):
             stop_ids=tokenizer.special.stop_ids,
         )
         return [
-            {"prompt": prompt, "text": tokenizer.decode(ids)}
+            {
+                "prompt": prompt if isinstance(prompt, str) else text_of(prompt[-1]),
+                "text": tokenizer.decode(ids),
+            }
             for prompt, ids in zip(prompts, texts, strict=True)
         ]
 
@@ -199,7 +205,9 @@ def open_language(
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(own_names(settings.lora, source.family), source.config)
+            scan = can_scan(
+                translate_names(settings.lora, source.family), source.config
+            )
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,

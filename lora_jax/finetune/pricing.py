@@ -19,7 +19,7 @@ from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
@@ -183,7 +183,7 @@ def slice_steps(
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
-    lora, scan = own_names(settings.lora, family), settings.model.scan
+    lora, scan = translate_names(settings.lora, family), settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)
     devices = make_mesh(**mesh, devices=open_slice(topology))

@@ -67,7 +67,8 @@ class DataSettings:
     Attributes:
       train: a JSONL file. Its lines are ``{"text": str, "label": int or str}`` for an
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
-        ``{"input_ids"}`` for a decoder.
+        ``{"input_ids"}`` for a decoder. Beside ``messages`` there may be ``tools``; an
+        assistant's message with ``"weight": 0`` is read and not trained on.
       validation: the same, to choose the best step; null to hold out a part of
         ``train``.
       test: the same, evaluated once at the end; null for none.
@@ -112,7 +113,8 @@ class TrainSettings:
       keep: number of latest checkpoints to keep, besides the best.
       patience: stop after this many validations without improvement; null for never.
       samples: prompts for a decoder to continue at every validation, for the log; user
-        messages if it is trained on messages.
+        messages if it is trained on messages. A list of messages with ``role`` and
+        ``content``, a system message first say, is a prompt too.
       baseline: whether to evaluate the frozen base for comparison (an encoder's with a
         linear head fitted to it).
     """
@@ -134,7 +136,7 @@ class TrainSettings:
     save_every: Count | None = None
     keep: Count = 2
     patience: Count | None = None
-    samples: tuple[str, ...] = ()
+    samples: tuple[str | tuple[dict[str, str], ...], ...] = ()
     baseline: bool = True
 
 

@@ -1,12 +1,11 @@
-"""Adapters of other tools put on a model of ours.
+"""Attaches adapters made by other tools to a model.
 
-PEFT and loralib multiply from the left, ``ΔW = s B A`` of a ``[out, in]`` weight;
+PEFT and loralib multiply from the left, ``ΔW = s B A`` for a ``[out, in]`` weight;
 Flax's kernels are ``[in, out]``, so ``lora_a = Aᵀ`` and ``lora_b = Bᵀ`` (also for
-GPT-2's Conv1D, whose weights are ``[in, out]``). Nothing has to be permuted for RoPE:
-all models here rotate halves, as Hugging Face's do, and GGUF files are brought to that
-order when they are read.
+GPT-2's Conv1D, whose weights are ``[in, out]``). RoPE needs no permutation: every model
+here rotates halves, as Hugging Face's do, and GGUF tensors are reordered when read.
 
-The modules that the file has factors of are adapted; its config must agree.
+Every module the file has factors for is adapted; the file's config must agree.
 """
 
 import re
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import join_experts
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
@@ -28,6 +28,7 @@ from lora_jax.interop.full_tensors import (
     place_biases,
     place_full,
     place_tokens,
+    resized,
 )
 from lora_jax.interop.fused import fuse_factors, split_factors
 from lora_jax.interop.naming import FUSIONS, Names
@@ -44,25 +45,24 @@ from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
 from lora_jax.tree.targets import Site, child
 
-Layers = Mapping[int | None, ExternalFactors]  # of one site; None where not stacked
+Layers = Mapping[int | None, ExternalFactors]  # of one site; None if not stacked
 
 
-def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
-    """Puts another tool's adapter on a model.
+def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
+    """Attaches another tool's adapter to a model.
 
-    Adapter dropout is off, as in `load_model`; the rate is in the config.
+    Adapter dropout is off, as in `load_model`; the rate is kept in the config.
 
     Args:
       loaded: the bare model.
-      adapter: as `read_peft`, `read_mlx` or `read_loralib` returned it.
+      adapter: from `read_peft`, `read_mlx` or `read_loralib`.
 
     Returns:
-      The model with the adapter: the module adapted, the variables in their
-      collections.
+      The adapted model, its variables split into collections.
 
     Raises:
-      ValueError: if the adapter has modules that the model lacks, or of other shapes,
-        or its config names other modules than the file holds; one error lists all.
+      ValueError: if the adapter has modules that the model lacks or whose shapes
+        differ, or its config and tensors disagree; one error lists all problems.
     """
     example = Example.of(*loaded.inputs)
     sites = {
@@ -75,19 +75,28 @@ def put_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
     names = Names(loaded.family, list(kernels), leaves)
     adapter = _for_text(adapter, names)
     spelling = names.spelled_as(adapter.modules)
-    placed, faults = _place(adapter, names, kernels, loaded.config)
+    counts = {
+        path: part.shape[0]
+        for path, part in kernels.items()
+        if sites[part.path].kind == "experts"
+    }
+    joined, faults = join_experts(adapter, names, counts)
+    placed, wrong = _place(joined, names, kernels, loaded.config)
+    faults += wrong
     if "peft_type" in adapter.config:
         known = names.modules()
-        strange = [name for name in adapter.modules if known.get(name) not in kernels]
-        found = spelling.modules.values(), spelling.tensors.values()
-        faults += config_faults(adapter, *found, strange=strange)
+        unknown = [name for name in adapter.modules if known.get(name) not in kernels]
+        by_expert = set(joined.modules) - set(adapter.modules)
+        modules = [n for n in spelling.modules.values() if n not in by_expert]
+        tensors = spelling.tensors.values()
+        faults += config_faults(adapter, modules, tensors, unknown=unknown)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
     faults += place_tokens(adapter, names, leaves, flat, values)
     faults += place_biases(placed, leaves, flat, values)
     for path, factors in placed.items():
-        is_embedding = sites[kernels[path].path].kind == "embed"
-        faults += _shape_faults(path, factors, kernels[path].shape, is_embedding)
+        kind = sites[kernels[path].path].kind
+        faults += _shape_faults(path, factors, kernels[path].shape, kind)
     if faults:
         raise report(adapter.origin, faults)
     layers: dict[str, dict[int | None, ExternalFactors]] = {}
@@ -115,10 +124,11 @@ def _place(
     kernels: Mapping[str, LayerSlice],
     config: Any,
 ) -> tuple[dict[str, ExternalFactors], list[str]]:
-    """Returns the factors by the paths of the model's modules, and what is wrong."""
+    """Returns the factors by module path, and the problems found."""
     paths, found, faults = names.modules(), {}, []
-    no_effect = _without_effect(adapter, names)
-    if no_effect:
+    pooler = {names.family.prefix + "pooler.dense", "pooler.dense"}
+    no_effect = [name for name in adapter.modules if name in pooler - set(paths)]
+    if no_effect:  # a bare encoder lacks the pooler, whose output would be unused
         warnings.warn(
             f"{adapter.origin}: the adapter of {', '.join(no_effect)} is left out; no "
             "output of this model depends on that layer.",
@@ -136,7 +146,7 @@ def _place(
                 f"{hint}?"
             )
         elif path in found:
-            faults.append(f"twice: {name} is another name of a module that is there")
+            faults.append(f"duplicate: {name} is another name of {path}")
         else:
             found[path] = factors
     faults += place_tied(found, kernels, is_tied_once=adapter.is_tied_once)
@@ -154,7 +164,7 @@ def _place(
 
 
 def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
-    """Leaves out a decoder's adapters of images or sound; a warning counts them."""
+    """Drops adapters for images or audio from a decoder's; warns if there are any."""
     if names.family.head:
         return adapter
     kept: dict[str, Any] = {
@@ -170,7 +180,7 @@ def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         warnings.warn(
-            f"{adapter.origin}: what it holds for images or sound ({left[0]}{more}) is "
+            f"{adapter.origin}: its adapters for images or sound ({left[0]}{more}) are "
             "left out; this model reads and writes text.",
             stacklevel=4,
         )
@@ -182,13 +192,6 @@ def _is_other(name: str) -> bool:
     return any(re.match(pattern, bare) for pattern in OTHER_MODALITIES)
 
 
-def _without_effect(adapter: ExternalAdapter, names: Names) -> list[str]:
-    """Names modules of a bare encoder that only an output that isn't used needs."""
-    known = names.modules()
-    unused = {names.family.prefix + "pooler.dense", "pooler.dense"}
-    return [n for n in adapter.modules if n in unused and n not in known]
-
-
 def _place_fused(
     found: dict[str, ExternalFactors],
     kernels: Mapping[str, LayerSlice],
@@ -196,7 +199,7 @@ def _place_fused(
     *,
     rslora: bool,
 ) -> list[str]:
-    """Splits or fuses adapters of projections that the model has split or fused."""
+    """Splits or fuses adapters where the model fuses projections differently."""
     faults = []
     for fusion in FUSIONS:
         layers = {
@@ -221,7 +224,7 @@ def _place_fused(
 
 
 def _part_sizes(config: Any, count: int) -> tuple[int, ...]:
-    """Outputs of query, key and value, or of gate and up."""
+    """Returns the output sizes of query, key and value, or of gate and up."""
     if count == 2:
         return (config.mlp_size,) * 2
     kv = config.num_kv_heads * config.head_dim
@@ -232,22 +235,23 @@ def _shape_faults(
     path: str,
     factors: ExternalFactors,
     kernel_shape: tuple[int, ...],
-    is_embedding: bool,
+    kind: str,
 ) -> list[str]:
     *window, inputs, outputs = kernel_shape
-    faults = []
+    faults, is_embedding = [], kind == "embed"
     if factors.is_embedding not in (None, is_embedding):
         kinds = ("a linear layer", "an embedding")
-        kind, other = kinds[is_embedding], kinds[not is_embedding]
-        faults.append(f"unexpected: {path} is {kind}; its factors are of {other}")
-    wanted = [
-        ("A", factors.a, (factors.rank, inputs, *window)),
-        ("B", factors.b, (outputs, factors.rank)),
-    ]
+        own, other = kinds[is_embedding], kinds[not is_embedding]
+        faults.append(f"unexpected: {path} is {own}; its factors are for {other}")
+    a_shape, b_shape = (factors.rank, inputs, *window), (outputs, factors.rank)
+    if kind == "experts":
+        a_shape, b_shape = (*window, factors.rank, inputs), (*window, *b_shape)
+    wanted = [("A", factors.a, a_shape), ("B", factors.b, b_shape)]
     if factors.magnitude is not None:
         wanted.append(("magnitude", factors.magnitude, (outputs,)))
     faults += [
         f"shape: {what} of {path} must be {list(shape)}; got {list(array.shape)}"
+        + resized(path, array.shape, shape)
         for what, array, shape in wanted
         if array.shape != shape
     ]
@@ -255,15 +259,15 @@ def _shape_faults(
 
 
 def _lead(layers: Layers) -> ExternalFactors:
-    """Returns the layer whose rank and scaling a whole stack has."""
+    """Returns the layer that sets the rank and scaling of its stack."""
     return max(layers.values(), key=lambda factors: factors.rank)
 
 
 def _leaves(site: Site, layers: Layers, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the adapter leaves of a site, as Flax has them.
+    """Returns a site's adapter leaves in Flax's layout.
 
-    Layers of a scanned model share a rank and a scaling: smaller ranks are padded with
-    zeros, another scaling goes into B, and a layer without an adapter gets zeros.
+    Layers of a scanned model share a rank and a scaling: smaller ranks are zero-padded,
+    other scalings are folded into B, and a layer without an adapter gets zeros.
     """
     lead, is_stack = _lead(layers), None not in layers
     a, b, m = lead.a, lead.b, lead.magnitude
@@ -275,12 +279,17 @@ def _leaves(site: Site, layers: Layers, flat: Mapping[str, Any]) -> dict[str, An
             m = np.array(column_norm(kernel, site.contraction))
         for index, factors in layers.items():
             ratio = np.float32(factors.scaling / lead.scaling)
-            a[index, : factors.rank] = factors.a
-            b[index, :, : factors.rank] = factors.b * ratio
+            ranks = slice(factors.rank)
+            before = (slice(None),) * factors.is_experts
+            a[(index, *before, ranks)] = factors.a
+            b[index, ..., ranks] = factors.b * ratio
             if m is not None:
                 m[index] = factors.magnitude
-    rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
-    a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
+    if site.kind == "experts":
+        a = a.swapaxes(-1, -2)
+    else:
+        rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
+        a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
     leaves = {LORA_A: a, LORA_B: b.swapaxes(-1, -2)}
     return leaves if m is None else {**leaves, MAGNITUDE: m}
 
@@ -290,7 +299,7 @@ def _config(
     adapter: ExternalAdapter,
     values: Mapping[str, Any],
 ) -> LoRAConfig:
-    """Returns the config that adapts exactly these sites, each with its own numbers."""
+    """Returns the config that adapts exactly these sites, with their own numbers."""
     leads = {path: _lead(factors) for path, factors in layers.items()}
     return LoRAConfig.for_layers(
         {path: lead.rank for path, lead in leads.items()},
@@ -304,9 +313,9 @@ def _config(
 
 
 def _modules(values: Iterable[str], bias: str, adapted: Collection[str]) -> set[str]:
-    """Returns the modules of leaves trained in full, or a bias beside an adapter.
+    """Returns the modules (or lone biases) trained in full, for `LoRAConfig.train`.
 
-    Biases that ``bias`` trains need no name.
+    Biases that ``bias`` already trains are left out.
     """
     owners = set()
     for path in values:

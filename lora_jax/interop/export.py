@@ -1,7 +1,7 @@
-"""Adapters of ours in the files of other tools.
+"""Exports adapters in the formats of other tools.
 
-The names come from the model's family, the shapes from tracing its module: no weights
-of the base are read.
+Names come from the model's family and shapes from tracing its module, so the base's
+weights are never read.
 """
 
 import dataclasses
@@ -16,6 +16,12 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import (
+    check_exportable,
+    known_names,
+    parameter_targets,
+    split_experts,
+)
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
@@ -71,28 +77,29 @@ def export_adapter(
     """Writes an adapter as a folder that PEFT or mlx-lm loads.
 
     Args:
-      directory: made if absent; an adapter there is replaced.
-      variables: holds ``lora``, and ``params`` if something was trained in full.
-        ``frozen`` is needed only for modules trained in part, whose rest it holds.
-      config: what the adapter was made with.
-      source: the base: a `LoadedModel`, or the path it was loaded from, of which the
-        config and the tensors' names are read.
+      directory: created if absent; an adapter there is replaced.
+      variables: holds ``lora``, and ``params`` if anything was trained in full.
+        ``frozen`` is needed only for modules trained in part, to supply the rest.
+      config: the config the adapter was made with.
+      source: the base: a `LoadedModel`, or the path it was loaded from, where the
+        config and tensor names are read.
       format: ``"peft"`` or ``"mlx"``.
       portable: writes a PEFT folder that every loader (PEFT, vLLM, SGLang, llama.cpp)
-        computes alike: the scaling in B, one rank, no patterns, q, k and v together.
-      pooling: the pooling that an encoder's head was trained on; None for the module's
-        own, or transformers' where that isn't known.
-      skip_head: leaves out a trained head of an encoder.
-      base_model: the base that the file names; None for the source's hub id if it has
-        one, else the name of its folder. No path of this machine is written.
+        interprets alike: scaling folded into B, one rank, no patterns, and q, k and v
+        all present.
+      pooling: the pooling that an encoder's head was trained with; None for the
+        module's own, or transformers' if that is unknown.
+      skip_head: leaves out an encoder's trained head.
+      base_model: the base model name to record; None for the source's hub id if it has
+        one, else its folder name. Local paths are never written.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if the adapter doesn't fit the config or is not finite, or the format
-        can't hold it; one error names all faults, and nothing is written.
-      OSError: if it can't be written.
+      ValueError: if the adapter doesn't fit the config, is not finite, or can't be
+        stored in the format; one error lists all problems, and nothing is written.
+      OSError: if the folder can't be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}; got {format!r}.")
@@ -107,10 +114,9 @@ def export_adapter(
     targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
     heads = () if skip_head else base.family.head
     has_head = any(path in variables.get(PARAMS, {}) for path in heads)
-    opened = _opened_as(base, has_head=has_head)
-    names = Names(
-        base.family, list(kernels), layer_slices(weights), has_prefix=opened.has_prefix
-    )
+    has_prefix, auto_mapping = _auto_class(base, has_head=has_head)
+    leaves = layer_slices(weights)
+    names = Names(base.family, list(kernels), leaves, has_prefix=has_prefix)
     if has_head:
         _check_head(base)
     adapter = _describe(
@@ -121,9 +127,14 @@ def export_adapter(
     spelling = names.spelling()
     if portable:
         adapter = make_portable(adapter, kernels, spelling.modules)
-    files = [names.full_name(b.rpartition(".")[0]) for b in base.source.names]
+        adapter = adapter._replace(modules=split_experts(adapter.modules, names))
+    parameters = parameter_targets(adapter, names)
+    wrapped = {name.removesuffix(".weight") for name in parameters}
+    if wrapped:  # PEFT has no dropout there, and none is needed to compute
+        adapter = adapter._replace(dropout_rate=0.0)
+    known = known_names(names, base.source.names, by_expert=portable)
     settings: dict[str, Any] = {
-        "auto_mapping": opened.auto_mapping,
+        "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_name(
             base_model,
             None if isinstance(source, LoadedModel) else source,
@@ -131,9 +142,8 @@ def export_adapter(
             base.source.settings.get("_name_or_path"),
         ),
         "fan_in_fan_out": not base.family.is_transposed,
-        "target_modules": _shortest(
-            sorted(adapter.modules), {*spelling.modules.values(), *files}
-        ),
+        "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
+        "target_parameters": parameters or None,
         "modules_to_save": _saved(adapter, names) or None,
         "task_type": None if base.family.head else "CAUSAL_LM",
     }
@@ -145,7 +155,7 @@ class _Base(NamedTuple):
 
     module: nn.Module
     source: ModelSource
-    pooling: str | None  # that the head was trained on; None if unknown
+    pooling: str | None  # that the head was trained with; None if unknown
 
     @property
     def family(self) -> Family:
@@ -161,7 +171,7 @@ class _Base(NamedTuple):
 def _open(
     source: Source, variables: Mapping[str, PyTree], pooling: str | None
 ) -> _Base:
-    """Finds the module, from a model in memory or by the leaves of the adapter."""
+    """Finds the module, from a model in memory or from the adapter's leaves."""
     if isinstance(source, LoadedModel):
         module = source.module
         module = module.model if isinstance(module, Adapted) else module
@@ -187,35 +197,31 @@ def _open(
     return _Base(module, found, pooling)
 
 
-class _Opened(NamedTuple):
-    """The class of transformers that an adapter is made for."""
+def _auto_class(base: _Base, *, has_head: bool) -> tuple[bool, dict[str, str] | None]:
+    """Returns how transformers opens the base: as its config says, or with a head.
 
-    has_prefix: bool  # of its modules' names
-    auto_mapping: dict[str, str] | None  # how PEFT finds it where it isn't told a task
-
-
-def _opened_as(base: _Base, *, has_head: bool) -> _Opened:
-    """Says how the base has to be opened: as its config says, or to have a head."""
+    That is whether module names have the family's prefix, and PEFT's ``auto_mapping``.
+    """
     source = base.source
     if not base.family.head:
-        return _Opened(True, None)  # by the task, as a causal language model
+        return True, None  # PEFT goes by the task, a causal language model
     name, is_bare = source.architecture, source.is_bare
     if has_head and is_bare:
         name, is_bare = name and re.sub("Model$", base.family.head_class, name), False
-    kind = source.settings["model_type"]
+    kind = source.settings["model_type"].replace("-", "_")
     library = f"transformers.models.{kind}.modeling_{kind}"
     mapping = {"base_model_class": name, "parent_library": library}
-    return _Opened(not is_bare, mapping if name else None)
+    return not is_bare, mapping if name else None
 
 
 def _check_head(base: _Base) -> None:
-    """Raises if transformers would feed the head another pooling than its own."""
+    """Raises if transformers would feed the head another pooling than in training."""
     wanted = base.family.head_pooling
     if base.pooling not in (None, wanted):
         raise ValueError(
             f"the head must be trained on {wanted!r} pooling for transformers to use "
-            f"it; it was trained on {base.pooling!r}. Leave it out (skip_head=True, "
-            "--skip-head) to export the adapter alone."
+            f"it; it was trained on {base.pooling!r}. Omit it (skip_head=True, "
+            "--skip-head) to export only the adapter."
         )
 
 
@@ -231,6 +237,7 @@ def _describe(
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
+    check_exportable(targets)
     spelled, modules = names.spelling().modules, {}
     by_path = {target.path: target for target in targets}
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
@@ -240,7 +247,16 @@ def _describe(
             name: np.asarray(layer.of(lora[child(target.path, name)]), np.float32)
             for name in target.leaf_shapes
         }
-        factors = _factors(target, leaves)
+        a, b = leaves[LORA_A], leaves[LORA_B].swapaxes(-1, -2)
+        is_stack = target.kind == "experts"
+        factors = ExternalFactors(
+            a=a.swapaxes(-1, -2) if is_stack else np.moveaxis(a, (-1, -2), (0, 1)),
+            b=b,
+            scaling=target.scaling,
+            alpha=target.alpha,
+            magnitude=leaves.get(MAGNITUDE),
+            is_embedding=target.kind == "embed",
+        )
         if parts := names.split_names(path):
             sizes = [len(factors.b) // len(parts)] * len(parts)
             for part, own in zip(parts, split_factors(factors, sizes), strict=True):
@@ -250,8 +266,8 @@ def _describe(
     if EMBED in by_path and HEAD not in spelled:
         if config.dora:
             raise ValueError(
-                "an adapter with DoRA of an embedding that is the head too can't be "
-                "exported: no other tool scales both alike. Merge it into its base."
+                "a DoRA adapter of a tied embedding can't be exported: no other tool "
+                "scales both sides alike. Merge it into its base."
             )
         embed = modules[spelled[EMBED]]
         modules[LM_HEAD] = embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)
@@ -268,26 +284,15 @@ def _describe(
     )
 
 
-def _factors(target: Target, leaves: Mapping[str, np.ndarray]) -> ExternalFactors:
-    return ExternalFactors(
-        a=np.moveaxis(leaves[LORA_A], (-1, -2), (0, 1)),
-        b=leaves[LORA_B].T,
-        scaling=target.scaling,
-        alpha=target.alpha,
-        magnitude=leaves.get(MAGNITUDE),
-        is_embedding=target.kind == "embed",
-    )
-
-
 def _with_biases(
     variables: Mapping[str, PyTree],
     names: Names,
     source: ModelSource,
     modules: dict[str, ExternalFactors],
 ) -> dict[str, ExternalFactors]:
-    """Returns the factors with PEFT's ``lora_bias`` where the layers' own are trained.
+    """Adds PEFT's ``lora_bias`` to the factors if biases of adapted layers are trained.
 
-    PEFT has none or one for every linear layer: the others get zeros.
+    PEFT has one for every linear layer or for none, so the other layers get zeros.
     """
     trained = flatten(variables.get(PARAMS, {}))
     biases = update_biases(trained, names, source, modules)
@@ -309,7 +314,7 @@ def _full(
     *,
     adapted: Mapping[str, ExternalFactors],
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors of modules trained in full, whole, and trained biases."""
+    """Returns the tensors of modules trained in full, and trained biases."""
     trained = flatten(variables.get(PARAMS, {}))
     there = flatten(join(variables.get(FROZEN, {}), variables.get(PARAMS, {})))
     spelled = names.spelling().tensors
@@ -322,21 +327,17 @@ def _full(
         only_bias = name == BIAS and config.bias != "none"
         beside = adapted.get(spelled[leaf].rpartition(".")[0])
         if name == BIAS and beside is not None and beside.bias is not None:
-            continue  # in the update's
+            continue  # exported as the update's bias
         if beside is not None and not only_bias:
             faults.append(
                 f"{leaf} is trained beside an adapter, which PEFT's format can't hold"
-                + (
-                    " with DoRA unless bias is 'lora_only' or 'all'"
-                    if name == BIAS
-                    else ""
-                )
+                + " with DoRA unless bias is 'lora_only' or 'all'" * (name == BIAS)
             )
         of_module = [p for p in spelled if p.rpartition("/")[0] == module]
         for path in [leaf] if only_bias else of_module:
             if path not in slices:
                 faults.append(
-                    f"{path} must be in variables ('frozen'): PEFT saves modules whole"
+                    f"{path} must be in variables ('frozen'): PEFT saves whole modules"
                 )
                 continue
             array = np.asarray(slices[path].of(there[slices[path].path]), np.float32)
@@ -350,7 +351,7 @@ def _full(
 
 
 def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
-    """Returns modules_to_save: first words of whole heads, and other full names."""
+    """Returns modules_to_save: first components of whole heads, else full names."""
     modules = {
         name.rpartition(".")[0]
         for name in adapter.full
@@ -366,7 +367,7 @@ def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
 
 
 def _shortest(chosen: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Returns the last words of names that no other module shares, else full names."""
+    """Returns each name's last component if unambiguous, else the full name."""
     left = {name.rpartition(".")[2] for name in set(known) - set(chosen)}
     words = {name: name.rpartition(".")[2] for name in chosen}
     return sorted({n if word in left else word for n, word in words.items()})
@@ -378,9 +379,9 @@ def _write_mlx(
     names: Names,
     base: _Base,
 ) -> Path:
-    """Writes for mlx-lm, under its names: ``model.`` before everything but the head.
+    """Writes with mlx-lm's names: ``model.`` before everything but the head.
 
-    A multimodal model's language model is wrapped there, and its head with it.
+    There, a multimodal model's language model and its head are wrapped together.
     """
     if base.family.head:
         raise ValueError("mlx-lm has only causal language models; this is an encoder.")

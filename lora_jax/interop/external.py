@@ -1,8 +1,8 @@
-"""Adapters of other tools, independent of the tool.
+"""Adapters from other tools, in one tool-independent form.
 
 PEFT, mlx-lm and loralib store the same matrices under different names and in different
 orientations. All their readers return an `ExternalAdapter`, which
-`lora_jax.interop.attach` puts on a model.
+`lora_jax.interop.attach` attaches to a model.
 """
 
 import json
@@ -19,19 +19,22 @@ from lora_jax.files.adapter import CONFIG as ADAPTER_CONFIG
 from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.safetensors import write_tensors
 
+MAX_SHOWN = 50  # problems listed in one error
+
 
 class ExternalFactors(NamedTuple):
     """One adapted module: ``ΔW = scaling * B A``, in PyTorch's orientation.
 
     Attributes:
-      a: ``[r, in]``; of a convolution ``[r, in, *k]``, of an embedding ``[r, vocab]``.
-      b: ``[out, r]``; of an embedding ``[dim, r]``.
+      a: ``[r, in]``; of a convolution ``[r, in, *k]``, of an embedding ``[r, vocab]``,
+        of experts ``[e, r, in]``.
+      b: ``[out, r]``; of an embedding ``[dim, r]``, of experts ``[e, out, r]``.
       scaling: the factor before ``B A``.
-      alpha: numerator of the scaling, as the config has it.
+      alpha: numerator of the scaling, as in the config.
       magnitude: DoRA's ``[out]``, or None.
-      is_embedding: whether the tool stored it as an embedding's; None if its format
-        doesn't say.
-      bias: of the update ``scaling * (B A x + bias)``, ``[out]``, or None.
+      is_embedding: whether it was stored as an embedding's; None if the format doesn't
+        say.
+      bias: ``[out]`` bias of the update ``scaling * (B A x + bias)``, or None.
     """
 
     a: np.ndarray
@@ -45,25 +48,30 @@ class ExternalFactors(NamedTuple):
     @property
     def rank(self) -> int:
         """The inner dimension ``r``."""
-        return self.a.shape[0]
+        return self.b.shape[-1]
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether these are the factors of all experts of a layer."""
+        return self.b.ndim == 3
 
 
 class ExternalAdapter(NamedTuple):
-    """An adapter as another tool wrote it, read strictly and in memory.
+    """Another tool's adapter, strictly validated and in memory.
 
     Attributes:
       modules: the factors by Hugging Face module name.
       full: tensors trained in full, by Hugging Face tensor name.
-      base: copies of base weights that the tool put beside them, by tensor name.
+      base: copies of base weights stored with the adapter, by tensor name.
       config: the tool's config as given, unknown keys included.
       rslora: whether scalings are ``alpha / sqrt(rank)``.
       dropout_rate: dropout of the adapters' inputs in training.
       bias: which biases are among ``full``: ``"none"``, ``"lora_only"`` or ``"all"``.
-      tokens: rows that replace those of an embedding or a head, by module: the tokens'
-        ids and ``[tokens, dim]``.
+      tokens: by module (an embedding or a head), token ids and the ``[tokens, dim]``
+        rows that replace theirs.
       is_tied_once: whether one adapter of a tied embedding or head is meant for both.
       unknown: keys of the config that have no effect here.
-      origin: the folder or file, for errors.
+      origin: the folder or file, for error messages.
     """
 
     modules: dict[str, ExternalFactors]
@@ -85,14 +93,9 @@ class ExternalAdapter(NamedTuple):
 
 
 def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]:
-    """Reads tensors, and collects the faults of their types and values.
+    """Reads tensors as float32; ``names`` maps a key to each tensor's name in the file.
 
-    Args:
-      reader: gives ``reader[name]``.
-      names: a key for each tensor's name in the file.
-
-    Returns:
-      The arrays by key, factors of 16 bits widened to float32, and the faults.
+    Returns the arrays by key, and the problems with their dtypes and values.
     """
     arrays, faults = {}, []
     for key, name in names.items():
@@ -100,7 +103,7 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
         if array.dtype.kind in "iubcOSUMm" or array.dtype.names:
             faults.append(f"dtype: {name} must be floats; got {array.dtype}")
             continue
-        with np.errstate(over="ignore"):  # not finite, below
+        with np.errstate(over="ignore"):  # reported as not finite, below
             array = array.astype(np.float32)
         count = int(array.size - np.isfinite(array).sum())
         if count:
@@ -117,20 +120,14 @@ def write_folder(
     *,
     kind: str,
 ) -> Path:
-    """Writes an adapter folder, replacing one that is there.
+    """Writes an adapter folder, atomically replacing an existing one.
 
     Args:
-      directory: made if absent.
+      directory: created if absent.
       file: name of the safetensors file.
       tensors: its tensors.
       config: content of ``adapter_config.json``.
       kind: the ``format`` in the header of ``file``.
-
-    Returns:
-      The folder.
-
-    Raises:
-      OSError: if it can't be written; an adapter there stays whole.
     """
     folder = Path(directory)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -141,18 +138,15 @@ def write_folder(
 
 
 def most_common(values: Iterable[Any]) -> Any:
-    """Returns the value that occurs most often, the first of several."""
+    """Returns the most frequent value, the first one in a tie."""
     return Counter(values).most_common(1)[0][0]
 
 
 def report(origin: str, faults: list[str]) -> ValueError:
-    """Returns the one error that lists every fault of an adapter."""
+    """Returns one error for all problems of an adapter; lists the first 50."""
     shown = "\n  ".join(faults[:MAX_SHOWN])
     more = len(faults) - MAX_SHOWN
     rest = f"\n  and {more} more" if more > 0 else ""
     return ValueError(
         f"{origin} has {len(faults)} faults; nothing was loaded.\n  {shown}{rest}"
     )
-
-
-MAX_SHOWN = 50

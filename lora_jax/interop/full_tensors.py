@@ -1,4 +1,9 @@
-"""Whole tensors in another tool's adapter: parameters trained in full, base copies."""
+"""Full tensors in another tool's adapter: parameters trained in full, base copies.
+
+The functions share their arguments: ``leaves`` are the `layer_slices` of ``flat``, the
+model's flattened parameters; ``values`` collects the parameters trained in full by
+path, as `place_full` returns them. All report problems as a list of lines.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +13,13 @@ import numpy as np
 
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
+from lora_jax.models.family import Shape
+from lora_jax.models.load import WORD_EMBEDDING
 from lora_jax.models.source import Source
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
 
-ROUNDING = 1e-2  # relative: a base in bfloat16, or from 8 bits, is still that base
+ROUNDING = 1e-2  # relative; admits a base rounded to bfloat16 or 8 bits
 EMBED_LEAF, HEAD_LEAF = f"{EMBED}/{EMBEDDING}", f"{HEAD}/{KERNEL}"
 
 
@@ -22,18 +29,7 @@ def place_full(
     leaves: Mapping[str, LayerSlice],
     flat: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values of parameters trained in full by path, and faults.
-
-    Args:
-      tensors: by Hugging Face name.
-      names: of the model's parameters.
-      leaves: from `layer_slices`.
-      flat: the model's parameters.
-
-    Returns:
-      Arrays as Flax has them; and a line for each tensor that is not a parameter of the
-      model or has another shape, and for each layer that a stack lacks.
-    """
+    """Returns parameters trained in full by path, in Flax's layout, and problems."""
     parts: dict[str, dict[int | None, np.ndarray]] = {}
     faults, tensors, paths = [], dict(tensors), names.tensors()
     if HEAD_LEAF not in leaves:
@@ -47,8 +43,8 @@ def place_full(
         value = names.family.from_file(single, array)
         if value.shape != part.shape:
             faults.append(
-                f"shape: {name} must be of {list(part.shape)} as Flax has it; got "
-                f"{list(value.shape)}"
+                f"shape: {name} must be {list(part.shape)} in Flax's layout; got "
+                f"{list(value.shape)}{resized(single, value.shape, part.shape)}"
             )
             continue
         parts.setdefault(part.path, {})[part.index] = value
@@ -56,10 +52,24 @@ def place_full(
         lacking = len(flat[path]) - len(values) if None not in values else 0
         if lacking:
             faults.append(
-                f"missing: {lacking} of {len(flat[path])} layers of {path}, which are "
-                "one array here; load the model with scan_layers=False"
+                f"missing: {lacking} of {len(flat[path])} layers of {path}, which is "
+                "one stacked array; load the model with scan_layers=False"
             )
     return {} if faults else {p: _joined(v) for p, v in parts.items()}, faults
+
+
+def resized(path: str, found: Shape, wanted: Shape) -> str:
+    """Explains a shape that differs because the vocabulary was resized."""
+    module = path.removesuffix(f"/{EMBEDDING}").removesuffix(f"/{KERNEL}")
+    differ = [(a, b) for a, b in zip(found, wanted, strict=False) if a != b]
+    is_table = module in (EMBED, HEAD) or module == WORD_EMBEDDING
+    if not is_table or len(found) != len(wanted) or len(differ) != 1:
+        return ""
+    [(theirs, ours)] = differ
+    return (
+        f": the adapter was made on a vocabulary of {theirs} tokens, resized from the "
+        f"{ours} of this base; load the base whose table was resized"
+    )
 
 
 def check_base(
@@ -68,24 +78,13 @@ def check_base(
     leaves: Mapping[str, LayerSlice],
     flat: Mapping[str, Any],
 ) -> list[str]:
-    """Finds copies of base weights that are of another base.
-
-    Args:
-      tensors: copies that a tool put into its adapter, by Hugging Face name.
-      names: as for `place_full`.
-      leaves: as for `place_full`.
-      flat: as for `place_full`.
-
-    Returns:
-      A line for each copy that is not a parameter of the model, or differs by more than
-      rounding.
-    """
+    """Finds copies of base weights that differ from this base by more than rounding."""
     faults, paths = [], names.tensors()
     for name, array in tensors.items():
         single = paths.get(name)
         if single is None:
             if name.rpartition(".")[0].endswith(LM_HEAD):
-                continue  # tied here: the copy of the embedding is compared
+                continue  # tied: the copy of the embedding is compared instead
             faults.append(f"unexpected: {name} is not a parameter of this model")
             continue
         part = leaves[single]
@@ -94,7 +93,7 @@ def check_base(
         if copy.shape != own.shape:
             faults.append(
                 f"shape: the base's {name} is {list(copy.shape)} in the adapter and "
-                f"{list(own.shape)} here: it was made on another base, or one whose "
+                f"{list(own.shape)} here: it was trained on another base, or one whose "
                 "vocabulary was resized"
             )
             continue
@@ -114,19 +113,7 @@ def place_tokens(
     flat: Mapping[str, Any],
     values: dict[str, Any],
 ) -> list[str]:
-    """Puts rows of trained tokens into whole tables, which are then trained in full.
-
-    Args:
-      adapter: with ``tokens``.
-      names: as for `place_full`.
-      leaves: as for `place_full`.
-      flat: as for `place_full`.
-      values: from `place_full`; the tables are added.
-
-    Returns:
-      A line for each module that isn't an embedding or a head, has another adapter too,
-      or lacks a token.
-    """
+    """Puts rows of trained tokens into full tables, which are then trained in full."""
     faults, paths = [], names.modules()
     tables = {EMBED: EMBED_LEAF, HEAD: HEAD_LEAF}
     for name, (ids, rows) in adapter.tokens.items():
@@ -156,17 +143,7 @@ def place_biases(
     flat: Mapping[str, Any],
     values: dict[str, Any],
 ) -> list[str]:
-    """Adds biases of updates to those of their layers: ``b + scaling * lora_bias``.
-
-    Args:
-      placed: the factors by path.
-      leaves: as for `place_full`.
-      flat: as for `place_full`.
-      values: from `place_full`; the biases are added, which are then trained.
-
-    Returns:
-      A line for each layer without a bias.
-    """
+    """Adds biases of updates to those of their layers: ``b + scaling * lora_bias``."""
     faults = []
     for path, factors in placed.items():
         if factors.bias is None:
@@ -176,8 +153,8 @@ def place_biases(
             continue
         if part is None or part.shape != factors.bias.shape:
             faults.append(
-                f"unexpected: lora_bias of {path}, a layer without a bias, to which it "
-                "could be added; retrain with lora_bias=False"
+                f"unexpected: lora_bias of {path}, a layer without a bias to add it to;"
+                " retrain with lora_bias=False"
             )
             continue
         whole = np.array(values.get(part.path, flat[part.path]), np.float32)
@@ -196,12 +173,12 @@ def update_biases(
 
     Args:
       trained: parameters trained in full, by path.
-      names: of the model's parameters.
-      source: the base, which ``b0`` is read from.
+      names: the model's names.
+      source: the base, to read ``b0`` from.
       adapted: the factors by Hugging Face name.
 
     Returns:
-      A bias by the Hugging Face name of each adapted module whose bias is trained.
+      Biases by Hugging Face name, for adapted modules whose bias is trained.
     """
     spelled, biases = names.spelling().tensors, {}
     for leaf, part in layer_slices(trained).items():
@@ -217,7 +194,7 @@ def update_biases(
 
 
 def _drop_tied(tensors: dict[str, np.ndarray], names: Mapping[str, str]) -> list[str]:
-    """Takes the head out where it is the embedding; returns a fault if they differ."""
+    """Drops a tied head's copy of the embedding; returns a problem if they differ."""
     embed = next((name for name in tensors if names.get(name) == EMBED_LEAF), None)
     head = tensors.pop(f"{LM_HEAD}.weight", None)
     if head is None and (embed is None or EMBED_LEAF not in names.values()):
@@ -225,8 +202,8 @@ def _drop_tied(tensors: dict[str, np.ndarray], names: Mapping[str, str]) -> list
     if embed is None or head is None or not np.array_equal(tensors[embed], head):
         return [
             "unexpected: the head of this model is its embedding (tied), so "
-            f"embed_tokens.weight and {LM_HEAD}.weight must both be there and equal; "
-            "load the base and the adapter together, which gives the head its own"
+            f"embed_tokens.weight and {LM_HEAD}.weight must both be present and equal; "
+            "load the base and the adapter together, which unties the head"
         ]
     return []
 

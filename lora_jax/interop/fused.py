@@ -1,13 +1,13 @@
-"""Adapters of fused projections from those of their parts, and the reverse; exact.
+"""Converts adapters between fused projections and their parts, exactly.
 
-A fused kernel has the outputs of its parts side by side. One part's update of it is the
+A fused kernel has the outputs of its parts side by side. A part's update to it is the
 part's A with a B that is zero for the other outputs::
 
-    split:  A' = A                      B' = rows of B of the part
+    split:  A' = A                      B' = the part's rows of B
     fuse:   A' = [A_q; A_k; A_v]        B' = blockdiag(B_q, B_k, B_v)
 
 so fusing n parts of rank r gives rank n r. DoRA's magnitudes are split and joined: each
-is of one output, and its norm depends on no other.
+belongs to one output, whose norm depends on no other.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,7 @@ from lora_jax.interop.external import ExternalFactors
 def split_factors(
     whole: ExternalFactors, sizes: Sequence[int]
 ) -> list[ExternalFactors]:
-    """Returns the adapters of the parts of a fused projection.
-
-    Args:
-      whole: of the fused one.
-      sizes: outputs of each part, in order.
-
-    Returns:
-      One adapter a part; they share A.
+    """Splits a fused projection's adapter into parts of ``sizes`` outputs that share A.
 
     Raises:
       ValueError: if the sizes don't add up to the outputs.
@@ -42,10 +35,8 @@ def split_factors(
             f"B must be [{sum(sizes)}, r] to be split into {list(sizes)} outputs; got "
             f"{list(whole.b.shape)}."
         )
-    ends = np.cumsum(sizes)[:-1]
-    m = whole.magnitude
-    none = [None] * len(sizes)
-    magnitudes = none if m is None else np.split(m, ends)
+    ends, m = np.cumsum(sizes)[:-1], whole.magnitude
+    magnitudes = [None] * len(sizes) if m is None else np.split(m, ends)
     return [
         whole._replace(b=b, magnitude=magnitude)
         for b, magnitude in zip(np.split(whole.b, ends), magnitudes, strict=True)
@@ -53,16 +44,9 @@ def split_factors(
 
 
 def drop_zero_ranks(factors: ExternalFactors, *, rslora: bool) -> ExternalFactors:
-    """Leaves out the ranks whose column of B is zero; exact.
+    """Drops ranks whose column of B is zero; undoes `fuse_factors` after a split.
 
-    After `split_factors`, this undoes `fuse_factors`.
-
-    Args:
-      factors: of one module.
-      rslora: whether the scaling is ``alpha / sqrt(rank)``.
-
-    Returns:
-      An adapter of the ranks that have an effect; the same one if none or all have.
+    Returns the factors unchanged if no column is zero, or all are.
 
     Example:
       >>> factors = ExternalFactors(np.ones((2, 3)), np.array([[0.0, 2.0]]), 0.5, 1.0)
@@ -82,16 +66,14 @@ def drop_zero_ranks(factors: ExternalFactors, *, rslora: bool) -> ExternalFactor
 def fuse_factors(
     parts: Sequence[ExternalFactors | None], sizes: Sequence[int], *, rslora: bool
 ) -> ExternalFactors:
-    """Returns the adapter of a fused projection.
+    """Fuses adapters of a projection's parts into one whose rank is the sum of theirs.
+
+    Where the parts' scalings differ, their ratio is folded into B, rounded once.
 
     Args:
-      parts: adapters of its parts, in order; None for a part that has none.
+      parts: the parts' adapters, in order; None for a part without one.
       sizes: outputs of each part.
       rslora: whether the scaling is ``alpha / sqrt(rank)``.
-
-    Returns:
-      One adapter, of the sum of the ranks. Where the parts' scalings differ, their
-      ratio is in B, rounded once.
 
     Raises:
       ValueError: if a part's B has another size, or, with DoRA, a part is missing.
@@ -107,10 +89,10 @@ def fuse_factors(
         for part, size in zip(parts, sizes, strict=True)
         if part is not None and part.b.shape[0] != size
     ]
-    has_magnitude = any(part.magnitude is not None for part in there)
-    if has_magnitude and len(there) < len(parts):
+    has_dora = any(part.magnitude is not None for part in there)
+    if has_dora and len(there) < len(parts):
         wrong.append(
-            "with DoRA every part must have an adapter, since a magnitude always acts"
+            "with DoRA every part must have an adapter, since magnitudes always act"
         )
     if wrong:
         raise ValueError(f"the parts can't be fused: {'; '.join(wrong)}.")
@@ -126,14 +108,7 @@ def fuse_factors(
             b[row : row + size, column : column + part.rank] = part.b * ratio
             column += part.rank
         row += size
-    return ExternalFactors(
-        a=np.concatenate([part.a for part in there]),
-        b=b,
-        scaling=scaling,
-        alpha=alpha,
-        magnitude=np.concatenate(
-            [p.magnitude for p in there if p.magnitude is not None]
-        )
-        if has_magnitude
-        else None,
-    )
+    a = np.concatenate([part.a for part in there])
+    magnitudes = [part.magnitude for part in there if part.magnitude is not None]
+    magnitude = np.concatenate(magnitudes) if magnitudes else None
+    return ExternalFactors(a, b, scaling, alpha, magnitude)

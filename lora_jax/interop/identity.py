@@ -1,7 +1,7 @@
-"""Which base and which adapter: their names, and whether one is in the other already.
+"""Identifies a base and an adapter, and detects an adapter that is already merged.
 
-A folder that `save_model` wrote of a merged model says in ``config.json`` what was
-merged. An adapter applied twice has twice its effect, which no shape and no name shows.
+`save_model` records merged adapters in ``config.json``. Applying an adapter twice
+doubles its effect, which no shape or name reveals.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ FILES = (OWN_TENSORS, PEFT_TENSORS, MLX_TENSORS)
 
 
 def base_name(*candidates: Any) -> str | None:
-    """Names a base so that it means the same on every machine.
+    """Names a base in a way that is valid on every machine.
 
     Args:
-      *candidates: hub ids, and paths of folders on this machine, the best first.
+      *candidates: hub ids and local folder paths, best first.
 
     Returns:
-      The first hub id among them, as given or as a folder of the hub's cache has it;
-      else the last part of the first path; None without a candidate.
+      The first hub id among them, as given or from a path inside the hub's cache; else
+      the last component of the first path; None without candidates.
 
     Example:
       >>> base_name("/data/llama", "meta-llama/Llama-3.1-8B")
@@ -51,16 +51,7 @@ def base_name(*candidates: Any) -> str | None:
 
 
 def describe_adapter(folder: Path, base: str | None, fingerprint: str) -> dict:
-    """Describes an adapter that is merged, for the merged model's ``config.json``.
-
-    Args:
-      folder: of the adapter.
-      base: what it is merged into, as `base_name` has it.
-      fingerprint: of the base.
-
-    Returns:
-      JSON values.
-    """
+    """Describes a merged adapter and its base, for the new model's ``config.json``."""
     return {
         "adapter": folder.resolve().name,
         "sha256": _digest(folder),
@@ -72,17 +63,15 @@ def describe_adapter(folder: Path, base: str | None, fingerprint: str) -> dict:
 def check_not_merged(
     settings: Mapping[str, Any], model: Path, folder: Path, config: Mapping[str, Any]
 ) -> None:
-    """Raises if an adapter was merged into a model already.
+    """Raises a ValueError if the same adapter is already merged into a model.
+
+    Warns if the adapter names the merged model's base, not the merged model.
 
     Args:
       settings: the model's ``config.json``.
       model: its folder, for errors.
-      folder: of the adapter.
-      config: the adapter's; one that names the base of the merged model, not the
-        merged one, raises a warning.
-
-    Raises:
-      ValueError: if it is the same adapter.
+      folder: the adapter's folder.
+      config: the adapter's config.
     """
     kept = settings.get(OURS)
     records = kept.get(MERGED) if isinstance(kept, dict) else None
@@ -94,21 +83,21 @@ def check_not_merged(
         base = record.get("base")
         if digest is not None and record.get("sha256") == digest:
             raise ValueError(
-                f"the adapter in {folder} must be put on its base, {base} "
+                f"the adapter in {folder} must be attached to its base, {base} "
                 f"({record.get('base_fingerprint')}); it is merged into {model} "
-                "already, where it would act twice. Leave the adapter out, or name the "
-                "base as the model."
+                "already and would act twice. Omit the adapter, or load it with its "
+                "base."
             )
         if isinstance(named, str) and base and base_name(named) == base:
             warnings.warn(
-                f"the adapter in {folder} was made on {base}; {model} is {base} with "
+                f"the adapter in {folder} was made for {base}; {model} is {base} with "
                 f"the adapter {record.get('adapter')!r} merged into it.",
                 stacklevel=4,
             )
 
 
 def _digest(folder: Path) -> str | None:
-    """SHA-256 of the adapter's tensors; None if there are none."""
+    """Returns the SHA-256 of the adapter's tensor file, or None without one."""
     for file in (folder / name for name in FILES):
         if file.is_file():
             with file.open("rb") as stream:

@@ -1,9 +1,9 @@
 """loralib's state dicts: ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]`` per layer.
 
-They carry no config, so alpha has to be given. Its ``MergedLinear`` adapts n of the m
+They carry no config, so alpha has to be given. A ``MergedLinear`` adapts n of the m
 projections that share one kernel: ``lora_A`` is ``[r n, in]``, and ``lora_B``
-``[n out / m, r]`` has the rows of each in turn. That is one adapter of rank r n with a
-block-diagonal B.
+``[n out / m, r]`` holds each projection's rows in turn. That is one adapter of rank r n
+with a block-diagonal B.
 """
 
 import os
@@ -40,14 +40,14 @@ def read_loralib(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is another kind of file (a pickle), or tensors are missing,
-        mis-shaped or not finite; one error lists all of them.
+      ValueError: if the file is in another format (such as a pickle), or tensors are
+        missing, wrongly shaped or not finite; one error lists all of them.
     """
     path = Path(path)
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0; got {alpha!r}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file; there is no such file.")
+        raise FileNotFoundError(f"{path} must be a file; it doesn't exist.")
     tensors = _open(path)
     arrays, faults = read_floats(tensors, {name: name for name in tensors})
     names = [name.rpartition(".") for name in tensors]
@@ -77,7 +77,7 @@ def read_loralib(
             faults.append(
                 f"shape: lora_A, lora_B of {module} must be [{n} r, in], [out, r] with "
                 f"{n} of {len(groups)} projections adapted; got {list(a.shape)}, "
-                f"{list(b.shape)}. Say which of a MergedLinear's are: "
+                f"{list(b.shape)}. For a MergedLinear, say which are: "
                 'enabled={"c_attn": (True, False, True)}'
             )
             continue
@@ -100,15 +100,15 @@ def read_loralib(
 
 
 def _open(path: Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of a file, unpickling nothing."""
+    """Reads every tensor of a file without unpickling anything."""
     if path.suffix == ".npz":
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # NumPy and zipfile raise what comes
+        except Exception as error:  # NumPy and zipfile raise errors of many types
             raise ValueError(f"{path} can't be read as npz: {error}.") from error
         if others := [n for n, a in arrays.items() if not isinstance(a, np.ndarray)]:
-            raise ValueError(f"{path} must hold arrays; {others[:8]} are none.")
+            raise ValueError(f"{path} must hold arrays only; {others[:8]} are not.")
         return arrays
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -121,7 +121,7 @@ def _open(path: Path) -> dict[str, np.ndarray]:
 
 
 def _block_diagonal(b: np.ndarray, groups: Sequence[bool]) -> np.ndarray:
-    """Returns B with the rows of the adapted projections among all outputs."""
+    """Returns B with the adapted projections' rows placed among all outputs."""
     n, rank = sum(groups), b.shape[1]
     rows = len(b) // n
     whole = np.zeros((rows * len(groups), rank * n), np.float32)

@@ -1,8 +1,8 @@
 """mlx-lm adapter folders: ``adapter_config.json`` and ``adapters.safetensors``.
 
-mlx-lm stores ``lora_a`` ``[in, r]`` and ``lora_b`` ``[r, out]``, as Flax does, one rank
+mlx-lm stores ``lora_a`` ``[in, r]`` and ``lora_b`` ``[r, out]``, like Flax, one rank
 and one ``scale`` (the factor before ``A B`` itself) for all modules, and DoRA's
-magnitudes as ``m``. A module that the config names and the file lacks isn't adapted.
+magnitudes as ``m``. A module that the config names but the file lacks isn't adapted.
 """
 
 import os
@@ -46,24 +46,18 @@ _PARAMETERS: dict[str, Field] = {
 
 
 def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
-    """Reads an mlx-lm adapter folder.
-
-    Args:
-      directory: with ``adapter_config.json`` and `TENSORS`.
-
-    Returns:
-      The adapter, its modules by bare Hugging Face name (without ``model.``).
+    """Reads an mlx-lm adapter folder; module names are without ``model.``.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is damaged, the config is not of LoRA or DoRA, or tensors
-        are unexpected, missing, mis-shaped or not finite; one error lists all of them.
+      ValueError: if a file is damaged, the config is not for LoRA or DoRA, or tensors
+        are unexpected, missing, wrongly shaped or not finite; one error lists all.
     """
     folder = Path(directory)
     settings = read_json(folder / ADAPTER_CONFIG)
     kind, rank, scale, dropout = _parameters(settings, folder)
     if not (folder / TENSORS).is_file():
-        raise FileNotFoundError(f"{folder} must hold {TENSORS}; it has none.")
+        raise FileNotFoundError(f"{folder} must contain {TENSORS}; it doesn't.")
     reader = open_tensors(folder / TENSORS)
     faults = [
         f"unexpected: {name} doesn't end with one of {_LEAVES}"
@@ -107,23 +101,20 @@ def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
 def write_mlx(
     directory: str | os.PathLike[str], adapter: ExternalAdapter, *, num_layers: int
 ) -> Path:
-    """Writes a folder that mlx-lm loads.
+    """Writes a folder that mlx-lm loads, replacing an adapter that is there.
+
+    Ranks are padded to the largest; a scaling other than the most common one is folded
+    into B, rounded once.
 
     Args:
-      directory: made if absent; an adapter there is replaced once the new one is
-        written.
+      directory: created if absent.
       adapter: its modules under mlx-lm's names, ``model.layers.0.self_attn.q_proj``.
-        Ranks are padded to the largest; a scaling that differs from the most common one
-        goes into B, rounded once.
-      num_layers: of the model.
-
-    Returns:
-      The folder.
+      num_layers: number of layers in the model.
 
     Raises:
-      ValueError: if something was trained in full, an embedding has a magnitude, or a
-        module is a convolution, which mlx-lm's format can't hold.
-      OSError: if it can't be written.
+      ValueError: if anything was trained in full, an embedding has a magnitude, or a
+        module is a convolution, which mlx-lm's format can't store.
+      OSError: if the folder can't be written.
     """
     modules = adapter.modules
     faults = [f"{name} is trained in full" for name in adapter.full]
@@ -136,8 +127,8 @@ def write_mlx(
         f"{name} is a convolution" for name, f in modules.items() if f.a.ndim > 2
     ]
     faults += [
-        f"{name} is an embedding with DoRA, where mlx-lm has a magnitude a row, not a "
-        "column"
+        f"{name} is an embedding with DoRA, for which mlx-lm has a magnitude per row, "
+        "not per column"
         for name, f in modules.items()
         if f.is_embedding and f.magnitude is not None
     ]
@@ -172,7 +163,7 @@ def write_mlx(
 def _parameters(
     settings: dict[str, Any], folder: Path
 ) -> tuple[str, int, float, float]:
-    """Returns the type, rank, scale and dropout of a config."""
+    """Returns the type, rank, scale and dropout from a config."""
     top, faults = read_fields(settings, _FIELDS)
     given = top["lora_parameters"] if isinstance(top["lora_parameters"], dict) else {}
     values, wrong = read_fields(given, _PARAMETERS)

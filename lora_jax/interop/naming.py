@@ -1,9 +1,9 @@
 """Hugging Face's names for the modules of a model in memory, in every spelling.
 
 A module has one path here and several names there: with or without the family's prefix
-(files of a bare model have none), with that of a multimodal model around it, and as
-transformers 4 or 5 calls it (checkpoints keep the old names, adapters made today have
-the new ones).
+(files of a bare model have none), with that of an enclosing multimodal model, and in
+transformers 4's or 5's spelling (checkpoints keep the old names, new adapters have the
+new ones).
 """
 
 import re
@@ -18,19 +18,18 @@ class Fusion(NamedTuple):
     """Projections that one family stores as one kernel and another as several.
 
     Attributes:
-      whole: end of the path of the one kernel; its outputs are in the order of
-        ``parts``.
-      parts: ends of the paths of the several kernels.
-      names: ends of their Hugging Face names, the whole's first.
-      inside: prefix of the layer's path.
-      is_split: whether transformers 5 has several kernels where the model's files, and
-        the model here, have one.
+      whole: end of the fused kernel's path; its outputs are in the order of ``parts``.
+      parts: ends of the separate kernels' paths.
+      names: ends of their Hugging Face names, the fused one first.
+      prefix: prefix of the layer's path.
+      is_split: whether transformers 5 splits the kernel that files, and models here,
+        fuse.
     """
 
     whole: str
     parts: tuple[str, ...]
     names: tuple[str, ...]
-    inside: str = ""
+    prefix: str = ""
     is_split: bool = False
 
 
@@ -52,7 +51,7 @@ FUSIONS = (
             f"encoder.layer.{{i}}.mlp.{p}"
             for p in ("weights_in", "gate_proj", "up_proj")
         ),
-        inside="encoder/",
+        prefix="encoder/",
         is_split=True,
     ),
 )
@@ -62,14 +61,13 @@ Style = tuple[str, bool]  # the prefix; as in transformers 5 or 4
 
 
 class Names:
-    """The names that one model's modules and tensors may have in another's file.
+    """The names that a model's modules and tensors may have in another tool's file.
 
     Args:
-      family: of the model.
+      family: the model's.
       modules: paths of its adaptable modules.
       leaves: paths of its parameters.
-      has_prefix: whether what is written has the family's prefix; what is read may have
-        it or not.
+      has_prefix: whether names are written with the family's prefix; either is read.
     """
 
     def __init__(
@@ -87,11 +85,11 @@ class Names:
         self._bare = {path: str(family.module_name(path)) for path in modules}
         self._tensors = {path: family.tensor_name(path) for path in leaves}
         layers = {m[0] for p in modules if (m := re.match(r"(.*/)?layer_\d+", p))}
-        self._others = {}  # modules of the family that this model lacks
+        self._others = {}  # modules that this model has fused or split
         for layer in layers:
             number = layer.rpartition("_")[2]
             for fusion in FUSIONS:
-                if layer.rpartition("layer_")[0] != fusion.inside:
+                if layer.rpartition("layer_")[0] != fusion.prefix:
                     continue
                 ends = (fusion.whole, *fusion.parts)
                 for end, name in zip(ends, fusion.names, strict=True):
@@ -100,15 +98,15 @@ class Names:
             self._others[HEAD] = LM_HEAD
 
     def modules(self) -> dict[str, str]:
-        """Returns the module's path by each of its names."""
+        """Returns module paths by every accepted name."""
         return self._paths({**self._others, **self._bare}, self._spell)
 
     def tensors(self) -> dict[str, str]:
-        """Returns the parameter's path by each of its names."""
+        """Returns parameter paths by every accepted name."""
         return self._paths(self._tensors, self._spell_tensor)
 
     def spelled_as(self, names: Iterable[str]) -> "Spelling":
-        """Returns the spelling that a file with these module names has."""
+        """Returns the spelling used by a file with these module names."""
         given = set(names)
 
         def hits(style: Style) -> int:
@@ -117,14 +115,7 @@ class Names:
         return self.spelling(max(self._styles, key=hits))
 
     def spelling(self, style: Style | None = None) -> "Spelling":
-        """Returns the names of modules and tensors in one style.
-
-        Args:
-          style: by default that of PEFT today.
-
-        Returns:
-          Both by path.
-        """
+        """Returns all names in a style; by default the one used for writing."""
         style = style or self.style
         return Spelling(
             {path: self._spell(bare, style) for path, bare in self._bare.items()},
@@ -132,25 +123,34 @@ class Names:
         )
 
     def split_names(self, path: str) -> list[str]:
-        """Returns the names that transformers 5 has for the parts of a module.
+        """Returns transformers 5's names for a module's parts, in output order.
 
-        Args:
-          path: of the module.
-
-        Returns:
-          One name a part, in the order of their outputs; none if the module is one
-          there too.
+        Empty if transformers 5 has the module unsplit too.
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
-            if fusion.is_split and layer != path and layer.startswith(fusion.inside):
+            if fusion.is_split and layer != path and layer.startswith(fusion.prefix):
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []
 
-    def full_name(self, bare: str) -> str:
-        """Returns a module's name in the style that is written."""
-        return self._spell(bare, self.style)
+    def expert_names(self, path: str, number: int, part: str) -> list[str]:
+        """Returns the names of a part of one expert, as files have them first.
+
+        Args:
+          path: of the kernel of all experts.
+          number: of the expert.
+          part: one of `Family.expert_parts`.
+        """
+        parent = path.rpartition("/")[0]
+        bare = str(self.family.module_name(f"{parent}/expert_{number}/{part}"))
+        own = self.style[0]
+        styles = sorted(self._styles, key=lambda style: (style[1], style[0] != own))
+        return list(dict.fromkeys(self._spell(bare, style) for style in styles))
+
+    def full_name(self, bare: str, *, is_new: bool = True) -> str:
+        """Returns a module's name in the style that is written, or as in files."""
+        return self._spell(bare, (self.style[0], is_new))
 
     def _paths(
         self, names: Mapping[str, str], spell: Callable[[str, Style], str]
@@ -163,7 +163,7 @@ class Names:
 
     def _spell(self, bare: str, style: Style) -> str:
         prefix, is_new = style
-        if bare == LM_HEAD:  # beside the model, in its wrapper if that has one
+        if bare == LM_HEAD:  # outside the model, in its wrapper if there is one
             return f"language_model.{bare}" if prefix == WRAPPED else bare
         has_none = self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare
@@ -175,11 +175,11 @@ class Names:
 
 
 class Spelling(NamedTuple):
-    """One style of names.
+    """Names in one style.
 
     Attributes:
-      modules: names by the path of the module.
-      tensors: names by the path of the parameter.
+      modules: by module path.
+      tensors: by parameter path.
     """
 
     modules: Mapping[str, str]

@@ -1,7 +1,7 @@
 """PEFT adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Read strictly (`_SUFFIXES` says what each name means; nothing is guessed) and written so
-that PEFT loads them. Nothing that a file names is opened, and no pickle is read.
+Reading is strict (`_SUFFIXES` defines each name; nothing is guessed); what is written,
+PEFT loads. No path named in a file is opened, and no pickle is read.
 """
 
 import os
@@ -13,6 +13,12 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files.safetensors import open_tensors
+from lora_jax.interop.experts import (
+    pack_experts,
+    parameter_names,
+    unpack_experts,
+    wrapper_name,
+)
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
@@ -33,7 +39,7 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _A, _B, _M, _BASE, _BIAS = "a", "b", "m", "base", "base bias"
 _UPDATE_BIAS, _TOKENS, _FULL = "update bias", "tokens", "full"
-_SUFFIXES = {  # of a tensor's name after the module's, and what the tensor is
+_SUFFIXES = {  # the kind of a tensor by the end of its name, after the module's
     ".lora_A.weight": _A,
     ".lora_B.weight": _B,
     ".lora_embedding_A": _A,
@@ -48,19 +54,13 @@ _SUFFIXES = {  # of a tensor's name after the module's, and what the tensor is
 
 
 def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
-    """Reads a PEFT folder.
-
-    Args:
-      directory: with ``adapter_config.json`` and `TENSORS`.
-
-    Returns:
-      The adapter, in float32.
+    """Reads a PEFT adapter folder, in float32.
 
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if a file is damaged, the config uses unsupported options, or tensors
-        have unknown names, are missing, mis-shaped, of another rank than the config's,
-        or not finite; one error lists all of them.
+        have unknown names, are missing, wrongly shaped, of another rank than the
+        config's, or not finite; one error lists all of them.
     """
     folder = Path(directory)
     config = read_peft_config(folder)
@@ -68,23 +68,37 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
         found = sorted(path.name for path in folder.iterdir())[:20]
         raise FileNotFoundError(
             f"{folder} must hold {TENSORS}; it holds {found}. Pickled adapters (.bin) "
-            "are not read: load and save it with PEFT to get safetensors."
+            "are not read: load and save them with PEFT to get safetensors."
         )
     reader = open_tensors(folder / TENSORS)
     roles, copies, faults = _roles(reader.shapes)
     arrays, bad = read_floats(reader, roles)
     faults += bad
     faults += [
-        f"twice: {name} differs from {roles[role]}"
+        f"duplicate: {name} differs from {roles[role]}"
         for name, role in copies.items()
         if role in arrays and not np.array_equal(reader[name], arrays[role])
     ]
     faults += [f"missing: {name}" for name in _missing(roles, config)]
     modules = {}
-    for module in dict.fromkeys(name for name, kind in roles if kind == _A):
+    adapted = dict.fromkeys(name for name, kind in roles if kind == _A)
+    wrapped = parameter_names(adapted, config.parameters)
+    for module in adapted:
         a, b, m = (arrays.get((module, kind)) for kind in (_A, _B, _M))
         if a is None or b is None:
             continue  # missing or unreadable: already reported
+        if (name := wrapped.get(module)) is not None:
+            rank = config.rank_for(name)
+            pair = unpack_experts(a, b, rank)
+            if pair is None:
+                faults.append(
+                    f"shape: A and B of {name} must be [experts * {rank}, in], [out, "
+                    f"{rank} * experts]; got {list(a.shape)}, {list(b.shape)}"
+                )
+                continue
+            scaling, alpha = config.scaling_for(name), config.alpha_for(name)
+            modules[name] = ExternalFactors(*pair, scaling, alpha)
+            continue
         is_embedding = ".lora_embedding_" in roles[module, _A]
         bias = arrays.get((module, _UPDATE_BIAS))
         wrong = _shape_faults(module, a, b, m, bias, config)
@@ -133,26 +147,26 @@ def config_faults(
     modules: Iterable[str],
     tensors: Iterable[str],
     *,
-    strange: Collection[str] = (),
+    unknown: Collection[str] = (),
 ) -> list[str]:
-    """Compares what a PEFT file holds with what its config names.
+    """Compares the contents of a PEFT file with its config.
 
     Args:
-      adapter: as `read_peft` returned it.
+      adapter: from `read_peft`.
       modules: full names of the model's modules.
       tensors: names of the model's parameters.
-      strange: modules in the file that the model doesn't have; reported elsewhere.
+      unknown: modules in the file that the model lacks; reported elsewhere.
 
     Returns:
       A line for each module that is only in the file or only in ``target_modules``, and
       for each tensor missing from a module in ``modules_to_save``. The latter may name
-      modules that the model doesn't have: PEFT adds ``classifier`` and ``score``.
+      modules that the model lacks: PEFT adds ``classifier`` and ``score``.
     """
     config = parse_config(adapter.config, adapter.origin)
     faults = []
     for name in dict.fromkeys((*modules, *adapter.modules)):
         # None for all-linear: PEFT decides by the type.
-        wanted = None if name in strange else config.is_target(name)
+        wanted = None if name in unknown else config.is_target(name)
         if wanted and name not in adapter.modules:
             faults.append(f"missing: factors of {name}, which target_modules names")
         elif wanted is False and name in adapter.modules:
@@ -160,7 +174,7 @@ def config_faults(
                 f"unexpected: factors of {name}, which the config does not target"
             )
     return faults + [
-        f"missing: {name}, whose module modules_to_save names"
+        f"missing: {name}, whose module is in modules_to_save"
         for name in tensors
         if name not in adapter.full
         and any(match(rf"(^|.*\.){saved}\.", name) for saved in config.saved)
@@ -172,24 +186,26 @@ def write_peft(
     adapter: ExternalAdapter,
     settings: Mapping[str, Any],
 ) -> Path:
-    """Writes a folder that PEFT loads.
+    """Writes a folder that PEFT loads, replacing an adapter that is there.
 
     Args:
-      directory: made if absent; an adapter there is replaced once the new one is
-        written.
+      directory: created if absent.
       adapter: what to write; its ``config`` is ignored.
       settings: keys of ``adapter_config.json`` that ``adapter`` doesn't determine, or
-        that replace what it does: ``modules_to_save``, ``task_type``, ....
-
-    Returns:
-      The folder.
+        overrides of those it does: ``modules_to_save``, ``task_type``, ....
 
     Raises:
-      ValueError: if a tensor is not finite; names all of them.
-      OSError: if it can't be written.
+      ValueError: if a tensor is not finite; lists all of them.
+      OSError: if the folder can't be written.
     """
     tensors: dict[str, np.ndarray] = {}
     for name, factors in adapter.modules.items():
+        if factors.is_experts:
+            wrapper = wrapper_name(name, adapter.modules)
+            pair = pack_experts(factors)
+            for letter, array in zip("AB", pair, strict=True):
+                tensors[f"{wrapper}.lora_{letter}.weight"] = array
+            continue
         is_conv = factors.a.ndim > 2
         ones = (1,) * (factors.a.ndim - 2)
         a, b = (
@@ -228,11 +244,11 @@ Role = tuple[str, str]  # the module (or tensor), and the kind of tensor
 def _roles(
     names: Mapping[str, Any],
 ) -> tuple[dict[Role, str], dict[str, Role], list[str]]:
-    """Returns tensors by role, the roles of second copies, and faults of unknown ones.
+    """Returns tensors by role, the roles of duplicates, and unknown names as problems.
 
-    With biases trained in a module that is saved whole, PEFT writes that module's bias
-    twice more: ``ln_f.modules_to_save.bias`` is ``ln_f.bias`` again, and what
-    ``ln_f.original_module.bias`` holds has no effect, as it is replaced.
+    When biases are trained in a module that is saved whole, PEFT writes that module's
+    bias twice more: ``ln_f.modules_to_save.bias`` duplicates ``ln_f.bias``, and
+    ``ln_f.original_module.bias`` has no effect.
     """
     roles: dict[Role, str] = {}
     copies, faults = {}, []
@@ -258,7 +274,7 @@ def _roles(
         else:
             role = bare, _FULL
         if role in roles:
-            faults.append(f"twice: {roles[role]} and {name}")
+            faults.append(f"duplicate: {roles[role]} and {name}")
         roles[role] = name
     return roles, copies, faults
 
@@ -266,7 +282,7 @@ def _roles(
 def _tokens(
     arrays: Mapping[Role, np.ndarray], config: PeftConfig
 ) -> tuple[dict[str, tuple[list[int], np.ndarray]], list[str]]:
-    """Returns the rows of trained tokens by module, and what is wrong with them."""
+    """Returns the rows of trained tokens by module, and problems with them."""
     tokens, faults, left = {}, [], dict(config.tokens)
     for module, kind in arrays:
         if kind != _TOKENS:
@@ -275,15 +291,14 @@ def _tokens(
         ids = left.pop(next(named, ""), None)
         rows = arrays[module, kind]
         if ids is None or rows.ndim != 2 or len(ids) != len(rows):
-            count = "no" if ids is None else len(ids)
             faults.append(
                 f"shape: trainable_tokens_delta of {module} must have a row for each "
-                f"of the {count} tokens in trainable_token_indices; got "
+                f"of its {len(ids or ())} tokens in trainable_token_indices; got "
                 f"{list(rows.shape)}"
             )
             continue
         tokens[module] = ids, rows
-    # Of tied modules with the same tokens PEFT saves one.
+    # For tied modules with the same tokens PEFT saves only one.
     kept = [ids for ids, _ in tokens.values()]
     faults += [
         f"missing: trainable_tokens_delta of {name or 'the input embedding'}"
@@ -294,7 +309,7 @@ def _tokens(
 
 
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
-    """Names the tensors that adapted modules lack."""
+    """Lists the tensors that adapted modules lack."""
     needed = [_A, _B, *[_M] * config.dora, *[_UPDATE_BIAS] * config.lora_bias]
     words = {_A: "lora_A", _B: "lora_B", _M: "lora_magnitude_vector"}
     words[_UPDATE_BIAS] = "lora_B.bias"
@@ -320,13 +335,13 @@ def _shape_faults(
     bias: np.ndarray | None,
     config: PeftConfig,
 ) -> list[str]:
-    """Finds shapes in a module that don't chain, or another rank than the config's."""
-    rank = config.rank_for(name)
-    wanted = [rank, *(["in"] if a.ndim == 2 else ["in", "*k"])]
-    faults = []
+    """Finds shapes that don't chain or don't have the config's rank."""
+    rank, faults = config.rank_for(name), []
     if a.ndim < 2 or a.shape[0] != rank:
-        shown = ", ".join(map(str, wanted))
-        faults.append(f"shape: A of {name} must be [{shown}]; got {list(a.shape)}")
+        inputs = "in" if a.ndim == 2 else "in, *k"
+        faults.append(
+            f"shape: A of {name} must be [{rank}, {inputs}]; got {list(a.shape)}"
+        )
     if b.ndim < 2 or b.shape[1] != rank or any(size != 1 for size in b.shape[2:]):
         faults.append(f"shape: B of {name} must be [out, {rank}]; got {list(b.shape)}")
     elif m is not None and m.size != b.shape[0]:
@@ -346,12 +361,15 @@ def _shape_faults(
 
 
 def _config(adapter: ExternalAdapter) -> dict[str, Any]:
-    """The keys that follow from the modules; patterns are full names."""
+    """Returns the config keys that follow from the modules; patterns are full names."""
     ranks = {name: factors.rank for name, factors in adapter.modules.items()}
-    alphas = {name: _number(f.alpha) for name, f in adapter.modules.items()}
+    alphas = {
+        name: int(f.alpha) if float(f.alpha).is_integer() else f.alpha
+        for name, f in adapter.modules.items()
+    }
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     tokens = {name: ids for name, (ids, _) in adapter.tokens.items()}
-    return {
+    config = {
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
         "base_model_name_or_path": None,
         "bias": adapter.bias,
@@ -368,11 +386,7 @@ def _config(adapter: ExternalAdapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
         "target_modules": sorted(adapter.modules),
         "task_type": None,
-        "trainable_token_indices": tokens or None,
         "use_dora": adapter.dora,
         "use_rslora": adapter.rslora,
     }
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+    return config | ({"trainable_token_indices": tokens} if tokens else {})

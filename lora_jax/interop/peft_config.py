@@ -1,7 +1,7 @@
-"""PEFT's ``adapter_config.json``: read with its own meaning, written for any loader.
+"""PEFT's ``adapter_config.json``, interpreted as PEFT does.
 
-A key is either read here, without effect on what an adapter computes, unsupported
-unless it has a neutral value (an error names it), or unknown (kept and reported).
+Every key is read here, known to have no effect on the adapter's output, unsupported
+unless neutral (an error names it), or unknown (kept and reported).
 """
 
 import re
@@ -16,16 +16,15 @@ from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
 
 Check = Callable[[Any], bool]
-# Of a key: whether a value is valid, what it must be, and its default.
-Field = tuple[Check, str, Any]
-PEFT_VERSION = "0.21.2"  # whose format this is
+Field = tuple[Check, str, Any]  # a key's validity check, its description, its default
+PEFT_VERSION = "0.21.2"  # the version whose format this is
 
-# Initialisations that leave the base unchanged. The others decompose it on loading.
+# Initialisations that leave the base unchanged; the others decompose it on loading.
 SILENT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 NO_EFFECT = {
     *("task_type", "base_model_name_or_path", "inference_mode", "peft_version"),
     *("revision", "auto_mapping", "megatron_core", "qalora_group_size"),
-    # Of initialisations; then of the backward pass and of where it runs.
+    # Configs of initialisations, then of the backward pass and the runtime.
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
     *("velora_config", "runtime_config"),
 }
@@ -36,7 +35,6 @@ NEUTRAL = {  # anything but one of these values changes the maths
     "layer_replication": (None, []),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
 }
@@ -46,14 +44,15 @@ class PeftConfig(NamedTuple):
     """A PEFT config, with PEFT's own matching of module names.
 
     Attributes:
-      rank: of modules that no pattern matches.
-      alpha: of modules that no pattern matches.
-      targets: names or their ends, or one regular expression for the full name.
+      rank: rank of modules that no pattern matches.
+      alpha: alpha of modules that no pattern matches.
+      targets: names or name endings, or one regular expression for the full name.
       exclude: the same for modules never adapted; wins over ``targets``.
       layers: indices of the layers to adapt, or None for all.
       layers_pattern: names that a layer's index follows; empty for any name.
       rank_pattern: ranks by a regular expression for the end of a name.
       alpha_pattern: alphas by the same.
+      parameters: parameters adapted by themselves (of experts), or the ends of names.
       saved: modules trained in full.
       rslora: scale by ``alpha / sqrt(rank)``.
       dora: whether modules have magnitudes.
@@ -61,10 +60,10 @@ class PeftConfig(NamedTuple):
       bias: biases trained in full.
       lora_bias: whether updates have a bias.
       tokens: ids of the tokens whose rows are trained, by the end of a module's name;
-        under the empty name those of the input embedding.
-      is_tied: whether what is done to a tied embedding is done to the head as well.
+        the empty name stands for the input embedding.
+      is_tied: whether changes to a tied embedding apply to the head as well.
       settings: the file's content.
-      unknown: its keys that are not known here.
+      unknown: unrecognised keys.
     """
 
     rank: int
@@ -75,6 +74,7 @@ class PeftConfig(NamedTuple):
     layers_pattern: list[str]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    parameters: list[str]
     saved: list[str]
     rslora: bool
     dora: bool
@@ -100,14 +100,12 @@ class PeftConfig(NamedTuple):
         return self.alpha_for(name) / (rank**0.5 if self.rslora else rank)
 
     def is_target(self, name: str) -> bool | None:
-        """Says whether PEFT adapts a module.
+        """Returns whether PEFT adapts the module with this full Hugging Face name.
 
-        Args:
-          name: the module's full Hugging Face name.
-
-        Returns:
-          True or False; None for ``"all-linear"``, which depends on the module's type.
+        None for ``"all-linear"``, which depends on the module's type.
         """
+        if any(_is_named(self.parameters, n) for n in (name, f"{name}.weight")):
+            return True
         if _is_named(self.exclude, name) or any(
             match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
         ):
@@ -132,16 +130,10 @@ class PeftConfig(NamedTuple):
 def read_peft_config(folder: Path) -> PeftConfig:
     """Reads and checks an adapter folder's config.
 
-    Args:
-      folder: the adapter folder.
-
-    Returns:
-      The config.
-
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it isn't JSON, isn't of a LoRA adapter, has values of the wrong
-        type, or uses unsupported options; names all of them.
+      ValueError: if it isn't JSON, isn't for LoRA, has values of the wrong type, or
+        uses unsupported options; lists all of them.
     """
     return parse_config(
         read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
@@ -149,16 +141,16 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
-    """Reads a parsed config; see `read_peft_config`."""
+    """Parses a config's settings; see `read_peft_config`."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"{origin} must have peft_type 'LORA'; got {kind!r}. Other methods of PEFT "
+            f"{origin} must have peft_type 'LORA'; got {kind!r}. Other PEFT methods "
             "can't be loaded: merge the adapter into its base with PEFT."
         )
     values, faults = read_fields(settings, _FIELDS)
-    if settings.get("target_modules") is None:
-        faults.append("target_modules must name what is adapted; got null")
+    if settings.get("target_modules") is None and not values["target_parameters"]:
+        faults.append("target_modules must name the adapted modules; got null")
     faults += [
         f"{key} = {_short(settings[key])} is not supported: it changes what the adapter"
         " computes"
@@ -168,10 +160,9 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
     init = settings.get("init_lora_weights", True)
     if not any(_same(init, value) for value in SILENT_INITS):
         faults.append(
-            f"init_lora_weights = {_short(init)} changes the base, and the file is an "
-            "adapter of the changed one. Save it with PEFT's "
-            "`path_initial_model_for_weight_conversion` as an adapter of the original "
-            "base"
+            f"init_lora_weights = {_short(init)} changes the base, and the adapter is "
+            "for the changed one. Convert it to an adapter of the original base by "
+            "saving it with PEFT's `path_initial_model_for_weight_conversion`"
         )
     if values["lora_bias"] is True and values["use_dora"] is True:
         faults.append("lora_bias must be false with use_dora; got true")
@@ -181,19 +172,19 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
     known = {*_FIELDS, *NEUTRAL, *NO_EFFECT, "peft_type", "init_lora_weights"}
-    layers = values["layers_to_transform"]
-    pattern = values["layers_pattern"]
+    layers, pattern = values["layers_to_transform"], values["layers_pattern"]
+    if isinstance(pattern, str):
+        pattern = [pattern] if pattern else []
     return PeftConfig(
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
         targets=targets,
         exclude=values["exclude_modules"],
         layers=[layers] if isinstance(layers, int) else layers,
-        layers_pattern=[pattern] * bool(pattern)
-        if isinstance(pattern, str)
-        else pattern,
+        layers_pattern=pattern,
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
+        parameters=values["target_parameters"],
         saved=list(dict.fromkeys(values["modules_to_save"])),
         rslora=values["use_rslora"],
         dora=values["use_dora"],
@@ -210,14 +201,9 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
 def read_fields(
     settings: Mapping[str, Any], fields: Mapping[str, Field]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Reads known keys of a tool's config.
+    """Reads ``fields`` of a tool's config, with defaults for absent or null keys.
 
-    Args:
-      settings: the config.
-      fields: the keys to read.
-
-    Returns:
-      The value of each key, its default where it is absent or null, and the faults.
+    Returns the value of each key, and the problems found.
     """
     values, faults = {}, []
     for key, (is_valid, wanted, default) in fields.items():
@@ -229,26 +215,20 @@ def read_fields(
 
 
 def match(pattern: str, name: str) -> Any:
-    """Matches the start of a module's name like `re.match`, but gives up in time.
-
-    Args:
-      pattern: a regular expression from an adapter's file.
-      name: of a module.
-
-    Returns:
-      The match, or None.
+    """Matches the start of a module's name like `re.match`, but with a timeout.
 
     Raises:
-      ValueError: if it takes over a second, as ``(a+)+`` can; `re` would never end.
+      ValueError: if matching takes over a second, as ``(a+)+`` can; `re` might never
+        return.
     """
     regex = load_optional("matching PEFT's patterns", "regex")  # has a timeout
     try:
         return regex.match(pattern, name, timeout=1.0)
     except (TimeoutError, regex.error) as error:
         raise ValueError(
-            f"{ADAPTER_CONFIG}: the pattern {_short(pattern)} must be matched against "
-            f"{name!r} within a second, and can't be: {error or 'out of time'}. Write "
-            "it without a repetition inside a repetition."
+            f"{ADAPTER_CONFIG}: the pattern {_short(pattern)} must match or fail on "
+            f"{name!r} within a second; got: {error or 'timeout'}. Avoid a repetition "
+            "inside a repetition."
         ) from error
 
 
@@ -266,7 +246,7 @@ def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal and of one type: 0 is not False here, nor 1 True."""
+    """Compares values of one type: 0 is not False here, nor 1 True."""
     return type(value) is type(neutral) and value == neutral
 
 
@@ -280,12 +260,12 @@ def _is_a(kind: type) -> Check:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0 that float32 can compute with."""
+    """Returns whether a value is a positive number that float32 can compute with."""
     return type(value) in (int, float) and LEAST <= value <= MOST
 
 
 def is_rank(value: Any) -> bool:
-    """Whether a value can be a rank."""
+    """Returns whether a value is a valid rank."""
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
@@ -317,7 +297,7 @@ def _either(*checks: Check) -> Check:
 
 
 def is_share(value: Any) -> bool:
-    """Whether a value is a number in [0, 1]."""
+    """Returns whether a value is a number in [0, 1]."""
     return type(value) in (int, float) and 0 <= value <= 1
 
 
@@ -336,7 +316,6 @@ def _are_tokens(value: Any) -> bool:
 
 _NAMES = "a list of names or a regular expression"
 _is_names = _either(_is_regex, _list_of(_is_a(str)))
-# The keys that are read, with PEFT's defaults.
 _FIELDS: dict[str, Field] = {
     "r": (is_rank, "an integer of at least 1", 8),
     "lora_alpha": (is_positive, "a number above 0", 8),
@@ -354,6 +333,7 @@ _FIELDS: dict[str, Field] = {
     ),
     "rank_pattern": (_patterns(is_rank), "ranks by regular expression", {}),
     "alpha_pattern": (_patterns(is_positive), "alphas by regular expression", {}),
+    "target_parameters": (_list_of(_is_a(str)), "a list of names", []),
     "modules_to_save": (_list_of(_is_regex), "a list of names", []),
     "trainable_token_indices": (
         _are_tokens,

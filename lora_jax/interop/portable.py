@@ -1,11 +1,11 @@
-"""An adapter in the form that every loader computes alike.
+"""Rewrites an adapter so that every loader computes the same update.
 
 vLLM, SGLang, llama.cpp and PEFT differ in what they refuse and, worse, in what they
-ignore: rsLoRA, rank and alpha patterns, a q without its k and v. Without any of that
+ignore: rsLoRA, rank and alpha patterns, a q without its k and v. Without any of these
 an adapter is ``y = x W + (x Aᵀ) B'ᵀ`` with one rank and a scaling of one::
 
-    B' = scaling * B            A, B' padded with zeros to the largest rank
-    r = lora_alpha = rank       q, k and v all present if one of them is
+    B' = scaling * B            A, B' zero-padded to the largest rank
+    r = lora_alpha = rank       q, k and v all present if any is
 """
 
 import os
@@ -26,7 +26,7 @@ KEPT_IF_GIVEN = (
     *("ensure_weight_tying", "trainable_token_indices", "exclude_modules"),
     *("layers_pattern", "layers_to_transform"),
 )
-LOADED_HEADS = (CLASSIFIER, "score")  # modules trained in full that vLLM loads
+LOADED_HEADS = (CLASSIFIER, "score")  # fully trained modules that vLLM loads
 
 
 def make_portable(
@@ -34,25 +34,24 @@ def make_portable(
     modules: Mapping[str, LayerSlice],
     names: Mapping[str, str],
 ) -> ExternalAdapter:
-    """Returns the same update in the form that every loader computes.
+    """Returns the same update in a form that every loader interprets alike.
+
+    B is rounded once where the scaling is not a power of two.
 
     Args:
       adapter: what is exported, under Hugging Face's names.
-      modules: the kernel of each of the model's modules, by path.
+      modules: kernels of the model's modules by path.
       names: Hugging Face's name of each module.
 
-    Returns:
-      The adapter; B is rounded once where the scaling is not a power of two.
-
     Raises:
-      ValueError: naming everything that some loader refuses: DoRA, embeddings,
+      ValueError: listing everything that some loader refuses: DoRA, embeddings,
         convolutions, modules and biases trained in full.
     """
     faults = []
     if adapter.dora:
         faults.append("it has DoRA's magnitudes")
     for name, factors in adapter.modules.items():
-        if factors.is_embedding or factors.a.ndim > 2 or name == LM_HEAD:
+        if factors.is_embedding or _is_conv(factors) or name == LM_HEAD:
             faults.append(f"{name} is not a linear layer of a block")
     faults += [
         f"{name} is trained in full"
@@ -68,7 +67,7 @@ def make_portable(
     if faults:
         raise ValueError(
             f"the adapter can't be made portable: {'; '.join(faults)}. Merge it into "
-            "its base, which every loader takes, or train without these."
+            "its base, which every loader accepts, or train without these."
         )
     rank = max(factors.rank for factors in adapter.modules.values())
     plain = {name: _plain(f, rank) for name, f in adapter.modules.items()}
@@ -92,27 +91,24 @@ def rewrite_peft(
     portable: bool,
     base_model: str | None = None,
 ) -> Path:
-    """Writes an adapter that PEFT made as a folder that PEFT loads, without a model.
+    """Rewrites an adapter from `read_peft` as a PEFT folder, without a model.
 
     Tensors and what the config says of them stay as they are, unless ``portable``.
 
     Args:
-      directory: made if absent; an adapter there is replaced.
-      adapter: as `read_peft` returned it.
+      directory: created if absent; an adapter there is replaced.
+      adapter: from `read_peft`.
       portable: as for `export_adapter`.
-      base_model: the base that the file names; None for the one that it names now.
-
-    Returns:
-      The folder.
+      base_model: the base to record; None to keep the recorded one.
 
     Raises:
       ValueError: if the adapter isn't PEFT's, or the model is needed for shapes that
-        the file doesn't have.
-      OSError: if it can't be written.
+        the file lacks.
+      OSError: if the folder can't be written.
     """
     config, why = adapter.config, []
     if "peft_type" not in config:
-        why.append("the adapter is not PEFT's, whose names it would need")
+        why.append("it isn't PEFT's, so its modules' PEFT names are unknown")
     settings = {key: config.get(key) for key in KEPT}
     settings |= {key: config[key] for key in KEPT_IF_GIVEN if config.get(key)}
     settings["fan_in_fan_out"] = config.get("fan_in_fan_out") or False
@@ -123,7 +119,7 @@ def rewrite_peft(
         ends = (".q_proj", ".k_proj", ".v_proj")
         layers = {n[: -len(e)] for n in adapter.modules for e in ends if n.endswith(e)}
         why += [
-            f"{layer} has no adapter of {end[1:]}, and zeros of its shape are needed"
+            f"{layer} has no adapter of {end[1:]}, so the shape of its zeros is unknown"
             for layer in sorted(layers)
             for end in ends
             if layer + end not in adapter.modules
@@ -131,7 +127,7 @@ def rewrite_peft(
     if why:
         raise ValueError(
             f"{adapter.origin} can't be exported without its base: {'; '.join(why)}. "
-            "Name the base (--model)."
+            "Give the base (--model)."
         )
     if portable:
         adapter = make_portable(adapter, {}, {})
@@ -141,13 +137,17 @@ def rewrite_peft(
     return write_peft(directory, adapter, settings)
 
 
+def _is_conv(factors: ExternalFactors) -> bool:
+    return factors.a.ndim > 2 and not factors.is_experts
+
+
 def _plain(factors: ExternalFactors, rank: int) -> ExternalFactors:
-    """Returns the factors with the scaling in B, padded to ``rank``."""
+    """Returns the factors with the scaling folded into B, padded to ``rank``."""
     more = (0, rank - factors.rank)
     b = factors.b * np.float32(factors.scaling)
     return factors._replace(
-        a=np.pad(factors.a, (more, (0, 0))),
-        b=np.pad(b, ((0, 0), more)),
+        a=np.pad(factors.a, [*[(0, 0)] * (factors.a.ndim - 2), more, (0, 0)]),
+        b=np.pad(b, [*[(0, 0)] * (b.ndim - 1), more]),
         scaling=1.0,
         alpha=float(rank),
     )

@@ -13,7 +13,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
 from lora_jax.files.gguf import SUFFIX, read_metadata
 from lora_jax.files.json_file import read_json
-from lora_jax.interop.attach import put_adapter
+from lora_jax.interop.attach import attach_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
 from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
@@ -23,7 +23,7 @@ from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from lora_jax.names import (
     CLASSIFIER,
     FROZEN,
@@ -40,9 +40,8 @@ from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import child
 
-RUN_ADAPTER = "adapter"  # the adapter's folder in a run folder
-RUN_CONFIG = "config.yaml"  # in a run folder
-FLOATS = ("float32", "bfloat16", "float16")  # that a base may have been cast to
+RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
+FLOATS = ("float32", "bfloat16", "float16")  # dtypes a base may have been cast to
 
 
 def load_model(
@@ -64,34 +63,34 @@ def load_model(
     Args:
       path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, one of
         these in an installed Python package (``"package:NAME/path"``), or a hub id.
-        None: the model that ``adapter`` was trained on, as its saver named it
-        (``"model"`` of its ``extra``); for an adapter of another tool, its
-        ``base_model_name_or_path`` if that is a folder on this machine.
-      adapter: a run folder, an adapter folder of ours, of PEFT or of mlx-lm, told apart
-        by their contents, or an `ExternalAdapter`; its adapters are put on the model.
-        Dropout of adapters is off (``module.clone(deterministic=None)`` for training).
-      lora: puts fresh adapters on the model; needs ``key``. Its names may be Hugging
-        Face's, such as ``k_proj``, see `own_names`.
-      num_labels: classes of an encoder's head. If the file holds a head of as many
-        classes for the same pooling, it is loaded; else a new one is made. None: the
-        file's head if it has one for this pooling, else no head.
+        None: the model that ``adapter`` was trained on, as recorded when it was saved
+        (``"model"`` in its ``extra``); for another tool's adapter, its
+        ``base_model_name_or_path`` if that is a local folder.
+      adapter: a run folder, an adapter folder of ours, PEFT's or mlx-lm's (detected by
+        content), or an `ExternalAdapter`, to attach to the model. Adapter dropout is
+        off (``module.clone(deterministic=None)`` for training).
+      lora: attaches fresh adapters; needs ``key``. Names may be Hugging Face's, such as
+        ``k_proj``, see `translate_names`.
+      num_labels: classes of an encoder's head. If the file holds a head with as many
+        classes for the same pooling, it is loaded; otherwise a new one is made. None:
+        the file's head if it has one for this pooling, else no head.
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
         None for the one that the file was made with.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the one that an adapter of ours was
-        trained in (``"param_dtype"`` of its ``extra``), else the file's own. A new head
-        is float32, and so is what an adapter or ``lora`` trains in full, see
+        trained in (``"param_dtype"`` in its ``extra``), else the file's own. A new head
+        and everything that an adapter or ``lora`` trains in full is float32, see
         `Adapted.upcast_trained`.
-      sharding: where the parameters go: a `jax.sharding.Sharding`, or a function of a
-        leaf's path and shape that returns one, as `make_sharding` makes it. Adapters go
-        where the weights they adapt are: A like the input axes, B like the output axes.
+      sharding: where the parameters go: a `jax.sharding.Sharding`, or a function from a
+        leaf's path and shape to one, such as `make_sharding` returns. Adapters follow
+        the weights they adapt: A like the input axes, B like the output axes.
       scan_layers: of a decoder: whether its blocks are one `nn.scan`. None: as an
-        adapter of ours was trained, else not. False also splits an adapter that was
+        adapter of ours was trained, else False. False also splits an adapter that was
         trained on scanned blocks, see `unscan`.
-      remat: of a decoder: what the backward pass computes again, "none", "lora" or
-        "block" (see `Decoder`).
-      key: PRNG key of a new head, normal with standard deviation 0.02 (without a key it
-        is zero), and of fresh adapters.
+      remat: of a decoder: what the backward pass recomputes, "none", "lora" or "block"
+        (see `Decoder`).
+      key: PRNG key for a new head, normal with standard deviation 0.02 (zero without a
+        key), and for fresh adapters.
 
     Returns:
       The module, its variables, config and tokenizer, and where they came from.
@@ -99,17 +98,17 @@ def load_model(
     Raises:
       FileNotFoundError: if there is no such model or adapter.
       ValueError: if ``path`` is None and the adapter names no model; if the model type
-        is unknown, the config doesn't fit, tensors are missing, unexpected, mis-shaped
-        or not finite; if the adapter is damaged or was made on another base, or on
-        single blocks with ``scan_layers=True``; if both ``adapter`` and ``lora`` are
-        given, or ``lora`` without ``key``.
+        is unknown, the config doesn't fit, or tensors are missing, unexpected, wrongly
+        shaped or not finite; if the adapter is damaged, was made for another base, or
+        was trained on unrolled blocks and ``scan_layers=True``; if both ``adapter`` and
+        ``lora`` are given, or ``lora`` without ``key``.
     """
     if adapter is not None and lora is not None:
         raise ValueError(
             "adapter and lora must not both be given; an adapter brings its own config."
         )
     if lora is not None and key is None:
-        raise ValueError("key must be a PRNG key where lora is given; got None.")
+        raise ValueError("key must be a PRNG key when lora is given; got None.")
     options: dict[str, Any] = {
         "num_labels": num_labels,
         "pooling": pooling,
@@ -122,7 +121,7 @@ def load_model(
     }
     if adapter is None:
         if path is None:
-            raise ValueError("path must name a model where no adapter does; got None.")
+            raise ValueError("path must name a model unless an adapter does; got None.")
         loaded = load_base(path, **options)
     elif isinstance(adapter, ExternalAdapter):
         path = find_base(adapter) if path is None else path
@@ -140,7 +139,7 @@ def load_model(
         else:
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
-        lora = own_names(lora, loaded.family)
+        lora = translate_names(lora, loaded.family)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)
@@ -154,12 +153,6 @@ def load_model(
 def find_adapter(path: str | os.PathLike[str]) -> Path:
     """Returns the adapter folder that a path stands for: itself, or a run folder's.
 
-    Args:
-      path: an adapter folder or a run folder, told apart by their contents.
-
-    Returns:
-      The folder with ``adapter_config.json``.
-
     Raises:
       FileNotFoundError: if it is neither, or a run folder without an adapter yet.
       ValueError: if it is a file.
@@ -168,7 +161,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     if folder.is_file():
         raise ValueError(
             f"{folder} must be a folder; it is {_file_kind(folder)}. Adapters are read "
-            "from folders of lora_jax, PEFT and mlx-lm: name the one that it was "
+            "from folders written by lora_jax, PEFT or mlx-lm: give the one it was "
             "converted from."
         )
     if not folder.is_dir():
@@ -218,27 +211,22 @@ def find_base(adapter: Path | ExternalAdapter) -> str:
 
 
 def _file_kind(file: Path) -> str:
-    """Says what a file is that was given in place of an adapter's folder."""
+    """Describes a file that was given in place of an adapter folder."""
     if file.suffix != SUFFIX:
         return "a file"
     try:
         kind = read_metadata(file).get("general.type")
     except ValueError:
         return "a GGUF file"
-    is_adapter = kind == "adapter"
     return (
-        f"a GGUF file of {'a LoRA adapter' if is_adapter else 'a model'}, llama.cpp's"
+        f"llama.cpp's GGUF file of a {'LoRA adapter' if kind == 'adapter' else 'model'}"
     )
 
 
 def read_external(folder: Path) -> ExternalAdapter | None:
-    """Reads an adapter folder of another tool; None if it is not one.
+    """Reads another tool's adapter folder; returns None if it is one of ours.
 
-    Args:
-      folder: with ``adapter_config.json``.
-
-    Returns:
-      The adapter. Unknown keys of a PEFT config raise a warning.
+    Unknown keys of a PEFT config raise a warning.
 
     Raises:
       FileNotFoundError: if a file is missing.
@@ -252,8 +240,8 @@ def read_external(folder: Path) -> ExternalAdapter | None:
     found = read_peft(folder)
     if found.unknown:
         warnings.warn(
-            f"{folder / ADAPTER_CONFIG} has keys that are not known here and have no "
-            f"effect: {', '.join(found.unknown)}.",
+            f"{folder / ADAPTER_CONFIG} has unknown keys, which are ignored: "
+            f"{', '.join(found.unknown)}.",
             stacklevel=3,
         )
     return found
@@ -271,7 +259,7 @@ def _load_external(
             found = {"num_labels": len(head), "pooling": family.head_pooling}
             options |= {k: found[k] if v is None else v for k, v in given.items()}
     own_head = needs_own_head(adapter, family)
-    return put_adapter(load_base(path, **options, own_head=own_head), adapter)
+    return attach_adapter(load_base(path, **options, own_head=own_head), adapter)
 
 
 def _load_own(
@@ -282,8 +270,8 @@ def _load_own(
     head = found.variables.get(PARAMS, {}).get(CLASSIFIER)
     if (head or found.extra.get("pooling")) and not open_source(path).family.head:
         raise ValueError(
-            f"the adapter in {folder} must be put on the encoder that it was trained "
-            f"on; {path} is a decoder."
+            f"the adapter in {folder} must be attached to the encoder that it was "
+            f"trained on; {path} is a decoder."
         )
     if options["num_labels"] is None and head and KERNEL in head:
         # bias="all" trains the bias of a head alone.
@@ -308,9 +296,9 @@ def _load_own(
     has_head = any(HEAD in tree for tree in found.variables.values())
     loaded = load_base(path, **options, own_head=has_head)
     adapted, wanted = _fitting(loaded, found)
-    if getattr(loaded.config, "is_tied", False) and (
-        fingerprint(wanted[FROZEN]) != found.fingerprint
-    ):  # unless it is of the lookup alone, whose head has a kernel of its own
+    is_tied = getattr(loaded.config, "is_tied", False)
+    if is_tied and fingerprint(wanted[FROZEN]) != found.fingerprint:
+        # It may adapt the lookup alone; then the head has its own kernel.
         apart = load_base(path, **options, own_head=True)
         pair = _fitting(apart, found)
         if fingerprint(pair[1][FROZEN]) == found.fingerprint:
@@ -326,9 +314,9 @@ def _load_own(
 
 
 def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
-    """Returns an adapter's model, and the variables that it must have, in shapes."""
+    """Returns an adapter's model, and the shapes that its variables must have."""
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
-    shapes = {  # no arrays: the config may claim any rank
+    shapes = {  # not arrays: the config may claim any rank
         child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
         for target in adapted.targets(loaded.params)
         for name, shape in target.leaf_shapes.items()

@@ -1,9 +1,9 @@
-"""Adapters of a decoder whose head is its embedding.
+"""Adapters of a decoder with tied embeddings.
 
-Here such a table has one adapter, which acts in both places. PEFT wraps a module, not
-its weight: an adapter, or a copy trained in full, of ``embed_tokens`` alone leaves the
-head as it was, and one of ``lm_head`` alone leaves the lookup. Such an adapter is put
-on a model whose head is a leaf of its own, with the embedding's values.
+Here a tied table has one adapter, which acts in both places. PEFT wraps a module, not
+its weight: an adapter (or a fully trained copy) of ``embed_tokens`` alone leaves the
+head unchanged, and one of ``lm_head`` alone leaves the lookup unchanged. Such an
+adapter is attached to a model with a separate head, initialised from the embedding.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,7 @@ from lora_jax.names import EMBED, HEAD, LM_HEAD
 
 
 def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
-    """Says whether an adapter changes only one side of a tied table, or each its way.
-
-    Args:
-      adapter: what another tool made.
-      family: of the model.
-
-    Returns:
-      False too for an adapter that has nothing to do with either side.
-    """
+    """Returns whether an adapter changes the two sides of a tied table differently."""
     if family.head or adapter.is_tied_once:
         return False
     table = family.module_name(EMBED)
@@ -52,7 +44,7 @@ def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
 
 
 def are_tied(embed: ExternalFactors, head: ExternalFactors) -> bool:
-    """Says whether two adapters are one, seen from the lookup and from the head."""
+    """Returns whether two adapters are one, seen from the lookup and from the head."""
     same = head.scaling == embed.scaling and embed.magnitude is None
     pairs = ((head.a, embed.b.T), (head.b, embed.a.T))
     return same and all(np.array_equal(x, y) for x, y in pairs)
@@ -64,15 +56,9 @@ def place_tied(
     *,
     is_tied_once: bool,
 ) -> list[str]:
-    """Makes one of the two adapters of a tied embedding; they must be the same.
+    """Merges the two adapters of a tied embedding in ``found``; returns problems.
 
-    Args:
-      found: the factors by path; the head's are taken out of a tied model's.
-      kernels: of the model.
-      is_tied_once: whether one of the two is enough.
-
-    Returns:
-      What is wrong.
+    They must be equal; with ``is_tied_once``, one of the two is enough.
     """
     if HEAD in kernels or EMBED not in kernels or not {EMBED, HEAD} & set(found):
         return []
@@ -80,17 +66,16 @@ def place_tied(
     if head is not None and embed is not None:
         if are_tied(embed, head):
             return []
-        there = "both, which differ"
+        present = "both, which differ"
     elif is_tied_once:
         if embed is None and head is not None:
             found[EMBED] = head._replace(a=head.b.T, b=head.a.T, is_embedding=True)
         return []
     else:
-        there = "one"
+        present = "one"
     return [
         "unexpected: the head of this model is its embedding (tied), so adapters of "
-        f"embed_tokens and lm_head must both be there, each the other's transpose; got "
-        f"{there}. Other tools change that side alone: load the base and the adapter "
-        "together (`load_model(path, adapter=...)`), which gives the head a kernel of "
-        "its own"
+        "embed_tokens and lm_head must both be present, each the other's transpose; "
+        f"got {present}. Other tools change that side alone: load the base and the "
+        "adapter together (`load_model(path, adapter=...)`), which unties the head"
     ]

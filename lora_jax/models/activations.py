@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from lora_jax.ops.fence import fence_gradient
+
 Activation = Callable[[Array], Array]
 
 
@@ -15,12 +17,6 @@ def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
 
     ``jax.nn.gelu(approximate=False)`` computes the same with ``erfc``, which XLA
     evaluates by two expansions and a select; ``erf``, as in PyTorch, is cheaper.
-
-    Args:
-      x: inputs ``[*b, f]``.
-
-    Returns:
-      Activations ``[*b, f]``, in the dtype of ``x``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -35,7 +31,7 @@ def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return nn.gelu(x, approximate=True)
 
 
-# The "fast" and "new" ones are tanh.
+# "gelu_new" and "gelu_fast" are the tanh approximation too.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": exact_gelu,
     "gelu_new": tanh_gelu,
@@ -49,14 +45,6 @@ ACTIVATIONS: dict[str, Activation] = {
 def gate(
     activation: Activation, x: Float[Array, "*b f"], up: Float[Array, "*b f"]
 ) -> Float[Array, "*b f"]:
-    """Computes ``activation(x) * up``, keeping only x and up for the backward pass.
-
-    Args:
-      activation: one of `ACTIVATIONS`.
-      x: input of the activation ``[*b, f]``.
-      up: the gated values ``[*b, f]``.
-
-    Returns:
-      ``[*b, f]``.
-    """
+    """Computes ``activation(x) * up``, saving only x and up for the backward pass."""
+    x, up = fence_gradient(x), fence_gradient(up)
     return jax.checkpoint(lambda x, up: activation(x) * up)(x, up)

@@ -1,10 +1,10 @@
-"""A decoder as a plain Linen module, with no LoRA inside.
+"""A decoder as a plain Linen module, without LoRA.
 
 `lora_jax.adapt` adds the adapters from outside. Every family of causal language model
-(Llama, Gemma, GPT-2, ...) is this one module under another `DecoderConfig`.
+(Llama, Gemma, GPT-2, ...) is this module with another `DecoderConfig`.
 
-The parameter tree (kernels ``[i, o]``, as Flax stores them); with ``scan_layers`` the
-blocks are one, ``layers``, with a leading layer axis::
+The parameter tree (kernels are ``[i, o]``, as in Flax); with ``scan_layers`` all blocks
+are one, ``layers``, with a leading layer axis::
 
     embed/embedding                                  [v, d]
     positions/embedding                              only with learned positions
@@ -14,6 +14,8 @@ blocks are one, ``layers``, with a leading layer axis::
     layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
     layer_{i}/mlp_norm/scale
     layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
+    layer_{i}/mlp/router/kernel                      with experts, in place of these
+    layer_{i}/mlp/experts/{gate_up,down}/kernel      [e, i, o]
     layer_{i}/mlp_post_norm/scale
     final_norm/scale
     head/kernel                                      not if tied
@@ -31,12 +33,13 @@ from lora_jax.attention.rope import rope_angles
 from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.embeddings import TokenIds, check_tokens
+from lora_jax.models.experts import ROUTED
 from lora_jax.names import ATTENDED, LINEAR, X_A
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
-# What the backward pass keeps of a block, from most to least memory.
+# What the backward pass saves of a block, from most to least memory.
 REMATS: dict[str, Any] = {
     "none": None,  # everything it needs
     "lora": jax.checkpoint_policies.save_from_both_policies(
@@ -48,10 +51,10 @@ REMATS: dict[str, Any] = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; token ``p`` of a row is in slot ``p``.
+    """Keys and values of the tokens so far; token ``p`` of a row is in slot ``p``.
 
     Attributes:
-      keys: of each layer ``[b, s, k, h]``; one array ``[l, b, s, k, h]`` if scanned.
+      keys: ``[b, s, k, h]`` for each layer; one array ``[l, b, s, k, h]`` if scanned.
       values: the same.
     """
 
@@ -60,9 +63,9 @@ class Cache(NamedTuple):
 
 
 class Head(nn.Dense):
-    """The output head, which ``"all-linear"`` leaves out; a target may name it.
+    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
 
-    As in PEFT. With an adapter here the loss has to form every token's logits.
+    With an adapter here, the loss has to form the logits of every token.
     """
 
 
@@ -77,13 +80,14 @@ class Decoder(nn.Module):
       dtype: dtype of the computation; parameters keep their own.
       scan_layers: whether the blocks are one `nn.scan` (compiles faster; parameters
         have a leading layer axis under ``layers``) or unrolled.
-      remat: what the backward pass computes again: ``"none"``; with ``"lora"`` norms,
-        rotations, activations and scores, keeping a block's input, ``x A`` and the
+      remat: what the backward pass recomputes: ``"none"``; with ``"lora"`` norms,
+        rotations, activations and scores, saving a block's input, ``x A`` and the
         outputs of attention and of linear layers; or each whole ``"block"``. On
         unrolled blocks it saves memory only on GPU and TPU: XLA:CPU undoes it.
 
     Raises:
-      ValueError: if ``remat`` is unknown.
+      ValueError: if ``remat`` is unknown, or the layers to be scanned differ in their
+        parameters.
     """
 
     config: DecoderConfig
@@ -95,6 +99,11 @@ class Decoder(nn.Module):
         if self.remat not in REMATS:
             raise ValueError(
                 f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
+            )
+        if self.scan_layers and not self.config.is_uniform:
+            raise ValueError(
+                "scan_layers must be False where some layers have experts and others "
+                "an MLP; got True."
             )
         super().__post_init__()
 
@@ -109,12 +118,12 @@ class Decoder(nn.Module):
         """Predicts the next token at every position.
 
         Args:
-          input_ids: token ids ``[b, t]``; padding goes to the right.
-          positions: ``[b, t]`` of the tokens in their example; ``0 ... t-1`` if None.
-          segment_ids: ``[b, t]`` example of each token in a packed row; tokens of
+          input_ids: token ids ``[b, t]``; padding goes on the right.
+          positions: ``[b, t]``, each token's position in its example; ``0 ... t-1`` if
+            None.
+          segment_ids: ``[b, t]``, each token's example in a packed row; tokens of
             different examples don't see each other.
-          deterministic: False turns the adapters' dropout on; the model itself has
-            none.
+          deterministic: False turns on adapter dropout; the model itself has none.
 
         Returns:
           Logits ``[b, t, v]`` float32.
@@ -146,17 +155,17 @@ class Decoder(nn.Module):
         is_long: bool | None = None,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
-        """Reads prompts into a new cache.
+        """Runs prompts and fills a new cache.
 
         Args:
-          input_ids: ``[b, t]``, padded to the right; padding is ignored.
+          input_ids: ``[b, t]``, padded on the right; padding is ignored.
           size: slots of the cache, at least ``t``.
-          is_long: longrope: whether these are longer than its original context; None
-            goes by ``t``. All calls for one cache must agree.
+          is_long: longrope: whether the sequence exceeds its original context; None
+            decides by ``t``. All calls for one cache must agree.
           deterministic: see `__call__`.
 
         Returns:
-          Hidden states ``[b, t, d]`` and the cache, ``size`` slots a row.
+          Hidden states ``[b, t, d]`` and the cache, with ``size`` slots per row.
         """
         if size < input_ids.shape[1]:
             raise ValueError(
@@ -183,17 +192,17 @@ class Decoder(nn.Module):
         is_long: bool | None = None,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
-        """Reads the next tokens of every row.
+        """Runs the next tokens of every row.
 
         Args:
-          input_ids: ``[b, t]``; one token a row, usually.
+          input_ids: ``[b, t]``; usually one token per row.
           positions: ``[b, t]`` of these tokens.
-          cache: of what came before.
-          is_long: longrope: as `prefill` was told; None goes by the size of the cache.
+          cache: of the tokens before them.
+          is_long: longrope: as given to `prefill`; None decides by the cache's size.
           deterministic: see `__call__`.
 
         Returns:
-          Hidden states ``[b, t, d]`` and the cache with these tokens in it.
+          Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
         if is_long is None:
             is_long = self._exceeds(cache.keys[0].shape[-3])
@@ -205,7 +214,7 @@ class Decoder(nn.Module):
     def logits(
         self, hidden: Hidden, *, deterministic: bool = True
     ) -> Float[Array, "b t v"]:
-        """Returns ``hidden @ head`` in float32, soft-capped where the config says."""
+        """Returns ``hidden @ head`` in float32, soft-capped if the config says so."""
         head = self.embed.attend if self.config.is_tied else self.head
         logits, cap = head(hidden).astype(jnp.float32), self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -229,7 +238,7 @@ class Decoder(nn.Module):
             )
         if self.scan_layers:
             scan = {
-                "variable_axes": {"params": 0},
+                "variable_axes": {"params": 0, ROUTED: 0},
                 "split_rngs": {"params": True, "dropout": True},
                 "length": cfg.num_layers,
             }
@@ -261,16 +270,12 @@ class Decoder(nn.Module):
     ) -> tuple[Hidden, PositionContext]:
         """Returns the tokens' embeddings and positions.
 
-        Longrope's factors are those for the longest sequence of the batch, as in
-        transformers: by the positions where they are given, else by the row's length.
+        Longrope's factors are those for the longest sequence in the batch, as in
+        transformers: by the positions if given, else by the row length.
         """
         cfg, original = self.config, self.config.original_positions
-        check_tokens(
-            cfg.max_positions,
-            input_ids,
-            positions=positions,
-            segment_ids=segment_ids,
-        )
+        others = {"positions": positions, "segment_ids": segment_ids}
+        check_tokens(cfg.max_positions, input_ids, **others)
         longer: Any = is_long
         if longer is None and original is not None and positions is not None:
             longer = jnp.max(positions) >= original
@@ -291,7 +296,7 @@ class Decoder(nn.Module):
             angles = rope_angles(positions, frequencies)
             cos.append(jnp.cos(angles) * rope.attention_factor)
             sin.append(jnp.sin(angles) * rope.attention_factor)
-        if cos and len(set(cfg.layer_ropes)) > 1:  # for layers without, if scanned
+        if cos and len(set(cfg.layer_ropes)) > 1:  # for scanned layers without RoPE
             cos.append(jnp.ones_like(cos[0]))
             sin.append(jnp.zeros_like(sin[0]))
         growth = None

@@ -13,7 +13,9 @@ from lora_jax.attention.causal import cached_attention, causal_attention
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
+from lora_jax.ops.fence import fence_gradient
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -23,14 +25,14 @@ NO_WINDOW = 2**30
 
 
 class PositionContext(NamedTuple):
-    """Positions of a batch's tokens, the same for all layers.
+    """Positions of a batch's tokens, shared by all layers.
 
     Attributes:
       cos: cosines of each rope table, ``[b, t, c]``.
       sin: sines.
       growth: ``[b, t]`` factors of the queries, or None.
       slots: ``[b, t]`` slots in the cache when decoding, else None.
-      segment_ids: ``[b, t]`` example of each token of a packed row, or None.
+      segment_ids: ``[b, t]`` example of each token in a packed row, or None.
     """
 
     cos: tuple[Array, ...]
@@ -61,21 +63,21 @@ class RMSNorm(nn.Module):
 
 
 class DecoderModule(nn.Module):
-    """Base of a decoder's parts: the config, the dtype, norms and linear layers."""
+    """Base class of a decoder's parts: config, dtype, norms and linear layers."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
 
     def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
-        """Applies the linear layer called ``name`` to ``[b, t, i]``: ``[b, t, width]``.
+        """Applies the linear layer ``name`` to ``[b, t, i]``, giving ``[b, t, width]``.
 
-        A remat policy may keep the result, named `LINEAR`.
+        The result is named `LINEAR`, so that a remat policy can save it.
         """
         layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
         return checkpoint_name(layer(x), LINEAR)
 
     def norm(self, name: str) -> nn.Module:
-        """Returns the norm called ``name``."""
+        """Returns the norm ``name``."""
         return make_norm(self.config, self.dtype, name)
 
 
@@ -86,16 +88,16 @@ class Attention(DecoderModule):
     def __call__(
         self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
     ) -> tuple[Hidden, Past]:
-        """Attends.
+        """Applies attention to ``[b, t, d]``.
 
         Args:
           x: ``[b, t, d]``.
           place: the tokens' positions.
-          layer: number of the layer, traced if the layers are scanned.
+          layer: the layer's number, traced if the layers are scanned.
           past: the layer's keys and values ``[b, s, k, h]`` when decoding.
 
         Returns:
-          ``[b, t, d]``, and the layer's keys and values, these tokens' included.
+          ``[b, t, d]``, and the layer's keys and values including these tokens'.
         """
         cfg, (b, t, _) = self.config, x.shape
         n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -191,14 +193,14 @@ class Block(DecoderModule):
         placement, scale = self.config.norm_placement, self.config.residual_scale
 
         def pre(name: str, x: Array) -> Array:
-            return self.norm(name)(x) if placement != "post" else x
+            return fence_gradient(self.norm(name)(x)) if placement != "post" else x
 
         def post(name: str, y: Array) -> Array:
             y = self.norm(name)(y) if placement != "pre" else y
             return y if scale == 1 else y * scale
 
         attention = Attention(self.config, self.dtype, name="attention")
-        mlp = Mlp(self.config, self.dtype, name="mlp")
+        mlp = make_mlp(self.config, self.dtype, layer)
         inputs = pre("attention_norm", x)
         y, kept = attention(inputs, place, layer, past)
         if self.config.is_parallel:
@@ -208,8 +210,16 @@ class Block(DecoderModule):
         return shard_rows(x), kept
 
 
+def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
+    """Makes the MLP of a layer, or its mixture of experts."""
+    experts = config.experts
+    if experts is None or layer in experts.dense_layers:
+        return Mlp(config, dtype, name="mlp")
+    return Mixture(experts, config.activation, dtype, name="mlp")
+
+
 def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
-    """Makes a norm of the config's kind."""
+    """Makes a norm of the config's type."""
     if config.norm == "layer":
         bias = config.has_norm_bias
         return nn.LayerNorm(config.norm_eps, dtype=dtype, use_bias=bias, name=name)
@@ -217,7 +227,7 @@ def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
 
 
 def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
-    """Returns a layer's entry, static where possible, else by the traced layer."""
+    """Returns a layer's entry: static if possible, else indexed by the traced layer."""
     if len(set(values)) == 1:
         return values[0]
     if isinstance(layer, int):

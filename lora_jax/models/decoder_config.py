@@ -1,4 +1,4 @@
-"""`DecoderConfig`: a decoder's sizes, constants, and where the families differ.
+"""`DecoderConfig`: a decoder's sizes and constants, and how families differ.
 
 One frozen dataclass describes Llama as well as Gemma or GPT-2; a family only fills it
 in. Nothing here depends on a model's name.
@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
+from lora_jax.models.expert_config import ExpertConfig
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -23,16 +24,16 @@ class Rope:
       theta: base of the frequencies ``theta^(-2j / rotary_dim)``.
       rotary_dim: dimensions of a head that are rotated; even.
       kind: how the frequencies are scaled for longer contexts, one of `KINDS`.
-      factor: by how much the context was stretched.
-      original_max_positions: the context before that.
-      low_freq_factor: llama3: wavelengths above ``original / low`` are stretched fully.
+      factor: how far the context was stretched.
+      original_max_positions: the context length before that.
+      low_freq_factor: llama3: wavelengths above ``original / low`` are fully stretched.
       high_freq_factor: llama3: those below ``original / high`` are not stretched.
-      beta_fast: yarn: frequencies with more rotations in the original context than this
+      beta_fast: yarn: frequencies with more rotations than this in the original context
         are not stretched.
-      beta_slow: yarn: those with fewer rotations than this are stretched fully.
+      beta_slow: yarn: those with fewer rotations than this are fully stretched.
       truncate: yarn: whether both limits are rounded to whole dimensions.
       attention_factor: yarn, longrope: factor of cosines and sines.
-      divisors: longrope: what each frequency is divided by in sequences of up to
+      divisors: longrope: divisor of each frequency in sequences of up to
         ``original_max_positions`` tokens.
       long_divisors: longrope: the same in longer ones.
 
@@ -56,13 +57,9 @@ class Rope:
     long_divisors: tuple[float, ...] = ()
 
     def frequencies(self, *, is_long: bool = False) -> np.ndarray:
-        """Returns radians a token, ``[rotary_dim / 2]`` float32.
+        """Returns radians per token, ``[rotary_dim / 2]`` float32.
 
-        Args:
-          is_long: longrope: whether the sequence is longer than its original context.
-
-        Returns:
-          The frequencies.
+        ``is_long`` is for longrope: whether the sequence exceeds its original context.
         """
         exponents = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
         plain = self.theta**-exponents
@@ -118,32 +115,33 @@ class DecoderConfig:
       has_norm_bias: whether a LayerNorm has a bias.
       norm_placement: norms before the sublayers, after them, or both.
       is_parallel: whether attention and MLP read the same normed input; there is one
-        norm a block, before them.
-      residual_scale: factor of what a sublayer adds to the stream.
-      qk_norm: norm of queries and keys: each head's, the whole projection's, or none.
+        norm per block, before them.
+      residual_scale: factor of each sublayer's output before it is added.
+      qk_norm: norm of queries and keys: per head, over the whole projection, or none.
       has_qkv_bias: bias of query, key and value.
       has_output_bias: bias of the attention's output.
       has_mlp_bias: bias of the MLP.
       is_qkv_fused: whether query, key and value are one kernel, ``qkv``.
       is_gate_up_fused: whether gate and up are one kernel, ``gate_up``.
       ropes: the tables of rotary frequencies.
-      layer_ropes: which of them each layer uses; None for no rotation (NoPE).
+      layer_ropes: the table that each layer uses; None for no rotation (NoPE).
       layer_windows: sliding window of each layer; None for full causal attention.
       rotates_pairs: whether neighbouring dimensions of a head are rotated together, not
         one of each half.
       query_growth: ``(beta, n)`` multiplies the queries at position ``p`` by ``1 + beta
         log(1 + floor(p / n))``; None for 1.
       has_learned_positions: whether there is a learned position embedding.
-      attention_scale: of the scores; None for ``1 / √h``.
+      attention_scale: scale of the scores; None for ``1 / √h``.
       divides_by_layer: whether scores are divided by the layer's number, from 1.
       attention_softcap: bound of the scores, or None.
       final_softcap: bound of the logits, or None.
       embed_scale: factor of the embedding's output.
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
+      experts: the mixture of experts in place of MLPs, or None.
 
     Raises:
-      ValueError: if a size or constant is out of range; every fault is named.
+      ValueError: if a size or constant is out of range; lists all of them.
     """
 
     vocab_size: int
@@ -182,10 +180,16 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     is_tied: bool = False
+    experts: ExpertConfig | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same parameters, so that they can be scanned."""
+        return self.experts is None or not self.experts.dense_layers
 
     @property
     def original_positions(self) -> int | None:
-        """Where longrope's long factors begin; None without longrope."""
+        """The longest context with longrope's short factors; None without longrope."""
         return next(
             (r.original_max_positions for r in self.ropes if r.kind == "longrope"), None
         )
@@ -227,18 +231,11 @@ class DecoderConfig:
             for window in {w for w in self.layer_windows if w is not None}
             if type(window) is not int or window < 1
         ]
-        for name in (
-            "norm_eps",
-            "attention_scale",
-            "attention_softcap",
-            "final_softcap",
-            "residual_scale",
-            "logit_scale",
-        ):
+        optional = ("attention_scale", "attention_softcap", "final_softcap")
+        for name in ("norm_eps", *optional, "residual_scale", "logit_scale"):
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, (int, float)) and 0 < value < math.inf
-            ):
+            is_number = isinstance(value, (int, float)) and 0 < value < math.inf
+            if value is not None and not is_number:
                 faults.append(f"{name} must be above 0; got {value!r}")
         faults += [fault for rope in self.ropes for fault in self._rope_faults(rope)]
         return faults

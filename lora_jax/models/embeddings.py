@@ -1,4 +1,4 @@
-"""Embeddings of an encoder: of tokens, or of an image's patches."""
+"""Embeddings of an encoder: of tokens, or of image patches."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ Hidden = Float[Array, "b t d"]
 
 
 def check_tokens(max_positions: int, input_ids: Any, **others: Any) -> None:
-    """Raises unless the arrays are one batch ``[b, t]`` of tokens that fits a model.
+    """Raises unless the arrays are a batch ``[b, t]`` of tokens that fits a model.
 
     Args:
-      max_positions: the longest row of the model.
+      max_positions: the model's longest row.
       input_ids: token ids.
       **others: arrays of the same shape, or None.
 
@@ -62,13 +62,9 @@ class Embeddings(nn.Module):
         """Returns ``[b, t, d]`` for ids ``[b, t]``; without types all are type 0."""
         cfg = self.config
         # No dtype here: it would cast the whole table, not just the rows looked up.
-        word = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            promote_dtype=promote_table,
-            name="word",
-        )
-        position = nn.Embed(cfg.position_rows, cfg.hidden_size, name="position")
+        width = cfg.hidden_size
+        word = nn.Embed(cfg.vocab_size, width, promote_dtype=promote_table, name="word")
+        position = nn.Embed(cfg.position_rows, width, name="position")
         positions = jnp.arange(input_ids.shape[1])
         if cfg.padding_id is not None:
             positions = token_positions(input_ids, cfg.padding_id)
@@ -76,7 +72,7 @@ class Embeddings(nn.Module):
         if cfg.num_token_types is not None:
             if token_type_ids is None:
                 token_type_ids = jnp.zeros((1, 1), jnp.int32)
-            table = nn.Embed(cfg.num_token_types, cfg.hidden_size, name="token_type")
+            table = nn.Embed(cfg.num_token_types, width, name="token_type")
             x = x + table(token_type_ids)
         elif token_type_ids is not None:
             raise ValueError(
@@ -86,14 +82,9 @@ class Embeddings(nn.Module):
 
 
 def token_positions(input_ids: TokenIds, padding_id: int) -> TokenIds:
-    """RoBERTa's positions: ``padding_id`` plus the count of tokens without padding.
+    """Returns RoBERTa's positions: ``padding_id`` plus the count of non-padding tokens.
 
-    Args:
-      input_ids: token ids ``[b, t]``.
-      padding_id: the id of padding, which itself is at position ``padding_id``.
-
-    Returns:
-      Positions ``[b, t]``.
+    Padding itself is at position ``padding_id``.
 
     Example:
       >>> token_positions(jnp.array([[0, 7, 1, 2, 1]]), 1).tolist()
@@ -104,7 +95,7 @@ def token_positions(input_ids: TokenIds, padding_id: int) -> TokenIds:
 
 
 class PatchEmbeddings(nn.Module):
-    """Embeds patches row by row, puts the class token first, and adds positions."""
+    """Embeds patches row by row, prepends the class token, and adds positions."""
 
     config: ImageEncoderConfig
     dtype: Any = jnp.float32
@@ -135,15 +126,12 @@ class PatchEmbeddings(nn.Module):
 def resize_positions(
     table: Float[Array, "1 s d"], grid: tuple[int, int], wanted: tuple[int, int]
 ) -> Float[Array, "1 t d"]:
-    """Resizes a table of positions of patches, bicubically, in float32.
+    """Resizes a table of patch positions bicubically, in float32.
 
     Args:
       table: ``[1, 1 + rows * columns, d]``; the first position is the class token's.
       grid: rows and columns of the table.
       wanted: rows and columns of the result.
-
-    Returns:
-      The table ``[1, 1 + rows * columns, d]`` of the wanted grid.
     """
     rows, columns = map(cubic_matrix, grid, wanted)
     patches = table[0, 1:].astype(jnp.float32).reshape(*grid, -1)
@@ -153,18 +141,12 @@ def resize_positions(
 
 
 def cubic_matrix(size: int, wanted: int) -> np.ndarray:
-    """Bicubic interpolation of ``size`` samples at ``wanted`` places, as a matrix.
+    """Returns bicubic interpolation from ``size`` to ``wanted`` samples as a matrix.
 
     As in PyTorch's ``interpolate(mode="bicubic", align_corners=False)``: samples are
     centres of cells, Keys' kernel has ``a = -0.75``, edges repeat, and downsampling
-    doesn't smooth (unlike `jax.image.resize`).
-
-    Args:
-      size: number of samples.
-      wanted: number of samples in the result.
-
-    Returns:
-      ``[wanted, size]`` float32; rows sum to 1.
+    doesn't smooth (unlike `jax.image.resize`). The matrix is ``[wanted, size]``, in
+    float32; its rows sum to 1.
 
     Example:
       >>> cubic_matrix(2, 1).tolist()

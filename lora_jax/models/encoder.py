@@ -1,15 +1,15 @@
-"""Encoders of text and of images as plain Linen modules, with no LoRA inside.
+"""Encoders of text and images as plain Linen modules, without LoRA.
 
 `lora_jax.adapt` adds the adapters from outside, so these files hold only the models:
 embeddings, blocks, and a head. Every family (BERT, RoBERTa, ViT, ...) is these
-modules under another config.
+modules with another config.
 
-The parameter tree (kernels ``[i, o]``, as Flax stores them)::
+The parameter tree (kernels are ``[i, o]``, as in Flax)::
 
-    encoder/embeddings/{word,position,token_type}/embedding     of text
-    encoder/embeddings/norm/{scale,bias}                        of text
-    encoder/embeddings/patch/{kernel,bias}                      of images
-    encoder/embeddings/{cls,position}                           of images
+    encoder/embeddings/{word,position,token_type}/embedding     text only
+    encoder/embeddings/norm/{scale,bias}                        text only
+    encoder/embeddings/patch/{kernel,bias}                      images only
+    encoder/embeddings/{cls,position}                           images only
     encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}
     encoder/layer_{i}/attention_norm/{scale,bias}
     encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
@@ -44,7 +44,7 @@ POOLER_ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 
 
 class Encoder(nn.Module):
-    """An encoder of text: token ids to hidden states.
+    """A text encoder: token ids to hidden states.
 
     Attributes:
       config: the sizes.
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
           input_ids: token ids ``[b, t]``.
           attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
           token_type_ids: segment ids ``[b, t]``; all 0 if not given.
-          deterministic: False switches dropout on (PRNG stream "dropout").
+          deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
           Hidden states ``[b, t, d]``; ignore those at padding.
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """An encoder of images: pixels to hidden states of patches; see `Encoder`."""
+    """An image encoder: pixels to hidden states of patches; see `Encoder`."""
 
     config: ImageEncoderConfig
     dtype: Any = jnp.float32
@@ -106,15 +106,15 @@ class ImageEncoder(nn.Module):
         """Encodes a batch of images.
 
         Args:
-          pixel_values: normalised images ``[b, c, y, x]``, as Hugging Face has them.
-          deterministic: False switches dropout on (PRNG stream "dropout").
+          pixel_values: normalised images ``[b, c, y, x]``, as in Hugging Face.
+          deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
           Hidden states ``[b, 1 + patches, d]``: the class token's, then the patches'
           row by row.
 
         Raises:
-          ValueError: if the images are not of the config's channels and size.
+          ValueError: if the images don't have the config's channels and size.
           TypeError: if ``pixel_values`` are not floats.
         """
         check_pixels(self.config, pixel_values)
@@ -125,16 +125,9 @@ class ImageEncoder(nn.Module):
 def run_blocks(
     owner: "Encoder | ImageEncoder", x: Hidden, mask: Array | None, deterministic: bool
 ) -> Hidden:
-    """Makes and runs the blocks of a module whose compact method calls this.
+    """Makes and runs the blocks of ``owner``, whose compact method calls this.
 
-    Args:
-      owner: the calling module.
-      x: embeddings ``[b, t, d]``.
-      mask: boolean ``[b, t]``, True = real; None: all are.
-      deterministic: False switches dropout on.
-
-    Returns:
-      Hidden states ``[b, t, d]``.
+    ``mask`` is boolean ``[b, t]``, True for real tokens; None if all are.
     """
     cfg, dtype, rate = owner.config, owner.dtype, owner.dropout_rate
     x = nn.Dropout(rate)(x, deterministic=deterministic)
@@ -158,7 +151,7 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
     is_batch = len(shape) == 4 and shape[1] == config.num_channels
     wanted, is_sized = f"size {own}", shape[-2:] == own
     if config.is_resizable and is_batch:
-        wanted, is_sized = "a patch or more", 0 not in config.grid(*shape[-2:])
+        wanted, is_sized = "at least one patch", 0 not in config.grid(*shape[-2:])
     if not (is_batch and is_sized):
         raise ValueError(
             f"pixel_values must be [b, c, y, x] with c = {config.num_channels} and "
@@ -170,14 +163,14 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
 def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
     """Averages the hidden states of unmasked tokens, in float32.
 
-    Computes ``sum_t mask * hidden / max(sum_t mask, 1)``.
+    Computes ``sum_t mask * hidden / max(sum_t mask, 1)``: zeros for an all-padding row.
 
     Args:
       hidden: hidden states ``[b, t, d]``.
       attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
 
     Returns:
-      Averages ``[b, d]`` float32; zeros for a row of padding alone.
+      Averages ``[b, d]`` float32.
 
     Example:
       >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).item()
@@ -189,13 +182,13 @@ def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
 
 
 def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
-    """Pools hidden states to one vector a row, in float32.
+    """Pools hidden states to one vector per row, in float32.
 
     Args:
       hidden: hidden states ``[b, t, d]``.
       mask: ``[b, t]``, 1 for real tokens and 0 for padding.
       pooling: "mean" over unmasked tokens; "cls" or "pooler": the first token's;
-        "cls_mean": the first token's and the mean of the others, side by side.
+        "cls_mean": the first token's and the mean of the others, concatenated.
 
     Returns:
       Vectors ``[b, d]``; ``[b, 2 d]`` for "cls_mean".
@@ -210,15 +203,15 @@ def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
 
 
 class Classifier(nn.Module):
-    """An encoder, pooled to one vector a row, with a linear head; see the subclasses.
+    """An encoder, pooled to one vector per row, with a linear head; see the subclasses.
 
     Attributes:
       config: the encoder's sizes.
       num_labels: classes of the head; None for no head.
       pooling: "mean" over unmasked tokens, "cls" (the first token's hidden state),
-        "pooler" (``activation(W cls + b)``: BERT's pooler, RoBERTa's and DistilBERT's
-        first dense layer of the head) or "cls_mean" (the first token's beside the mean
-        of the others: DINOv2's).
+        "pooler" (``activation(W cls + b)``: BERT's pooler, the first dense layer of
+        RoBERTa's and DistilBERT's heads) or "cls_mean" (DINOv2's: the first token's,
+        concatenated with the mean of the others).
       dtype: dtype of the encoder's computation; pooling and head are float32.
       dropout_rate: see `Encoder`.
 
@@ -252,7 +245,7 @@ class Classifier(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        """Creates the encoder and, where asked for, the pooler and the head."""
+        """Creates the encoder and, if configured, the pooler and the head."""
         self.encoder = self.encoder_type(self.config, self.dtype, self.dropout_rate)
         if self.pooling == "pooler":
             self.pooler = nn.Dense(self.config.hidden_size, dtype=jnp.float32)
@@ -260,14 +253,9 @@ class Classifier(nn.Module):
             self.classifier = nn.Dense(self.num_labels, dtype=jnp.float32)
 
     def head(self, hidden: Hidden, mask: TokenIds) -> Float[Array, "b o"]:
-        """Pools hidden states and classifies them.
+        """Pools hidden states ``[b, t, d]`` and classifies them.
 
-        Args:
-          hidden: hidden states ``[b, t, d]``.
-          mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         pooled = pool(hidden, mask, self.pooling)
         if self.pooling == "pooler":
@@ -277,7 +265,7 @@ class Classifier(nn.Module):
 
 
 class SequenceClassifier(Classifier):
-    """An `Encoder` of text with a head; its attributes are `Classifier`'s."""
+    """A text `Encoder` with a head; its attributes are `Classifier`'s."""
 
     encoder_type: ClassVar[Any] = Encoder
 
@@ -289,16 +277,9 @@ class SequenceClassifier(Classifier):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "b o"]:
-        """Classifies a batch of sequences.
+        """Classifies a batch of sequences; arguments are `Encoder`'s.
 
-        Args:
-          input_ids: token ids ``[b, t]``.
-          attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-          token_type_ids: segment ids ``[b, t]``; all 0 if not given.
-          deterministic: False switches dropout on (PRNG stream "dropout").
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         hidden = self.encoder(
             input_ids, attention_mask, token_type_ids, deterministic=deterministic
@@ -324,14 +305,9 @@ class ImageClassifier(Classifier):
     def __call__(
         self, pixel_values: Pixels, *, deterministic: bool = True
     ) -> Float[Array, "b o"]:
-        """Classifies a batch of images.
+        """Classifies a batch of images; arguments are `ImageEncoder`'s.
 
-        Args:
-          pixel_values: normalised images ``[b, c, y, x]``.
-          deterministic: False switches dropout on (PRNG stream "dropout").
-
-        Returns:
-          Logits ``[b, num_labels]`` float32; the pooled vectors without a head.
+        Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
         hidden = self.encoder(pixel_values, deterministic=deterministic)
         return self.head(hidden, jnp.ones(hidden.shape[:2], jnp.int32))

@@ -54,7 +54,7 @@ class Mlp(nn.Module):
             x, last = gate(activation, *jnp.split(both, 2, axis=-1)), "gated_down"
         else:
             x, last = nn.Dense(cfg.mlp_size, dtype=self.dtype, name="up")(x), "down"
-            x = jax.checkpoint(activation)(x)  # [b, t, f]; kept is x alone
+            x = jax.checkpoint(activation)(x)  # [b, t, f]; saves only x
         return nn.Dense(cfg.hidden_size, dtype=self.dtype, name=last)(x)
 
 

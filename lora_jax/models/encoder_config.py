@@ -1,4 +1,4 @@
-"""Sizes, constants and variants of encoders of text and of images."""
+"""Sizes, constants and variants of text and image encoders."""
 
 import dataclasses
 from typing import Literal
@@ -11,7 +11,7 @@ POOLERS = (None, "relu", "tanh")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """The fields that encoders of text and of images share.
+    """The fields that text and image encoders share.
 
     Attributes:
       hidden_size: width of the model, ``d``.
@@ -23,13 +23,13 @@ class BlockConfig:
       norm_placement: norms of the sublayers' inputs ("pre", and a last one after the
         blocks) or of the sums ("post").
       has_qkv_bias: bias of query, key and value.
-      has_layer_scale: whether each sublayer's output has a factor a channel.
-      is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, gate and up
-        being one kernel.
-      pooler_activation: of the pooling "pooler"; None for models without a pooler.
+      has_layer_scale: whether each sublayer's output has a factor per channel.
+      is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, with gate and up
+        in one kernel.
+      pooler_activation: activation of the "pooler" pooling; None without a pooler.
 
     Raises:
-      ValueError: if a size or constant is out of range; every fault is named.
+      ValueError: if a size or constant is out of range; lists all of them.
     """
 
     hidden_size: int
@@ -74,14 +74,14 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(BlockConfig):
-    """An encoder of token ids; see `BlockConfig`.
+    """A text encoder; see `BlockConfig`.
 
     Attributes:
       vocab_size: rows of the word embedding, ``v``.
       max_positions: the longest sequence.
       num_token_types: rows of the token type embedding; None for models without one.
-      padding_id: of RoBERTa, whose positions count the other tokens from
-        ``padding_id + 1`` on; None: positions are ``0 ... t-1``.
+      padding_id: for RoBERTa, which numbers non-padding tokens from ``padding_id + 1``;
+        None: positions are ``0 ... t-1``.
     """
 
     vocab_size: int
@@ -110,7 +110,7 @@ class EncoderConfig(BlockConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig(BlockConfig):
-    """An encoder of images, patch by patch; see `BlockConfig`.
+    """An image encoder, patch by patch; see `BlockConfig`.
 
     Attributes:
       image_height: in pixels, of the images that the position table is for.
@@ -141,5 +141,5 @@ class ImageEncoderConfig(BlockConfig):
         return faults
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches in a column and in a row of an image."""
+        """Returns the number of patches in a column and in a row of an image."""
         return height // self.patch_height, width // self.patch_width

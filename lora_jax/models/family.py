@@ -1,7 +1,7 @@
 """`Family`: how Hugging Face names a model's config keys and tensors.
 
-To add a family, write a small file in `families` (which config keys mean what, and
-which tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
+To add a family, write a small file in `families` (what the config keys mean, and which
+tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from lora_jax.names import BIAS, HEAD, KERNEL
+from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 _MISSING = object()
-MAX_LAYERS = 1000  # a config.json may ask for anything
-LEAST, MOST = 1e-20, 1e20  # of a number that is not 0 and not a size
+MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
+LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
-# Bare names of what a multimodal model has beside its language model.
+# Bare names of a multimodal model's parts other than the language model.
 OTHER_MODALITIES = (
     r"(vision|audio)_tower\.",
     r"vision_model\.",
@@ -35,24 +35,27 @@ class Family:
     """One ``model_type`` of Hugging Face.
 
     Attributes:
-      read_config: from a parsed ``config.json`` to the module's config.
+      read_config: maps a parsed ``config.json`` to the module's config.
       module: builds the module from the config and keyword options.
-      inputs: from the config to the shapes of ``module.init``'s inputs.
-      modules: from a module's (or a leaf's) path in our tree, with ``{i}`` for a
-        layer's number, to its Hugging Face name.
+      inputs: maps the config to the shapes of ``module.init``'s inputs.
+      modules: Hugging Face's name for a module's (or a leaf's) path in our tree, with
+        ``{i}`` for the layer number.
       prefix: of names in files saved from a model with a head, and in adapters.
-      prefixes: others that names in files and adapters may have.
+      prefixes: other prefixes that names in files and adapters may have.
       is_tower: whether it is the language model of a multimodal folder, whose other
-        tensors are left alone.
-      unused: expressions for the start of names that a file may hold and the module
+        tensors are ignored.
+      unused: patterns for the start of names that a file may hold and the module
         doesn't use.
-      head: paths of the classification head's modules, which are made anew where a
-        file has none; empty for a model that predicts tokens.
+      head: paths of the classification head's modules, which are initialised if a file
+        has none; empty for a model that predicts tokens.
       head_pooling: the pooling below a head that transformers trained.
-      head_class: end of the name of transformers' class with that head.
-      renames: expressions in a file's module names and what transformers 5, and so
-        an adapter of today, has in their place. Files of either kind are read.
+      head_class: suffix of the transformers class with that head.
+      renames: patterns in a file's module names, and their replacements in
+        transformers 5 and in adapters made with it. Either is read.
       is_transposed: whether kernels are stored ``[out, in]``.
+      experts: from the path of the kernels of a layer's experts, one array here, to
+        the names of what each expert has in a file, in the order of their outputs.
+        ``modules`` has their names there under ``experts/expert_{e}/NAME``.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -68,15 +71,10 @@ class Family:
     head_class: str = "ForSequenceClassification"
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
+    experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def tensor_name(self, path: str) -> str:
-        """The bare Hugging Face name of the leaf at ``path``.
-
-        Args:
-          path: the leaf's path in the module's parameter tree.
-
-        Returns:
-          Its name without the family's prefix.
+        """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
 
         Raises:
           ValueError: if the family has no name for it.
@@ -86,8 +84,8 @@ class Family:
         module, _, leaf = path.rpartition("/")
         if (name := self.module_name(module)) is None:
             raise ValueError(
-                f"parameter {path} must belong to a module that has a Hugging Face "
-                f"name; those are {sorted(self.modules)}."
+                f"parameter {path} must belong to a module with a Hugging Face name: "
+                f"one of {sorted(self.modules)}."
             )
         return f"{name}.{BIAS if leaf == BIAS else 'weight'}"
 
@@ -98,80 +96,105 @@ class Family:
         return tuple(sorted(known, key=len, reverse=True))
 
     def is_unused(self, name: str) -> bool:
-        """Whether a file may hold a tensor of this bare name that is not used."""
+        """Returns whether the module ignores a file's tensor of this bare name."""
         return any(re.match(pattern, name) for pattern in self.unused)
 
     def module_name(self, path: str) -> str | None:
-        """The bare Hugging Face name of the module at ``path``, None if it has none."""
-        number = re.search(r"layer_(\d+)", path)
-        template = self.modules.get(re.sub(r"layer_\d+", "layer_{i}", path))
-        return template and template.replace("{i}", number[1] if number else "")
+        """Returns the bare Hugging Face name of the module at ``path``, or None."""
+        template, numbers = self.modules.get(_template(path)), {}
+        for letter, word in (("{i}", "layer"), ("{e}", "expert")):
+            number = re.search(rf"{word}_(\d+)", path)
+            numbers[letter] = number[1] if number else ""
+        for letter, number in numbers.items():
+            template = template and template.replace(letter, number)
+        return template
+
+    def whole_path(self, path: str) -> str:
+        """The path of the kernel of all experts that a part of one is in, or ``path``.
+
+        Args:
+          path: one of ``modules``.
+        """
+        for whole, names in self.experts.items():
+            parent = whole.rpartition("/")[0]
+            if path in (f"{parent}/expert_{{e}}/{name}" for name in names):
+                return whole
+        return path
+
+    def expert_parts(self, path: str) -> tuple[str, ...]:
+        """Returns a file's tensors per expert at ``path``; none if all are one."""
+        return self.experts.get(_template(path), ())
 
     def is_head(self, name: str) -> bool:
-        """Whether a tensor of this bare name belongs to the classification head."""
+        """Returns whether a tensor of this bare name is the classification head's."""
         return any(name.startswith(f"{self.modules[path]}.") for path in self.head)
 
     def bare_name(self, name: str) -> str:
-        """A tensor's name in a file, as `tensor_name` has it.
+        """Normalises a tensor's name in a file, of any transformers version.
 
-        Args:
-          name: with or without the prefix, as any version of transformers has it.
-
-        Returns:
-          The name without prefix, with today's names of LayerNorm's weights and the
-          checkpoints' names of modules.
+        The result has no prefix, current names for LayerNorm's weights and the names of
+        checkpoints for modules, like `tensor_name`'s.
         """
         found = (p for p in self.file_prefixes if name.startswith(p))
         bare = name.removeprefix(next(found, ""))
         if old := re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare):
             return old[1] + {"gamma": "weight", "beta": "bias"}[old[2]]
         for module in self.modules.values() if self.renames else ():
-            pattern = re.escape(self.renamed(module)).replace(r"\{i\}", r"(\d+)")
-            if found := re.fullmatch(rf"{pattern}(\.weight|\.bias)", bare):
-                number, leaf = found.groups() if "{i}" in module else ("", found[1])
-                return module.replace("{i}", number) + leaf
+            pattern = re.escape(self.renamed(module))
+            for letter in "ie":
+                pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>\d+)")
+            if found := re.fullmatch(rf"{pattern}(?P<leaf>\.weight|\.bias)", bare):
+                numbers = found.groupdict()
+                leaf = numbers.pop("leaf")
+                for letter, number in numbers.items():
+                    module = module.replace(f"{{{letter}}}", number)
+                return module + leaf
         return bare
 
     def renamed(self, name: str) -> str:
-        """A file's module name as transformers 5 has it."""
+        """Returns transformers 5's name for a file's module name."""
         for old, new in self.renames:
             name = re.sub(old, new, name)
         return name
 
     def from_file(self, path: str, array: np.ndarray) -> np.ndarray:
-        """A file's ``[out, in, *k]`` array as Flax stores it, ``[*k, in, out]``.
+        """Returns a view of a file's ``[out, in, *k]`` kernel as ``[*k, in, out]``.
 
-        Args:
-          path: of the leaf; arrays that are not kernels stay as they are.
-          array: as the file has it.
-
-        Returns:
-          A view of it.
+        Arrays that are not kernels stay as they are.
         """
-        if not self._is_turned(path):
+        if not self._is_transposed(path):
             return array
-        return array.transpose(self.axes(array.ndim))
+        return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
-        """`from_file` undone."""
-        if not self._is_turned(path):
+        """Inverts `from_file`."""
+        if not self._is_transposed(path):
             return array
-        return array.transpose(np.argsort(self.axes(array.ndim)))
+        return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
-        """The shape that a file has for a leaf of ``shape``."""
-        if not self._is_turned(path):
+        """Returns the shape that a file has for a leaf of ``shape``."""
+        if not self._is_transposed(path):
             return shape
-        return tuple(shape[axis] for axis in np.argsort(self.axes(len(shape))))
+        axes = np.argsort(self._axes(path, len(shape)))
+        return tuple(shape[axis] for axis in axes)
 
-    def _is_turned(self, path: str) -> bool:
-        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
-        return is_turned and path.rpartition("/")[2] == KERNEL
+    def _is_transposed(self, path: str) -> bool:
+        is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
+        return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 
     @staticmethod
-    def axes(ndim: int) -> tuple[int, ...]:
-        """Order of a PyTorch kernel's axes in Flax: spatial, in, out."""
+    def _axes(path: str, ndim: int) -> tuple[int, ...]:
+        """Returns the order of a PyTorch kernel's axes in Flax: spatial, in, out."""
+        if f"/{EXPERTS}/" in path and ndim == 3:
+            return (0, 2, 1)
         return (*range(2, ndim), 1, 0)
+
+
+def _template(path: str) -> str:
+    """Returns a path with ``{i}`` and ``{e}`` for the numbers of layer and expert."""
+    path = re.sub(r"layer_\d+", "layer_{i}", path)
+    return re.sub(r"expert_\d+", "expert_{e}", path)
 
 
 def config_of(module: Any) -> Any:
@@ -180,14 +203,7 @@ def config_of(module: Any) -> Any:
 
 
 def is_extreme(value: Any) -> bool:
-    """Says whether a number is NaN, infinite, or so small or large that sums would be.
-
-    Args:
-      value: a number; anything else is not extreme.
-
-    Returns:
-      True for such a number.
-    """
+    """Returns whether a value is a number that is NaN, infinite, tiny or huge."""
     return (
         isinstance(value, (int, float))
         and value != 0
@@ -196,7 +212,7 @@ def is_extreme(value: Any) -> bool:
 
 
 class Fields:
-    """Reads a ``config.json``, collecting wrong types and missing keys.
+    """Reads a ``config.json``, collecting wrong types and missing keys in ``faults``.
 
     Args:
       config: the parsed file.
@@ -208,18 +224,18 @@ class Fields:
         self.faults: list[str] = []
 
     def integer(self, key: str, default: Any = _MISSING) -> Any:
-        """A bounded integer; a key that is absent or null has the default."""
+        """A bounded integer; the default if the key is absent or null."""
         return self._bounded(key, default, MAX_SIZE)
 
     def layers(self, key: str, default: Any = _MISSING) -> int:
-        """A number of layers, at most `MAX_LAYERS`."""
+        """A layer count, at most `MAX_LAYERS`."""
         return self._bounded(key, default, MAX_LAYERS)
 
     def number(self, key: str, default: Any = _MISSING) -> Any:
         """A number that float32 can compute with: 0, or neither tiny nor huge."""
         value = self._get(key, default, (int, float), "a number")
         if is_extreme(value):
-            is_finite = abs(value) < math.inf  # of integers of any size
+            is_finite = abs(value) < math.inf  # works for integers of any size
             wanted = f"0 or {LEAST:g} to {MOST:g}" if is_finite else "finite"
             self.faults.append(f"{key} must be {wanted}; got {value!r}"[:200])
             return 1.0
@@ -234,11 +250,11 @@ class Fields:
         return self._get(key, default, (str,), "a string")
 
     def sequence(self, key: str, length: int) -> list[Any] | None:
-        """A list of ``length`` entries, or None where the key is absent or null."""
+        """A list of ``length`` entries, or None if the key is absent or null."""
         value = self._get(key, None, (list,), "a list")
         if value is not None and len(value) != length:
             self.faults.append(
-                f"{key} must have {length} entries, one a layer; got {len(value)}"
+                f"{key} must have {length} entries, one per layer; got {len(value)}"
             )
             return None
         return value
@@ -248,17 +264,13 @@ class Fields:
         return self._get(key, None, (dict,), "an object")
 
     def only(self, key: str, value: Any) -> None:
-        """Refuses every value of ``key`` but one: with others it's another model."""
+        """Rejects every value of ``key`` but one, as others make it another model."""
         got = self.config.get(key)
         if got is not None and got != value:
             self.faults.append(f"{key} must be {value!r} here; got {got!r}")
 
     def check(self) -> None:
-        """Raises one error with every fault.
-
-        Raises:
-          ValueError: if there is any.
-        """
+        """Raises one ValueError with every fault, if there are any."""
         if self.faults:
             faults = "; ".join(dict.fromkeys(self.faults))
             raise ValueError(f"config.json doesn't fit a {self.what}: {faults}.")

@@ -1,6 +1,6 @@
-"""Text from a decoder: a compiled prefill, and a compiled step for each token.
+"""Text generation: a compiled prefill, and a compiled step for each token.
 
-Prompts of a batch are padded to the right, and every row keeps its own position, so a
+Prompts of a batch are padded on the right, and every row keeps its own position, so a
 row's text doesn't depend on its neighbours. Shapes are rounded up: prompts of similar
 lengths, and any number of new tokens up to the cache's size, share a compilation.
 """
@@ -39,17 +39,17 @@ def generate(
     """Continues prompts, greedily or by sampling.
 
     Args:
-      module: a `Decoder`, with adapters or without, or the module of an `AdapterBank`.
-      variables: of ``module.apply``.
+      module: a `Decoder`, with or without adapters, or the module of an `AdapterBank`.
+      variables: for ``module.apply``.
       prompts: token ids of each prompt, at least one.
       max_new_tokens: the longest continuation.
-      stop_ids: tokens that end a row; they are not part of its continuation.
-      temperature: of sampling; 0 takes the likeliest token.
+      stop_ids: tokens that end a row; excluded from its continuation.
+      temperature: sampling temperature; 0 takes the likeliest token.
       top_p: samples from the fewest tokens whose probabilities reach this sum.
       top_k: samples from this many likeliest tokens; 0 for all.
-      key: PRNG key, needed where ``temperature`` is above 0.
-      on_token: called with a row's number and its continuation so far after each new
-        token; True ends the row (a stop string was met).
+      key: PRNG key, required if ``temperature`` is above 0.
+      on_token: called after each new token with the row number and its continuation so
+        far; return True to end the row (at a stop string, say).
 
     Returns:
       The new token ids of each prompt.
@@ -71,12 +71,8 @@ def generate(
 
     is_long = _is_long(int(lengths.max()), max_new_tokens, config)
     prefill, decode = _compiled(module, size, temperature > 0, is_long)
-    sampling = (
-        key if key is not None else jax.random.key(0),
-        temperature,
-        top_p,
-        top_k,
-    )
+    key = jax.random.key(0) if key is None else key
+    sampling = (key, temperature, top_p, top_k)
     token, cache = prefill(variables, ids, lengths, *sampling)
     stops = frozenset(stop_ids)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -108,7 +104,7 @@ def sample(
     top_p: float | Array,
     top_k: int | Array,
 ) -> Int[Array, ""]:
-    """Draws a token from ``softmax(logits / temperature)``, cut to its top.
+    """Draws a token from ``softmax(logits / temperature)`` after top-p and top-k.
 
     Args:
       logits: ``[v]`` float32.
@@ -116,9 +112,6 @@ def sample(
       temperature: above 0.
       top_p: keeps the fewest likeliest tokens whose probabilities sum to this or more.
       top_k: keeps this many likeliest tokens; 0 for all.
-
-    Returns:
-      The token.
 
     References:
       top-p: Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
@@ -137,7 +130,7 @@ def sample(
 def _compiled(
     module: nn.Module | RowAdapted, size: int, is_sampled: bool, is_long: bool
 ):
-    """Returns the jitted prefill and decode for caches of ``size`` slots."""
+    """Returns the jitted prefill and decode for caches with ``size`` slots."""
 
     def choose(variables, hidden, positions, key, *sampling):
         logits: Any = module.apply(variables, hidden, method="logits")
@@ -145,7 +138,7 @@ def _compiled(
         if not is_sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        def draw(row, position, logits):  # its own key: independent of other rows
+        def draw(row, position, logits):  # with its own key, whatever the other rows
             own = jax.random.fold_in(jax.random.fold_in(key, row), position)
             return sample(logits, own, *sampling)
 
@@ -173,15 +166,15 @@ def _compiled(
 
 
 def _is_long(longest: int, max_new_tokens: int, config: Any) -> bool:
-    """Says which of longrope's factors a cache is made with; it can't change them."""
+    """Returns whether a cache uses longrope's long factors; it can't switch later."""
     original = config.original_positions
     if original is not None and longest <= original < longest + max_new_tokens - 1:
         raise ValueError(
             f"max_new_tokens must be at most {original - longest + 1} for a prompt of "
             f"{longest} tokens; got {max_new_tokens}. This model's positions (longrope)"
-            f" are rotated differently beyond {original} tokens, so that what is in "
-            "the cache can't be continued; generate that many, and go on with prompt "
-            "and text as the prompt."
+            f" are rotated differently beyond {original} tokens, so the cache can't be "
+            "used there; generate that many, then continue with prompt and text as the "
+            "new prompt."
         )
     return original is not None and longest > original
 
@@ -201,7 +194,7 @@ def _check_sampling(
     if top_k < 0:
         faults.append(f"top_k must be at least 0, 0 for all tokens; got {top_k}")
     if temperature > 0 and key is None:
-        faults.append("key must be a PRNG key where temperature > 0; got None")
+        faults.append("key must be a PRNG key if temperature > 0; got None")
     if faults:
         raise ValueError("; ".join(faults) + ".")
 

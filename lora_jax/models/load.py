@@ -1,8 +1,8 @@
-"""Pretrained models from Hugging Face folders, GGUF files, packages and the hub.
+"""Loads pretrained models from Hugging Face folders, GGUF files, packages and the hub.
 
-Strict: a model is loaded whole or not at all, and one error lists every tensor that is
-missing, unexpected, mis-shaped, or not finite. What differs between model families is
-in `Family` alone. Tensors are read one by one, some rows at a time, straight to their
+Strict: a model is loaded completely or not at all, and one error lists every tensor
+that is missing, unexpected, wrongly shaped or not finite. Only `Family` knows how model
+families differ. Tensors are read one by one, a few rows at a time, straight to their
 dtype, layout and devices: the host never holds a second copy of the model, nor of the
 layers that one array stacks.
 """
@@ -25,7 +25,7 @@ from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
-from lora_jax.models.stacking import layer_slices
+from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, FROZEN, HEAD, KERNEL, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
@@ -33,8 +33,7 @@ from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-
-WORDS = "encoder/embeddings/word"  # an encoder's tokens
+WORD_EMBEDDING = "encoder/embeddings/word"  # an encoder's token embedding
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -52,48 +51,25 @@ def load_base(
     key: PRNGKey | None = None,
     own_head: bool = False,
 ) -> LoadedModel:
-    """Loads a pretrained model without adapters.
+    """Loads a pretrained model without adapters; see `load_model`.
 
-    Args:
-      path: this and the others are `load_model`'s.
-      num_labels: see there.
-      pooling: see there.
-      dtype: see there.
-      param_dtype: see there.
-      sharding: see there.
-      scan_layers: see there.
-      remat: see there.
-      key: see there.
-      own_head: gives a decoder whose head is its embedding a head of its own, with the
-        embedding's values.
-
-    Returns:
-      The model.
-
-    Raises:
-      ValueError: as `load_model`.
+    ``own_head`` unties a tied decoder: its head is initialised from the embedding.
     """
     source = open_source(path)
     config = source.config
-    if (
-        own_head
-        and not source.family.head
-        and config.is_tied
-        and not _tied_faults(source, {})
-    ):
-        config, source = (
-            dataclasses.replace(config, is_tied=False),
-            source.with_own_head(),
-        )
+    is_tied = not source.family.head and config.is_tied
+    if own_head and is_tied and not _tied_faults(source, {}):
+        config = dataclasses.replace(config, is_tied=False)
+        source = source.with_own_head()
     fresh_head: tuple[str, ...] = ()
     if source.has_other_head and (pooling is None or not source.family.head):
         kinds = "ForCausalLM"
         if source.family.head:
             kinds = f"Model and {source.family.head_class}"
         raise ValueError(
-            f"{path}: the architecture {source.architecture} is unsupported; its head "
-            f"is of another kind than those of {kinds}. An encoder can be loaded "
-            "without its head by giving pooling."
+            f"{path}: the architecture {source.architecture} is unsupported; only heads"
+            f" of {kinds} are. An encoder can be loaded without its head by giving "
+            "pooling."
         )
     if not source.family.head:
         refused = [
@@ -138,15 +114,7 @@ def load_base(
 
 
 def with_new_head(loaded: LoadedModel, key: PRNGKey) -> LoadedModel:
-    """Returns a model whose new leaves are drawn again, as `load_base` draws them.
-
-    Args:
-      loaded: a base, without adapters.
-      key: PRNG key of the head.
-
-    Returns:
-      The model; all that came from its file is shared.
-    """
+    """Returns a base whose new leaves are drawn again with ``key``; shares the rest."""
     flat = flatten(loaded.params)
     for path in loaded.new:
         where = flat[path].sharding
@@ -155,7 +123,7 @@ def with_new_head(loaded: LoadedModel, key: PRNGKey) -> LoadedModel:
 
 
 def _new_leaf(path: str, shape: Shape, key: PRNGKey | None) -> Any:
-    """Draws a leaf of a new head; float32, as it is there to be trained."""
+    """Initialises a leaf of a new head; float32, as it is to be trained."""
     owner, _, leaf = path.rpartition("/")
     if key is None or leaf != KERNEL:
         return np.zeros(shape, np.float32)
@@ -164,18 +132,10 @@ def _new_leaf(path: str, shape: Shape, key: PRNGKey | None) -> Any:
 
 
 def as_stored(loaded: LoadedModel) -> LoadedModel:
-    """Returns a model with the base in the bits of its file, to be merged into.
+    """Returns a model whose base has the exact values in its file, to merge into.
 
-    Args:
-      loaded: a model with an adapter, whose base may have been rounded to another
-        dtype (``param_dtype``).
-
-    Returns:
-      The same model where nothing was rounded; else one whose frozen parameters are
-      read again, in the file's own dtypes. What is trained stays as it is.
-
-    Raises:
-      ValueError: as `load_model`.
+    ``param_dtype`` may have rounded the base to another dtype; then its frozen
+    parameters are read again, in the file's dtypes. Trained values stay as they are.
     """
     source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
     frozen = flatten(loaded.variables.get(FROZEN, {}))
@@ -183,7 +143,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     names = (source.with_own_head() if own_head else source).names
 
     def is_rounded(path: str, leaf: Any) -> bool:
-        single = next(iter(layer_slices({path: leaf})))
+        single = next(iter(file_slices(source.family, {path: leaf})))
         name = source.family.tensor_name(single)
         if name not in names:
             return False
@@ -205,22 +165,14 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
 
 
 def param_shapes(family: Family, module: nn.Module) -> dict[str, Shape]:
-    """Shapes of a model's parameters by path, from tracing; nothing is computed.
-
-    Args:
-      family: the model's family.
-      module: the model; it has a ``config``.
-
-    Returns:
-      The shape of each leaf.
-    """
+    """Returns the shape of each parameter by path, by tracing; nothing is computed."""
     example = Example.of(*family.inputs(config_of(module)))
     params = flatten(trace_model(module, None, example).params)
     return {path: array.shape for path, array in params.items()}
 
 
 def _own_head(source: Source) -> tuple[str, int | None]:
-    """The pooling that a folder's weights were made with, and its head's classes."""
+    """Returns the pooling that a folder's weights were made with, and its head size."""
     name = source.family.tensor_name(f"{CLASSIFIER}/{KERNEL}")
     has_head = name in source.names and not source.has_other_head
     labels = source.shape(name)[0] if has_head else None
@@ -231,7 +183,7 @@ def _own_head(source: Source) -> tuple[str, int | None]:
 
 
 def _missing_head(source: Source) -> tuple[str, ...]:
-    """The modules of a head that are made anew for other classes than a file's."""
+    """Returns the head's modules to initialise if the number of classes changes."""
     absent = (
         path
         for path in source.family.head
@@ -241,10 +193,8 @@ def _missing_head(source: Source) -> tuple[str, ...]:
 
 
 def _place(array: Any, sharding: Any) -> jax.Array:
-    """Puts one leaf where it belongs; on CPU an aligned array is used as it is."""
-    if sharding is None:
-        return jax.device_put(array)
-    return put_array(array, sharding)
+    """Places one leaf; on CPU without a copy if the array is aligned."""
+    return jax.device_put(array) if sharding is None else put_array(array, sharding)
 
 
 def _read(
@@ -254,7 +204,8 @@ def _read(
     dtype: Any,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """Reads every expected leaf; raises one error with the faults of all of them."""
-    family, names, slices = source.family, source.names, layer_slices(expected)
+    family, names = source.family, source.names
+    slices = file_slices(family, expected)
     wanted = {path: family.tensor_name(path) for path in slices}
     used = dict.fromkeys(wanted.values())
     left = [name for name in names if name not in used]
@@ -273,7 +224,7 @@ def _read(
     faults += _tied_faults(source, expected)
     flat = {}
     for leaf, paths in itertools.groupby(slices, key=lambda path: slices[path].path):
-        whole: Any = None  # filled piece by piece, with its axes as they will be
+        whole: Any = None  # filled piece by piece, in its final layout
         for path in paths:
             if wanted[path] not in names:
                 continue
@@ -287,15 +238,15 @@ def _read(
             flat[leaf] = _place(whole, places[leaf])
     if faults:
         raise ValueError(
-            f"{source.path}: {len(faults)} of its {len(names)} tensors or of the "
-            f"{len(used)} expected don't fit the model of its {MODEL_CONFIG}; nothing "
-            "was loaded.\n  " + "\n  ".join(faults + _likely_causes(source))
+            f"{source.path}: {len(faults)} faults in its {len(names)} tensors, of which"
+            f" its {MODEL_CONFIG} expects {len(used)}; nothing was loaded.\n  "
+            + "\n  ".join(faults + _likely_causes(source))
         )
     return flat, unused
 
 
 def _likely_causes(source: Source) -> list[str]:
-    """Says what a config shows of why the tensors don't fit it."""
+    """Returns likely reasons, judging by the config, why the tensors don't fit it."""
     causes, settings = [], source.settings
     if quantised := settings.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -303,9 +254,9 @@ def _likely_causes(source: Source) -> list[str]:
             f"The model is quantised ({method or 'quantization_config'}), which is not "
             "read: take the one it was made from, or save it in bfloat16."
         )
-    words = source.family.module_name(WORDS if source.family.head else EMBED)
+    table = source.family.module_name(WORD_EMBEDDING if source.family.head else EMBED)
     size = getattr(source.config, "vocab_size", None)
-    name = f"{words}.weight"
+    name = f"{table}.weight"
     rows = source.shape(name)[0] if name in source.names else size
     if rows != size:
         causes.append(
@@ -316,7 +267,7 @@ def _likely_causes(source: Source) -> list[str]:
 
 
 def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:
-    """Returns a fault if a tied decoder's file has a head other than its embedding."""
+    """Returns a fault if a tied decoder's file has a head unlike its embedding."""
     family, names = source.family, source.names
     if family.head or f"{HEAD}/{KERNEL}" in expected or TIED_HEAD not in names:
         return []
@@ -332,14 +283,14 @@ def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:
     return [
         f"unexpected: {names[TIED_HEAD]} differs from {names[embed]}, which is the "
         "head of a tied model. Set tie_word_embeddings to false in config.json if the "
-        "model has a head of its own, or take the tensor out of the file"
+        "model has a separate head, or remove the tensor from the file"
     ]
 
 
 def _checked(
     source: Source, name: str, faults: list[str]
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields a tensor's pieces as long as nothing is wrong; appends what is wrong."""
+    """Yields a tensor's pieces until a fault is found; appends it to ``faults``."""
     bad = 0
     for where, piece in source.pieces(name):
         if not jnp.issubdtype(piece.dtype, jnp.floating):

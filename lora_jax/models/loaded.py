@@ -21,13 +21,13 @@ class LoadedModel(NamedTuple):
       variables: ``{"params": ...}``, or, with an adapter or a `LoRAConfig`, the
         collections ``frozen``, ``lora`` and ``params``.
       config: the module's config.
-      tokenizer: the model's tokenizer; None where it has none.
+      tokenizer: the model's tokenizer, or None.
       path: the folder or file that was read.
       family: how Hugging Face names its config keys and tensors.
       unused: names of tensors in the file that the module doesn't use.
-      new: paths of parameters that were not in the file and were made here (a head).
-      extra: what `save_adapter` was given to keep beside the adapter; empty for an
-        adapter of another tool, None without one.
+      new: paths of parameters that were initialised here, not read (a head).
+      extra: what `save_adapter` was asked to store with the adapter; empty for another
+        tool's adapter, None without one.
     """
 
     module: nn.Module
@@ -51,7 +51,7 @@ class LoadedModel(NamedTuple):
         return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
 
     def unused_text(self) -> str:
-        """Names what the module doesn't use; of a multimodal folder, how much of what.
+        """Lists unused tensors; for a multimodal folder, how many of each part.
 
         Returns:
           One line; empty if all is used.

@@ -1,10 +1,10 @@
-"""A model's parameters back into a plain Hugging Face folder.
+"""Saves a model's parameters as a Hugging Face folder.
 
-Parameters that `load_model` read and a merge changed get the names, prefix and dtypes
-of the source folder; those that nothing changed are the same bytes, also where they
-were loaded in another dtype. Tensors that the module doesn't use (BERT's pooler, say)
-are copied, so that the folder still fits its ``config.json`` and transformers loads it;
-a second copy of a tied embedding is left out. The source's other files go along.
+Parameters loaded by `load_model` and changed by a merge get the names, prefix and
+dtypes of the source folder; unchanged ones keep their exact bytes, even if they were
+loaded in another dtype. Tensors that the module doesn't use (BERT's pooler, say) are
+copied, so that the folder still fits its ``config.json`` and transformers loads it; a
+duplicate of a tied embedding is left out. The source's other files are copied too.
 A bare encoder that was given a head is saved as the class with that head.
 """
 
@@ -23,7 +23,7 @@ from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
 from lora_jax.models.side_files import copy_side_files
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
-from lora_jax.models.stacking import layer_slices
+from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
 from lora_jax.tree.paths import flatten
 
@@ -41,38 +41,38 @@ def save_model(
     """Writes parameters as a Hugging Face folder.
 
     Args:
-      directory: the folder to write; made if needed, and refused if it is the source.
+      directory: the folder to write; created if absent; it must not be the source.
       params: the module's parameters, a nested dict, such as ``adapted.merge(...)``;
-        rounded to the dtypes of the source folder where they were loaded in others.
+        rounded to the source folder's dtypes if they were loaded in others.
       source: the folder that the model was loaded from (`LoadedModel.path`).
-      pooling: the pooling that an encoder's head was trained on; kept in
+      pooling: the pooling that an encoder's head was trained with; kept in
         ``config.json`` for `load_model`. None: "pooler" if ``params`` has one, else the
         family's own ("cls", DINOv2 "cls_mean") or "mean".
-      merged: what says which adapter was merged, as `describe_adapter` returns it; kept
-        in ``config.json``, so that `load_model` doesn't put the same one on again.
+      merged: the merged adapter, as `describe_adapter` returns it; kept in
+        ``config.json``, so that `load_model` doesn't attach the same one again.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if parameters are missing, unexpected, mis-shaped or not finite (in
-        the source's dtype) against the source; all of them are listed and nothing is
-        written.
+      ValueError: if, compared with the source, parameters are missing, unexpected,
+        wrongly shaped or not finite (in the source's dtype); lists all of them, and
+        nothing is written.
       OSError: if a file can't be written.
     """
     directory, source = Path(directory), Path(source)
     if directory.exists() and directory.resolve() == source.resolve():
         raise ValueError(
-            f"directory must be another folder than the source {source}; it is the "
-            "same. The base is never overwritten."
+            f"directory must differ from the source {source}; they are the same. The "
+            "base is never overwritten."
         )
     model = open_source(source)
     names, family, settings = model.names, model.family, dict(model.settings)
 
     flat = flatten(params)
-    ours = {  # by bare name: the path of the layer's leaf, and its part of the array
+    ours = {  # by bare name: the layer's path, and its part of the array
         family.tensor_name(path): (path, part.of(flat[part.path]))
-        for path, part in layer_slices(flat).items()
+        for path, part in file_slices(family, flat).items()
     }
     faults = [
         f"missing: {name}"
@@ -99,7 +99,7 @@ def save_model(
             wanted = list(model.shape(name))
             faults.append(f"shape: {name} must be {wanted}; got {list(array.shape)}")
             continue
-        # A GGUF file's dtypes are quantised ones; its tensors stay as they were loaded.
+        # A GGUF file's dtypes are quantised, so its tensors stay as they were loaded.
         if name in model.names and model.path.is_dir():
             array = _as_stored(model, name, array)
         if np.isfinite(array).all():
@@ -152,7 +152,7 @@ def save_model(
 
 
 def _as_stored(model: Source, name: str, array: np.ndarray) -> np.ndarray:
-    """Returns a tensor in the dtype of the file; if it is the file's, with its bits."""
+    """Returns a tensor in the file's dtype, with the file's exact bits if unchanged."""
     if array.dtype == model.dtype(name):
         return array
     stored = model.tensors[model.names[name]]

@@ -1,7 +1,7 @@
-"""A model folder's files beside its weights: tokenizer, templates, code, its card.
+"""A model folder's files other than weights: tokenizer, templates, code, model card.
 
-They are copied as bytes. Nothing is executed, and no link is followed out of the
-folder, but into the blobs that a folder of the hub's cache consists of links to.
+They are copied as bytes and never executed. No link is followed out of the folder,
+except into the blobs that a folder in the hub's cache links to.
 """
 
 import os
@@ -11,30 +11,35 @@ from pathlib import Path
 
 from lora_jax.files.special_tokens import MODEL_CONFIG
 
-# Weights in any format, which are those of the model before the merge.
-WEIGHTS = frozenset(
-    (
-        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz"),
-        *(".npy", ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".ggml", ".onnx"),
-        *(".onnx_data", ".tflite", ".ot", ".pb", ".engine", ".mlmodel", ".joblib"),
-        *(".nemo", ".distcp", ".data"),
-    )
-)
-ADAPTER_CONFIG = "adapter_config.json"  # transformers would put it on what is merged
+# Weights in any format: they are the model's before the merge.
+WEIGHTS = {
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".pickle",
+        ".npz",
+        ".npy",
+    ),
+    *(".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".tflite", ".ot", ".pb", ".engine", ".mlmodel", ".joblib", ".nemo", ".distcp"),
+    ".data",
+}
+ADAPTER_CONFIG = "adapter_config.json"  # transformers would apply it to the merge
 
 
 def copy_side_files(source: Path, target: Path, *, leave_out: Path) -> None:
-    """Copies all files of a model folder but weights, hidden files and its config.
+    """Copies all of a model folder's files except weights, hidden files and its config.
 
-    Folders inside that hold weights (other formats, checkpoints, adapters) stay.
+    Subfolders that hold weights (other formats, checkpoints, adapters) are skipped.
 
     Args:
       source: the model folder; a file has none.
       target: an existing folder; files there are replaced.
-      leave_out: a folder that is not copied, where it lies inside.
-
-    Raises:
-      OSError: if one can't be copied.
+      leave_out: a folder to skip if it is inside.
     """
     for file in _side_files(source, leave_out.resolve()):
         place = target / file.relative_to(source)

@@ -21,8 +21,8 @@ from lora_jax.tree.paths import nearest
 
 TIED_HEAD = f"{LM_HEAD}.weight"  # a file may repeat the embedding under this name
 
-# Ends of the names of transformers' classes: a model without a head, and models whose
-# head is neither of the two kinds here (a decoder's predicts tokens).
+# Ends of transformers' class names: models without a head, and models whose head is
+# neither of the two kinds here (a decoder's predicts tokens).
 _BARE = re.compile(r"((?<!LMHead)(?<!DoubleHeads)Model|Backbone)$")
 _OTHER_HEAD = re.compile(r"(ForTokenClassification|ForQuestionAnswering|Choice)$")
 _DECODER_HEAD = re.compile(rf"{_OTHER_HEAD.pattern}|Classification$|DoubleHeadsModel$")
@@ -35,8 +35,8 @@ class Source(NamedTuple):
       path: the folder or file.
       settings: the content of its ``config.json``.
       family: the family of its model type.
-      tensors: a reader of its tensors, by their names in the file.
-      names: the file's name of each tensor, by its bare name.
+      tensors: reads its tensors by their names in the file.
+      names: each tensor's name in the file, by bare name.
     """
 
     path: Path
@@ -47,60 +47,57 @@ class Source(NamedTuple):
 
     @property
     def config(self) -> Any:
-        """What the family reads from the settings: the module's config."""
+        """The module's config, which the family reads from the settings."""
         config = read_config(self.family, self.settings, self.path)
         if self.family.is_tower and TIED_HEAD not in self.names:
-            # Two places may say whether it is tied; transformers goes by the file too.
+            # Two config keys may disagree; like transformers, go by the file.
             return dataclasses.replace(config, is_tied=True)
         return config
 
     @property
     def architecture(self) -> str:
-        """The class of transformers that ``config.json`` names; empty if it doesn't."""
+        """The transformers class that ``config.json`` names; empty if it doesn't."""
         names = self.settings.get("architectures")
         first = names[0] if isinstance(names, list) and names else ""
         return first if isinstance(first, str) else ""
 
     @property
     def is_bare(self) -> bool:
-        """Whether transformers opens it without a head, and names have no prefix."""
+        """Whether transformers opens it without a head, so names have no prefix."""
         return not self.architecture or bool(_BARE.search(self.architecture))
 
     @property
     def has_other_head(self) -> bool:
-        """Whether its head is of a kind that this library doesn't have."""
+        """Whether it has a kind of head that this library doesn't support."""
         other = _OTHER_HEAD if self.family.head else _DECODER_HEAD
         return bool(other.search(self.architecture))
 
     def with_own_head(self) -> "Source":
-        """The same with the embedding's tensor as the head's too."""
+        """Returns the same source with the embedding's tensor as the head's too."""
         names = dict(self.names)
         if embed := names.get(self.family.tensor_name(f"{EMBED}/{EMBEDDING}")):
             names[TIED_HEAD] = embed
         return self._replace(names=names)
 
     def pieces(self, bare: str) -> Iterator[tuple[Any, np.ndarray]]:
-        """Reads a tensor by its bare name; yields where a piece belongs, and it."""
+        """Reads a tensor by bare name; yields pieces with their positions in it."""
         return self.tensors.pieces(self.names[bare])
 
     def shape(self, bare: str) -> tuple[int, ...]:
-        """The shape of a tensor in the file."""
+        """Returns the shape of a tensor in the file."""
         return self.tensors.shapes[self.names[bare]]
 
     def dtype(self, bare: str) -> np.dtype[Any]:
-        """The dtype that a tensor has when it is read."""
+        """Returns the dtype that a tensor has when read."""
         return next(self.pieces(bare))[1].dtype
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Finds a model, fetching it where it isn't on this machine, and reads its config.
+    """Finds a model, fetching it if it isn't local, and reads its config.
 
     Args:
       path: a Hugging Face folder (``config.json`` and safetensors), a GGUF file, one of
         these in an installed Python package (``"package:NAME/path"``), or a hub id.
-
-    Returns:
-      The model's source.
 
     Raises:
       FileNotFoundError: if there is no model, or no weights.
@@ -122,15 +119,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a model folder's ``config.json`` and checks its ``model_type``.
 
-    Args:
-      folder: the model folder.
-
-    Returns:
-      The parsed file.
-
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it isn't a JSON object, or of an unknown model type.
+      ValueError: if it isn't a JSON object, or the model type is unknown.
     """
     path = Path(folder) / MODEL_CONFIG
     if not path.is_file():
@@ -141,18 +132,10 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_config(family: Family, settings: dict[str, Any], path: Path) -> Any:
-    """Reads a module's config.
-
-    Args:
-      family: of the model.
-      settings: what its ``config.json`` or GGUF file holds.
-      path: the folder or the file, for errors.
-
-    Returns:
-      The config.
+    """Reads a module's config from ``settings``; errors name the file at ``path``.
 
     Raises:
-      ValueError: if it doesn't fit, or is of an unsupported variant; names the file.
+      ValueError: if it doesn't fit the family, or is of an unsupported variant.
     """
     try:
         return family.read_config(settings)
@@ -164,18 +147,7 @@ def read_config(family: Family, settings: dict[str, Any], path: Path) -> Any:
 
 
 def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns a config whose model type is known.
-
-    Args:
-      settings: the object that the file holds.
-      path: the file, for the error.
-
-    Returns:
-      ``settings``.
-
-    Raises:
-      ValueError: if the model type is unknown.
-    """
+    """Returns ``settings``, read from ``path``; raises if the model type is unknown."""
     found = settings.get("model_type")
     if not isinstance(found, str) or found not in FAMILIES:
         hint = ""
@@ -183,22 +155,20 @@ def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
             hint = f" Did you mean: {nearest(found, FAMILIES)}?"
         raise ValueError(
             f"{path}: model_type must be one of {sorted(FAMILIES)}; got {found!r}."
-            f"{hint} Other models can be built in Flax and adapted with `adapt`."
+            f"{hint} Build other models in Flax and adapt them with `adapt`."
         )
     return settings
 
 
 def _bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str, str]:
-    """Returns the file's name of each tensor by its bare name, `Family.bare_name`."""
+    """Returns each tensor's name in the file by its bare name, `Family.bare_name`."""
     names: dict[str, str] = {}
     faults = []
     for name in sorted(tensors):
         bare = family.bare_name(name)
         if bare in names:
-            faults.append(f"twice: {names[bare]} and {name}")
+            faults.append(f"both {names[bare]} and {name}")
         names[bare] = name
     if faults:
-        raise ValueError(
-            f"{path} must hold each tensor once; it has {'; '.join(faults)}."
-        )
+        raise ValueError(f"{path} must hold each tensor once; got {'; '.join(faults)}.")
     return names

@@ -1,9 +1,9 @@
-"""A decoder's blocks as one `nn.scan` and one by one: the same model in two layouts.
+"""Converts between scanned and unrolled decoder blocks: one model in two layouts.
 
 Scanned, the parameters of all blocks are one tree under ``layers``, and each leaf has a
-leading axis of layers. That compiles fastest, which suits training; a step of decoding
-would spend most of its time on copying each block's weights and cache out of the stack.
-Files name every layer by itself, so whatever reads or writes them goes through
+leading layer axis. That compiles fastest, which suits training; a decoding step would
+spend most of its time copying each block's weights and cache out of the stack. Files
+name every layer separately, so whatever reads or writes them goes through
 `layer_slices`, and is the same code for both layouts.
 """
 
@@ -19,7 +19,7 @@ from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig, matches
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.models.family import Shape
+from lora_jax.models.family import Family, Shape
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import BIAS, LAYERS, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
@@ -29,31 +29,31 @@ from lora_jax.tree.targets import Target
 
 
 class LayerSlice(NamedTuple):
-    """Where the array (or the module) of one layer is.
+    """Where one layer's array (or module), or one expert's part of it, is.
 
     Attributes:
       path: of the array in the model's tree.
-      index: of the layer in that array; None where it isn't a stack.
-      shape: of this layer's part of the array.
+      index: of the layer in that array; None if it isn't a stack.
+      shape: of this part of the array.
+      inside: index of an expert's part in the layer's array.
     """
 
     path: str
     index: int | None
     shape: Shape
+    inside: Any = ...
 
     def of(self, array: Any) -> Any:
-        """Returns this layer's part of the array at ``path``."""
-        return array if self.index is None else array[self.index]
+        """Returns this part of the array at ``path``."""
+        layer = array if self.index is None else array[self.index]
+        return layer if self.inside is ... else layer[self.inside]
 
 
 def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
-    """Returns where each layer's part of each array is, by the path in single blocks.
+    """Returns each layer's part of each array, by its path in the unrolled layout.
 
-    Args:
-      leaves: arrays, or shapes, by their paths in the model's tree.
-
-    Returns:
-      The slices in the order of ``leaves``. An array that isn't a stack is one slice.
+    ``leaves`` are arrays or shapes by their paths in the model's tree. An array that
+    isn't a stack is one slice.
 
     Example:
       >>> found = layer_slices({"layers/mlp/up/kernel": (2, 3, 4), "norm/scale": (3,)})
@@ -73,18 +73,36 @@ def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
     return slices
 
 
+def file_slices(family: Family, leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
+    """Returns where each tensor of a model's files is in its arrays.
+
+    As `layer_slices`, but with a slice per expert if the family's files have a tensor
+    for each, at paths such as ``layer_0/mlp/experts/expert_3/gate/kernel``.
+    """
+    found = {}
+    for path, whole in layer_slices(leaves).items():
+        module, _, leaf = path.rpartition("/")
+        names = family.expert_parts(module)
+        if not names:
+            found[path] = whole
+            continue
+        count, *inputs, outputs = whole.shape
+        size = outputs // len(names)
+        for i in range(count):
+            for j, name in enumerate(names):
+                inside = (i, ..., slice(j * size, (j + 1) * size))
+                part = whole._replace(shape=(*inputs, size), inside=inside)
+                parent = module.rpartition("/")[0]
+                found[f"{parent}/expert_{i}/{name}/{leaf}"] = part
+    return found
+
+
 def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
-    """Says whether a decoder with these adapters may have its blocks as one `nn.scan`.
+    """Returns whether a decoder with these adapters can scan its blocks.
 
-    Scanned blocks share one path, so the config has to treat all of them alike: each of
-    its patterns must match all layers of a module or leaf and their stack, or none.
-
-    Args:
-      lora: the adapters.
-      config: the decoder's.
-
-    Returns:
-      False if ``lora`` has ``layers``, or a pattern that tells layers apart.
+    Scanned blocks share one path, so all layers must have the same parameters, ``lora``
+    must not have ``layers``, and each of its patterns must match all layers of a module
+    or leaf and their stack, or none.
 
     Example:
       >>> config = DecoderConfig(
@@ -96,11 +114,11 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
       False
     """
-    if lora.layers is not None:
+    if lora.layers is not None or not config.is_uniform:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)
-    paths = set()  # of leaves and of modules, which a pattern may name as well
+    paths = set()  # of leaves and of modules; a pattern may name either
     for leaf in flatten(trace_model(decoder, None, Example.of(ids)).params):
         parts = leaf.split("/")
         if parts[0] == LAYERS:
@@ -113,18 +131,18 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
 
 
 def unscan(loaded: LoadedModel) -> LoadedModel:
-    """Gives every block of a scanned decoder, and its adapters, leaves of their own.
+    """Unrolls a scanned decoder: every block and its adapters get their own leaves.
 
-    The function stays the same. On one CPU device the new arrays lie in the old ones
-    (those that XLA's alignment allows). Elsewhere they are copies, and memory holds
-    both until the model that was given is dropped.
+    The function computed stays the same. On one CPU device the new arrays are views of
+    the old ones (where XLA's alignment allows). Elsewhere they are copies, and both are
+    in memory until the given model is dropped.
 
     Args:
-      loaded: a decoder, with adapters or without; any other model comes back as it is.
+      loaded: a decoder, with or without adapters; any other model is returned as is.
 
     Returns:
       The model with ``layer_{i}`` in place of ``layers``. Its `LoRAConfig` names each
-      adapted layer by its path; dropout of adapters is off.
+      adapted layer by path; adapter dropout is off.
     """
     adapted = loaded.module if isinstance(loaded.module, Adapted) else None
     model: Any = loaded.module if adapted is None else adapted.model
@@ -140,18 +158,18 @@ def unscan(loaded: LoadedModel) -> LoadedModel:
 
 
 def _layer_paths(path: str, count: int) -> list[str]:
-    """Returns the paths of single layers for one inside the stack."""
+    """Returns the unrolled layers' paths for a path inside the stack."""
     return [f"layer_{i}{path.removeprefix(LAYERS)}" for i in range(count)]
 
 
 def _tells_apart(pattern: Any, path: str, count: int) -> bool:
-    """Says whether a pattern matches some layer, but not all of them and the stack."""
+    """Returns whether a pattern matches some layers, but not all and the stack."""
     matched = [matches(pattern, single) for single in _layer_paths(path, count)]
     return any(matched) and not (all(matched) and matches(pattern, path))
 
 
 def _split(tree: PyTree) -> PyTree:
-    """Returns a collection with the leaves of single blocks."""
+    """Unrolls the stacked leaves of a collection."""
     flat = flatten(tree)
     parts = {
         path: _layers_of(array) if path.startswith(f"{LAYERS}/") else array
@@ -175,7 +193,7 @@ def _copied_layers(stack: jax.Array) -> list[jax.Array]:
 def _by_layer(
     config: LoRAConfig, targets: Sequence[Target], trained: PyTree
 ) -> LoRAConfig:
-    """Returns the config in the paths of single blocks: patterns may name the stack."""
+    """Returns the config with the unrolled paths; its patterns may name the stack."""
     of_stack = {target.path: target for target in targets}
     slices = layer_slices({path: t.kernel_shape for path, t in of_stack.items()})
     paths = {single: of_stack[s.path] for single, s in slices.items()}

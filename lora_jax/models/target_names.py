@@ -1,4 +1,4 @@
-"""Hugging Face's module names in a `LoRAConfig`, as PEFT's configs have them."""
+"""Accepts Hugging Face's module names, as used in PEFT's configs, in a `LoRAConfig`."""
 
 import dataclasses
 import re
@@ -11,31 +11,33 @@ from lora_jax.models.family import Family
 _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
-def own_names(config: LoRAConfig, family: Family) -> LoRAConfig:
-    """Replaces Hugging Face's names of a family's modules by the paths here.
+def translate_names(config: LoRAConfig, family: Family) -> LoRAConfig:
+    """Replaces Hugging Face's names for a family's modules by paths in this library.
 
-    A name is one of theirs if no path here ends with it and a module's name there does:
+    A name counts as theirs if it ends one of their module names and no path here:
     ``k_proj`` is ``attention/key``, ``layers.3.mlp.up_proj`` is ``layer_3/mlp/up``, and
     BERT's ``output.dense`` is both ``attention/output`` and ``mlp/down``.
 
     Args:
-      config: its lists of names, and patterns that are plain names, may have either's;
+      config: lists of names, and patterns that are plain names, may use either's names;
         regular expressions stay as they are.
-      family: of the model.
+      family: the model's.
 
     Returns:
-      The config; names that are neither's stay, and are an error where they are used.
+      The config; unknown names stay, and raise where they are used.
     """
 
     def of_list(names: Any) -> Any:
         if isinstance(names, str):
             return names
-        return tuple(dict.fromkeys(p for name in names for p in _own(name, family)))
+        return tuple(
+            dict.fromkeys(p for name in names for p in _translate(name, family))
+        )
 
     def of_patterns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for pattern, value in pairs:
-            for path in _own(pattern, family):
+            for path in _translate(pattern, family):
                 found.setdefault(path, value)
         return found
 
@@ -50,8 +52,8 @@ _LISTS = ("targets", "exclude", "train")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def _own(name: str, family: Family) -> list[str]:
-    """Returns the paths, or their ends, for one name; itself if it isn't theirs."""
+def _translate(name: str, family: Family) -> list[str]:
+    """Returns the paths, or their ends, for a name; itself if it isn't theirs."""
     if not _PLAIN.fullmatch(name) or any(
         f"/{path}".endswith(f"/{name}") for path in family.modules
     ):
@@ -62,15 +64,16 @@ def _own(name: str, family: Family) -> list[str]:
             for prefix in ("", family.prefix, *family.prefixes):
                 number = _match_end(prefix + theirs, name)
                 if number is not None:
-                    inside = path.rpartition("layer_{i}/")[2]
-                    paths.append(path.replace("{i}", number) if number else inside)
+                    whole = family.whole_path(path)
+                    inside = whole.rpartition("layer_{i}/")[2]
+                    paths.append(whole.replace("{i}", number) if number else inside)
     return list(dict.fromkeys(paths)) or [name]
 
 
 def _match_end(template: str, name: str) -> str | None:
-    """Returns the layer's number that a name has where it is the end of a template.
+    """Returns the layer number in a name that matches the end of a template.
 
-    Empty if the name has none; None if it isn't the end.
+    Empty if the name has no number; None if it doesn't match.
     """
     wanted, given = template.split("."), name.split(".")
     number = ""

@@ -51,9 +51,6 @@ def rule_of_call(
       context: context of the intercepted call.
       lora_layers_only: whether to match only LoRA layers.
 
-    Returns:
-      The rule, if ``context`` is a call of a registered class's method.
-
     Raises:
       AlreadyAdaptedError: if the layer is a LoRA layer and ``lora_layers_only`` is
         False.
@@ -93,16 +90,15 @@ def base_weight(module: nn.Module, name: str) -> Any:
 def init_factors(
     module: nn.Module, inputs: tuple[Any, ...], config: LoRAConfig, path: str
 ) -> Factors:
-    """Initialises A and B for a bound layer, from its ``params`` PRNG stream.
+    """Initialises the factors of a bound layer, from its ``params`` PRNG stream.
+
+    With DoRA, ``magnitude`` is the kernel's column norms.
 
     Args:
       module: a bound layer whose type is registered and whose weight exists.
       inputs: the arguments of its call.
       config: determines the rank, distribution of A and use of DoRA.
       path: the layer's path, as matched by the config's patterns.
-
-    Returns:
-      ``lora_a``, ``lora_b`` and, with DoRA, ``magnitude``: the kernel's column norms.
     """
     rule = rule_of(module)
     assert rule is not None, path
@@ -124,16 +120,9 @@ def init_factors(
 def adapted_query(
     module: nn.Module, query: AnyFloat, factors: Factors, scaling: float
 ) -> AnyFloat:
-    """Returns the query to call a tied head's ``attend`` with, scaled if DoRA is used.
+    """Returns the query ``[*b, d]`` for a tied head, scaled if DoRA is used.
 
-    Args:
-      module: a bound embedding.
-      query: ``[*b, d]``.
-      factors: the layer's factors.
-      scaling: ``alpha / rank``.
-
-    Returns:
-      The query for both the base layer and `apply_adapter`.
+    Both the base's ``attend`` and `apply_adapter` take it.
     """
     a, b, magnitude = factors
     rule = rule_of(module)
@@ -165,9 +154,6 @@ def apply_adapter(
       config: determines scaling and dropout rate.
       path: the layer's path, as matched by the config's patterns.
       deterministic: disables dropout, so that no PRNG key is needed.
-
-    Returns:
-      The output of the adapted layer.
     """
     rule = rule_of(module)
     assert rule is not None, path
@@ -185,14 +171,7 @@ def apply_adapter(
 
 
 def dropout_key(module: nn.Module, what: str) -> Any:
-    """Returns a PRNG key from a module's dropout stream.
-
-    Args:
-      module: a bound module.
-      what: what needs the key, for the error message.
-
-    Returns:
-      The key.
+    """Returns a key from a module's dropout stream; errors say ``what`` needs it.
 
     Raises:
       ValueError: if the module has no dropout stream.

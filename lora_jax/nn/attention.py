@@ -366,5 +366,6 @@ def _ones(query: AnyFloat) -> tuple[int, ...]:
 
 
 def _both(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
-    masks = [m for m in (mask, other) if m is not None]
-    return jnp.logical_and(*masks) if len(masks) == 2 else (masks or [None])[0]
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return jnp.logical_and(mask, other)

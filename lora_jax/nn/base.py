@@ -27,7 +27,7 @@ def check_config(lora: Any) -> None:
     if not isinstance(lora, LoRAConfig):
         raise TypeError(
             f"lora must be a LoRAConfig; got {type(lora).__name__}. "
-            "LoRAConfig.from_dict makes one of a dictionary."
+            "LoRAConfig.from_dict makes one from a dictionary."
         )
 
 
@@ -52,7 +52,7 @@ class FrozenLayer:
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
 
     def param(self, name: str, init_fn, *args, unbox: bool = True, **kwargs) -> Any:
-        """Declares a base weight, frozen unless the config trains it.
+        """Declares a base weight like `flax.linen.Module.param`; frozen unless trained.
 
         Args:
           name: name of the weight.
@@ -60,9 +60,6 @@ class FrozenLayer:
           *args: arguments of ``init_fn``.
           unbox: whether to remove partitioning metadata.
           **kwargs: keyword arguments of ``init_fn``.
-
-        Returns:
-          The weight.
 
         Raises:
           ValueError: if the given weight's shape differs from that of ``init_fn``.

@@ -30,7 +30,7 @@ DETERMINISTIC_FLAGS = {
 def is_deterministic(
     model: nn.Module, method: str | Callable[..., Any], args: tuple, kwargs: dict
 ) -> bool:
-    """Returns whether one call of the model is deterministic.
+    """Returns whether a call of the model sets its dropout flag to deterministic.
 
     Args:
       model: bound or unbound.
@@ -39,7 +39,7 @@ def is_deterministic(
       kwargs: keyword arguments of the call.
 
     Returns:
-      The model's own dropout flag for this call; False if it has none.
+      The model's own flag for this call; False if it has none.
     """
     function = getattr(type(model), method) if isinstance(method, str) else method
     try:
@@ -60,16 +60,13 @@ MAKE_OR_LOAD = "Make the variables with `attach`, or load them for this config."
 def check_presence(
     path: str, factors: Sequence[Any], config: LoRAConfig, is_target: bool
 ) -> None:
-    """Raises unless a called layer has an adapter if and only if the config adapts it.
+    """Raises a ValueError unless exactly the targets have adapters, with all factors.
 
     Args:
       path: the layer's path, as matched by the config's patterns.
       factors: its A, B and magnitude; None for missing ones.
       config: determines whether there must be a magnitude.
       is_target: whether the config adapts the layer.
-
-    Raises:
-      ValueError: if A, B or the magnitude is missing or unexpected.
     """
     a, b, magnitude = factors
     if not is_target or a is None or b is None:
@@ -93,7 +90,7 @@ def check_factors_fit(
     contraction: Contraction,
     config: LoRAConfig,
 ) -> None:
-    """Raises unless a layer's factors have the shapes that the config implies.
+    """Raises a ValueError unless the factors have the shapes that the config implies.
 
     Args:
       path: the layer's path, as matched by the config's patterns.
@@ -101,9 +98,6 @@ def check_factors_fit(
       kernel_shape: shape of its weight.
       contraction: roles of the kernel's axes.
       config: determines the rank.
-
-    Raises:
-      ValueError: if A, B or the magnitude has the wrong shape.
     """
     rank = config.rank_for(path)
     a, b = contraction.factor_shapes(kernel_shape, rank)
@@ -122,11 +116,7 @@ def check_factors_fit(
 
 
 def check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Raises unless two trees have the same paths and shapes.
-
-    Args:
-      wanted: shapes of the model's parameters by path.
-      got: shapes of the given parameters by path.
+    """Raises unless two mappings from paths to shapes are equal.
 
     Raises:
       ValueError: listing every leaf that is missing, unknown, or of the wrong shape.
@@ -147,10 +137,6 @@ def check_shapes(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
 
 def check_kernels(params: Mapping[str, Any], targets: list[Target]) -> None:
     """Raises unless every kernel to be adapted is floating-point and finite.
-
-    Args:
-      params: the base tree.
-      targets: the adapted layers.
 
     Raises:
       TypeError: listing every kernel of another dtype.

@@ -119,19 +119,15 @@ class _Drawing:
             return jax.random.key(0)
         if leaf.dtype == bool:
             return jnp.ones(leaf.shape, bool)
-        return (
-            jnp.asarray(np.arange(np.prod(leaf.shape, dtype=int)) % 2)
-            .reshape(leaf.shape)
-            .astype(leaf.dtype)
-        )
+        alternating = np.arange(np.prod(leaf.shape, dtype=int)) % 2
+        return jnp.asarray(alternating).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def is_concrete(tree: Any) -> bool:
     """Returns whether all leaves are concrete arrays: no tracers, no shapes."""
-    leaves = jax.tree.leaves(tree)
-    kinds = (jax.Array, np.ndarray)
     return all(
-        isinstance(leaf, kinds) and not isinstance(leaf, Tracer) for leaf in leaves
+        isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer)
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -190,7 +186,7 @@ def check_merged(
         )
         return
     types = {x.dtype.name for x in (*wanted, *jax.tree.leaves(base))}
-    is_wide = types <= {"float32", "float64", *(t for t in types if "int" in t)}
+    is_wide = all(t in ("float32", "float64") or "int" in t for t in types)
     rounding = 1e-3 if is_wide else 5e-2
     for w, g, b in zip(wanted, got, before, strict=True):
         w, g, b = (np.asarray(x, np.float64) for x in (w, g, b))

@@ -24,16 +24,13 @@ from lora_jax.tree.targets import LINEAR_KINDS
 def make_interceptor(
     config: LoRAConfig, root: int, *, deterministic: bool, initializing: bool
 ) -> Any:
-    """Returns the interceptor for `flax.linen.intercept_methods` that adapts layers.
+    """Returns an interceptor for `flax.linen.intercept_methods` that adapts layers.
 
     Args:
       config: the adapter config.
       root: depth of the model's scope; paths start below it.
       deterministic: disables adapter dropout.
       initializing: whether to initialise missing adapters.
-
-    Returns:
-      The interceptor, which runs each layer and then applies its adapter.
     """
 
     def intercept(next_fun, args, kwargs, context):

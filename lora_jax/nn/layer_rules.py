@@ -7,6 +7,7 @@ with ``B = 0`` is therefore bitwise equal to the base.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,11 @@ from lora_jax.ops.conv import conv_contraction, lora_conv
 from lora_jax.ops.dense import lora_dense
 from lora_jax.ops.einsum import lora_einsum, parse_equation
 from lora_jax.ops.embed import lora_attend, lora_embed
+from lora_jax.ops.experts import EXPERTS, lora_experts
 
+# Rows of experts: the label of the experts is in the kernel alone.
+_SORTED_ROWS = re.compile(r"(?P<m>\w)(?P<i>\w),\w(?P=i)(?P<o>\w)->(?P=m)(?P=o)")
+EXPERTS_KIND = "experts"
 CALL, ATTEND = "__call__", "attend"
 
 
@@ -28,7 +33,7 @@ class LayerRule(NamedTuple):
     """How to adapt one type of layer.
 
     Attributes:
-      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      kind: ``"dense"``, ``"einsum"``, ``"experts"``, ``"embed"`` or ``"conv"``.
       weight: name of the adapted parameter.
       methods: methods whose output is adapted.
       contraction: ``(module, x, *args) -> Contraction`` of the weight.
@@ -52,9 +57,6 @@ def einsum_rule(
       kind: name in the table of targets.
       equation: ``(module, x, *args) -> "...i,io->...o"``.
       weight: name of the kernel.
-
-    Returns:
-      The rule.
     """
 
     def contraction(module: nn.Module, x: jax.Array, *args: Any) -> Contraction:
@@ -73,12 +75,33 @@ def einsum_rule(
     return LayerRule(kind, weight, (CALL,), contraction, apply)
 
 
+def experts_rule(kind: str, weight: str = KERNEL) -> LayerRule:
+    """Makes the `LayerRule` of a module that multiplies rows sorted by expert.
+
+    Args:
+      kind: name in the table of targets.
+      weight: name of the kernel ``[e, i, o]``.
+
+    Returns:
+      The rule for calls ``(x, sizes)``, as `lora_experts` takes them.
+    """
+
+    def apply(module, method, inputs, y, kernel, lora_a, lora_b, **options) -> AnyFloat:
+        del method
+        options.setdefault("precision", getattr(module, "precision", None))
+        x, sizes = inputs[0].astype(y.dtype), inputs[1]
+        factors = (kernel, lora_a, lora_b)
+        return lora_experts(x, *factors, sizes, base_output=y, **options)
+
+    return LayerRule(kind, weight, (CALL,), lambda *_: EXPERTS, apply)
+
+
 def register_layer(
     module_type: type[nn.Module],
     equation: str | Callable[..., str],
     *,
     weight: str = KERNEL,
-    kind: str = "einsum",
+    kind: str | None = None,
 ) -> None:
     """Makes a custom layer adaptable: any module that computes an einsum with a kernel.
 
@@ -87,10 +110,14 @@ def register_layer(
       equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
         ``(module, x, *args) -> equation``. If a 2-D kernel merges several axes of the
         input or output (heads times features, as in T5X), give the equation of the
-        reshaped arrays.
+        reshaped arrays. ``"mi,eio->mo"``, where the experts' label is in the kernel
+        alone, is a layer called with rows sorted by expert and the number of each
+        expert's rows, as `lora_experts` takes them. With a label of experts in all
+        three (``"ebi,eio->ebo"``) each expert has its own A and B too.
       weight: name of the kernel parameter.
-      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
-        of a new kind must be named in the config.
+      kind: name in the table of targets; "einsum" by default, or "experts" for sorted
+        rows. ``"all-linear"`` covers both; layers of a new kind must be named in the
+        config.
 
     Raises:
       TypeError: if ``module_type`` is not a Linen module class.
@@ -107,8 +134,11 @@ def register_layer(
         raise TypeError(
             f"module_type must be a Linen module class; got {module_type!r}."
         )
+    if isinstance(equation, str) and _SORTED_ROWS.fullmatch(equation.replace(" ", "")):
+        _RULES[module_type] = experts_rule(kind or EXPERTS_KIND, weight)
+        return
     as_function = equation if callable(equation) else lambda *_: equation
-    _RULES[module_type] = einsum_rule(kind, as_function, weight)
+    _RULES[module_type] = einsum_rule(kind or "einsum", as_function, weight)
 
 
 def _fold(
@@ -175,10 +205,11 @@ def dense_general_equation(module: Any, x: jax.Array, *_: Any) -> str:
     return f"{x_labels},{kernel}->{pick(batch)}{pick(free)}{out_labels}"
 
 
-def _einsum_equation(module: nn.Einsum, x: jax.Array, *args: Any) -> str:
+def _einsum_equation(
+    module: nn.Einsum, x: jax.Array, equation: str | None = None, *_: Any
+) -> str:
     del x
-    equation = args[0] if args and args[0] is not None else module.einsum_str
-    return str(equation)
+    return str(module.einsum_str if equation is None else equation)
 
 
 def _embed(module, method, inputs, y, table, lora_a, lora_b, **options) -> AnyFloat:

@@ -17,8 +17,8 @@ class LoRADense(LoRALayer, nn.Dense):
     """`flax.linen.Dense` with LoRA: ``y = x W0 + bias + scaling * (x A) B``.
 
     Attributes:
-      lora: what to adapt, and how; the layer looks itself up by its path.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: the adapter config of the whole model; the layer's path selects its part.
+      deterministic: disables adapter dropout; may be given at the call instead.
 
     Variables: ``frozen`` (``kernel`` ``[i, o]``, ``bias`` ``[o]``), ``lora``
     (``lora_a`` ``[i, r]``, ``lora_b`` ``[r, o]``; with DoRA ``magnitude`` ``[o]``, and
@@ -51,8 +51,8 @@ class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
     """`flax.linen.DenseGeneral` with LoRA, over any axes.
 
     Attributes:
-      lora: what to adapt, and how; the layer looks itself up by its path.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: see `LoRADense`.
+      deterministic: see `LoRADense`.
 
     Variables: ``frozen`` (``kernel`` ``[*batch, *in, *out]``, ``bias``), ``lora``
     (``lora_a`` ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
@@ -74,8 +74,8 @@ class LoRAEinsum(LoRALayer, nn.Einsum):
     """`flax.linen.Einsum` with LoRA; labels shared by all three arrays are batch.
 
     Attributes:
-      lora: what to adapt, and how; the layer looks itself up by its path.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: see `LoRADense`.
+      deterministic: see `LoRADense`.
 
     Variables: ``frozen`` (``kernel``, ``bias``), ``lora`` (``lora_a``
     ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
@@ -103,8 +103,8 @@ class LoRAConv(LoRALayer, nn.Conv):
     A masked convolution can't be adapted.
 
     Attributes:
-      lora: what to adapt, and how; ``"all-linear"`` leaves convolutions out.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: see `LoRADense`; ``"all-linear"`` does not cover convolutions.
+      deterministic: see `LoRADense`.
 
     Variables: ``frozen`` (``kernel`` ``[*k, i/groups, o]``, ``bias`` ``[o]``), ``lora``
     (``lora_a`` ``[*k, i, r]``, ``lora_b`` ``[r, o]``, both with a leading axis of
@@ -127,9 +127,9 @@ class LoRAEmbed(LoRALayer, nn.Embed):
     """`flax.linen.Embed` with LoRA, for both lookup and `attend` (a tied head).
 
     Attributes:
-      lora: the adapter config; ``"all-linear"`` does not cover embeddings. Dropout
-        applies only in `attend`: a lookup's input is one-hot.
-      deterministic: switches adapter dropout off; may be given at the call instead.
+      lora: see `LoRADense`; ``"all-linear"`` does not cover embeddings. Dropout applies
+        only in `attend`: a lookup's input is one-hot.
+      deterministic: see `LoRADense`.
 
     Variables: ``frozen`` (``embedding`` ``[v, d]``), ``lora`` (``lora_a`` ``[v, r]``,
     ``lora_b`` ``[r, d]``).

@@ -98,5 +98,4 @@ def _base(variables: Mapping[str, PyTree]) -> dict[str, Any]:
     return join(variables.get(FROZEN, {}), variables.get(PARAMS, {}))
 
 
-# Former names, kept for compatibility.
-merge_twins, twin_targets = merge_lora_layers, lora_layer_targets
+merge_twins, twin_targets = merge_lora_layers, lora_layer_targets  # former names

@@ -104,7 +104,7 @@ def trace_model(
     *,
     lora_layers_only: bool = False,
 ) -> Trace:
-    """Finds every layer of ``model`` that can be adapted.
+    """Finds every layer of ``model`` that can be adapted, and all parameters' shapes.
 
     Cached: equal models with equal inputs are traced once.
 
@@ -113,9 +113,6 @@ def trace_model(
       params: its parameter tree, to infer the inputs from if no example is given.
       example: example inputs, or None.
       lora_layers_only: whether to find the model's LoRA layers instead of plain ones.
-
-    Returns:
-      The layers and the shapes of all parameters.
 
     Raises:
       ValueError: if no example is given and none can be inferred.
@@ -146,11 +143,8 @@ def flag_scope(scope: Scope, value: Any) -> None:
     """Flags a scope and all scopes below it, to separate cache entries of ``nn.jit``.
 
     ``nn.jit`` caches by module and scope, unaware of interceptors: without the flag it
-    would reuse a compilation made for other adapters, or for none.
-
-    Args:
-      scope: scope of the model.
-      value: hashable; calls with equal values share compilations.
+    would reuse a compilation made for other adapters, or for none. Calls with equal
+    (hashable) values share compilations.
     """
     scope.flags = freeze({**scope.flags, FLAG: value})
 
@@ -171,20 +165,22 @@ def _trace(model: nn.Module, example: Example, lora_layers_only: bool) -> Trace:
     try:
         hash(known)
     except TypeError:
-        return _look(*known)
+        return _trace_uncached(*known)
     is_bound = model.scope is not None or model.parent is not None
-    return _look(*known) if is_bound else _look_once(*known)
+    return _trace_uncached(*known) if is_bound else _trace_cached(*known)
 
 
 @functools.lru_cache(maxsize=64)
-def _look_once(*known: Any) -> Trace:
-    return _look(*known)
+def _trace_cached(*known: Any) -> Trace:
+    return _trace_uncached(*known)
 
 
-def _look(model: nn.Module, example: Example, lora_layers_only: bool, *_: Any) -> Trace:
+def _trace_uncached(
+    model: nn.Module, example: Example, lora_layers_only: bool, *_: Any
+) -> Trace:
     """Traces ``model.init`` once, intercepting every layer."""
     watcher = Watcher(lora_layers_only)
-    dynamic = [leaf for leaf in example.leaves if _is_array(leaf)]
+    dynamic = list(filter(_is_array, example.leaves))
 
     def init(key, dynamic):
         arrays = iter(dynamic)
@@ -246,14 +242,12 @@ def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Ex
         for p in parameters
         if p.name in DETERMINISTIC_FLAGS
     }
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
     required = [
         p
         for p in parameters
-        if p.default is p.empty and p.kind in positional and p.name not in flags
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        and p.name not in flags
     ]
     if len(required) > 1:
         return
@@ -268,11 +262,8 @@ def _examples_from(model: nn.Module, shapes: Mapping[str, Shape]) -> Iterator[Ex
 
 
 def _describe(example: Example) -> str:
-    return ", ".join(
-        f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        for leaf in example.leaves
-        if _is_array(leaf)
-    )
+    arrays = filter(_is_array, example.leaves)
+    return ", ".join(f"{jnp.dtype(a.dtype).name}{list(a.shape)}" for a in arrays)
 
 
 def _is_array(leaf: Any) -> bool:

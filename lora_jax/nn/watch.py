@@ -75,13 +75,9 @@ class Watcher:
     def finish(
         self, variables: Mapping[str, Any]
     ) -> tuple[dict[str, Any], tuple[Site, ...]]:
-        """Returns the parameters' shapes and the adaptable layers.
+        """Returns the base's parameter shapes, nested, and the adaptable layers.
 
-        Args:
-          variables: shapes of everything ``init`` returned, markers included.
-
-        Returns:
-          The base's parameters, nested, and one `Site` per layer.
+        ``variables`` are the shapes of everything ``init`` returned, markers included.
         """
         flat, markers = {}, {}
         for collection in (FROZEN, PARAMS, LORA):
@@ -99,19 +95,14 @@ class Watcher:
         }
         sites = []
         for path, (kind, weight, contraction) in found.items():
+            marked = (markers[child(path, name)].shape for name in _MARKERS)
             in_kernel, *in_leaves = (
-                tuple(
-                    axis
-                    for axis, size in enumerate(markers[child(path, name)].shape)
-                    if size != _ODD_SIZE
-                )
-                for name in _MARKERS
+                tuple(axis for axis, size in enumerate(shape) if size != _ODD_SIZE)
+                for shape in marked
             )
             shape = flat[child(path, weight)].shape
-            stacked, is_plain = (
-                contraction.stacked(in_kernel),
-                path not in self._transformed,
-            )
+            stacked = contraction.stacked(in_kernel)
+            is_plain = path not in self._transformed
             sites.append(
                 Site(path, kind, weight, shape, stacked, *in_leaves, is_plain=is_plain)
             )

@@ -10,6 +10,13 @@ from lora_jax.nnx.adapt import (
     find_targets,
     lora_targets,
 )
+from lora_jax.nnx.files import (
+    export_adapter,
+    load_adapter,
+    load_factors,
+    load_peft,
+    save_adapter,
+)
 from lora_jax.nnx.functional import Functional, functional, update
 from lora_jax.nnx.layers import (
     LoRAAttention,
@@ -33,12 +40,17 @@ __all__ = [
     "Trained",
     "TrainedParam",
     "adapt",
+    "export_adapter",
     "find_targets",
     "functional",
+    "load_adapter",
+    "load_factors",
+    "load_peft",
     "lora_targets",
     "merge",
     "merge_errors",
     "register_layer",
+    "save_adapter",
     "unmerge",
     "update",
 ]

@@ -6,43 +6,21 @@ each targeted layer is an instance of a subclass of its class, with ``lora_a`` a
 W0 is not copied, paths don't change, and the given model stays as it is.
 """
 
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
-from lora_jax.names import BIAS, DROPOUT, PARAMS, SCALE
+from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.checks import check_kernels
-from lora_jax.nnx.layers import (
-    LoRALayer,
-    add_factors,
-    check_config,
-    layer_rule,
-    lora_class,
-    set_class,
-    site_of,
-)
-from lora_jax.nnx.rules import rule_of
+from lora_jax.nnx.factors import add_lora, fresh_values, site_of
+from lora_jax.nnx.find import Found, as_path, find_layers, rebuild, select
+from lora_jax.nnx.layers import LoRALayer, layer_rule, lora_class, set_class
 from lora_jax.tree.paths import unflatten
-from lora_jax.tree.targets import (
-    LINEAR_KINDS,
-    Site,
-    Target,
-    UnsupportedWeight,
-    as_target,
-    child,
-    select_targets,
-)
-from lora_jax.tree.uncovered import describe_uncovered
-
-# Modules that rewrite the weights of the layer they call.
-_REWRITING = (nnx.WeightNorm, nnx.SpectralNorm)
+from lora_jax.tree.targets import Target, as_target
 
 Trained = nnx.LoRAParam
 """The filter of all that is trained: adapters, and what `LoRAConfig.train` names."""
@@ -53,27 +31,6 @@ class TrainedParam(nnx.LoRAParam):
 
     It is a `flax.nnx.LoRAParam`, so training loops that select those train it too.
     """
-
-
-class Found(NamedTuple):
-    """The layers of a model.
-
-    Attributes:
-      sites: layers that can be adapted.
-      unsupported: weights that can't be, by path.
-      weights: every `flax.nnx.Param`, by path.
-      first: the first path of each module, by every path that it has.
-    """
-
-    sites: list[Site]
-    unsupported: dict[str, UnsupportedWeight]
-    weights: dict[str, nnx.Param]
-    first: dict[str, str]
-
-    def owner(self, weight_path: str) -> str:
-        """Returns the first path of the module that holds a weight."""
-        path = weight_path.rpartition("/")[0]
-        return self.first.get(path, path)
 
 
 def adapt(
@@ -122,13 +79,58 @@ def adapt(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
         )
     found = find_layers(model, config, stack_axis)
-    targets = {target.path: target for target in _select(found, config)}
+    targets = {target.path: target for target in select(found, config)}
     _check_ranks(targets)
     weights = {path: weight[...] for path, weight in found.weights.items()}
     check_kernels(unflatten(weights), list(targets.values()))
     key = seed_of(rngs, PARAMS)
-    dropout_key = seed_of(rngs, DROPOUT) if config.dropout_rate else None
 
+    def values_of(layer: Any, target: Target) -> dict[str, Any]:
+        return fresh_values(layer, target, config, key)
+
+    return _put(model, config, found, targets, values_of, rngs, stack_axis)
+
+
+def adapt_empty(
+    model: nnx.Module,
+    config: LoRAConfig,
+    *,
+    rngs: nnx.Rngs | None = None,
+    stack_axis: int | None = None,
+) -> Any:
+    """Returns a model like `adapt`, whose adapters are zeros, for values from a file.
+
+    Args:
+      model: any NNX module.
+      config: the adapter config.
+      rngs: the stream of dropout; None disables adapter dropout.
+      stack_axis: as for `adapt`.
+
+    Returns:
+      The adapted model.
+    """
+    found = find_layers(model, config, stack_axis)
+    targets = {target.path: target for target in select(found, config)}
+
+    def values_of(layer: Any, target: Target) -> dict[str, Any]:
+        del layer
+        return {name: jnp.zeros(shape) for name, shape in target.leaf_shapes.items()}
+
+    return _put(model, config, found, targets, values_of, rngs, stack_axis)
+
+
+def _put(
+    model: nnx.Module,
+    config: LoRAConfig,
+    found: Found,
+    targets: dict[str, Target],
+    values_of: Callable[[Any, Target], dict[str, Any]],
+    rngs: nnx.Rngs | None,
+    stack_axis: int | None,
+) -> Any:
+    """Returns the model with adapters, and with Variables of its own to train."""
+    drops = config.dropout_rate and rngs is not None
+    dropout_key = seed_of(rngs, DROPOUT) if drops and rngs is not None else None
     trained = {
         id(weight): TrainedParam(weight[...], **weight.get_metadata())
         for path, weight in found.weights.items()
@@ -137,8 +139,10 @@ def adapt(
 
     def change(path: str, module: Any) -> None:
         if path in targets:
+            target = targets[path]
             set_class(module, lora_class(type(module), module))
-            add_factors(module, targets[path], config, key, dropout_key, stack_axis)
+            values = values_of(module, target)
+            add_lora(module, target, config, values, dropout_key, stack_axis)
         _widen_trained(module)
 
     return rebuild(model, trained, change)
@@ -161,7 +165,7 @@ def find_targets(
       ValueError: listing every pattern without a match and every target that can't be
         adapted.
     """
-    return _select(find_layers(model, config, stack_axis), config)
+    return select(find_layers(model, config, stack_axis), config)
 
 
 def lora_targets(model: nnx.Module) -> list[Target]:
@@ -195,135 +199,6 @@ def lora_targets(model: nnx.Module) -> list[Target]:
     return targets
 
 
-def find_layers(
-    model: nnx.Module, config: LoRAConfig, stack_axis: int | None = None
-) -> Found:
-    """Finds the layers and weights of a model without adapters.
-
-    Args:
-      model: any NNX module.
-      config: the adapter config, for its type only.
-      stack_axis: as for `adapt`.
-
-    Returns:
-      What was found.
-
-    Raises:
-      TypeError: if ``model`` is not an NNX module or ``config`` not a `LoRAConfig`.
-      ValueError: if the model already has adapters.
-    """
-    if not isinstance(model, nnx.Module):
-        is_linen = isinstance(model, nn.Module)
-        raise TypeError(
-            f"model must be a flax.nnx Module; got {type(model).__name__}"
-            + (", a flax.linen one: use `lora_jax.adapt`." if is_linen else ".")
-        )
-    check_config(config)
-    modules = {as_path(p): m for p, m in nnx.iter_modules(model, graph=True)}
-    has = [p for p, m in modules.items() if isinstance(m, (LoRALayer, nnx.LoRA))]
-    if has:
-        raise ValueError(
-            f"the model already has LoRA layers, such as {has[0]!r}; adapt the model "
-            "that it was made from."
-        )
-    weights = params_of(model)
-    rewritten = {p for p, m in modules.items() if isinstance(m, _REWRITING)}
-    sites, why, linear = {}, {}, set()
-    for path, module in modules.items():
-        known = rule_of(type(module), module)
-        if known is None or child(path, known[1].weight) not in weights:
-            continue
-        rule = known[1]
-        linear |= {path} if rule.kind in LINEAR_KINDS else set()
-        if any(path.startswith(f"{outer}/" if outer else "") for outer in rewritten):
-            why[path] = "a module around it rewrites its weights on each call"
-            continue
-        try:
-            sites[path] = site_of(path, module, rule, stack_axis)
-        except ValueError as error:
-            why[path] = str(error)
-    unsupported = {}
-    first = _first_paths(model, modules)
-    for path, weight in weights.items():
-        owner, _, name = path.rpartition("/")
-        owner = first.get(owner, owner)
-        if owner in sites or name in (BIAS, SCALE) or len(weight.shape) < 2:
-            continue
-        kind = type(modules.get(owner, model)).__name__
-        unsupported[path] = UnsupportedWeight(
-            kind, owner in linear, why.get(owner, ""), tuple(weight.shape)
-        )
-    return Found(list(sites.values()), unsupported, weights, first)
-
-
-def params_of(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Returns every `flax.nnx.Param`, a shared one under each of its paths."""
-    leaves = {
-        as_path(parts): leaf
-        for parts, leaf in nnx.iter_graph(model, graph=True)
-        if isinstance(leaf, nnx.Param)
-    }
-    return {path: leaves[first] for path, first in _first_paths(model, leaves).items()}
-
-
-def _first_paths(model: nnx.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Returns first paths by all paths, with those of what is shared."""
-    first = {path: path for path in paths}
-    for group in nnx.find_duplicates(model):
-        known, *others = map(as_path, group)
-        inside = [p for p in first if p == known or p.startswith(f"{known}/")]
-        first |= {o + p[len(known) :]: first[p] for o in others for p in inside}
-    return first
-
-
-def rebuild(
-    model: nnx.Module,
-    replaced: Mapping[int, nnx.Variable],
-    change: Callable[[str, Any], None],
-) -> Any:
-    """Returns a copy of a model's structure that shares its Variables, then changed.
-
-    Args:
-      model: the model, not changed.
-      replaced: Variables of the copy by the ``id`` of those that they replace.
-      change: called with the path and each object of the copy, innermost first.
-
-    Returns:
-      The copy.
-
-    Raises:
-      ValueError: if a Variable to replace is in a plain list or dictionary.
-    """
-
-    def visit(parts: tuple[Any, ...], node: Any) -> Any:
-        if isinstance(node, nnx.Pytree):
-            # Not by `visit`'s result, with which flax would overwrite the given
-            # model's Variable.
-            own = vars(node)
-            own.update(
-                {k: replaced[id(v)] for k, v in own.items() if id(v) in replaced}
-            )
-            change(as_path(parts), node)
-        return node
-
-    rebuilt = nnx.recursive_map(visit, model, graph=True)
-    left = [
-        p for p, leaf in nnx.iter_graph(rebuilt, graph=True) if id(leaf) in replaced
-    ]
-    if left:
-        names = ", ".join(map(as_path, left))
-        raise ValueError(
-            f"{names} must be attributes of modules to be replaced; they are in plain "
-            "lists or dictionaries. Use `nnx.List` or `nnx.Dict`."
-        )
-    return rebuilt
-
-
-def as_path(parts: tuple[Any, ...]) -> str:
-    """Returns the path of a node of a model, joined by ``/``."""
-    return "/".join(map(str, parts))
-
-
 def seed_of(rngs: nnx.Rngs, name: str) -> PRNGKey:
     """Returns the key that a stream was seeded with, whatever was drawn from it."""
     if name not in rngs and "default" not in rngs:
@@ -332,31 +207,6 @@ def seed_of(rngs: nnx.Rngs, name: str) -> PRNGKey:
             f"{sorted(map(str, rngs))}. Pass `nnx.Rngs(seed)`."
         )
     return rngs[name].key[...]
-
-
-def _select(found: Found, config: LoRAConfig) -> list[Target]:
-    """Selects targets by any of their paths; each has its first path."""
-    named = [
-        dataclasses.replace(site, path=path)
-        for site in found.sites
-        for path, first in found.first.items()
-        if first == site.path
-    ]
-    chosen = select_targets(
-        named, config, weights=found.weights, unsupported=found.unsupported
-    )
-    if message := describe_uncovered(found.unsupported, config):
-        warnings.warn(message, stacklevel=3)
-    targets: dict[str, Target] = {}
-    for target in chosen:
-        first = found.first[target.path]
-        target = dataclasses.replace(target, path=first)
-        if targets.setdefault(first, target) != target:
-            raise ValueError(
-                f"{first!r} must have one rank and alpha; its other paths match other "
-                "patterns."
-            )
-    return list(targets.values())
 
 
 def _check_ranks(targets: dict[str, Target]) -> None:

@@ -16,7 +16,8 @@ from flax import nnx
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import FROZEN, LORA, PARAMS, TRAINABLE
-from lora_jax.nnx.adapt import TrainedParam, as_path
+from lora_jax.nnx.adapt import TrainedParam
+from lora_jax.nnx.find import as_path
 from lora_jax.ops.init import path_key
 from lora_jax.tree.paths import flatten, unflatten
 

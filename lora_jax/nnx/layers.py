@@ -8,41 +8,18 @@ same classes of a model's layers, and subclasses like them of other libraries' l
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.config import LoRAConfig
-from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, MAGNITUDE, PARAMS
+from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
+from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
 from lora_jax.ops.embed import dora_query
-from lora_jax.ops.init import path_key
-from lora_jax.tree.targets import LINEAR_KINDS, Site, Target, as_target, child
-
-STREAM = "lora_rngs"  # the attribute that holds a layer's dropout stream
-OUT_SHARDING = "out_sharding"  # metadata: a name for each axis
-
-
-class LayerLoRA(NamedTuple):
-    """The settings of one adapted layer, equal for layers that compute alike.
-
-    Attributes:
-      config: the config of the whole model.
-      alpha: numerator of the scaling.
-      scaling: the factor before ``A B``.
-      stack_axis: position of the layer axis of stacked layers, or None.
-    """
-
-    config: LoRAConfig
-    alpha: float
-    scaling: float
-    stack_axis: int | None = None
+from lora_jax.tree.targets import LINEAR_KINDS, as_target, child
 
 
 class LoRALayer(nnx.Module):
@@ -112,7 +89,7 @@ def adapted_method(base: type, name: str) -> Any:
                 options["bias"] = bias
         y = original(self, *inputs, **bound.kwargs)
         if (rate := self.lora.config.dropout_rate) and not self.deterministic:
-            options |= {"dropout_rate": rate, "dropout_key": getattr(self, STREAM)()}
+            options |= {"dropout_rate": rate, "dropout_key": _dropout_key(self)}
         return rule.apply(self, name, tuple(inputs), y, kernel, a, b, **options)
 
     return method
@@ -270,105 +247,25 @@ def check_config(lora: Any) -> None:
         raise TypeError(f"config must be a LoRAConfig; got {type(lora).__name__}.")
 
 
-def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -> Site:
-    """Describes a layer that can be adapted.
-
-    Layers stacked in one array (by `flax.nnx.vmap`) are told by the weight's shape, as
-    the module declares it: the stacked weight has more axes.
-
-    Args:
-      path: the module's path in the model.
-      module: the module.
-      rule: its rule.
-      stack_axis: position of the layer axis, where the shapes leave it open.
-
-    Returns:
-      The site.
-
-    Raises:
-      ValueError: if the axes of its equation have no role in LoRA, or the position of
-        a stacked axis is open.
-    """
-    shape = tuple(getattr(module, rule.weight).shape)
-    roles, declared = rule.contraction(module), rule.shape(module)
-    ndim = sum(map(len, roles[:3]))
-    extra = len(shape) - ndim
-    if not extra:
-        return Site(path, rule.kind, rule.weight, shape, roles)
-    starts = range(ndim + 1) if extra > 0 else ()
-    places = [tuple(range(at, at + extra)) for at in starts if stack_axis in (None, at)]
-    if declared is not None:
-        places = [p for p in places if tuple(np.delete(shape, p)) == tuple(declared)]
-    if len(places) != 1:
-        wanted = f"{ndim} axes" if declared is None else f"shape {tuple(declared)}"
-        raise ValueError(
-            f"{rule.weight} must have {wanted}, or be a stack of such, one a layer; "
-            f"got shape {shape}, with {len(places)} possible layer axes. Give `adapt` "
-            "the position of the layer axis, `stack_axis=0`"
-        )
-    (axes,) = places
-    stacked = roles.stacked(axes)
-    return Site(path, rule.kind, rule.weight, shape, stacked, axes, axes, axes)
-
-
 def give_lora(layer: Any, config: LoRAConfig, path: str, rngs: nnx.Rngs) -> None:
     """Adds A and B to a new layer of a LoRA class, if the config targets its path."""
     rule = layer_rule(layer)
     layer.lora = None
     if not path or config.is_target(path, is_linear=rule.kind in LINEAR_KINDS):
         target = as_target(site_of(path, layer, rule), config)
+        values = fresh_values(layer, target, config, rngs[PARAMS]())
         dropout_key = rngs[DROPOUT]() if config.dropout_rate else None
-        add_factors(layer, target, config, rngs[PARAMS](), dropout_key)
+        add_lora(layer, target, config, values, dropout_key)
 
 
-def add_factors(
-    layer: Any,
-    target: Target,
-    config: LoRAConfig,
-    key: PRNGKey,
-    dropout_key: PRNGKey | None,
-    stack_axis: int | None = None,
-) -> None:
-    """Adds ``lora_a``, ``lora_b``, DoRA's ``magnitude`` and the settings to a layer.
-
-    Args:
-      layer: a layer of a LoRA class.
-      target: its rank, scaling and shapes.
-      config: of the model.
-      key: PRNG key of A; the path is folded in.
-      dropout_key: PRNG key of the masks, likewise; needed if the config has dropout.
-      stack_axis: see `site_of`.
-    """
-    weight = getattr(layer, target.weight)
-    values = dict(zip(ADAPTER_LEAVES, target.init(key, config.init), strict=False))
-    if target.dora:
-        values[MAGNITUDE] = target.init_magnitude(weight[...])
-    metadata = weight.get_metadata()
-    names = metadata.get(OUT_SHARDING)
-    axes = target.leaf_axes(tuple(names)) if names else {}
-    kept = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
-    places = _placements(weight[...], target)
-    for name, value in values.items():
-        own = {**kept, OUT_SHARDING: axes[name]} if axes else {}
-        value = jax.device_put(value, places[name]) if places else value
-        setattr(layer, name, nnx.LoRAParam(value, **own))
-    layer.lora = LayerLoRA(config, target.alpha, target.scaling, stack_axis)
-    if dropout_key is not None:
-        layer.deterministic = False
-        stack = tuple(target.kernel_shape[axis] for axis in target.scanned_a)
-        key = path_key(dropout_key, target.path)
-        key = jax.random.split(key, stack) if stack else key
-        setattr(layer, STREAM, nnx.RngStream(key, tag=DROPOUT))
-
-
-def _placements(kernel: Any, target: Target) -> dict[str, NamedSharding]:
-    """Returns where A, B and m go beside a kernel that lies on a mesh."""
-    place = getattr(kernel, "sharding", None)
-    if isinstance(kernel, Tracer) or not isinstance(place, NamedSharding):
-        return {}
-    spec = (*place.spec, *(None,) * (kernel.ndim - len(place.spec)))
-    axes = target.leaf_axes(spec)
-    return {n: NamedSharding(place.mesh, PartitionSpec(*a)) for n, a in axes.items()}
+def _dropout_key(layer: Any) -> PRNGKey:
+    if not hasattr(layer, STREAM):
+        rate = layer.lora.config.dropout_rate
+        raise ValueError(
+            f"dropout_rate={rate} of the adapter needs a random stream, and it was "
+            "loaded without. Load it with `rngs=nnx.Rngs(seed)`."
+        )
+    return getattr(layer, STREAM)()
 
 
 def _value(layer: Any, name: str) -> Any:

@@ -9,8 +9,10 @@ from typing import Any
 from flax import nnx
 
 from lora_jax.names import ADAPTER_LEAVES
-from lora_jax.nnx.adapt import TrainedParam, as_path, lora_targets, params_of, rebuild
-from lora_jax.nnx.layers import STREAM, LoRALayer, base_class, set_class
+from lora_jax.nnx.adapt import TrainedParam, lora_targets
+from lora_jax.nnx.factors import STREAM
+from lora_jax.nnx.find import as_path, params_of, rebuild
+from lora_jax.nnx.layers import LoRALayer, base_class, set_class
 from lora_jax.tree.merge import MergeError, merge_params
 from lora_jax.tree.merge import merge_errors as errors_of
 from lora_jax.tree.paths import flatten, unflatten

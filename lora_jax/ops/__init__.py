@@ -9,6 +9,7 @@ from lora_jax.ops.dora import merge_dora as merge_dora
 from lora_jax.ops.einsum import lora_einsum as lora_einsum
 from lora_jax.ops.embed import lora_attend as lora_attend
 from lora_jax.ops.embed import lora_embed as lora_embed
+from lora_jax.ops.experts import lora_experts as lora_experts
 from lora_jax.ops.init import init_adapter as init_adapter
 from lora_jax.ops.init import path_key as path_key
 from lora_jax.ops.merge import delta_kernel as delta_kernel

@@ -73,12 +73,7 @@ class Contraction(NamedTuple):
     def factor_shapes(self, kernel_shape: Shape, rank: int) -> tuple[Shape, Shape]:
         """Returns the shapes of A and B for a kernel.
 
-        Args:
-          kernel_shape: shape of the whole kernel.
-          rank: ``r``.
-
-        Returns:
-          ``[*batch, *in, r]`` and ``[*batch, r, *out]``.
+        They are ``[*batch, *in, r]`` and ``[*batch, r, *out]``.
         """
         batch, inputs, outputs = self.split(kernel_shape)
         return (*batch, *inputs, rank), (*batch, rank, *outputs)
@@ -119,17 +114,7 @@ def check_factors(
     b_shape: Shape,
     contraction: Contraction = DENSE,
 ) -> None:
-    """Raises unless the shapes of A, B and the kernel are compatible.
-
-    Args:
-      kernel_shape: shape of ``W0``.
-      a_shape: shape of ``lora_a``, expected ``[*batch, *in, r]``.
-      b_shape: shape of ``lora_b``, expected ``[*batch, r, *out]``.
-      contraction: the kernel's axes.
-
-    Raises:
-      ValueError: with the expected and actual shapes.
-    """
+    """Raises a ValueError unless the shapes of A, B and the kernel are compatible."""
     rank = a_shape[-1] if a_shape else 0
     wanted = contraction.factor_shapes(kernel_shape, rank)
     if (tuple(a_shape), tuple(b_shape)) == wanted and rank > 0:
@@ -144,14 +129,12 @@ def check_factors(
     swapped = contraction == DENSE and (a_shape[::-1], b_shape[::-1]) == (
         contraction.factor_shapes(kernel_shape, a_shape[0] if a_shape else 0)
     )
+    hint = "The last axis of lora_a is the rank."
+    if swapped:
+        hint = "PyTorch stores these transposed: pass `weight.T`."
     raise ValueError(
         f"lora_a, lora_b must be {names} for a kernel of shape {kernel_shape}; "
-        f"got {a_shape}, {b_shape}. "
-        + (
-            "PyTorch stores these transposed: pass `weight.T`."
-            if swapped
-            else "The last axis of lora_a is the rank."
-        )
+        f"got {a_shape}, {b_shape}. {hint}"
     )
 
 

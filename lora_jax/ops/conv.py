@@ -25,12 +25,7 @@ _LEADING = "abcdefhijklmnpqstuvwxyz"  # not g, o, R
 def conv_contraction(spatial: int, groups: int = 1) -> Contraction:
     """Returns the contraction of a kernel ``[*k, i/groups, o]``.
 
-    Args:
-      spatial: number of spatial axes.
-      groups: number of feature groups.
-
-    Returns:
-      The spatial axes and ``i`` as input, ``o`` as output, split by group.
+    The ``spatial`` axes and ``i`` are input, ``o`` is output, split by group.
     """
     return Contraction((), tuple(range(spatial + 1)), (spatial + 1,), groups)
 

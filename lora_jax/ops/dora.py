@@ -35,12 +35,9 @@ def rescale(y: AnyFloat, scale: AnyFloat, bias: AnyFloat | None = None) -> AnyFl
     arithmetic is in float32; the only residual is ``y``, in its own dtype.
 
     Args:
-      y: output of the layer, with update and bias.
+      y: output of the layer, with update and bias; sets the dtype of the result.
       scale: ``m / n``, broadcastable to ``y``.
       bias: the bias included in ``y``, broadcastable to ``y``, or None.
-
-    Returns:
-      The output, in the dtype of ``y``.
     """
     return _rescale(y, scale, None if bias is None else bias.astype(y.dtype))
 

@@ -23,15 +23,10 @@ from lora_jax.ops.contraction import DENSE, Contraction, Shape
 
 
 def path_key(key: PRNGKey, path: str) -> PRNGKey:
-    """Returns the PRNG key of one path.
+    """Returns the PRNG key of one ``/``-joined path.
 
-    Args:
-      key: PRNG key of the whole tree.
-      path: ``/``-joined path of the layer.
-
-    Returns:
-      A key that depends only on ``key`` and ``path``, so adapting one more layer does
-      not change any other layer's values.
+    It depends only on ``key`` and ``path``, so adapting one more layer does not change
+    any other layer's values.
     """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.names import X_A
+from lora_jax.ops.target import target_platform
 
 _MIN_FOR_BARRIER = 16
 RANK = "R"  # the label of the rank axis in every product's equation
@@ -82,7 +83,7 @@ def _backward(equation, rate, precision, residuals, dy):
     rest = "".join(c for c in factor_labels if c not in batch and c != RANK)
     order = [f"{batch}{RANK}{rest}".index(c) for c in factor_labels]
     is_transposed = order != sorted(order)
-    # Without a barrier XLA folds this transpose into the product and transposes the
+    # Without a barrier XLA:CPU folds this transpose into the product and transposes the
     # wide operand after all (8 times slower for [768, 1536], rank 8). Small arrays get
     # no barrier: it gains nothing there, and XLA:CPU (jaxlib 0.10.2) aborts on a
     # batched product over 2 or 3 rows or columns that feeds a barrier. XLA:CPU can't
@@ -101,7 +102,7 @@ def _backward(equation, rate, precision, residuals, dy):
         precision=precision,
         preferred_element_type=factor.dtype,
     )
-    if is_transposed and not is_small:
+    if is_transposed and not is_small and target_platform() == "cpu":
         rank_first = jax.lax.optimization_barrier(rank_first)
     rank_first = rank_first.transpose(order)
     dx = dropout(dx, rate, key)
@@ -113,7 +114,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
 
     Autodiff does the same, and `jax.shard_map` checks it (``check_vma``).
     """
-    own, wanted = _varying_axes(gradient), _varying_axes(primal)
+    own, wanted = varying_axes(gradient), varying_axes(primal)
     if summed := tuple(own - wanted):
         gradient = jax.lax.psum(gradient, summed)
     if missing := tuple(wanted - own):
@@ -121,7 +122,7 @@ def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
     return gradient
 
 
-def _varying_axes(array: AnyFloat) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
     """Returns the `jax.shard_map` axes over which an array varies."""
     aval = jax.typeof(array)  # `mat.varying` since JAX 0.10, `vma` before
     varying = getattr(getattr(aval, "mat", None), "varying", None)
@@ -135,16 +136,8 @@ def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
     """Computes `jnp.einsum`, contracting axes in the order of the larger operand.
 
     `jnp.einsum` contracts labels in alphabetical order; if the axes are in another
-    order, XLA:CPU first makes a transposed copy of the operand.
-
-    Args:
-      equation: explicit, with two operands and no ellipsis.
-      x: the first operand.
-      y: the second operand.
-      **options: passed to `jnp.einsum`.
-
-    Returns:
-      The product.
+    order, XLA:CPU first makes a transposed copy of the operand. The equation must be
+    explicit, with two operands and no ellipsis.
     """
     x_labels, y_labels = equation.split("->")[0].split(",")
     labels = x_labels + y_labels if x.size >= y.size else y_labels + x_labels

@@ -10,40 +10,19 @@ import contextlib
 import math
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.names import BATCH_AXES, TENSOR
+from lora_jax.ops.target import current_mesh as current_mesh
+from lora_jax.ops.target import target_platform as target_platform
 
 
 def on_mesh_of(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Returns a context for tracing a function for a mesh.
-
-    Args:
-      mesh: from `make_mesh`, or None for a no-op.
-
-    Returns:
-      The context, to be entered inside the traced function.
-    """
+    """Returns a context to enter inside a function traced for a mesh, if any."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def current_mesh() -> AbstractMesh | None:
-    """Returns the mesh of `on_mesh_of`, or None outside of it and on other meshes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if set(BATCH_AXES) <= set(mesh.shape) else None
-
-
-def target_platform() -> str:
-    """Returns the platform to compile for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-
-    On a mesh it is that of its devices, which may not be on this machine.
-    """
-    mesh = current_mesh()
-    device = None if mesh is None else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def num_row_shards() -> int:
@@ -53,14 +32,7 @@ def num_row_shards() -> int:
 
 
 def shard_rows(x: AnyFloat) -> AnyFloat:
-    """Constrains activations ``[b, ...]`` to be sharded like the batch.
-
-    Args:
-      x: activations whose first axis is the batch axis.
-
-    Returns:
-      ``x``, with its other axes unsharded.
-    """
+    """Constrains activations ``[b, ...]`` to be sharded by rows, like the batch."""
     parts = num_row_shards()
     if parts == 1 or x.shape[0] % parts:
         return x
@@ -70,12 +42,7 @@ def shard_rows(x: AnyFloat) -> AnyFloat:
 def gather_kernel(kernel: AnyFloat) -> AnyFloat:
     """Gathers a kernel ``[i, o]`` once, for a loop that reads it repeatedly.
 
-    Args:
-      kernel: sharded over any mesh axes.
-
-    Returns:
-      The kernel, gathered over the batch axes; its outputs stay sharded over
-      ``tensor``.
+    It is gathered over the batch axes; its outputs stay sharded over ``tensor``.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or kernel.shape[1] % mesh.shape[TENSOR]:

@@ -61,15 +61,9 @@ def make_mesh(
 def _sizes(wanted: dict[str, int], count: int) -> tuple[int, ...]:
     """Returns the three sizes with -1 resolved, or raises."""
     shown = _shown(wanted)
-    wrong = [
-        name
-        for name, size in wanted.items()
-        if isinstance(size, bool)
-        or not isinstance(size, int)
-        or (size < 1 and size != -1)
-    ]
+    is_valid = all(type(s) is int and (s >= 1 or s == -1) for s in wanted.values())
     open_axes = [name for name, size in wanted.items() if size == -1]
-    if wrong or len(open_axes) > 1:
+    if not is_valid or len(open_axes) > 1:
         raise ValueError(
             "a mesh must have positive sizes, of which one may be -1 for the rest; got "
             f"{shown}."
@@ -123,14 +117,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def whole_over_batch(sharding: NamedSharding) -> NamedSharding:
-    """Returns a sharding without the batch axes.
-
-    Args:
-      sharding: the sharding of a leaf.
-
-    Returns:
-      The same sharding, but unsharded over ``data`` and ``fsdp``.
-    """
+    """Returns the same sharding, but unsharded over ``data`` and ``fsdp``."""
 
     def kept(entry: Any) -> Any:
         names = (entry,) if isinstance(entry, str) else entry or ()
@@ -222,9 +209,9 @@ def check_rows(rows: dict[str, int], mesh: Mesh, *, accumulate: int = 1) -> None
     if wrong:
         low = max(wrong.values()) // parts * parts
         nearest = f"{low} or {low + parts}" if low else f"{parts}"
-        also, times = (
-            (" x accumulate", f" x {accumulate}") if accumulate > 1 else ("",) * 2
-        )
+        also, times = "", ""
+        if accumulate > 1:
+            also, times = " x accumulate", f" x {accumulate}"
         raise ValueError(
             f"the rows of a batch must be divisible by data x fsdp{also} = "
             f"{mesh.shape[DATA]} x {mesh.shape[FSDP]}{times} = {parts}; got "
@@ -235,14 +222,8 @@ def check_rows(rows: dict[str, int], mesh: Mesh, *, accumulate: int = 1) -> None
 def put_array(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Shards an array that every process holds over the devices of all processes.
 
-    No communication: each process slices out the shards of its own devices.
-
-    Args:
-      value: the same on every process; or already sharded.
-      sharding: the target sharding.
-
-    Returns:
-      The array, committed to ``sharding``.
+    No communication: each process slices out the shards of its own devices. ``value``
+    may also be sharded already.
     """
     is_global = isinstance(value, jax.Array) and not value.is_fully_addressable
     if is_global or sharding.is_fully_addressable:
@@ -258,14 +239,8 @@ def promote_table(*arrays: Any, **options: Any) -> list[Any]:
     """The ``promote_dtype`` of `flax.linen.Embed` that also gathers table columns.
 
     For a lookup in a table sharded along both axes, XLA gathers the whole table. If it
-    is sharded only by rows, each device looks up its own rows.
-
-    Args:
-      *arrays: the table ``[v, d]``, optionally preceded by a query.
-      **options: see `flax.linen.dtypes.promote_dtype`.
-
-    Returns:
-      The arrays in one dtype, with the table's columns unsharded.
+    is sharded only by rows, each device looks up its own rows. The table ``[v, d]`` is
+    the last of ``arrays``, optionally preceded by a query.
     """
     *others, table = promote_dtype(*arrays, **options)
     if current_mesh() is not None:
@@ -275,14 +250,7 @@ def promote_table(*arrays: Any, **options: Any) -> list[Any]:
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """Returns the multi-device mesh that a tree is sharded over, or None.
-
-    Args:
-      tree: a tree of arrays, or of shapes with shardings.
-
-    Returns:
-      The first mesh found.
-    """
+    """Returns the first multi-device mesh that a tree is sharded over, or None."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
@@ -291,15 +259,7 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Replicates leaves that are not on a mesh yet over all of its devices.
-
-    Args:
-      tree: a tree of arrays.
-      mesh: from `make_mesh`.
-
-    Returns:
-      The tree; leaves already on the mesh are unchanged.
-    """
+    """Replicates leaves that are not on a mesh yet over all of its devices."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any) -> jax.Array:

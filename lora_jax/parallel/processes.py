@@ -145,11 +145,7 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Blocks until all processes reach this barrier.
-
-    Args:
-      name: name of the barrier, the same in all processes.
-    """
+    """Blocks until all processes reach the barrier of this name."""
     if is_job():
         multihost_utils.sync_global_devices(name)
 
@@ -162,13 +158,7 @@ def is_any(flag: bool) -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """Broadcasts process 0's value to all processes; all of them must call it.
-
-    Args:
-      value: JSON values; only process 0's counts.
-
-    Returns:
-      Process 0's value.
+    """Broadcasts process 0's JSON value to all processes; all of them must call it.
 
     Example:
       >>> from_first({"step": 3})
@@ -183,11 +173,7 @@ def from_first(value: Any) -> Any:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raises unless a value is the same in all processes; all of them must call it.
-
-    Args:
-      name: name of the value, for the error.
-      value: JSON values.
+    """Raises unless a JSON value is the same in all processes, which must all call it.
 
     Raises:
       ValueError: listing the processes whose value differs from process 0's.
@@ -212,9 +198,6 @@ def fail_together() -> Iterator[None]:
 
     The block itself must not synchronise with other processes. After an error the job
     is shut down cleanly, while all processes are still alive.
-
-    Yields:
-      Nothing.
 
     Raises:
       PeerError: in a process without an error, if another process had one.
@@ -255,12 +238,9 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> None:
-    """Exits a process of a job immediately; does nothing without a job.
+    """Exits a process of a job immediately with status ``code``; a no-op without a job.
 
     JAX's own exit handler waits for the other processes, which may be gone.
-
-    Args:
-      code: exit status.
     """
     if is_job():
         sys.stdout.flush()

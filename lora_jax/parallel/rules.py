@@ -9,6 +9,7 @@ Adapters have no rules of their own. A is sharded like W0's input axes and B lik
 output axes, by the layer's `Contraction`; the rank axis is never sharded.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FSDP, LAYERS, LORA, TENSOR
+from lora_jax.names import EXPERT, FSDP, LAYERS, LORA, TENSOR
 from lora_jax.ops.contraction import Shape
 from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -27,6 +28,10 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
 RULES: Rules = (
+    ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
+    ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
+    ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
+    ("router/(kernel|bias)", PartitionSpec()),
     ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
@@ -60,6 +65,10 @@ class WeightSharding:
         """Returns a leaf's sharding, or raises ValueError."""
         rules = (*self.rules, *RULES)
         spec = next((s for pattern, s in rules if is_match(pattern, path)), None)
+        if spec is not None and EXPERT not in self.mesh.shape:  # most meshes
+            spec = PartitionSpec(
+                *(None if entry == EXPERT else entry for entry in spec)
+            )
         if spec is None:
             raise ValueError(
                 f"{path} {shape}: no rule matches it; add "
@@ -162,15 +171,7 @@ def fit_spec(
 ) -> PartitionSpec:
     """Returns a spec whose mesh axes divide the axes of a leaf.
 
-    Args:
-      path: path of the leaf, for the error.
-      shape: shape of the leaf.
-      entries: entries of the spec, one per axis.
-      mesh: from `make_mesh`.
-      uneven: "error" or "replicate".
-
-    Returns:
-      The spec; with "replicate", without the entries that don't divide their axis.
+    With ``uneven="replicate"``, entries that don't divide their axis are dropped.
 
     Raises:
       ValueError: listing each axis that is not divisible, with sizes that would work.
@@ -178,9 +179,7 @@ def fit_spec(
     fitted, faults = [], []
     for axis, (size, entry) in enumerate(zip(shape, entries, strict=True)):
         names = _mesh_axes([entry])
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
+        parts = math.prod(mesh.shape[name] for name in names)
         if size % parts == 0:
             fitted.append(entry)
             continue
@@ -199,14 +198,11 @@ def fit_spec(
 def resolve_shardings(
     shapes: Mapping[str, Shape], sharding: ShardingOf
 ) -> dict[str, Sharding]:
-    """Resolves the sharding of every leaf before any is transferred.
+    """Resolves the sharding of every leaf, by path, before any is transferred.
 
     Args:
       shapes: shapes of the leaves by path.
       sharding: from `make_sharding`, or any function of path and shape.
-
-    Returns:
-      One sharding per leaf.
 
     Raises:
       ValueError: listing the errors of all leaves, or the rules that match nothing.
@@ -229,15 +225,7 @@ def resolve_shardings(
 
 
 def check_patterns(rules: Rules, paths: Iterable[str]) -> None:
-    """Raises if a user-supplied rule matches no weight.
-
-    Args:
-      rules: the user's rules.
-      paths: paths of all base leaves.
-
-    Raises:
-      ValueError: listing each such rule and the path nearest to it.
-    """
+    """Raises a ValueError listing the user's rules that match no weight."""
     paths = list(paths)
     faults = [
         f"{pattern!r} matches 0 of {len(paths)} weights. Did you mean: "
@@ -298,15 +286,12 @@ def shard_variables(
 def adapter_shardings(
     base: Mapping[str, Sharding], targets: Sequence[Target]
 ) -> dict[str, Sharding]:
-    """Returns adapter shardings: A like W0's inputs, B and m like its outputs.
+    """Returns adapter shardings by path: A like W0's inputs, B and m like its outputs.
 
     Args:
       base: sharding of each weight by path; an adapter gets the same sharding if it has
         no named axes (a single device).
       targets: the adapted layers.
-
-    Returns:
-      The sharding of each adapter leaf, by path.
     """
     found = {}
     for target in targets:
@@ -314,18 +299,14 @@ def adapter_shardings(
         spec = kernel.spec if isinstance(kernel, NamedSharding) else ()
         whole = (None,) * (len(target.kernel_shape) - len(spec))
         for name, axes in target.leaf_axes((*spec, *whole)).items():
-            found[child(target.path, name)] = (
-                NamedSharding(kernel.mesh, PartitionSpec(*axes))
-                if isinstance(kernel, NamedSharding)
-                else kernel
-            )
+            own = kernel
+            if isinstance(kernel, NamedSharding):
+                own = NamedSharding(kernel.mesh, PartitionSpec(*axes))
+            found[child(target.path, name)] = own
     return found
 
 
 def _mesh_axes(entries: Iterable[Any]) -> list[str]:
     """Returns the names of the mesh axes in a spec's entries."""
-    names: list[str] = []
-    for entry in entries:
-        if entry is not None:
-            names += [entry] if isinstance(entry, str) else list(entry)
-    return names
+    groups = [(e,) if isinstance(e, str) else e or () for e in entries]
+    return [name for group in groups for name in group]

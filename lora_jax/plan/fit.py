@@ -17,14 +17,7 @@ K = TypeVar("K")
 
 
 def device_memory(device: Any) -> int:
-    """Returns the memory available to arrays on a local `jax.Device`, in bytes.
-
-    Args:
-      device: the device.
-
-    Returns:
-      Its allocator's limit; for a CPU the machine's memory.
-    """
+    """Returns a local device's memory for arrays in bytes; for a CPU the machine's."""
     stats = device.memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         return int(limit)

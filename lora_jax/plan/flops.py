@@ -11,9 +11,11 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.names import KERNEL
+from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
+
+GROUPED = ("grouped_dot", "grouped_outer")  # the primitives of `ops.grouped`
 
 
 class StepFlops(NamedTuple):
@@ -43,10 +45,11 @@ def step_flops(
 ) -> StepFlops:
     """Counts the FLOPs of a step's matmuls.
 
-    Per token, with ``N`` the elements of the kernels, ``A`` of the adapters, ``H`` of
-    the head, and ``S = 4 Σ_layers n h · (mean number of visible keys)``:
-    LoRA ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; rematerialising blocks adds their
-    forward pass, ``2N + S`` (and ``2A``).
+    Per token, with ``N`` the elements of the kernels, ``A`` of the adapters (of experts
+    those that a token is sent to), ``H`` of the head, and
+    ``S = 4 Σ_layers n h · (mean number of visible keys)``: LoRA ``4N + 6A + 4H + 3S``,
+    full ``6N + 6H + 3S``; rematerialising blocks adds their forward pass, ``2N + S``
+    (and ``2A``).
 
     Args:
       config: the decoder's config.
@@ -62,12 +65,16 @@ def step_flops(
     References:
       Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1.
     """
+    share = 1.0 if config.experts is None else config.experts.active_share
     kernels = sum(
-        math.prod(leaf.shape)
+        math.prod(leaf.shape) * (share if f"/{EXPERTS}/" in path else 1)
         for path, leaf in flatten(params).items()
         if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
     )
-    adapters = sum(target.trainable for target in targets)
+    adapters = sum(
+        target.trainable * (share if f"/{EXPERTS}/" in target.path else 1)
+        for target in targets
+    )
     head = config.hidden_size * config.vocab_size
     keys = sum(_mean_keys(tokens, window) for window in config.layer_windows)
     scores = 4 * config.num_heads * config.head_dim * keys
@@ -83,15 +90,10 @@ def step_flops(
 
 
 def traced_flops(jaxpr: Jaxpr) -> float:
-    """Counts the FLOPs of a program's matmuls and convolutions.
+    """Counts the FLOPs of the matmuls and convolutions of a whole program's jaxpr.
 
-    Args:
-      jaxpr: jaxpr of the whole program, ``jit(f).trace(...).jaxpr.jaxpr``.
-
-    Returns:
-      The FLOPs. A scan's body counts once per iteration, a while loop's body once, a
-      conditional as its most expensive branch. Library kernels such as cuDNN attention
-      are not counted.
+    A scan's body counts once per iteration, a while loop's body once, a conditional as
+    its most expensive branch. Library kernels such as cuDNN attention are not counted.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -104,6 +106,9 @@ def traced_flops(jaxpr: Jaxpr) -> float:
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(out) * math.prod(kernel) / outputs
+        elif kind in GROUPED:  # by rows, however a device computes it
+            rows, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
+            total += 2.0 * math.prod(rows) * out[-1]
         else:
             inner = [traced_flops(each) for each in _inner(params)]
             once = max(inner, default=0.0) if kind == "cond" else sum(inner)

@@ -44,13 +44,7 @@ CHIPS = {
 
 
 def check_topology(name: str) -> Chip:
-    """Returns the chip of a slice.
-
-    Args:
-      name: chip and shape, ``"v5e:4x4"``.
-
-    Returns:
-      The chip.
+    """Returns the chip of a slice, named by chip and shape, ``"v5e:4x4"``.
 
     Raises:
       ValueError: if there is no such slice; suggests the nearest ones.
@@ -100,13 +94,7 @@ def _nearest_shapes(shape: str, known: tuple[str, ...]) -> list[str]:
 
 
 def open_slice(name: str) -> list[Any]:
-    """Returns the devices of a slice, for compilation only.
-
-    Args:
-      name: as for `check_topology`.
-
-    Returns:
-      One device per chip.
+    """Returns the devices of a slice, one per chip, for compilation only.
 
     Raises:
       ValueError: if there is no such slice.

@@ -70,14 +70,7 @@ class DecoderSteps:
         return -(-wanted // unit) * unit
 
     def price(self, rows: int, remat: str | None = None) -> StepPlan:
-        """Plans a step.
-
-        Args:
-          rows: rows of the whole batch.
-          remat: the rematerialisation policy; None for the decoder's own.
-
-        Returns:
-          The plan; see `price_step`.
+        """Plans a step of ``rows`` rows; ``remat`` overrides the decoder's policy.
 
         Raises:
           ValueError: if the batch or a weight is not divisible over the mesh, or the
@@ -92,15 +85,14 @@ class DecoderSteps:
         sizes = {path: leaf.shape for path, leaf in flatten(self.params).items()}
         where = resolve_shardings(sizes, self.sharding)
         where |= adapter_shardings(where, adapted.targets(self.params))
+        shape = (1, self.tokens)
+        batch = {n: jax.ShapeDtypeStruct(shape, t) for n, t in _BATCH.items()}
         with uncached():
             return price_training(
                 loss,
                 lora_optimizer(1e-4, total_steps=1000),
                 jax.eval_shape(adapted.attach, self.params, jax.random.key(0)),
-                {
-                    n: jax.ShapeDtypeStruct((1, self.tokens), t)
-                    for n, t in _BATCH.items()
-                },
+                batch,
                 rows,
                 accumulate=self.accumulate,
                 where=where,

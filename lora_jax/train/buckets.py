@@ -127,14 +127,7 @@ class Schedule(abc.ABC):
         return len(self.lengths)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Yields the batches of one epoch.
-
-        Args:
-          number: the epoch, from 0.
-
-        Yields:
-          ``steps_per_epoch`` batches that contain each row once.
-        """
+        """Yields the ``steps_per_epoch`` batches of an epoch, with each row once."""
         first = number * self.steps_per_epoch
         for step in range(first, first + self.steps_per_epoch):
             yield self.batch_at(step)
@@ -142,26 +135,14 @@ class Schedule(abc.ABC):
     def batch_at(self, step: int, rows: Any = slice(None)) -> Batch:
         """Returns the batch of a step, counted over all epochs from 0.
 
-        Args:
-          step: at least 0.
-          rows: index of the rows to build.
-
-        Returns:
-          The batch.
+        ``rows`` indexes the rows to build.
         """
         length, members = self._planned(step)
         wanted = np.arange(self.batch_size)[rows]
         return self._pad(length, members[wanted[wanted < len(members)]], len(wanted))
 
     def shapes_at(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of a step's batch, of which no more than a row is formed.
-
-        Args:
-          step: at least 0.
-
-        Returns:
-          A shape for each array of `batch_at`.
-        """
+        """Returns the shapes of a step's batch, building at most one of its rows."""
         length, members = self._planned(step)
         row = self._pad(length, members[:1], 1)
         return {
@@ -174,14 +155,9 @@ class Schedule(abc.ABC):
         return self._planned(step)[0]
 
     def indices_at(self, step: int) -> np.ndarray:
-        """Returns the rows in the batch of a step, in order.
+        """Returns the ``[<= batch_size]`` rows in the batch of a step, in order.
 
-        Args:
-          step: at least 0.
-
-        Returns:
-          ``[<= batch_size]`` row indices (example indices unless packed); the rest of
-          the batch is filler.
+        They are example indices unless packed; the rest of the batch is filler.
         """
         return self._planned(step)[1]
 

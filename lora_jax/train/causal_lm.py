@@ -5,6 +5,7 @@ loss function of a training step for a decoder, with or without adapters.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from lora_jax.parallel.activation_sharding import (
     num_row_shards,
     target_platform,
 )
+from lora_jax.parallel.device_kind import target_kind
 from lora_jax.train.losses import (
     as_weights,
     check_rows,
@@ -30,11 +32,15 @@ from lora_jax.train.losses import (
 )
 from lora_jax.train.step import LossFn
 
-LOGITS_AT_ONCE = 2**22  # maximum number of logits per chunk,
+# A CPU's chunks: logits that stay in its caches,
+LOGITS_AT_ONCE = 2**22
 CHUNK_TOKENS = 128  # but at least this many tokens, to reuse the head enough
-# GPUs favour larger chunks: on an H100 a step of Llama-3.2-1B's shape took 136 ms with
-# chunks of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
-GPU_LOGITS_AT_ONCE, GPU_CHUNK_TOKENS = 2**26, 1024
+# An accelerator's: so many tokens that reading the head takes 1/8 of the time of
+# multiplying by it. On an H100 a step of Llama-3.2-1B's shape took 136 ms with chunks
+# of 128 tokens, 121 with 512, 119.5 with 1024, 119 with 8192.
+HEAD_REUSE = 8
+LOGITS_SHARE = 32  # but at most this part of its memory for a chunk's logits,
+LOGIT_BYTES = 4 + 2  # in float32, and their gradients in bfloat16
 
 
 def causal_lm(
@@ -61,7 +67,7 @@ def causal_lm(
       labels: ``[b, t]`` target token of each position, already shifted.
       weights: ``[b, t]`` weight or mask of each position; all 1 if None.
       chunk: number of tokens whose logits are in memory at once, ``chunk * v`` floats;
-        rounded up to a multiple of ``b``.
+        at least one of each row.
       softcap: ``c`` of logits capped as ``c tanh(logits / c)``, or None.
 
     Returns:
@@ -96,10 +102,24 @@ def causal_lm(
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """Returns the number of tokens per chunk for a vocabulary size."""
-    if target_platform() == "gpu":
-        return max(GPU_CHUNK_TOKENS, GPU_LOGITS_AT_ONCE // vocab_size)
-    return max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocab_size)
+    """Returns the number of tokens per chunk for a vocabulary size.
+
+    On an accelerator a chunk of ``c`` tokens does ``c`` FLOPs for each byte of the head
+    that it reads, so ``c`` is `HEAD_REUSE` times what keeps the device's arithmetic
+    busy, as far as the logits fit.
+
+    Args:
+      vocab_size: ``v``.
+
+    Returns:
+      Tokens whose logits are in memory at once.
+    """
+    if target_platform() == "cpu":
+        return max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocab_size)
+    device = target_kind()
+    room = device.memory // (LOGITS_SHARE * LOGIT_BYTES * vocab_size)
+    tokens = max(device.intensity, min(room, HEAD_REUSE * device.intensity))
+    return 2 ** round(math.log2(tokens))  # which divides most batches
 
 
 class _Chunk(NamedTuple):
@@ -177,7 +197,15 @@ def _scan_chunks(
     prompt and padding tokens, which contribute zero, are skipped.
     """
     b, t = labels.shape
-    size = min(t, max(1, -(-chunk // b)))
+    size = -(-t // -(-b * t // chunk))  # chunks of equal size, with little padding
+    make = functools.partial(_chunk, softcap=softcap, **wrt)
+
+    def weighted(nll: Array, w: Array) -> Array:
+        return jnp.sum(jnp.where(w != 0, w * nll, 0.0))
+
+    if size == t:  # one chunk: nothing to sort or to skip
+        found = make(hidden, kernel, labels, weights)
+        return weighted(found.nll, weights), found
     order = jnp.argsort(weights == 0, axis=1, stable=True)  # [b, t]
 
     def sort(array: Array, by: Array) -> Array:
@@ -187,7 +215,6 @@ def _scan_chunks(
     def body(carry, xs):
         total, d_kernel = carry
         h, y, w = xs
-        make = functools.partial(_chunk, softcap=softcap, **wrt)
 
         def skip(h, kernel, y, w):
             made = jax.eval_shape(make, h, kernel, y, w)
@@ -197,7 +224,7 @@ def _scan_chunks(
         found = jax.lax.cond(counts, make, skip, h, kernel, y, w)
         if d_kernel is not None:
             d_kernel += found.d_kernel
-        total += jnp.sum(jnp.where(w != 0, w * found.nll, 0.0))
+        total += weighted(found.nll, w)
         return (total, d_kernel), found._replace(d_kernel=None)
 
     xs = tuple(_split(sort(array, order), size) for array in (hidden, labels, weights))

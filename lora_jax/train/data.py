@@ -1,13 +1,13 @@
-"""Batches of few shapes, in an order that is a pure function.
+"""Batches with few distinct shapes, in a deterministic order.
 
-The order of a whole run follows from the lengths, the seed and the epoch alone. So the
-position in the data is the step number, and a resumed run sees what the uninterrupted
-one would have seen.
+The order of a whole run is a pure function of the lengths, the seed and the epoch. The
+position in the data is therefore the step number, and a resumed run sees the same
+batches as an uninterrupted one.
 
-Examples are grouped by length into buckets and padded to the bucket's length: as many
-shapes, and compilations, as buckets. What is left over in a bucket moves up to the next
-longer one, so an epoch is ``ceil(n / batch_size)`` batches and only the last can hold
-filler rows (weight 0).
+Examples are grouped by length into buckets and padded to the bucket's length, so there
+are as many shapes, and compilations, as buckets. Examples left over in a bucket move up
+to the next longer one, so an epoch is ``ceil(n / batch_size)`` batches and only the
+last can contain filler rows (weight 0).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,19 +32,19 @@ class Batches(Schedule):
     ``b`` is always ``batch_size``, ``t`` one of ``buckets``.
 
     Attributes:
-      batch_size: rows of every batch.
-      buckets: the lengths padded to.
-      lengths: ``[n]`` tokens of each example.
+      batch_size: rows per batch.
+      buckets: the padded lengths.
+      lengths: ``[n]`` length of each example in tokens.
       steps_per_epoch: ``ceil(n / batch_size)``.
 
     Args:
       examples: mappings with ``input_ids`` (a sequence of integers) and, in all or
         none, ``label`` (a class number or a float).
-      batch_size: rows of every batch.
-      buckets: increasing lengths to pad to; `length_buckets` chooses if None.
-      seed: of the order.
-      shuffle: False keeps the order within each bucket: for evaluation.
-      pad_id: the token that fills up rows.
+      batch_size: rows per batch.
+      buckets: increasing lengths to pad to; `length_buckets` if None.
+      seed: seed of the shuffling.
+      shuffle: False keeps the order within each bucket, for evaluation.
+      pad_id: the padding token.
 
     Raises:
       ValueError: if there are no examples, an example is empty or longer than the last
@@ -89,7 +89,7 @@ class Batches(Schedule):
         for row, member in enumerate(members):
             ids[row, : self.lengths[member]] = self._ids[member]
             mask[row, : self.lengths[member]] = 1
-        mask[len(members) :, 0] = 1  # filler attends to something: no 0/0 in a mean
+        mask[len(members) :, 0] = 1  # filler attends to one token: no 0/0 in a mean
         batch = {"input_ids": ids, "attention_mask": mask, "weights": weights}
         if self._labels is not None:
             batch["labels"] = np.zeros(count, self._labels.dtype)
@@ -100,30 +100,29 @@ class Batches(Schedule):
 class TextBatches(Schedule):
     """Batches for a causal language model, each a pure function of the step number.
 
-    A batch is the arrays of `lora_jax.train.packing`: ``input_ids``, ``labels``
+    A batch has the arrays of `lora_jax.train.packing`: ``input_ids``, ``labels``
     (shifted), ``positions`` and ``segment_ids`` ``[b, t]`` int32, ``weights``
     ``[b, t]`` float32. Without ``packed_length`` a row is one example, padded to its
-    bucket; with it rows are that long and hold as many examples as fit. Which share a
-    row is the same in all epochs; the order of the rows isn't.
+    bucket; with it, rows have that length and hold as many examples as fit. The
+    grouping of examples into rows is the same in all epochs; the order of rows isn't.
 
     Attributes:
-      examples: how many there are; ``len()`` is the number of rows.
-      targets: tokens that count in an epoch.
-      token_fraction: of all places of an epoch's batches, those that hold a token of
-        an example and not padding.
+      examples: number of examples; ``len()`` is the number of rows.
+      targets: number of target tokens per epoch.
+      token_fraction: fraction of an epoch's batches that is tokens, not padding.
 
     Args:
       examples: mappings with ``input_ids`` and ``loss_mask`` ``[n]``.
-      batch_size: rows of every batch.
-      buckets: increasing lengths to pad to; `length_buckets` chooses if None.
-      packed_length: of packed rows; None for one example a row.
-      seed: of the order.
-      shuffle: False keeps the order within each bucket: for evaluation.
-      pad_id: the token that fills up rows.
+      batch_size: rows per batch.
+      buckets: increasing lengths to pad to; `length_buckets` if None.
+      packed_length: length of packed rows; None for one example per row.
+      seed: seed of the shuffling.
+      shuffle: False keeps the order within each bucket, for evaluation.
+      pad_id: the padding token.
 
     Raises:
       ValueError: if there are no examples, one is empty, too long, or its two arrays
-        are not of one length; or an argument is out of range.
+        differ in length; or an argument is out of range.
 
     Example:
       >>> ones = np.ones(9, np.int32)
@@ -148,8 +147,8 @@ class TextBatches(Schedule):
     ) -> None:
         if packed_length is not None and buckets is not None:
             raise ValueError(
-                f"buckets = {list(buckets)} and packed_length = {packed_length} can't "
-                "both be given: packed rows have one length."
+                f"buckets = {list(buckets)} and packed_length = {packed_length} must "
+                "not both be given: packed rows have one length."
             )
         self.pad_id, self.packed_length = pad_id, packed_length
         self._examples = [_as_arrays(i, e) for i, e in enumerate(examples)]
@@ -211,6 +210,6 @@ def _label_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     if labels.dtype.kind not in "iuf" or labels.ndim != 1:
         raise TypeError(
             "labels of Batches must be class numbers or floats; got "
-            f"{labels.dtype}. `encode_labels` makes numbers of names."
+            f"{labels.dtype}. `encode_labels` turns names into numbers."
         )
     return labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)

@@ -1,4 +1,4 @@
-"""Examples from JSONL files, read strictly: every bad line named, before training."""
+"""Reads examples from JSONL files strictly: lists every bad line before training."""
 
 import difflib
 import json
@@ -23,19 +23,19 @@ def read_jsonl(
     """Reads a JSONL file, strictly.
 
     Args:
-      path: a UTF-8 file with one JSON object a line; blank lines are skipped.
+      path: a UTF-8 file with one JSON object per line; blank lines are skipped.
       fields: the keys each object must have and the types of their values;
-        ``{"text": (str,), "label": (str, int)}`` if None. Strings must hold more than
-        white space; true and false are no integers.
-      check: says what else is wrong with an object; the empty string if nothing is.
+        ``{"text": (str,), "label": (str, int)}`` if None. Strings must not be blank;
+        booleans don't count as integers.
+      check: returns what else is wrong with an object, or an empty string.
 
     Returns:
-      The objects, other keys included.
+      The objects, including other keys.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming file, line and reason for each bad line, up to 20; or if there
-        is no line at all.
+      ValueError: listing file, line and reason for each bad line, up to 20; or if the
+        file is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,17 +66,17 @@ def read_jsonl(
 
 
 def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
-    """Returns the distinct labels in order; a class is its place in the list.
+    """Returns the distinct labels in order; a label's class is its index.
 
     Args:
-      labels: of the training data, all strings or all integers.
+      labels: labels of the training data, all strings or all integers.
 
     Returns:
-      Sorted labels. Integers give every class from 0 to the largest, seen or not.
+      Sorted labels; for integers every class from 0 to the largest, seen or not.
 
     Raises:
-      ValueError: if there are fewer than 2 classes, a negative number or a huge one.
-      TypeError: if strings and integers are mixed, or there is anything else.
+      ValueError: if there are fewer than 2 classes, or a number is negative or huge.
+      TypeError: if strings and integers are mixed, or there are other types.
 
     Example:
       >>> label_vocabulary(["pos", "neg", "pos"]), label_vocabulary([2, 0])
@@ -95,7 +95,7 @@ def label_vocabulary(labels: Sequence[str | int]) -> list[str | int]:
         if max(numbers) >= MAX_CLASSES:
             raise ValueError(
                 f"labels must be class numbers below {MAX_CLASSES:,}; got "
-                f"{max(numbers):,}. Labels that are names or ids go in quotes."
+                f"{max(numbers):,}. Quote labels that are names or ids."
             )
         known = [*range(max(numbers) + 1)]
     if len(known) < 2:
@@ -111,19 +111,16 @@ def encode_labels(
     *,
     source: str = "data",
 ) -> np.ndarray:
-    """Returns the class number of each label.
+    """Returns the class number of each label, ``[n]`` int32.
 
     Args:
-      labels: one for each example.
-      vocabulary: from `label_vocabulary`, of the training data.
-      source: what to call the data in an error.
-
-    Returns:
-      ``[n]`` int32.
+      labels: one per example.
+      vocabulary: from `label_vocabulary`, for the training data.
+      source: name of the data in errors.
 
     Raises:
-      ValueError: naming the examples (counted from 1), up to 20, whose label is not in
-        the vocabulary.
+      ValueError: listing up to 20 examples (counted from 1) whose label is not in the
+        vocabulary.
 
     Example:
       >>> encode_labels(["pos", "neg"], ["neg", "pos"]).tolist()
@@ -141,14 +138,7 @@ def encode_labels(
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Suggests what a name may have meant.
-
-    Args:
-      name: that is not known.
-      known: names that would be.
-
-    Returns:
-      A question with the closest of them, or a list of all.
+    """Returns a suggestion for an unknown name: the closest known one, or all of them.
 
     Example:
       >>> nearest("usr", ("system", "user")), nearest("x", ("system", "user"))
@@ -161,16 +151,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _parse(line: bytes) -> tuple[Any, str]:
     """Returns a line's value, and what is wrong with it."""
     if len(line) > MAX_LINE:
-        return None, f"has {len(line):,} bytes; a line may have {MAX_LINE:,}"
+        return None, f"has {len(line):,} bytes; at most {MAX_LINE:,} are allowed"
     try:
         record = json.loads(line.decode("utf-8"))
-        if rb"\u" in line:  # the one way to write half a character
+        if rb"\u" in line:  # the only way to write a lone surrogate
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 at byte {error.start}"
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        return None, f"not Unicode: it holds half a character, {half}"
+        return None, f"not Unicode: it contains a lone surrogate, {half}"
     except json.JSONDecodeError as error:
         return None, f"not JSON: {error.msg} at {error.colno}"
     except (ValueError, RecursionError) as error:  # endless digits, endless [[[

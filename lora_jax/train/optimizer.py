@@ -6,9 +6,9 @@ the adapters; put clipping, decay and accumulation inside it. (``optax.masked`` 
 passes the raw gradient of W0 through as its update: gradient *ascent*.)
 """
 
-import math
 import sys
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import jax
@@ -94,16 +94,11 @@ def lora_optimizer(
         "lora_optimizer",
         [
             (clip_norm is None or clip_norm > 0, "clip_norm", "above 0", clip_norm),
-            (_in(weight_decay, 0), "weight_decay", "at least 0", weight_decay),
+            (0 <= weight_decay < inf, "weight_decay", "at least 0", weight_decay),
             (0 <= b1 < 1, "b1", "in [0, 1)", b1),
             (0 <= b2 < 1, "b2", "in [0, 1)", b2),
-            (_in(eps, 0) and eps > 0, "eps", "above 0", eps),
-            (
-                _in(lora_b_ratio, 0) and lora_b_ratio > 0,
-                "lora_b_ratio",
-                "above 0",
-                lora_b_ratio,
-            ),
+            (0 < eps < inf, "eps", "above 0", eps),
+            (0 < lora_b_ratio < inf, "lora_b_ratio", "above 0", lora_b_ratio),
         ],
     )
     transforms = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
@@ -152,22 +147,13 @@ def learning_rate_schedule(
       >>> [float(rate(t)) for t in range(7)]
       [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
+    is_warmup, steps = 0 <= warmup_steps <= total_steps, f"[0, {total_steps}]"
     _raise_faults(
         "learning_rate_schedule",
         [
-            (
-                _in(learning_rate, 0) and learning_rate > 0,
-                "learning_rate",
-                "above 0",
-                learning_rate,
-            ),
+            (0 < learning_rate < inf, "learning_rate", "above 0", learning_rate),
             (total_steps >= 1, "total_steps", "at least 1", total_steps),
-            (
-                0 <= warmup_steps <= total_steps,
-                "warmup_steps",
-                f"in [0, total_steps] = [0, {total_steps}]",
-                warmup_steps,
-            ),
+            (is_warmup, "warmup_steps", f"in [0, total_steps] = {steps}", warmup_steps),
             (schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", schedule),
         ],
     )
@@ -280,22 +266,18 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 def decay_mask(tree: PyTree) -> PyTree:
     """Returns a mask of the decayed leaves: ``lora_b``, kernels and embeddings.
 
-    Args:
-      tree: a tree of trainable leaves.
-
-    Returns:
-      The same tree with True or False at each leaf: True for 2 or more dimensions,
-      except for ``lora_a``, ``magnitude``, ``bias`` and ``scale``.
+    True for 2 or more dimensions, except for ``lora_a``, ``magnitude``, ``bias`` and
+    ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
 
-    at_rest = {LORA_A, MAGNITUDE, BIAS, SCALE}
+    exempt = {LORA_A, MAGNITUDE, BIAS, SCALE}
 
     def decays(path: Any, leaf: Any) -> bool:
-        return jnp.ndim(leaf) >= 2 and at_rest.isdisjoint(key_path(path).split("/"))
+        return jnp.ndim(leaf) >= 2 and exempt.isdisjoint(key_path(path).split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, tree)
 
@@ -354,10 +336,6 @@ def _is_named(patterns: Patterns, path: str) -> bool:
 def _prefixes(path: str) -> list[str]:
     parts = path.split("/")
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _in(value: float, low: float) -> bool:
-    return low <= value < math.inf
 
 
 def _raise_faults(name: str, checks: list[tuple[bool, str, str, Any]]) -> None:

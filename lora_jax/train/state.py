@@ -108,9 +108,6 @@ class TrainState:
 def check_trainable(trainable: Mapping[str, PyTree]) -> None:
     """Raises unless there are trainable leaves and all are floating-point.
 
-    Args:
-      trainable: ``{"lora": ..., "params": ...}``.
-
     Raises:
       ValueError: if there are no leaves.
       TypeError: listing every leaf that is not floating-point.

@@ -51,14 +51,7 @@ class TrainStep:
         return TrainState(frozen=state.frozen, **own), metrics
 
     def update_for(self, state: TrainState) -> Any:
-        """Returns the jitted function for the devices of a state.
-
-        Args:
-          state: a state of arrays, or of shapes with shardings.
-
-        Returns:
-          ``update``, or a version that preserves shardings for a state on a mesh.
-        """
+        """Returns the jitted function for the devices of a state."""
         mesh = mesh_of(state.step)
         if mesh is None:
             return self.update
@@ -75,27 +68,11 @@ class TrainStep:
         return self._sharded[known]
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """Traces without running; arrays may be ``jax.ShapeDtypeStruct``.
-
-        Args:
-          state: a state with the shapes to compile for.
-          batch: likewise.
-
-        Returns:
-          A ``jax.stages.Traced``: ``.jaxpr``, ``.lower()``.
-        """
+        """Traces without running, for a state and batch of arrays or shapes."""
         return self.update_for(state).trace(state.changing, state.frozen, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """Lowers without running; see `trace`.
-
-        Args:
-          state: a state with the shapes to compile for.
-          batch: likewise.
-
-        Returns:
-          A ``jax.stages.Lowered``, e.g. for ``.compile().cost_analysis()``.
-        """
+        """Lowers without running; see `trace`."""
         return self.trace(state, batch).lower()
 
 
@@ -297,14 +274,8 @@ def split_batch(batch: Batch, accumulate: int) -> Batch:
 def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
     """Returns a loss function's three results as float32 scalars, or raises.
 
-    Args:
-      result: what ``loss_fn`` returned.
-
-    Returns:
-      ``(loss_sum, weight, metrics)``.
-
     Raises:
-      TypeError: if it is not such a triple, or metrics is not a mapping.
+      TypeError: if ``result`` is not such a triple, or metrics is not a mapping.
       ValueError: listing every value that is not a real scalar and every metric with a
         reserved name.
     """
@@ -338,8 +309,5 @@ def check_loss(result: Any) -> tuple[jax.Array, jax.Array, Metrics]:
     def as_float(x: Any) -> jax.Array:
         return jnp.asarray(x, jnp.float32)
 
-    return (
-        as_float(loss_sum),
-        as_float(weight),
-        {k: as_float(metrics[k]) for k in metrics},
-    )
+    metrics = {name: as_float(value) for name, value in metrics.items()}
+    return as_float(loss_sum), as_float(weight), metrics

@@ -1,10 +1,10 @@
-"""Training examples for language models from JSONL: token ids, and which ones count.
+"""Training examples for language models from JSONL: token ids and loss masks.
 
-An example is ``input_ids`` and ``loss_mask``, 1 where the token is a target that the
-loss counts. The first token is never one: nothing comes before it to predict it from.
-Where there is a prompt, the completion alone counts. Both are tokenised together and
-the border is then found among the tokens, because tokenising them apart gives tokens
-that the model never sees in one text; a token that reaches over the border counts.
+An example is ``input_ids`` and ``loss_mask``, which is 1 for target tokens, those that
+count in the loss. The first token never is: nothing precedes it to predict it from. If
+there is a prompt, only the completion counts. The two are tokenised together and split
+afterwards, because tokenising them separately gives tokens that the model never sees in
+one text; a token that spans the boundary counts.
 """
 
 import os
@@ -16,9 +16,9 @@ import numpy as np
 
 from lora_jax.train.examples import nearest, read_jsonl
 
-IGNORED = -100  # a label that doesn't count, as Hugging Face writes it
+IGNORED = -100  # Hugging Face's label for tokens that don't count
 MESSAGES = "messages"
-KINDS = {  # the keys that make a record one of a kind
+KINDS = {  # the keys that define each kind of record
     "input_ids": ("input_ids",),
     MESSAGES: ("messages",),
     "prompt and completion": ("prompt", "completion"),
@@ -31,11 +31,11 @@ Example = dict[str, np.ndarray]
 
 
 class TextEncoder(Protocol):
-    """What is asked of a tokenizer; `lora_jax.files.tokenizer.Tokenizer` has it."""
+    """Interface of a tokenizer, such as `lora_jax.files.tokenizer.Tokenizer`."""
 
     @property
     def special(self) -> Any:
-        """Has ``eos_id``, the token that ends a text, or None, and ``stop_ids``."""
+        """Has ``eos_id``, the token that ends a text (or None), and ``stop_ids``."""
         ...
 
     @property
@@ -44,26 +44,26 @@ class TextEncoder(Protocol):
         ...
 
     def encode_text(self, text: str) -> Any:
-        """Gives ``ids`` and ``spans``, the characters that each token stands for."""
+        """Returns ``ids`` and ``spans``, each token's range of characters."""
         ...
 
     def encode_chat(
         self, messages: Sequence[Record], *, tools: Sequence[Any] | None = None
     ) -> Any:
-        """Gives ``ids``, ``mask`` and ``ends`` of each text that a chat takes.
+        """Returns ``ids``, ``mask`` and ``ends`` for each text needed for a chat.
 
-        The mask is 1 for what the assistant says; its turns have ends.
+        The mask is 1 for the assistant's text; ``ends`` are the ends of its turns.
         """
         ...
 
 
 class Encoded(NamedTuple):
-    """A line's tokens; a chat may have several.
+    """The tokens of a line; a chat may have several.
 
     Attributes:
       ids: the tokens.
-      mask: 1 where a token counts.
-      ends: the last token of each turn of the assistant's, in a chat.
+      mask: 1 for targets.
+      ends: in a chat, the last token of each assistant turn.
     """
 
     ids: list[int]
@@ -76,13 +76,13 @@ class TextData(NamedTuple):
 
     Attributes:
       examples: each with ``input_ids`` ``[t]`` int32 and ``loss_mask`` ``[t]`` uint8.
-      lines: from which line each is, counted from 0. A chat gives several examples
-        where its template writes earlier turns otherwise once later ones follow.
-      truncated: how many were cut to ``max_length``, those that were dropped included.
-      dropped: how many lost all their targets by that, and are not among ``examples``.
-      targets: how many tokens of ``examples`` count.
-      kind: of the lines, a key of `KINDS`.
-      ends: how often each token ends a turn of the assistant's.
+      lines: each example's line, counted from 0. A chat gives several examples if its
+        template renders earlier turns differently once later ones follow.
+      truncated: number cut to ``max_length``, including those dropped.
+      dropped: number that lost all their targets in this way; not among ``examples``.
+      targets: number of target tokens in ``examples``.
+      kind: the lines' kind, a key of `KINDS`.
+      ends: how often each token ends an assistant turn.
     """
 
     examples: list[Example]
@@ -104,24 +104,24 @@ def read_text_examples(
     """Reads a JSONL file for a causal language model, strictly.
 
     All lines are of one kind: ``{"text"}``, where all tokens count; ``{"prompt",
-    "completion"}``; ``{"messages"}``, with ``"tools"`` if there are any, where the
-    assistant's turns count, but for those with a ``"weight"`` of 0; or
-    ``{"input_ids"}`` with, if not all count, ``"loss_mask"`` (0 and 1) or ``"labels"``
-    (the ids themselves, -100 where they don't count; not shifted). Any other key is an
-    error. Texts and completions end with the tokenizer's EOS, which counts.
+    "completion"}``; ``{"messages"}``, optionally with ``"tools"``, where the
+    assistant's turns count, except those with a ``"weight"`` of 0; or ``{"input_ids"}``
+    with, if not all count, ``"loss_mask"`` (0 and 1) or ``"labels"`` (the ids, not
+    shifted, or -100 where they don't count). Any other key is an error. Texts and
+    completions end with the tokenizer's EOS, which counts.
 
     Args:
       path: the file.
-      tokenizer: None for token ids without one.
-      max_length: tokens an example may have; longer ones lose their end.
+      tokenizer: may be None for token ids.
+      max_length: maximum tokens per example; longer ones are cut at the end.
       vocab_size: ids must be below it; the tokenizer's if None.
 
     Returns:
-      The examples, and what was cut.
+      The examples, and how many were cut.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming file, line and reason for each bad line, up to 20; or if
+      ValueError: listing file, line and reason for each bad line, up to 20; or if
         ``max_length`` leaves no target at all.
     """
     if max_length is not None and max_length < 2:
@@ -140,7 +140,7 @@ def read_text_examples(
             kind = kind_of(record)
             if kinds and kind not in kinds:
                 before = next(iter(kinds))
-                raise ValueError(f"is {kind}, and the lines before are {before}")
+                raise ValueError(f"is {kind}, but the lines before are {before}")
             kinds.add(kind)
             found = encode_record(record, tokenizer, vocab_size=vocab_size)
         except (ValueError, TypeError) as error:
@@ -165,8 +165,8 @@ def read_text_examples(
     kept = [i for i, e in enumerate(cut) if e["loss_mask"].any()]
     if not kept:
         raise ValueError(
-            f"{path}: max_length = {limit} must leave targets; it cuts off those of "
-            f"all {len(cut)} examples, the longest of {longest} tokens. Raise it."
+            f"{path}: max_length = {limit} must leave targets; it cuts off all of them "
+            f"in {len(cut)} examples of up to {longest} tokens. Raise it."
         )
     return TextData(
         examples=[cut[i] for i in kept],
@@ -182,19 +182,11 @@ def read_text_examples(
 def encode_record(
     record: Record, tokenizer: TextEncoder | None, *, vocab_size: int
 ) -> list[Encoded]:
-    """Encodes a line; see `read_text_examples`.
-
-    Args:
-      record: the line.
-      tokenizer: None for token ids without one.
-      vocab_size: ids must be below it.
-
-    Returns:
-      The examples it gives, at least one.
+    """Encodes a line as one or more examples; see `read_text_examples`.
 
     Raises:
-      ValueError: if it is of no kind, has a key that nothing reads, or no target.
-      TypeError: if a value is of the wrong type.
+      ValueError: if it has no kind, an unknown key, or no target.
+      TypeError: if a value has the wrong type.
     """
     kind = kind_of(record)
     found = _ENCODERS[kind](record, tokenizer)
@@ -210,16 +202,10 @@ def encode_record(
 
 
 def kind_of(record: Record) -> str:
-    """Returns a line's kind.
-
-    Args:
-      record: the line.
-
-    Returns:
-      A key of `KINDS`.
+    """Returns a line's kind, a key of `KINDS`.
 
     Raises:
-      ValueError: if it has not all keys of just one kind, or others besides.
+      ValueError: unless it has all keys of exactly one kind, and no unknown keys.
     """
     keys = sorted(record)
     found = [kind for kind, own in KINDS.items() if any(k in record for k in own)]
@@ -235,21 +221,17 @@ def kind_of(record: Record) -> str:
     for key in keys:
         if key not in known:
             hint = nearest(key, known)
-            raise ValueError(f"has a key that nothing reads, {key[:40]!r}; {hint}")
+            raise ValueError(f"has an unknown key, {key[:40]!r}; {hint}")
     return kind
 
 
-def _from_text(
-    record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> list[Encoded]:
+def _from_text(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
     text = _string(record, "text")
     tokens = _needed(tokenizer).encode_text(text)
     return _end(tokens.ids, [1] * len(tokens.ids), tokenizer)
 
 
-def _from_completion(
-    record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> list[Encoded]:
+def _from_completion(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
     completion = _string(record, "completion")
     prompt = _string(record, "prompt", may_be_empty=True)
     tokens = _needed(tokenizer).encode_text(prompt + completion)
@@ -257,18 +239,13 @@ def _from_completion(
     return _end(tokens.ids, mask, tokenizer)
 
 
-def _from_messages(
-    record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> list[Encoded]:
-    chats = _needed(tokenizer).encode_chat(
-        record["messages"], tools=record.get("tools")
-    )
+def _from_messages(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
+    encode = _needed(tokenizer).encode_chat
+    chats = encode(record["messages"], tools=record.get("tools"))
     return [Encoded(chat.ids, chat.mask, chat.ends) for chat in chats]
 
 
-def _from_ids(
-    record: Mapping[str, Any], tokenizer: TextEncoder | None
-) -> list[Encoded]:
+def _from_ids(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
     ids = _integers(record, "input_ids")
     if "labels" in record and "loss_mask" in record:
         raise ValueError("must have 'labels' or 'loss_mask'; got both")
@@ -302,7 +279,7 @@ _ENCODERS = {
 def _end(
     ids: list[int], mask: list[int], tokenizer: TextEncoder | None
 ) -> list[Encoded]:
-    """Appends EOS, unless the text wrote it."""
+    """Appends EOS, unless the text already ends with it."""
     eos = _needed(tokenizer).special.eos_id
     if eos is None:
         raise ValueError("a text must end with the tokenizer's EOS token; it has none")
@@ -313,11 +290,11 @@ def _end(
 
 def _needed(tokenizer: TextEncoder | None) -> TextEncoder:
     if tokenizer is None:
-        raise ValueError("must be input_ids, because the model has no tokenizer")
+        raise ValueError("must be input_ids, as the model has no tokenizer")
     return tokenizer
 
 
-def _string(record: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+def _string(record: Record, key: str, *, may_be_empty: bool = False) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise TypeError(f"{key!r} must be str; got {value!r}"[:200])
@@ -326,7 +303,7 @@ def _string(record: Mapping[str, Any], key: str, *, may_be_empty: bool = False) 
     return value
 
 
-def _integers(record: Mapping[str, Any], key: str) -> list[int]:
+def _integers(record: Record, key: str) -> list[int]:
     value = record[key]
     if not isinstance(value, list) or any(type(i) is not int for i in value):
         raise TypeError(f"{key!r} must be a list of integers; got {value!r}"[:200])

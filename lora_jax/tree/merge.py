@@ -126,10 +126,6 @@ def merge_errors(
 def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> None:
     """Raises unless every target has a finite adapter of the right shapes.
 
-    Args:
-      adapters: leaves of the adapter tree by path.
-      targets: the adapted layers.
-
     Raises:
       ValueError: listing every leaf that is missing, unexpected, of the wrong shape, or
         not finite.

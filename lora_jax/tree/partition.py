@@ -85,14 +85,9 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upcast_leaves(tree: Mapping[str, Any], owners: Collection[str]) -> dict[str, Any]:
-    """Casts the bfloat16 and float16 leaves of some modules to float32.
+    """Casts bfloat16 and float16 leaves of the modules at ``owners`` to float32.
 
-    Args:
-      tree: a nested mapping.
-      owners: paths of the modules.
-
-    Returns:
-      A nested dictionary; other leaves are not copied.
+    Other leaves are not copied.
     """
 
     def upcast(path: str, leaf: Any) -> Any:

@@ -8,14 +8,10 @@ import jax
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested mappings by path.
+    """Returns the leaves of nested mappings by path, below an optional ``prefix``.
 
-    Args:
-      tree: nested mappings with string keys; anything else is a leaf.
-      prefix: path put before every key.
-
-    Returns:
-      ``{"block_0/query/kernel": leaf, ...}`` in tree order. Empty mappings are dropped.
+    That is ``{"block_0/query/kernel": leaf, ...}`` in tree order. Anything else than a
+    mapping is a leaf; empty mappings are dropped.
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -28,14 +24,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dictionaries of a flat one: the inverse of `flatten`.
-
-    Args:
-      flat: leaves by path.
-
-    Returns:
-      Nested plain dictionaries.
-    """
+    """Returns the nested dictionaries of a flat one: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -52,13 +41,9 @@ def key_path(path: Any) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of any pytree by ``/``-joined path.
+    """Returns the leaves of any pytree by ``/``-joined path, in JAX's order.
 
-    Args:
-      tree: a pytree; for nested mappings, `flatten` also preserves order.
-
-    Returns:
-      The leaves in JAX's order.
+    For nested mappings, `flatten` preserves the order of keys.
 
     Example:
       >>> leaves_by_path({"b": [1, 2], "a": 0})
@@ -71,12 +56,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the known path most similar to ``name``, and how many more end like it.
 
-    Args:
-      name: a path or the end of one.
-      known: the existing paths.
-
-    Returns:
-      ``"block_0/attn/q_proj (+23)"``; the empty string if ``known`` is empty.
+    That is ``"block_0/attn/q_proj (+23)"``, or an empty string if ``known`` is empty.
     """
     known = list(known)
     depth = name.count("/") + 1

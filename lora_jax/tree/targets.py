@@ -20,7 +20,7 @@ from lora_jax.ops.dora import column_norm, magnitude_shape
 from lora_jax.ops.init import init_adapter, path_key
 from lora_jax.tree.paths import nearest
 
-LINEAR_KINDS = ("dense", "einsum")  # what "all-linear" covers
+LINEAR_KINDS = ("dense", "einsum", "experts")  # what "all-linear" covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Site:
 
     Attributes:
       path: path of the layer in the parameter tree.
-      kind: ``"dense"``, ``"einsum"``, ``"embed"`` or ``"conv"``.
+      kind: ``"dense"``, ``"einsum"``, ``"experts"``, ``"embed"`` or ``"conv"``.
       weight: name of its weight, ``"kernel"`` or ``"embedding"``.
       kernel_shape: shape of the weight in the tree, scanned axes included.
       contraction: the roles of its axes.
@@ -165,13 +165,11 @@ class Target(Site):
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
         """Returns DoRA's m, the column norms of ``W0``, in the tree's layout."""
         m = column_norm(jnp.asarray(kernel), self.contraction)
-        scanned = self.scanned_m
-        return jnp.moveaxis(m, range(len(scanned)), scanned)
+        return jnp.moveaxis(m, range(len(self.scanned_m)), self.scanned_m)
 
     def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
         """Returns the tree's m with the scanned axes first, as the ops expect."""
-        scanned = self.scanned_m
-        return jnp.moveaxis(magnitude, scanned, range(len(scanned)))
+        return jnp.moveaxis(magnitude, self.scanned_m, range(len(self.scanned_m)))
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes at their positions in the tree."""
@@ -256,15 +254,7 @@ def select_targets(
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
-    """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it.
-
-    Args:
-      site: the layer.
-      config: the adapter config.
-
-    Returns:
-      The `Target` or None.
-    """
+    """Returns the `Target` of one layer, or None if ``config`` doesn't adapt it."""
     return as_target(site, config) if _is_chosen(site, config) else None
 
 

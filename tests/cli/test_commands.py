@@ -236,7 +236,7 @@ def peft_folder(path):
         (["eval", "--run", "{run}", "--data", "{tmp}/bad.jsonl"], "bad.jsonl:2:"),
         (
             ["merge", "--adapter", "{peft}", "--model", "{bert}", "--out", "{tmp}/m"],
-            "target_modules must name what is adapted",
+            "target_modules must name the adapted modules",
         ),
         (["merge", "--adapter", "{tmp}/no", "--out", "{tmp}/m"], "no adapter at"),
         (

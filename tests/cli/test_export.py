@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_jax.cli.export import vllm_command
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.interop.peft import read_peft
 
@@ -39,6 +40,12 @@ def test_a_peft_adapter_becomes_portable_and_mlx(tmp_path, call):
     assert json.loads(out)["portable"] is True
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     assert config["use_rslora"] is False
+    assert vllm_command(tmp_path / "p") == (
+        "vllm serve llama --enable-lora --max-lora-rank 8 --lora-modules "
+        f"p={tmp_path}/p"
+    )
+    code, shown, _ = call(*words, "--portable", "--out", tmp_path / "q")
+    assert f"--lora-modules q={tmp_path}/q" in shown
     code, *_ = call(*words, "--format", "mlx", "--out", tmp_path / "m")
     assert code == 0
     assert (tmp_path / "m" / "adapters.safetensors").is_file()

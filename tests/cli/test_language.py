@@ -45,7 +45,9 @@ train:
   batch_size: 6
   learning_rate: 3e-2
   eval_every: 12
-  samples: ["what is the sky ? "]
+  samples:
+    - "what is the sky ? "
+    - [{{role: system, content: "red ."}}, {{role: user, content: "what is ?"}}]
 output: {{dir: {place}/run}}
 """
     )
@@ -65,7 +67,8 @@ def test_a_decoder_learns_its_answers_and_says_so(run, call):
     assert summary["test"]["loss"] < 0.1 < summary["baseline"]["test_loss"]
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     samples = [line for line in lines if line["split"] == "sample"]
-    assert samples[-1]["text"] == "blue ."
+    assert samples[-2]["text"] == "blue ."
+    assert samples[-1]["prompt"] == "what is ?"
     assert any("targets_per_second" in line for line in lines)
     code, out, _ = call("eval", "--run", run, "--json")
     assert code == 0
@@ -155,8 +158,9 @@ def test_a_model_of_chats_is_asked_in_its_template(config, tmp_path, call):
     assert f"generate --adapter {run} --chat --prompt TEXT" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     samples = [x for x in map(json.loads, lines) if x["split"] == "sample"]
-    assert samples[-1]["prompt"] == "what is the sky ? "
-    assert samples[-1]["text"] == "blue ."
+    assert samples[-2]["prompt"] == "what is the sky ? "
+    assert samples[-2]["text"] == "blue ."
+    assert samples[-1]["prompt"] == "what is ?"
 
 
 def test_scores_are_the_log_probabilities_of_the_tokens(folder, tmp_path, call):
@@ -199,7 +203,7 @@ def test_packing_and_patience(config, tmp_path, call):
     ("words", "message"),
     [
         (["lora.targets=[q_prj]"], "Did you mean: layers/attention/query"),
-        (["data.max_length=3"], "it cuts off those of all 24 examples"),
+        (["data.max_length=3"], "it cuts off all of them in 24 examples"),
         (["data.packing=1"], "data.packing: must be a valid boolean"),
         (
             ["model.remat=full"],

@@ -198,3 +198,88 @@ def test_the_token_that_a_turn_ends_in_is_told(tmp_path):
     (tokens,) = tokenizer.encode_chat(chat("q", "a", "r", "b"))
     assert tokenizer.decode(tokens.ends) == ">>"
     assert tokenizer.special_ids.keys() == {"<|im_start|>", "<|im_end|>"}
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endif %}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_of_text_reach_the_template_as_they_are():
+    template = ChatTemplate(PARTS, {})
+    messages = [
+        {"role": "user", "content": parts("a", "b")},
+        {"role": "assistant", "content": parts("c")},
+    ]
+    assert template.render(messages) == "<user>ab</><assistant>c</>"
+    [found] = template.mark_assistant(messages)
+    assert said(found) == ["c</>"]
+
+
+def test_a_greeting_in_parts_is_found_in_a_template_for_parts_only():
+    source = "{% for m in messages %}{% for p in m.content %}{{ p['text'] + '|' }}"
+    source += "{% endfor %}{% endfor %}{{ raise_exception('x') if not messages }}"
+    messages = [{"role": "assistant", "content": parts("hello")}]
+    [found] = ChatTemplate(source, {}).mark_assistant(messages)
+    assert said(found) == ["hello|"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image", "url": "x"}], "'text' only; got 'image': a language model"),
+        ([*parts("a"), {"type": "audio"}], "'text' only; got 'audio'"),
+        (["a"], "objects with a type as parts; got 'a'"),
+        ([{"type": "text"}], "a string as text of each part"),
+        ([{"type": "text", "text": "a", "bold": 1}], "a string as text of each part"),
+        (parts("a\ufdd0"), "noncharacter"),
+        ([], r"a string as content; got '\[\]'"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused(content, message):
+    chat = [{"role": "user", "content": content}]
+    with pytest.raises(ValueError, match=f"message 0 .*{message}"):
+        ChatTemplate(PARTS, {}).render(chat)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "doesn't read parts"),
+        (CHATML, "strings only, not parts: join their texts"),
+    ],
+    ids=["list", "error"],
+)
+def test_a_template_that_takes_strings_alone_says_so(source, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source, {}).render([{"role": "user", "content": parts("a")}])
+
+
+# DeepSeek-R1's: no turn keeps its thoughts, and the prompt to generate opens them.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"
+    "<A>{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>"])
+def test_thoughts_that_a_template_drops_from_all_turns_are_trained_on(opening):
+    chat_ = chat("q", f"{opening}t\n</think>\na", "r", f"{opening}u\n</think>\nb")
+    first, second = ChatTemplate(R1, {}).mark_assistant(chat_)
+    assert first.text == "<U>q<A><think>\nt\n</think>\na<end>"
+    assert said(first) == ["t\n</think>\na<end>"]
+    assert second.text == "<U>q<A>\na<end><U>r<A><think>\nu\n</think>\nb<end>"
+    assert said(second) == ["u\n</think>\nb<end>"]
+
+
+def test_an_answer_without_the_thoughts_that_its_prompt_opens_is_an_error():
+    with pytest.raises(ValueError, match="before message 1, so the assistant's turn"):
+        ChatTemplate(R1, {}).mark_assistant(chat("q", "a"))

@@ -315,14 +315,19 @@ def main(names: list[str]):
             make_bert_adapters()
         else:
             make(name, ALL[name])
-    versions = {
-        "script": "tests/golden/make_models.py",
+    found = versions("tests/golden/make_models.py")
+    (HERE / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def versions(script: str) -> dict[str, str]:
+    """What a script ran with."""
+    return {
+        "script": script,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 if __name__ == "__main__":

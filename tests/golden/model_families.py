@@ -264,6 +264,16 @@ FAMILIES = {
         extra=("saved",),
         silent=r".*\.key\.bias$",
     ),
+    "xlm-roberta": Family(
+        "XLMRobertaForSequenceClassification",
+        {**ENCODER, **TEXT, "type_vocab_size": 1, "pad_token_id": 1},
+        ({"pad_token_id": 2}, {"layer_norm_eps": 1e-5}, {"hidden_act": "relu"}),
+        attention=("query", "value"),
+        mlp="output.dense",
+        kinds=("plain", "rslora"),
+        extra=("saved",),
+        silent=r".*\.key\.bias$",
+    ),
     "distilbert": Family(
         "DistilBertForSequenceClassification",
         {

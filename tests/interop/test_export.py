@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import LoRAConfig
-from lora_jax.interop.attach import put_adapter
+from lora_jax.interop.attach import attach_adapter
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.loralib import read_loralib
 from lora_jax.interop.peft import read_peft
@@ -137,9 +137,9 @@ def test_one_adapter_of_a_tied_embedding_is_an_error(tmp_path):
     # On a model in memory, whose head is its embedding, it can't be put.
     one = read_peft(GOLDEN / "peft_options" / "head")
     with pytest.raises(ValueError, match=r"\(tied\), so .* must both .* got one"):
-        put_adapter(load_model(GOLDEN / "qwen2"), one)
+        attach_adapter(load_model(GOLDEN / "qwen2"), one)
     model = fresh("qwen2", targets=["embed"], dora=True)
-    with pytest.raises(ValueError, match="no other tool scales both alike"):
+    with pytest.raises(ValueError, match="no other tool scales both sides alike"):
         exported(tmp_path / "out", model)
 
 

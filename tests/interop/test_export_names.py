@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.pretrained import load_model
 from tests.golden.make_exports import CASES, EXPORTS, adapted, inputs, make_base
+from tests.models.golden import GOLDEN
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -55,6 +56,18 @@ def test_a_config_without_architectures_opens_as_the_bare_model(tmp_path):
     name = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
     assert name in load_file(out / FILE)
     assert json.loads((out / CONFIG).read_text())["auto_mapping"] is None
+
+
+def test_a_model_type_with_a_hyphen_names_a_module_of_python(tmp_path):
+    adapter = GOLDEN / "xlm-roberta" / "peft_plain"
+    model = load_model(GOLDEN / "xlm-roberta", adapter=adapter)
+    out = export_adapter(tmp_path, model.variables, model.module.config, model)
+    assert json.loads((out / CONFIG).read_text())["auto_mapping"] == {
+        "base_model_class": "XLMRobertaForSequenceClassification",
+        "parent_library": "transformers.models.xlm_roberta.modeling_xlm_roberta",
+    }
+    written, original = (load_file(folder / FILE) for folder in (out, adapter))
+    assert written.keys() == original.keys()
 
 
 def test_a_head_left_out_leaves_the_names_of_the_bare_model(tmp_path):

@@ -78,7 +78,7 @@ def test_a_merged_model_refuses_the_adapter_that_it_holds(tmp_path):
     other = named(shutil.copytree(RSLORA, tmp_path / "other"), "/data/llama")
     tensors = {n: 2 * t for n, t in load_file(other / FILE).items()}
     save_file(tensors, other / FILE)
-    with pytest.warns(UserWarning, match=r"made on llama; .* adapter 'mine' merged"):
+    with pytest.warns(UserWarning, match=r"made for llama; .* adapter 'mine' merged"):
         load_model(out, other)
 
 

@@ -154,8 +154,8 @@ def test_a_bias_of_an_update_needs_a_layer_with_a_bias(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("tokens", {"trainable_token_indices": [3, 7]}, r"each of the 2 tokens .* \[3"),
-        ("tokens", {"trainable_token_indices": None}, "each of the no tokens"),
+        ("tokens", {"trainable_token_indices": [3, 7]}, r"each of its 2 tokens .* \[3"),
+        ("tokens", {"trainable_token_indices": None}, "each of its 0 tokens"),
         ("tokens", {"trainable_token_indices": [3, 7, 99]}, "up to 99"),
         ("tokens", {"trainable_token_indices": [3, 3, 7]}, "each once"),
         ("lora_bias", {"lora_bias": False}, "lora_B.bias of .* with lora_bias false"),
@@ -173,5 +173,23 @@ def test_second_copies_of_a_saved_bias_must_be_equal(tmp_path):
     tensors = load_file(folder / FILE)
     tensors["base_model.model.transformer.ln_f.modules_to_save.bias"] += 1
     save_file(tensors, folder / FILE)
-    with pytest.raises(ValueError, match=r"twice: .*modules_to_save\.bias differs"):
+    with pytest.raises(ValueError, match=r"duplicate: .*modules_to_save\.bias differs"):
         load("saved_norm", folder)
+
+
+@pytest.mark.parametrize("kind", ["embed", "head", "saved_embed", "saved_head"])
+def test_an_adapter_of_a_resized_vocabulary_says_so(kind, tmp_path):
+    folder = edited(kind, tmp_path)
+    tensors = load_file(folder / FILE)
+    with np.load(GOLDEN / "qwen2" / "reference.npz") as reference:
+        size = reference["logits"].shape[-1]
+
+    def longer(array):
+        pads = [(0, 3 if n == size else 0) for n in array.shape]
+        return np.pad(array, pads)
+
+    tensors = {n: longer(t) for n, t in tensors.items() if ".base_layer." not in n}
+    save_file(tensors, folder / FILE)
+    message = rf"vocabulary of {size + 3} tokens, resized from the {size} of this base"
+    with pytest.raises(ValueError, match=message):
+        load(kind, folder)

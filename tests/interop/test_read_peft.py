@@ -144,7 +144,7 @@ def test_unknown_keys_are_kept_and_reported(folder):
         ({"rank_pattern": {"q": 2**31}}, "rank_pattern must be ranks"),
         ({"lora_alpha": 0}, "lora_alpha must be a number above 0; got 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number above 0; got nan"),
-        ({"target_modules": None}, "target_modules must name what is adapted"),
+        ({"target_modules": None}, "target_modules must name the adapted modules"),
         ({"target_modules": {"a": 1}}, "target_modules must be a list of names"),
         ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"target_modules": "("}, "target_modules must be a list of names"),

@@ -189,7 +189,7 @@ def test_all_faults_of_a_config_are_named_at_once():
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("smollm3", {"no_rope_layers": [1]}, "must have 2 entries, one a layer; got 1"),
+        ("smollm3", {"no_rope_layers": [1]}, "2 entries, one per layer; got 1"),
         ("gemma2", {"layer_types": ["full_attention", "x"]}, "layer_types must be of"),
         (
             "gemma2",

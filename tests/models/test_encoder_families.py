@@ -27,6 +27,7 @@ from tests.models.golden import GOLDEN
 POOLINGS = {
     "bert": "pooler",
     "roberta": "pooler",
+    "xlm-roberta": "pooler",
     "distilbert": "pooler",
     "vit": "cls",
     "dinov2": "cls_mean",
@@ -111,7 +112,7 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     assert_equal(again.params, loaded.params)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "distilbert"])
 def test_a_file_without_a_head_gets_all_of_it_anew(name, copy):
     family = FAMILIES[name]
 
@@ -247,7 +248,7 @@ def test_wrong_images_are_named():
         (vit, x[..., :8], r"size \(12, 12\); got shape \(1, 3, 12, 8\)"),
         (dinov2, x[0, 0, 0], r"c = 3 .* got shape \(12,\)"),
         (vit, x.transpose(0, 2, 3, 1), r"c = 3 .* got shape \(1, 12, 12, 3\)"),
-        (dinov2, x[..., :3], r"a patch or more; got shape \(1, 3, 12, 3\)"),
+        (dinov2, x[..., :3], r"at least one patch; got shape \(1, 3, 12, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.module.apply(model.variables, image)

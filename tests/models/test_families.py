@@ -20,7 +20,10 @@ DECODERS = (
     *("gemma3_tower", "mistral3", "qwen2_5_vl", "qwen3_vl"),
     *("olmo3", "ministral3", "glm4", "granite", "cohere2"),
 )
-ENCODERS = ("roberta", "distilbert", "vit", "dinov2", "dinov2_gated")
+ENCODERS = (
+    *("roberta", "xlm-roberta", "distilbert"),
+    *("vit", "dinov2", "dinov2_gated"),
+)
 OLD_CONFIGS = (
     *("llama3", "qwen2", "smollm3", "gemma3", "phi3_partial"),
     *("gemma3_tower", "qwen2_5_vl", "olmo3", "glm4", "granite", "cohere2"),

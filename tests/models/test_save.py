@@ -193,7 +193,7 @@ def test_one_error_lists_all_tensors_that_dont_fit_and_nothing_is_written(tmp_pa
 def test_the_source_folder_is_never_overwritten(tmp_path):
     source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
     loaded = load_model(source)
-    with pytest.raises(ValueError, match=r"another folder than the source"):
+    with pytest.raises(ValueError, match=r"must differ from the source"):
         save_model(source, loaded.params, source)
 
 

@@ -6,7 +6,7 @@ import pytest
 from lora_jax import LoRAConfig
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.target_names import own_names
+from lora_jax.models.target_names import translate_names
 from tests.models.golden import GOLDEN
 
 ATTENTION, MLP = "attention", "mlp"
@@ -47,7 +47,9 @@ ATTENTION, MLP = "attention", "mlp"
     ],
 )
 def test_a_name_of_theirs_is_a_path_here(family, name, paths):
-    config = own_names(LoRAConfig(targets=[name], exclude=[name]), FAMILIES[family])
+    config = translate_names(
+        LoRAConfig(targets=[name], exclude=[name]), FAMILIES[family]
+    )
     assert config.targets == config.exclude == tuple(paths)
 
 
@@ -58,7 +60,7 @@ def test_regular_expressions_stay_and_patterns_that_are_names_do_not():
         alpha_pattern={"down_proj": 5.0},
         train="q_proj",
     )
-    own = own_names(config, FAMILIES["llama"])
+    own = translate_names(config, FAMILIES["llama"])
     assert (own.targets, own.train) == (".*query", "q_proj")
     assert own.rank_pattern == (("attention/key", 3), (".*v_proj", 4))
     assert own.alpha_pattern == (("mlp/down", 5.0),)

@@ -96,5 +96,7 @@ def test_an_encoders_adapter_on_a_decoder_is_called_that(tmp_path):
     model = load_model(GOLDEN / "bert", lora=config, key=jax.random.key(0))
     extra = {"pooling": "pooler"}
     save_adapter(tmp_path / "a", model.variables, config, "1-0", extra=extra)
-    with pytest.raises(ValueError, match=r"must be put on the encoder .* is a decoder"):
+    with pytest.raises(
+        ValueError, match=r"must be attached to the encoder .* is a decoder"
+    ):
         load_model(GOLDEN / "llama", tmp_path / "a")

@@ -154,8 +154,10 @@ def test_tracing_allocates_no_memory():
 
 def test_equal_models_are_traced_once(monkeypatch):
     looks = []
-    look = trace._look
-    monkeypatch.setattr(trace, "_look", lambda *known: looks.append(1) or look(*known))
+    look = trace._trace_uncached
+    monkeypatch.setattr(
+        trace, "_trace_uncached", lambda *known: looks.append(1) or look(*known)
+    )
     config = LoRAConfig(targets=".*")
     first = find_targets(nn.Dense(4321), config, X)
     assert find_targets(nn.Dense(4321), config, X) == first

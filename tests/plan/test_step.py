@@ -8,6 +8,7 @@ import pytest
 
 from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
@@ -115,8 +116,12 @@ def test_compiler_failures_are_out_of_memory_or_errors(plan):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
 def traced(request):
-    """A step of the tiny decoder, and its FLOPs by formula."""
-    decoder = Decoder(TINY, scan_layers=request.param)
+    return trace_step(TINY, scan_layers=request.param)
+
+
+def trace_step(config, *, scan_layers):
+    """A step of a tiny decoder, and its FLOPs by formula."""
+    decoder = Decoder(config, scan_layers=scan_layers)
     ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     adapted = adapt(decoder, LORA, ids)
     params = jax.eval_shape(decoder.init, jax.random.key(0), ids)[PARAMS]
@@ -127,7 +132,7 @@ def traced(request):
     )
     batch = {"input_ids": ids, "labels": ids, "weights": ids}
     step = make_train_step(make_lm_loss(adapted, is_tied=False), tx)
-    formula = step_flops(TINY, params, adapted.targets(params), 2, 32, "none")
+    formula = step_flops(config, params, adapted.targets(params), 2, 32, "none")
     return step.trace(state, batch), formula
 
 
@@ -135,6 +140,20 @@ def test_the_formula_matches_the_trace(traced):
     step, formula = traced
     assert formula.lora == pytest.approx(traced_flops(step.jaxpr.jaxpr), rel=0.1)
     assert 0.2 < formula.saved < 1 / 3
+
+
+def test_of_a_mixture_only_the_experts_that_a_token_meets_are_counted():
+    few, all_six = (
+        trace_step(replace(TINY, experts=ExpertConfig(6, chosen, 96)), scan_layers=True)
+        for chosen in (2, 6)
+    )
+    for step, formula in (few, all_six):
+        counted = traced_flops(step.jaxpr.jaxpr)
+        assert formula.lora == pytest.approx(counted, rel=0.1)
+    kernels = 2 * 256 * 3 * 96  # of an expert, in both layers
+    update = 2 * 4 * (256 + 2 * 96 + 96 + 256)
+    more = 2 * 32 * (6 - 2) * (4 * kernels + 6 * update)
+    assert all_six[1].lora - few[1].lora == pytest.approx(more)
 
 
 @pytest.mark.parametrize("traced", [False], indirect=True)

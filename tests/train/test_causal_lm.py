@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax import LoRAConfig
 from lora_jax.interop.pretrained import load_model
+from lora_jax.parallel.device_kind import kind_named
 from lora_jax.train import causal_lm as lm
 from lora_jax.train.causal_lm import causal_lm, chunk_tokens, make_lm_loss
 from tests.models.golden import GOLDEN
@@ -138,10 +139,25 @@ def test_chunks_without_weight_are_skipped_and_change_nothing(chunk):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gpu_uses_larger_chunks(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        ("TPU v5 lite", (512, 2048)),
+        ("TPU v5", (1024, 1024)),
+        ("NVIDIA H100 80GB HBM3", (2048, 2048)),
+        ("not listed", (512, 2048)),
+    ],
+)
+def test_an_accelerators_chunks_hide_the_heads_bytes(monkeypatch, kind, tokens):
+    monkeypatch.setattr(lm, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(lm, "target_kind", lambda: kind_named(kind))
+    assert (chunk_tokens(128_256), chunk_tokens(32_000)) == tokens
+    for count in tokens:  # arithmetic on a chunk against reading the head
+        assert count > 1.5 * kind_named(kind).intensity
+
+
+def test_a_cpus_chunks_stay_in_its_caches():
     assert (chunk_tokens(128_256), chunk_tokens(1000)) == (128, 4194)
-    monkeypatch.setattr(lm, "target_platform", lambda: "gpu")
-    assert (chunk_tokens(128_256), chunk_tokens(1000)) == (1024, 67_108)
 
 
 def test_prompt_tokens_cost_no_logits():

@@ -127,7 +127,7 @@ def test_half_a_character_and_an_endless_line_are_bad_lines(tmp_path):
         read_jsonl(path)
     lines = str(error.value).splitlines()[1:]
     assert lines == [
-        f"  {path}:2: not Unicode: it holds half a character, '\\ud800'",
-        f"  {path}:3: not Unicode: it holds half a character, '\\udc00'",
-        f"  {path}:4: has 16,777,240 bytes; a line may have 16,777,216",
+        f"  {path}:2: not Unicode: it contains a lone surrogate, '\\ud800'",
+        f"  {path}:3: not Unicode: it contains a lone surrogate, '\\udc00'",
+        f"  {path}:4: has 16,777,240 bytes; at most 16,777,216 are allowed",
     ]

@@ -159,7 +159,7 @@ def test_what_is_cut_is_counted_and_what_is_lost_is_dropped(tmp_path):
     data = read(tmp_path, None, *records, max_length=4)
     assert [len(e["input_ids"]) for e in data.examples] == [4, 4]
     assert (data.truncated, data.dropped, data.targets) == (2, 1, 6)
-    with pytest.raises(ValueError, match=r"max_length = 4 .* all 1 examples, .* 9 tok"):
+    with pytest.raises(ValueError, match=r"max_length = 4 .* in 1 examples .* 9 tok"):
         read(tmp_path, None, records[1], max_length=4)
     with pytest.raises(ValueError, match=r"max_length must be at least 2.* got 1"):
         read(tmp_path, None, records[0], max_length=1)
@@ -168,7 +168,7 @@ def test_what_is_cut_is_counted_and_what_is_lost_is_dropped(tmp_path):
 BAD_LINES = [  # after a good line of prompt and completion
     ("{", "not JSON"),
     ('"text"', "must be an object"),
-    ({"text": "a"}, "is text, and the lines before are prompt and completion"),
+    ({"text": "a"}, "is text, but the lines before are prompt and completion"),
     ({"prompt": "a"}, "has no 'completion'; its keys are ['prompt']"),
     ({"other": 1}, "must hold one of input_ids, messages, prompt and completion, text"),
     ({"prompt": "a", "completion": "b", "text": "c"}, "must hold one of"),
@@ -176,11 +176,11 @@ BAD_LINES = [  # after a good line of prompt and completion
     ({"prompt": 1, "completion": "b"}, "'prompt' must be str; got 1"),
     (
         {"prompt": "a", "completion": "b", "promt": "c"},
-        "has a key that nothing reads, 'promt'; did you mean 'prompt'?",
+        "has an unknown key, 'promt'; did you mean 'prompt'?",
     ),
     (
         {"prompt": "a", "completion": "b", "id": 1},
-        "has a key that nothing reads, 'id'; known: prompt, completion",
+        "has an unknown key, 'id'; known: prompt, completion",
     ),
     ({"prompt": "a", "completion": None}, "'completion' must be str; got None"),
 ]
@@ -215,7 +215,7 @@ def test_every_bad_line_is_named_at_once(tmp_path, tokenizer):
         ),
         ({"input_ids": [1, 400]}, r"in \[0, 300\); got 1 to 400"),
         ({"input_ids": [-1, 4]}, r"in \[0, 300\); got -1 to 4"),
-        ({"text": "a"}, "must be input_ids, because the model has no tokenizer"),
+        ({"text": "a"}, "must be input_ids, as the model has no tokenizer"),
     ],
 )
 def test_bad_records_of_ids_are_named(tmp_path, record, message):

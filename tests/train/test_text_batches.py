@@ -123,7 +123,7 @@ def test_identity_changes_with_everything_that_changes_the_batches():
         (lambda e: TextBatches([], 4, packed_length=8), "at least 1 example; got 0"),
         (
             lambda e: TextBatches(e, 4, [64], packed_length=64),
-            r"buckets = \[64\] and packed_length = 64 can't both",
+            r"buckets = \[64\] and packed_length = 64 must not both",
         ),
         (lambda e: TextBatches(e, 4, packed_length=3), "must have 1 to 3 tokens"),
         (lambda e: TextBatches(e, 4, [8]), "above the last bucket, 8"),

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT: post-norm encoders with learned positions."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT: post-norm encoders, learned positions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,13 +14,7 @@ Config = Mapping[str, Any]
 
 
 def read_config(config: Config) -> EncoderConfig:
-    """Reads the fields of a Hugging Face BERT ``config.json``.
-
-    Args:
-      config: the parsed file; keys that don't change the computation are ignored.
-
-    Returns:
-      The module's config.
+    """Reads a Hugging Face BERT ``config.json``.
 
     Raises:
       ValueError: if a key is missing, out of range, or asks for an unsupported BERT (a
@@ -38,7 +32,7 @@ def read_config(config: Config) -> EncoderConfig:
 
 
 def read_roberta(config: Config) -> EncoderConfig:
-    """Reads a RoBERTa config: positions count tokens from the padding's id on."""
+    """Reads a RoBERTa config: positions count tokens from the padding id on."""
     fields = Fields(config, "RoBERTa encoder")
     arguments = _read_sizes(fields)
     padding = fields.integer("pad_token_id", 1)
@@ -55,12 +49,9 @@ def read_roberta(config: Config) -> EncoderConfig:
 
 def _read_sizes(fields: Fields) -> dict[str, Any]:
     """Reads the keys that BERT and RoBERTa share."""
-    for key, value in (
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-        ("position_embedding_type", "absolute"),
-    ):
-        fields.only(key, value)
+    fields.only("is_decoder", False)
+    fields.only("add_cross_attention", False)
+    fields.only("position_embedding_type", "absolute")
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": fields.integer("hidden_size"),
@@ -76,7 +67,7 @@ def _read_sizes(fields: Fields) -> dict[str, Any]:
 
 
 def read_distilbert(config: Config) -> EncoderConfig:
-    """Reads a DistilBERT config: no token types, LayerNorm's epsilon fixed."""
+    """Reads a DistilBERT config: no token types, and a fixed LayerNorm epsilon."""
     fields = Fields(config, "DistilBERT encoder")
     arguments = {
         "vocab_size": fields.integer("vocab_size", 30522),
@@ -92,7 +83,7 @@ def read_distilbert(config: Config) -> EncoderConfig:
 
 
 def text_inputs(config: Any) -> tuple[Any, ...]:
-    """Shapes of one batch of token ids and its mask."""
+    """Returns the shapes of one batch of token ids and its mask."""
     del config
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return ids, ids
@@ -144,7 +135,7 @@ BERT = text_family(
     unused=(r"pooler\.dense\.", r"cls\."),
     head=("classifier",),
 )
-ROBERTA = text_family(
+ROBERTA = text_family(  # and XLM-RoBERTa, whose tensors have the same names
     read_roberta,
     SHARED | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
     prefix="roberta.",

@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3: four norms a block, alternating windows."""
+"""Gemma 2 and the text model of Gemma 3: four norms per block, alternating windows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,14 +36,14 @@ def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
 
 
 def _soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
-    """A soft-cap: the default where the key is absent, none where it is null."""
+    """Returns a soft-cap: the default if the key is absent, none if it is null."""
     if key in fields.config and fields.config[key] is None:
         return None
     return fields.number(key, default)
 
 
 def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a Gemma 2 config: soft-caps, every other layer with a window."""
+    """Reads a Gemma 2 config: soft-caps, and a window in every other layer."""
     fields = Fields(config, "Gemma 2 decoder")
     common = _read_common(fields, 8192)
     layers = common["num_layers"]

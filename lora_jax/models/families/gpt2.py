@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, one kernel for query, key and value.
 
-Its ``Conv1D`` kernels are stored ``[in, out]``, as Flax has them.
+Its ``Conv1D`` kernels are stored ``[in, out]``, as in Flax.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,12 @@ from lora_jax.models.family import Fields
 def read_gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a GPT-2 config; absent keys have transformers' defaults."""
     fields = Fields(config, "GPT-2 decoder")
-    for key, value in (
-        ("scale_attn_weights", True),
-        ("add_cross_attention", False),
-    ):
-        fields.only(key, value)
+    fields.only("scale_attn_weights", True)
+    fields.only("add_cross_attention", False)
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
-    if hidden % heads:
+    if heads < 1 or hidden % heads:
         fields.faults.append(f"n_head must divide n_embd = {hidden}; got {heads}")
+        heads = 1
     return finish(
         fields,
         {

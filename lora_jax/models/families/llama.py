@@ -18,15 +18,7 @@ Config = Mapping[str, Any]
 
 
 def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str, Any]:
-    """Reads the keys that all Llama-like decoders share.
-
-    Args:
-      fields: the config.
-      max_positions_default: where the file has none.
-
-    Returns:
-      Arguments of `DecoderConfig`.
-    """
+    """Reads the `DecoderConfig` arguments that all Llama-like decoders share."""
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     return {
@@ -55,7 +47,7 @@ def finish(fields: Fields, arguments: dict[str, Any]) -> DecoderConfig:
 def sliding_layers(
     fields: Fields, layers: int, slides: Any, window: int | None
 ) -> tuple[int | None, ...]:
-    """The window of each layer: ``layer_types`` where given, else ``slides(i)``."""
+    """Returns each layer's window: by ``layer_types`` if given, else ``slides(i)``."""
     kinds = fields.sequence("layer_types", layers)
     if kinds is not None:
         known = ("full_attention", "sliding_attention")
@@ -66,7 +58,7 @@ def sliding_layers(
 
 
 def plain_rope(fields: Fields, sizes: dict[str, Any], **options: Any) -> dict:
-    """One table of full rotation, the same in all layers."""
+    """Returns one table of full rotation for all layers."""
     rope = read_rope(fields, sizes["head_dim"], **options)
     return {"ropes": (rope,), "layer_ropes": (0,) * sizes["num_layers"]}
 
@@ -124,7 +116,7 @@ def read_qwen2(config: Config) -> DecoderConfig:
 
 
 def read_qwen3(config: Config) -> DecoderConfig:
-    """Reads a Qwen3 config: each head's query and key are normalised."""
+    """Reads a Qwen3 config: queries and keys are normalised per head."""
     fields = Fields(config, "Qwen3 decoder")
     sizes = read_sizes(fields, max_positions_default=32768)
     sizes["head_dim"] = fields.integer("head_dim", 128)
@@ -171,7 +163,7 @@ def read_smollm3(config: Config) -> DecoderConfig:
 
 
 def read_phi3(config: Config) -> DecoderConfig:
-    """Reads a Phi-3 config: fused projections, a part of each head rotated."""
+    """Reads a Phi-3 config: fused projections, partial rotation of each head."""
     fields = Fields(config, "Phi-3 decoder")
     sizes = read_sizes(fields, max_positions_default=4096)
     rope = read_rope(fields, rotated_dim(fields, sizes["head_dim"], 1.0))
@@ -192,7 +184,7 @@ def read_phi3(config: Config) -> DecoderConfig:
 
 
 def read_olmo2(config: Config) -> DecoderConfig:
-    """Reads an OLMo 2 config: norms after the sublayers, queries and keys normed."""
+    """Reads an OLMo 2 config: post-norms, and normalised queries and keys."""
     fields = Fields(config, "OLMo 2 decoder")
     sizes = read_sizes(fields)
     sizes["norm_eps"] = fields.number("rms_norm_eps", 1e-5)
@@ -211,7 +203,7 @@ def read_olmo2(config: Config) -> DecoderConfig:
 
 
 def token_inputs(config: Any) -> tuple[Any, ...]:
-    """The shape of one batch of token ids."""
+    """Returns the shape of one batch of token ids."""
     del config
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
 
@@ -222,7 +214,7 @@ def decoder_family(
     *,
     prefix: str = "model.",
     unused: tuple[str, ...] = (r".*rotary_emb\.inv_freq",),
-    is_transposed: bool = True,
+    **options: Any,
 ) -> Family:
     """Makes a family of `Decoder`; the arguments are `Family`'s."""
     return Family(
@@ -233,7 +225,7 @@ def decoder_family(
         prefix=prefix,
         prefixes=("model.language_model.", "language_model.model."),  # of a tower
         unused=(r"lm_head\.", *unused),  # a stray copy, where the head is tied
-        is_transposed=is_transposed,
+        **options,
     )
 
 

@@ -18,17 +18,14 @@ def read_rope(
     default_theta: float = 10000.0,
     settings: Mapping[str, Any] | None = None,
 ) -> Rope:
-    """Reads one table of rotary frequencies.
+    """Reads one table of rotary frequencies, collecting faults in ``fields``.
 
     Args:
-      fields: the config; collects the faults.
+      fields: the config.
       rotary_dim: dimensions of a head that are rotated.
-      default_theta: where the file has none.
-      settings: the table's own parameters; those of the config by default, where
+      default_theta: used if the file has none.
+      settings: the table's own parameters; by default the config's, where
         ``rope_scaling`` (older files) wins over ``rope_parameters``.
-
-    Returns:
-      The table.
     """
     config = fields.config
     if settings is None:
@@ -68,9 +65,10 @@ def read_rope(
         for name, value in checked.items()
         if (wanted := _fault(name, value))
     ]
-    if kind == "llama3" and not wrong and not _rises(table):
+    if kind == "llama3" and not wrong:
         low, high = table["low_freq_factor"], table["high_freq_factor"]
-        wrong.append(f"rope high_freq_factor must be above {low}; got {high}")
+        if not low < high:
+            wrong.append(f"rope high_freq_factor must be above {low}; got {high}")
     if kind == "longrope" and not wrong and original < 2:
         wrong.append(f"rope {POSITIONS} must be at least 2; got {original}")
     if wrong:
@@ -127,7 +125,7 @@ def rotated_dim(fields: Fields, head_dim: int, default: float) -> int:
 
 
 def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
-    """The length of the context before it was stretched."""
+    """Returns the context length before it was stretched."""
     for config in (fields.config, settings):
         if config.get(POSITIONS):
             nested = Fields(config, fields.what)
@@ -155,7 +153,7 @@ def _attention_factor(
 
 
 def _fault(name: str, value: Any) -> str:
-    """Returns what ``value`` must be; empty if it is."""
+    """Describes what ``value`` must be; empty if it is valid."""
     if name == "kind":
         return ""
     if name == "truncate":
@@ -170,7 +168,3 @@ def _fault(name: str, value: Any) -> str:
 
 def _is_usable(value: Any) -> bool:
     return type(value) in (int, float) and value > 0 and not is_extreme(value)
-
-
-def _rises(table: Mapping[str, Any]) -> bool:
-    return table["low_freq_factor"] < table["high_freq_factor"]

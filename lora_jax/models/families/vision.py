@@ -23,7 +23,7 @@ def read_vit(config: Config) -> ImageEncoderConfig:
 
 
 def read_dinov2(config: Config) -> ImageEncoderConfig:
-    """Reads a DINOv2 config: layer scale, positions of any grid, maybe a gated MLP."""
+    """Reads a DINOv2 config: layer scale, any grid of positions, maybe a gated MLP."""
     fields = Fields(config, "DINOv2 encoder")
     arguments = _read_sizes(fields, image=224, patch=14, eps=1e-6)
     width = int(arguments["hidden_size"] * fields.number("mlp_ratio", 4))
@@ -72,7 +72,7 @@ def _read_pair(fields: Fields, key: str, default: int) -> tuple[int, int]:
 
 
 def image_inputs(config: ImageEncoderConfig) -> tuple[Any, ...]:
-    """Shape of one batch of images."""
+    """Returns the shape of one batch of images."""
     size = (config.image_height, config.image_width)
     return (jax.ShapeDtypeStruct((1, config.num_channels, *size), jnp.float32),)
 

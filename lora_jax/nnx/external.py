@@ -1,0 +1,350 @@
+"""Other tools' adapters in the layout of an NNX model, and back.
+
+PEFT multiplies from the left, ``ΔW = s B A`` of an ``[out, in]`` weight; here
+``lora_a`` is ``[*in, r]`` and ``lora_b`` ``[r, *out]``, with the axes in the kernel's
+order. Rotary positions must rotate halves, as Hugging Face's.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.array_types import PyTree
+from lora_jax.config import LoRAConfig
+from lora_jax.interop.external import (
+    ExternalAdapter,
+    ExternalFactors,
+    most_common,
+    report,
+)
+from lora_jax.interop.fused import drop_zero_ranks, fuse_factors, split_factors
+from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.tree.paths import leaves_by_path, nearest, unflatten
+from lora_jax.tree.targets import Site, Target, child
+
+Names = Mapping[str, str | Sequence[str]]
+AB = (LORA_A, LORA_B)
+Index = tuple[int, ...]  # of a layer in a stack; empty without one
+
+
+class Spelled(NamedTuple):
+    """A kernel and the names that another tool has for it.
+
+    Attributes:
+      path: of the layer in the model.
+      index: of the layer in its stack.
+      parts: its names, several if the other tool has it in parts.
+    """
+
+    path: str
+    index: Index
+    parts: tuple[str, ...]
+
+
+def to_external(
+    targets: Sequence[Target],
+    leaves: Mapping[str, Any],
+    names: Names | None,
+    *,
+    rslora: bool,
+) -> tuple[dict[str, ExternalFactors], list[str]]:
+    """Returns adapters under other names and in PyTorch's orientation, and the faults.
+
+    Args:
+      targets: the adapted layers.
+      leaves: ``lora_a``, ``lora_b`` and magnitudes by path.
+      names: see `lora_jax.nnx.export_adapter`.
+      rslora: whether the scaling is ``alpha / sqrt(rank)``.
+
+    Returns:
+      Factors by module name, and what is wrong.
+    """
+    by_path, modules = {target.path: target for target in targets}, {}
+    spelled, faults = _spelled(targets, names)
+    for place in spelled:
+        target = by_path[place.path]
+        a, b, m = (
+            _unstacked(target, name, leaves.get(child(target.path, name)), place.index)
+            for name in (LORA_A, LORA_B, MAGNITUDE)
+        )
+        factors = ExternalFactors(
+            a=np.moveaxis(a, (-1, -2), (0, 1))
+            if target.kind == "conv"
+            else a.reshape(-1, target.rank).T,
+            b=b.reshape(target.rank, -1).T,
+            scaling=target.scaling,
+            alpha=target.alpha,
+            magnitude=None if m is None else m.reshape(-1),
+            is_embedding=target.kind == "embed",
+        )
+        if len(place.parts) == 1:
+            modules[place.parts[0]] = factors
+            continue
+        sizes = [len(factors.b) // len(place.parts)] * len(place.parts)
+        for name, part in zip(place.parts, split_factors(factors, sizes), strict=True):
+            lean = drop_zero_ranks(part, rslora=rslora)
+            alpha = float(f"{lean.alpha:.12g}")  # as it was before it was fused
+            modules[name] = lean._replace(alpha=alpha)
+    if len(modules) < sum(len(place.parts) for place in spelled):
+        faults.append("the names must differ; two layers have the same one")
+    return modules, faults
+
+
+def from_external(
+    adapter: ExternalAdapter, sites: Sequence[Site], names: Names | None
+) -> tuple[LoRAConfig, PyTree]:
+    """Returns the config and the arrays of another tool's adapter for a model.
+
+    Args:
+      adapter: as it was read.
+      sites: every layer of the model that can be adapted.
+      names: see `lora_jax.nnx.export_adapter`.
+
+    Returns:
+      A config that adapts the layers the file has, and the collection ``lora``.
+
+    Raises:
+      ValueError: listing everything that doesn't fit.
+    """
+    by_path = {site.path: site for site in sites}
+    faults = [f"unexpected: {name}, trained in full" for name in adapter.full]
+    faults += [f"unexpected: rows of {name}" for name in adapter.tokens]
+    layers: dict[str, dict[Index, ExternalFactors]] = {}
+    left = dict(adapter.modules)
+    spelled = _spelled(sites, names)[0]
+    for place in spelled:
+        parts = [left.pop(name, None) for name in place.parts]
+        if all(part is None for part in parts):
+            continue
+        factors = parts[0]
+        site = by_path[place.path]
+        if len(parts) > 1:
+            out = site.contraction.matrix_size(site.kernel_shape)[1] // len(parts)
+            factors = fuse_factors(parts, [out] * len(parts), rslora=adapter.rslora)
+        assert factors is not None
+        faults += _shape_faults(site, factors)
+        layers.setdefault(place.path, {})[place.index] = factors
+    known = [name.replace(".", "/") for place in spelled for name in place.parts]
+    for name in left:
+        hint = nearest(name.replace(".", "/"), known).replace("/", ".")
+        faults.append(
+            f"unexpected: {name} is not a module of this model"
+            + (f". Did you mean: {hint}?" if hint else ".")
+        )
+    faults += [
+        f"unexpected: a bias of {n}" for n, f in adapter.modules.items() if f.bias
+    ]
+    if faults:
+        raise report(adapter.origin, faults)
+    lora = {}
+    for path, stack in layers.items():
+        for name, leaf in _stacked(by_path[path], stack).items():
+            lora[child(path, name)] = leaf
+    leads = {path: _lead(stack) for path, stack in layers.items()}
+    ranks = {path: lead.rank for path, lead in leads.items()}
+    alphas = {path: lead.alpha for path, lead in leads.items()}
+    config = config_of_sites(
+        ranks,
+        alphas,
+        rslora=adapter.rslora,
+        dora=adapter.dora,
+        dropout_rate=adapter.dropout_rate,
+    )
+    return config, unflatten(lora)
+
+
+def from_tree(
+    tree: PyTree, sites: Sequence[Site], alpha: float | None
+) -> tuple[LoRAConfig, PyTree]:
+    """Returns the config and the arrays of an adapter that qwix or gemma.peft made.
+
+    Both keep A as ``[*batch and in, r]`` and B as ``[r, *out]``, in the order of the
+    kernel's axes, or flattened for a dense layer; B has no batch axis for an einsum.
+
+    Args:
+      tree: arrays named ``<weight>_lora_a`` and ``<weight>_lora_b`` (qwix), or
+        ``lora/a`` and ``lora/b`` (gemma.peft), beside the weights.
+      sites: every layer of the model that can be adapted.
+      alpha: of qwix's rule; None for a scaling of 1, as gemma.peft's.
+
+    Returns:
+      A config that adapts the layers the tree has, and the collection ``lora``.
+
+    Raises:
+      ValueError: listing everything that doesn't fit.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    faults = []
+    for path, leaf in leaves_by_path(tree).items():
+        parsed = re.fullmatch(r"(.*?)(?:_lora_|(?:^|/)lora/)(a|b)(?:/value)?", path)
+        if parsed is None:
+            faults.append(f"unexpected: {path} is neither qwix's nor gemma.peft's")
+            continue
+        found.setdefault(parsed[1], {})[parsed[2]] = np.asarray(leaf, np.float32)
+    by_path = {name: site for site in sites for name in (site.path, site.weight_path)}
+    lora, ranks = {}, {}
+    for path, pair in found.items():
+        site = by_path.get(path)
+        if site is None or set(pair) != {"a", "b"}:
+            faults.append(
+                f"missing: a and b of {path}"
+                if site
+                else f"unexpected: {path} is not a layer of this model. Did you mean: "
+                f"{nearest(path, by_path)}?"
+            )
+            continue
+        rank = ranks[site.path] = pair["a"].shape[-1]
+        shapes = site.contraction.factor_shapes(site.kernel_shape, rank)
+        try:
+            values = _of_einsum(site, pair["a"], pair["b"], shapes)
+        except ValueError:
+            got = [list(pair[name].shape) for name in "ab"]
+            faults.append(
+                f"shape: A, B of {path} must be {shapes[0]}, {shapes[1]}; got "
+                f"{got[0]}, {got[1]}"
+            )
+            continue
+        lora |= {child(site.path, n): v for n, v in zip(AB, values, strict=True)}
+    if faults or not lora:
+        raise report("the tree", faults or ["it holds no adapters"])
+    alphas = {
+        path: float(rank if alpha is None else alpha) for path, rank in ranks.items()
+    }
+    return config_of_sites(ranks, alphas), unflatten(lora)
+
+
+def _of_einsum(
+    site: Site, a: np.ndarray, b: np.ndarray, shapes: tuple[Index, Index]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of one layer in the layout of `Contraction`."""
+    roles = site.contraction
+    if site.scanned_a or roles.groups > 1:
+        raise ValueError("stacked")
+    if roles.batch and a.ndim == len(roles.batch) + len(roles.inputs) + 1:
+        order = sorted((*roles.batch, *roles.inputs))
+        wanted = [order.index(axis) for axis in (*roles.batch, *roles.inputs)]
+        a = a.transpose(*wanted, a.ndim - 1)
+        if b.ndim == len(roles.outputs) + 1:  # one B for all
+            b = np.broadcast_to(b, shapes[1])
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def config_of_sites(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any
+) -> LoRAConfig:
+    """Returns the config that adapts just these layers, with their own numbers."""
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    exact = "|".join(re.escape(path) for path in sorted(ranks))
+    return LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=exact,
+        rank_pattern={re.escape(p): r for p, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(p): a for p, a in alphas.items() if a != alpha},
+        **fields,
+    )
+
+
+def _spelled(
+    sites: Sequence[Site], names: Names | None
+) -> tuple[list[Spelled], list[str]]:
+    """Returns the names of all kernels, and faults for those that have none."""
+    spelled, faults = [], []
+    for site in sites:
+        found = _names_of(site.path, names)
+        stack = tuple(site.kernel_shape[axis] for axis in site.scanned_a)
+        if found is None:
+            faults.append(f"names has no pattern for {site.path!r}")
+        elif len(site.contraction.batch) > len(stack) or site.contraction.groups > 1:
+            faults.append(f"{site.path} holds several matrices, which PEFT can't name")
+        elif stack and not all("{}" in name for name in found):
+            faults.append(f"the name of {site.path}, a stack of layers, needs {{}}")
+        else:
+            for index in np.ndindex(*stack):
+                own = tuple(name.format(*index) if stack else name for name in found)
+                spelled.append(Spelled(site.path, index, own))
+    return spelled, faults
+
+
+def _names_of(path: str, names: Names | None) -> tuple[str, ...] | None:
+    if names is None:
+        return (path.replace("/", "."),)
+    for pattern, given in names.items():
+        if parsed := re.fullmatch(pattern, path):
+            templates = (given,) if isinstance(given, str) else tuple(given)
+            return tuple(parsed.expand(template) for template in templates)
+    return None
+
+
+def _axes(site: Site, name: str) -> tuple[int, ...]:
+    kinds = {LORA_A: site.scanned_a, LORA_B: site.scanned_b, MAGNITUDE: site.scanned_m}
+    return kinds[name]
+
+
+def _unstacked(site: Site, name: str, leaf: Any, index: Index) -> Any:
+    """Returns one layer of an adapter's leaf; None if there is none."""
+    if leaf is None:
+        return None
+    axes = _axes(site, name)
+    return np.moveaxis(np.asarray(leaf, np.float32), axes, range(len(axes)))[index]
+
+
+def _lead(stack: Mapping[Index, ExternalFactors]) -> ExternalFactors:
+    """Returns the layer whose rank and scaling a whole stack has."""
+    return max(stack.values(), key=lambda factors: factors.rank)
+
+
+def _stacked(
+    site: Site, stack: Mapping[Index, ExternalFactors]
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of a site, of one layer or of a stack.
+
+    Layers of a stack share a rank and a scaling: smaller ranks are padded with zeros,
+    and another scaling goes into B.
+    """
+    lead = _lead(stack)
+    shapes = site.contraction.factor_shapes(site.kernel_shape, lead.rank)
+    leaves = {n: np.zeros(s, np.float32) for n, s in zip(AB, shapes, strict=True)}
+    if lead.magnitude is not None:
+        roles = site.contraction
+        sizes = [site.kernel_shape[axis] for axis in (*roles.batch, *roles.outputs)]
+        leaves[MAGNITUDE] = np.zeros(sizes, np.float32)
+    for index, factors in stack.items():
+        r, ratio = factors.rank, np.float32(factors.scaling / lead.scaling)
+        a = (
+            np.moveaxis(factors.a, (0, 1), (-1, -2))
+            if factors.a.ndim > 2
+            else factors.a.T
+        )
+        own = leaves[LORA_A][index]
+        own[..., :r] = a.reshape(*own.shape[:-1], r)
+        own = leaves[LORA_B][index]
+        own[:r] = (factors.b * ratio).T.reshape(r, *own.shape[1:])
+        if factors.magnitude is not None:
+            own = leaves[MAGNITUDE][index]
+            own[...] = factors.magnitude.reshape(own.shape)
+    return {
+        name: np.moveaxis(leaf, range(len(_axes(site, name))), _axes(site, name))
+        for name, leaf in leaves.items()
+    }
+
+
+def _shape_faults(site: Site, factors: ExternalFactors) -> list[str]:
+    """Compares factors in PyTorch's orientation with one layer of a site."""
+    _, inputs, outputs = site.contraction.split(site.kernel_shape)
+    i, o = (int(np.prod(sizes)) for sizes in (inputs, outputs))
+    window = tuple(inputs[:-1]) if site.kind == "conv" else ()
+    a = (factors.rank, inputs[-1], *window) if window else (factors.rank, i)
+    wanted = {"A": (factors.a, a), "B": (factors.b, (o, factors.rank))}
+    if factors.magnitude is not None:
+        wanted["magnitude"] = (factors.magnitude, (o,))
+    faults = [
+        f"shape: {what} of {site.path} must be {list(shape)}; got {list(array.shape)}"
+        for what, (array, shape) in wanted.items()
+        if array.shape != shape
+    ]
+    if bool(factors.is_embedding) != (site.kind == "embed"):
+        faults.append(f"unexpected: the kind of {site.path}, {site.kind}")
+    return faults

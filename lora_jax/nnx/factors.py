@@ -1,0 +1,147 @@
+"""The adapter of one NNX layer: its shapes, its values, and where they are placed."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.config import LoRAConfig
+from lora_jax.names import DROPOUT, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.nnx.rules import Rule
+from lora_jax.ops.init import path_key
+from lora_jax.tree.targets import Site, Target
+
+STREAM = "lora_rngs"  # the attribute that holds a layer's dropout stream
+OUT_SHARDING = "out_sharding"  # metadata: a name for each axis
+
+
+class LayerLoRA(NamedTuple):
+    """The settings of one adapted layer, equal for layers that compute alike.
+
+    Attributes:
+      config: the config of the whole model.
+      alpha: numerator of the scaling.
+      scaling: the factor before ``A B``.
+      stack_axis: position of the layer axis of stacked layers, or None.
+    """
+
+    config: LoRAConfig
+    alpha: float
+    scaling: float
+    stack_axis: int | None = None
+
+
+def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -> Site:
+    """Describes a layer that can be adapted.
+
+    Layers stacked in one array (by `flax.nnx.vmap`) are told by the weight's shape, as
+    the module declares it: the stacked weight has more axes.
+
+    Args:
+      path: the module's path in the model.
+      module: the module.
+      rule: its rule.
+      stack_axis: position of the layer axis, where the shapes leave it open.
+
+    Returns:
+      The site.
+
+    Raises:
+      ValueError: if the axes of its equation have no role in LoRA, or the position of
+        a stacked axis is open.
+    """
+    shape = tuple(getattr(module, rule.weight).shape)
+    roles, declared = rule.contraction(module), rule.shape(module)
+    ndim = sum(map(len, roles[:3]))
+    extra = len(shape) - ndim
+    if not extra:
+        return Site(path, rule.kind, rule.weight, shape, roles)
+    starts = range(ndim + 1) if extra > 0 else ()
+    places = [tuple(range(at, at + extra)) for at in starts if stack_axis in (None, at)]
+    if declared is not None:
+        places = [p for p in places if tuple(np.delete(shape, p)) == tuple(declared)]
+    if len(places) != 1:
+        wanted = f"{ndim} axes" if declared is None else f"shape {tuple(declared)}"
+        raise ValueError(
+            f"{rule.weight} must have {wanted}, or be a stack of such, one a layer; "
+            f"got shape {shape}, with {len(places)} possible layer axes. Give `adapt` "
+            "the position of the layer axis, `stack_axis=0`"
+        )
+    (axes,) = places
+    stacked = roles.stacked(axes)
+    return Site(path, rule.kind, rule.weight, shape, stacked, axes, axes, axes)
+
+
+def fresh_values(
+    layer: Any, target: Target, config: LoRAConfig, key: PRNGKey
+) -> dict[str, AnyFloat]:
+    """Returns new values of ``lora_a``, ``lora_b`` and, with DoRA, ``magnitude``.
+
+    Args:
+      layer: the layer, for its weight.
+      target: its rank and shapes.
+      config: of the model.
+      key: PRNG key of A; the path is folded in.
+
+    Returns:
+      The arrays by name.
+    """
+    a, b = target.init(key, config.init)
+    values = {LORA_A: a, LORA_B: b}
+    if target.dora:
+        weight = getattr(layer, target.weight)
+        values[MAGNITUDE] = target.init_magnitude(weight[...])
+    return values
+
+
+def add_lora(
+    layer: Any,
+    target: Target,
+    config: LoRAConfig,
+    values: dict[str, AnyFloat],
+    dropout_key: PRNGKey | None,
+    stack_axis: int | None = None,
+) -> None:
+    """Adds an adapter and its settings to a layer, placed as its weight is.
+
+    Args:
+      layer: a layer of a LoRA class.
+      target: its rank, scaling and shapes.
+      config: of the model.
+      values: of `fresh_values`, or loaded.
+      dropout_key: PRNG key of the masks; the path is folded in. None disables adapter
+        dropout.
+      stack_axis: see `site_of`.
+    """
+    weight = getattr(layer, target.weight)
+    metadata = weight.get_metadata()
+    names = metadata.get(OUT_SHARDING)
+    axes = target.leaf_axes(tuple(names)) if names else {}
+    kept = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
+    places = _placements(weight[...], target)
+    for name, value in values.items():
+        own = {**kept, OUT_SHARDING: axes[name]} if axes else {}
+        value = jax.device_put(value, places[name]) if places else value
+        setattr(layer, name, nnx.LoRAParam(value, **own))
+    layer.lora = LayerLoRA(config, target.alpha, target.scaling, stack_axis)
+    if config.dropout_rate:
+        layer.deterministic = dropout_key is None
+    if config.dropout_rate and dropout_key is not None:
+        stack = tuple(target.kernel_shape[axis] for axis in target.scanned_a)
+        key = path_key(dropout_key, target.path)
+        key = jax.random.split(key, stack) if stack else key
+        setattr(layer, STREAM, nnx.RngStream(key, tag=DROPOUT))
+
+
+def _placements(kernel: Any, target: Target) -> dict[str, NamedSharding]:
+    """Returns where A, B and m go beside a kernel that lies on a mesh."""
+    place = getattr(kernel, "sharding", None)
+    if isinstance(kernel, Tracer) or not isinstance(place, NamedSharding):
+        return {}
+    spec = (*place.spec, *(None,) * (kernel.ndim - len(place.spec)))
+    axes = target.leaf_axes(spec)
+    return {n: NamedSharding(place.mesh, PartitionSpec(*a)) for n, a in axes.items()}

@@ -1,0 +1,224 @@
+"""Adapters of NNX models in files: the folders of the Linen side, and PEFT's.
+
+A folder holds the same bytes whichever API trained it, if the paths are the same.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from lora_jax.array_types import PyTree
+from lora_jax.config import LoRAConfig
+from lora_jax.files import adapter as folders
+from lora_jax.interop.external import ExternalAdapter
+from lora_jax.interop.peft import read_peft, write_peft
+from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.nnx.adapt import adapt_empty, lora_targets
+from lora_jax.nnx.external import Names, from_external, from_tree, to_external
+from lora_jax.nnx.find import find_layers
+from lora_jax.nnx.functional import functional, update
+from lora_jax.nnx.layers import LoRALayer
+from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.paths import flatten
+
+
+def save_adapter(
+    directory: str | os.PathLike[str],
+    model: nnx.Module,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> int:
+    """Saves what was trained, and nothing of the base; see `lora_jax.save_adapter`.
+
+    Args:
+      directory: made if absent; an adapter there is replaced.
+      model: a model with adapters.
+      extra: JSON values to keep beside.
+
+    Returns:
+      The size of the tensors' file in bytes.
+
+    Raises:
+      ValueError: if the model has no adapters, those of several configs, or one that
+        is not finite.
+    """
+    config, variables = config_of(model), functional(model)[1]
+    base = fingerprint(variables[FROZEN])
+    return folders.save_adapter(directory, variables, config, base, extra=extra)
+
+
+def load_adapter(
+    directory: str | os.PathLike[str],
+    model: nnx.Module,
+    *,
+    rngs: nnx.Rngs | None = None,
+    stack_axis: int | None = None,
+) -> Any:
+    """Loads an adapter that `save_adapter` wrote, of this API or the Linen side's.
+
+    Args:
+      directory: the folder.
+      model: the base that it was trained on, not changed; or a model with adapters of
+        the same config, such as one of LoRA layers, which is given the values.
+      rngs: the stream of adapter dropout; None disables it.
+      stack_axis: as for `lora_jax.nnx.adapt`.
+
+    Returns:
+      The model with the adapter.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is damaged, base or config is another one, or the tensors
+        don't fit the model; one error names all of them.
+    """
+    config = LoRAConfig.from_dict(folders.read_adapter_config(directory)["lora"])
+    if not has_lora(model):
+        adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    elif config_of(model) == config:
+        adapted = model
+    else:
+        raise ValueError(
+            f"the adapters of the model and of {directory} must have one config; got "
+            f"{config_of(model)} and {config}."
+        )
+    expected = functional(adapted)[1]
+    mark = fingerprint(expected[FROZEN])
+    found = folders.load_adapter(directory, expected=expected, fingerprint=mark)
+    update(adapted, found.variables)
+    return adapted
+
+
+def export_adapter(
+    directory: str | os.PathLike[str],
+    model: nnx.Module,
+    names: Names | None = None,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> Path:
+    """Writes the adapters of a model as a folder that PEFT loads.
+
+    Args:
+      directory: made if absent; an adapter there is replaced.
+      model: a model with adapters.
+      names: the Hugging Face module of each adapted layer, ``{pattern: name}``. A
+        pattern is a regular expression for the whole path, and ``\\1`` in the name
+        its first group; ``{}`` in the name of stacked layers is the layer's number. A
+        layer that Hugging Face has in equal parts (key and value) takes a list of
+        names, by the first axes of its output. Default: the path, with dots.
+      base_model: the base that the file names.
+      task_type: PEFT's, such as ``"CAUSAL_LM"``.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: if a layer has no name, can't be written (experts, grouped
+        convolutions, weights trained in full), or is not finite; one error names all.
+    """
+    config, variables = config_of(model), functional(model)[1]
+    targets, leaves = lora_targets(model), flatten(variables[LORA])
+    modules, faults = to_external(targets, leaves, names, rslora=config.rslora)
+    faults += [
+        f"{path} is trained in full: PEFT's modules_to_save are not written from NNX"
+        for path in sorted(flatten(variables.get(PARAMS, {})))
+    ]
+    if faults:
+        raise ValueError(f"the adapter can't be exported: {'; '.join(faults)}.")
+    adapter = ExternalAdapter(
+        modules, {}, {}, {}, rslora=config.rslora, dropout_rate=config.dropout_rate
+    )
+    settings = {
+        "base_model_name_or_path": base_model,
+        "target_modules": sorted(adapter.modules),
+        "task_type": task_type,
+    }
+    return write_peft(directory, adapter, settings)
+
+
+def load_peft(
+    directory: str | os.PathLike[str],
+    model: nnx.Module,
+    names: Names | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+    stack_axis: int | None = None,
+) -> Any:
+    """Puts an adapter that PEFT wrote on a model.
+
+    Args:
+      directory: PEFT's folder.
+      model: the base without adapters; not changed.
+      names: as for `export_adapter`.
+      rngs: the stream of adapter dropout; None disables it.
+      stack_axis: as for `lora_jax.nnx.adapt`.
+
+    Returns:
+      The model with the adapter.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if the folder is damaged, or has modules that the model lacks, of
+        other shapes, or trained in full; one error lists all.
+    """
+    adapter = read_peft(directory)
+    sites = find_layers(model, LoRAConfig(), stack_axis).sites
+    config, lora = from_external(adapter, sites, names)
+    adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    update(adapted, {LORA: lora})
+    return adapted
+
+
+def has_lora(model: nnx.Module) -> bool:
+    """Returns whether a model has adapters."""
+    return bool(_adapted_layers(model))
+
+
+def _adapted_layers(model: nnx.Module) -> list[Any]:
+    modules = [module for _, module in nnx.iter_modules(model, graph=True)]
+    return [m for m in modules if isinstance(m, LoRALayer) and m.lora is not None]
+
+
+def config_of(model: nnx.Module) -> LoRAConfig:
+    """Returns the one config of a model's adapters."""
+    configs = {layer.lora.config for layer in _adapted_layers(model)}
+    if len(configs) != 1:
+        raise ValueError(
+            f"{type(model).__name__} must have adapters of one LoRAConfig; it has "
+            f"those of {len(configs)}."
+        )
+    return configs.pop()
+
+
+def load_factors(
+    tree: PyTree,
+    model: nnx.Module,
+    *,
+    alpha: float | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Any:
+    """Puts an adapter that qwix, tunix or gemma.peft trained on a model.
+
+    Args:
+      tree: its arrays, or a `flax.nnx.State`: ``<weight>_lora_a`` and
+        ``<weight>_lora_b`` (qwix, tunix), or ``lora/a`` and ``lora/b`` (gemma.peft).
+      model: the base without adapters; not changed.
+      alpha: of qwix's rule, which its arrays don't hold; None for a scaling of 1, as
+        gemma.peft's.
+      rngs: the stream of adapter dropout; None disables it.
+
+    Returns:
+      The model with the adapter.
+
+    Raises:
+      ValueError: listing every array that doesn't fit a layer of the model.
+    """
+    tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+    sites = find_layers(model, LoRAConfig()).sites
+    config, lora = from_tree(tree, sites, alpha)
+    adapted = adapt_empty(model, config, rngs=rngs)
+    update(adapted, {LORA: lora})
+    return adapted

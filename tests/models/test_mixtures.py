@@ -1,0 +1,168 @@
+"""Mixtures of experts against what transformers computes with the same tiny folder."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_jax.config import LoRAConfig
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.generate import generate
+from lora_jax.models.load import load_base, param_shapes
+from lora_jax.models.save import save_model
+from lora_jax.nn.adapt import adapt
+from lora_jax.tree.paths import flatten
+from tests.models.golden import GOLDEN
+from tests.reference import assert_close
+
+UNIFORM = ("qwen3_moe", "mixtral", "olmoe")
+MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def read(name):
+    return dict(np.load(GOLDEN / name / "reference.npz", allow_pickle=False))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Loads each folder once."""
+    known = {}
+
+    def load(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in known:
+            known[key] = load_base(GOLDEN / name, **options)
+        return known[key]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [*((name, False) for name in MIXTURES), *((name, True) for name in UNIFORM)],
+)
+def test_logits_are_those_of_transformers(name, scan_layers, models):
+    loaded, golden = models(name, scan_layers=scan_layers), read(name)
+    assert ("layers" in loaded.params) == scan_layers
+    logits = jax.jit(loaded.module.apply)(
+        loaded.variables, jnp.int32(golden["input_ids"])
+    )
+    np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_parameter_has_its_own_tensor_name(name, models):
+    loaded = models(name, scan_layers=False)
+    family = loaded.family
+    names = [family.tensor_name(path) for path in param_shapes(family, loaded.module)]
+    assert len(set(names)) == len(names)
+    assert [family.bare_name(family.prefix + name) for name in names] == names
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_cached_generation_is_that_of_transformers(name, models):
+    loaded, golden = models(name, scan_layers=False), read(name)
+    prompts = [golden[f"prompt_{i}"].tolist() for i in range(2)]
+    found = generate(loaded.module, loaded.variables, prompts, max_new_tokens=8)
+    assert found == [golden[f"greedy_{i}"].tolist() for i in range(2)]
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_a_saved_model_has_the_tensors_of_its_source(name, models, tmp_path):
+    loaded = models(name, scan_layers=True)
+    save_model(tmp_path / "out", loaded.params, loaded.path)
+    wanted = load_file(GOLDEN / name / "model.safetensors")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == wanted.keys()
+    assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_all_linear_covers_the_experts_and_not_the_router(models):
+    loaded = models("qwen3_moe", scan_layers=True)
+    adapted = adapt(loaded.module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
+    rows = {t.path: t for t in adapted.targets(loaded.params)}
+    both, down = (rows[f"layers/mlp/experts/{name}"] for name in ("gate_up", "down"))
+    assert (both.kind, down.kind) == ("experts", "experts")
+    assert both.factor_shapes == ((2, 5, 20, 3), (2, 5, 3, 14))
+    assert down.factor_shapes == ((2, 5, 7, 3), (2, 5, 3, 20))
+    assert "layers/mlp/router" not in rows
+    named = LoRAConfig(rank=3, targets=["router"])
+    routers = adapt(loaded.module, named, *loaded.inputs).targets(loaded.params)
+    assert [row.path for row in routers] == ["layers/mlp/router"]
+
+
+def adapted_with(models, **changes):
+    loaded = models("qwen3_moe", scan_layers=True)
+    module = loaded.module.clone(**changes)
+    adapted = adapt(module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
+    return adapted, adapted.attach(loaded.params, jax.random.key(0))
+
+
+def test_gradients_of_an_adapted_mixture_do_not_depend_on_what_is_kept(models):
+    golden, found = read("qwen3_moe"), {}
+    for remat in ("none", "lora", "block"):
+        adapted, variables = adapted_with(models, remat=remat)
+
+        def loss(lora, adapted=adapted, variables=variables):
+            logits = adapted.apply({**variables, "lora": lora}, golden["input_ids"])
+            return jnp.mean(jnp.sin(logits)), logits
+
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
+        found[remat], logits = gradient(variables["lora"])
+        np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+    for path, leaf in flatten(found["none"]).items():
+        assert leaf.any() == path.endswith("lora_b"), path
+        for remat in ("lora", "block"):
+            assert_close(flatten(found[remat])[path], leaf)
+
+
+def test_a_merged_mixture_computes_what_the_adapted_one_does(models):
+    ids = read("qwen3_moe")["input_ids"]
+    adapted, variables = adapted_with(models)
+    variables["lora"] = jax.tree.map(lambda a: 0.1 + a, variables["lora"])
+    logits = jax.jit(adapted.apply)(variables, ids)
+    assert np.abs(logits - read("qwen3_moe")["logits"]).max() > 1e-2
+    merged = adapted.merge(variables, check=False)
+    again = jax.jit(adapted.model.apply)({"params": merged}, ids)
+    assert_close(again, logits)
+
+
+def test_layers_that_differ_can_not_be_scanned():
+    with pytest.raises(ValueError, match="scan_layers must be False where some layers"):
+        load_base(GOLDEN / "qwen3_moe_mixed", scan_layers=True)
+
+
+def test_experts_whose_shapes_disagree_are_listed_together(tmp_path):
+    folder = shutil.copytree(GOLDEN / "qwen3_moe", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    layer = "model.layers.1.mlp.experts"
+    tensors[f"{layer}.3.up_proj.weight"] = np.zeros((6, 20), np.float32)
+    tensors[f"{layer}.0.down_proj.weight"] = np.zeros((7, 20), np.float32)
+    del tensors[f"{layer}.4.gate_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_base(folder)
+    text = str(error.value)
+    assert f"missing: {layer[6:]}.4.gate_proj.weight" in text
+    assert f"{layer}.3.up_proj.weight must be [7, 20]; got [6, 20]" in text
+    assert f"{layer}.0.down_proj.weight must be [20, 7]; got [7, 20]" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 6}, "num_chosen must be at most num_experts = 5"),
+        ({"num_local_experts": 0}, "num_experts must be a positive integer; got 0"),
+        ({"num_local_experts": 10**6}, "must be at most 4096; got 1000000"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers must be integers; got 'all'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_an_error(changes, message):
+    settings = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        FAMILIES["qwen3_moe"].read_config(settings | changes)

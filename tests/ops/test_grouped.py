@@ -1,0 +1,111 @@
+"""Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.ops import grouped
+from tests.laws import normal
+from tests.reference import assert_close
+
+SIZES = {
+    "even": (6, 6, 6),
+    "empty": (0, 17, 0),
+    "spare": (3, 1, 5),  # 9 rows are of no group
+    "none": (0, 0, 0),
+    "first": (18, 0, 0),
+}
+ROWS, INPUTS, OUTPUTS = 18, 7, 5
+SPARE = jnp.array((5, 0, 9))
+
+
+def looped(x, matrices, sizes):
+    y, ends = np.zeros((len(x), matrices.shape[2])), np.cumsum(sizes)
+    for matrix, start, stop in zip(matrices, ends - sizes, ends, strict=True):
+        y[start:stop] = x[start:stop] @ matrix
+    return y
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return normal((ROWS, INPUTS), seed=1), normal((3, INPUTS, OUTPUTS), seed=2)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_row_is_multiplied_by_the_matrix_of_its_group(arrays, sizes):
+    x, matrices = arrays
+    wanted = looped(np.asarray(x, np.float64), np.asarray(matrices, np.float64), sizes)
+    sizes = jnp.array(sizes)
+    assert_close(grouped.grouped_dot(x, matrices, sizes), wanted)
+    turned = matrices.swapaxes(1, 2)
+    assert_close(grouped.grouped_dot(x, turned, sizes, is_transposed=True), wanted)
+    assert_close(jax.lax.ragged_dot(x, matrices, sizes), wanted)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_outer_product_sums_over_the_rows_of_a_group(arrays, sizes):
+    x, y = arrays[0], normal((ROWS, OUTPUTS), seed=3)
+    ends = np.cumsum(sizes)
+    wanted = np.stack(
+        [x[b - n : b].T @ y[b - n : b] for n, b in zip(sizes, ends, strict=True)]
+    )
+    assert_close(grouped.grouped_outer(x, y, jnp.array(sizes), jnp.float32), wanted)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_blocks_compute_what_other_devices_compute(arrays, is_transposed):
+    """The functions of both platforms, run on this one."""
+    x, matrices = arrays
+    matrices = matrices.swapaxes(1, 2) if is_transposed else matrices
+    options = {"is_transposed": is_transposed, "precision": None}
+    wanted = grouped._ragged_dot(x, matrices, SPARE, **options)
+    assert_close(grouped._dot_in_blocks(x, matrices, SPARE, **options), wanted)
+
+
+def test_blocks_sum_what_other_devices_sum(arrays):
+    x, y = arrays[0], normal((ROWS, OUTPUTS), seed=3)
+    options = {"dtype": jnp.dtype("float32"), "precision": None}
+    wanted = grouped._ragged_outer(x, y, SPARE, **options)
+    assert_close(grouped._outer_in_blocks(x, y, SPARE, **options), wanted)
+
+
+@pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, None), (None, 1, None)])
+def test_any_of_the_arrays_may_be_batched(arrays, batched):
+    stacks = [
+        whole if axis is None else jnp.stack([whole, whole[::-1]], axis)
+        for whole, axis in zip((*arrays, SPARE), batched, strict=True)
+    ]
+    got = jax.vmap(grouped.grouped_dot, batched)(*stacks)
+    for i in range(2):
+        own = [
+            whole if axis is None else jnp.take(whole, i, axis)
+            for whole, axis in zip(stacks, batched, strict=True)
+        ]
+        assert_close(got[i], grouped.grouped_dot(*own))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_blocks_are_of_any_number_of_rows(rows):
+    x, matrices = normal((rows, 3), seed=1), normal((4, 3, 2), seed=2)
+    sizes = np.array([rows // 2, 0, rows - rows // 2 - rows // 3, rows // 3])
+    wanted = looped(np.asarray(x, np.float64), np.asarray(matrices, np.float64), sizes)
+    assert_close(grouped.grouped_dot(x, matrices, jnp.array(sizes)), wanted)
+
+
+def test_no_rows_give_none():
+    x, matrices = jnp.zeros((0, 3)), jnp.ones((2, 3, 4))
+    assert grouped.grouped_dot(x, matrices, jnp.zeros(2, int)).shape == (0, 4)
+    outer = grouped.grouped_outer(x, jnp.zeros((0, 4)), jnp.zeros(2, int), jnp.float32)
+    assert not outer.any()
+
+
+def test_rows_of_no_group_may_be_anything(arrays):
+    x, matrices = arrays
+    sizes = jnp.array((4, 0, 3))
+    bad = x.at[7:].set(jnp.nan)
+    got = grouped.grouped_dot(bad, matrices, sizes)
+    assert_close(got, grouped.grouped_dot(x.at[7:].set(0), matrices, sizes))
+    y = normal((ROWS, OUTPUTS), seed=3)
+    outer = grouped.grouped_outer(bad, y, sizes, jnp.float32)
+    assert np.isfinite(outer).all()

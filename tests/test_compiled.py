@@ -1,0 +1,177 @@
+"""The benchmark that compiles for chips that are not here."""
+
+import importlib.metadata
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from benchmarks import compiled, contenders, specs, targets
+from benchmarks.schedule import Cycles, count_launches, sum_cycles
+from lora_jax.parallel.activation_sharding import on_mesh_of
+from lora_jax.parallel.mesh import make_mesh
+
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%body (x: s32[]) -> s32[] {
+  %a = f32[] fusion(), backend_config={"estimated_cycles":"7"}
+  ROOT %k = f32[] custom-call(), custom_call_target="tpu_custom_call"
+}
+
+%condition (x: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %c = pred[] compare(), backend_config={"estimated_cycles":"1000"}
+}
+
+%small (x: f32[]) -> f32[] {
+  ROOT %s = f32[] fusion(), backend_config={"estimated_cycles":"1"}
+}
+
+%large (x: f32[]) -> f32[] {
+  ROOT %l = f32[] fusion(), backend_config={"estimated_cycles":"100"}
+}
+
+%fused (x: f32[]) -> f32[] {
+  ROOT %f = f32[] add(), backend_config={"estimated_cycles":"9999"}
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %w = s32[] while(%x), condition=%condition, body=%body
+  %b = f32[] conditional(%x), branch_computations={%small, %large}
+  ROOT %f = f32[] fusion(%b), calls=%fused, backend_config={"estimated_cycles":"20"}
+}
+"""
+GPU = """\
+HloModule jit_step, is_scheduled=true
+
+%command_buffer (x: f32[]) -> f32[] {
+  %a = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %b = (f32[8]{0}, f32[8]{0}) custom-call(%a), custom_call_target="__cublas$gemm"
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %w = s32[] while(%x), condition=%c, body=%command_buffer, backend_config={"known_trip_count":{"n":"3"}}
+  %t = f32[8]{0} get-tuple-element(%w), index=0
+  ROOT %r = f32[8]{0} copy(%t)
+}
+"""  # noqa: E501
+
+
+def test_cycles_count_a_loop_as_often_as_it_runs_and_the_slowest_branch():
+    assert sum_cycles(TPU) == Cycles(total=5 * 7 + 100 + 20, unknown=5)
+
+
+def test_a_program_without_estimates_is_refused():
+    with pytest.raises(ValueError, match=r"carry `estimated_cycles`.*found none"):
+        sum_cycles(GPU)
+
+
+def test_launches_are_the_kernels_of_the_schedule():
+    assert count_launches(GPU) == 3 * 2 + 1
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def test_a_contender_is_compiled_from_shapes(mesh):
+    with on_mesh_of(mesh):
+        task, _, _ = contenders.layer_task(specs.DenseSpec("tiny", 16, 8, 4))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.params)
+    task = task._replace(params=shapes)
+    make = compiled._own()[compiled.OURS]
+    found = targets.price(make, task, mesh)
+    # As traced, with the input's gradient through A, which the compiler drops.
+    assert found["flops"] == 4 * (2 * 16 * 16 + (10 + 2) * 16 * 8)
+    assert found["argument_bytes"] > 4 * (16 * 16 + 3 * 2 * 16 * 8)
+    assert found.keys() == {
+        *("flops", "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds")
+    }
+
+
+def test_a_step_that_does_not_fit_says_what_it_needs(mesh, monkeypatch):
+    class Program:
+        jaxpr = jax.make_jaxpr(lambda x: x)(1.0)
+
+        def lower(self):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm."
+            )
+
+    monkeypatch.setattr(targets, "trace", lambda *_: Program())
+    found = targets.price(None, None, mesh)
+    assert found == {"refused_bytes": 20.5 * 2**30}
+    rows = [row(**{compiled.OURS: found, "other": {"cycles": 2_000_000, **KNOWN}})]
+    assert "| lora_jax | – | – | does not fit: needs 20.5 GiB | – | – |" in (
+        compiled.table(rows)
+    )
+
+
+KNOWN = {"temp_bytes": 2_000_000, "flops": 30.0, "unknown": 0}
+
+
+def row(**found):
+    shape = {"shape": "a layer", "target": "v5e:2x2", "formula": 20.0}
+    return {**shape, **found, "missing": ["qwix LoraProvider (qwix is not installed)"]}
+
+
+def test_the_table_compares_what_is_known():
+    ours = {"cycles": 1_000_000, **KNOWN, "unknown": 2}
+    rows = [row(**{compiled.OURS: ours, "other": {"cycles": 4_000_000, **KNOWN}})]
+    text = compiled.table(rows)
+    assert "| lora_jax | 1.000 + 2 kernels | 1.00 | 2.0 MB | 1.00 | 1.500 |" in text
+    assert "| other | 4.000 | 0.25 | 2.0 MB | 1.00 | 1.500 |" in text
+    assert "Not compiled: qwix LoraProvider (qwix is not installed)." in text
+
+
+def test_a_result_is_found_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "DONE", tmp_path / "compiled.jsonl")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name} 1")
+    calls = []
+
+    def find():
+        calls.append(1)
+        return {"cycles": 3}
+
+    for target in ("v5e:2x2", "v5e:2x2", "h100"):
+        assert compiled.once("a layer", target, "ours", find)["cycles"] == 3
+    assert len(calls) == 2
+    lines = (tmp_path / "compiled.jsonl").read_text().splitlines()
+    assert [json.loads(line)["versions"] for line in lines] == [
+        {"jax": "jax 1", "libtpu": "libtpu 1"},
+        {"jax": "jax 1", "jax-cuda12-pjrt": "jax-cuda12-pjrt 1"},
+    ]
+
+
+def test_a_target_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ValueError, match=r"v5e has no slice '3x3'.*v5e:2x4"):
+        compiled.main(quick=False, targets=["v5e:3x3"])
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"lora_jax\[tpu-plan\]"):
+        compiled.main(quick=False)
+    with pytest.raises(ModuleNotFoundError, match="--no-deps jax-cuda12-plugin"):
+        compiled.main(quick=False, targets=["h100"])
+
+
+def test_of_the_default_targets_those_without_a_compiler_are_left_out(
+    monkeypatch, capsys
+):
+    def open_target(name):
+        if name == "h100":
+            return jax.devices()[0]
+        raise ModuleNotFoundError("libtpu is missing")
+
+    monkeypatch.setattr(compiled, "open_target", open_target)
+    monkeypatch.setattr(compiled, "_row", lambda name, *_: {"target": name})
+    rows = compiled.main(quick=False)
+    assert {found["target"] for found in rows} == {"h100"}
+    assert capsys.readouterr().out == "left out: libtpu is missing\n" * 3
