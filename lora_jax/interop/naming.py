@@ -129,7 +129,9 @@ class Names:
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
-            if fusion.is_split and layer != path and layer.startswith(fusion.prefix):
+            if not fusion.is_split or layer == path or path not in self._bare:
+                continue
+            if self._others.get(path) == self._bare[path]:
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []
