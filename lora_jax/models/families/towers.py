@@ -36,7 +36,8 @@ def tower_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
 
     def read(config: Config) -> DecoderConfig:
         text = text_settings(config)
-        if (kind := text.get(KIND, first)) not in texts:
+        kind = text.get(KIND, first)
+        if not isinstance(kind, str) or kind not in texts:
             fields = Fields(config, "language model of a multimodal folder")
             fields.faults.append(
                 f"{TEXT}.{KIND} must be one of {sorted(texts)}; got {kind!r}"
