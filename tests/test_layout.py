@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"tree", "parallel", "nn", "train", "models"},
 }
 LIBRARY = {*MAY_IMPORT}
-MAY_IMPORT["finetune"] = LIBRARY
 MAY_IMPORT["nnx"] = LIBRARY
+MAY_IMPORT["finetune"] = LIBRARY
 MAY_IMPORT["cli"] = LIBRARY | {"finetune"}
 OPTIONAL = (
     *("orbax", "safetensors", "tokenizers", "huggingface_hub", "yaml", "rich"),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import join_experts
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
@@ -74,19 +75,28 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     names = Names(loaded.family, list(kernels), leaves)
     adapter = _for_text(adapter, names)
     spelling = names.spelled_as(adapter.modules)
-    placed, faults = _place(adapter, names, kernels, loaded.config)
+    counts = {
+        path: part.shape[0]
+        for path, part in kernels.items()
+        if sites[part.path].kind == "experts"
+    }
+    joined, faults = join_experts(adapter, names, counts)
+    placed, wrong = _place(joined, names, kernels, loaded.config)
+    faults += wrong
     if "peft_type" in adapter.config:
         known = names.modules()
         unknown = [name for name in adapter.modules if known.get(name) not in kernels]
-        found = spelling.modules.values(), spelling.tensors.values()
-        faults += config_faults(adapter, *found, unknown=unknown)
+        by_expert = set(joined.modules) - set(adapter.modules)
+        modules = [n for n in spelling.modules.values() if n not in by_expert]
+        tensors = spelling.tensors.values()
+        faults += config_faults(adapter, modules, tensors, unknown=unknown)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
     faults += place_tokens(adapter, names, leaves, flat, values)
     faults += place_biases(placed, leaves, flat, values)
     for path, factors in placed.items():
-        is_embedding = sites[kernels[path].path].kind == "embed"
-        faults += _shape_faults(path, factors, kernels[path].shape, is_embedding)
+        kind = sites[kernels[path].path].kind
+        faults += _shape_faults(path, factors, kernels[path].shape, kind)
     if faults:
         raise report(adapter.origin, faults)
     layers: dict[str, dict[int | None, ExternalFactors]] = {}
@@ -225,18 +235,18 @@ def _shape_faults(
     path: str,
     factors: ExternalFactors,
     kernel_shape: tuple[int, ...],
-    is_embedding: bool,
+    kind: str,
 ) -> list[str]:
     *window, inputs, outputs = kernel_shape
-    faults = []
+    faults, is_embedding = [], kind == "embed"
     if factors.is_embedding not in (None, is_embedding):
         kinds = ("a linear layer", "an embedding")
-        kind, other = kinds[is_embedding], kinds[not is_embedding]
-        faults.append(f"unexpected: {path} is {kind}; its factors are for {other}")
-    wanted = [
-        ("A", factors.a, (factors.rank, inputs, *window)),
-        ("B", factors.b, (outputs, factors.rank)),
-    ]
+        own, other = kinds[is_embedding], kinds[not is_embedding]
+        faults.append(f"unexpected: {path} is {own}; its factors are for {other}")
+    a_shape, b_shape = (factors.rank, inputs, *window), (outputs, factors.rank)
+    if kind == "experts":
+        a_shape, b_shape = (*window, factors.rank, inputs), (*window, *b_shape)
+    wanted = [("A", factors.a, a_shape), ("B", factors.b, b_shape)]
     if factors.magnitude is not None:
         wanted.append(("magnitude", factors.magnitude, (outputs,)))
     faults += [
@@ -269,12 +279,17 @@ def _leaves(site: Site, layers: Layers, flat: Mapping[str, Any]) -> dict[str, An
             m = np.array(column_norm(kernel, site.contraction))
         for index, factors in layers.items():
             ratio = np.float32(factors.scaling / lead.scaling)
-            a[index, : factors.rank] = factors.a
-            b[index, :, : factors.rank] = factors.b * ratio
+            ranks = slice(factors.rank)
+            before = (slice(None),) * factors.is_experts
+            a[(index, *before, ranks)] = factors.a
+            b[index, ..., ranks] = factors.b * ratio
             if m is not None:
                 m[index] = factors.magnitude
-    rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
-    a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
+    if site.kind == "experts":
+        a = a.swapaxes(-1, -2)
+    else:
+        rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
+        a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
     leaves = {LORA_A: a, LORA_B: b.swapaxes(-1, -2)}
     return leaves if m is None else {**leaves, MAGNITUDE: m}
 

@@ -16,6 +16,12 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import (
+    check_exportable,
+    known_names,
+    parameter_targets,
+    split_experts,
+)
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
@@ -121,7 +127,12 @@ def export_adapter(
     spelling = names.spelling()
     if portable:
         adapter = make_portable(adapter, kernels, spelling.modules)
-    files = [names.full_name(b.rpartition(".")[0]) for b in base.source.names]
+        adapter = adapter._replace(modules=split_experts(adapter.modules, names))
+    parameters = parameter_targets(adapter, names)
+    wrapped = {name.removesuffix(".weight") for name in parameters}
+    if wrapped:  # PEFT has no dropout there, and none is needed to compute
+        adapter = adapter._replace(dropout_rate=0.0)
+    known = known_names(names, base.source.names, by_expert=portable)
     settings: dict[str, Any] = {
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_name(
@@ -131,9 +142,8 @@ def export_adapter(
             base.source.settings.get("_name_or_path"),
         ),
         "fan_in_fan_out": not base.family.is_transposed,
-        "target_modules": _shortest(
-            sorted(adapter.modules), {*spelling.modules.values(), *files}
-        ),
+        "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
+        "target_parameters": parameters or None,
         "modules_to_save": _saved(adapter, names) or None,
         "task_type": None if base.family.head else "CAUSAL_LM",
     }
@@ -227,8 +237,7 @@ def _describe(
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
-    if experts := [t.path for t in targets if t.kind == "experts"]:
-        raise ValueError(f"adapters of experts can't be exported; got {experts}.")
+    check_exportable(targets)
     spelled, modules = names.spelling().modules, {}
     by_path = {target.path: target for target in targets}
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
@@ -238,9 +247,11 @@ def _describe(
             name: np.asarray(layer.of(lora[child(target.path, name)]), np.float32)
             for name in target.leaf_shapes
         }
+        a, b = leaves[LORA_A], leaves[LORA_B].swapaxes(-1, -2)
+        is_stack = target.kind == "experts"
         factors = ExternalFactors(
-            a=np.moveaxis(leaves[LORA_A], (-1, -2), (0, 1)),
-            b=leaves[LORA_B].T,
+            a=a.swapaxes(-1, -2) if is_stack else np.moveaxis(a, (-1, -2), (0, 1)),
+            b=b,
             scaling=target.scaling,
             alpha=target.alpha,
             magnitude=leaves.get(MAGNITUDE),
@@ -357,7 +368,8 @@ def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
 
 def _shortest(chosen: Sequence[str], known: Iterable[str]) -> list[str]:
     """Returns each name's last component if unambiguous, else the full name."""
-    left = {name.rpartition(".")[2] for name in set(known) - set(chosen)}
+    # Gemma 4's vision has its layers in modules that are called as the text's layers.
+    left = {word for name in set(known) - set(chosen) for word in name.split(".")}
     words = {name: name.rpartition(".")[2] for name in chosen}
     return sorted({n if word in left else word for n, word in words.items()})
 

@@ -26,8 +26,9 @@ class ExternalFactors(NamedTuple):
     """One adapted module: ``ΔW = scaling * B A``, in PyTorch's orientation.
 
     Attributes:
-      a: ``[r, in]``; of a convolution ``[r, in, *k]``, of an embedding ``[r, vocab]``.
-      b: ``[out, r]``; of an embedding ``[dim, r]``.
+      a: ``[r, in]``; of a convolution ``[r, in, *k]``, of an embedding ``[r, vocab]``,
+        of experts ``[e, r, in]``.
+      b: ``[out, r]``; of an embedding ``[dim, r]``, of experts ``[e, out, r]``.
       scaling: the factor before ``B A``.
       alpha: numerator of the scaling, as in the config.
       magnitude: DoRA's ``[out]``, or None.
@@ -47,7 +48,12 @@ class ExternalFactors(NamedTuple):
     @property
     def rank(self) -> int:
         """The inner dimension ``r``."""
-        return self.a.shape[0]
+        return self.b.shape[-1]
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether these are the factors of all experts of a layer."""
+        return self.b.ndim == 3
 
 
 class ExternalAdapter(NamedTuple):

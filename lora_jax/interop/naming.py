@@ -129,14 +129,30 @@ class Names:
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
-            if fusion.is_split and layer != path and layer.startswith(fusion.prefix):
+            if not fusion.is_split or layer == path or path not in self._bare:
+                continue
+            if self._others.get(path) == self._bare[path]:
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []
 
-    def full_name(self, bare: str) -> str:
-        """Returns a module's name in the style used for writing."""
-        return self._spell(bare, self.style)
+    def expert_names(self, path: str, number: int, part: str) -> list[str]:
+        """Returns the names of a part of one expert, as files have them first.
+
+        Args:
+          path: of the kernel of all experts.
+          number: of the expert.
+          part: one of `Family.expert_parts`.
+        """
+        parent = path.rpartition("/")[0]
+        bare = str(self.family.module_name(f"{parent}/expert_{number}/{part}"))
+        own = self.style[0]
+        styles = sorted(self._styles, key=lambda style: (style[1], style[0] != own))
+        return list(dict.fromkeys(self._spell(bare, style) for style in styles))
+
+    def full_name(self, bare: str, *, is_new: bool = True) -> str:
+        """Returns a module's name in the style that is written, or as in files."""
+        return self._spell(bare, (self.style[0], is_new))
 
     def _paths(
         self, names: Mapping[str, str], spell: Callable[[str, Style], str]
@@ -149,7 +165,7 @@ class Names:
 
     def _spell(self, bare: str, style: Style) -> str:
         prefix, is_new = style
-        if bare == LM_HEAD:  # beside the model, in its wrapper if that has one
+        if bare == LM_HEAD:  # outside the model, in its wrapper if there is one
             return f"language_model.{bare}" if prefix == WRAPPED else bare
         has_none = self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare

@@ -13,6 +13,12 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files.safetensors import open_tensors
+from lora_jax.interop.experts import (
+    pack_experts,
+    parameter_names,
+    unpack_experts,
+    wrapper_name,
+)
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
@@ -75,10 +81,24 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     ]
     faults += [f"missing: {name}" for name in _missing(roles, config)]
     modules = {}
-    for module in dict.fromkeys(name for name, kind in roles if kind == _A):
+    adapted = dict.fromkeys(name for name, kind in roles if kind == _A)
+    wrapped = parameter_names(adapted, config.parameters)
+    for module in adapted:
         a, b, m = (arrays.get((module, kind)) for kind in (_A, _B, _M))
         if a is None or b is None:
             continue  # missing or unreadable: already reported
+        if (name := wrapped.get(module)) is not None:
+            rank = config.rank_for(name)
+            pair = unpack_experts(a, b, rank)
+            if pair is None:
+                faults.append(
+                    f"shape: A and B of {name} must be [experts * {rank}, in], [out, "
+                    f"{rank} * experts]; got {list(a.shape)}, {list(b.shape)}"
+                )
+                continue
+            scaling, alpha = config.scaling_for(name), config.alpha_for(name)
+            modules[name] = ExternalFactors(*pair, scaling, alpha)
+            continue
         is_embedding = ".lora_embedding_" in roles[module, _A]
         bias = arrays.get((module, _UPDATE_BIAS))
         wrong = _shape_faults(module, a, b, m, bias, config)
@@ -180,6 +200,12 @@ def write_peft(
     """
     tensors: dict[str, np.ndarray] = {}
     for name, factors in adapter.modules.items():
+        if factors.is_experts:
+            wrapper = wrapper_name(name, adapter.modules)
+            pair = pack_experts(factors)
+            for letter, array in zip("AB", pair, strict=True):
+                tensors[f"{wrapper}.lora_{letter}.weight"] = array
+            continue
         is_conv = factors.a.ndim > 2
         ones = (1,) * (factors.a.ndim - 2)
         a, b = (

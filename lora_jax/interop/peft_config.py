@@ -35,7 +35,6 @@ NEUTRAL = {  # anything but one of these values changes the maths
     "layer_replication": (None, []),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
 }
@@ -53,6 +52,7 @@ class PeftConfig(NamedTuple):
       layers_pattern: names that a layer's index follows; empty for any name.
       rank_pattern: ranks by a regular expression for the end of a name.
       alpha_pattern: alphas by the same.
+      parameters: parameters adapted by themselves (of experts), or the ends of names.
       saved: modules trained in full.
       rslora: scale by ``alpha / sqrt(rank)``.
       dora: whether modules have magnitudes.
@@ -74,6 +74,7 @@ class PeftConfig(NamedTuple):
     layers_pattern: list[str]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    parameters: list[str]
     saved: list[str]
     rslora: bool
     dora: bool
@@ -103,6 +104,8 @@ class PeftConfig(NamedTuple):
 
         None for ``"all-linear"``, which depends on the module's type.
         """
+        if any(_is_named(self.parameters, n) for n in (name, f"{name}.weight")):
+            return True
         if _is_named(self.exclude, name) or any(
             match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
         ):
@@ -146,7 +149,7 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
             "can't be loaded: merge the adapter into its base with PEFT."
         )
     values, faults = read_fields(settings, _FIELDS)
-    if settings.get("target_modules") is None:
+    if settings.get("target_modules") is None and not values["target_parameters"]:
         faults.append("target_modules must name the adapted modules; got null")
     faults += [
         f"{key} = {_short(settings[key])} is not supported: it changes what the adapter"
@@ -181,6 +184,7 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         layers_pattern=pattern,
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
+        parameters=values["target_parameters"],
         saved=list(dict.fromkeys(values["modules_to_save"])),
         rslora=values["use_rslora"],
         dora=values["use_dora"],
@@ -329,6 +333,7 @@ _FIELDS: dict[str, Field] = {
     ),
     "rank_pattern": (_patterns(is_rank), "ranks by regular expression", {}),
     "alpha_pattern": (_patterns(is_positive), "alphas by regular expression", {}),
+    "target_parameters": (_list_of(_is_a(str)), "a list of names", []),
     "modules_to_save": (_list_of(_is_regex), "a list of names", []),
     "trainable_token_indices": (
         _are_tokens,

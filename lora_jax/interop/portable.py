@@ -51,7 +51,7 @@ def make_portable(
     if adapter.dora:
         faults.append("it has DoRA's magnitudes")
     for name, factors in adapter.modules.items():
-        if factors.is_embedding or factors.a.ndim > 2 or name == LM_HEAD:
+        if factors.is_embedding or _is_conv(factors) or name == LM_HEAD:
             faults.append(f"{name} is not a linear layer of a block")
     faults += [
         f"{name} is trained in full"
@@ -99,7 +99,7 @@ def rewrite_peft(
       directory: created if absent; an adapter there is replaced.
       adapter: from `read_peft`.
       portable: as for `export_adapter`.
-      base_model: the base that the file names; None for the one that it names now.
+      base_model: the base to record; None to keep the recorded one.
 
     Raises:
       ValueError: if the adapter isn't PEFT's, or the model is needed for shapes that
@@ -137,13 +137,17 @@ def rewrite_peft(
     return write_peft(directory, adapter, settings)
 
 
+def _is_conv(factors: ExternalFactors) -> bool:
+    return factors.a.ndim > 2 and not factors.is_experts
+
+
 def _plain(factors: ExternalFactors, rank: int) -> ExternalFactors:
     """Returns the factors with the scaling folded into B, padded to ``rank``."""
     more = (0, rank - factors.rank)
     b = factors.b * np.float32(factors.scaling)
     return factors._replace(
-        a=np.pad(factors.a, (more, (0, 0))),
-        b=np.pad(b, ((0, 0), more)),
+        a=np.pad(factors.a, [*[(0, 0)] * (factors.a.ndim - 2), more, (0, 0)]),
+        b=np.pad(b, [*[(0, 0)] * (b.ndim - 1), more]),
         scaling=1.0,
         alpha=float(rank),
     )

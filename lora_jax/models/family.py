@@ -20,7 +20,7 @@ _MISSING = object()
 MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
 LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
-# Bare names of what a multimodal model has beside its language model.
+# Bare names of a multimodal model's parts other than the language model.
 OTHER_MODALITIES = (
     r"(vision|audio)_tower\.",
     r"vision_model\.",
@@ -109,6 +109,18 @@ class Family:
             template = template and template.replace(letter, number)
         return template
 
+    def whole_path(self, path: str) -> str:
+        """The path of the kernel of all experts that a part of one is in, or ``path``.
+
+        Args:
+          path: one of ``modules``.
+        """
+        for whole, names in self.experts.items():
+            parent = whole.rpartition("/")[0]
+            if path in (f"{parent}/expert_{{e}}/{name}" for name in names):
+                return whole
+        return path
+
     def expert_parts(self, path: str) -> tuple[str, ...]:
         """Returns a file's tensors per expert at ``path``; none if all are one."""
         return self.experts.get(_template(path), ())
@@ -128,10 +140,15 @@ class Family:
         if old := re.fullmatch(r"(.*LayerNorm\.)(gamma|beta)", bare):
             return old[1] + {"gamma": "weight", "beta": "bias"}[old[2]]
         for module in self.modules.values() if self.renames else ():
-            pattern = re.escape(self.renamed(module)).replace(r"\{i\}", r"(\d+)")
-            if found := re.fullmatch(rf"{pattern}(\.weight|\.bias)", bare):
-                number, leaf = found.groups() if "{i}" in module else ("", found[1])
-                return module.replace("{i}", number) + leaf
+            pattern = re.escape(self.renamed(module))
+            for letter in "ie":
+                pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>\d+)")
+            if found := re.fullmatch(rf"{pattern}(?P<leaf>\.weight|\.bias)", bare):
+                numbers = found.groupdict()
+                leaf = numbers.pop("leaf")
+                for letter, number in numbers.items():
+                    module = module.replace(f"{{{letter}}}", number)
+                return module + leaf
         return bare
 
     def renamed(self, name: str) -> str:

@@ -64,8 +64,9 @@ def _translate(name: str, family: Family) -> list[str]:
             for prefix in ("", family.prefix, *family.prefixes):
                 number = _match_end(prefix + theirs, name)
                 if number is not None:
-                    inside = path.rpartition("layer_{i}/")[2]
-                    paths.append(path.replace("{i}", number) if number else inside)
+                    whole = family.whole_path(path)
+                    inside = whole.rpartition("layer_{i}/")[2]
+                    paths.append(whole.replace("{i}", number) if number else inside)
     return list(dict.fromkeys(paths)) or [name]
 
 

@@ -15,11 +15,12 @@ import shutil
 import sys
 import warnings
 
+import peft
 import torch
 import transformers
 
 from tests.golden import make_models
-from tests.golden.model_families import DECODER, Family, rope
+from tests.golden.model_families import DECODER, SQUARE, Family, rope, without
 
 HERE = pathlib.Path(__file__).parent
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -38,6 +39,36 @@ FAMILIES = {
         "Qwen3MoeForCausalLM",
         QWEN3_MOE,
         ({"norm_topk_prob": False}, {"num_experts_per_tok": 3}),
+        extra=("parameters", "down", "linear"),
+        greedy=True,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **without(DECODER, "intermediate_size"),
+            "intermediate_size": 9,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "rope_parameters": rope(100.0),
+            "experts_implementation": "eager",
+        },
+        ({"sliding_window": None}, {"num_experts_per_tok": 3}),
+        extra=("parameters", "linear"),
+        greedy=True,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            **without(SQUARE, "intermediate_size"),
+            "intermediate_size": 7,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "rope_parameters": rope(100.0),
+            "experts_implementation": "eager",
+        },
+        ({"norm_topk_prob": True}, {"num_experts_per_tok": 2}),
+        extra=("parameters",),
         greedy=True,
     ),
     "qwen3_moe_mixed": Family(
@@ -53,6 +84,48 @@ FAMILIES = {
         ({"norm_topk_prob": True},),
     ),
 }
+ADAPTERS = {
+    # Both parameters: PEFT wraps the wrapper of the first, whose factors are then under
+    # `base_layer`.
+    "parameters": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+    },
+    # One of them, under its own name.
+    "down": {
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": ["v_proj"],
+        "target_parameters": ["mlp.experts.down_proj"],
+    },
+    # Becomes target_parameters, twice the rank for gate and up, and the router.
+    "linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+}
+
+
+def adapted(name: str, family: Family, batch, base: torch.Tensor) -> dict:
+    """Saves the adapters that PEFT makes of `ADAPTERS`, and what it computes."""
+    cls, arrays = getattr(transformers, family.model), {}
+    for kind in family.extra:
+        make_models.seed(name, kind)
+        folder = HERE / name / f"peft_{kind}"
+        config = {**ADAPTERS[kind], "task_type": "CAUSAL_LM"}
+        model = cls.from_pretrained(HERE / name, **EAGER)
+        make_models.save_adapter(folder, model, name, config)
+        file = folder / "adapter_config.json"
+        written = json.loads(file.read_text())
+        written["target_parameters"].sort()  # a set's order changes
+        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        model = cls.from_pretrained(HERE / name, **EAGER)
+        loaded = peft.PeftModel.from_pretrained(model, folder).eval()
+        logits = make_models.logits_of(loaded, batch)
+        make_models.check_shows(f"{name} peft_{kind}", base, logits)
+        arrays[f"logits_{kind}"] = logits
+    return arrays
 
 
 def make(name: str, family: Family):
@@ -72,6 +145,7 @@ def make(name: str, family: Family):
     )
     if family.greedy:
         arrays |= make_models.greedy(loaded, name)
+    arrays |= adapted(name, family, batch, logits)
     make_models.write(home / "reference.npz", arrays)
 
 

@@ -19,8 +19,8 @@ from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
-MIXTURES = ("qwen3_moe", "qwen3_moe_mixed")
-UNIFORM = ("qwen3_moe",)
+UNIFORM = ("qwen3_moe", "mixtral", "olmoe")
+MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Qwen3-MoE.
+"""Mixtures of experts: Qwen3-MoE, Mixtral and OLMoE.
 
 A file has the layers of each expert by themselves; here those of all experts are one
 array ``[e, in, out]``, with gate and up side by side.
@@ -88,6 +88,53 @@ def read_qwen3_moe(config: Config) -> DecoderConfig:
     )
 
 
+def read_mixtral(config: Config) -> DecoderConfig:
+    """Reads a Mixtral config."""
+    fields = Fields(config, "Mixtral decoder")
+    sizes = read_sizes(fields, max_positions_default=131072)
+    layers = sizes["num_layers"]
+    if config.get("num_key_value_heads") is None:
+        sizes["num_kv_heads"] = 8
+    rope = read_rope(fields, sizes["head_dim"], default_theta=1e6)
+    return finish(
+        fields,
+        sizes
+        | {
+            "norm_eps": fields.number("rms_norm_eps", 1e-5),
+            "ropes": (rope,),
+            "layer_ropes": (0,) * layers,
+            "layer_windows": (fields.integer("sliding_window", None),) * layers,
+        }
+        | read_experts(fields, chosen=2, size="intermediate_size"),
+    )
+
+
+def read_olmoe(config: Config) -> DecoderConfig:
+    """Reads an OLMoE config: queries and keys are normalised before they are split."""
+    fields = Fields(config, "OLMoE decoder")
+    sizes = read_sizes(fields, max_positions_default=4096)
+    fields.only("clip_qkv", None)
+    bias = fields.flag("attention_bias")
+    return finish(
+        fields,
+        sizes
+        | {
+            "norm_eps": fields.number("rms_norm_eps", 1e-5),
+            "qk_norm": "projection",
+            "has_qkv_bias": bias,
+            "has_output_bias": bias,
+            "ropes": (read_rope(fields, sizes["head_dim"]),),
+            "layer_ropes": (0,) * sizes["num_layers"],
+        }
+        | read_experts(
+            fields,
+            chosen=8,
+            size="intermediate_size",
+            is_normalized=fields.flag("norm_topk_prob"),
+        ),
+    )
+
+
 def mixture_family(
     read_config: Any,
     modules: dict[str, str],
@@ -96,7 +143,7 @@ def mixture_family(
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     **options: Any,
 ) -> Family:
-    """Makes a family whose files have each expert by itself.
+    """Makes a family whose files store experts separately.
 
     Args:
       read_config: as `Family`'s.
@@ -128,3 +175,11 @@ def mixture_family(
 
 
 QWEN3_MOE = mixture_family(read_qwen3_moe, SHARED | PRE_NORMS)
+MIXTRAL = mixture_family(
+    read_mixtral,
+    SHARED | PRE_NORMS,
+    block="block_sparse_moe",
+    parts=("w1", "w3", "w2"),
+    renames=((r"block_sparse_moe\b", "mlp"),),
+)
+OLMOE = mixture_family(read_olmoe, SHARED | PRE_NORMS)
