@@ -36,14 +36,16 @@ RULES: Rules = (
     ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(output|down|gated_down)/bias", PartitionSpec()),
-    ("(embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
+    ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
+    ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
     ("(positions|position|token_type)/embedding", PartitionSpec()),
     ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
     ("(head|pooler)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(head|pooler)/bias", PartitionSpec(TENSOR)),
     ("classifier/(kernel|bias)", PartitionSpec()),
     (r"[^/]*norm/(scale|bias)", PartitionSpec()),
-    ("(attention|mlp)_scale", PartitionSpec()),
+    ("(attention|mlp|layer)_scale", PartitionSpec()),
 )
 
 
