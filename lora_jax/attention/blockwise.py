@@ -35,7 +35,8 @@ class Options(NamedTuple):
       is_causal: whether later keys are masked.
       size: block size in tokens.
       softcap: bound on the scores, or None.
-      window: number of keys a query sees, including its own, or None; causal only.
+      window: number of keys a query sees, including its own, or None; without
+        causality as many on either side.
     """
 
     scale: float
@@ -51,12 +52,14 @@ class Options(NamedTuple):
     def keys_of(self, start: int, stop: int, t: int) -> tuple[int, int]:
         """Returns the range of keys visible to queries ``start ... stop - 1``."""
         first = 0 if self.window is None else max(0, start - self.window + 1)
-        return first, stop if self.is_causal else t
+        last = t if self.window is None else min(t, stop - 1 + self.window)
+        return first, stop if self.is_causal else last
 
     def queries_of(self, start: int, stop: int, t: int) -> tuple[int, int]:
         """Returns the range of queries that see keys ``start ... stop - 1``."""
         last = t if self.window is None else min(t, stop - 1 + self.window)
-        return start if self.is_causal else 0, last
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        return start if self.is_causal else first, last
 
 
 class MaskInputs(NamedTuple):
@@ -242,6 +245,9 @@ def _mask(
         masks.append((distance >= 0)[None])
         windows = [w for w in (options.window, mask_inputs.window) if w is not None]
         masks += [(distance < window)[None] for window in windows]
+    elif options.window is not None:
+        distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)
+        masks.append((jnp.abs(distance) < options.window)[None])
     if mask_inputs.segment_ids is not None:
         of_queries = mask_inputs.segment_ids[:, slice(*queries), None]
         masks.append(of_queries == mask_inputs.segment_ids[:, None, slice(*keys)])

@@ -101,25 +101,45 @@ def bidirectional_attention(
     key: Float[Array, "b t k h"],
     value: Float[Array, "b t k h"],
     mask: Bool[Array, "b t"] | None = None,
+    *,
+    bias: Float[Array, "1 n t t"] | None = None,
+    window: int | None = None,
 ) -> Queries:
     """Attends from each token to all non-padding tokens of its row.
 
-    Computes ``softmax(query keyᵀ / √h) value``; the softmax is in float32.
+    Computes ``softmax(query keyᵀ / √h + bias) value`` over keys ``|t - s| < window``;
+    the softmax is in float32.
 
     Args:
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``, where ``k`` divides ``n``.
       value: ``[b, t, k, h]``.
       mask: ``[b, t]``, False for padding, or None if there is none.
+      bias: added to the scores of every row, or None; the backward pass computes
+        scores again, and all of a layer's at once.
+      window: how far from itself a query sees, its own place included; None: all. Not
+        beside a bias.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
+
+    Raises:
+      ValueError: if both a bias and a window are given.
     """
     t, h = query.shape[1], query.shape[3]
     whole = None if mask is None else mask[:, None, None, :]
-    if choose_implementation(query, key, mask=whole) == "cudnn":
+    if bias is not None:
+        if window is not None:
+            raise ValueError(
+                f"window must be None where there is a bias; got {window}. Give the "
+                "bias -inf where a query doesn't see a key."
+            )
+        return jax.checkpoint(
+            lambda q, k, v, b: attention(q, k, v, bias=b, mask=whole)
+        )(query, key, value, bias)
+    if window is None and choose_implementation(query, key, mask=whole) == "cudnn":
         return attention(query, key, value, mask=whole)
-    options = Options(scale=h**-0.5, is_causal=False, size=block_size(t))
+    options = Options(scale=h**-0.5, is_causal=False, size=block_size(t), window=window)
     return blockwise_attention(query, key, value, options, MaskInputs(keys=mask))
 
 

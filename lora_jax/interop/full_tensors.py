@@ -59,7 +59,7 @@ def place_full(
 
 
 def resized(path: str, found: Shape, wanted: Shape) -> str:
-    """Says that an adapter's vocabulary was resized, if its shape shows that."""
+    """Explains a shape that differs because the vocabulary was resized."""
     module = path.removesuffix(f"/{EMBEDDING}").removesuffix(f"/{KERNEL}")
     differ = [(a, b) for a, b in zip(found, wanted, strict=False) if a != b]
     is_table = module in (EMBED, HEAD) or module == WORD_EMBEDDING

@@ -129,7 +129,9 @@ class Names:
         """
         for fusion in FUSIONS:
             layer = path.removesuffix(f"/{fusion.whole}")
-            if fusion.is_split and layer != path and layer.startswith(fusion.prefix):
+            if not fusion.is_split or layer == path or path not in self._bare:
+                continue
+            if self._others.get(path) == self._bare[path]:
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []
@@ -163,7 +165,7 @@ class Names:
 
     def _spell(self, bare: str, style: Style) -> str:
         prefix, is_new = style
-        if bare == LM_HEAD:  # beside the model, in its wrapper if that has one
+        if bare == LM_HEAD:  # outside the model, in its wrapper if there is one
             return f"language_model.{bare}" if prefix == WRAPPED else bare
         has_none = self.family.is_head(f"{bare}.")
         bare = self.family.renamed(bare) if is_new else bare

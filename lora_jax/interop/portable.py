@@ -99,7 +99,7 @@ def rewrite_peft(
       directory: created if absent; an adapter there is replaced.
       adapter: from `read_peft`.
       portable: as for `export_adapter`.
-      base_model: the base that the file names; None for the one that it names now.
+      base_model: the base to record; None to keep the recorded one.
 
     Raises:
       ValueError: if the adapter isn't PEFT's, or the model is needed for shapes that

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lora_jax.models.encoder_block import make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
@@ -50,7 +51,10 @@ def check_tokens(max_positions: int, input_ids: Any, **others: Any) -> None:
 
 
 class Embeddings(nn.Module):
-    """Sums word, position and token type embeddings and normalises the sum."""
+    """Sums word, position and token type embeddings and normalises the sum.
+
+    Where the embeddings are narrower than the model, a dense layer follows the norm.
+    """
 
     config: EncoderConfig
     dtype: Any = jnp.float32
@@ -61,14 +65,15 @@ class Embeddings(nn.Module):
     ) -> Hidden:
         """Returns ``[b, t, d]`` for ids ``[b, t]``; without types all are type 0."""
         cfg = self.config
+        width = cfg.embedding_size or cfg.hidden_size
         # No dtype here: it would cast the whole table, not just the rows looked up.
-        width = cfg.hidden_size
         word = nn.Embed(cfg.vocab_size, width, promote_dtype=promote_table, name="word")
-        position = nn.Embed(cfg.position_rows, width, name="position")
-        positions = jnp.arange(input_ids.shape[1])
-        if cfg.padding_id is not None:
-            positions = token_positions(input_ids, cfg.padding_id)
-        x = shard_rows(word(input_ids)) + position(positions)
+        x = shard_rows(word(input_ids))
+        if cfg.has_positions:
+            positions = jnp.arange(input_ids.shape[1])
+            if cfg.padding_id is not None:
+                positions = token_positions(input_ids, cfg.padding_id)
+            x = x + nn.Embed(cfg.position_rows, width, name="position")(positions)
         if cfg.num_token_types is not None:
             if token_type_ids is None:
                 token_type_ids = jnp.zeros((1, 1), jnp.int32)
@@ -78,7 +83,10 @@ class Embeddings(nn.Module):
             raise ValueError(
                 "token_type_ids must not be given: this model has no token types."
             )
-        return nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name="norm")(x)
+        x = make_norm(cfg, self.dtype, "norm")(x)
+        if cfg.embedding_size is None:
+            return x
+        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="projection")(x)
 
 
 def token_positions(input_ids: TokenIds, padding_id: int) -> TokenIds:

@@ -10,13 +10,16 @@ The parameter tree (kernels are ``[i, o]``, as in Flax)::
     encoder/embeddings/norm/{scale,bias}                        text only
     encoder/embeddings/patch/{kernel,bias}                      images only
     encoder/embeddings/{cls,position}                           images only
-    encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}
+    encoder/embeddings/projection/{kernel,bias}       only with embedding_size
+    encoder/relative_bias/embedding                   only with num_buckets
+    encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}   or {qkv,output}
     encoder/layer_{i}/attention_norm/{scale,bias}
     encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
     encoder/layer_{i}/mlp_norm/{scale,bias}
     encoder/layer_{i}/{attention_scale,mlp_scale}     only with layer scale
     encoder/final_norm/{scale,bias}                   only with norm_placement="pre"
     pooler/{kernel,bias}                              only with pooling="pooler"
+    pooler_norm/{scale,bias}                          only with has_pooler_norm
     classifier/{kernel,bias}                          only with num_labels
 """
 
@@ -24,8 +27,10 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.embeddings import (
     Embeddings,
     Hidden,
@@ -34,13 +39,13 @@ from lora_jax.models.embeddings import (
     TokenIds,
     check_tokens,
 )
-from lora_jax.models.encoder_block import Block
+from lora_jax.models.encoder_block import Block, make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 
 Pooled = Float[Array, "b d"]
 
 POOLINGS = ("mean", "cls", "pooler", "cls_mean")
-POOLER_ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
+POOLER_ACTIVATIONS = {**ACTIVATIONS, "tanh": jnp.tanh}
 
 
 class Encoder(nn.Module):
@@ -131,11 +136,47 @@ def run_blocks(
     """
     cfg, dtype, rate = owner.config, owner.dtype, owner.dropout_rate
     x = nn.Dropout(rate)(x, deterministic=deterministic)
+    bias = None
+    if cfg.num_buckets is not None:
+        t = x.shape[1]
+        table = nn.Embed(cfg.num_buckets, cfg.num_heads, name="relative_bias")
+        distance = np.arange(t) - np.arange(t)[:, None]
+        buckets = relative_buckets(distance, cfg.num_buckets)  # [t, t]
+        bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]  # [1, n, t, t]
     for i in range(cfg.num_layers):
-        x = Block(cfg, dtype, rate, name=f"layer_{i}")(x, mask, deterministic)
+        block = Block(cfg, dtype, rate, i, name=f"layer_{i}")
+        x = block(x, mask, deterministic, bias)
     if cfg.norm_placement == "pre":
-        x = nn.LayerNorm(cfg.norm_eps, dtype=dtype, name="final_norm")(x)
+        x = make_norm(cfg, dtype, "final_norm")(x)
     return x
+
+
+def relative_buckets(distance: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Buckets of distances: half of them for keys after the query, half for the others.
+
+    The first half of each side is one bucket a distance, the second half grows
+    logarithmically up to a distance of 128, in float32 as in PyTorch.
+
+    Args:
+      distance: the key's position minus the query's, integers of any shape.
+      num_buckets: number of buckets; even.
+
+    Returns:
+      The buckets, in the shape of ``distance``.
+
+    Example:
+      >>> relative_buckets(np.array([-500, -1, 0, 1, 8, 64]), 32).tolist()
+      [15, 1, 0, 17, 24, 30]
+
+    References:
+      Raffel et al., https://arxiv.org/abs/1910.10683, section 2.1.
+    """
+    side, exact, far = num_buckets // 2, num_buckets // 4, 128
+    size = np.abs(distance)
+    octaves = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
+    steps = octaves / np.float32(np.log(far / exact)) * np.float32(side - exact)
+    wide = np.minimum(exact + steps.astype(np.int32), side - 1)
+    return np.where(size < exact, size, wide) + side * (distance > 0)
 
 
 def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
@@ -210,8 +251,8 @@ class Classifier(nn.Module):
       num_labels: classes of the head; None for no head.
       pooling: "mean" over unmasked tokens, "cls" (the first token's hidden state),
         "pooler" (``activation(W cls + b)``: BERT's pooler, the first dense layer of
-        RoBERTa's and DistilBERT's heads) or "cls_mean" (DINOv2's: the first token's,
-        concatenated with the mean of the others).
+        RoBERTa's and DistilBERT's heads; with a norm, ModernBERT's) or "cls_mean"
+        (DINOv2's: the first token's, concatenated with the mean of the others).
       dtype: dtype of the encoder's computation; pooling and head are float32.
       dropout_rate: see `Encoder`.
 
@@ -248,7 +289,11 @@ class Classifier(nn.Module):
         """Creates the encoder and, if configured, the pooler and the head."""
         self.encoder = self.encoder_type(self.config, self.dtype, self.dropout_rate)
         if self.pooling == "pooler":
-            self.pooler = nn.Dense(self.config.hidden_size, dtype=jnp.float32)
+            cfg = self.config
+            bias = cfg.has_pooler_bias
+            self.pooler = nn.Dense(cfg.hidden_size, bias, dtype=jnp.float32)
+            if cfg.has_pooler_norm:
+                self.pooler_norm = make_norm(cfg, jnp.float32, None)
         if self.num_labels is not None:
             self.classifier = nn.Dense(self.num_labels, dtype=jnp.float32)
 
@@ -257,10 +302,14 @@ class Classifier(nn.Module):
 
         Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
-        pooled = pool(hidden, mask, self.pooling)
-        if self.pooling == "pooler":
+        has_pooler = self.pooling == "pooler"
+        kind = self.config.pooler_input if has_pooler else self.pooling
+        pooled = pool(hidden, mask, kind)
+        if has_pooler:
             activation = POOLER_ACTIVATIONS[self.config.pooler_activation]
             pooled = activation(self.pooler(pooled))
+            if self.config.has_pooler_norm:
+                pooled = self.pooler_norm(pooled)
         return pooled if self.num_labels is None else self.classifier(pooled)
 
 

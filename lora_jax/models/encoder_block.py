@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lora_jax.attention.causal import bidirectional_attention
+from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.encoder_config import BlockConfig
 from lora_jax.parallel.activation_sharding import shard_rows
@@ -17,26 +18,56 @@ Hidden = Float[Array, "b t d"]
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head self-attention over the unmasked tokens."""
+    """Bidirectional multi-head self-attention over the unmasked tokens.
+
+    Attributes:
+      config: the sizes.
+      dtype: of the computation.
+      layer: the number of its block.
+    """
 
     config: BlockConfig
     dtype: Any = jnp.float32
+    layer: int = 0
 
     @nn.compact
-    def __call__(self, x: Hidden, mask: Array | None) -> Hidden:
-        """Returns ``[b, t, d]``; ``mask`` is boolean ``[b, t]``, True = real."""
-        cfg = self.config
-        heads = (*x.shape[:-1], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
-        query, key, value = (
-            nn.Dense(cfg.hidden_size, cfg.has_qkv_bias, dtype=self.dtype, name=name)(
-                x
-            ).reshape(heads)
-            for name in ("query", "key", "value")
-        )  # each [b, t, n, h]
-        mixed = bidirectional_attention(query, key, value, mask)
-        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="output")(
-            mixed.reshape(x.shape)
+    def __call__(
+        self, x: Hidden, mask: Array | None, bias: Array | None = None
+    ) -> Hidden:
+        """Attends.
+
+        Args:
+          x: ``[b, t, d]``.
+          mask: boolean ``[b, t]``, True = real; None: all are.
+          bias: added to the scores, ``[1, n, t, t]``, or None.
+
+        Returns:
+          ``[b, t, d]``.
+        """
+        cfg, width = self.config, self.config.hidden_size
+        heads = (*x.shape[:-1], cfg.num_heads, width // cfg.num_heads)
+
+        def dense(name: str, width: int) -> Array:
+            return nn.Dense(width, cfg.has_qkv_bias, dtype=self.dtype, name=name)(x)
+
+        if cfg.is_qkv_fused:
+            parts = jnp.split(dense("qkv", 3 * width), 3, axis=-1)
+        else:
+            parts = [dense(name, width) for name in ("query", "key", "value")]
+        query, key, value = (part.reshape(heads) for part in parts)  # [b, t, n, h]
+        if cfg.layer_ropes:
+            rope = cfg.layer_ropes[self.layer]
+            frequencies = jnp.asarray(rope.frequencies())
+            angles = rope_angles(jnp.arange(x.shape[1])[None], frequencies)
+            cos, sin = (f(angles) * rope.attention_factor for f in (jnp.cos, jnp.sin))
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        window = cfg.layer_windows[self.layer] if cfg.layer_windows else None
+        mixed = bidirectional_attention(
+            query, key, value, mask, bias=bias, window=window
         )
+        return nn.Dense(
+            width, use_bias=cfg.has_output_bias, dtype=self.dtype, name="output"
+        )(mixed.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -49,31 +80,50 @@ class Mlp(nn.Module):
     def __call__(self, x: Hidden) -> Hidden:
         """Returns ``[b, t, d]`` for ``[b, t, d]``."""
         cfg, activation = self.config, ACTIVATIONS[self.config.activation]
+
+        def dense(width: int, name: str) -> nn.Module:
+            return nn.Dense(width, cfg.has_mlp_bias, dtype=self.dtype, name=name)
+
         if cfg.is_gated:
-            both = nn.Dense(2 * cfg.mlp_size, dtype=self.dtype, name="gate_up")(x)
+            both = dense(2 * cfg.mlp_size, "gate_up")(x)
             x, last = gate(activation, *jnp.split(both, 2, axis=-1)), "gated_down"
         else:
-            x, last = nn.Dense(cfg.mlp_size, dtype=self.dtype, name="up")(x), "down"
+            x, last = dense(cfg.mlp_size, "up")(x), "down"
             x = jax.checkpoint(activation)(x)  # [b, t, f]; saves only x
-        return nn.Dense(cfg.hidden_size, dtype=self.dtype, name=last)(x)
+        return dense(cfg.hidden_size, last)(x)
 
 
 class Block(nn.Module):
-    """One block: ``norm(x + f(x))`` or ``x + f(norm(x))``, twice."""
+    """One block: ``norm(x + f(x))`` or ``x + f(norm(x))``, twice.
+
+    Attributes:
+      config: the sizes.
+      dtype: of the computation.
+      dropout_rate: dropout on each sublayer's output.
+      layer: its number.
+    """
 
     config: BlockConfig
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
+    layer: int = 0
 
     @nn.compact
     def __call__(
-        self, x: Hidden, mask: Array | None, deterministic: bool = True
+        self,
+        x: Hidden,
+        mask: Array | None,
+        deterministic: bool = True,
+        bias: Array | None = None,
     ) -> Hidden:
-        """Returns ``[b, t, d]`` for ``[b, t, d]``; ``mask`` as for `Attention`."""
+        """Returns ``[b, t, d]`` for ``[b, t, d]``; the others are `Attention`'s."""
         cfg, drop, x = self.config, nn.Dropout(self.dropout_rate), shard_rows(x)
 
         def add(x: Hidden, sublayer: Callable[[Hidden], Hidden], name: str) -> Hidden:
-            norm = nn.LayerNorm(cfg.norm_eps, dtype=self.dtype, name=f"{name}_norm")
+            has_norm = cfg.has_first_norm or self.layer > 0 or name != "attention"
+            norm = (
+                make_norm(cfg, self.dtype, f"{name}_norm") if has_norm else _unchanged
+            )
             is_pre = cfg.norm_placement == "pre"
             y = sublayer(norm(x) if is_pre else x)
             if cfg.has_layer_scale:
@@ -83,6 +133,16 @@ class Block(nn.Module):
             y = drop(y, deterministic=deterministic)
             return x + y if is_pre else norm(x + y)
 
-        attention = Attention(cfg, self.dtype, name="attention")
-        x = add(x, lambda y: attention(y, mask), "attention")
+        attention = Attention(cfg, self.dtype, self.layer, name="attention")
+        x = add(x, lambda y: attention(y, mask, bias), "attention")
         return add(x, Mlp(cfg, self.dtype, name="mlp"), "mlp")
+
+
+def make_norm(config: BlockConfig, dtype: Any, name: str | None) -> nn.LayerNorm:
+    """Makes the LayerNorm called ``name`` of an encoder."""
+    bias = config.has_norm_bias
+    return nn.LayerNorm(config.norm_eps, dtype=dtype, use_bias=bias, name=name)
+
+
+def _unchanged(x: Hidden) -> Hidden:
+    return x

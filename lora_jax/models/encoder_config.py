@@ -4,9 +4,10 @@ import dataclasses
 from typing import Literal
 
 from lora_jax.models.activations import ACTIVATIONS
+from lora_jax.models.decoder_config import Rope
 
-# Activation of the dense layer between the first token and the classifier.
-POOLERS = (None, "relu", "tanh")
+# Activation of the dense layer between the pooled vector and the classifier.
+POOLERS = (None, "gelu", "relu", "tanh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,23 @@ class BlockConfig:
       norm_placement: norms of the sublayers' inputs ("pre", and a last one after the
         blocks) or of the sums ("post").
       has_qkv_bias: bias of query, key and value.
+      has_output_bias: bias of the attention's output projection.
+      has_mlp_bias: biases of the MLP.
+      has_norm_bias: biases of all norms.
+      has_first_norm: whether the first sublayer has a norm.
+      is_qkv_fused: whether query, key and value are one kernel, in that order.
+      layer_ropes: each layer's rotary frequencies; empty for none.
+      layer_windows: how many keys a query sees on either side, its own included, in
+        each layer; None for all; empty if no layer has a window.
+      num_buckets: rows of the table of relative position biases, one column a head,
+        shared by all layers; None for models without one.
       has_layer_scale: whether each sublayer's output has a factor per channel.
       is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, with gate and up
         in one kernel.
       pooler_activation: activation of the "pooler" pooling; None without a pooler.
+      pooler_input: what that pooling reads, the first token ("cls") or the mean.
+      has_pooler_bias: bias of its dense layer.
+      has_pooler_norm: whether a norm follows its activation.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -40,9 +54,20 @@ class BlockConfig:
     norm_eps: float = 1e-12
     norm_placement: Literal["pre", "post"] = "post"
     has_qkv_bias: bool = True
+    has_output_bias: bool = True
+    has_mlp_bias: bool = True
+    has_norm_bias: bool = True
+    has_first_norm: bool = True
+    is_qkv_fused: bool = False
+    layer_ropes: tuple[Rope, ...] = ()
+    layer_windows: tuple[int | None, ...] = ()
+    num_buckets: int | None = None
     has_layer_scale: bool = False
     is_gated: bool = False
-    pooler_activation: Literal["relu", "tanh"] | None = None
+    pooler_activation: Literal["gelu", "relu", "tanh"] | None = None
+    pooler_input: Literal["cls", "mean"] = "cls"
+    has_pooler_bias: bool = True
+    has_pooler_norm: bool = False
 
     def __post_init__(self):
         if faults := self._faults():
@@ -64,11 +89,22 @@ class BlockConfig:
             ("activation", sorted(ACTIVATIONS)),
             ("norm_placement", ["post", "pre"]),
             ("pooler_activation", list(POOLERS)),
+            ("pooler_input", ["cls", "mean"]),
         ):
             if (value := getattr(self, name)) not in allowed:
                 faults.append(f"{name} must be one of {allowed}; got {value!r}")
         if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps > 0:
             faults.append(f"norm_eps must be above 0; got {self.norm_eps!r}")
+        faults += [
+            f"{name} must have num_layers = {self.num_layers} entries, or none; "
+            f"got {len(getattr(self, name))}"
+            for name in ("layer_ropes", "layer_windows")
+            if len(getattr(self, name)) not in (0, self.num_layers)
+        ]
+        windows = [w for w in self.layer_windows if w is not None and w < 1]
+        faults += [
+            f"layer_windows must be at least 1, or None; got {w}" for w in windows
+        ]
         return faults
 
 
@@ -78,25 +114,30 @@ class EncoderConfig(BlockConfig):
 
     Attributes:
       vocab_size: rows of the word embedding, ``v``.
+      embedding_size: width of the embeddings, which a dense layer brings to
+        ``hidden_size``; None: they have that width.
       max_positions: the longest sequence.
+      has_positions: whether there is a table of positions.
       num_token_types: rows of the token type embedding; None for models without one.
       padding_id: for RoBERTa, which numbers non-padding tokens from ``padding_id + 1``;
         None: positions are ``0 ... t-1``.
     """
 
     vocab_size: int
+    embedding_size: int | None = None
     max_positions: int = 512
+    has_positions: bool = True
     num_token_types: int | None = 2
     padding_id: int | None = None
-    pooler_activation: Literal["relu", "tanh"] | None = "tanh"
+    pooler_activation: Literal["gelu", "relu", "tanh"] | None = "tanh"
 
     def _faults(self) -> list[str]:
         faults = super()._faults()
-        if self.num_token_types is not None and self.num_token_types < 1:
-            faults.append(
-                f"num_token_types must be at least 1, or None; "
-                f"got {self.num_token_types}"
-            )
+        faults += [
+            f"{name} must be at least 1, or None; got {getattr(self, name)}"
+            for name in ("num_token_types", "embedding_size")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
         if self.padding_id is not None and self.padding_id < 0:
             faults.append(f"padding_id must not be negative; got {self.padding_id}")
         return faults

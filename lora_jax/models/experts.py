@@ -138,7 +138,7 @@ def route(
 
 
 class RowOrder(NamedTuple):
-    """Where the rows of tokens are when sorted by expert, ``k`` rows a token.
+    """Where the rows of tokens are when sorted by expert, ``k`` rows per token.
 
     The ``n`` tokens are in ``s`` shards and the experts in ``c``; without a mesh both
     are 1. A shard of experts has room for all rows of its tokens.

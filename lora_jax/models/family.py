@@ -20,7 +20,7 @@ _MISSING = object()
 MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
 LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
 MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
-# Bare names of what a multimodal model has beside its language model.
+# Bare names of a multimodal model's parts other than the language model.
 OTHER_MODALITIES = (
     r"(vision|audio)_tower\.",
     r"vision_model\.",

@@ -26,7 +26,16 @@ from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import file_slices
-from lora_jax.names import CLASSIFIER, EMBED, EMBEDDING, FROZEN, HEAD, KERNEL, PARAMS
+from lora_jax.names import (
+    CLASSIFIER,
+    EMBED,
+    EMBEDDING,
+    FROZEN,
+    HEAD,
+    KERNEL,
+    PARAMS,
+    SCALE,
+)
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
 from lora_jax.parallel.rules import resolve_shardings
@@ -126,7 +135,7 @@ def _new_leaf(path: str, shape: Shape, key: PRNGKey | None) -> Any:
     """Initialises a leaf of a new head; float32, as it is to be trained."""
     owner, _, leaf = path.rpartition("/")
     if key is None or leaf != KERNEL:
-        return np.zeros(shape, np.float32)
+        return np.full(shape, float(leaf == SCALE), np.float32)
     own_key = key if owner == CLASSIFIER else jax.random.fold_in(key, 1)
     return 0.02 * jax.random.normal(own_key, shape, jnp.float32)
 

@@ -51,7 +51,7 @@ class LoadedModel(NamedTuple):
         return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
 
     def unused_text(self) -> str:
-        """Names what the module doesn't use; of a multimodal folder, how much of what.
+        """Lists unused tensors; for a multimodal folder, how many of each part.
 
         Returns:
           One line; empty if all is used.

@@ -156,7 +156,7 @@ class AdapterBank:
     def add(
         self, name: str, lora: Mapping[str, Any], targets: Sequence[Target]
     ) -> None:
-        """Adds an adapter, or replaces the one of that name; compiles nothing anew.
+        """Adds an adapter, or replaces the one of that name, without recompiling.
 
         Args:
           name: to refer to it by.
@@ -190,7 +190,7 @@ class AdapterBank:
           name: of it.
 
         Raises:
-          ValueError: if there is none of that name.
+          ValueError: if there is no such adapter.
         """
         [slot] = self.slots([name])
         self._lora = _placed(self._lora, int(slot), self._none)

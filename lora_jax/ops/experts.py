@@ -2,7 +2,7 @@
 
 ``y[j] = x[j] W0[e] + scaling * (x[j] A[e]) B[e]`` for rows sorted by expert, where
 ``e`` is the expert of row ``j``. Each expert has its own A and B. No row is padded or
-dropped, and the update costs ``r * (i + o)`` multiply-adds a row.
+dropped, and the update costs ``r * (i + o)`` multiply-adds per row.
 """
 
 import functools

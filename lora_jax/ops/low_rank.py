@@ -2,7 +2,7 @@
 
 ``M ≈ A B`` with ``A = U √S`` and ``B = √S Vᵀ`` from the largest singular values of M:
 no other pair of that rank is closer in the Frobenius norm (Eckart and Young). Computed
-on the host in float64, as these run once for an adapter and not in a training step.
+on the host in float64, since this runs once per adapter and not in a training step.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,8 @@
-"""Sums of adapters, and adapters out of differences of kernels.
+"""Combines adapters, and extracts adapters from differences of kernels.
 
 The sum ``ΔW = Σ w_k s_k A_k B_k`` of adapters on one base is exactly ``A B`` with
 ``A = [A_1 A_2 ...]`` and ``B = [w_1 s_1 B_1; w_2 s_2 B_2; ...]``, at the sum of the
-ranks. Everything else here is a matrix cut to a rank by its SVD, with the error told.
+ranks. Everything else here truncates a matrix to a rank by SVD, and reports the error.
 """
 
 import math
@@ -26,12 +26,13 @@ METHODS = ("cat", "svd", "ties", "dare", "dare_ties")
 
 
 class Combined(NamedTuple):
-    """An adapter that was computed from others.
+    """An adapter computed from others.
 
     Attributes:
       lora: the tree of A and B.
       config: a config that adapts exactly its layers.
-      errors: what was cut of each layer's ΔW, ``‖ΔW - s A B‖ / ‖ΔW‖``, by path.
+      errors: the relative truncation error of each layer's ΔW, ``‖ΔW - s A B‖ / ‖ΔW‖``,
+        by path.
     """
 
     lora: PyTree
@@ -216,7 +217,7 @@ def _factors(row: Target, tree: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarr
 def _scaled(
     tree: Mapping[str, Any], table: Mapping[str, Target], weight: float
 ) -> Combined:
-    """Returns one adapter, times a weight, in its own factors and scaling."""
+    """Returns one adapter times a weight, keeping its factors and scaling."""
     leaves = {
         path: leaf * weight if path.rpartition("/")[2] == LORA_B else leaf
         for path, leaf in tree.items()
@@ -230,7 +231,7 @@ def _scaled(
 
 
 def _concatenated(members: Sequence[Member], rank: int | None) -> LowRank:
-    """Sums changes exactly, or cuts the sum to a rank."""
+    """Sums changes exactly, or truncates the sum to a rank."""
     pairs = [_factors(row, tree) for _, row, tree in members]
     a = np.concatenate([a for a, _ in pairs], axis=-1)
     b = [b * weight for (_, b), (weight, _, _) in zip(pairs, members, strict=True)]
@@ -276,7 +277,7 @@ def _merge_deltas(
 
 
 def _as_adapter(found: Mapping[str, LowRank], layers: Mapping[str, Target]) -> Combined:
-    """Lays factors out as the tree has them, under a config with a scaling of 1."""
+    """Returns factors in the tree's layout, with a config whose scaling is 1."""
     ranks = {path: factors.a.shape[-1] for path, factors in found.items()}
     config = LoRAConfig.for_layers(ranks, {path: float(r) for path, r in ranks.items()})
     leaves = {}

@@ -39,6 +39,8 @@ def written_out(query, key, value, options, seen):
         mask = mask & (distance >= 0)
         for window in (options.window, seen.window):
             mask = mask if window is None else mask & (distance < window)
+    elif options.window is not None:
+        mask = mask & (jnp.abs(distance) < options.window)
     if seen.segment_ids is not None:
         mask = mask & (seen.segment_ids[:, :, None] == seen.segment_ids[:, None])
     if seen.keys is not None:
@@ -58,6 +60,8 @@ CASES = {
     "packed": (CAUSAL, MaskInputs(segment_ids=SEGMENTS)),
     "all": (ENCODER, MaskInputs()),
     "padded": (ENCODER, MaskInputs(keys=PADDED)),
+    "both-sides": (ENCODER._replace(window=5), MaskInputs()),
+    "wide-both-sides": (ENCODER._replace(window=MIN_BLOCK + 3), MaskInputs()),
 }
 
 
@@ -166,6 +170,33 @@ def test_vmap_equals_a_loop_and_second_derivatives_exist():
     second = jax.jit(square)(query, key, value)
     assert np.isfinite(second).all()
     assert np.any(second)
+
+
+def test_a_bias_is_added_to_the_scores_and_has_gradients():
+    query, key, value, weights = arrays()
+    bias = jax.random.normal(jax.random.key(1), (1, 4, T, T))
+
+    def full(query, key, value, bias):
+        key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) * 6**-0.5 + bias
+        scores = jnp.where(PADDED[:, None, None], scores, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
+
+    def ours(query, key, value, bias):
+        return bidirectional_attention(query, key, value, PADDED, bias=bias)
+
+    def results(attend):
+        loss = jax.value_and_grad(
+            lambda *xs: jnp.sum(weights * attend(*xs)), argnums=(0, 1, 2, 3)
+        )
+        return jax.jit(loss)(query, key, value, bias)
+
+    for got, want in zip(
+        *map(jax.tree.leaves, (results(ours), results(full))), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"window must be None .* a bias; got 3"):
+        bidirectional_attention(query, key, value, bias=bias, window=3)
 
 
 def test_padding_queries_do_not_affect_real_tokens():

@@ -144,7 +144,13 @@ def make_batch(name: str, family: Family) -> dict[str, torch.Tensor]:
 
 
 def in_double(model, batch) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A copy that computes in float64: no processor's rounding is in what it gives."""
+    """A copy that computes in float64: no processor's rounding is in what it gives.
+
+    ModernBERT stays in float32, as its softmax does: a padded query that sees only
+    padding would be NaN.
+    """
+    if model.config.model_type == "modernbert":
+        return model, batch
     double = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     return copy.deepcopy(model).double(), double
 

@@ -1,4 +1,4 @@
-"""Heads, names, images and adapters of RoBERTa, DistilBERT, ViT and DINOv2."""
+"""Heads, names, images and adapters of every encoder."""
 
 import functools
 import json
@@ -17,6 +17,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import save_adapter
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.embeddings import cubic_matrix, token_positions
+from lora_jax.models.encoder import relative_buckets
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
 from lora_jax.models.save import save_model
@@ -28,6 +29,9 @@ POOLINGS = {
     "bert": "pooler",
     "roberta": "pooler",
     "xlm-roberta": "pooler",
+    "electra": "pooler",
+    "mpnet": "pooler",
+    "modernbert": "pooler",
     "distilbert": "pooler",
     "vit": "cls",
     "dinov2": "cls_mean",
@@ -102,7 +106,8 @@ def test_a_new_head_of_other_classes_keeps_what_the_file_has(name, tmp_path):
 @every_encoder
 def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     loaded = load_base(GOLDEN / name, num_labels=4, pooling="mean")
-    assert loaded.params["classifier"]["kernel"].shape == (21, 4)
+    width = loaded.config.hidden_size
+    assert loaded.params["classifier"]["kernel"].shape == (width, 4)
     assert "pooler" not in loaded.params
     save_model(tmp_path / "out", loaded.params, GOLDEN / name, pooling="mean")
     again = load_base(tmp_path / "out")
@@ -112,8 +117,18 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     assert_equal(again.params, loaded.params)
 
 
-@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "distilbert"])
-def test_a_file_without_a_head_gets_all_of_it_anew(name, copy):
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("roberta", {"classifier", "pooler"}),
+        ("xlm-roberta", {"classifier", "pooler"}),
+        ("electra", {"classifier", "pooler"}),
+        ("mpnet", {"classifier", "pooler"}),
+        ("distilbert", {"classifier", "pooler"}),
+        ("modernbert", {"classifier", "pooler", "pooler_norm"}),
+    ],
+)
+def test_a_file_without_a_head_gets_all_of_it_anew(name, absent, copy):
     family = FAMILIES[name]
 
     def bare(tensors):
@@ -123,11 +138,14 @@ def test_a_file_without_a_head_gets_all_of_it_anew(name, copy):
     folder = copy(name, bare)
     assert load_base(folder).module.num_labels is None
     key = jax.random.key(0)
-    loaded = load_base(folder, num_labels=21, pooling="pooler", key=key)
-    assert {path.split("/")[0] for path in loaded.new} == {"classifier", "pooler"}
+    width = load_base(folder).config.hidden_size
+    loaded = load_base(folder, num_labels=width, pooling="pooler", key=key)
+    assert {path.split("/")[0] for path in loaded.new} == absent
+    if "pooler_norm" in absent:
+        assert (loaded.params["pooler_norm"]["scale"] == 1).all()
     kernels = [loaded.params[m]["kernel"] for m in ("classifier", "pooler")]
     assert not (kernels[0] == kernels[1]).any()
-    with pytest.raises(ValueError, match=r"missing: (pre_)?classifier.*\.bias"):
+    with pytest.raises(ValueError, match=r"missing: ((pre_)?classifier|head).*"):
         load_base(folder, pooling="pooler")
 
 
@@ -159,6 +177,11 @@ def test_files_with_the_module_names_of_transformers_5_load_the_same(name, copy)
     [
         ("roberta", ("roberta.embeddings.position_ids", "lm_head.dense.weight")),
         ("roberta", ("roberta.pooler.dense.weight",)),
+        ("xlm-roberta", ("roberta.pooler.dense.weight",)),
+        ("electra", ("discriminator_predictions.dense.weight",)),
+        ("electra", ("generator_lm_head.bias", "generator_predictions.dense.bias")),
+        ("mpnet", ("mpnet.pooler.dense.weight", "lm_head.bias")),
+        ("modernbert", ("decoder.bias", "decoder.weight")),
         ("distilbert", ("vocab_transform.weight", "vocab_layer_norm.bias")),
         ("vit", ("vit.pooler.dense.bias",)),
     ],
@@ -189,6 +212,28 @@ def test_positions_of_roberta_skip_padding_wherever_it_stands():
     assert load_base(GOLDEN / "roberta").config.max_positions == 19 - 2
 
 
+def test_windows_and_padding_leave_a_row_as_it_is_alone():
+    loaded = load_base(GOLDEN / "modernbert", pooling="mean")
+    run = jax.jit(lambda *x: loaded.module.apply(*x, method="embed"))
+    ids, mask = arguments("modernbert")
+    padded = run(loaded.variables, ids, mask)
+    for row, length in enumerate(mask.sum(axis=1)):
+        alone = run(loaded.variables, ids[row : row + 1, :length], mask[:1, :length])
+        np.testing.assert_allclose(alone[0], padded[row], rtol=1e-5, atol=2e-5)
+    last = jnp.roll(ids, 13 - 2, axis=1), jnp.roll(mask, 13 - 2, axis=1)
+    left = run(loaded.variables, *last)[2]  # padding on the left
+    np.testing.assert_allclose(left, padded[2], rtol=1e-5, atol=2e-5)
+
+
+def test_distances_fall_into_the_buckets_of_transformers():
+    starts = [0, *range(1, 9), 12, 16, 23, 32, 46, 64, 91]  # of each bucket
+    distances = np.arange(600)
+    want = np.searchsorted(starts, distances, side="right") - 1
+    np.testing.assert_array_equal(relative_buckets(-distances, 32), want)
+    later = relative_buckets(distances[1:], 32)
+    np.testing.assert_array_equal(later, want[1:] + 16)
+
+
 def test_embeddings_average_every_token_of_an_image():
     loaded = load_base(GOLDEN / "vit")
     golden = np.load(GOLDEN / "vit" / "reference.npz", allow_pickle=False)
@@ -210,8 +255,9 @@ def test_all_linears_of_an_encoder_are_adapted_and_merge(name, lora):
     base, x = load_base(GOLDEN / name), arguments(name)
     targets = {target.path for target in loaded.module.targets(base.params)}
     layers = {path for path in targets if "layer_" in path}
-    assert len(layers) == 2 * 6
-    assert targets - layers <= {"pooler"}
+    each = 4 if loaded.config.is_qkv_fused else 6
+    assert len(layers) == each * loaded.config.num_layers
+    assert targets - layers <= {"pooler", "encoder/embeddings/projection"}
 
     @jax.jit
     def run(variables):
@@ -270,6 +316,26 @@ def test_a_model_without_token_types_or_pooler_refuses_them():
     [
         ("roberta", {"pad_token_id": 18}, r"pad_token_id must be in \[0, .*18\)"),
         ("roberta", {"is_decoder": True}, "RoBERTa encoder: is_decoder must be False"),
+        ("electra", {"embedding_size": 0}, "embedding_size must be at least 1"),
+        ("electra", {"is_decoder": True}, "ELECTRA encoder: is_decoder must be False"),
+        (
+            "mpnet",
+            {"relative_attention_num_buckets": 16, "max_position_embeddings": 2},
+            r"num_buckets must be 32 here; got 16; max_position_embeddings .* 3.*got 2",
+        ),
+        (
+            "modernbert",
+            {
+                "num_attention_heads": 6,
+                "local_attention": -4,
+                "layer_types": ["full_attention", "chunked", "full_attention"],
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            "rope_scaling must be None .*must be even; got 18 / 6.*local_attention "
+            "must be at least 0; got -4; layer_types must be .*'chunked'",
+        ),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "at least 1; got 0"),
+        ("modernbert", {"classifier_pooling": "last"}, "pooler_input must be one of"),
         ("distilbert", {"dim": "21"}, "DistilBERT encoder: dim must be an integer"),
         ("distilbert", {"n_heads": 4}, "num_heads must divide hidden_size = 21"),
         ("vit", {"image_size": [12]}, r"image_size must be an integer or two; got"),

@@ -21,7 +21,8 @@ DECODERS = (
     *("olmo3", "ministral3", "glm4", "granite", "cohere2"),
 )
 ENCODERS = (
-    *("roberta", "xlm-roberta", "distilbert"),
+    *("roberta", "xlm-roberta", "electra", "mpnet", "distilbert"),
+    *("modernbert", "modernbert_bias"),
     *("vit", "dinov2", "dinov2_gated"),
 )
 OLD_CONFIGS = (
@@ -72,6 +73,9 @@ def test_an_encoder_gives_the_hidden_states_and_logits_of_transformers(name):
     np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
     if "last_hidden_state" in golden:
         want = golden["last_hidden_state"]
+        if any(loaded.config.layer_windows):  # padding that sees only padding differs
+            real = golden["attention_mask"] == 1
+            hidden, want = hidden[real], want[real]
         np.testing.assert_allclose(hidden, want, **TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT: post-norm encoders, learned positions."""
+"""BERT, (XLM-)RoBERTa, ELECTRA, MPNet, DistilBERT: post-norm, learned positions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +11,8 @@ from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.family import Family, Fields
 
 Config = Mapping[str, Any]
+
+MPNET_BUCKETS, MPNET_PADDING = 32, 1
 
 
 def read_config(config: Config) -> EncoderConfig:
@@ -64,6 +66,44 @@ def _read_sizes(fields: Fields) -> dict[str, Any]:
         "activation": fields.text("hidden_act", "gelu"),
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
     }
+
+
+def read_electra(config: Config) -> EncoderConfig:
+    """Reads an ELECTRA config: embeddings of their own width, GELU in the head."""
+    fields = Fields(config, "ELECTRA encoder")
+    arguments = _read_sizes(fields)
+    width = fields.integer("embedding_size", 128)
+    fields.check()
+    is_projected = width != arguments["hidden_size"]
+    return EncoderConfig(
+        **arguments,
+        embedding_size=width if is_projected else None,
+        pooler_activation="gelu",
+    )
+
+
+def read_mpnet(config: Config) -> EncoderConfig:
+    """Reads an MPNet config: biases of distances, no token types, padding's id fixed.
+
+    transformers computes with 32 buckets and the padding id 1 whatever the file says.
+    """
+    fields = Fields(config, "MPNet encoder")
+    arguments = _read_sizes(fields)
+    fields.only("relative_attention_num_buckets", MPNET_BUCKETS)
+    rows = arguments["max_positions"]
+    if rows < MPNET_PADDING + 2:
+        fields.faults.append(
+            f"max_position_embeddings must be at least {MPNET_PADDING + 2}, so that "
+            f"positions are left; got {rows}"
+        )
+    fields.check()
+    arguments |= {
+        "max_positions": rows - MPNET_PADDING - 1,
+        "num_token_types": None,
+        "padding_id": MPNET_PADDING,
+        "num_buckets": MPNET_BUCKETS,
+    }
+    return EncoderConfig(**arguments)
 
 
 def read_distilbert(config: Config) -> EncoderConfig:
@@ -126,6 +166,37 @@ SHARED = {
     "encoder/layer_{i}/mlp/down": LAYER + "output.dense",
     "encoder/layer_{i}/mlp_norm": LAYER + "output.LayerNorm",
 }
+ELECTRA = text_family(  # the discriminator; the generator has the same tensors
+    read_electra,
+    SHARED
+    | {
+        "encoder/embeddings/projection": "embeddings_project",
+        "pooler": "classifier.dense",
+        "classifier": "classifier.out_proj",
+    },
+    prefix="electra.",
+    unused=(r"discriminator_predictions\.", r"generator_(predictions|lm_head)\."),
+    head=("classifier", "pooler"),
+)
+MPNET = text_family(
+    read_mpnet,
+    {
+        "encoder/relative_bias": "encoder.relative_attention_bias",
+        "encoder/layer_{i}/attention/query": LAYER + "attention.attn.q",
+        "encoder/layer_{i}/attention/key": LAYER + "attention.attn.k",
+        "encoder/layer_{i}/attention/value": LAYER + "attention.attn.v",
+        "encoder/layer_{i}/attention/output": LAYER + "attention.attn.o",
+        "encoder/layer_{i}/attention_norm": LAYER + "attention.LayerNorm",
+        "encoder/layer_{i}/mlp/up": LAYER + "intermediate.dense",
+        "encoder/layer_{i}/mlp/down": LAYER + "output.dense",
+        "encoder/layer_{i}/mlp_norm": LAYER + "output.LayerNorm",
+        "pooler": "classifier.dense",
+        "classifier": "classifier.out_proj",
+    },
+    prefix="mpnet.",
+    unused=(r"pooler\.dense\.", r"lm_head\."),
+    head=("classifier", "pooler"),
+)
 DISTILLED = "transformer.layer.{i}."
 
 BERT = text_family(
@@ -135,7 +206,7 @@ BERT = text_family(
     unused=(r"pooler\.dense\.", r"cls\."),
     head=("classifier",),
 )
-ROBERTA = text_family(  # and XLM-RoBERTa, whose tensors have the same names
+ROBERTA = text_family(  # and XLM-RoBERTa, of the same names
     read_roberta,
     SHARED | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
     prefix="roberta.",

@@ -20,7 +20,7 @@ from lora_jax.models.families.rope import read_rope, read_ropes, rotated_dim
 from lora_jax.models.family import Fields
 
 Config = Mapping[str, Any]
-# What Ministral 3 means where its config has no rope_parameters.
+# Ministral 3's defaults if its config has no rope_parameters.
 MINISTRAL3_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -33,7 +33,7 @@ MINISTRAL3_ROPE = {
 
 
 def _window(fields: Fields, default: int | None) -> int | None:
-    """A window: the default where the key is absent, none where it is null."""
+    """Returns a window: the default if the key is absent, None if it is null."""
     if fields.config.get("sliding_window", default) is None:
         return None
     return fields.integer("sliding_window", default)
@@ -90,7 +90,7 @@ def read_ministral3(config: Config) -> DecoderConfig:
 
 
 def read_glm4(config: Config) -> DecoderConfig:
-    """Reads a GLM-4 config: four norms a block, half of each head rotated in pairs."""
+    """Reads a GLM-4 config: four block norms, half of each head rotated in pairs."""
     fields = Fields(config, "GLM-4 decoder")
     sizes = read_sizes(fields, max_positions_default=131072)
     sizes["head_dim"] = fields.integer("head_dim", 128)

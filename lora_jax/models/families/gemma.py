@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3: four norms a block, alternating windows."""
+"""Gemma 2 and the text model of Gemma 3: four norms per block, alternating windows."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -143,7 +143,7 @@ def mixture_family(
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     **options: Any,
 ) -> Family:
-    """Makes a family whose files have each expert by itself.
+    """Makes a family whose files store experts separately.
 
     Args:
       read_config: as `Family`'s.

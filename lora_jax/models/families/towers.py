@@ -24,8 +24,8 @@ def tower_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
     """Makes the family of a multimodal model that is read as its language model.
 
     Args:
-      texts: by the ``model_type`` that ``text_config`` may have; the first is meant
-        where it has none. Their modules are the same.
+      texts: families by the ``model_type`` of ``text_config``; the first if it has
+        none. Their modules are the same.
       **defaults: what an absent key of ``text_config`` means.
 
     Returns:
