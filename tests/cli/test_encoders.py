@@ -33,7 +33,7 @@ def test_an_encoder_is_trained_and_exported(
     assert np.isfinite(summary["validation"]["loss"])
 
     out = tmp_path / "peft"
-    code, _, said = call("export", run, "--out", out, "--skip-head")
+    code, _, said = call("export", "--adapter", run, "--out", out, "--skip-head")
     assert code == 0, said
     tensors = load_file(out / "adapter_model.safetensors")
     factors = [tensor for key, tensor in tensors.items() if f"{trained}.lora_B" in key]
