@@ -27,6 +27,7 @@ COMPARISONS = (
     "loading",
     "perplexity",
     "slices",
+    "sweep",
     "plan_peak",
     "compiled",
 )

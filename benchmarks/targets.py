@@ -103,7 +103,7 @@ def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
             return {"refused_bytes": needed}
         raise
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return {
         "flops": traced_flops(traced.jaxpr.jaxpr),
         **_scheduled(compiled, mesh.devices.item().platform),

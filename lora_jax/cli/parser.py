@@ -179,6 +179,13 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
     )
+    command.add_argument(
+        "--together",
+        type=_count,
+        metavar="M",
+        help="also price a sweep's step of M runs side by side, and find the most "
+        "that fit",
+    )
     _flag(
         command,
         "--largest-batch",

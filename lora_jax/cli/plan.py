@@ -16,6 +16,8 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import arithmetic, duration, size
 from lora_jax.finetune.pricing import JobSteps, slice_steps, too_large
 from lora_jax.finetune.settings import RunSettings, load_settings
+from lora_jax.finetune.sweep_grid import Point
+from lora_jax.finetune.sweep_group import Group
 from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FSDP
 from lora_jax.parallel.mesh import AXES
@@ -78,6 +80,15 @@ def _plan_local(
     flops = steps.flops(plan, full)
     _print_plans(out, {"LoRA": plan, "full fine-tuning": full}, flops)
     out.say(f"  {_verdict(plan, 'this machine', settings)}")
+    together = None
+    if args.together:
+        runs = Group([Point("", {}, settings)], out, job=job)
+        many, most = runs.plan_most(args.together, plan.remat)
+        together = {"runs": args.together, **many.parts, "largest": most}
+        out.say(
+            f"  {args.together} runs side by side need {size(many.total)}; at most "
+            f"{most} fit this machine"
+        )
     return {
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
@@ -92,6 +103,7 @@ def _plan_local(
         "limit": plan.limit,
         "remat": plan.remat if plan.fits else None,
         "largest_batch": _largest(price, plan, unit, args, out),
+        "together": together,
         "device": report.device(),
     }
 
@@ -100,6 +112,8 @@ def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
     """Plans a decoder's step on a TPU slice."""
+    if args.together:
+        raise UserError("--together plans for this machine; omit --topology.")
     topology, mesh = args.topology, read_mesh(args.mesh)
     steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size

@@ -17,19 +17,9 @@ from lora_jax.config import MOST
 from lora_jax.files.json_file import read_json
 
 IMAGE_CONFIG = "preprocessor_config.json"
-# What is read. Pillow knows more, some with the help of other programs.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-    "MPO",
-    "JPEG2000",
-    "AVIF",
-)
+# What is read. Pillow knows more: some with the help of other programs, and JPEG 2000,
+# whose header can ask for gigabytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "AVIF")
 MAX_FILE_PIXELS = 89_478_485  # where Pillow begins to warn
 MAX_PIXELS = 1 << 24  # of what is made of it
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import jax
+
 from lora_jax.array_types import PyTree
 from lora_jax.files.messages import Message, text_of
 from lora_jax.finetune.devices import Devices
@@ -211,7 +213,7 @@ def open_language(
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
-            remat=settings.model.first_remat,
+            remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
         data = {

@@ -51,7 +51,8 @@ class JobSteps:
         number = max(range(min(self.total, per_epoch)), key=self.batches.length_at)
         self.longest = self.batches.shapes_at(number)
         is_decoder = isinstance(job.loaded.config, DecoderConfig)
-        self.remat = job.settings.model.first_remat if is_decoder else None
+        first = job.settings.model.first_remat(jax.default_backend())
+        self.remat = first if is_decoder else None
         self.limit = device_memory(jax.local_devices()[0])
 
     def price(
@@ -192,7 +193,7 @@ def slice_steps(
             config,
             dtype=jnp.dtype(settings.model.dtype),
             scan_layers=scan,
-            remat=settings.model.first_remat,
+            remat=settings.model.first_remat("tpu"),
         ),
         lora,
         tokens,

@@ -44,7 +44,8 @@ class ModelSettings:
         faster on a GPU.
       remat: what a decoder recomputes in the backward pass to save memory: ``"none"``,
         cheap activations (``"lora"``), or each whole ``"block"``; ``"auto"`` is
-        ``lora``, or ``block`` if the step doesn't fit otherwise.
+        ``lora``, or ``block`` if the step doesn't fit otherwise; on a TPU ``none`` if
+        it fits.
     """
 
     path: str
@@ -54,10 +55,11 @@ class ModelSettings:
     scan: bool | None = None
     remat: Literal["auto", "none", "lora", "block"] = "auto"
 
-    @property
-    def first_remat(self) -> str:
-        """The remat policy to try first."""
-        return "lora" if self.remat == "auto" else self.remat
+    def first_remat(self, platform: str) -> str:
+        """Returns the remat policy to try first, the fastest on a platform."""
+        if self.remat != "auto":
+            return self.remat
+        return "none" if platform == "tpu" else "lora"
 
 
 @dataclasses.dataclass(frozen=True)

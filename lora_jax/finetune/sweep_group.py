@@ -30,11 +30,12 @@ from lora_jax.finetune.tasks import open_job
 from lora_jax.models.decoder import REMATS
 from lora_jax.names import LORA
 from lora_jax.nn.adapt import Adapted, adapt
+from lora_jax.plan.fit import largest_batch
 from lora_jax.plan.step import StepPlan, price_step
 from lora_jax.train.loop import evaluate
 from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_eval_step
+from lora_jax.train.step import LossFn, make_eval_step
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
@@ -122,6 +123,7 @@ class Group:
       out: where to report.
       mesh: with an axis ``member``, or None for one device.
       should_stop: whether to stop.
+      job: of the first run, if it is open already.
     """
 
     def __init__(
@@ -130,10 +132,11 @@ class Group:
         out: Reporter,
         mesh: Mesh | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        job: jobs.Job | None = None,
     ) -> None:
         self.points, self.out, self.mesh = list(points), out, mesh
         self.should_stop = should_stop
-        self.job = open_job(points[0].settings, devices=Devices())
+        self.job = job or open_job(points[0].settings, devices=Devices())
         self.steps = JobSteps(self.job)
         self.batches = self.steps.batches
         self.baseline: dict[str, Any] | None = None
@@ -157,26 +160,30 @@ class Group:
         self.targets: list[Target] = self.adapted.targets(base.params)
         self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
 
+    def _shared(self, remat: str | None) -> tuple[LossFn, TrainState, Hyper]:
+        """Returns the shared module's loss, and a state and numbers for its shapes."""
+        job, train = self.job, self.job.settings.train
+        if remat is not None and remat != getattr(job.loaded.module, "remat", None):
+            job.set_remat(remat)
+            self._adapt()
+        hyper = Hyper.of(
+            self.targets, **jobs.optimizer_options(train, self.steps.total)
+        )
+        lora = shared_adapter(job.variables[LORA], hyper, self.targets)
+        state = TrainState.create(
+            {**job.variables, LORA: lora},
+            member_optimizer(hyper),
+            jax.random.key(train.seed),
+        )
+        return job.loss(self.adapted, is_training=True), state, hyper
+
     def members(self, count: int, remat: str | None) -> Members:
         """Returns so many slots; made once."""
         if (count, remat) not in self._made:
-            job, train = self.job, self.job.settings.train
-            if remat is not None and remat != getattr(
-                job.loaded.module, "remat", remat
-            ):
-                job.set_remat(remat)
-                self._adapt()
-            options = jobs.optimizer_options(train, self.steps.total)
-            hyper = Hyper.of(self.targets, **options)
-            lora = shared_adapter(job.variables[LORA], hyper, self.targets)
-            variables = {**job.variables, LORA: lora}
-            state = TrainState.create(
-                variables, member_optimizer(hyper), jax.random.key(train.seed)
-            )
-            loss_fn = job.loss(self.adapted, is_training=True)
-            self._made[count, remat] = Members(
-                loss_fn, train.accumulate, state, hyper, count, self.mesh
-            )
+            loss_fn, state, hyper = self._shared(remat)
+            accumulate = self.job.settings.train.accumulate
+            made = Members(loss_fn, accumulate, state, hyper, count, self.mesh)
+            self._made[count, remat] = made
         return self._made[count, remat]
 
     def price(self, count: int, remat: str | None) -> StepPlan:
@@ -188,6 +195,35 @@ class Group:
                 members, members.state, shapes, limit=limit, remat=remat
             )
         return self._plans[count, remat]
+
+    def plan_most(self, together: int, remat: str | None) -> tuple[StepPlan, int]:
+        """Prices a step from shapes alone, and finds the most runs that fit.
+
+        Args:
+          together: how many runs to price.
+          remat: a decoder's remat policy.
+
+        Returns:
+          The plan for so many runs, and the largest number that fits the device.
+        """
+        rows, _ = self.steps.longest["input_ids"].shape
+        loss_fn, state, hyper = self._shared(remat)
+        here = state.step.sharding
+        own, hyper = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            (state.changing, hyper),
+        )
+        state = TrainState(frozen=state.frozen, **own)
+
+        @functools.cache
+        def price(count: int) -> StepPlan:
+            accumulate = self.job.settings.train.accumulate
+            members = Members(loss_fn, accumulate, state, hyper, count)
+            batch, limit = members.shapes(self.steps.longest), self.steps.limit
+            return price_step(members, members.state, batch, limit=limit, remat=remat)
+
+        most = largest_batch(lambda wanted: price(wanted // rows), rows)
+        return price(together), most.batch // rows if most else 0
 
     def choose(self, together: int | None = None) -> int:
         """Chooses how many runs are trained side by side, and compiles their step.

@@ -15,12 +15,11 @@ from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
-from lora_jax.ops.fence import fence_gradient
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
 Layer = int | Int[Array, ""]
-Past = tuple[Array, Array] | None
+Past = Any  # keys and values; () of a layer without its own; None
 NO_WINDOW = 2**30
 
 
@@ -31,6 +30,8 @@ class PositionContext(NamedTuple):
       cos: cosines of each rope table, ``[b, t, c]``.
       sin: sines.
       growth: ``[b, t]`` factors of the queries, or None.
+      own: ``[b, t, l, p]`` what each layer reads of the tokens directly, or None.
+      given: keys and values of another layer, for one without its own.
       slots: ``[b, t]`` slots in the cache when decoding, else None.
       segment_ids: ``[b, t]`` example of each token in a packed row, or None.
     """
@@ -40,6 +41,8 @@ class PositionContext(NamedTuple):
     growth: Array | None
     slots: Array | None
     segment_ids: Array | None
+    own: Array | None = None
+    given: Any = None
 
 
 class RMSNorm(nn.Module):
@@ -57,9 +60,15 @@ class RMSNorm(nn.Module):
         """Returns the normalised ``x``, in ``dtype``."""
         ones = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", ones, x.shape[-1:])
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        x = unit_rms(x.astype(jnp.float32), self.eps)
         return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+def unit_rms(x: Array, eps: float) -> Array:
+    """Returns ``x / √(mean(x²) + eps)``, computed in float32, in the dtype of ``x``."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
 
 
 class DecoderModule(nn.Module):
@@ -102,38 +111,36 @@ class Attention(DecoderModule):
         cfg, (b, t, _) = self.config, x.shape
         n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
-        bias = cfg.has_qkv_bias
-        if cfg.is_qkv_fused:
-            qkv = self.dense("qkv", x, (n + 2 * k) * h, bias)
-            query, key, value = jnp.split(qkv, [n * h, (n + k) * h], axis=-1)
+        query, key, value = self._projected(x)
+
+        def placed(y: Array, name: str, heads: int) -> Array:
+            y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
+            y = y.reshape(b, t, heads, h)
+            y = self.norm(name)(y) if cfg.qk_norm == "head" else y
+            return self._rotated(y, place, layer)
+
+        query = placed(query, "query_norm", n)
+        if key is None:
+            key, value = place.given
         else:
-            query = self.dense("query", x, n * h, bias)
-            key = self.dense("key", x, k * h, bias)
-            value = self.dense("value", x, k * h, bias)
-        if cfg.qk_norm == "projection":
-            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
-        query = query.reshape(b, t, n, h)
-        key, value = key.reshape(b, t, k, h), value.reshape(b, t, k, h)
-        if cfg.qk_norm == "head":
-            query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
-        rope = _of_layer(cfg.layer_ropes, layer, len(cfg.ropes))
-        if rope is not None:
-            cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
-            if cfg.rotates_pairs:  # the scores don't depend on the dimensions' order
-                pairs = cos.shape[-1]
-                query, key = pairs_to_halves(query, pairs), pairs_to_halves(key, pairs)
-            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+            key = placed(key, "key_norm", k)
+            value = value.reshape(b, t, k, h)
+            value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
 
         if cfg.divides_by_layer:
             query = query / jnp.asarray(layer + 1, query.dtype)
         window = _of_layer(cfg.layer_windows, layer, NO_WINDOW)
+        sinks = None
+        if cfg.has_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (n,))
         attend = functools.partial(
             causal_attention if past is None else cached_attention,
             scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             window=window,
+            sinks=sinks,
         )
         if past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
@@ -145,13 +152,41 @@ class Attention(DecoderModule):
                 segment_ids=place.segment_ids,
             )
         else:
-            rows = jnp.arange(b)[:, None]
-            key = past[0].at[rows, place.slots].set(key)
-            value = past[1].at[rows, place.slots].set(value)
+            if cfg.key_source is None:
+                rows = jnp.arange(b)[:, None]
+                key = past[0].at[rows, place.slots].set(key)
+                value = past[1].at[rows, place.slots].set(value)
             mixed = attend(query, key, value, place.slots)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
-        return y, (key, value)
+        return y, (key, value) if cfg.key_source is None else ()
+
+    def _projected(self, x: Hidden) -> tuple[Array, Any, Any]:
+        """Queries, keys and values ``[b, t, n h]``; the latter None if another's."""
+        cfg, bias = self.config, self.config.has_qkv_bias
+        queries, keys = (i * cfg.head_dim for i in (cfg.num_heads, cfg.num_kv_heads))
+        if cfg.is_qkv_fused:
+            qkv = self.dense("qkv", x, queries + 2 * keys, bias)
+            query, key, value = jnp.split(qkv, [queries, queries + keys], axis=-1)
+            return query, key, value
+        query = self.dense("query", x, queries, bias)
+        if cfg.key_source is not None:
+            return query, None, None
+        key = self.dense("key", x, keys, bias)
+        if cfg.value_is_key:
+            return query, key, key
+        return query, key, self.dense("value", x, keys, bias)
+
+    def _rotated(self, x: Array, place: PositionContext, layer: Layer) -> Array:
+        """Queries or keys ``[b, t, n, h]``, rotated to their positions."""
+        cfg = self.config
+        rope = _of_layer(cfg.layer_ropes, layer, len(cfg.ropes))
+        if rope is None:
+            return x
+        cos, sin = (_pick(tables, rope) for tables in (place.cos, place.sin))
+        if cfg.rotates_pairs:  # the scores don't depend on the dimensions' order
+            x = pairs_to_halves(x, cos.shape[-1])
+        return apply_rope(x, cos, sin)
 
 
 class Mlp(DecoderModule):
@@ -181,9 +216,10 @@ class Block(DecoderModule):
 
     def __call__(
         self, x: Hidden, place: PositionContext, layer: Layer
-    ) -> tuple[Hidden, None]:
-        """Returns ``[b, t, d]`` for ``[b, t, d]``; see `Attention`."""
-        return self.run(x, place, layer)[0], None
+    ) -> tuple[Hidden, Past]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``, and what a later layer needs."""
+        x, kept = self.run(x, place, layer)
+        return x, kept if self.config.is_key_source else None
 
     @nn.compact
     def run(
@@ -193,7 +229,7 @@ class Block(DecoderModule):
         placement, scale = self.config.norm_placement, self.config.residual_scale
 
         def pre(name: str, x: Array) -> Array:
-            return fence_gradient(self.norm(name)(x)) if placement != "post" else x
+            return self.norm(name)(x) if placement != "post" else x
 
         def post(name: str, y: Array) -> Array:
             y = self.norm(name)(y) if placement != "pre" else y
@@ -207,7 +243,21 @@ class Block(DecoderModule):
             return shard_rows(x + scale * (y + mlp(inputs))), kept
         x = x + post("attention_post_norm", y)
         x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        if place.own is not None:
+            x = x + self._from_own(x, place.own[:, :, layer])
+        if self.config.has_layer_scale:
+            x = x * self.param("layer_scale", nn.initializers.ones, (1,)).astype(
+                x.dtype
+            )
         return shard_rows(x), kept
+
+    def _from_own(self, x: Hidden, own: Array) -> Hidden:
+        """What the layer's own ``[b, t, p]`` adds, gated by ``x``."""
+        cfg, act = self.config, ACTIVATIONS[self.config.activation]
+        gated = gate(act, self.dense("own_gate", x, own.shape[-1], False), own)
+        return self.norm("own_norm")(
+            self.dense("own_up", gated, cfg.hidden_size, False)
+        )
 
 
 def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:

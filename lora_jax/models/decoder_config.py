@@ -6,14 +6,14 @@ in. Nothing here depends on a model's name.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.expert_config import ExpertConfig
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Rope:
       divisors: longrope: divisor of each frequency in sequences of up to
         ``original_max_positions`` tokens.
       long_divisors: longrope: the same in longer ones.
+      turned: proportional: how many pairs turn, the fastest; the others stand still.
 
     References:
       linear: https://arxiv.org/abs/2306.15595; yarn: https://arxiv.org/abs/2309.00071,
@@ -44,7 +45,9 @@ class Rope:
 
     theta: float
     rotary_dim: int
-    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"] = (
+        "default"
+    )
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
@@ -55,6 +58,7 @@ class Rope:
     attention_factor: float = 1.0
     divisors: tuple[float, ...] = ()
     long_divisors: tuple[float, ...] = ()
+    turned: int = 0
 
     def frequencies(self, *, is_long: bool = False) -> np.ndarray:
         """Returns radians per token, ``[rotary_dim / 2]`` float32.
@@ -69,6 +73,9 @@ class Rope:
             plain = self._llama3(plain)
         elif self.kind == "yarn":
             plain = self._yarn(plain)
+        elif self.kind == "proportional":
+            plain = np.where(np.arange(len(plain)) < self.turned, plain, 0)
+            plain = plain / self.factor
         elif self.kind == "longrope":
             plain = plain / np.asarray(self.long_divisors if is_long else self.divisors)
         return plain.astype(np.float32)
@@ -131,6 +138,15 @@ class DecoderConfig:
       query_growth: ``(beta, n)`` multiplies the queries at position ``p`` by ``1 + beta
         log(1 + floor(p / n))``; None for 1.
       has_learned_positions: whether there is a learned position embedding.
+      key_source: number of the layer whose keys and values are used; None for own ones.
+      is_key_source: whether a later layer uses this one's.
+      value_is_key: whether values are the keys before their norm.
+      has_value_norm: whether each head's values are normalised, without a scale.
+      per_layer_size: width of what each layer reads of the tokens directly, or None.
+      per_layer_vocab: rows of that embedding.
+      has_layer_scale: whether a block's output is multiplied by a stored number.
+      layer_changes: of each layer, the fields in which it differs and their values;
+        empty where all layers are alike.
       attention_scale: scale of the scores; None for ``1 / √h``.
       divides_by_layer: whether scores are divided by the layer's number, from 1.
       attention_softcap: bound of the scores, or None.
@@ -139,6 +155,7 @@ class DecoderConfig:
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
       experts: the mixture of experts in place of MLPs, or None.
+      has_sinks: whether each head's softmax has one more score, a parameter.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -173,6 +190,14 @@ class DecoderConfig:
     rotates_pairs: bool = False
     query_growth: tuple[float, int] | None = None
     has_learned_positions: bool = False
+    key_source: int | None = None
+    is_key_source: bool = False
+    value_is_key: bool = False
+    has_value_norm: bool = False
+    per_layer_size: int | None = None
+    per_layer_vocab: int = 1
+    has_layer_scale: bool = False
+    layer_changes: tuple[tuple[tuple[str, Any], ...], ...] = ()
     attention_scale: float | None = None
     divides_by_layer: bool = False
     attention_softcap: float | None = None
@@ -181,11 +206,13 @@ class DecoderConfig:
     logit_scale: float = 1.0
     is_tied: bool = False
     experts: ExpertConfig | None = None
+    has_sinks: bool = False
 
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same parameters, so that they can be scanned."""
-        return self.experts is None or not self.experts.dense_layers
+        has_both = self.experts is not None and bool(self.experts.dense_layers)
+        return not has_both and not self.layer_changes
 
     @property
     def original_positions(self) -> int | None:
@@ -193,6 +220,12 @@ class DecoderConfig:
         return next(
             (r.original_max_positions for r in self.ropes if r.kind == "longrope"), None
         )
+
+    def of_layer(self, layer: int) -> "DecoderConfig":
+        """What layer number ``layer`` is made with."""
+        if not self.layer_changes:
+            return self
+        return dataclasses.replace(self, **dict(self.layer_changes[layer]))
 
     def __post_init__(self):
         sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
@@ -208,10 +241,13 @@ class DecoderConfig:
 
     def _faults(self) -> list[str]:
         faults = []
-        for name, default in (("layer_ropes", None), ("layer_windows", None)):
-            value = getattr(self, name) or (default,) * self.num_layers
+        nothing = (None,) * self.num_layers
+        for name in ("layer_ropes", "layer_windows"):
+            object.__setattr__(self, name, getattr(self, name) or nothing)
+        for name in ("layer_ropes", "layer_windows", "layer_changes"):
+            value = getattr(self, name)
             object.__setattr__(self, name, tuple(value))
-            if len(value) != self.num_layers:
+            if len(value) != self.num_layers and value:
                 faults.append(
                     f"{name} must have one entry for each of the {self.num_layers} "
                     f"layers; got {len(value)}"
@@ -245,10 +281,11 @@ class DecoderConfig:
         if rope.kind not in KINDS:
             faults.append(f"rope type must be one of {KINDS}; got {rope.kind!r}")
         dim = rope.rotary_dim
-        if type(dim) is not int or dim % 2 or not 2 <= dim <= self.head_dim:
+        changes = [dict(change) for change in self.layer_changes]
+        most = max([self.head_dim, *(c.get("head_dim", 0) for c in changes)])
+        if type(dim) is not int or dim % 2 or not 2 <= dim <= most:
             faults.append(
-                f"rotary_dim must be even and at most head_dim = {self.head_dim}; "
-                f"got {dim!r}"
+                f"rotary_dim must be even and at most head_dim = {most}; got {dim!r}"
             )
         elif rope.kind == "longrope":
             faults += [

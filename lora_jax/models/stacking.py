@@ -57,8 +57,8 @@ def layer_slices(leaves: Mapping[str, Any]) -> dict[str, LayerSlice]:
 
     Example:
       >>> found = layer_slices({"layers/mlp/up/kernel": (2, 3, 4), "norm/scale": (3,)})
-      >>> found["layer_1/mlp/up/kernel"]
-      LayerSlice(path='layers/mlp/up/kernel', index=1, shape=(3, 4))
+      >>> found["layer_1/mlp/up/kernel"][:3]  # path, index, shape
+      ('layers/mlp/up/kernel', 1, (3, 4))
       >>> list(found)
       ['layer_0/mlp/up/kernel', 'layer_1/mlp/up/kernel', 'norm/scale']
     """

@@ -18,6 +18,7 @@ from lora_jax.nn.apply import (
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
 from lora_jax.nn.watch import find_contraction, is_flagged
+from lora_jax.ops.fence import fence_gradient, fence_output
 from lora_jax.tree.targets import LINEAR_KINDS
 
 
@@ -47,11 +48,14 @@ def make_interceptor(
                 module, inputs[0], stored_factors(scope), config.scaling_for(path)
             )
             inputs, args, kwargs = (query,), (query,), {}
-        y = next_fun(*args, **kwargs)
         is_target = config.is_target(path, is_linear=rule.kind in LINEAR_KINDS)
         has_adapter = scope.has_variable(PARAMS, LORA_A)
         if not is_target and not has_adapter:
-            return y
+            return next_fun(*args, **kwargs)
+        if rule.kind == "dense" and args:
+            y = fence_output(next_fun(fence_gradient(args[0]), *args[1:], **kwargs))
+        else:
+            y = next_fun(*args, **kwargs)
         if initializing and is_target and not has_adapter:
             fresh = init_factors(module, inputs, config, path)
             for name, value in zip(ADAPTER_LEAVES, fresh, strict=True):

@@ -76,8 +76,11 @@ def step_flops(
         for target in targets
     )
     head = config.hidden_size * config.vocab_size
-    keys = sum(_mean_keys(tokens, window) for window in config.layer_windows)
-    scores = 4 * config.num_heads * config.head_dim * keys
+    layers = [config.of_layer(i) for i in range(config.num_layers)]
+    scores = sum(
+        4 * layer.num_heads * layer.head_dim * _mean_keys(tokens, window)
+        for layer, window in zip(layers, config.layer_windows, strict=True)
+    )
     again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
     lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
     full = (6 + 2 * again) * kernels

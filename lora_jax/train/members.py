@@ -163,7 +163,8 @@ class Members:
     Args:
       loss_fn: of the shared module, whose scaling is 1, at the largest ranks.
       accumulate: see `make_train_step`.
-      state: a state with the shared module's shapes and `member_optimizer`'s state.
+      state: a state with the shared module's shapes and `member_optimizer`'s state;
+        shapes with shardings are enough to `trace`.
       hyper: of any member.
       count: ``m``.
       mesh: whose axis ``member`` the members are split over, or None.
@@ -189,14 +190,7 @@ class Members:
         self._template, self._count = state.changing, count
         self.state = TrainState(frozen=frozen, **stack(state.changing))
         self.hyper = stack(hyper)
-        step = _member_step(loss_fn, accumulate)
-        every = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
-
-        def update(own, hyper, is_active, frozen, batch):
-            own, metrics = every(own, hyper, is_active, frozen, batch)
-            each = jax.tree.map(list, metrics)
-            return own, [{k: x[i] for k, x in each.items()} for i in range(count)]
-
+        update = members_update(loss_fn, accumulate, count)
         wanted = self._split and (self._split, self._whole)
         self.update: Any = jax.jit(update, donate_argnums=0, out_shardings=wanted)
         self._set: Any = jax.jit(
@@ -286,8 +280,18 @@ class Members:
         }
 
 
-def _member_step(loss_fn: LossFn, accumulate: int) -> Any:
-    """Returns the step of one member, to be vmapped."""
+def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
+    """Returns the pure step of many members; see `Members`.
+
+    Args:
+      loss_fn: of the shared module.
+      accumulate: see `make_train_step`.
+      count: how many members.
+
+    Returns:
+      A function of ``own, hyper, is_active, frozen, batch``, of which all but the
+      frozen base have a leading axis of ``count``.
+    """
 
     def step(own, hyper, is_active, frozen, batch):
         def scaled_loss(variables, batch, rngs):
@@ -297,19 +301,32 @@ def _member_step(loss_fn: LossFn, accumulate: int) -> Any:
 
         one = make_train_step(scaled_loss, member_optimizer(hyper), accumulate)
         new, metrics = one.function(own, frozen, batch)
+        rng, no_key = own["rng"], {"rng": ()}
         kept = jax.tree.map(
-            lambda x, y: jnp.where(is_active, x, y),
-            {**new, "rng": ()},
-            {**own, "rng": ()},
+            lambda x, y: jnp.where(is_active, x, y), new | no_key, own | no_key
         )
-        return {**kept, "rng": own["rng"]}, metrics
+        return {**kept, "rng": rng}, metrics
 
-    return step
+    every = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
+
+    def update(own, hyper, is_active, frozen, batch):
+        own, metrics = every(own, hyper, is_active, frozen, batch)
+        each = jax.tree.map(list, metrics)
+        return own, [{k: x[i] for k, x in each.items()} for i in range(count)]
+
+    return update
 
 
 def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
-    stacked = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * count), tree)
-    return stacked if sharding is None else jax.device_put(stacked, sharding)
+    def stack(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            where = leaf.sharding if sharding is None else sharding
+            shape = (count, *leaf.shape)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
+        stacked = jnp.stack([jnp.asarray(leaf)] * count)
+        return stacked if sharding is None else jax.device_put(stacked, sharding)
+
+    return jax.tree.map(stack, tree)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -88,3 +88,17 @@ def test_batches_divide_over_the_mesh_as_they_must_in_training(
     code, _, shown = call("plan", config, *words)
     assert code == 0, shown
     assert units == [6]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_priced(config, call, monkeypatch):
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 3 * 10**6)
+    code, out, shown = call("plan", config, "--json", "--together", "3")
+    assert code == 0, shown
+    plan = json.loads(out)
+    together, alone = plan["together"], plan["step"]["lora"]
+    assert together["total"] > alone["total"]
+    assert together["base"] == alone["base"]
+    assert together["trained"] == 3 * alone["trained"]
+    assert together["largest"] > 3
+    assert f"at most {together['largest']} fit" in shown

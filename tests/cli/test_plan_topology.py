@@ -36,7 +36,7 @@ def test_a_step_is_planned_without_weights_or_data(config, call):
     assert plan["step"]["tokens"] == 16
     assert plan["step"]["fits"]
     assert plan["step"]["total"] < 2**30
-    assert plan["remat"] == "lora"  # the setting's default
+    assert plan["remat"] == "none"  # the first that fits
     assert "frozen base" in shown
 
 

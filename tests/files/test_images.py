@@ -152,9 +152,10 @@ def test_a_long_thin_image_is_not_resized_to_gigabytes(tmp_path):
         load_processor(tmp_path).read(image)
 
 
-def test_a_format_that_other_programs_would_have_to_read_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["a.eps", "a.jp2"])
+def test_a_format_that_needs_other_programs_or_gigabytes_is_refused(name, tmp_path):
     kept = {"image_processor_type": "ViTImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
-    with pytest.raises(ValueError, match=r"a\.eps must be an image \(JPEG, PNG"):
-        load_processor(tmp_path).read(tmp_path / "a.eps")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} must be an image \(JPEG, PNG"):
+        load_processor(tmp_path).read(tmp_path / name)

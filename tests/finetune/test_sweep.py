@@ -1,7 +1,10 @@
 """Sweeps: each run equals its own, whatever runs beside it."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from lora_jax import sweep
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune import sweep_group
 from lora_jax.finetune.errors import Interrupted, UserError
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run import fine_tune
 from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.sweep_grid import expand, groups
@@ -195,3 +199,58 @@ def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
     found, differing = groups(points)
     assert [len(group) for group in found] == [3, 3]
     assert differing == ["lora.targets"]
+
+
+def test_the_members_are_split_over_devices(done, tree, tmp_path):
+    code = (
+        "import json, sys; from lora_jax import sweep;"
+        "tree, grid = json.load(sys.stdin);"
+        "done = sweep(tree, grid, zipped=True, together=2);"
+        "print(json.dumps([line['validation'] for line in done.runs]))"
+    )
+    own = {**tree, "output": {"dir": str(tmp_path / "mesh")}, "mesh": {"member": 2}}
+    flags = os.environ.get("XLA_FLAGS", "")
+    devices = "--xla_force_host_platform_device_count=2"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([own, GRID]),
+        env={**os.environ, "XLA_FLAGS": f"{flags} {devices}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    for line, found in zip(done.runs, json.loads(process.stdout), strict=True):
+        assert (found or {}) == pytest.approx(line["validation"] or {}, rel=1e-5)
+
+
+def test_as_many_run_side_by_side_as_make_it_faster(tree, monkeypatch):
+    points = expand(tree, ["seed=0..9"])
+    group = sweep_group.Group(points, Reporter())
+    monkeypatch.setattr(group, "_largest", lambda count, exactly: (count, None))
+    monkeypatch.setattr(group, "_settle", lambda count, remat: count)
+
+    def choose(**seconds):
+        times = {int(key[1:]): value for key, value in seconds.items()}
+        monkeypatch.setattr(group, "_seconds", lambda count, remat: times[count])
+        return group.choose()
+
+    assert choose(m1=1.0, m10=5.0) == 10
+    assert choose(m1=1.0, m10=12.0, m5=4.0) == 5  # two rounds of 4.0 s a step
+    assert choose(m1=1.0, m10=12.0, m5=6.0, m2=2.5) == 1  # never slower
+    assert group.choose(together=4) == 4  # in three rounds: 4, 4 and 2
+    assert group.choose(together=9) == 5  # two even rounds
+
+
+def test_runs_whose_batches_differ_in_length_wait_for_each_other(tree):
+    group = sweep_group.Group(expand(tree, ["seed=0..2"]), Reporter())
+
+    class Run:
+        def __init__(self, number, length):
+            self.number, self.batches = number, self
+            self.length_at = lambda number: length
+
+    runs = {0: Run(5, 8), 1: Run(9, 16), 2: Run(7, 16)}
+    assert group._next(runs) == {1: runs[1], 2: runs[2]}
+    del runs[2]
+    assert group._next(runs) == {0: runs[0]}  # the one that is behind

@@ -1,6 +1,6 @@
 """The tiny models of ``make_models.py`` of `lora_jax/models/families/dense.py`."""
 
-from tests.golden.model_families import DECODER, SQUARE, Family, rope
+from tests.golden.model_families import DECODER, SQUARE, Family, rope, without
 
 YARN = {
     "rope_type": "yarn",
@@ -35,6 +35,29 @@ GRANITE = {
     "logits_scaling": 3.0,
 }
 FEWER = ("plain", "rslora")
+GEMMA4_ROPE = {
+    "sliding_attention": rope(30.0),
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+KINDS = [f"{kind}_attention" for kind in ("sliding", "full", "sliding")]
+GEMMA4 = {
+    **without(DECODER, "tie_word_embeddings"),
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 5,
+    "layer_types": [*KINDS, *KINDS[:2]],
+    "sliding_window": 5,
+    "final_logit_softcapping": 7.0,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 3,
+    "vocab_size_per_layer_input": 43,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "rope_parameters": GEMMA4_ROPE,
+}
 DENSE = {
     "olmo3": Family(
         "Olmo3ForCausalLM",
@@ -126,5 +149,17 @@ DENSE = {
             "rope_theta": 100.0,
             "sliding_window_pattern": 2,
         },
+    ),
+    "gemma4": Family(
+        "Gemma4ForCausalLM",
+        GEMMA4,
+        (
+            {"final_logit_softcapping": None},
+            {"sliding_window": 4},
+            {"rope_parameters": GEMMA4_ROPE | {"full_attention": rope(100.0)}},
+        ),
+        kinds=FEWER,
+        old={"per_layer_config": None, "global_head_dim": 8},
+        greedy=True,
     ),
 }

@@ -96,16 +96,20 @@ def seed(*names: str):
 
 def neutral(model, name: str) -> float:
     """The value at which a parameter is as good as left out."""
+    offset = re.match("gemma[23]?(_text)?$", model.config.model_type)
     norm = re.search(r"norm|ln_\w|lambda1", name.lower()) and name.endswith(
         ("weight", "lambda1")
     )
-    return 1.0 if norm and "gemma" not in model.config.model_type else 0.0
+    return 1.0 if norm and not offset else 0.0
 
 
 def randomise(model):
     for name, parameter in model.named_parameters():
         spread = 0.4 if parameter.ndim > 1 else 0.3
         torch.nn.init.normal_(parameter, neutral(model, name), spread)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # Gemma 4's, in the file
+            torch.nn.init.uniform_(buffer, 0.6, 1.4)
 
 
 def build(family: Family, state=None, **changes):

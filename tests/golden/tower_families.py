@@ -4,6 +4,7 @@ The tower is as small as its class allows, and never used: text in, text out. Ad
 are on the language model's layers; those in `with_images` on the tower's too.
 """
 
+from tests.golden.dense_families import GEMMA4
 from tests.golden.model_families import (
     DECODER,
     GEMMA,
@@ -31,7 +32,7 @@ VISUAL = {
     "patch_size": 2,
     "temporal_patch_size": 1,
 }
-TOWER = r".*(vision_tower|visual|multi_modal_projector)\..*"
+TOWER = r".*(vision_tower|visual|multi_modal_projector|embed_vision)\..*"
 
 
 def tower(model: str, text: dict, changes: list[dict], **more) -> Family:
@@ -64,6 +65,16 @@ GEMMA3_TEXT = {
     "num_hidden_layers": 3,
     "sliding_window_pattern": 3,
     "rope_parameters": GEMMA3_ROPE,
+}
+# As the 31B: no embedding for each layer, values that are keys.
+GEMMA4_TEXT = {
+    **GEMMA4,
+    "num_hidden_layers": 2,
+    "layer_types": GEMMA4["layer_types"][:2],
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
 }
 MISTRAL = {
     **DECODER,
@@ -111,6 +122,23 @@ TOWERS = {
             },
         },
         greedy=True,
+    ),
+    "gemma4_tower": tower(
+        "Gemma4ForConditionalGeneration",
+        GEMMA4_TEXT,
+        [{"sliding_window": 4}, {"final_logit_softcapping": None}],
+        outer={
+            "vision_config": {
+                **PATCHES,
+                "num_key_value_heads": 2,
+                "head_dim": 4,
+                "position_embedding_size": 4,
+            },
+            "audio_config": None,
+            "image_token_id": 40,
+            "video_token_id": 41,
+            "audio_token_id": 42,
+        },
     ),
     "mistral3": tower(
         "Mistral3ForConditionalGeneration",

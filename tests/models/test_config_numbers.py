@@ -25,3 +25,11 @@ def test_sizes_below_one_raise_nothing_but_value_errors(name):
             except ValueError:
                 refused += 1
     assert refused >= 12
+
+
+@pytest.mark.parametrize("kind", [["x"], {}, None, 3])
+def test_a_text_model_s_type_that_is_no_word_is_refused(kind):
+    config = json.loads((GOLDEN / "mistral3" / "config.json").read_text())
+    config["text_config"] = {**config["text_config"], "model_type": kind}
+    with pytest.raises(ValueError, match="text_config"):
+        FAMILIES[config["model_type"]].read_config(config)

@@ -200,6 +200,35 @@ def test_all_faults_of_a_config_are_named_at_once():
         ("gpt2", {"scale_attn_weights": False}, "must be True here; got False"),
         ("gpt2", {"n_head": 5}, "n_head must divide n_embd = 768; got 5"),
         ("phi3", {"partial_rotary_factor": 0.35}, "rotary_dim must be even"),
+        ("gemma4_text", {"enable_moe_block": True}, "must be False here; got True"),
+        (
+            "gemma4_text",
+            {"use_bidirectional_attention": "all"},
+            "use_bidirectional_attention must not be 'all' here",
+        ),
+        (
+            "gemma4_text",
+            {"num_kv_shared_layers": 2},
+            "num_kv_shared_layers must leave a layer of each kind",
+        ),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"rope_theta": 9.0}},
+            "rope_parameters must have full_attention and sliding_attention",
+        ),
+        (
+            "gemma4_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {
+                        "rope_type": "proportional",
+                        "partial_rotary_factor": 2,
+                    },
+                    "sliding_attention": {},
+                }
+            },
+            "rope partial_rotary_factor must be a number up to 1; got 2",
+        ),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be above 0; got 0"),
         ("granite", {"residual_multiplier": -1}, "residual_scale must be above 0"),
         ("olmo3", {"layer_types": ["full_attention", "x"]}, "layer_types must be of"),

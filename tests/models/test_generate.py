@@ -25,8 +25,13 @@ def prompts_of(name: str):
     return prompts, [arrays[f"greedy_{i}"].ravel().tolist()[-8:] for i in range(2)]
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gemma3_tower"])
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [
+        *(("llama", False), ("gemma2", False), ("gpt2", False), ("gemma4", False)),
+        *(("llama", True), ("gemma2", True), ("gpt2", True), ("gemma3_tower", True)),
+    ],
+)
 def test_greedy_text_is_that_of_transformers_in_one_padded_batch(name, scan_layers):
     model = load_model(GOLDEN / name, scan_layers=scan_layers)
     prompts, greedy = prompts_of(name)

@@ -19,7 +19,7 @@ from lora_jax.models.source import read_settings
 from tests.interop.peft_cases import assert_peft, logits_of
 from tests.models.golden import GOLDEN
 
-TOWERS = ("gemma3_tower", "mistral3", "qwen2_5_vl", "qwen3_vl")
+TOWERS = ("gemma3_tower", "gemma4_tower", "mistral3", "qwen2_5_vl", "qwen3_vl")
 ADAPTER = "adapter_model.safetensors"
 INSIDE = "base_model.model.model.language_model."
 GEMMA = GOLDEN / "gemma3_tower"
@@ -101,6 +101,18 @@ def test_one_adapter_fits_the_whole_folder_and_the_language_model_alone(tmp_path
                 np.array_equal, whole.variables["lora"], alone.variables["lora"]
             )
         )
+
+
+def test_a_wrapped_layer_of_the_same_name_is_told_apart(tmp_path):
+    lora = LoRAConfig(rank=1, targets=["query"])
+    model = load_model(GOLDEN / "gemma4_tower", lora=lora, key=jax.random.key(0))
+    assert any(name.endswith("q_proj.linear.weight") for name in model.unused)
+    export_adapter(tmp_path, model.variables, lora, model)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())[
+        "target_modules"
+    ]
+    layers = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert targets == layers
 
 
 def test_mlx_wraps_the_language_model(tmp_path):

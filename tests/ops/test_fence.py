@@ -1,31 +1,35 @@
-"""Gradients that are finished before they are used, on TPU."""
+"""Arrays that are finished before they are used, on TPU."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from lora_jax.ops import fence
-from lora_jax.ops.fence import fence_gradient
+from lora_jax.ops.fence import fence_gradient, fence_output
 
 
-def lowered(x):
-    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(fence_gradient(x))))).lower(x)
+def lowered(around, x):
+    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(around(x))))).lower(x)
 
 
+@pytest.mark.parametrize("around", [fence_gradient, fence_output])
 @pytest.mark.parametrize(
     ("platform", "size", "count"), [("tpu", 4, 1), ("tpu", 3, 0), ("gpu", 4, 0)]
 )
-def test_only_a_tpus_large_arrays_have_a_fence(monkeypatch, platform, size, count):
+def test_only_a_tpus_large_arrays_have_a_fence(
+    monkeypatch, around, platform, size, count
+):
     monkeypatch.setattr(fence, "target_platform", lambda: platform)
     monkeypatch.setattr(fence, "MIN_BYTES", 16)
-    text = lowered(jnp.ones(size, jnp.float32)).as_text()
+    text = lowered(around, jnp.ones(size, jnp.float32)).as_text()
     assert text.count("optimization_barrier") == count
 
 
-def test_a_fence_changes_no_value(monkeypatch):
+@pytest.mark.parametrize("around", [fence_gradient, fence_output])
+def test_a_fence_changes_no_value(monkeypatch, around):
     x = jnp.arange(4.0)
-    wanted = lowered(x).compile()(x)
+    wanted = lowered(around, x).compile()(x)
     monkeypatch.setattr(fence, "target_platform", lambda: "tpu")
     monkeypatch.setattr(fence, "MIN_BYTES", 0)
-    assert lowered(x).compile()(x).tolist() == wanted.tolist()
-    assert fence_gradient(x).tolist() == x.tolist()
+    assert lowered(around, x).compile()(x).tolist() == wanted.tolist()
+    assert around(x).tolist() == x.tolist()

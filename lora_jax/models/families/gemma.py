@@ -35,7 +35,7 @@ def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
     }
 
 
-def _soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
+def soft_cap(fields: Fields, key: str, default: float | None) -> float | None:
     """Returns a soft-cap: the default if the key is absent, none if it is null."""
     if key in fields.config and fields.config[key] is None:
         return None
@@ -56,8 +56,8 @@ def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
             "ropes": (read_rope(fields, common["head_dim"]),),
             "layer_ropes": (0,) * layers,
             "layer_windows": windows,
-            "attention_softcap": _soft_cap(fields, "attn_logit_softcapping", 50.0),
-            "final_softcap": _soft_cap(fields, "final_logit_softcapping", 30.0),
+            "attention_softcap": soft_cap(fields, "attn_logit_softcapping", 50.0),
+            "final_softcap": soft_cap(fields, "final_logit_softcapping", 30.0),
         },
     )
 
@@ -84,7 +84,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
             "ropes": ropes,
             "layer_ropes": tuple(0 if w is None else 1 for w in windows),
             "layer_windows": windows,
-            "final_softcap": _soft_cap(fields, "final_logit_softcapping", None),
+            "final_softcap": soft_cap(fields, "final_logit_softcapping", None),
         },
     )
 

@@ -41,7 +41,7 @@ def read_rope(
     if kind not in KINDS:
         fields.faults.append(f"rope_type must be one of {KINDS}; got {kind!r}")
         return Rope(10000.0, rotary_dim)
-    original = original_positions(fields, settings)
+    original, turned = original_positions(fields, settings), 0
     factor: Any = settings.get("factor")
     if kind == "longrope" and factor is None and original:
         factor = fields.integer("max_position_embeddings", original) / original
@@ -55,6 +55,15 @@ def read_rope(
             "beta_slow": settings.get("beta_slow") or 1.0,
             "truncate": settings.get("truncate", True),
         }
+    if kind == "proportional":
+        part = settings.get("partial_rotary_factor", 1.0)
+        if not _is_usable(part) or part > 1:
+            fields.faults.append(
+                f"rope partial_rotary_factor must be a number up to 1; got {part!r}"
+            )
+            part = 1.0
+        table |= {"factor": settings.get("factor", 1.0)}
+        turned = int(part * rotary_dim // 2)
     if kind == "longrope":
         table["divisors"] = settings.get("short_factor")
         table["long_divisors"] = settings.get("long_factor")
@@ -81,7 +90,7 @@ def read_rope(
         table["attention_factor"] = _attention_factor(
             kind, settings, table["factor"], original
         )
-    return Rope(**table)
+    return Rope(**table, turned=turned)
 
 
 def read_ropes(

@@ -1,4 +1,4 @@
-"""Language models of multimodal folders: Gemma 3, Mistral 3, Qwen2.5-VL and Qwen3-VL.
+"""Language models of multimodal folders: Gemma 3 and 4, Mistral 3, Qwen2.5- and 3-VL.
 
 Text in, text out. The config of the language model is ``text_config``, its tensors are
 under ``language_model``; what belongs to images stays on disk. Positions that count
@@ -12,6 +12,7 @@ from typing import Any
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families.dense import MINISTRAL3
 from lora_jax.models.families.gemma import GEMMA3
+from lora_jax.models.families.gemma4 import GEMMA4
 from lora_jax.models.families.llama import MISTRAL, QWEN2, QWEN3
 from lora_jax.models.family import OTHER_MODALITIES, Family, Fields
 
@@ -35,7 +36,8 @@ def tower_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
 
     def read(config: Config) -> DecoderConfig:
         text = text_settings(config)
-        if (kind := text.get(KIND, first)) not in texts:
+        kind = text.get(KIND, first)
+        if not isinstance(kind, str) or kind not in texts:
             fields = Fields(config, "language model of a multimodal folder")
             fields.faults.append(
                 f"{TEXT}.{KIND} must be one of {sorted(texts)}; got {kind!r}"
@@ -95,6 +97,7 @@ GEMMA3_TOWER = tower_family(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
+GEMMA4_TOWER = tower_family({"gemma4_text": GEMMA4})
 MISTRAL3_TOWER = tower_family({"mistral": MISTRAL, "ministral3": MINISTRAL3})
 QWEN2_VL_TOWER = tower_family(
     {"qwen2_5_vl_text": QWEN2}, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80
