@@ -87,6 +87,7 @@ def blockwise_attention(
     value: Float[Array, "b t k h"],
     options: Options,
     mask_inputs: MaskInputs,
+    sinks: Float[Array, " n"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Computes ``softmax(cap(scale * query keyᵀ)) value`` over the visible keys.
 
@@ -99,6 +100,8 @@ def blockwise_attention(
       value: ``[b, t, k, h]``.
       options: the static options.
       mask_inputs: the mask.
+      sinks: a score of each head ``[n]`` that its softmax has besides those of the
+        keys, with a value of zero; or None.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -108,6 +111,11 @@ def blockwise_attention(
     rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(b, k, t * (n // k), h)  # query heads of one key head adjacent
     operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2))
+    if sinks is not None:
+        each = sinks.astype(jnp.float32).reshape(k, n // k)
+        operands = (*operands, jnp.broadcast_to(each, (b, *each.shape)))
+    else:
+        operands = (*operands, None)
     chunks = _num_chunks(options, b * k, options.size * (n // k), t)
     if chunks > 1:
         out: Any = _attend_in_chunks(options, operands, mask_inputs, chunks)
@@ -138,7 +146,9 @@ def _attend_in_chunks(
     """Runs `_attend` on one chunk of the key heads at a time."""
     b, k = operands[0].shape[:2]
 
-    def cut(x: Array) -> Array:
+    def cut(x: Array | None) -> Array | None:
+        if x is None:
+            return None
         return x.reshape(chunks, b * k // chunks, 1, *x.shape[2:])
 
     def for_heads(x: Array) -> Array:  # [b, t]
@@ -152,12 +162,14 @@ def _attend_in_chunks(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, query, key, value, mask_inputs: MaskInputs) -> Array:
-    """``query [b, k, t g, h]``, ``key, value [b, k, t, h]``."""
-    return _forward(options, query, key, value, mask_inputs)[0]
+def _attend(
+    options: Options, query, key, value, sinks, mask_inputs: MaskInputs
+) -> Array:
+    """``query [b, k, t g, h]``, ``key, value [b, k, t, h]``, ``sinks [b, k, g]``."""
+    return _forward(options, query, key, value, sinks, mask_inputs)[0]
 
 
-def _forward(options: Options, query, key, value, mask_inputs: MaskInputs):
+def _forward(options: Options, query, key, value, sinks, mask_inputs: MaskInputs):
     t = key.shape[2]
     g = query.shape[2] // t
     outs, totals = [], []
@@ -170,8 +182,13 @@ def _forward(options: Options, query, key, value, mask_inputs: MaskInputs):
         if mask is not None:
             scores = jnp.where(_for_group(mask, g)[:, None], scores, _LOWEST)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if sinks is not None:
+            sink = jnp.tile(sinks, stop - start)[..., None]
+            top = jnp.maximum(top, sink)
         exps = jnp.exp(scores - top)
         total = jnp.sum(exps, axis=-1, keepdims=True)
+        if sinks is not None:
+            total += jnp.exp(sink - top)
         mixed = _dot("bkts,bksh->bkth", exps.astype(v.dtype), v)
         outs.append((mixed / total).astype(q.dtype))
         totals.append((top + jnp.log(total))[..., 0])
@@ -179,11 +196,11 @@ def _forward(options: Options, query, key, value, mask_inputs: MaskInputs):
         checkpoint_name(jnp.concatenate(blocks, axis=2), ATTENDED)
         for blocks in (outs, totals)
     )
-    return out, (query, key, value, mask_inputs, out, total)
+    return out, (query, key, value, sinks, mask_inputs, out, total)
 
 
 def _backward(options: Options, residuals, d_out):
-    query, key, value, mask_inputs, out, total = residuals
+    query, key, value, sinks, mask_inputs, out, total = residuals
     t = key.shape[2]
     g = query.shape[2] // t
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -209,11 +226,16 @@ def _backward(options: Options, residuals, d_out):
         d_values.append(_dot("bkst,bkth->bksh", p.astype(v.dtype), d_o))
         d_keys.append(_dot("bkst,bkth->bksh", d_s, q))
         d_query = d_query.at[:, :, rows].add(_dot("bkst,bksh->bkth", d_s, k))
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(jnp.tile(sinks, t) - total)  # of the softmax
+        d_sinks = -jnp.sum((share * inner).reshape(*sinks.shape[:2], t, g), axis=2)
     d_key, d_value = (jnp.concatenate(x, axis=2) for x in (d_keys, d_values))
     return (
         d_query.astype(query.dtype),
         d_key.astype(key.dtype),
         d_value.astype(value.dtype),
+        d_sinks,
         None,
     )
 

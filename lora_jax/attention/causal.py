@@ -31,6 +31,7 @@ def causal_attention(
     window: int | Int[Array, ""] | None = None,
     windows: tuple[int, ...] = (),
     segment_ids: Int[Array, "b t"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
 ) -> Queries:
     """Attends from each token to itself and to earlier tokens in its segment.
 
@@ -49,6 +50,8 @@ def causal_attention(
       windows: the possible values of a traced window. TPUs then compile one kernel per
         value, which skips the other keys; other platforms ignore it.
       segment_ids: ``[b, t]``, the example each token of a packed row belongs to.
+      sinks: a score of each head ``[n]`` that its softmax has besides those of the
+        keys, with a value of zero (gpt-oss); or None. They take the blockwise kernel.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -60,7 +63,8 @@ def causal_attention(
     t, h = query.shape[1], query.shape[3]
     factor: float = h**-0.5 if scale is None else scale
     is_traced = isinstance(window, jax.Array)
-    if (windows or not is_traced) and can_splash(query, key):
+    is_plain = sinks is None
+    if is_plain and (windows or not is_traced) and can_splash(query, key):
         index = jnp.argmax(jnp.asarray(windows) == window) if is_traced else None
         return splash_attention(
             query,
@@ -74,7 +78,7 @@ def causal_attention(
         )
     same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
     is_fused = choose_implementation(query, key, mask=same) == "cudnn"
-    if is_fused and softcap is None and not is_traced:
+    if is_plain and is_fused and softcap is None and not is_traced:
         reach = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query,
@@ -93,7 +97,7 @@ def causal_attention(
         options = options._replace(window=window)
     elif window is not None:
         mask_inputs = mask_inputs._replace(window=window)
-    return blockwise_attention(query, key, value, options, mask_inputs)
+    return blockwise_attention(query, key, value, options, mask_inputs, sinks)
 
 
 def bidirectional_attention(
@@ -152,6 +156,7 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | Int[Array, ""] | None = None,
+    sinks: Float[Array, " n"] | None = None,
 ) -> Queries:
     """Attends to a KV cache: each query to the slots up to its own.
 
@@ -163,13 +168,14 @@ def cached_attention(
       scale: as in `causal_attention`.
       softcap: as in `causal_attention`.
       window: as in `causal_attention`.
+      sinks: as in `causal_attention`.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
     """
     factor: float = query.shape[3] ** -0.5 if scale is None else scale
     mask = _causal_mask(slots, jnp.arange(key.shape[1]), window)
-    return attend(query, key, value, mask, factor, softcap)
+    return attend(query, key, value, mask, factor, softcap, sinks)
 
 
 def attend(
@@ -179,6 +185,7 @@ def attend(
     mask: Array,
     scale: float,
     softcap: float | None,
+    sinks: Array | None = None,
 ) -> Queries:
     """Computes masked attention; ``mask`` is ``[b or 1, 1, t, s]``, True = visible."""
     b, t, n, h = query.shape
@@ -191,7 +198,12 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)  # [b, k, g, t, s]
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(k, n // k, 1, 1)
+        sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]]
+    weights = weights.astype(value.dtype)  # [b, k, g, t, s]
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 

@@ -87,6 +87,11 @@ class TensorReader:
             part = handle.get_slice(name)
             yield rows, self._read(name, part.__getitem__, rows)
 
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Reads some rows of one tensor."""
+        part = self._handle(name).get_slice(name)
+        return self._read(name, part.__getitem__, rows)
+
     def _read(self, name: str, get: Callable[[Any], np.ndarray], what: Any) -> Any:
         try:
             return get(what)

@@ -10,6 +10,7 @@ are one, ``layers``, with a leading layer axis::
     positions/embedding                              only with learned positions
     layer_{i}/attention_norm/scale                   not with norm_placement "post"
     layer_{i}/attention/{query,key,value,output}/kernel     or {qkv,output}
+    layer_{i}/attention/sinks                        only with has_sinks
     layer_{i}/attention/{query,key}_norm/scale       only with qk_norm
     layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
     layer_{i}/mlp_norm/scale

@@ -132,11 +132,15 @@ class Attention(DecoderModule):
         if cfg.divides_by_layer:
             query = query / jnp.asarray(layer + 1, query.dtype)
         window = _of_layer(cfg.layer_windows, layer, NO_WINDOW)
+        sinks = None
+        if cfg.has_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (n,))
         attend = functools.partial(
             causal_attention if past is None else cached_attention,
             scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             window=window,
+            sinks=sinks,
         )
         if past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}

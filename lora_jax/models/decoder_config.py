@@ -155,6 +155,7 @@ class DecoderConfig:
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
       experts: the mixture of experts in place of MLPs, or None.
+      has_sinks: whether each head's softmax has one more score, a parameter.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -205,6 +206,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     is_tied: bool = False
     experts: ExpertConfig | None = None
+    has_sinks: bool = False
 
     @property
     def is_uniform(self) -> bool:

@@ -180,6 +180,8 @@ class Family:
         return tuple(shape[axis] for axis in axes)
 
     def _is_transposed(self, path: str) -> bool:
+        if f"/{EXPERTS}/" in path and _template(path) in self.modules:
+            return False  # all experts as one tensor are [e, in, out]
         is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
         return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 

@@ -22,7 +22,13 @@ from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
 from lora_jax.models.side_files import copy_side_files
-from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
+from lora_jax.models.source import (
+    MODEL_CONFIG,
+    TIED_HEAD,
+    Source,
+    is_mxfp4,
+    open_source,
+)
 from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
 from lora_jax.tree.paths import flatten
@@ -69,6 +75,8 @@ def save_model(
     model = open_source(source)
     names, family, settings = model.names, model.family, dict(model.settings)
 
+    if is_mxfp4(settings):
+        del settings["quantization_config"]  # it is written as it was read, in bfloat16
     flat = flatten(params)
     ours = {  # by bare name: the layer's path, and its part of the array
         family.tensor_name(path): (path, part.of(flat[part.path]))

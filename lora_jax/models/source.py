@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader, first_part
 from lora_jax.files.json_file import read_json
+from lora_jax.files.mxfp4 import Mxfp4Reader
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
@@ -111,9 +112,17 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     else:
         settings = read_settings(found)
         tensors = open_tensors(found)
+        if is_mxfp4(settings):
+            tensors = Mxfp4Reader(tensors)
     family = FAMILIES[settings["model_type"]]
     names = _bare_names(tensors.shapes, family, found)
     return Source(found, settings, family, tensors, names)
+
+
+def is_mxfp4(settings: Mapping[str, Any]) -> bool:
+    """Returns whether a config says that experts are stored in four bits (gpt-oss)."""
+    how = settings.get("quantization_config")
+    return isinstance(how, dict) and how.get("quant_method") == "mxfp4"
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.models.family import Family
+from lora_jax.names import BIAS, KERNEL
 
 _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 
@@ -60,6 +61,8 @@ def _translate(name: str, family: Family) -> list[str]:
         return [name]
     paths = []
     for path, bare in family.modules.items():
+        if path.rpartition("/")[2] in (KERNEL, BIAS):
+            continue  # of a module that is there too
         for theirs in (bare, family.renamed(bare)):
             for prefix in ("", family.prefix, *family.prefixes):
                 number = _match_end(prefix + theirs, name)

@@ -31,7 +31,7 @@ RULES: Rules = (
     ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
     ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
     ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
-    ("router/(kernel|bias)", PartitionSpec()),
+    ("router/(kernel|bias)|attention/sinks", PartitionSpec()),
     ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),

@@ -119,3 +119,36 @@ def test_bfloat16_stays_bfloat16():
     assert got.dtype == jnp.bfloat16
     wanted = oracle(*(np.asarray(x, np.float64) for x in halves))
     np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_take_a_part_of_each_heads_softmax(window):
+    b, t, n, k, h = 2, 5, 4, 2, 6
+    draw = np.random.default_rng(0).normal
+    shapes = ((b, t, n, h), (b, t, k, h), (b, t, k, h), (n,))
+    arrays = tuple(jnp.float32(draw(size=shape)) for shape in shapes)
+    dy = jnp.float32(draw(size=shapes[0]))
+    slots = jnp.broadcast_to(jnp.arange(t), (b, t))
+
+    def by_hand(query, key, value, sinks):
+        key, value = (jnp.repeat(x, n // k, axis=2) for x in (key, value))
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) * h**-0.5
+        distance = jnp.arange(t)[:, None] - jnp.arange(t)
+        seen = (distance >= 0) & (distance < (window or t))
+        exps = jnp.where(seen, jnp.exp(scores), 0)
+        total = exps.sum(axis=-1) + jnp.exp(sinks)[:, None]
+        return jnp.einsum("bnts,bsnh->btnh", exps / total[..., None], value)
+
+    def blockwise(*arrays):
+        return causal_attention(*arrays[:3], sinks=arrays[3], window=window)
+
+    def cached(*arrays):
+        return cached_attention(*arrays[:3], slots, sinks=arrays[3], window=window)
+
+    wanted = by_hand(*arrays)
+    slopes = jax.vjp(by_hand, *arrays)[1](dy)
+    for attend in (blockwise, cached):
+        got, pull = jax.vjp(attend, *arrays)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        for slope, want in zip(pull(dy), slopes, strict=True):
+            np.testing.assert_allclose(slope, want, rtol=1e-4, atol=1e-5)

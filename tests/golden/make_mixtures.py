@@ -18,6 +18,7 @@ import warnings
 import peft
 import torch
 import transformers
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.golden import make_models
 from tests.golden.model_families import DECODER, SQUARE, Family, rope, without
@@ -41,6 +42,36 @@ FAMILIES = {
         ({"norm_topk_prob": False}, {"num_experts_per_tok": 3}),
         extra=("parameters", "down", "linear"),
         greedy=True,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            **without(DECODER, "intermediate_size"),
+            "intermediate_size": 9,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+            "experts_implementation": "eager",
+        },
+        (
+            {"sliding_window": 6},
+            {"swiglu_limit": 7.0},
+            {"swiglu_alpha": 1.0},
+            {"num_experts_per_tok": 2},
+        ),
+        extra=("parameters",),
+        greedy=True,
+        silent=r".*\.k_proj\.bias$",
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -149,13 +180,26 @@ def make(name: str, family: Family):
     make_models.write(home / "reference.npz", arrays)
 
 
+def make_mxfp4():
+    """Random MXFP4 blocks and what transformers unpacks of them."""
+    make_models.seed("mxfp4")
+    blocks = torch.randint(0, 256, (2, 5, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (2, 5, 3), dtype=torch.uint8)
+    unpacked = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    arrays = {"blocks": blocks, "scales": scales, "unpacked": unpacked}
+    make_models.write(HERE / "mxfp4.npz", arrays)
+
+
 def main(names: list[str]):
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for name in names or FAMILIES:
-        make(name, FAMILIES[name])
+    for name in names or [*FAMILIES, "mxfp4"]:
+        if name == "mxfp4":
+            make_mxfp4()
+        else:
+            make(name, FAMILIES[name])
     versions = make_models.versions("tests/golden/make_mixtures.py")
     (HERE / "mixtures_versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 

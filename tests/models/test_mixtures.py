@@ -19,7 +19,7 @@ from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
-UNIFORM = ("qwen3_moe", "mixtral", "olmoe")
+UNIFORM = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 

@@ -27,6 +27,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "gemma4_text": gemma4.GEMMA4,
     "glm4": dense.GLM4,
     "gpt2": gpt2.GPT2,
+    "gpt_oss": mixtures.GPT_OSS,
     "granite": dense.GRANITE,
     "llama": llama.LLAMA,
     "ministral3": dense.MINISTRAL3,

@@ -1,7 +1,8 @@
-"""Mixtures of experts: Qwen3-MoE, Mixtral and OLMoE.
+"""Mixtures of experts: Qwen3-MoE, Mixtral, OLMoE and gpt-oss.
 
 A file has the layers of each expert by themselves; here those of all experts are one
-array ``[e, in, out]``, with gate and up side by side.
+array ``[e, in, out]``, with gate and up side by side. gpt-oss has them so in its files,
+gate and up in turns.
 """
 
 from typing import Any
@@ -135,6 +136,42 @@ def read_olmoe(config: Config) -> DecoderConfig:
     )
 
 
+def read_gpt_oss(config: Config) -> DecoderConfig:
+    """Reads a gpt-oss config: attention sinks, biases, a bounded gate."""
+    fields = Fields(config, "gpt-oss decoder")
+    sizes = read_sizes(fields, max_positions_default=131072)
+    sizes["head_dim"] = fields.integer("head_dim", 64)
+    layers = sizes["num_layers"]
+    window = fields.integer("sliding_window", 128)
+    bias = fields.flag("attention_bias", True)
+    rope = read_rope(fields, sizes["head_dim"], default_theta=150000.0)
+    return finish(
+        fields,
+        sizes
+        | {
+            "norm_eps": fields.number("rms_norm_eps", 1e-5),
+            "has_qkv_bias": bias,
+            "has_output_bias": bias,
+            "has_sinks": True,
+            "ropes": (rope,),
+            "layer_ropes": (0,) * layers,
+            "layer_windows": sliding_layers(
+                fields, layers, lambda i: i % 2 == 0, window
+            ),
+        }
+        | read_experts(
+            fields,
+            chosen=4,
+            size="intermediate_size",
+            has_router_bias=True,
+            has_bias=True,
+            gate="clamped",
+            gate_alpha=fields.number("swiglu_alpha", 1.702),
+            gate_limit=fields.number("swiglu_limit", 7.0),
+        ),
+    )
+
+
 def mixture_family(
     read_config: Any,
     modules: dict[str, str],
@@ -183,3 +220,18 @@ MIXTRAL = mixture_family(
     renames=((r"block_sparse_moe\b", "mlp"),),
 )
 OLMOE = mixture_family(read_olmoe, SHARED | PRE_NORMS)
+_EXPERTS = {
+    f"layer_{{i}}/mlp/experts/{ours}{leaf}": f"{LAYER}mlp.experts.{theirs}{end}"
+    for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj"))
+    for leaf, end in (("", ""), ("/kernel", ""), ("/bias", "_bias"))
+}
+GPT_OSS = decoder_family(
+    read_gpt_oss,
+    SHARED
+    | PRE_NORMS
+    | _EXPERTS
+    | {
+        "layer_{i}/mlp/router": LAYER + "mlp.router",
+        "layer_{i}/attention/sinks": LAYER + "self_attn.sinks",
+    },
+)
