@@ -232,14 +232,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|",
         ]
         for name, found in _contenders(row).items():
-            cells = [name, _count(found, key), _ratio(row[OURS], found, key)]
+            cells = [name, _count(found, key), _ratio(row.get(OURS, {}), found, key)]
             if needed := found.get("refused_bytes"):
                 cells += [f"does not fit: needs {needed / 2**30:.1f} GiB", "–", "–"]
             else:
                 share = found["flops"] / row["formula"] if row["formula"] else None
                 cells += [
                     f"{found['temp_bytes'] / 1e6:,.1f} MB",
-                    _ratio(row[OURS], found, "temp_bytes"),
+                    _ratio(row.get(OURS, {}), found, "temp_bytes"),
                     f"{share:.3f}" if share else "–",
                 ]
             lines.append(f"| {' | '.join(cells)} |")

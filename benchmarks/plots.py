@@ -143,7 +143,7 @@ def _overhead(rows: Rows) -> Any:
 
 def _compiled(rows: Rows) -> Any:
     """Draws cycles against temporaries of the decoder's step, a picture per target."""
-    rows = [row for row in rows if "cycles" in row[contenders.OURS]]
+    rows = [row for row in rows if "cycles" in row.get(contenders.OURS, {})]
     shape = rows[0]["shape"]
     rows = [row for row in rows if row["shape"] == shape]
     figure, grid = plt.subplots(

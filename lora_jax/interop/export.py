@@ -368,7 +368,6 @@ def _saved(adapter: ExternalAdapter, names: Names) -> list[str]:
 
 def _shortest(chosen: Sequence[str], known: Iterable[str]) -> list[str]:
     """Returns each name's last component if unambiguous, else the full name."""
-    # Gemma 4's vision has its layers in modules that are called as the text's layers.
     left = {word for name in set(known) - set(chosen) for word in name.split(".")}
     words = {name: name.rpartition(".")[2] for name in chosen}
     return sorted({n if word in left else word for n, word in words.items()})

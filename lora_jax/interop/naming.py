@@ -131,7 +131,8 @@ class Names:
             layer = path.removesuffix(f"/{fusion.whole}")
             if not fusion.is_split or layer == path or path not in self._bare:
                 continue
-            if self._others.get(path) == self._bare[path]:
+            own = fusion.names[0].replace("{i}", layer.rpartition("_")[2])
+            if own == self._bare[path]:
                 bare = (self._others[f"{layer}/{part}"] for part in fusion.parts)
                 return [self._spell(name, self.style) for name in bare]
         return []

@@ -81,8 +81,9 @@ def adapt(
     found = find_layers(model, config, stack_axis)
     targets = {target.path: target for target in select(found, config)}
     _check_ranks(targets)
-    weights = {path: weight[...] for path, weight in found.weights.items()}
-    check_kernels(unflatten(weights), list(targets.values()))
+    paths = [target.weight_path for target in targets.values()]
+    kernels = unflatten({path: found.weights[path][...] for path in paths})
+    check_kernels(kernels, list(targets.values()))
     key = seed_of(rngs, PARAMS)
 
     def values_of(layer: Any, target: Target) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _put(
     drops = config.dropout_rate and rngs is not None
     dropout_key = seed_of(rngs, DROPOUT) if drops and rngs is not None else None
     trained = {
-        id(weight): TrainedParam(weight[...], **weight.get_metadata())
+        id(weight): TrainedParam(weight.get_value(), **weight.get_metadata())
         for path, weight in found.weights.items()
         if config.is_trained(path, is_adapted=found.owner(path) in targets)
     }

@@ -98,12 +98,12 @@ def find_layers(
     first = _first_paths(model, modules)
     for path, weight in weights.items():
         owner, _, name = path.rpartition("/")
-        owner = first.get(owner, owner)
-        if owner in sites or name in (BIAS, SCALE) or len(weight.shape) < 2:
+        owner, shape = first.get(owner, owner), getattr(weight, "shape", ())
+        if owner in sites or name in (BIAS, SCALE) or len(shape) < 2:
             continue
         kind = type(modules.get(owner, model)).__name__
         unsupported[path] = UnsupportedWeight(
-            kind, owner in linear, why.get(owner, ""), tuple(weight.shape)
+            kind, owner in linear, why.get(owner, ""), tuple(shape)
         )
     return Found(list(sites.values()), unsupported, weights, first)
 

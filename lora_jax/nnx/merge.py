@@ -102,7 +102,9 @@ def _plain(
 ) -> Any:
     """Returns the model with plain classes, plain Params, and new kernels."""
     replaced: dict[int, nnx.Variable] = {
-        id(weight): nnx.Param(kernels.get(path, weight[...]), **weight.get_metadata())
+        id(weight): nnx.Param(
+            kernels.get(path, weight.get_value()), **weight.get_metadata()
+        )
         for path, weight in weights.items()
         if path in kernels or isinstance(weight, TrainedParam)
     }

@@ -180,6 +180,20 @@ class Containers(nnx.Module):
         return self.experts(jnp.stack([x, y], axis=-2))
 
 
+class Projections(nnx.Module):
+    """One layer of each kind that qwix and gemma.peft adapt, without activations."""
+
+    def __init__(self):
+        kinds = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float32}
+        self.q_einsum = Einsum("BTD,NDH->BTNH", (3, 6, 2), **kinds)
+        self.out = nnx.LinearGeneral((3, 2), 5, axis=(-2, -1), rngs=nnx.Rngs(1))
+        self.experts = Einsum("BTD,EDH->BTEH", (2, 5, 4), **kinds)
+        self.each = Einsum("BTEH,EHD->BTED", (2, 4, 3), **kinds)
+
+    def __call__(self, x):
+        return self.each(self.experts(self.out(self.q_einsum(x))))
+
+
 def _normal(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(7), shape)
 

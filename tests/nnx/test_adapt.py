@@ -268,6 +268,19 @@ def test_clear_errors():
         adapt(bad)
 
 
+def test_a_model_is_adapted_while_it_is_made_and_planned_while_it_is_abstract():
+    class Scaled(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nnx.Param(1.0)
+
+    made = nnx.jit(lambda: adapt(Scaled()))()
+    wanted = adapt(Scaled())
+    assert_close(made.layer_1.lora_a[...], wanted.layer_1.lora_a[...])
+    targets = lnnx.find_targets(nnx.eval_shape(Mlp), LoRAConfig(rank=2, alpha=6))
+    assert targets == lnnx.lora_targets(made)
+
+
 def test_an_array_of_two_modules_has_two_adapters_but_no_merged_value():
     model = Mlp()
     model.layer_0, model.twin = (nnx.Linear(6, 6, rngs=nnx.Rngs(0)) for _ in range(2))

@@ -1,6 +1,7 @@
 """Files: the Linen side's folders, PEFT's, and the trees of qwix and gemma.peft."""
 
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,12 @@ from safetensors.numpy import load_file
 import lora_jax
 import lora_jax.nnx as lnnx
 from lora_jax import LoRAConfig
-from tests.nnx.models import Einsum, build, train_a_little
+from lora_jax.tree.paths import unflatten
+from tests.nnx.models import Projections, build, train_a_little
 from tests.reference import assert_close
 
 CONFIG = LoRAConfig(rank=2, alpha=6, rank_pattern={"up": 3}, train=["head"], dora=True)
+GOLDEN = Path(__file__).parent.parent / "golden"
 X = jnp.asarray(np.random.default_rng(1).standard_normal((3, 6)), jnp.float32)
 
 
@@ -162,24 +165,12 @@ def test_what_does_not_fit_is_told_at_once(tmp_path):
         lnnx.load_peft(tmp_path, Mlp(), {"down": "mlp.up", "up": "u", "head": "d"})
 
 
-class Attention(nnx.Module):
-    def __init__(self):
-        kinds = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float32}
-        self.q_einsum = Einsum("BTD,NDH->BTNH", (3, 6, 2), **kinds)
-        self.out = nnx.LinearGeneral((3, 2), 5, axis=(-2, -1), rngs=nnx.Rngs(1))
-        self.experts = Einsum("BTD,EDH->BTEH", (2, 5, 4), **kinds)
-        self.each = Einsum("BTEH,EHD->BTED", (2, 4, 3), **kinds)
-
-    def __call__(self, x):
-        return self.each(self.experts(self.out(self.q_einsum(x))))
-
-
 def draw(*shape):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
 def test_adapters_of_qwix_and_tunix_are_read():
-    base, x = Attention(), X.reshape(1, 3, 6)
+    base, x = Projections(), X.reshape(1, 3, 6)
     tree = {
         "q_einsum": {"w_lora_a": draw(6, 2), "w_lora_b": draw(2, 3, 2)},
         # A linear layer's axes are flattened; one B is every expert's.
@@ -199,12 +190,28 @@ def test_adapters_of_qwix_and_tunix_are_read():
     assert_close(merged(x), model(x))
 
 
+def test_what_qwix_itself_trained_computes_alike():
+    """Made by tests/golden/make_qwix.py, with the version in its metadata."""
+    found = load_file(GOLDEN / "qwix_nnx.safetensors")
+    trees = {name: {} for name in ("base", "lora")}
+    for path, array in found.items():
+        if "/" in path:
+            trees[path.partition("/")[0]][path.partition("/")[2]] = jnp.asarray(array)
+    base = Projections()
+    graphdef, state = nnx.split(base)
+    nnx.replace_by_pure_dict(state, unflatten(trees["base"]))
+    model = lnnx.load_factors(
+        unflatten(trees["lora"]), nnx.merge(graphdef, state), alpha=6
+    )
+    assert_close(model(jnp.asarray(found["x"])), found["y"])
+
+
 def test_trees_of_gemma_peft_are_read_and_exported(tmp_path):
     tree = {
         "q_einsum": {"lora": {"a": draw(6, 2), "b": draw(2, 3, 2)}},
         "out": {"lora": {"a": draw(3, 2, 4), "b": draw(4, 5)}},
     }
-    model = lnnx.load_factors(tree, Attention())
+    model = lnnx.load_factors(tree, Projections())
     scalings = {t.path: t.scaling for t in lnnx.lora_targets(model)}
     assert scalings == {"q_einsum": 1, "out": 1}
     lnnx.export_adapter(tmp_path, model, {"q_einsum": "q_proj", "out": "o_proj"})
@@ -215,4 +222,4 @@ def test_trees_of_gemma_peft_are_read_and_exported(tmp_path):
     )
     wrong = {"q_einsm": tree["out"], "x": 1, "q_einsum": tree["out"]}
     with pytest.raises(ValueError, match=r"3 faults(.|\n)*q_einsm(.|\n)*must be \(6"):
-        lnnx.load_factors(wrong, Attention())
+        lnnx.load_factors(wrong, Projections())
