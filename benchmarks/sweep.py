@@ -172,7 +172,7 @@ def _on_tpu(b: int, t: int) -> dict[str, Any]:
             shaped(batch, count),
         )
         with uncached():
-            cost = update.lower(*args).compile().cost_analysis()
+            cost: Any = update.lower(*args).compile().cost_analysis()
         flops, traffic = cost["flops"], cost["bytes accessed"]
         seconds = max(flops / PEAK_FLOPS, traffic / PEAK_BYTES)
         row[name] = {"flops": flops, "bytes": traffic, "seconds": seconds}

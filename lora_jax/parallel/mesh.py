@@ -16,7 +16,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import BATCH_AXES, DATA, FSDP, MESH_AXES, TENSOR
+from lora_jax.names import BATCH_AXES, DATA, EXPERT, FSDP, MESH_AXES, TENSOR
 from lora_jax.parallel.activation_sharding import current_mesh
 from lora_jax.tree.paths import leaves_by_path
 
@@ -28,6 +28,7 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    expert: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Makes a device mesh.
@@ -38,23 +39,33 @@ def make_mesh(
       fsdp: number of devices that shard each copy's kernels and its part of the batch.
       tensor: number of devices that shard each layer's outputs. One of the three sizes
         may be -1 for the remaining devices.
+      expert: number of devices that share the experts of a mixture; the rest of the
+        model is copied to each of them.
       devices: the devices; all devices of all processes if None.
 
     Returns:
-      A mesh with axes ``data``, ``fsdp``, ``tensor``.
+      A mesh with axes ``data``, ``fsdp``, ``tensor``, and ``expert`` if it is above 1.
 
     Raises:
-      ValueError: if a size is neither positive nor -1, two are -1, or the product is
-        not the number of devices; suggests the nearest valid sizes.
+      ValueError: if a size is neither positive nor -1, two are -1, ``expert`` does not
+        divide the devices, or the product is not their number; suggests the nearest
+        valid sizes.
 
     Example:
       >>> dict(make_mesh(tensor=1, devices=jax.devices()[:1]).shape)
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _sizes({DATA: data, FSDP: fsdp, TENSOR: tensor}, len(devices))
+    if type(expert) is not int or expert < 1 or len(devices) % expert:
+        raise ValueError(
+            f"expert must divide the {len(devices)} devices; got {expert!r}."
+        )
+    sizes = _sizes({DATA: data, FSDP: fsdp, TENSOR: tensor}, len(devices) // expert)
+    axes = AXES
+    if expert > 1:
+        sizes, axes = (*sizes, expert), (*AXES, EXPERT)
     return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        sizes, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
     )
 
 
