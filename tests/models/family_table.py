@@ -28,6 +28,7 @@ MODELS = {  # what goes by a model_type
     "gemma4_text": "the same alone",
     "glm4": "GLM-4 0414",
     "gpt2": "GPT-2",
+    "gpt_oss": "gpt-oss-20b, 120b",
     "granite": "Granite 3",
     "llama": "Llama 2, 3 and 3.x; SmolLM2",
     "ministral3": "Ministral 3, without its vision",
