@@ -153,23 +153,23 @@ def _compiled(rows: Rows) -> Any:
         layout="constrained",
         squeeze=False,
     )
-    figure.suptitle(f"{shape}: the compiler's estimate, not a measurement", fontsize=10)
+    title = f"{shape}\nby the compiler's estimate, not a measurement"
+    figure.suptitle(title, fontsize=8)
     for axis, row in zip(grid.flat, rows, strict=True):
-        for name, found in row.items():
-            if not isinstance(found, dict) or not found.get("cycles"):
-                continue
+        timed = {n: f for n, f in row.items() if isinstance(f, dict) and "cycles" in f}
+        for i, (name, found) in enumerate(timed.items()):
             at = found["temp_bytes"] / 1e6, found["cycles"] / 1e6
+            above = 5 if i % 2 else -9  # neighbours don't cover each other's names
+            offset = {"xytext": (5, above), "textcoords": "offset points"}
             axis.scatter(*at, color=_color(name), s=36)
-            axis.annotate(
-                name, at, xytext=(5, 4), textcoords="offset points", fontsize=7
-            )
+            axis.annotate(name, at, fontsize=7, **offset)
         axis.set(
             title=row["target"],
             xlabel="temporaries, MB",
             ylabel="cycles, millions, by the compiler",
         )
         axis.set_xlim(left=0, right=1.35 * axis.get_xlim()[1])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.25)
     return figure
 
