@@ -142,6 +142,148 @@ def _overhead(rows: Rows) -> Any:
 
 
 def _compiled(rows: Rows) -> Any:
+    """Draws the decoder's cycles and temporaries, a line of pictures per target."""
+    rows = [row for row in rows if "cycles" in row.get(contenders.OURS, {})]
+    rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
+    size = (10, 0.9 + 2.6 * len(rows))
+    figure, grid = plt.subplots(
+        len(rows), 2, figsize=size, layout="constrained", squeeze=False
+    )
+    figure.suptitle(
+        f"{rows[0]['shape']}: the compiler's estimate, not a measurement", fontsize=10
+    )
+    for (left, right), row in zip(grid, rows, strict=True):
+        known = {n: f for n, f in row.items() if isinstance(f, dict) and "cycles" in f}
+        names = sorted(known, key=lambda name: -known[name]["cycles"])
+        colors = [_color(name) for name in names]
+        left.barh(names, [known[n]["cycles"] / 1e6 for n in names], color=colors)
+        right.barh(names, [known[n]["temp_bytes"] / 1e6 for n in names], color=colors)
+        right.set_yticklabels([])
+        left.set(title=row["target"], xlabel="cycles, millions")
+        right.set(title=row["target"], xlabel="temporaries, MB")
+        for axis in (left, right):
+            axis.tick_params(labelsize=9)
+    return figure
+
+
+PICTURES:
+        return
+    figure = PICTURES[comparison](rows)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _contenders(rows: Rows) -> Any:
+    """Draws a bar per contender, fastest first, with quartiles and ratio to ours."""
+    columns = min(2, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(6.2 * columns, 3.1 * lines),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in grid.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, row in zip(grid.flat, rows, strict=False):
+        timed = {name: found for name, found in row.items() if isinstance(found, dict)}
+        names = sorted(timed, key=lambda name: -timed[name]["median_ms"])
+        medians = [timed[name]["median_ms"] for name in names]
+        low, high = zip(*(timed[name]["quartiles_ms"] for name in names), strict=True)
+        spread = [
+            [m - q for m, q in zip(medians, low, strict=True)],
+            [q - m for m, q in zip(medians, high, strict=True)],
+        ]
+        axis.barh(names, medians, color=[_color(n) for n in names], height=0.7)
+        axis.errorbar(medians, names, xerr=spread, fmt="none", ecolor="#444", capsize=2)
+        own = row[contenders.OURS]["median_ms"]
+        for name, median, top in zip(names, medians, high, strict=True):
+            axis.annotate(
+                f"x {median / own:.2f}",
+                (top, name),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axis.set_xlim(0, 1.12 * max(high))
+        axis.set_title(row["shape"], fontsize=10)
+        axis.set_xlabel("ms per step, median and quartiles", fontsize=9)
+        axis.tick_params(labelsize=9)
+    return figure
+
+
+def _color(name: str) -> str:
+    if name == contenders.OURS:
+        return BLUE
+    return LIGHT if name.startswith(contenders.OURS) else GREY
+
+
+def _lengths(rows: Rows) -> Any:
+    """Draws temporaries and time against tokens per row, on logarithmic axes."""
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    names = {lengths.OURS: BLUE, lengths.BLOCK: LIGHT, lengths.PLAIN: ORANGE}
+    for name, color in names.items():
+        style = {"color": color, "marker": "o", "label": name, "linewidth": 2}
+        for axis, key, unit in ((memory, "temp_bytes", 1e6), (time, "median_ms", 1)):
+            known = [row for row in rows if row[name][key] is not None]
+            at = [row["tokens"] for row in known]
+            axis.plot(at, [row[name][key] / unit for row in known], **style)
+    limit = rows[0]["limit_bytes"] / 1e6
+    memory.axhline(limit, color=GREY, linestyle="--", linewidth=1)
+    memory.annotate("not run above this", (tokens[0], limit), va="bottom", fontsize=8)
+    memory.set(ylabel="temporaries, MB")
+    time.set(ylabel="ms per step, median")
+    for axis in (memory, time):
+        axis.set(xscale="log", yscale="log", xlabel="tokens per row")
+        axis.set_xticks(tokens, [f"{t:,}" for t in tokens])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    time.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _overhead(rows: Rows) -> Any:
+    """Draws the overhead of unmerged adapters by rank, and the formula."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    (row,) = rows
+    base = row["base"]
+    ranks = [name for name in row if name.startswith("rank ")]
+    numbers = [int(name.split()[1]) for name in ranks]
+
+    def line(label: str, values: Iterable[float], *style: str) -> None:
+        color, marker, dashes = style
+        percent = [100 * value for value in values]
+        axis.plot(numbers, percent, dashes, color=color, marker=marker, label=label)
+
+    def over_base(key: str) -> Iterable[float]:
+        return (row[name][key] / base[key] - 1 for name in ranks)
+
+    line("time", over_base("median_ms"), ORANGE, "o", "-")
+    if base["flops"]:
+        line("FLOPs, by XLA", over_base("flops"), BLUE, "o", "-")
+    formula = (row[name]["formula"] for name in ranks)
+    line("r (in + out) / (in out)", formula, "#444", "", "--")
+    axis.set(
+        xscale="log",
+        xlabel="rank, all linears",
+        ylabel="overhead over the base's forward pass, %",
+    )
+    axis.set_ylim(bottom=0)
+    axis.set_xticks(numbers, [str(number) for number in numbers])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _compiled(rows: Rows) -> Any:
     """Draws cycles against temporaries of the decoder's step, a picture per target."""
     rows = [row for row in rows if "cycles" in row.get(contenders.OURS, {})]
     shape = rows[0]["shape"]
