@@ -142,35 +142,27 @@ def _overhead(rows: Rows) -> Any:
 
 
 def _compiled(rows: Rows) -> Any:
-    """Draws cycles against temporaries of the decoder's step, a picture per target."""
+    """Draws the decoder's cycles and temporaries, a line of pictures per target."""
     rows = [row for row in rows if "cycles" in row.get(contenders.OURS, {})]
-    shape = rows[0]["shape"]
-    rows = [row for row in rows if row["shape"] == shape]
+    rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
+    size = (10, 0.9 + 2.6 * len(rows))
     figure, grid = plt.subplots(
-        1,
-        len(rows),
-        figsize=(6.2 * len(rows), 4.2),
-        layout="constrained",
-        squeeze=False,
+        len(rows), 2, figsize=size, layout="constrained", squeeze=False
     )
-    figure.suptitle(f"{shape}: the compiler's estimate, not a measurement", fontsize=10)
-    for axis, row in zip(grid.flat, rows, strict=True):
-        for name, found in row.items():
-            if not isinstance(found, dict) or not found.get("cycles"):
-                continue
-            at = found["temp_bytes"] / 1e6, found["cycles"] / 1e6
-            axis.scatter(*at, color=_color(name), s=36)
-            axis.annotate(
-                name, at, xytext=(5, 4), textcoords="offset points", fontsize=7
-            )
-        axis.set(
-            title=row["target"],
-            xlabel="temporaries, MB",
-            ylabel="cycles, millions, by the compiler",
-        )
-        axis.set_xlim(left=0, right=1.35 * axis.get_xlim()[1])
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
+    figure.suptitle(
+        f"{rows[0]['shape']}: the compiler's estimate, not a measurement", fontsize=10
+    )
+    for (left, right), row in zip(grid, rows, strict=True):
+        known = {n: f for n, f in row.items() if isinstance(f, dict) and "cycles" in f}
+        names = sorted(known, key=lambda name: -known[name]["cycles"])
+        colors = [_color(name) for name in names]
+        left.barh(names, [known[n]["cycles"] / 1e6 for n in names], color=colors)
+        right.barh(names, [known[n]["temp_bytes"] / 1e6 for n in names], color=colors)
+        right.set_yticklabels([])
+        left.set(title=row["target"], xlabel="cycles, millions")
+        right.set(title=row["target"], xlabel="temporaries, MB")
+        for axis in (left, right):
+            axis.tick_params(labelsize=9)
     return figure
 
 

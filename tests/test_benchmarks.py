@@ -43,6 +43,12 @@ def test_a_results_file_has_its_picture(name, tmp_path):
     assert not plots.plt.get_fignums()
 
 
+def test_the_compiled_contenders_have_their_picture(tmp_path):
+    rows = json.loads((harness.RESULTS / "compiled.json").read_text())["rows"]
+    plots.draw("compiled", rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_takes_more_than_its_limit_is_compiled_and_not_run():
     step = jax.jit(lambda x: jnp.sort(x @ x.T, axis=0) @ x)
     x = jnp.ones((64, 64))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+from typing import Any
 
 import jax
 import pytest
@@ -105,7 +106,8 @@ def test_a_step_that_does_not_fit_says_what_it_needs(mesh, monkeypatch):
             )
 
     monkeypatch.setattr(targets, "trace", lambda *_: Program())
-    found = targets.price(None, None, mesh)
+    nothing: Any = None
+    found = targets.price(nothing, nothing, mesh)
     assert found == {"refused_bytes": 20.5 * 2**30}
     rows = [row(**{compiled.OURS: found, "other": {"cycles": 2_000_000, **KNOWN}})]
     assert "| lora_jax | – | – | does not fit: needs 20.5 GiB | – | – |" in (
