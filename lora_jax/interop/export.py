@@ -143,7 +143,7 @@ def export_adapter(
         ),
         "fan_in_fan_out": not base.family.is_transposed,
         "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
-        "target_parameters": parameters or None,
+        **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved(adapter, names) or None,
         "task_type": None if base.family.head else "CAUSAL_LM",
     }

@@ -67,7 +67,7 @@ def test_a_portable_adapter_names_every_expert_and_reads_back(name, ends, tmp_pa
     export_adapter(out, found.variables, config, found, portable=True)
     file, settings = load_file(out / FILE), settings_of(out)
     assert (settings["r"], settings["lora_alpha"]) == (3, 3)
-    assert not settings["target_parameters"]
+    assert "target_parameters" not in settings
     assert {end.rpartition(".")[2] for end in ends} < set(settings["target_modules"])
     for end in ends:
         key = f"base_model.model.model.layers.1.{end}.lora_A.weight"
