@@ -113,6 +113,11 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 is_embedding=is_embedding,
                 bias=bias,
             )
+    faults += [
+        f"missing: factors of {end}, which target_parameters names"
+        for end in config.parameters
+        if not any(f".{n}".endswith(f".{end.removesuffix('.weight')}") for n in modules)
+    ]
     tokens, wrong = _tokens(arrays, config)
     faults += wrong
     if not modules and not faults:

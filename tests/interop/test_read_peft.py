@@ -122,7 +122,7 @@ def test_unknown_keys_are_kept_and_reported(folder):
         ({"alora_invocation_tokens": [1]}, "is not supported: it changes what"),
         ({"lora_bias": True}, "missing: base_model.model.model.layers.1.mlp.down"),
         ({"lora_bias": 1}, "lora_bias must be true or false; got 1"),
-        ({"target_parameters": ["experts"]}, "target_parameters = ['experts']"),
+        ({"target_parameters": ["experts"]}, "factors of experts, which target_param"),
         ({"trainable_token_indices": [1]}, "trainable_tokens_delta of the input"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices must be a list"),
         ({"use_qalora": True}, "use_qalora = True"),
