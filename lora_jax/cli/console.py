@@ -45,11 +45,9 @@ class Console(Reporter):
         """Prints nothing from now on, because another process does."""
         self.as_json, self.is_live, self._rich.quiet = False, False, True
 
-    def say(
-        self, text: str = "", *, style: str | None = None, wrap: bool = True
-    ) -> None:
+    def say(self, text: str = "", *, style: str | None = None) -> None:
         """Prints one line, without interpreting Rich markup."""
-        self._rich.print(escape(text), style=style, soft_wrap=not wrap)
+        self._rich.print(escape(text), style=style)
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Prints aligned ``name  value`` lines."""

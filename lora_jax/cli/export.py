@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     )
     if args.portable:
         out.say("To serve it (repeat NAME=DIR for more adapters of this base):")
-        out.say(vllm_command(target), wrap=False)  # to be copied
+        out.say(vllm_command(target))
     return {
         "out": str(target),
         "format": args.format,

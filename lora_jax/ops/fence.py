@@ -10,7 +10,10 @@ and behind the activation take a step of four Llama-8B layers on v5e from 249 to
 million cycles; one of its MLPs, adapters included, from 42.5 to 34.6.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.ops.target import target_platform
@@ -30,11 +33,11 @@ def fence_output(y: AnyFloat) -> AnyFloat:
     return _fence_output(y) if _needs_fence(y) else y
 
 
-def fence_gradient(x: AnyFloat) -> AnyFloat:
+def fence_gradient(x: Any) -> Any:
     """Returns an array whose gradient is finished before it is used.
 
     Args:
-      x: an array.
+      x: an array; one of integers has no gradient.
 
     Returns:
       The same array; on other platforms than TPU, ``x`` itself.
@@ -42,8 +45,10 @@ def fence_gradient(x: AnyFloat) -> AnyFloat:
     return _fence_gradient(x) if _needs_fence(x) else x
 
 
-def _needs_fence(x: AnyFloat) -> bool:
-    return target_platform() == "tpu" and x.size * x.dtype.itemsize >= MIN_BYTES
+def _needs_fence(x: Any) -> bool:
+    if target_platform() != "tpu" or not jnp.issubdtype(x.dtype, jnp.floating):
+        return False
+    return x.size * x.dtype.itemsize >= MIN_BYTES
 
 
 @jax.custom_vjp

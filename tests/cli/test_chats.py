@@ -138,7 +138,7 @@ def test_a_system_and_a_file_of_messages_are_asked(folder, tmp_path, call):
             "in.jsonl:1: messages must contain one that is not the",
         ),
         ({"messages": "a"}, "in.jsonl:1: messages must be a list of objects"),
-        ({"messages": SKY, "tool": []}, "nothing reads, 'tool'; did you mean 'tools'?"),
+        ({"messages": SKY, "tool": []}, "unknown key, 'tool'; did you mean 'tools'?"),
         ({"messages": SKY, "tools": [{}]}, "example 1: tools must be empty"),
         ({"messages": [{"role": "usr", "content": ""}]}, "did you mean 'user'?"),
     ],
