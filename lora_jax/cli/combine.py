@@ -1,4 +1,4 @@
-"""`lora-jax combine`: adds up adapters of one base, or cuts one to another rank."""
+"""`lora-jax combine`: adds up adapters of one base, or changes an adapter's rank."""
 
 import argparse
 import dataclasses

@@ -14,7 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with a decoder",
     "score": "compute log-probabilities of the tokens of each line with a decoder",
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
-    "combine": "add up adapters of one base, or cut one to another rank",
+    "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
     "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
     "inspect": "show what is in an adapter or model folder",
@@ -133,7 +133,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         help="runs side by side (default: what is fastest here)",
     )
     group = command.add_mutually_exclusive_group()
-    _flag(group, "--resume", "go on with the sweep in the folder")
+    _flag(group, "--resume", "continue the sweep in the folder")
     _flag(group, "--overwrite", "delete the folder and start over")
 
 

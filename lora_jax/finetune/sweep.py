@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 
 class Sweep(NamedTuple):
-    """A sweep that is finished.
+    """A finished sweep.
 
     Attributes:
-      path: its folder: one of each run, and ``best/``, a copy of the best of them.
+      path: its folder, with one folder per run and ``best/``, a copy of the best one.
       runs: the best first: each run's ``name``, its ``values`` by setting,
         ``validation`` and ``test`` metrics, ``folder``, and ``status``, ``"done"`` or
         ``"diverged"``.
-      metric: the metric by which they are sorted.
-      plot: it against the learning rate, a line a rank; None without matplotlib.
+      metric: the metric they are sorted by.
+      plot: the metric against the learning rate, one line per rank; None without
+        matplotlib.
     """
 
     path: Path
@@ -60,11 +61,11 @@ def sweep(
       config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.
       grid: values by setting, ``{"train.learning_rate": [1e-4, 1e-3]}``, or the words
         of the command, ``["train.learning_rate=1e-4,1e-3", "seed=0..2"]``.
-      zipped: whether the n-th values belong together, instead of all combinations.
-      together: how many runs train side by side; None takes what is fastest.
-      resume: whether to go on with the sweep in the folder.
-      overwrite: whether a sweep that is in the folder is deleted.
-      reporter: takes in what is said meanwhile; None says nothing.
+      zipped: combines the n-th values of each setting instead of all combinations.
+      together: number of runs that train side by side; None measures which is fastest.
+      resume: whether to continue the sweep in the folder.
+      overwrite: whether to delete a sweep in the folder first.
+      reporter: shows progress; None is silent.
 
     Returns:
       The finished sweep.
@@ -72,9 +73,9 @@ def sweep(
     Raises:
       FileNotFoundError: if a file or the model is missing.
       ValueError: naming every fault of the grid and of the settings.
-      UserError: if the folder is taken, a setting can't be swept, or not even one run
-        fits the device.
-      Interrupted: a `KeyboardInterrupt` that says how to go on.
+      UserError: if the folder is in use, a setting can't be swept, or even a single run
+        doesn't fit the device.
+      Interrupted: a `KeyboardInterrupt` that says how to resume.
     """
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
@@ -125,7 +126,7 @@ def sweep(
             try:
                 runs.train(left, count, on_end)
             except KeyboardInterrupt:
-                said = "interrupted; every run has its checkpoint. Go on with\n  "
+                said = "interrupted; every run has its checkpoint. Resume with\n  "
                 raise Interrupted(said + out.resume, is_orderly=True) from None
         return Sweep(*folder.finish())
 

@@ -42,8 +42,8 @@ class SweepFolder:
         """Checks that the folder can be used, before anything is computed.
 
         Args:
-          resume: whether to go on with what is there.
-          overwrite: whether what is there may be deleted.
+          resume: whether to continue the sweep in it.
+          overwrite: whether its contents may be deleted.
 
         Raises:
           UserError: if it can't.
@@ -58,13 +58,13 @@ class SweepFolder:
                 raise UserError(f"nothing to resume: there is no sweep in {self.path}.")
             if found:
                 raise UserError(
-                    f"{self.path} is not a sweep's folder (it holds {found[0]!r}), and "
-                    "nothing there will be touched. Choose another output.dir."
+                    f"{self.path} is not a sweep's folder (it contains {found[0]!r}). "
+                    "Nothing was changed: choose another output.dir."
                 )
             return
         if not (resume or overwrite):
             raise UserError(
-                f"{self.path} holds a sweep already. Add {OPTIONS} to go on with it, "
+                f"{self.path} already contains a sweep. Add {OPTIONS} to continue it, "
                 "--overwrite (overwrite=True) to delete it, or choose another "
                 "output.dir."
             )

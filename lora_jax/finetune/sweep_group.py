@@ -48,11 +48,11 @@ class Member(Session):
     """One run of a group.
 
     Attributes:
-      point: what the grid says of it.
-      number: of the step that it waits for.
-      like: its state before the first step.
-      hyper: what the shared step is told of it.
-      loop: asks for its steps.
+      point: its settings in the grid.
+      number: the step it waits for.
+      like: its initial state.
+      hyper: its inputs of the shared step.
+      loop: yields the steps it needs.
     """
 
     def __init__(self, point: Point, group: "Group") -> None:

@@ -136,7 +136,7 @@ def check_exportable(targets: Iterable[Target]) -> None:
 def split_experts(
     modules: Mapping[str, ExternalFactors], names: Names
 ) -> dict[str, ExternalFactors]:
-    """Names every expert by itself, as vLLM does; gate and up share A.
+    """Names each expert separately, as vLLM does; gate and up share A.
 
     Args:
       modules: factors by name.

@@ -83,12 +83,12 @@ class AdapterBank:
       params: its parameters.
       members: adapters by name, each a tree and its targets.
       *example_args: example inputs, as for `adapt`.
-      capacity: how many adapters there may be; as many as ``members`` if None.
-      ranks: the largest rank to come, by path, where those of ``members`` are smaller.
+      capacity: the largest number of adapters; None for as many as ``members``.
+      ranks: the largest rank to allow, by path, where those of ``members`` are smaller.
 
     Attributes:
       module: applies the adapters; ``module.apply(bank.variables(names), inputs)``.
-      names: of the adapters.
+      names: names of the adapters.
 
     Raises:
       ValueError: if there is no member, more of them than ``capacity``, some are DoRA
@@ -150,7 +150,7 @@ class AdapterBank:
 
     @property
     def capacity(self) -> int:
-        """How many adapters there may be."""
+        """The largest number of adapters."""
         return len(jax.tree.leaves(self._lora)[0]) - 1
 
     def add(
@@ -159,7 +159,7 @@ class AdapterBank:
         """Adds an adapter, or replaces the one of that name, without recompiling.
 
         Args:
-          name: to refer to it by.
+          name: its name.
           lora: the adapter tree.
           targets: its targets.
 
@@ -187,7 +187,7 @@ class AdapterBank:
         """Removes an adapter.
 
         Args:
-          name: of it.
+          name: its name.
 
         Raises:
           ValueError: if there is no such adapter.

@@ -38,8 +38,8 @@ class LayerLoRA(NamedTuple):
 def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -> Site:
     """Describes a layer that can be adapted.
 
-    Layers stacked in one array (by `flax.nnx.vmap`) are told by the weight's shape, as
-    the module declares it: the stacked weight has more axes.
+    Layers stacked in one array (by `flax.nnx.vmap`) are recognised because the weight
+    has more axes than the shape that the module declares.
 
     Args:
       path: the module's path in the model.

@@ -55,12 +55,12 @@ def combine_adapters(
     Methods, for the changes ``D_k = s_k A_k B_k`` (with DoRA ``W_k - W0``):
 
     - ``"cat"``: ``Σ w_k D_k``, exactly, at the sum of the ranks of each layer.
-    - ``"svd"``: ``Σ w_k D_k``, cut to ``rank``.
+    - ``"svd"``: ``Σ w_k D_k``, truncated to ``rank``.
     - ``"ties"``: keeps the fraction ``density`` of each ``D_k`` with the largest
       magnitudes, then the elements whose sign is that of their sum over k, and averages
-      ``w_k D_k`` over what is kept; cut to ``rank``.
+      ``w_k D_k`` over what is kept; truncated to ``rank``.
     - ``"dare"``: keeps each element of ``D_k`` with probability ``density``, divided by
-      ``density``; ``Σ w_k D_k``, cut to ``rank``.
+      ``density``; ``Σ w_k D_k``, truncated to ``rank``.
     - ``"dare_ties"``: prunes like ``"dare"``, then elects and averages like ``"ties"``.
 
     An adapter without a layer has ``D_k = 0`` there (TIES averages over the others).

@@ -146,7 +146,7 @@ def test_a_kill_loses_nothing(done, tree, tmp_path, monkeypatch):
         patch.setattr(TextBatches, "batch_at", interrupting)
         with pytest.raises(Interrupted, match="every run has its checkpoint"):
             sweep(again, GRID, zipped=True, together=2)
-    with pytest.raises(UserError, match="holds a sweep already"):
+    with pytest.raises(UserError, match="already contains a sweep"):
         sweep(again, GRID, zipped=True)
     with pytest.raises(UserError, match=r"other(.|\n)*train.epochs: 3 -> 4"):
         sweep(again, {**GRID, "train.epochs": [4] * 4}, zipped=True, resume=True)
