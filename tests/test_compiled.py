@@ -57,7 +57,7 @@ ENTRY %main (x: f32[]) -> f32[] {
   %t = f32[8]{0} get-tuple-element(%w), index=0
   ROOT %r = f32[8]{0} copy(%t)
 }
-"""  # noqa: E501
+"""  # noqa: E501 - lines as the compiler prints them
 
 
 def test_cycles_count_a_loop_as_often_as_it_runs_and_the_slowest_branch():

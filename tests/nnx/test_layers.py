@@ -46,7 +46,10 @@ def test_a_layer_starts_as_its_base_and_merges_into_it(kind, dora):
 
 def test_a_layer_looks_itself_up_by_its_path():
     config = LoRAConfig(rank=2, targets=["up"], rank_pattern={"mlp/up": 3})
-    make = lambda path: lnnx.LoRALinear(6, 5, lora=config, path=path, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make(path):
+        return lnnx.LoRALinear(6, 5, lora=config, path=path, rngs=nnx.Rngs(0))
+
     assert make("").lora_a.shape == (6, 2)
     assert make("mlp/up").lora_a.shape == (6, 3)
     plain = make("mlp/down")
