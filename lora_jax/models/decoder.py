@@ -36,8 +36,7 @@ from lora_jax.attention.rope import rope_angles
 from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.embeddings import TokenIds, check_tokens
-from lora_jax.models.experts import ROUTED
-from lora_jax.names import ATTENDED, LINEAR, X_A
+from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
