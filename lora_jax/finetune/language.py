@@ -209,9 +209,9 @@ def open_language(
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(
-                translate_names(settings.lora, source.family), source.config
-            )
+            config = source.config
+            lora = translate_names(settings.lora, source.family, config)
+            scan = can_scan(lora, config)
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,

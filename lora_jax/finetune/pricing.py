@@ -186,7 +186,8 @@ def slice_steps(
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
-    lora, scan = translate_names(settings.lora, family), settings.model.scan
+    lora = translate_names(settings.lora, family, config)
+    scan = settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)
     devices = make_mesh(**mesh, devices=open_slice(topology))
