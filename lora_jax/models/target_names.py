@@ -21,9 +21,9 @@ def translate_names(
 
     A name counts as theirs if it ends one of their module names and no path here:
     ``k_proj`` is ``attention/key``, ``layers.3.mlp.up_proj`` is ``layer_3/mlp/up``, and
-    BERT's ``output.dense`` is both ``attention/output`` and ``mlp/down``. In a mixture of
-    experts ``down_proj`` is that of all experts, and of the layers with a plain MLP if
-    there are any.
+    BERT's ``output.dense`` is both ``attention/output`` and ``mlp/down``. In a mixture
+    of experts ``down_proj`` is that of all experts, and of the layers with a plain MLP
+    if there are any.
 
     Args:
       config: lists of names, and patterns that are plain names, may use either's names;
@@ -40,11 +40,8 @@ def translate_names(
     def of_list(names: Any) -> Any:
         if isinstance(names, str):
             return names
-        return tuple(
-            dict.fromkeys(
-                p for name in names for p in _translate(name, family, modules)
-            )
-        )
+        paths = (p for name in names for p in _translate(name, family, modules))
+        return tuple(dict.fromkeys(paths))
 
     def of_patterns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
