@@ -198,6 +198,16 @@ def cached_attention(
     return mixed.reshape(query.shape)
 
 
+def write_slots(
+    cache: CachedKeys, new: Float[Array, "b t k h"], slots: Int[Array, "b t"]
+) -> CachedKeys:
+    """Returns a cache ``[b, k, s, h]`` with new tokens' keys or values in its slots."""
+    if slots.size == 1:  # written twice: XLA:CPU copies the cache to update one slot
+        new, slots = jnp.repeat(new, 2, axis=1), jnp.repeat(slots, 2, axis=1)
+    rows = jnp.arange(len(slots))[:, None]
+    return cache.at[rows, :, slots].set(new)
+
+
 def _causal_mask(queries: Array, keys: Array, window) -> Array:
     """Returns the causal mask ``[b, 1, t, s]`` for positions ``[b, t]`` and ``[s]``."""
     distance = queries[:, None, :, None] - keys

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lora_jax.attention.causal import cached_attention, causal_attention
+from lora_jax.attention.causal import (
+    cached_attention,
+    causal_attention,
+    write_slots,
+)
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
@@ -153,9 +157,8 @@ class Attention(DecoderModule):
             )
         else:
             if cfg.key_source is None:
-                rows = jnp.arange(b)[:, None]
-                key = past[0].at[rows, :, place.slots].set(key)
-                value = past[1].at[rows, :, place.slots].set(value)
+                key = write_slots(past[0], key, place.slots)
+                value = write_slots(past[1], value, place.slots)
             mixed = attend(query, key, value, place.slots)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
