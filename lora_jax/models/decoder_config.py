@@ -155,6 +155,7 @@ class DecoderConfig:
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
       experts: the mixture of experts in place of MLPs, or None.
+      qkv_clip: bound of queries, keys and values before they are rotated, or None.
       has_sinks: whether each head's softmax has one more score, a parameter.
 
     Raises:
@@ -206,6 +207,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     is_tied: bool = False
     experts: ExpertConfig | None = None
+    qkv_clip: float | None = None
     has_sinks: bool = False
 
     @property
@@ -272,7 +274,7 @@ class DecoderConfig:
             for window in {w for w in self.layer_windows if w is not None}
             if type(window) is not int or window < 1
         ]
-        optional = ("attention_scale", "attention_softcap", "final_softcap")
+        optional = ("attention_scale", "attention_softcap", "final_softcap", "qkv_clip")
         for name in ("norm_eps", *optional, "residual_scale", "logit_scale"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and 0 < value < math.inf
