@@ -13,6 +13,7 @@ from lora_jax.attention.causal import (
     bidirectional_attention,
     cached_attention,
     causal_attention,
+    write_slots,
 )
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
@@ -118,7 +119,7 @@ class Attention(DecoderModule):
           x: ``[b, t, d]``.
           place: the tokens' positions.
           layer: the layer's number, traced if the layers are scanned.
-          past: the layer's keys and values ``[b, s, k, h]`` when decoding.
+          past: the layer's keys and values ``[b, k, s, h]`` when decoding.
 
         Returns:
           ``[b, t, d]``, and the layer's keys and values including these tokens'.
@@ -175,9 +176,8 @@ class Attention(DecoderModule):
             )
         else:
             if cfg.key_source is None:
-                rows = jnp.arange(b)[:, None]
-                key = past[0].at[rows, place.slots].set(key)
-                value = past[1].at[rows, place.slots].set(value)
+                key = write_slots(past[0], key, place.slots)
+                value = write_slots(past[1], value, place.slots)
             mixed = attend(query, key, value, place.slots)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
