@@ -66,7 +66,8 @@ language model's own folder as well.
 
 Of a folder of sentence-transformers (`modules.json`), `lora-jax encode` follows the
 pooling, the dense layers and the normalisation, and `--prompt` takes a prompt of it; so
-do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an encoder.
+do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an
+encoder.
 
 """
 
