@@ -43,7 +43,7 @@ RULES: Rules = (
     ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
     ("(head|pooler|embeddings/projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(head|pooler|embeddings/projection)/bias", PartitionSpec(TENSOR)),
-    ("classifier/(kernel|bias)", PartitionSpec()),
+    (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),
     (r"[^/]*norm/(scale|bias)", PartitionSpec()),
     ("(attention|mlp|layer)_scale", PartitionSpec()),
 )
