@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.attention.causal import (
+    bidirectional_attention,
     cached_attention,
     causal_attention,
     write_slots,
@@ -19,6 +20,7 @@ from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
+from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -47,6 +49,16 @@ class PositionContext(NamedTuple):
     segment_ids: Array | None
     own: Array | None = None
     given: Any = None
+
+
+class Head(nn.Dense):
+    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
+
+    With an adapter here, the loss has to form the logits of every token.
+    """
+
+
+register_layer(Head, "...i,io->...o", kind="head")
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +158,14 @@ class Attention(DecoderModule):
             window=window,
             sinks=sinks,
         )
-        if past is None:
+        if not cfg.is_causal:
+            mixed = bidirectional_attention(
+                *(query, key, value),
+                segment_ids=place.segment_ids,
+                scale=cfg.attention_scale,
+                window=window,
+            )
+        elif past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
             mixed = attend(
                 query,
