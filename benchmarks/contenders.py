@@ -4,9 +4,9 @@ The contenders alternate, with the same sizes, batch, dtype, rank and targets, a
 on the adapters. Those that aren't installed are skipped with a note. Our decoders have
 scanned blocks, as in `lora-jax train`, on both APIs of flax. qwix and plain autodiff
 run on this library's models, with its attention; nnx.LoRA, and qwix again, on the same
-decoder written for NNX; PEFT on transformers' Llama and BERT, eager and compiled. The base is float32
-on a CPU, bfloat16 elsewhere. A lower bound for any step is included: only the base's
-matmuls, in the forward pass and for the input gradients.
+decoder written for NNX; PEFT on transformers' Llama and BERT, eager and compiled. The
+base is float32 on a CPU, bfloat16 elsewhere. A lower bound for any step is included:
+only the base's matmuls, in the forward pass and for the input gradients.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """The decoder of `benchmarks.contenders` written for flax NNX.
 
 Written as an NNX user would, except that it uses this library's faster attention and
-its norm, and names what rematerialisation may keep. With ``rank`` its linears are in `nnx.LoRA`;
-without, they are plain, for `lora_jax.nnx.adapt` (in scanned blocks) and for qwix.
+its norm, and names what rematerialisation may keep. With ``rank`` its linears are in
+`nnx.LoRA`; without, they are plain, for `lora_jax.nnx.adapt` (in scanned blocks) and
+for qwix.
 """
 
 from typing import Any

@@ -134,11 +134,17 @@ def register_layer(
         raise TypeError(
             f"module_type must be a Linen module class; got {module_type!r}."
         )
-    if isinstance(equation, str) and _SORTED_ROWS.fullmatch(equation.replace(" ", "")):
+    if is_of_sorted_rows(equation):
         _RULES[module_type] = experts_rule(kind or EXPERTS_KIND, weight)
         return
     as_function = equation if callable(equation) else lambda *_: equation
     _RULES[module_type] = einsum_rule(kind or "einsum", as_function, weight)
+
+
+def is_of_sorted_rows(equation: str | Callable[..., str]) -> bool:
+    """Returns whether an equation is that of rows sorted by expert."""
+    is_text = isinstance(equation, str)
+    return is_text and _SORTED_ROWS.fullmatch(equation.replace(" ", "")) is not None
 
 
 def _fold(
