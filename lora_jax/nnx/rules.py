@@ -21,13 +21,11 @@ from lora_jax.names import KERNEL
 from lora_jax.nn.layer_rules import (
     ATTEND,
     CALL,
-    EXPERTS_KIND,
     LayerRule,
     dense_general_equation,
     einsum_rule,
-    experts_rule,
-    is_of_sorted_rows,
     registered_rules,
+    sorted_rows_rule,
 )
 from lora_jax.ops.contraction import DENSE, Contraction, Shape
 from lora_jax.ops.einsum import parse_equation
@@ -75,8 +73,9 @@ def register_layer(
       equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
         ``module -> equation``. ``"mi,eio->mo"``, where the experts' label is in the
         weight alone, is a layer called with rows sorted by expert and the number of
-        each expert's rows, as `lora_jax.lora_experts` takes them. With a label of
-        experts in all three (``"ebi,eio->ebo"``) each expert has its own A and B too.
+        each expert's rows, as `lora_jax.lora_experts` takes them; ``"mi,eoi->mo"`` is
+        one whose weights are stored transposed. With a label of experts in all three
+        (``"ebi,eio->ebo"``) each expert has its own A and B too.
       weight: name of the weight, a `flax.nnx.Param`.
       kind: name in the table of targets; "einsum" by default, or "experts" for sorted
         rows. ``"all-linear"`` covers both; layers of a new kind must be named in the
@@ -97,8 +96,7 @@ def register_layer(
         raise TypeError(
             f"module_type must be an NNX module class; got {module_type!r}."
         )
-    if is_of_sorted_rows(equation):
-        linen = experts_rule(kind or EXPERTS_KIND, weight)
+    if (linen := sorted_rows_rule(equation, weight, kind)) is not None:
         _RULES[module_type] = _from_linen(linen)
         return
     as_function = equation if callable(equation) else lambda module: equation

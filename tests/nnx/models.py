@@ -195,10 +195,23 @@ class Experts(nnx.Module):
 lnnx.register_layer(Experts, "mi,eio->mo", weight="w")
 
 
+class TurnedExperts(nnx.Module):
+    """The same, stored transposed."""
+
+    def __init__(self, i, o, *, rngs, param_dtype):
+        self.w = nnx.Param(rngs.params.normal((3, o, i), param_dtype))
+
+    def __call__(self, x, sizes):
+        return jax.lax.ragged_dot(x, self.w[...].swapaxes(1, 2), sizes)
+
+
+lnnx.register_layer(TurnedExperts, "mi,eoi->mo", weight="w")
+
+
 class Mixture(nnx.Module):
     def __init__(self, kinds):
         self.router = nnx.Linear(6, 3, **kinds)
-        self.up, self.down = Experts(6, 5, **kinds), Experts(5, 6, **kinds)
+        self.up, self.down = Experts(6, 5, **kinds), TurnedExperts(5, 6, **kinds)
 
     def __call__(self, x):
         expert = jnp.argmax(self.router(x), axis=-1)
