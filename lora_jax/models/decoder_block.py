@@ -131,7 +131,7 @@ class Attention(DecoderModule):
 
         def placed(y: Array, name: str, heads: int) -> Array:
             y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
-            y = y.reshape(b, t, heads, h)
+            y = _clipped(y, cfg.qkv_clip).reshape(b, t, heads, h)
             y = self.norm(name)(y) if cfg.qk_norm == "head" else y
             return self._rotated(y, place, layer)
 
@@ -140,7 +140,7 @@ class Attention(DecoderModule):
             key, value = place.given
         else:
             key = placed(key, "key_norm", k)
-            value = value.reshape(b, t, k, h)
+            value = _clipped(value, cfg.qkv_clip).reshape(b, t, k, h)
             value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
@@ -305,6 +305,10 @@ def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
     if isinstance(layer, int):
         return values[layer]
     return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _clipped(x: Array, bound: float | None) -> Array:
+    return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def _pick(tables: tuple[Array, ...], index: Any) -> Array:

@@ -12,6 +12,8 @@ The parameter tree (kernels are ``[i, o]``, as in Flax)::
     encoder/embeddings/{cls,position}                           images only
     encoder/embeddings/projection/{kernel,bias}       only with embedding_size
     encoder/relative_bias/embedding                   only with num_buckets
+    encoder/distances/embedding, encoder/distance_norm/{scale,bias}   DeBERTa
+    encoder/conv/{conv/{kernel,bias},norm/{scale,bias}}               DeBERTa
     encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}   or {qkv,output}
     encoder/layer_{i}/attention_norm/{scale,bias}
     encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
@@ -39,7 +41,7 @@ from lora_jax.models.embeddings import (
     TokenIds,
     check_tokens,
 )
-from lora_jax.models.encoder_block import Block, make_norm
+from lora_jax.models.encoder_block import Block, ConvBlock, make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.pooling import POOLINGS, Pooled, mean_pool, pool
 from lora_jax.models.sentence import SentenceHead
@@ -143,9 +145,18 @@ def run_blocks(
         distance = np.arange(t) - np.arange(t)[:, None]
         buckets = relative_buckets(distance, cfg.num_buckets)  # [t, t]
         bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]  # [1, n, t, t]
+    if cfg.disentangled is not None:
+        own, width = cfg.disentangled, cfg.hidden_size
+        bias = nn.Embed(2 * own.span, width, name="distances")(
+            jnp.arange(2 * own.span)
+        ).astype(dtype)  # [p, d]
+        bias = make_norm(cfg, dtype, "distance_norm")(bias) if own.has_norm else bias
+    embedded = x
     for i in range(cfg.num_layers):
         block = Block(cfg, dtype, rate, i, name=f"layer_{i}")
         x = block(x, mask, deterministic, bias)
+        if i == 0 and cfg.conv is not None:
+            x = ConvBlock(cfg, dtype, name="conv")(embedded, x, mask)
     if cfg.norm_placement == "pre":
         x = make_norm(cfg, dtype, "final_norm")(x)
     return x

@@ -18,6 +18,7 @@ TOWER = "the language model"
 MODELS = {  # what goes by a model_type
     "bert": "BERT, all-MiniLM, BGE",
     "cohere2": "Command R7B, Command A",
+    "deberta-v2": "DeBERTa v2 and v3",
     "dinov2": "DINOv2",
     "electra": "ELECTRA",
     "gemma2": "Gemma 2",
