@@ -142,16 +142,30 @@ def register_layer(
         raise TypeError(
             f"module_type must be a Linen module class; got {module_type!r}."
         )
-    sorted_rows = None
-    if isinstance(equation, str):
-        sorted_rows = _SORTED_ROWS.fullmatch(equation.replace(" ", ""))
-    if sorted_rows is not None:
-        _RULES[module_type] = experts_rule(
-            kind or EXPERTS_KIND, weight, is_transposed=sorted_rows[4] is not None
-        )
+    if (of_rows := sorted_rows_rule(equation, weight, kind)) is not None:
+        _RULES[module_type] = of_rows
         return
     as_function = equation if callable(equation) else lambda *_: equation
     _RULES[module_type] = einsum_rule(kind or "einsum", as_function, weight)
+
+
+def sorted_rows_rule(
+    equation: str | Callable[..., str], weight: str, kind: str | None
+) -> LayerRule | None:
+    """Returns the rule of a layer of experts; None if it is not ``"mi,eio->mo"``.
+
+    Args:
+      equation: as for `register_layer`.
+      weight: name of the kernel.
+      kind: name in the table of targets; ``"experts"`` by default.
+    """
+    if not isinstance(equation, str):
+        return None
+    parsed = _SORTED_ROWS.fullmatch(equation.replace(" ", ""))
+    if parsed is None:
+        return None
+    is_transposed = parsed[4] is not None
+    return experts_rule(kind or EXPERTS_KIND, weight, is_transposed=is_transposed)
 
 
 def _fold(
