@@ -1,7 +1,8 @@
 """The language models of Gemma 4: layers of two shapes, some without own keys.
 
-26B-A4B has experts beside the MLP of each layer. E2B and E4B embed the tokens once more for every layer, and their last layers use the
-keys and values of earlier ones; 31B has values that are the keys before their norm.
+26B-A4B has experts beside the MLP of each layer. E2B and E4B embed the tokens once more
+for every layer, and their last layers use the keys and values of earlier ones; 31B has
+values that are the keys before their norm.
 """
 
 from collections.abc import Mapping
