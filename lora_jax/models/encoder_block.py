@@ -175,11 +175,10 @@ class ConvBlock(nn.Module):
         own = self.config.conv
         assert own is not None
         real = 1 if mask is None else mask[..., None].astype(x.dtype)
-        around = ((own.size - 1) // 2,) * 2
         convolve = nn.Conv(
             self.config.hidden_size,
             (own.size,),
-            padding=(around,),
+            padding="SAME",  # its size is odd
             feature_group_count=own.groups,
             dtype=self.dtype,
             name="conv",
