@@ -298,7 +298,7 @@ class Session:
     def _save_adapter(self, state: TrainState) -> None:
         save_adapter(
             self.folder / ADAPTER,
-            state.trainable,
+            state.variables,
             self.job.lora,
             self.job.fingerprint,
             extra={
@@ -312,7 +312,7 @@ class Session:
     def _load_adapter(self, state: TrainState) -> Adapter:
         return load_adapter(
             self.folder / ADAPTER,
-            expected=state.trainable,
+            expected=state.variables,
             fingerprint=self.job.fingerprint,
         )
 

@@ -19,6 +19,7 @@ from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
 from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
 from lora_jax.ops.embed import dora_query
+from lora_jax.ops.factors import Factors
 from lora_jax.tree.targets import LINEAR_KINDS, as_target, child
 
 
@@ -31,7 +32,8 @@ class LoRALayer(nnx.Module):
         adapter dropout.
 
     Variables: those of the layer, and beside its kernel ``lora_a``, ``lora_b`` and with
-    DoRA ``magnitude`` (`flax.nnx.LoRAParam`).
+    DoRA ``magnitude`` (`flax.nnx.LoRAParam`); what a method doesn't train is a
+    `FixedParam`.
     """
 
     lora: LayerLoRA | None
@@ -79,7 +81,8 @@ def adapted_method(base: type, name: str) -> Any:
         bound = inspect.signature(original).bind(self, *args, **kwargs)
         _, *inputs = bound.args
         kernel = jnp.asarray(getattr(self, rule.weight)[...])
-        a, b, m = (_value(self, leaf) for leaf in ADAPTER_LEAVES)
+        stored = Factors(*(_value(self, leaf) for leaf in ADAPTER_LEAVES))
+        a, b, m = stored.plain(rule.contraction(self))[:3]
         options: dict[str, Any] = {"scaling": self.lora.scaling}
         if m is not None and name in HEAD_METHODS:
             inputs[0] = dora_query(jnp.asarray(inputs[0]), kernel, a, b, m, **options)
