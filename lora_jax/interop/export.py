@@ -13,18 +13,18 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.base import (
+    Base,
+    Source,
+    auto_class,
+    check_head,
+    open_base,
+)
 from lora_jax.interop.experts import (
     check_exportable,
     known_names,
     parameter_targets,
     split_experts,
-)
-from lora_jax.interop.export_base import (
-    ExportBase,
-    Source,
-    auto_class,
-    check_head,
-    open_base,
 )
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
@@ -148,7 +148,7 @@ def export_adapter(
         "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved(adapter, names) or None,
-        "task_type": None if base.family.head else "CAUSAL_LM",
+        "task_type": base.task,
     }
     return write_peft(directory, adapter, settings)
 
@@ -305,7 +305,7 @@ def _write_mlx(
     directory: str | os.PathLike[str],
     adapter: ExternalAdapter,
     names: Names,
-    base: ExportBase,
+    base: Base,
 ) -> Path:
     """Writes with mlx-lm's names: ``model.`` before everything but the head.
 
