@@ -50,7 +50,7 @@ RULES: Rules = (
     ("(head|pooler|embeddings/projection)/bias", PartitionSpec(TENSOR)),
     (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),
     (r"[^/]*norm/(scale|bias)", PartitionSpec()),
-    ("(attention|mlp|layer)_scale", PartitionSpec()),
+    ("(attention|mlp|layer|router|expert)_scale", PartitionSpec()),
 )
 
 
