@@ -18,6 +18,7 @@ from lora_jax.attention.causal import (
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
 from lora_jax.nn.layer_rules import register_layer
@@ -131,7 +132,7 @@ class Attention(DecoderModule):
 
         def placed(y: Array, name: str, heads: int) -> Array:
             y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
-            y = y.reshape(b, t, heads, h)
+            y = _clipped(y, cfg.qkv_clip).reshape(b, t, heads, h)
             y = self.norm(name)(y) if cfg.qk_norm == "head" else y
             return self._rotated(y, place, layer)
 
@@ -140,7 +141,7 @@ class Attention(DecoderModule):
             key, value = place.given
         else:
             key = placed(key, "key_norm", k)
-            value = value.reshape(b, t, k, h)
+            value = _clipped(value, cfg.qkv_clip).reshape(b, t, k, h)
             value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
@@ -264,7 +265,10 @@ class Block(DecoderModule):
         if self.config.is_parallel:
             return shard_rows(x + scale * (y + mlp(inputs))), kept
         x = x + post("attention_post_norm", y)
-        x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        y, experts = mlp(pre("mlp_norm", x)), self.config.experts
+        if experts is not None and experts.is_beside_mlp:
+            y = self.norm("mlp_own_norm")(y) + self._mixture(experts, x)
+        x = x + post("mlp_post_norm", y)
         if place.own is not None:
             x = x + self._from_own(x, place.own[:, :, layer])
         if self.config.has_layer_scale:
@@ -272,6 +276,13 @@ class Block(DecoderModule):
                 x.dtype
             )
         return shard_rows(x), kept
+
+    def _mixture(self, experts: ExpertConfig, x: Hidden) -> Hidden:
+        """What experts beside the MLP add; their router reads ``x`` before its norm."""
+        cfg = self.config
+        mixture = Mixture(experts, cfg.activation, self.dtype, name="mixture")
+        y = mixture(self.norm("mixture_norm")(x), unit_rms(x, cfg.norm_eps))
+        return self.norm("mixture_post_norm")(y)
 
     def _from_own(self, x: Hidden, own: Array) -> Hidden:
         """What the layer's own ``[b, t, p]`` adds, gated by ``x``."""
@@ -285,7 +296,7 @@ class Block(DecoderModule):
 def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
     """Makes the MLP of a layer, or its mixture of experts."""
     experts = config.experts
-    if experts is None or layer in experts.dense_layers:
+    if experts is None or experts.is_beside_mlp or layer in experts.dense_layers:
         return Mlp(config, dtype, name="mlp")
     return Mixture(experts, config.activation, dtype, name="mlp")
 
@@ -305,6 +316,10 @@ def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
     if isinstance(layer, int):
         return values[layer]
     return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _clipped(x: Array, bound: float | None) -> Array:
+    return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def _pick(tables: tuple[Array, ...], index: Any) -> Array:

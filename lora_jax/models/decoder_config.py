@@ -157,6 +157,7 @@ class DecoderConfig:
       is_tied: whether the head is the embedding.
       has_head: whether there is a head at all; a model of embeddings may have none.
       experts: the mixture of experts in place of MLPs, or None.
+      qkv_clip: bound of queries, keys and values before they are rotated, or None.
       has_sinks: whether each head's softmax has one more score, a parameter.
 
     Raises:
@@ -210,6 +211,7 @@ class DecoderConfig:
     is_tied: bool = False
     has_head: bool = True
     experts: ExpertConfig | None = None
+    qkv_clip: float | None = None
     has_sinks: bool = False
 
     @property
@@ -226,7 +228,8 @@ class DecoderConfig:
     @property
     def has_mlp(self) -> bool:
         """Whether any layer has a plain MLP."""
-        return self.experts is None or bool(self.experts.dense_layers)
+        experts = self.experts
+        return experts is None or experts.is_beside_mlp or bool(experts.dense_layers)
 
     @property
     def original_positions(self) -> int | None:
@@ -281,7 +284,7 @@ class DecoderConfig:
             for window in {w for w in self.layer_windows if w is not None}
             if type(window) is not int or window < 1
         ]
-        optional = ("attention_scale", "attention_softcap", "final_softcap")
+        optional = ("attention_scale", "attention_softcap", "final_softcap", "qkv_clip")
         for name in ("norm_eps", *optional, "residual_scale", "logit_scale"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and 0 < value < math.inf

@@ -22,6 +22,9 @@ class ExpertConfig:
       gate_alpha: ``alpha``.
       gate_limit: the bound: ``gate <= limit`` and ``|up| <= limit``.
       dense_layers: numbers of layers that have a plain MLP instead.
+      is_beside_mlp: whether a layer has a plain MLP too, and adds both, each with norms
+        of its own; a router then reads scaled inputs, and each expert's weights are
+        multiplied by a number of its own.
 
     Raises:
       ValueError: if a size is out of range; every fault is named.
@@ -37,6 +40,7 @@ class ExpertConfig:
     gate_alpha: float = 1.702
     gate_limit: float = 7.0
     dense_layers: tuple[int, ...] = ()
+    is_beside_mlp: bool = False
 
     def __post_init__(self):
         faults = [

@@ -26,7 +26,7 @@ MODELS = {  # what goes by a model_type
     "gemma3": f"Gemma 3 4B, 12B, 27B; {TOWER}",
     "distilbert": "DistilBERT",
     "gemma3_text": "Gemma 3 270M, 1B; EmbeddingGemma",
-    "gemma4": f"Gemma 4 E2B, E4B, 31B; {TOWER}",
+    "gemma4": f"Gemma 4 E2B, E4B, 26B-A4B, 31B; {TOWER}",
     "gemma4_text": "the same alone",
     "glm4": "GLM-4 0414",
     "gpt2": "GPT-2",
