@@ -99,9 +99,10 @@ def encode(
         max_length = max_length or sentence.max_length
     elif prompt is not None:
         raise UserError(f"{loaded.path} has no prompts; got {prompt!r}.")
-    reads_images = isinstance(config, ImageEncoderConfig)
-    if is_dual:  # all lines as the first one
-        reads_images = any(map(is_image, records[:1]))
+    pixels = config if isinstance(config, ImageEncoderConfig) else None
+    if isinstance(config, DualConfig) and any(map(is_image, records[:1])):
+        pixels = config.vision  # all lines are as the first
+    reads_images = pixels is not None
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"
     faults = [
         f"{path}: example {number}: the model reads {wanted}"
@@ -111,10 +112,9 @@ def encode(
     ]
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
-    if reads_images:
+    if pixels is not None:
         if groups is not None:
             raise UserError(f"{path}: only lines of text can each name an adapter.")
-        pixels = config.vision if is_dual else config
         images = image_batches(pixels, loaded.path, records, rows, path)
         batches = ((loaded.variables, *batch) for batch in images)
     else:
@@ -130,7 +130,7 @@ def encode(
                 [sequences[i] for i in chosen],
                 [records[i] for i in chosen],
                 rows,
-                config.max_positions,
+                loaded.config.max_positions,
             )
         )
 
