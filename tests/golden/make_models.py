@@ -54,6 +54,8 @@ def adapters(name: str, family: Family) -> dict[str, dict]:
     if name in TOWERS:
         linears["target_modules"] = TEXT_LINEARS.format(r"\w+")
         attention = TEXT_LINEARS.format("[qv]")
+    if family.linears:
+        linears["target_modules"] = family.linears
     saved = {"task_type": "CAUSAL_LM" if decoder else "SEQ_CLS"}
     kinds = {
         "plain": {"r": 3, "lora_alpha": 5, **linears},
@@ -96,7 +98,10 @@ def seed(*names: str):
 
 def neutral(model, name: str) -> float:
     """The value at which a parameter is as good as left out."""
-    offset = re.match("gemma[23]?(_text)?$", model.config.model_type)
+    kind = model.config.model_type
+    offset = re.match("gemma[23]?(_text)?$", kind)
+    if re.match("qwen3_5", kind):
+        offset = not name.endswith("linear_attn.norm.weight")
     norm = re.search(r"norm|ln_\w|lambda1", name.lower()) and name.endswith(
         ("weight", "lambda1")
     )
@@ -134,7 +139,8 @@ def make_batch(name: str, family: Family) -> dict[str, torch.Tensor]:
             "pixel_values": torch.randn(3, family.config["num_channels"], size, size)
         }
     sizes = family.config.get("text_config", family.config)
-    most = 40 if name in TOWERS else sizes["vocab_size"]  # no token of an image
+    is_tower = "text_config" in family.config
+    most = 40 if is_tower else sizes["vocab_size"]  # no token of an image
     ids = torch.randint(3, most, (3, 13))
     if family.model.endswith(DECODERS):
         return {"input_ids": ids}

@@ -1,0 +1,38 @@
+"""The expert of a mixture that every token goes through."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from lora_jax.models.activations import ACTIVATIONS, gate
+from lora_jax.names import LINEAR
+
+
+class SharedExpert(nn.Module):
+    """Computes ``sigmoid(x W_opening) * (act(x W_gate) * x W_up) W_down``.
+
+    Attributes:
+      size: width inside it.
+      activation: Hugging Face's name of its activation.
+      dtype: dtype of the computation.
+    """
+
+    size: int
+    activation: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
+
+        def dense(name: str, x: Array, width: int) -> Array:
+            layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return checkpoint_name(layer(x), LINEAR)
+
+        opening = nn.sigmoid(dense("opening", x, 1))
+        both = (dense(name, x, self.size) for name in ("gate", "up"))
+        inner = gate(ACTIVATIONS[self.activation], *both)
+        return opening * dense("down", inner, x.shape[-1])
