@@ -28,6 +28,7 @@ from lora_jax.parallel.activation_sharding import shard_rows
 
 NO_WINDOW = 2**30
 
+
 class Attention(DecoderModule):
     """Causal self-attention, grouped, with rotary positions."""
 

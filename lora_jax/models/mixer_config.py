@@ -57,7 +57,10 @@ class DeltaNetConfig(_Sizes):
     @property
     def conv_channels(self) -> int:
         """Channels that are convolved: queries, keys and values."""
-        keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
+        keys, values = (
+            self.num_key_heads * self.key_dim,
+            self.num_heads * self.value_dim,
+        )
         return 2 * keys + values
 
     def token_flops(self, tokens: int) -> float:

@@ -47,9 +47,7 @@ class Convolution(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=(0, 1))
         kernel = self.param(KERNEL, init, (self.size, 1, x.shape[-1]))
         before = None if past is None else past.inputs
-        y = causal_conv(
-            x, kernel[:, 0], past=before, segment_ids=place.segment_ids
-        )
+        y = causal_conv(x, kernel[:, 0], past=before, segment_ids=place.segment_ids)
         if self.use_bias:
             bias = self.param(BIAS, nn.initializers.zeros, x.shape[-1:])
             y = y + bias.astype(y.dtype)
@@ -137,7 +135,7 @@ class DeltaNet(DecoderModule):
 
 
 class ShortConv(DecoderModule):
-    """LFM2's gated convolution: ``(c * conv(b * z)) W_out`` of ``[b | c | z] = x W``."""
+    """LFM2's gated convolution: ``(c * conv(b * z)) W_out``, ``[b | c | z] = x W``."""
 
     @nn.compact
     def __call__(
@@ -163,4 +161,3 @@ def _unit(x: Array) -> Array:
 @jax.checkpoint
 def _gated(y: Array, gate: Array) -> Array:
     return (y * nn.silu(gate.astype(jnp.float32))).astype(y.dtype)
-

@@ -67,6 +67,7 @@ def _read_qwen(fields: Fields, mlp_size: str) -> dict[str, Any]:
     layers = sizes["num_layers"]
     sizes["head_dim"] = fields.integer("head_dim", 256)
     interval = max(fields.integer("full_attention_interval", 4), 1)
+    fields.only("attn_output_gate", True)
     bias = fields.flag("attention_bias")
 
     def make() -> DeltaNetConfig:
