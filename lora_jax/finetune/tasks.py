@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.settings import RunSettings
@@ -41,6 +42,8 @@ def open_job(
     """
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
-    if open_source(settings.model.path).family.head:
+    source = open_source(settings.model.path)
+    check_experts(source.config, settings, axis=settings.mesh.expert)
+    if source.family.head:
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     return open_language(settings, devices, splits=splits)

@@ -11,18 +11,22 @@ class KeysValues(NamedTuple):
     """What attention keeps; token ``p`` of a row is in slot ``p``.
 
     Attributes:
-      keys: ``[b, s, k, h]``.
+      keys: ``[b, k, s, h]``; of a prompt, before `in_slots`, ``[b, t, k, h]``.
       values: the same.
     """
 
     keys: Array
     values: Array
 
-    def widened(self, size: int) -> "KeysValues":
-        """Returns the same in ``size`` slots."""
-        room = [(0, size - self.keys.shape[-3]), (0, 0), (0, 0)]
-        rest = [(0, 0)] * (self.keys.ndim - 3)
-        return KeysValues(*(jnp.pad(array, rest + room) for array in self))
+    def in_slots(self, size: int) -> "KeysValues":
+        """Returns a prompt's keys and values in the first of ``size`` slots."""
+
+        def cached(array: Array) -> Array:  # [.., t, k, h] -> [.., k, s, h]
+            room = [(0, size - array.shape[-3]), (0, 0)]
+            array = array.swapaxes(-3, -2)
+            return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + room)
+
+        return KeysValues(cached(self.keys), cached(self.values))
 
 
 class Recurrent(NamedTuple):
@@ -51,13 +55,13 @@ class Cache(NamedTuple):
     def size(self) -> int:
         """The number of slots for keys; 0 if no layer has any."""
         parts = jax.tree.leaves(self.layers, is_leaf=_has_keys)
-        return next((x.keys.shape[-3] for x in parts if _has_keys(x)), 0)
+        return next((x.keys.shape[-2] for x in parts if _has_keys(x)), 0)
 
-    def widened(self, size: int) -> "Cache":
-        """Returns the same with ``size`` slots for keys."""
+    def in_slots(self, size: int) -> "Cache":
+        """Returns a prompt's cache with ``size`` slots for keys."""
 
         def own(kept: Any) -> Any:
-            return kept.widened(size) if _has_keys(kept) else kept
+            return kept.in_slots(size) if _has_keys(kept) else kept
 
         return Cache(jax.tree.map(own, self.layers, is_leaf=_has_keys))
 

@@ -39,8 +39,7 @@ from lora_jax.models.decoder_block import Block
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.decoder_parts import Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
-from lora_jax.models.experts import ROUTED
-from lora_jax.names import ATTENDED, LINEAR, X_A
+from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
@@ -174,7 +173,7 @@ class Decoder(nn.Module):
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
         x, kept = self._blocks(x, place._replace(lengths=lengths), "run")
-        return self._last(x), Cache(kept).widened(size)
+        return self._last(x), Cache(kept).in_slots(size)
 
     def decode(
         self,

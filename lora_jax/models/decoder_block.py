@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax.attention.causal import cached_attention, causal_attention
+from lora_jax.attention.causal import (
+    cached_attention,
+    causal_attention,
+    write_slots,
+)
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.cache import KeysValues
@@ -95,9 +99,8 @@ class Attention(DecoderModule):
             )
         else:
             if cfg.key_source is None:
-                rows = jnp.arange(b)[:, None]
-                key = past.keys.at[rows, place.slots].set(key)
-                value = past.values.at[rows, place.slots].set(value)
+                key = write_slots(past.keys, key, place.slots)
+                value = write_slots(past.values, value, place.slots)
             mixed = attend(query, key, value, place.slots)
         if opening is not None:
             mixed = mixed * nn.sigmoid(opening)

@@ -221,6 +221,11 @@ class DecoderConfig:
         return not has_both and not self.layer_changes
 
     @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has a plain MLP."""
+        return self.experts is None or bool(self.experts.dense_layers)
+
+    @property
     def original_positions(self) -> int | None:
         """The longest context with longrope's short factors; None without longrope."""
         return next(

@@ -8,7 +8,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lora_jax.models.activations import ACTIVATIONS, gate
-from lora_jax.names import LINEAR
+from lora_jax.names import LINEAR, ROUTER
+from lora_jax.nn.layer_rules import register_layer
+
+
+class Opening(nn.Dense):
+    """The score that weighs the shared expert.
+
+    Like the router, ``"all-linear"`` leaves it out; a target may name it.
+    """
+
+
+register_layer(Opening, "...i,io->...o", kind=ROUTER)
 
 
 class SharedExpert(nn.Module):
@@ -32,7 +43,7 @@ class SharedExpert(nn.Module):
             layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
             return checkpoint_name(layer(x), LINEAR)
 
-        opening = nn.sigmoid(dense("opening", x, 1))
+        opening = Opening(1, use_bias=False, dtype=self.dtype, name="opening")
         both = (dense(name, x, self.size) for name in ("gate", "up"))
         inner = gate(ACTIVATIONS[self.activation], *both)
-        return opening * dense("down", inner, x.shape[-1])
+        return nn.sigmoid(opening(x)) * dense("down", inner, x.shape[-1])
