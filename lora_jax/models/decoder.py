@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         if self.scan_layers and not self.config.is_uniform:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
-                "an MLP, or they differ in shape; got True."
+                "an MLP, some have no attention, or they differ in shape; got True."
             )
         super().__post_init__()
 

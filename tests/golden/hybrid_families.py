@@ -43,7 +43,11 @@ FULL_ROPE = {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
 OTHER_EPS = {"rms_norm_eps": 1e-6}
 DENSE_HYBRIDS = {
     "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", QWEN, (FULL_ROPE, OTHER_EPS), greedy=True
+        "Qwen3_5ForCausalLM",
+        QWEN,
+        (FULL_ROPE, OTHER_EPS),
+        kinds=("plain", "dora"),
+        greedy=True,
     ),
     "qwen3_5": tower(
         "Qwen3_5ForConditionalGeneration",
@@ -57,6 +61,7 @@ DENSE_HYBRIDS = {
         [FULL_ROPE],
         outer=OUTER,
         linears=LINEARS,
+        kinds=("rslora",),
     ),
     "lfm2": Family(
         "Lfm2ForCausalLM",
@@ -75,7 +80,7 @@ DENSE_HYBRIDS = {
         ({"norm_eps": 1e-6}, {"rope_parameters": rope(10000.0)}),
         attention=("q_proj", "v_proj"),
         mlp="feed_forward.w2",
-        kinds=("plain", "rslora"),
+        kinds=("plain",),
         greedy=True,
     ),
 }

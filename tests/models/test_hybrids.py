@@ -20,7 +20,7 @@ from tests.models.golden import GOLDEN
 
 ALONE = ("qwen3_5_text", "qwen3_5_moe_text", "lfm2")
 HYBRIDS = (*ALONE, "qwen3_5", "qwen3_5_moe")
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
+TOLERANCE = {"rtol": 1e-5, "atol": 6e-5}  # transformers has the state in float32
 
 
 def read(name, file="reference.npz"):
@@ -118,11 +118,13 @@ def test_packed_examples_do_not_see_each_other(name):
     np.testing.assert_allclose(logits[0], np.concatenate(want), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "lfm2"])
-def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name):
+@pytest.mark.parametrize(
+    ("name", "other"), [("qwen3_5_text", "block"), ("lfm2", "lora")]
+)
+def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name, other):
     golden, found = read(name), {}
     loaded = model(name)
-    for remat in ("none", "lora", "block"):
+    for remat in ("none", other):
         module = loaded.module.clone(remat=remat)
         adapted = adapt(module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
         variables = adapted.attach(loaded.params, jax.random.key(0))
@@ -136,10 +138,8 @@ def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name):
         np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
     for path, leaf in flatten(found["none"]).items():
         assert leaf.any() == path.endswith("lora_b"), path
-        for remat in ("lora", "block"):
-            largest = np.abs(leaf).max()
-            got = flatten(found[remat])[path]
-            np.testing.assert_allclose(got, leaf, rtol=1e-5, atol=1e-5 * largest)
+        got, largest = flatten(found[other])[path], np.abs(leaf).max()
+        np.testing.assert_allclose(got, leaf, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -171,7 +171,9 @@ def test_all_linear_covers_mixers_and_experts_and_no_score_of_an_expert():
     ]
 
 
-HUB = {  # as on the hub, what does not matter here left out; counted by transformers
+# As on the hub, what does not matter here left out; counted by transformers, of the
+# first with four of its 40 layers.
+HUB = {
     "Qwen/Qwen3.6-35B-A3B": (
         {
             "model_type": "qwen3_5_moe",
@@ -192,7 +194,7 @@ HUB = {  # as on the hub, what does not matter here left out; counted by transfo
                 "num_attention_heads": 16,
                 "num_experts": 256,
                 "num_experts_per_tok": 8,
-                "num_hidden_layers": 40,
+                "num_hidden_layers": 4,
                 "num_key_value_heads": 2,
                 "rope_parameters": {
                     "mrope_interleaved": True,
@@ -206,7 +208,7 @@ HUB = {  # as on the hub, what does not matter here left out; counted by transfo
                 "vocab_size": 248320,
             },
         },
-        34_660_610_688,
+        4_381_469_760,
     ),
     "LiquidAI/LFM2-1.2B": (
         {
