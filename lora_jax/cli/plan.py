@@ -93,6 +93,7 @@ def _plan_local(
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
+        "frozen_notes": job.frozen_notes,
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
         "steps": {"total": steps.total, "per_epoch": steps.batches.steps_per_epoch},

@@ -145,6 +145,11 @@ class Job(abc.ABC):
         other.fingerprint = self.fingerprint
         return other
 
+    @property
+    def frozen_notes(self) -> list[str]:
+        """Lines about weights that stay frozen; see `Adapted.frozen_notes`."""
+        return self.adapted.frozen_notes(self.loaded.params)
+
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
         own = self.loaded

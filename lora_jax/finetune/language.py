@@ -218,6 +218,12 @@ def open_language(
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
+        if not getattr(loaded.config, "predicts", True):
+            raise UserError(
+                f"{loaded.path} must predict tokens; it makes embeddings only (it has "
+                "no head, or tokens see later ones). Train it in Python, on "
+                '`lora_jax.contrastive` of `apply(..., method="encode")`.'
+            )
         data = {
             name: _read(file, settings, loaded)
             for name, file in data_files(settings.data, splits).items()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax.attention.causal import (
+    bidirectional_attention,
     cached_attention,
     causal_attention,
     write_slots,
@@ -61,7 +62,7 @@ class Attention(DecoderModule):
 
         def placed(y: Array, name: str, heads: int) -> Array:
             y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
-            y = y.reshape(b, t, heads, h)
+            y = _clipped(y, cfg.qkv_clip).reshape(b, t, heads, h)
             y = self.norm(name)(y) if cfg.qk_norm == "head" else y
             return self._rotated(y, place, layer)
 
@@ -70,7 +71,7 @@ class Attention(DecoderModule):
             key, value = place.given
         else:
             key = placed(key, "key_norm", k)
-            value = value.reshape(b, t, k, h)
+            value = _clipped(value, cfg.qkv_clip).reshape(b, t, k, h)
             value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
@@ -88,7 +89,14 @@ class Attention(DecoderModule):
             window=window,
             sinks=sinks,
         )
-        if past is None:
+        if not cfg.is_causal:
+            mixed = bidirectional_attention(
+                *(query, key, value),
+                segment_ids=place.segment_ids,
+                scale=cfg.attention_scale,
+                window=window,
+            )
+        elif past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
             mixed = attend(
                 query,
@@ -239,6 +247,10 @@ def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
     if isinstance(layer, int):
         return values[layer]
     return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _clipped(x: Array, bound: float | None) -> Array:
+    return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def _pick(tables: tuple[Array, ...], index: Any) -> Array:

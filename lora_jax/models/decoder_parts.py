@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.names import LINEAR
+from lora_jax.nn.layer_rules import register_layer
 
 Hidden = Float[Array, "b t d"]
 Layer = int | Int[Array, ""]
@@ -38,6 +39,16 @@ class PositionContext(NamedTuple):
     own: Array | None = None
     given: Any = None
     lengths: Array | None = None
+
+
+class Head(nn.Dense):
+    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
+
+    With an adapter here, the loss has to form the logits of every token.
+    """
+
+
+register_layer(Head, "...i,io->...o", kind="head")
 
 
 class RMSNorm(nn.Module):

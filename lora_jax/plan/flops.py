@@ -129,7 +129,8 @@ def _mixing(layer: DecoderConfig, tokens: int, window: int | None) -> float:
     """Returns FLOPs per token of a layer's mixer, without those of its kernels."""
     if layer.mixer is not None:
         return layer.mixer.token_flops(tokens)
-    return 4 * layer.num_heads * layer.head_dim * _mean_keys(tokens, window)
+    keys = _mean_keys(tokens, window, is_causal=layer.is_causal)
+    return 4 * layer.num_heads * layer.head_dim * keys
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
@@ -145,7 +146,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _mean_keys(tokens: int, window: int | None) -> float:
-    """Returns the mean number of keys visible to a query, causal and windowed."""
+def _mean_keys(tokens: int, window: int | None, *, is_causal: bool) -> float:
+    """Returns the mean number of keys visible to a query, in its window."""
     w = tokens if window is None else min(window, tokens)
-    return (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    before = (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    return before if is_causal else 2 * before - 1

@@ -31,7 +31,7 @@ def test_experts_are_trained_on_a_mesh_and_exported(tmp_path):
     config.write_text(
         f"output: {{dir: {run}}}\n"
         f"model: {{path: {GOLDEN / 'qwen3_moe'}}}\n"
-        "lora: {rank: 2, alpha: 4}\n"
+        "lora: {rank: 2, alpha: 4, targets: [q_proj, down_proj]}\n"
         f"data: {{train: {data}, max_length: 16}}\n"
         "train: {max_steps: 2, batch_size: 4, router_aux_loss_coef: 0.5}\n"
         "mesh: {expert: 5}\n"
@@ -46,7 +46,8 @@ def test_experts_are_trained_on_a_mesh_and_exported(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "layers/mlp/experts/gate_up" in done.stdout
+    assert re.search(r"layers/mlp/experts/down +2 +experts +5 x 7 x 20 ", done.stdout)
+    assert "experts: not adapted: layers/mlp/experts/gate_up, 2,800" in done.stdout
     assert "data 1 x fsdp 1 x tensor 1 x expert 5" in done.stdout
     (trained,) = (
         line
