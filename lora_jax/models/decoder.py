@@ -18,6 +18,8 @@ are one, ``layers``, with a leading layer axis::
     layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
     layer_{i}/mlp/router/kernel                      with experts, in place of these
     layer_{i}/mlp/experts/{gate_up,down}/kernel      [e, i, o]
+    layer_{i}/mixture/{router,experts,...}           beside the mlp, in Gemma 4
+    layer_{i}/{mlp_own,mixture,mixture_post}_norm/scale                 Gemma 4
     layer_{i}/mlp_post_norm/scale
     layer_{i}/{own_gate,own_up}/kernel, own_norm/scale, layer_scale     Gemma 4
     {own_embed/embedding,own_projection/kernel,own_norm/scale}          Gemma 4

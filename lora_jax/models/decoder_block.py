@@ -26,6 +26,7 @@ from lora_jax.models.decoder_parts import (
     PositionContext,
     unit_rms,
 )
+from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.models.mixer_config import DeltaNetConfig, ShortConvConfig
 from lora_jax.models.recurrent import DeltaNet, ShortConv
@@ -201,7 +202,10 @@ class Block(DecoderModule):
         if self.config.is_parallel:
             return shard_rows(x + scale * (y + mlp(inputs))), kept
         x = x + post("attention_post_norm", y)
-        x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        y, experts = mlp(pre("mlp_norm", x)), self.config.experts
+        if experts is not None and experts.is_beside_mlp:
+            y = self.norm("mlp_own_norm")(y) + self._mixture(experts, x)
+        x = x + post("mlp_post_norm", y)
         if place.own is not None:
             x = x + self._from_own(x, place.own[:, :, layer])
         if self.config.has_layer_scale:
@@ -209,6 +213,13 @@ class Block(DecoderModule):
                 x.dtype
             )
         return shard_rows(x), kept
+
+    def _mixture(self, experts: ExpertConfig, x: Hidden) -> Hidden:
+        """What experts beside the MLP add; their router reads ``x`` before its norm."""
+        cfg = self.config
+        mixture = Mixture(experts, cfg.activation, self.dtype, name="mixture")
+        y = mixture(self.norm("mixture_norm")(x), unit_rms(x, cfg.norm_eps))
+        return self.norm("mixture_post_norm")(y)
 
     def _from_own(self, x: Hidden, own: Array) -> Hidden:
         """What the layer's own ``[b, t, p]`` adds, gated by ``x``."""
@@ -235,7 +246,7 @@ def make_mixer(config: DecoderConfig, dtype: Any) -> nn.Module:
 def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
     """Makes the MLP of a layer, or its mixture of experts."""
     experts = config.experts
-    if experts is None or layer in experts.dense_layers:
+    if experts is None or experts.is_beside_mlp or layer in experts.dense_layers:
         return Mlp(config, dtype, name="mlp")
     return Mixture(experts, config.activation, dtype, name="mlp")
 

@@ -234,7 +234,8 @@ class DecoderConfig:
     @property
     def has_mlp(self) -> bool:
         """Whether any layer has a plain MLP."""
-        return self.experts is None or bool(self.experts.dense_layers)
+        experts = self.experts
+        return experts is None or experts.is_beside_mlp or bool(experts.dense_layers)
 
     @property
     def original_positions(self) -> int | None:

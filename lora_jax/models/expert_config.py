@@ -24,6 +24,9 @@ class ExpertConfig:
       shared_size: width inside an expert that every token goes through, weighted by a
         sigmoid; None if there is none.
       dense_layers: numbers of layers that have a plain MLP instead.
+      is_beside_mlp: whether a layer has a plain MLP too, and adds both, each with norms
+        of its own; a router then reads scaled inputs, and each expert's weights are
+        multiplied by a number of its own.
 
     Raises:
       ValueError: if a size is out of range; every fault is named.
@@ -40,6 +43,7 @@ class ExpertConfig:
     gate_limit: float = 7.0
     shared_size: int | None = None
     dense_layers: tuple[int, ...] = ()
+    is_beside_mlp: bool = False
 
     def __post_init__(self):
         names = ["num_experts", "num_chosen", "size"]

@@ -45,13 +45,17 @@ def main(names: list[str]):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    hybrids = DENSE_HYBRIDS | MIXTURE_HYBRIDS
+    make_models.TOWERS.update(  # their batches have no token of an image
+        {name: f for name, f in hybrids.items() if "text_config" in f.config}
+    )
     make_mixtures.ADAPTERS["text"] = {
         "r": 2,
         "lora_alpha": 3,
         "target_modules": LINEARS,
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     }
-    for name in names or [*DENSE_HYBRIDS, *MIXTURE_HYBRIDS]:
+    for name in names or hybrids:
         if name in DENSE_HYBRIDS:
             make_models.make(name, DENSE_HYBRIDS[name])
         else:

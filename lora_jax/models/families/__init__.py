@@ -4,6 +4,7 @@ from lora_jax.models.families import (
     bert,
     deberta,
     dense,
+    dual,
     gemma,
     gemma4,
     gpt2,
@@ -18,6 +19,7 @@ from lora_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "bert": bert.BERT,
+    "clip": dual.CLIP,
     "cohere2": dense.COHERE2,
     "deberta-v2": deberta.DEBERTA,
     "dinov2": vision.DINOV2,
@@ -54,6 +56,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "qwen3_moe": mixtures.QWEN3_MOE,
     "qwen3_vl": towers.QWEN3_VL_TOWER,
     "roberta": bert.ROBERTA,
+    "siglip": dual.SIGLIP,
     "smollm3": llama.SMOLLM3,
     "vit": vision.VIT,
     "xlm-roberta": bert.ROBERTA,
