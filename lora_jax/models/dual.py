@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from lora_jax.attention.dot_product import attention
 from lora_jax.models.activations import ACTIVATIONS
-from lora_jax.models.decoder_block import Head
+from lora_jax.models.decoder_parts import Head
 from lora_jax.models.embeddings import Hidden, Pixels, TokenIds
 from lora_jax.models.encoder import Encoder, ImageEncoder
 from lora_jax.models.encoder_block import make_norm

@@ -56,6 +56,8 @@ def adapters(name: str, family: Family) -> dict[str, dict]:
     if name in TOWERS:
         linears["target_modules"] = TEXT_LINEARS.format(r"\w+")
         attention = TEXT_LINEARS.format("[qv]")
+    if family.linears:
+        linears["target_modules"] = family.linears
     if "vision_config" in family.config and name not in TOWERS:
         linears = {"target_modules": LAYERS}
     saved = {"task_type": "CAUSAL_LM" if decoder else "SEQ_CLS"}
@@ -100,7 +102,10 @@ def seed(*names: str):
 
 def neutral(model, name: str) -> float:
     """The value at which a parameter is as good as left out."""
-    offset = re.match("gemma[23]?(_text)?$", model.config.model_type)
+    kind = model.config.model_type
+    offset = re.match("gemma[23]?(_text)?$", kind)
+    if re.match("qwen3_5", kind):
+        offset = not name.endswith("linear_attn.norm.weight")
     norm = re.search(r"norm|ln_\w|lambda1", name.lower()) and name.endswith(
         ("weight", "lambda1")
     )
