@@ -4,6 +4,8 @@ The masked half of a causal score matrix is skipped by working in blocks
 (`lora_jax.attention.blockwise`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -138,13 +140,44 @@ def bidirectional_attention(
                 f"window must be None where there is a bias; got {window}. Give the "
                 "bias -inf where a query doesn't see a key."
             )
-        return jax.checkpoint(
-            lambda q, k, v, b: attention(q, k, v, bias=b, mask=whole)
-        )(query, key, value, bias)
+        return plain_attention(query, key, value, bias=bias, mask=whole)
     if window is None and choose_implementation(query, key, mask=whole) == "cudnn":
         return attention(query, key, value, mask=whole)
     options = Options(scale=h**-0.5, is_causal=False, size=block_size(t), window=window)
     return blockwise_attention(query, key, value, options, MaskInputs(keys=mask))
+
+
+def plain_attention(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    *,
+    bias: Float[Array, "1_or_b n t s"] | None = None,
+    mask: Bool[Array, "1_or_b 1 1_or_t s"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Queries:
+    """Attends with any bias and mask, to as many keys as there are.
+
+    Computes ``softmax(scale * query keyᵀ + bias) value``; the softmax is in float32.
+    The backward pass computes scores again, and all of a layer's at once.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, s, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, s, k, h]``.
+      bias: added to the scores, of every row or of each; or None.
+      mask: True where a query sees a key.
+      is_causal: whether query ``t`` sees keys ``0 ... t`` only.
+      scale: factor of the scores; ``1 / √h`` if None.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": scale}
+    return jax.checkpoint(lambda q, k, v, b: attention(q, k, v, bias=b, **options))(
+        query, key, value, bias
+    )
 
 
 def cached_attention(
