@@ -20,7 +20,7 @@ from lora_jax.attention.dot_product import attention, choose_implementation
 from lora_jax.attention.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
-Keys = Float[Array, "b s k h"]
+CachedKeys = Float[Array, "b k s h"]
 
 
 def causal_attention(
@@ -182,8 +182,8 @@ def plain_attention(
 
 def cached_attention(
     query: Queries,
-    key: Keys,
-    value: Keys,
+    key: CachedKeys,
+    value: CachedKeys,
     slots: Int[Array, "b t"],
     *,
     scale: float | None = None,
@@ -193,10 +193,13 @@ def cached_attention(
 ) -> Queries:
     """Attends to a KV cache: each query to the slots up to its own.
 
+    Heads come before slots in the cache, the order in which both products read them: in
+    the other, a CPU transposes the whole cache for each token.
+
     Args:
       query: ``[b, t, n, h]``, few tokens.
-      key: cached keys ``[b, s, k, h]``; later slots are masked.
-      value: cached values ``[b, s, k, h]``.
+      key: cached keys ``[b, k, s, h]``; later slots are masked.
+      value: cached values ``[b, k, s, h]``.
       slots: ``[b, t]``, the cache slot of each query.
       scale: as in `causal_attention`.
       softcap: as in `causal_attention`.
@@ -206,28 +209,15 @@ def cached_attention(
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
     """
-    factor: float = query.shape[3] ** -0.5 if scale is None else scale
-    mask = _causal_mask(slots, jnp.arange(key.shape[1]), window)
-    return attend(query, key, value, mask, factor, softcap, sinks)
-
-
-def attend(
-    query: Queries,
-    key: Keys,
-    value: Keys,
-    mask: Array,
-    scale: float,
-    softcap: float | None,
-    sinks: Array | None = None,
-) -> Queries:
-    """Computes masked attention; ``mask`` is ``[b or 1, 1, t, s]``, True = visible."""
     b, t, n, h = query.shape
-    k = key.shape[2]
-    grouped = query.reshape(b, t, k, n // k, h)
+    k, s = key.shape[1:3]
+    mask = _causal_mask(slots, jnp.arange(s), window)  # [b, 1, t, s]
+    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(b, k, -1, h)  # all queries of a key head
     scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
+        "bkmh,bksh->bkms", rows, key, preferred_element_type=jnp.float32
     )
-    scores = scores * scale
+    scores = scores.reshape(b, k, n // k, t, s) * (h**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
@@ -235,9 +225,10 @@ def attend(
         sink = sinks.astype(jnp.float32).reshape(k, n // k, 1, 1)
         sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sink], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]]
-    weights = weights.astype(value.dtype)  # [b, k, g, t, s]
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :s].astype(value.dtype)
+    mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(b, k, -1, s), value)
+    mixed = mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(query.shape)
 
 
 def _causal_mask(queries: Array, keys: Array, window) -> Array:

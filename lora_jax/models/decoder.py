@@ -58,7 +58,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far; token ``p`` of a row is in slot ``p``.
 
     Attributes:
-      keys: ``[b, s, k, h]`` for each layer; one array ``[l, b, s, k, h]`` if scanned.
+      keys: ``[b, k, s, h]`` for each layer; one array ``[l, b, k, s, h]`` if scanned.
       values: the same.
     """
 
@@ -180,12 +180,13 @@ class Decoder(nn.Module):
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
         x, (keys, values) = self._blocks(x, place, "run")
-        room = [(0, size - input_ids.shape[1]), (0, 0), (0, 0)]
+        room = [(0, size - input_ids.shape[1]), (0, 0)]
 
-        def pad(array: Array) -> Array:
-            return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + room)
+        def cached(array: Array) -> Array:  # [.., t, k, h] -> [.., k, s, h]
+            array = array.swapaxes(-3, -2)
+            return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + room)
 
-        return self._last(x), Cache(*jax.tree.map(pad, (keys, values)))
+        return self._last(x), Cache(*jax.tree.map(cached, (keys, values)))
 
     def decode(
         self,
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
           Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
         if is_long is None:
-            is_long = self._exceeds(cache.keys[0].shape[-3])
+            is_long = self._exceeds(cache.keys[0].shape[-2])
         x, place = self._embed(input_ids, positions, None, is_long)
         place = place._replace(slots=positions)
         x, (keys, values) = self._blocks(x, place, "run", cache)

@@ -103,7 +103,7 @@ class Attention(DecoderModule):
           x: ``[b, t, d]``.
           place: the tokens' positions.
           layer: the layer's number, traced if the layers are scanned.
-          past: the layer's keys and values ``[b, s, k, h]`` when decoding.
+          past: the layer's keys and values ``[b, k, s, h]`` when decoding.
 
         Returns:
           ``[b, t, d]``, and the layer's keys and values including these tokens'.
@@ -154,8 +154,8 @@ class Attention(DecoderModule):
         else:
             if cfg.key_source is None:
                 rows = jnp.arange(b)[:, None]
-                key = past[0].at[rows, place.slots].set(key)
-                value = past[1].at[rows, place.slots].set(value)
+                key = past[0].at[rows, :, place.slots].set(key)
+                value = past[1].at[rows, :, place.slots].set(value)
             mixed = attend(query, key, value, place.slots)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
