@@ -20,6 +20,7 @@ from lora_jax.attention.dot_product import attention, choose_implementation
 from lora_jax.attention.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b s k h"]
 CachedKeys = Float[Array, "b k s h"]
 
 
@@ -152,8 +153,8 @@ def plain_attention(
     key: Keys,
     value: Keys,
     *,
-    bias: Float[Array, "1_or_b n t s"] | None = None,
-    mask: Bool[Array, "1_or_b 1 1_or_t s"] | None = None,
+    bias: Float[Array, "_ n t s"] | None = None,
+    mask: Bool[Array, "_ _ _ s"] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Queries:

@@ -49,7 +49,7 @@ def load_decoder(
 
 def check_decoder(loaded: LoadedModel) -> None:
     """Raises a `UserError` for an encoder."""
-    if loaded.family.head:
+    if loaded.family.head or not getattr(loaded.config, "has_decoder", True):
         raise UserError(
             f"{loaded.path} must be a decoder; it is an encoder, which predicts no "
             "tokens. `lora-jax encode` computes its embeddings."

@@ -19,6 +19,7 @@ from lora_jax.finetune.lines import (
 )
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import CLASSIFIER
 
@@ -64,7 +65,7 @@ def encode(
     """Encodes lines, all of them text (or token ids) or all images.
 
     Args:
-      loaded: an encoder.
+      loaded: an encoder, or an encoder–decoder, of which the encoder is used.
       records: the lines, valid according to `record_fault`.
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
@@ -79,7 +80,8 @@ def encode(
       UserError: if the model is a decoder, or a line is not the model's input type.
     """
     config = loaded.config
-    if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
+    is_pair = isinstance(config, EncoderDecoderConfig)  # encodes with its encoder
+    if not is_pair and not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
         raise UserError(
             f"{loaded.path} must be a text or image encoder; its config is a "
             f"{type(config).__name__}. For decoders use `generate` and `score`."
@@ -114,7 +116,7 @@ def encode(
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
-        embedding = apply(variables, *inputs, method="embed")
+        embedding = apply(variables, *inputs, method="pooled" if is_pair else "embed")
         has_head = CLASSIFIER in loaded.params
         return embedding, apply(variables, *inputs) if has_head else None
 

@@ -1,4 +1,4 @@
-"""Selecting the task: language modelling for a decoder, classification for an encoder.
+"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -10,6 +10,7 @@ from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
+from lora_jax.finetune.pairs import open_pairs
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
 
@@ -41,6 +42,8 @@ def open_job(
     """
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
-    if open_source(settings.model.path).family.head:
+    kind = open_source(settings.model.path).family.kind
+    if kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
-    return open_language(settings, devices, splits=splits)
+    open_text = open_pairs if kind == "encoder-decoder" else open_language
+    return open_text(settings, devices, splits=splits)

@@ -34,10 +34,10 @@ from lora_jax.parallel.mesh import promote_table
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer of a decoder; token ``p`` of a row is in slot ``p``.
+    """Keys and values of a decoder's layers; token ``p`` of a row is in slot ``p``.
 
     Attributes:
-      own: of the tokens so far, ``[b, s, n, h]``.
+      own: of the tokens so far, ``[b, n, s, h]``.
       source: of the encoder's output; computed once.
       mask: ``[b, s]``, True where the source isn't padding.
     """
@@ -87,7 +87,7 @@ class Stack(Part):
         self, x: Hidden, positions: TokenIds, cache: Cache
     ) -> tuple[Hidden, tuple[Pair, ...]]:
         """Runs the next tokens; returns hidden states and the blocks' new caches."""
-        size, bias, kept = cache.own[0][0].shape[1], None, []
+        size, bias, kept = cache.own[0][0].shape[2], None, []
         distance = jnp.arange(size) - positions[..., None]  # [b, t, s]
         mask = cache.mask[:, None, None, :]
         for block, own, source in zip(self.layer, cache.own, cache.source, strict=True):
@@ -209,7 +209,7 @@ class EncoderDecoder(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
-        """Encodes sources, fills a new cache and runs the token that targets start with.
+        """Encodes sources into a new cache and runs the token that targets start with.
 
         Args:
           input_ids: see `__call__`.
@@ -220,12 +220,12 @@ class EncoderDecoder(nn.Module):
         Returns:
           Hidden states ``[b, 1, d]`` and the cache.
         """
-        source, b = self.encode(input_ids, attention_mask), len(input_ids)
-        pairs = self.decoder.source_pairs(source)
-        empty = jnp.zeros((b, size, *pairs[0][0].shape[2:]), pairs[0][0].dtype)
-        own = ((empty, empty),) * self.config.num_decoder_layers
+        cfg, b = self.config, len(input_ids)
+        pairs = self.decoder.source_pairs(self.encode(input_ids, attention_mask))
+        empty = jnp.zeros((b, cfg.num_heads, size, cfg.head_dim), pairs[0][0].dtype)
+        own = ((empty, empty),) * cfg.num_decoder_layers
         cache = Cache(own, pairs, attention_mask.astype(bool))
-        start = jnp.full((b, 1), self.config.start_id, jnp.int32)
+        start = jnp.full((b, 1), cfg.start_id, jnp.int32)
         return self.decode(start, jnp.zeros_like(start), cache)
 
     def decode(

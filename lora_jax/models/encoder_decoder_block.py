@@ -18,7 +18,7 @@ from lora_jax.names import ATTENDED, LINEAR
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
-Pair = tuple[Array, Array]  # keys and values [b, s, n, h]
+Pair = tuple[Array, Array]  # keys and values [b, s, n, h]; of a cache [b, n, s, h]
 
 
 class Part(nn.Module):
@@ -57,8 +57,31 @@ class Attention(Part):
     def __call__(self, x: Hidden, pair: Pair, **options: Any) -> Hidden:
         """Attends from ``x`` to keys and values; options are `plain_attention`'s."""
         mixed = plain_attention(self._split(self.query(x)), *pair, scale=1.0, **options)
-        mixed = checkpoint_name(mixed, ATTENDED)
-        return checkpoint_name(self.output(mixed.reshape(*x.shape[:2], -1)), LINEAR)
+        return self._merged(checkpoint_name(mixed, ATTENDED))
+
+    def cached(
+        self, x: Hidden, pair: Pair, mask: Array, bias: Array | None = None
+    ) -> Hidden:
+        """Attends from ``x`` to cached keys and values ``[b, n, s, h]``.
+
+        Args:
+          x: ``[b, t, d]``, few tokens.
+          pair: heads come before slots, the order in which both products read them.
+          mask: True where a query sees a key, ``[b, 1, 1 or t, s]``.
+          bias: added to the scores ``[b, n, t, s]``, or None.
+        """
+        query, (key, value) = self._split(self.query(x)), pair
+        scores = jnp.einsum(
+            "btnh,bnsh->bnts", query, key, preferred_element_type=jnp.float32
+        )
+        scores = scores if bias is None else scores + bias
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return self._merged(jnp.einsum("bnts,bnsh->btnh", weights, value))
+
+    def _merged(self, mixed: Array) -> Hidden:
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        return checkpoint_name(self.output(mixed), LINEAR)
 
     def pair(self, x: Hidden) -> Pair:
         """Returns keys and values ``[b, s, n, h]`` of ``x``."""
@@ -129,7 +152,7 @@ class Block(Part):
     def __call__(
         self,
         x: Hidden,
-        bias: Array,
+        bias: Array | None,
         mask: Array | None,
         source: Hidden | None = None,
         source_mask: Array | None = None,
@@ -138,7 +161,7 @@ class Block(Part):
 
         Args:
           x: ``[b, t, d]``.
-          bias: biases of the scores, ``[1, n, t, t]``.
+          bias: biases of the scores, ``[1, n, t, t]``, of this block or the first.
           mask: ``[b, 1, 1, t]``, False for padding; None in a decoder.
           source: the encoder's output ``[b, s, d]``, for a decoder.
           source_mask: ``[b, 1, 1, s]``, False for its padding.
@@ -147,30 +170,35 @@ class Block(Part):
         pair, is_causal = self.attention.pair(y), self.is_decoder
         x = x + self.attention(y, pair, bias=bias, mask=mask, is_causal=is_causal)
         if source is not None:
-            x = self._cross(x, self.cross_attention.pair(source), source_mask)
+            y, pair = self.cross_norm(x), self.cross_attention.pair(source)
+            x = x + self.cross_attention(y, pair, mask=source_mask)
         return shard_rows(x + self.mlp(self.mlp_norm(x)))
 
     def step(
-        self, x: Hidden, bias: Array, positions: Array, own: Pair, source: Pair, mask
+        self,
+        x: Hidden,
+        bias: Array | None,
+        positions: Array,
+        own: Pair,
+        source: Pair,
+        mask,
     ) -> tuple[Hidden, Pair]:
         """Runs the next tokens ``[b, t, d]``; returns the layer's new cache too."""
         y, rows = self.attention_norm(x), jnp.arange(len(x))[:, None]
-        own = tuple(  # pyright: ignore[reportAssignmentType] - of two
-            past.at[rows, positions].set(new)
+        key, value = (
+            past.at[rows, :, positions].set(new)
             for past, new in zip(own, self.attention.pair(y), strict=True)
         )
-        seen = positions[:, None, :, None] >= jnp.arange(own[0].shape[1])
-        x = x + self.attention(y, own, bias=bias, mask=seen)
-        x = self._cross(x, source, mask)
-        return x + self.mlp(self.mlp_norm(x)), own
+        seen = positions[:, None, :, None] >= jnp.arange(key.shape[2])
+        x = x + self.attention.cached(y, (key, value), seen, bias)
+        x = x + self.cross_attention.cached(self.cross_norm(x), source, mask)
+        return x + self.mlp(self.mlp_norm(x)), (key, value)
 
     def biases(self, distance: Array) -> Array:
         """Returns its attention's biases; see `Attention.biases`."""
         return self.attention.biases(distance, is_causal=self.is_decoder)
 
     def source_pair(self, source: Hidden) -> Pair:
-        """Returns keys and values of the encoder's output."""
-        return self.cross_attention.pair(source)
-
-    def _cross(self, x: Hidden, pair: Pair, mask: Array | None) -> Hidden:
-        return x + self.cross_attention(self.cross_norm(x), pair, mask=mask)
+        """Returns keys and values of the encoder's output, for a cache."""
+        key, value = self.cross_attention.pair(source)
+        return key.swapaxes(1, 2), value.swapaxes(1, 2)

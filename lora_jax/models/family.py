@@ -45,8 +45,8 @@ class Family:
       prefixes: other prefixes that names in files and adapters may have.
       is_tower: whether it is the language model of a multimodal folder, whose other
         tensors are ignored.
-      has_source: whether it answers a source text: an encoder reads it, a decoder writes.
-      copies: other names that a file may have for a tensor, in place of it or beside it.
+      has_source: whether an encoder reads a source text and a decoder writes another.
+      copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
         doesn't use.
       head: paths of the classification head's modules, which are initialised if a file
@@ -85,6 +85,12 @@ class Family:
             return "encoder"
         return "encoder-decoder" if self.has_source else "decoder"
 
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of what its models are trained for; None if it depends."""
+        tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+        return tasks.get(self.kind)
+
     def tensor_name(self, path: str) -> str:
         """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
 
@@ -109,7 +115,9 @@ class Family:
 
     def is_unused(self, name: str) -> bool:
         """Returns whether the module ignores a file's tensor of this bare name."""
-        return name in self.copies or any(re.match(pattern, name) for pattern in self.unused)
+        return name in self.copies or any(
+            re.match(pattern, name) for pattern in self.unused
+        )
 
     def module_name(self, path: str) -> str | None:
         """Returns the bare Hugging Face name of the module at ``path``, or None."""

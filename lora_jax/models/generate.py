@@ -1,8 +1,9 @@
 """Text generation: a compiled prefill, and a compiled step for each token.
 
-A decoder goes on with a prompt; an encoder–decoder answers it. Prompts of a batch are padded on the right, and every row keeps its own position, so a
-row's text doesn't depend on its neighbours. Shapes are rounded up: prompts of similar
-lengths, and any number of new tokens up to the cache's size, share a compilation.
+A decoder goes on with a prompt; an encoder–decoder answers it. Prompts of a batch are
+padded on the right, and every row keeps its own position, so a row's text doesn't
+depend on its neighbours. Shapes are rounded up: prompts of similar lengths, and any
+number of new tokens up to the cache's size, share a compilation.
 """
 
 import functools
@@ -73,7 +74,9 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
 
-    is_long = None if is_answer else _is_long(int(lengths.max()), max_new_tokens, config)
+    is_long = (
+        None if is_answer else _is_long(int(lengths.max()), max_new_tokens, config)
+    )
     prefill, decode = _compiled(module, size, temperature > 0, is_long)
     key = jax.random.key(0) if key is None else key
     sampling = (key, temperature, top_p, top_k)

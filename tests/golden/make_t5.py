@@ -56,7 +56,11 @@ MODELS = {
         {"feed_forward_proj": "gated-silu", "decoder_start_token_id": 5},
         True,
     ),
-    "umt5": ("UMT5", {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2}, False),
+    "umt5": (
+        "UMT5",
+        {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
+        False,
+    ),
 }
 TOGGLES = (
     {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 30},
@@ -76,7 +80,12 @@ ADAPTERS = {
     },
 }
 DORA = {"r": 2, "lora_alpha": 4, "use_dora": True, "target_modules": ["q", "o"]}
-SAVED = {"r": 3, "lora_alpha": 5, "target_modules": ["k"], "modules_to_save": ["lm_head"]}
+SAVED = {
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": ["k"],
+    "modules_to_save": ["lm_head"],
+}
 EXTRA = {"t5_flan": {"dora": DORA | SHARED, "saved": SAVED | SHARED}}
 
 
