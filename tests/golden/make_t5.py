@@ -6,12 +6,14 @@ Run in an environment with torch, transformers 5 and PEFT (not needed by the tes
 
 The folders are as those of ``make_models.py``. `reference.npz` holds the inputs (one
 source padded on the right, one on the left), the logits, the encoder's and the
-decoder's last hidden states, the gradient-free loss of `labels`, and for each adapter
-its logits; also sources and what `generate` answers.
+decoder's last hidden states, the loss of `labels`, and for each adapter its logits;
+also sources and what `generate` answers. The folder ``t5`` has a tokenizer of T5's
+kind, and `tokens.json` what it makes of texts.
 """
 
 import copy
 import json
+import pathlib
 import shutil
 import sys
 import warnings
@@ -87,6 +89,39 @@ SAVED = {
     "modules_to_save": ["lm_head"],
 }
 EXTRA = {"t5_flan": {"dora": DORA | SHARED, "saved": SAVED | SHARED}}
+
+# T5's order: padding, end, unknown, pieces, and sentinels from the last to the first.
+WORDS = ("what", "is", "the", "sky", "grass", "sea", "blue", "green", "red", "answer")
+PIECES = (
+    *(("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)),
+    *((f"▁{word}", -4.0 - 0.1 * i) for i, word in enumerate(WORDS)),
+    *(
+        (piece, -6.0)
+        for piece in ("ly", "s", "en", "gr", "bl", "re", "ue", "?", ".", ":")
+    ),
+    *((letter, -8.0 - 0.01 * i) for i, letter in enumerate("abcdeghklnorstuwy")),
+    *(("<extra_id_1>", 0.0), ("<extra_id_0>", 0.0)),
+)
+TEXTS = (
+    "what is the sky?",
+    "  the   grass is greenly :  blue .",
+    "answers: <extra_id_0> sea <extra_id_1>",
+    "Zürich reds",
+    "",
+)
+
+
+def write_tokenizer(home: pathlib.Path):
+    """Writes T5's kind of tokenizer, and what it makes of some texts."""
+    if len(PIECES) != SIZES["vocab_size"]:
+        raise AssertionError(len(PIECES))
+    own = transformers.T5Tokenizer(vocab=list(PIECES), extra_ids=2)
+    own.save_pretrained(home)
+    again = transformers.AutoTokenizer.from_pretrained(home)
+    ids = again(list(TEXTS))["input_ids"]
+    decoded = again.batch_decode(ids, skip_special_tokens=True)
+    tokens = {"texts": TEXTS, "ids": ids, "decoded": decoded}
+    (home / "tokens.json").write_text(json.dumps(tokens, ensure_ascii=False) + "\n")
 
 
 def make_batch(name: str) -> dict[str, torch.Tensor]:
@@ -183,6 +218,8 @@ def make(name: str):
         torch.testing.assert_close(logits, outputs(tuned.eval(), batch)["logits"])
         check_shows(f"{name} {adapter}", arrays["logits"], logits)
         arrays[f"logits_{adapter}"] = logits
+    if name == "t5":
+        write_tokenizer(home)
     write(home / "reference.npz", arrays)
 
 
