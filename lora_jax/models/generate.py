@@ -58,16 +58,21 @@ def generate(
       The new token ids of each prompt.
 
     Raises:
-      ValueError: if there is no prompt, one is empty, a token is out of range, prompt
-        and continuation exceed the model's context, or a sampling value is out of
-        range.
+      ValueError: if the model has no decoder, there is no prompt, one is empty, a token
+        is out of range, prompt and continuation exceed the model's context, or a
+        sampling value is out of range.
     """
     config = config_of(module)
+    is_answer = isinstance(config, EncoderDecoderConfig)
+    if is_answer and not config.has_decoder:
+        raise ValueError(
+            "module must have a decoder to write tokens; it is the encoder of an "
+            "encoder–decoder alone (num_decoder_layers = 0)."
+        )
     _check_sampling(temperature, top_p, top_k, key)
     _check_prompts(prompts, max_new_tokens, config)
     lengths = np.array([len(prompt) for prompt in prompts])
     width = min(_round_up(int(lengths.max())), config.max_positions)
-    is_answer = isinstance(config, EncoderDecoderConfig)
     before = np.ones_like(lengths) if is_answer else lengths  # of the written tokens
     size = min(_round_up(int(before.max()) + max_new_tokens), config.max_positions)
     ids = np.zeros((len(prompts), width), np.int32)

@@ -106,7 +106,8 @@ def pair_step_flops(
 
     By `step_flops`' formula; the encoder's kernels and the cross-attention's keys and
     values are counted for the tokens that are read, the others for those written.
-    Every query is multiplied with all keys of its row, those after it too.
+    Every query is multiplied with all keys of its row, those after it too, and the
+    backward pass computes the scores again.
 
     Args:
       config: the model's config.
@@ -139,7 +140,7 @@ def pair_step_flops(
     again = 1 if remat == "block" else 0
     lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
     full = (6 + 2 * again) * kernels
-    scores *= 3 + again
+    scores *= 3.5 + again
     return StepFlops(
         lora=float(batch * (lora + 4 * head + scores)),
         full=float(batch * (full + 6 * head + scores)),
