@@ -28,6 +28,7 @@ HEAD = "head"  # a decoder's output head
 LM_HEAD = "lm_head"  # Hugging Face's name for it
 LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading layer axis
 EXPERTS, ROUTER = "experts", "router"  # of a mixture, inside its MLP
+ROUTED = "routed"  # the collection of a router's scores, kept only where asked for
 CLASSIFIER = "classifier"  # an encoder's head
 POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 

@@ -109,43 +109,55 @@ def bidirectional_attention(
     value: Float[Array, "b t k h"],
     mask: Bool[Array, "b t"] | None = None,
     *,
-    bias: Float[Array, "1 n t t"] | None = None,
-    window: int | None = None,
+    bias: Float[Array, "#b n t t"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
 ) -> Queries:
     """Attends from each token to all non-padding tokens of its row.
 
-    Computes ``softmax(query keyᵀ / √h + bias) value`` over keys ``|t - s| < window``;
-    the softmax is in float32.
+    Computes ``softmax(scale * query keyᵀ + bias) value`` over keys ``|t - s| < window``
+    of equal segments; the softmax is in float32.
 
     Args:
       query: ``[b, t, n, h]``.
       key: ``[b, t, k, h]``, where ``k`` divides ``n``.
       value: ``[b, t, k, h]``.
       mask: ``[b, t]``, False for padding, or None if there is none.
-      bias: added to the scores of every row, or None; the backward pass computes
-        scores again, and all of a layer's at once.
-      window: how far from itself a query sees, its own place included; None: all. Not
-        beside a bias.
+      bias: added to the scores, ``[b, n, t, t]`` or ``[1, n, t, t]`` for every row, or
+        None; the backward pass computes scores again, and all of a layer's at once.
+      window: how far from itself a query sees, its own place included; None: all.
+      scale: factor of the scores; ``1 / √h`` if None.
+      segment_ids: ``[b, t]``, the example each token belongs to, or 0 for padding. Like
+        window and scale, not beside a bias.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
 
     Raises:
-      ValueError: if both a bias and a window are given.
+      ValueError: if a bias is given beside a window, a scale or segments.
     """
     t, h = query.shape[1], query.shape[3]
     whole = None if mask is None else mask[:, None, None, :]
     if bias is not None:
-        if window is not None:
+        if (window, scale) != (None, None) or segment_ids is not None:
             raise ValueError(
-                f"window must be None where there is a bias; got {window}. Give the "
-                "bias -inf where a query doesn't see a key."
+                f"window, scale and segment_ids must be None where there is a bias; "
+                f"got window = {window}. Give the bias -inf where a query doesn't see "
+                "a key, and scale the queries."
             )
         return plain_attention(query, key, value, bias=bias, mask=whole)
-    if window is None and choose_implementation(query, key, mask=whole) == "cudnn":
+    is_plain = window is None and scale is None and segment_ids is None
+    if is_plain and choose_implementation(query, key, mask=whole) == "cudnn":
         return attention(query, key, value, mask=whole)
-    options = Options(scale=h**-0.5, is_causal=False, size=block_size(t), window=window)
-    return blockwise_attention(query, key, value, options, MaskInputs(keys=mask))
+    factor: float = h**-0.5 if scale is None else scale
+    options = Options(scale=factor, is_causal=False, size=block_size(t))
+    mask_inputs = MaskInputs(keys=mask, segment_ids=segment_ids)
+    if isinstance(window, int):
+        options = options._replace(window=window)
+    elif window is not None:
+        mask_inputs = mask_inputs._replace(window=window)
+    return blockwise_attention(query, key, value, options, mask_inputs)
 
 
 def plain_attention(
@@ -230,6 +242,16 @@ def cached_attention(
     mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(b, k, -1, s), value)
     mixed = mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(query.shape)
+
+
+def write_slots(
+    cache: CachedKeys, new: Float[Array, "b t k h"], slots: Int[Array, "b t"]
+) -> CachedKeys:
+    """Returns a cache ``[b, k, s, h]`` with new tokens' keys or values in its slots."""
+    if slots.size == 1:  # written twice: XLA:CPU copies the cache to update one slot
+        new, slots = jnp.repeat(new, 2, axis=1), jnp.repeat(slots, 2, axis=1)
+    rows = jnp.arange(len(slots))[:, None]
+    return cache.at[rows, :, slots].set(new)
 
 
 def _causal_mask(queries: Array, keys: Array, window) -> Array:

@@ -21,6 +21,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.sentence_config import MODULES, SentenceConfig
 from lora_jax.names import CLASSIFIER
 
 
@@ -59,6 +60,7 @@ def encode(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    prompt: str | None = None,
     groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
@@ -69,7 +71,10 @@ def encode(
       records: the lines, valid according to `record_fault`.
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
-      max_length: maximum tokens per text; None for the model's context length.
+      max_length: maximum tokens per text; None for that of the folder of
+        sentence-transformers, else the model's context length.
+      prompt: name of the folder's prompt to put before each text; None for its
+        default one, if it has one.
       groups: variables and the lines they encode; None for the model's own and all.
       reporter: shows the progress.
 
@@ -77,15 +82,23 @@ def encode(
       The lines' embeddings, in order.
 
     Raises:
-      UserError: if the model is a decoder, or a line is not the model's input type.
+      UserError: if the model is a decoder without a `SentenceConfig`, a line is not
+        the model's input type, or there is no such prompt.
     """
-    config = loaded.config
-    is_pair = isinstance(config, EncoderDecoderConfig)  # encodes with its encoder
-    if not is_pair and not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
+    config, sentence = loaded.config, loaded.sentence
+    is_encoder = isinstance(config, (EncoderConfig, ImageEncoderConfig))
+    reads_both_ways = is_encoder or isinstance(config, EncoderDecoderConfig)
+    if not reads_both_ways and sentence is None:
         raise UserError(
             f"{loaded.path} must be a text or image encoder; its config is a "
-            f"{type(config).__name__}. For decoders use `generate` and `score`."
+            f"{type(config).__name__}, and there is no {MODULES} that says how it "
+            "makes embeddings. For decoders use `generate` and `score`."
         )
+    if sentence is not None:
+        records = _with_prompt(records, sentence, prompt)
+        max_length = max_length or sentence.max_length
+    elif prompt is not None:
+        raise UserError(f"{loaded.path} has no prompts; got {prompt!r}.")
     reads_images = isinstance(config, ImageEncoderConfig)
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"
     faults = [
@@ -116,10 +129,11 @@ def encode(
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
-        embedding = apply(variables, *inputs, method="pooled" if is_pair else "embed")
+        embedding = apply(variables, *inputs, method=method)
         has_head = CLASSIFIER in loaded.params
         return embedding, apply(variables, *inputs) if has_head else None
 
+    method = "embed" if is_encoder else "encode"  # a decoder's `embed` is a table
     compiled, done = jax.jit(forward), 0
     lines: list[dict[str, list[float]]] = [{}] * len(records)
     with (reporter or Reporter()).progress("encode", len(records)) as tick:
@@ -132,6 +146,22 @@ def encode(
             done += len(members)
             tick(done, "lines")
     return Encoded(lines, truncated)
+
+
+def _with_prompt(
+    records: Sequence[Mapping[str, Any]], sentence: SentenceConfig, prompt: str | None
+) -> list[Mapping[str, Any]]:
+    """Puts a prompt before the texts, and all in lower case if the model wants it."""
+    try:
+        before = sentence.prompt(prompt)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def text(record: Mapping[str, Any]) -> str:
+        whole = before + record["text"]
+        return whole.lower() if sentence.is_lower_case else whole
+
+    return [r | {"text": text(r)} if "text" in r else r for r in map(dict, records)]
 
 
 def _token_ids(

@@ -69,11 +69,13 @@ class Language(Job):
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
     def loss(self, module: Any, *, is_training: bool) -> LossFn:
-        """Returns the next-token cross-entropy."""
-        del is_training
-        config = self.loaded.config
+        """Returns the next-token cross-entropy; in training, experts' balance too."""
+        config, train = self.loaded.config, self.settings.train
         return make_lm_loss(
-            module, is_tied=config.is_tied, softcap=config.final_softcap
+            module,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            router_aux_loss_coef=train.router_aux_loss_coef if is_training else 0.0,
         )
 
     def batches(self) -> Schedule:
@@ -207,15 +209,21 @@ def open_language(
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(
-                translate_names(settings.lora, source.family), source.config
-            )
+            config = source.config
+            lora = translate_names(settings.lora, source.family, config)
+            scan = can_scan(lora, config)
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
+        if not getattr(loaded.config, "predicts", True):
+            raise UserError(
+                f"{loaded.path} must predict tokens; it makes embeddings only (it has "
+                "no head, or tokens see later ones). Train it in Python, on "
+                '`lora_jax.contrastive` of `apply(..., method="encode")`.'
+            )
         data = {
             name: _read(file, settings, loaded)
             for name, file in data_files(settings.data, splits).items()

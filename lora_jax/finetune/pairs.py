@@ -131,7 +131,7 @@ def open_pairs(
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
-        if not loaded.config.has_decoder:
+        if not loaded.config.predicts:
             raise UserError(
                 f"{loaded.path} must have a decoder to be trained; it is the encoder "
                 "of one alone. `lora-jax encode` computes its embeddings."

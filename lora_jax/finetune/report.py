@@ -66,6 +66,8 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     out.facts([*loaded_facts(job), *job.data_facts(batches)])
     out.heading(f"Adapted layers ({layer_count(job.targets)})")
     print_targets(out, job.targets)
+    for note in job.frozen_notes:
+        out.say(f"  {note}", style="yellow")
 
 
 def print_plan(

@@ -97,7 +97,7 @@ class Session:
     def train(self) -> dict[str, Any]:
         """Trains, evaluates, and writes the results."""
         feed = self.job.devices.feed(self.batches)
-        return take_steps(self.steps(), self.step, feed)
+        return take_steps(self.steps(), self.step, feed, self.total)
 
     def steps(self) -> Steps[dict[str, Any]]:
         """Trains as `train` does, by steps that its driver takes; see `fitting`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.pairs import open_pairs
@@ -42,8 +43,9 @@ def open_job(
     """
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
-    kind = open_source(settings.model.path).family.kind
-    if kind == "encoder":
+    source = open_source(settings.model.path)
+    check_experts(source.config, settings, axis=settings.mesh.expert)
+    if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
-    open_text = open_pairs if kind == "encoder-decoder" else open_language
+    open_text = open_pairs if source.family.has_source else open_language
     return open_text(settings, devices, splits=splits)

@@ -139,7 +139,7 @@ def load_model(
         else:
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
-        lora = translate_names(lora, loaded.family)
+        lora = translate_names(lora, loaded.family, loaded.config)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)

@@ -22,6 +22,7 @@ are one, ``layers``, with a leading layer axis::
     {own_embed/embedding,own_projection/kernel,own_norm/scale}          Gemma 4
     final_norm/scale
     head/kernel                                      not if tied
+    sentence_head/dense_{i}/kernel                   only with such steps
 """
 
 from typing import Any, NamedTuple
@@ -33,12 +34,18 @@ from jaxtyping import Array, Float
 
 from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
-from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
+from lora_jax.models.decoder_block import (
+    Block,
+    Head,
+    Hidden,
+    PositionContext,
+    make_norm,
+)
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.embeddings import TokenIds, check_tokens
-from lora_jax.models.experts import ROUTED
-from lora_jax.names import ATTENDED, LINEAR, X_A
-from lora_jax.nn.layer_rules import register_layer
+from lora_jax.models.sentence import SentenceHead
+from lora_jax.models.sentence_config import SentenceConfig
+from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
 from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
 
@@ -66,16 +73,6 @@ class Cache(NamedTuple):
     values: Any
 
 
-class Head(nn.Dense):
-    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
-
-    With an adapter here, the loss has to form the logits of every token.
-    """
-
-
-register_layer(Head, "...i,io->...o", kind="head")
-
-
 class Decoder(nn.Module):
     """A causal language model: token ids to logits.
 
@@ -88,6 +85,7 @@ class Decoder(nn.Module):
         rotations, activations and scores, saving a block's input, ``x A`` and the
         outputs of attention and of linear layers; or each whole ``"block"``. On
         unrolled blocks it saves memory only on GPU and TPU: XLA:CPU undoes it.
+      sentence: how `encode` makes embeddings of hidden states, or None.
 
     Raises:
       ValueError: if ``remat`` is unknown, or the layers to be scanned differ in their
@@ -98,6 +96,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    sentence: SentenceConfig | None = None
 
     def __post_init__(self):
         if self.remat not in REMATS:
@@ -130,13 +129,37 @@ class Decoder(nn.Module):
           deterministic: False turns on adapter dropout; the model itself has none.
 
         Returns:
-          Logits ``[b, t, v]`` float32.
+          Logits ``[b, t, v]`` float32; without a head the last hidden states.
 
         Raises:
           ValueError: if the shapes differ or ``t`` exceeds ``config.max_positions``.
           TypeError: if ``input_ids`` are not integers.
         """
-        return self.logits(self.hidden(input_ids, positions, segment_ids))
+        hidden = self.hidden(input_ids, positions, segment_ids)
+        if self.sentence is not None and self.is_initializing():
+            self.sentence_head(hidden, jnp.ones_like(input_ids))
+        return self.logits(hidden) if self.config.has_head else hidden
+
+    def encode(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "b e"]:
+        """Returns the embeddings ``[b, e]`` of texts, as `sentence` says.
+
+        Args:
+          input_ids: token ids ``[b, t]``.
+          attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
+          deterministic: see `__call__`.
+        """
+        if self.sentence is None:
+            raise ValueError(
+                "sentence must not be None: a decoder's folder needs a modules.json."
+            )
+        hidden = self.hidden(input_ids, segment_ids=attention_mask)
+        return self.sentence_head(hidden, attention_mask)
 
     def hidden(
         self,
@@ -171,6 +194,11 @@ class Decoder(nn.Module):
         Returns:
           Hidden states ``[b, t, d]`` and the cache, with ``size`` slots per row.
         """
+        if not self.config.is_causal:
+            raise ValueError(
+                "is_causal must be True to generate: this model reads both ways, and "
+                "makes embeddings."
+            )
         if size < input_ids.shape[1]:
             raise ValueError(
                 f"the cache must have a slot for each of the {input_ids.shape[1]} "
@@ -220,6 +248,8 @@ class Decoder(nn.Module):
         self, hidden: Hidden, *, deterministic: bool = True
     ) -> Float[Array, "b t v"]:
         """Returns ``hidden @ head`` in float32, soft-capped if the config says so."""
+        if not self.config.has_head:
+            raise ValueError("has_head must be True to predict tokens; got False.")
         head = self.embed.attend if self.config.is_tied else self.head
         logits, cap = head(hidden).astype(jnp.float32), self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -268,7 +298,9 @@ class Decoder(nn.Module):
             self.own_projection = nn.Dense(width, use_bias=False, dtype=self.dtype)
             self.own_norm = make_norm(cfg, self.dtype, None)
         self.final_norm = make_norm(cfg, self.dtype, None)
-        if not cfg.is_tied:
+        if self.sentence is not None:
+            self.sentence_head = SentenceHead(self.sentence)
+        if cfg.has_head and not cfg.is_tied:
             self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
     def _last(self, x: Hidden) -> Hidden:

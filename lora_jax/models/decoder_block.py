@@ -9,12 +9,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lora_jax.attention.causal import cached_attention, causal_attention
+from lora_jax.attention.causal import (
+    bidirectional_attention,
+    cached_attention,
+    causal_attention,
+    write_slots,
+)
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.experts import Mixture
 from lora_jax.names import LINEAR
+from lora_jax.nn.layer_rules import register_layer
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -43,6 +49,16 @@ class PositionContext(NamedTuple):
     segment_ids: Array | None
     own: Array | None = None
     given: Any = None
+
+
+class Head(nn.Dense):
+    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
+
+    With an adapter here, the loss has to form the logits of every token.
+    """
+
+
+register_layer(Head, "...i,io->...o", kind="head")
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +131,7 @@ class Attention(DecoderModule):
 
         def placed(y: Array, name: str, heads: int) -> Array:
             y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
-            y = y.reshape(b, t, heads, h)
+            y = _clipped(y, cfg.qkv_clip).reshape(b, t, heads, h)
             y = self.norm(name)(y) if cfg.qk_norm == "head" else y
             return self._rotated(y, place, layer)
 
@@ -124,7 +140,7 @@ class Attention(DecoderModule):
             key, value = place.given
         else:
             key = placed(key, "key_norm", k)
-            value = value.reshape(b, t, k, h)
+            value = _clipped(value, cfg.qkv_clip).reshape(b, t, k, h)
             value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
@@ -142,7 +158,14 @@ class Attention(DecoderModule):
             window=window,
             sinks=sinks,
         )
-        if past is None:
+        if not cfg.is_causal:
+            mixed = bidirectional_attention(
+                *(query, key, value),
+                segment_ids=place.segment_ids,
+                scale=cfg.attention_scale,
+                window=window,
+            )
+        elif past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
             mixed = attend(
                 query,
@@ -153,9 +176,8 @@ class Attention(DecoderModule):
             )
         else:
             if cfg.key_source is None:
-                rows = jnp.arange(b)[:, None]
-                key = past[0].at[rows, :, place.slots].set(key)
-                value = past[1].at[rows, :, place.slots].set(value)
+                key = write_slots(past[0], key, place.slots)
+                value = write_slots(past[1], value, place.slots)
             mixed = attend(query, key, value, place.slots)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
@@ -283,6 +305,10 @@ def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
     if isinstance(layer, int):
         return values[layer]
     return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _clipped(x: Array, bound: float | None) -> Array:
+    return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def _pick(tables: tuple[Array, ...], index: Any) -> Array:

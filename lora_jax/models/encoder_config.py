@@ -5,9 +5,25 @@ from typing import Literal
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder_config import Rope
+from lora_jax.models.disentangled import Disentangled
 
 # Activation of the dense layer between the pooled vector and the classifier.
 POOLERS = (None, "gelu", "relu", "tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """A convolution of the embeddings, added to the first block's output and normed.
+
+    Attributes:
+      size: tokens that it sees; odd.
+      groups: of channels; divides ``hidden_size``.
+      activation: of its output, one of `POOLERS`.
+    """
+
+    size: int = 3
+    groups: int = 1
+    activation: str = "tanh"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +50,8 @@ class BlockConfig:
         each layer; None for all; empty if no layer has a window.
       num_buckets: rows of the table of relative position biases, one column a head,
         shared by all layers; None for models without one.
+      disentangled: scores of distances from a table shared by all layers, or None.
+      conv: a convolution beside the first block, or None.
       has_layer_scale: whether each sublayer's output has a factor per channel.
       is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, with gate and up
         in one kernel.
@@ -62,6 +80,8 @@ class BlockConfig:
     layer_ropes: tuple[Rope, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
     num_buckets: int | None = None
+    disentangled: Disentangled | None = None
+    conv: ConvConfig | None = None
     has_layer_scale: bool = False
     is_gated: bool = False
     pooler_activation: Literal["gelu", "relu", "tanh"] | None = None

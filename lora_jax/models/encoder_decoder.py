@@ -16,6 +16,7 @@ The parameter tree (kernels are ``[i, o]``, as in Flax)::
     {encoder,decoder}/layer_{i}/mlp/{up,down}/kernel or {gate,gated_up,down}
     {encoder,decoder}/final_norm/scale
     head/kernel                                      not if tied
+    sentence_head/dense_{i}/kernel                   only with such steps
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +25,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.models.decoder import REMATS, Head
+from lora_jax.models.decoder import REMATS
+from lora_jax.models.decoder_block import Head
 from lora_jax.models.embeddings import TokenIds, check_tokens
-from lora_jax.models.encoder import Pooled, mean_pool
 from lora_jax.models.encoder_decoder_block import Block, Hidden, Pair, Part
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from lora_jax.models.pooling import mean_pool
+from lora_jax.models.sentence import SentenceHead
+from lora_jax.models.sentence_config import SentenceConfig
 from lora_jax.parallel.activation_sharding import shard_rows
 from lora_jax.parallel.mesh import promote_table
 
@@ -106,6 +110,7 @@ class EncoderDecoder(nn.Module):
       config: sizes, constants and variants.
       dtype: dtype of the computation; parameters keep their own.
       remat: what the backward pass recomputes, as for `Decoder`.
+      sentence: how `encode` makes embeddings of the encoder's output; None: its mean.
 
     Raises:
       ValueError: if ``remat`` is unknown.
@@ -114,6 +119,7 @@ class EncoderDecoder(nn.Module):
     config: EncoderDecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    sentence: SentenceConfig | None = None
 
     def __post_init__(self):
         if self.remat not in REMATS:
@@ -129,7 +135,9 @@ class EncoderDecoder(nn.Module):
             cfg.vocab_size, cfg.hidden_size, promote_dtype=promote_table
         )
         self.encoder = Stack(cfg, self.dtype, self.remat)
-        if cfg.has_decoder:
+        if self.sentence is not None:
+            self.sentence_head = SentenceHead(self.sentence)
+        if cfg.predicts:
             self.decoder = Stack(cfg, self.dtype, self.remat, is_decoder=True)
             if not cfg.is_tied:
                 self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
@@ -158,8 +166,10 @@ class EncoderDecoder(nn.Module):
           ValueError: if shapes differ or there are no target ids.
           TypeError: if ids are not integers.
         """
-        if not self.config.has_decoder:
-            return self.encode(input_ids, attention_mask)
+        if self.is_initializing() and self.sentence is not None:
+            self.encode(input_ids, attention_mask)
+        if not self.config.predicts:
+            return self.read(input_ids, attention_mask)
         return self.logits(self.hidden(input_ids, attention_mask, decoder_input_ids))
 
     def hidden(
@@ -177,13 +187,13 @@ class EncoderDecoder(nn.Module):
                 f"config.start_id = {self.config.start_id}; got None."
             )
         check_tokens(self.config.max_positions, decoder_input_ids)
-        source = self.encode(input_ids, attention_mask)
+        source = self.read(input_ids, attention_mask)
         mask = attention_mask.astype(bool)[:, None, None, :]
         return self._last(
             self.decoder(self._embedded(decoder_input_ids), None, source, mask)
         )
 
-    def encode(
+    def read(
         self,
         input_ids: TokenIds,
         attention_mask: TokenIds,
@@ -197,9 +207,18 @@ class EncoderDecoder(nn.Module):
         mask = attention_mask.astype(bool)[:, None, None, :]
         return self.encoder(self._embedded(input_ids), mask)
 
-    def pooled(self, input_ids: TokenIds, attention_mask: TokenIds) -> Pooled:
-        """Returns embeddings ``[b, d]``: the mean of the encoder's output."""
-        return mean_pool(self.encode(input_ids, attention_mask), attention_mask)
+    def encode(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "b e"]:
+        """Returns embeddings ``[b, e]``: as `sentence` says, or the output's mean."""
+        hidden = self.read(input_ids, attention_mask)
+        if self.sentence is not None:
+            return self.sentence_head(hidden, attention_mask)
+        return mean_pool(hidden, attention_mask)
 
     def prefill(
         self,
@@ -221,7 +240,7 @@ class EncoderDecoder(nn.Module):
           Hidden states ``[b, 1, d]`` and the cache.
         """
         cfg, b = self.config, len(input_ids)
-        pairs = self.decoder.source_pairs(self.encode(input_ids, attention_mask))
+        pairs = self.decoder.source_pairs(self.read(input_ids, attention_mask))
         empty = jnp.zeros((b, cfg.num_heads, size, cfg.head_dim), pairs[0][0].dtype)
         own = ((empty, empty),) * cfg.num_decoder_layers
         cache = Cache(own, pairs, attention_mask.astype(bool))

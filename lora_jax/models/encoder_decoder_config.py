@@ -87,6 +87,6 @@ class EncoderDecoderConfig:
             raise ValueError("EncoderDecoderConfig: " + "; ".join(faults) + ".")
 
     @property
-    def has_decoder(self) -> bool:
+    def predicts(self) -> bool:
         """Whether it predicts tokens; an encoder alone doesn't."""
         return self.num_decoder_layers > 0

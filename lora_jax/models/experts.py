@@ -18,13 +18,12 @@ from jaxtyping import Array, Float, Int
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTER
+from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
 from lora_jax.parallel.activation_sharding import current_mesh, num_row_shards
 
 Hidden = Float[Array, "b t d"]
-ROUTED = "routed"  # the collection of router scores, for `balance_loss`
 
 
 class Router(nn.Dense):
@@ -104,8 +103,9 @@ class Mixture(nn.Module):
         cfg, (b, t, d) = self.config, x.shape
         options = {"use_bias": cfg.has_router_bias, "dtype": self.dtype}
         scores = Router(cfg.num_experts, name=ROUTER, **options)(x)
-        self.sow(ROUTED, "scores", scores)
         weights, chosen = route(scores, cfg)
+        self.sow(ROUTED, "scores", scores)
+        self.sow(ROUTED, "chosen", chosen)
         order = sort_rows(chosen.reshape(b * t, -1), cfg.num_experts)
         rows = order.gather(x.reshape(b * t, d))
         experts = Experts(cfg, d, self.activation, self.dtype, name=EXPERTS)

@@ -64,7 +64,7 @@ def generate(
     """
     config = config_of(module)
     is_answer = isinstance(config, EncoderDecoderConfig)
-    if is_answer and not config.has_decoder:
+    if is_answer and not config.predicts:
         raise ValueError(
             "module must have a decoder to write tokens; it is the encoder of an "
             "encoder–decoder alone (num_decoder_layers = 0)."

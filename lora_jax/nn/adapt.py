@@ -32,7 +32,7 @@ from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_
 from lora_jax.tree.partition import join, partition, upcast_leaves
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child, select_targets
-from lora_jax.tree.uncovered import describe_uncovered
+from lora_jax.tree.uncovered import describe_experts, describe_uncovered
 
 _MAPPED = (FROZEN, LORA, PARAMS)
 Method = str | Callable[..., Any] | None
@@ -111,6 +111,24 @@ class Adapted(nn.Module):
           ValueError: if the config names layers that don't exist; see `select_targets`.
         """
         return self._select(self._trace(params))
+
+    @nn.nowrap
+    def frozen_notes(self, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Says which weights stay frozen that a reader may take for adapted.
+
+        Args:
+          params: see `targets`.
+
+        Returns:
+          A line on experts that the config doesn't target, and one on what
+          ``"all-linear"`` can't adapt, with how to; empty if there are neither.
+        """
+        found = self._trace(params)
+        lines = (
+            describe_experts(found.sites, self.config),
+            describe_uncovered(found.unsupported, self.config),
+        )
+        return [line for line in lines if line]
 
     @nn.nowrap
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:

@@ -27,12 +27,14 @@ class LayerLoRA(NamedTuple):
       alpha: numerator of the scaling.
       scaling: the factor before ``A B``.
       stack_axis: position of the layer axis of stacked layers, or None.
+      is_plain: as in `lora_jax.tree.targets.Site`.
     """
 
     config: LoRAConfig
     alpha: float
     scaling: float
     stack_axis: int | None = None
+    is_plain: bool = True
 
 
 def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -> Site:
@@ -127,7 +129,8 @@ def add_lora(
         own = {**kept, OUT_SHARDING: axes[name]} if axes else {}
         value = jax.device_put(value, places[name]) if places else value
         setattr(layer, name, nnx.LoRAParam(value, **own))
-    layer.lora = LayerLoRA(config, target.alpha, target.scaling, stack_axis)
+    numbers = (target.alpha, target.scaling)
+    layer.lora = LayerLoRA(config, *numbers, stack_axis, target.is_plain)
     if config.dropout_rate:
         layer.deterministic = dropout_key is None
     if config.dropout_rate and dropout_key is not None:

@@ -79,7 +79,10 @@ def step_flops(
     head = config.hidden_size * config.vocab_size
     layers = [config.of_layer(i) for i in range(config.num_layers)]
     scores = sum(
-        4 * layer.num_heads * layer.head_dim * _mean_keys(tokens, window)
+        4
+        * layer.num_heads
+        * layer.head_dim
+        * _mean_keys(tokens, window, is_causal=config.is_causal)
         for layer, window in zip(layers, config.layer_windows, strict=True)
     )
     again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
@@ -187,7 +190,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _mean_keys(tokens: int, window: int | None) -> float:
-    """Returns the mean number of keys visible to a query, causal and windowed."""
+def _mean_keys(tokens: int, window: int | None, *, is_causal: bool) -> float:
+    """Returns the mean number of keys visible to a query, in its window."""
     w = tokens if window is None else min(window, tokens)
-    return (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    before = (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    return before if is_causal else 2 * before - 1

@@ -44,6 +44,7 @@ class DecoderSteps:
       limit: memory of a device in bytes.
       param_dtype: dtype of the frozen weights.
       accumulate: microbatches per step.
+      router_aux_loss_coef: see `make_lm_loss`.
     """
 
     decoder: Decoder
@@ -53,6 +54,7 @@ class DecoderSteps:
     limit: int
     param_dtype: Any = jnp.bfloat16
     accumulate: int = 1
+    router_aux_loss_coef: float = 0.0
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -80,7 +82,10 @@ class DecoderSteps:
         check_rows({"batch": rows}, mesh, accumulate=self.accumulate)
         adapted = self._adapted(remat)
         loss = make_lm_loss(
-            adapted, is_tied=config.is_tied, softcap=config.final_softcap
+            adapted,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            router_aux_loss_coef=self.router_aux_loss_coef,
         )
         sizes = {path: leaf.shape for path, leaf in flatten(self.params).items()}
         where = resolve_shardings(sizes, self.sharding)

@@ -30,11 +30,12 @@ import torch
 import transformers
 
 from tests.golden.dense_families import DENSE
+from tests.golden.encoder_families import ENCODERS
 from tests.golden.model_families import BERT, FAMILIES, Family
 from tests.golden.tower_families import TOWERS
 
 HERE = pathlib.Path(__file__).parent
-ALL = FAMILIES | TOWERS | DENSE
+ALL = FAMILIES | TOWERS | DENSE | ENCODERS
 DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TEXT_LINEARS = r".*language_model\..*{}_proj"
 WITH_IMAGES = "with_images"  # an adapter of which a language model takes a part

@@ -18,12 +18,13 @@ TOWER = "the language model"
 MODELS = {  # what goes by a model_type
     "bert": "BERT, all-MiniLM, BGE",
     "cohere2": "Command R7B, Command A",
+    "deberta-v2": "DeBERTa v2 and v3",
     "dinov2": "DINOv2",
     "electra": "ELECTRA",
     "gemma2": "Gemma 2",
     "gemma3": f"Gemma 3 4B, 12B, 27B; {TOWER}",
     "distilbert": "DistilBERT",
-    "gemma3_text": "Gemma 3 270M, 1B",
+    "gemma3_text": "Gemma 3 270M, 1B; EmbeddingGemma",
     "gemma4": f"Gemma 4 E2B, E4B, 31B; {TOWER}",
     "gemma4_text": "the same alone",
     "glm4": "GLM-4 0414",
@@ -44,7 +45,7 @@ MODELS = {  # what goes by a model_type
     "phi3": "Phi-3, Phi-4, Phi-4-mini",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen2_5_vl": f"Qwen2.5-VL; {TOWER}",
-    "qwen3": "Qwen3",
+    "qwen3": "Qwen3, Qwen3-Embedding",
     "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B",
     "qwen3_vl": f"Qwen3-VL; {TOWER}",
     "roberta": "RoBERTa",
@@ -67,6 +68,11 @@ Of a multimodal folder the language model is read: text in, text out. Its vision
 audio tensors stay on disk, and `lora-jax merge` writes them again. Adapters have the
 names that PEFT and vLLM expect there (`model.language_model.layers...`), and fit the
 language model's own folder as well.
+
+Of a folder of sentence-transformers (`modules.json`), `lora-jax encode` follows the
+pooling, the dense layers and the normalisation, and `--prompt` takes a prompt of it; so
+do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an
+encoder.
 
 """
 

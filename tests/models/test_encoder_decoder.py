@@ -73,7 +73,7 @@ def test_hidden_states_loss_and_logits_are_those_of_transformers(name):
     def run(variables):
         apply = functools.partial(model.module.apply, variables)
         inputs = [batch[key] for key in INPUTS]
-        source = apply(*inputs[:2], method="encode")
+        source = apply(*inputs[:2], method="read")
         hidden = apply(*inputs, method="hidden")
         return source, hidden, apply(*inputs), apply(hidden, method="logits")
 
@@ -166,7 +166,7 @@ def test_an_encoder_alone_is_loaded_and_encodes(copy):
     hidden = model.module.apply(model.variables, *inputs)
     real = want["attention_mask"] == 1
     np.testing.assert_allclose(hidden[real], want["encoder_hidden"][real], **TOLERANCE)
-    pooled = model.module.apply(model.variables, *inputs, method="pooled")
+    pooled = model.module.apply(model.variables, *inputs, method="encode")
     np.testing.assert_allclose(
         pooled[2], want["encoder_hidden"][2, real[2]].mean(axis=0), **TOLERANCE
     )

@@ -2,6 +2,7 @@
 
 from lora_jax.models.families import (
     bert,
+    deberta,
     dense,
     gemma,
     gemma4,
@@ -18,6 +19,7 @@ from lora_jax.models.family import Family
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "bert": bert.BERT,
     "cohere2": dense.COHERE2,
+    "deberta-v2": deberta.DEBERTA,
     "dinov2": vision.DINOV2,
     "distilbert": bert.DISTILBERT,
     "electra": bert.ELECTRA,

@@ -114,7 +114,6 @@ def read_olmoe(config: Config) -> DecoderConfig:
     """Reads an OLMoE config: queries and keys are normalised before they are split."""
     fields = Fields(config, "OLMoE decoder")
     sizes = read_sizes(fields, max_positions_default=4096)
-    fields.only("clip_qkv", None)
     bias = fields.flag("attention_bias")
     return finish(
         fields,
@@ -122,6 +121,7 @@ def read_olmoe(config: Config) -> DecoderConfig:
         | {
             "norm_eps": fields.number("rms_norm_eps", 1e-5),
             "qk_norm": "projection",
+            "qkv_clip": fields.number("clip_qkv", None),
             "has_qkv_bias": bias,
             "has_output_bias": bias,
             "ropes": (read_rope(fields, sizes["head_dim"]),),

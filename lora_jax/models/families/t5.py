@@ -82,7 +82,7 @@ def _read(
 def pair_inputs(config: EncoderDecoderConfig) -> tuple[Any, ...]:
     """Returns the shapes of a batch: source ids, their mask, and the target's ids."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return (ids,) * (3 if config.has_decoder else 2)
+    return (ids,) * (3 if config.predicts else 2)
 
 
 def t5_family(read_config: Callable[[Config], EncoderDecoderConfig]) -> Family:
