@@ -55,6 +55,7 @@ from lora_jax.nn.trace import trace_model
 from lora_jax.tree.merge import check_adapters
 from lora_jax.tree.partition import join
 from lora_jax.tree.paths import flatten
+from lora_jax.tree.plain import plain_config, plain_targets, plain_variables
 from lora_jax.tree.targets import Target, child, select_targets
 
 FORMATS = ("peft", "mlx")
@@ -73,6 +74,9 @@ def export_adapter(
     base_model: str | None = None,
 ) -> Path:
     """Writes an adapter as a folder that PEFT or mlx-lm loads.
+
+    The adapter of a method such as PiSSA is written as the LoRA of the base as it is
+    that has the same update; its rank is twice the config's.
 
     Args:
       directory: created if absent; an adapter there is replaced.
@@ -110,6 +114,8 @@ def export_adapter(
     weights, unknown = flatten(found.params), found.unsupported
     kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
     targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
+    variables = plain_variables(variables, targets)
+    targets, config = plain_targets(targets, config), plain_config(config)
     heads = () if skip_head else base.family.head
     has_head = any(path in variables.get(PARAMS, {}) for path in heads)
     has_prefix, auto_mapping = auto_class(base, has_head=has_head)

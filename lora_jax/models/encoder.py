@@ -118,8 +118,8 @@ class ImageEncoder(nn.Module):
           deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
-          Hidden states ``[b, 1 + patches, d]``: the class token's, then the patches'
-          row by row.
+          Hidden states ``[b, 1 + patches, d]``: the class token's, if there is one,
+          then the patches' row by row.
 
         Raises:
           ValueError: if the images don't have the config's channels and size.
@@ -158,7 +158,7 @@ def run_blocks(
         x = block(x, mask, deterministic, bias)
         if i == 0 and cfg.conv is not None:
             x = ConvBlock(cfg, dtype, name="conv")(embedded, x, mask)
-    if cfg.norm_placement == "pre":
+    if cfg.norm_placement == "pre" and cfg.has_final_norm:
         x = make_norm(cfg, dtype, "final_norm")(x)
     return x
 

@@ -22,6 +22,7 @@ from lora_jax.nnx.exactness import checked
 from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
 from lora_jax.ops.embed import dora_query
+from lora_jax.ops.factors import Factors
 from lora_jax.tree.targets import LINEAR_KINDS, as_target
 
 
@@ -34,7 +35,8 @@ class LoRALayer(nnx.Module):
         adapter dropout.
 
     Variables: those of the layer, and beside its kernel ``lora_a``, ``lora_b`` and with
-    DoRA ``magnitude`` (`flax.nnx.LoRAParam`).
+    DoRA ``magnitude`` (`flax.nnx.LoRAParam`); what a method doesn't train is a
+    `FixedParam`.
     """
 
     lora: LayerLoRA | None
@@ -109,7 +111,7 @@ def call_adapted(
     _, *inputs = bound.args
     weight = getattr(layer, rule.weight)
     kernel = jnp.asarray(weight[...])
-    a, b, m = (_value(layer, leaf) for leaf in ADAPTER_LEAVES)
+    a, b, m = plain_factors(layer)[:3]
     options: dict[str, Any] = {"scaling": layer.lora.scaling}
     if m is not None and name in HEAD_METHODS:
         inputs[0] = dora_query(jnp.asarray(inputs[0]), kernel, a, b, m, **options)
@@ -122,6 +124,12 @@ def call_adapted(
         y = check_frozen(f"{base.__name__}.{rule.weight}", y, kernel)
     options |= dropout_options(layer) if hidden is None else {"hidden": hidden}
     return rule.apply(layer, name, tuple(inputs), y, kernel, a, b, **options)
+
+
+def plain_factors(layer: Any) -> Factors:
+    """Returns A, B and m of an adapted layer; see `Factors.plain`."""
+    stored = Factors(*(_value(layer, leaf) for leaf in ADAPTER_LEAVES))
+    return stored.plain(layer_rule(layer).contraction(layer))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,7 +20,7 @@ from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
 UNIFORM = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
-MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
+MIXTURES = (*UNIFORM, "qwen3_moe_mixed", "gemma4_moe")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
