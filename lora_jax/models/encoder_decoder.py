@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lora_jax.models.decoder import REMATS
-from lora_jax.models.decoder_block import Head
+from lora_jax.models.decoder_parts import Head
 from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.models.encoder_decoder_block import Block, Hidden, Pair, Part
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lora_jax.attention.causal import plain_attention
 from lora_jax.models.activations import ACTIVATIONS, gate
-from lora_jax.models.decoder_block import RMSNorm
+from lora_jax.models.decoder_parts import RMSNorm
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.relative import relative_buckets
 from lora_jax.names import ATTENDED, LINEAR
