@@ -5,17 +5,23 @@ This library keeps its variables in three collections::
     {"frozen": W0 (every base weight),
      "lora":   lora_a, lora_b (and DoRA's magnitude), at the paths of the kernels,
      "params": ordinary parameters trained in full (a new head, say)}
+
+Some methods add a fourth, ``"fixed"``: leaves of the adapter that aren't trained.
 """
 
 FROZEN = "frozen"
 LORA = "lora"
 PARAMS = "params"
+FIXED = "fixed"
 TRAINABLE = (LORA, PARAMS)
+ADAPTER = (LORA, FIXED)  # an adapter's leaves
+SAVED = (LORA, PARAMS, FIXED)  # what a file of an adapter holds
 
 LORA_A = "lora_a"
 LORA_B = "lora_b"
 MAGNITUDE = "magnitude"
-ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
+START_A, START_B = "start_a", "start_b"  # A and B where training starts from W0
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B)
 
 KERNEL = "kernel"
 BIAS = "bias"

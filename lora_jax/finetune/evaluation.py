@@ -10,7 +10,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.tasks import open_job
-from lora_jax.names import FROZEN, TRAINABLE
+from lora_jax.names import FROZEN, SAVED
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import make_eval_step
 
@@ -77,7 +77,7 @@ def evaluate_run(
         found = job.baseline({**job.splits, "test": wanted}, out)
         model, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
     else:
-        expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
+        expected = {name: job.variables.get(name, {}) for name in SAVED}
         adapter = load_adapter(
             folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
         )

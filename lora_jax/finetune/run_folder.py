@@ -1,6 +1,7 @@
 """The run folder, which contains everything about a run.
 
-``config.yaml`` (resolved), ``adapter/`` (the best so far), ``checkpoints/`` (Orbax),
+``config.yaml`` (resolved), ``adapter/`` (the best so far), ``start/`` (the first, of
+methods that need it to the end), ``checkpoints/`` (Orbax),
 ``metrics.jsonl`` (a line per log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
@@ -26,12 +27,13 @@ from lora_jax.finetune.settings import (
 from lora_jax.interop.pretrained import RUN_ADAPTER
 
 ADAPTER = RUN_ADAPTER
+START = "start"  # the first adapters, of methods that need them later
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 LOCK = ".lock"
-OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
+OWN_NAMES = {CONFIG, ADAPTER, START, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them
 # (except for rounding, on another mesh or with another remat policy).

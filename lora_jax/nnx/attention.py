@@ -16,6 +16,7 @@ from lora_jax.nnx.layers import (
     check_config,
     dropout_options,
     give_lora,
+    plain_factors,
     set_class,
 )
 from lora_jax.ops.shared import shared_hidden
@@ -83,7 +84,7 @@ class LoRAAttention(nnx.MultiHeadAttention):
             wide = x.astype(first.dtype or jnp.result_type(x, first.kernel[...]))
             hidden = shared_hidden(
                 wide,
-                [jnp.asarray(layer.lora_a[...]) for layer in layers.values()],
+                [plain_factors(layer).lora_a for layer in layers.values()],
                 precision=first.precision,
                 **dropout_options(first),
             )
