@@ -236,7 +236,10 @@ def test_lora_fa_trains_b_alone():
 def test_methods_that_do_not_suit_an_embedding_are_refused():
     for fields, why in (
         ({"init": "orthogonal"}, r"init='orthogonal' can't adapt 'layers_0', an emb"),
-        ({"lora_fa": True}, "lora_fa=True can't adapt 'layers_0', an embedding: its A is"),
+        (
+            {"lora_fa": True},
+            "lora_fa=True can't adapt 'layers_0', an embedding: its",
+        ),
     ):
         config = LoRAConfig(rank=2, targets=".*", **fields)
         model = nn.Sequential([nn.Embed(11, 5, name="embed")])
