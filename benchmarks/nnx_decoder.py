@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.attention.causal import causal_attention
 from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.decoder import REMATS
-from lora_jax.models.decoder_block import unit_rms
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_parts import unit_rms
 from lora_jax.names import LINEAR
 
 

@@ -12,6 +12,7 @@ are one, ``layers``, with a leading layer axis::
     layer_{i}/attention/{query,key,value,output}/kernel     or {qkv,output}
     layer_{i}/attention/sinks                        only with has_sinks
     layer_{i}/attention/{query,key}_norm/scale       only with qk_norm
+    layer_{i}/{delta_net,short_conv}/...             in a hybrid, in place of attention
     layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
     layer_{i}/mlp_norm/scale
     layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
@@ -27,23 +28,19 @@ are one, ``layers``, with a leading layer axis::
     sentence_head/dense_{i}/kernel                   only with such steps
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
-from lora_jax.models.decoder_block import (
-    Block,
-    Head,
-    Hidden,
-    PositionContext,
-    make_norm,
-)
+from lora_jax.models.cache import Cache
+from lora_jax.models.decoder_block import Block
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_parts import Head, Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.models.sentence import SentenceHead
 from lora_jax.models.sentence_config import SentenceConfig
@@ -61,18 +58,6 @@ REMATS: dict[str, Any] = {
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far; token ``p`` of a row is in slot ``p``.
-
-    Attributes:
-      keys: ``[b, k, s, h]`` for each layer; one array ``[l, b, k, s, h]`` if scanned.
-      values: the same.
-    """
-
-    keys: Any
-    values: Any
 
 
 class Decoder(nn.Module):
@@ -108,7 +93,7 @@ class Decoder(nn.Module):
         if self.scan_layers and not self.config.is_uniform:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
-                "an MLP, or they differ in shape; got True."
+                "an MLP, some have no attention, or they differ in shape; got True."
             )
         super().__post_init__()
 
@@ -181,14 +166,17 @@ class Decoder(nn.Module):
         input_ids: TokenIds,
         size: int,
         *,
+        lengths: Int[Array, " b"] | None = None,
         is_long: bool | None = None,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
         """Runs prompts and fills a new cache.
 
         Args:
-          input_ids: ``[b, t]``, padded on the right; padding is ignored.
+          input_ids: ``[b, t]``, padded on the right.
           size: slots of the cache, at least ``t``.
+          lengths: ``[b]``, tokens of each row; None if there is no padding. Attention
+            ignores padding without them; other mixers need them.
           is_long: longrope: whether the sequence exceeds its original context; None
             decides by ``t``. All calls for one cache must agree.
           deterministic: see `__call__`.
@@ -209,14 +197,8 @@ class Decoder(nn.Module):
         if is_long is None:
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
-        x, (keys, values) = self._blocks(x, place, "run")
-        room = [(0, size - input_ids.shape[1]), (0, 0)]
-
-        def cached(array: Array) -> Array:  # [.., t, k, h] -> [.., k, s, h]
-            array = array.swapaxes(-3, -2)
-            return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + room)
-
-        return self._last(x), Cache(*jax.tree.map(cached, (keys, values)))
+        x, kept = self._blocks(x, place._replace(lengths=lengths), "run")
+        return self._last(x), Cache(kept).in_slots(size)
 
     def decode(
         self,
@@ -240,11 +222,11 @@ class Decoder(nn.Module):
           Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
         if is_long is None:
-            is_long = self._exceeds(cache.keys[0].shape[-2])
+            is_long = self._exceeds(cache.size)
         x, place = self._embed(input_ids, positions, None, is_long)
         place = place._replace(slots=positions)
-        x, (keys, values) = self._blocks(x, place, "run", cache)
-        return self._last(x), Cache(keys, values)
+        x, layers = self._blocks(x, place, "run", cache)
+        return self._last(x), Cache(layers)
 
     def logits(
         self, hidden: Hidden, *, deterministic: bool = True
@@ -381,19 +363,17 @@ class Decoder(nn.Module):
     def _blocks(
         self, x: Hidden, place: PositionContext, method: str, cache: Cache | None = None
     ) -> tuple[Hidden, Any]:
-        """Runs all blocks; returns ``x`` and (keys, values) of all layers, or None."""
+        """Runs all blocks; returns ``x`` and what each layer keeps, or None."""
         if self.scan_layers:
             numbers = jnp.arange(self.config.num_layers)
-            past = () if method == "__call__" else (cache and tuple(cache),)
+            past = () if method == "__call__" else (cache and cache.layers,)
             return getattr(self.layers, method)(x, place, numbers, *past)
         kept = []
         for i, block in enumerate(self.layer):
             source = self.config.of_layer(i).key_source
             if source is not None:
                 place = place._replace(given=kept[source])
-            past = () if cache is None else ((cache.keys[i], cache.values[i]),)
-            x, pair = getattr(block, method)(x, place, i, *past)
-            kept.append(pair)
-        if method == "__call__":
-            return x, None
-        return x, tuple(tuple(pair[j] if pair else () for pair in kept) for j in (0, 1))
+            past = () if cache is None else (cache.layers[i],)
+            x, own = getattr(block, method)(x, place, i, *past)
+            kept.append(own)
+        return x, None if method == "__call__" else tuple(kept)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.mixer_config import MixerConfig
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
@@ -159,6 +160,9 @@ class DecoderConfig:
       experts: the mixture of experts in place of MLPs, or None.
       qkv_clip: bound of queries, keys and values before they are rotated, or None.
       has_sinks: whether each head's softmax has one more score, a parameter.
+      has_output_gate: whether attention's output is multiplied by the sigmoid of a gate
+        that is projected beside the queries.
+      mixer: what mixes the tokens instead of attention, or None.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -213,6 +217,8 @@ class DecoderConfig:
     experts: ExpertConfig | None = None
     qkv_clip: float | None = None
     has_sinks: bool = False
+    has_output_gate: bool = False
+    mixer: MixerConfig | None = None
 
     @property
     def predicts(self) -> bool:

@@ -70,7 +70,7 @@ def log_buckets(distance: np.ndarray, size: int, max_distance: int) -> np.ndarra
 
     Example:
       >>> log_buckets(np.array([-40, -3, 0, 2, 4, 5, 7, 12]), 8, 32).tolist()
-      [-9, -3, 0, 2, 4, 5, 6, 6]
+      [-8, -3, 0, 2, 4, 5, 5, 6]
     """
     middle = size // 2
     far = np.maximum(np.abs(distance), max(middle, 1)).astype(np.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.attention.causal import bidirectional_attention
+from lora_jax.attention.causal import bidirectional_attention, causal_attention
 from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.disentangled import distance_scores
@@ -19,7 +19,7 @@ Hidden = Float[Array, "b t d"]
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head self-attention over the unmasked tokens.
+    """Multi-head self-attention over the unmasked tokens, or the earlier of them.
 
     Attributes:
       config: the sizes.
@@ -78,9 +78,13 @@ class Attention(nn.Module):
             bias = distance_scores(cfg.disentangled, query, key, bias, project)
             query = query / cfg.disentangled.num_scores**0.5
         window = cfg.layer_windows[self.layer] if cfg.layer_windows else None
-        mixed = bidirectional_attention(
-            query, key, value, mask, bias=bias, window=window
-        )
+        if cfg.is_causal:
+            segments = None if mask is None else mask.astype(jnp.int32)
+            mixed = causal_attention(query, key, value, segment_ids=segments)
+        else:
+            mixed = bidirectional_attention(
+                query, key, value, mask, bias=bias, window=window
+            )
         return nn.Dense(
             width, use_bias=cfg.has_output_bias, dtype=self.dtype, name="output"
         )(mixed.reshape(x.shape))
@@ -175,11 +179,10 @@ class ConvBlock(nn.Module):
         own = self.config.conv
         assert own is not None
         real = 1 if mask is None else mask[..., None].astype(x.dtype)
-        around = ((own.size - 1) // 2,) * 2
         convolve = nn.Conv(
             self.config.hidden_size,
             (own.size,),
-            padding=(around,),
+            padding="SAME",  # its size is odd
             feature_group_count=own.groups,
             dtype=self.dtype,
             name="conv",

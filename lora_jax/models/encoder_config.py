@@ -44,6 +44,8 @@ class BlockConfig:
       has_mlp_bias: biases of the MLP.
       has_norm_bias: biases of all norms.
       has_first_norm: whether the first sublayer has a norm.
+      has_final_norm: whether a norm follows the last block, if norms are "pre".
+      is_causal: whether tokens see earlier ones only.
       is_qkv_fused: whether query, key and value are one kernel, in that order.
       layer_ropes: each layer's rotary frequencies; empty for none.
       layer_windows: how many keys a query sees on either side, its own included, in
@@ -76,6 +78,8 @@ class BlockConfig:
     has_mlp_bias: bool = True
     has_norm_bias: bool = True
     has_first_norm: bool = True
+    has_final_norm: bool = True
+    is_causal: bool = False
     is_qkv_fused: bool = False
     layer_ropes: tuple[Rope, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
@@ -138,6 +142,7 @@ class EncoderConfig(BlockConfig):
         ``hidden_size``; None: they have that width.
       max_positions: the longest sequence.
       has_positions: whether there is a table of positions.
+      has_embedding_norm: whether a norm follows the embeddings.
       num_token_types: rows of the token type embedding; None for models without one.
       padding_id: for RoBERTa, which numbers non-padding tokens from ``padding_id + 1``;
         None: positions are ``0 ... t-1``.
@@ -147,6 +152,7 @@ class EncoderConfig(BlockConfig):
     embedding_size: int | None = None
     max_positions: int = 512
     has_positions: bool = True
+    has_embedding_norm: bool = True
     num_token_types: int | None = 2
     padding_id: int | None = None
     pooler_activation: Literal["gelu", "relu", "tanh"] | None = "tanh"
@@ -181,6 +187,11 @@ class ImageEncoderConfig(BlockConfig):
       num_channels: channels of an image, ``c``.
       is_resizable: whether images may have other sizes: the position table is resized
         to their number of patches.
+      has_class_token: whether a token of its own comes before the patches'.
+      has_patch_bias: whether the patches' projection has a bias.
+      has_embedding_norm: whether a norm follows the embeddings.
+      is_flat: whether class token and positions have no batch axis; the latter are an
+        embedding.
     """
 
     image_height: int
@@ -189,6 +200,10 @@ class ImageEncoderConfig(BlockConfig):
     patch_width: int
     num_channels: int = 3
     is_resizable: bool = False
+    has_class_token: bool = True
+    has_patch_bias: bool = True
+    has_embedding_norm: bool = False
+    is_flat: bool = False
     norm_placement: Literal["pre", "post"] = "pre"
 
     def _faults(self) -> list[str]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.shared_expert import SharedExpert
 from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
@@ -126,7 +127,11 @@ class Mixture(nn.Module):
         rows = order.gather(x.reshape(b * t, d))
         experts = Experts(cfg, d, self.activation, self.dtype, name=EXPERTS)
         y = order.combine(experts(rows, order.sizes), weights.reshape(b * t, -1))
-        return y.reshape(b, t, d)
+        y = y.reshape(b, t, d)
+        if cfg.shared_size is not None:
+            options = (cfg.shared_size, self.activation, self.dtype)
+            y = y + SharedExpert(*options, name="shared")(x)
+        return y
 
 
 def route(

@@ -27,15 +27,21 @@ from lora_jax.tree.targets import Target, child
 Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
+EXPANDING = "query|key|value|qkv|gate|up|gate_up|gated_up"
 RULES: Rules = (
     ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
     ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
     ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
     ("router/(kernel|bias)|attention/sinks", PartitionSpec()),
-    ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
+    (f"({EXPANDING})/kernel", PartitionSpec(FSDP, TENSOR)),
+    (f"({EXPANDING})/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(output|down|gated_down)/bias", PartitionSpec()),
+    ("delta_net/(beta|decay)/kernel", PartitionSpec(FSDP)),
+    ("delta_net/decay_(log|bias)|conv/(kernel|bias)", PartitionSpec()),
+    ("short_conv/input/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("short_conv/input/bias", PartitionSpec(TENSOR)),
+    ("shared/opening/kernel", PartitionSpec()),
     ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
@@ -46,6 +52,11 @@ RULES: Rules = (
     ("distance_(query|key)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("distance_(query|key)/bias", PartitionSpec(TENSOR)),
     ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
+    ("(visual_projection|text_projection)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(text_head|in_proj)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(text_head|in_proj)/bias", PartitionSpec(TENSOR)),
+    ("probe", PartitionSpec()),
+    ("logit_scale|logit_bias", PartitionSpec()),
     ("(head|pooler|embeddings/projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(head|pooler|embeddings/projection)/bias", PartitionSpec(TENSOR)),
     (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),

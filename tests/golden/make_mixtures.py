@@ -167,7 +167,7 @@ def adapted(name: str, family: Family, batch, base: torch.Tensor) -> dict:
         make_models.save_adapter(folder, model, name, config)
         file = folder / "adapter_config.json"
         written = json.loads(file.read_text())
-        written["target_parameters"].sort()  # a set's order changes
+        (written["target_parameters"] or []).sort()  # a set's order changes
         file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         model = cls.from_pretrained(HERE / name, **EAGER)
         loaded = peft.PeftModel.from_pretrained(model, folder).eval()

@@ -178,7 +178,7 @@ def test_a_token_updates_the_cache_in_place(llama, rows):
 
     text = jax.jit(step, donate_argnums=0).lower(cache).compile().as_text()
     entry = text[text.index("\nENTRY") :]
-    sizes = "x".join(map(str, sorted(cache.keys[0].shape)))
+    sizes = "x".join(map(str, sorted(cache.layers[0].keys.shape)))
     made = [
         (name, kind)
         for name, shape, kind in re.findall(

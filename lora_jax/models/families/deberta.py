@@ -93,8 +93,10 @@ def _conv(fields: Fields, width: int) -> ConvConfig | None:
         fields.faults.append(
             f"conv_groups must divide hidden_size = {width}; got {groups}"
         )
-    if activation not in POOLERS:
-        fields.faults.append(f"conv_act must be one of {POOLERS}; got {activation!r}")
+    if activation not in POOLERS[1:]:
+        fields.faults.append(
+            f"conv_act must be one of {POOLERS[1:]}; got {activation!r}"
+        )
     return ConvConfig(size=size, groups=groups, activation=activation)
 
 
