@@ -38,6 +38,8 @@ EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
 
 MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
 
+ADAPTER = "adapter"  # of a line of data, and of a batch: whose example it is
+
 DROPOUT = "dropout"  # the PRNG stream for adapter dropout
 
 # Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.

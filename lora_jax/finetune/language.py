@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
+import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.files.messages import Message, text_of
@@ -25,6 +26,7 @@ from lora_jax.finetune.job import (
     max_tokens,
     train_buckets,
 )
+from lora_jax.finetune.mixed_data import names_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.turns import endless_turns
@@ -34,9 +36,10 @@ from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
+from lora_jax.names import ADAPTER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import LossFn, make_eval_step
@@ -67,12 +70,15 @@ class Language(Job):
         """Maximum tokens per example."""
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
-    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the next-token cross-entropy."""
         del is_training
         config = self.loaded.config
+        chunk = None
+        if copies > 1:
+            chunk = max(1, chunk_tokens(config.vocab_size) // copies)
         return make_lm_loss(
-            module, is_tied=config.is_tied, softcap=config.final_softcap
+            module, is_tied=config.is_tied, softcap=config.final_softcap, chunk=chunk
         )
 
     def batches(self) -> Schedule:
@@ -101,7 +107,10 @@ class Language(Job):
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        data = _read(path, self.settings, self.loaded)
+        data = _read(path, self.settings, self.loaded, bool(self.adapters))
+        if self.adapters:
+            found = read_adapters({path: path}, self.adapters)
+            _number(data, found.lines[path])
         return Split(list(data.examples), data.truncated, data.dropped)
 
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
@@ -195,9 +204,13 @@ class Language(Job):
 
 
 def open_language(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings,
+    devices: Devices,
+    *,
+    splits: Sequence[str],
+    adapters: Sequence[str] = (),
 ) -> Language:
-    """Builds the job; see `open_job`."""
+    """Builds the job; see `open_job`. ``adapters`` are a trained run's."""
     if settings.train.label_smoothing:
         raise UserError(
             "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
@@ -216,18 +229,26 @@ def open_language(
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
-        data = {
-            name: _read(file, settings, loaded)
-            for name, file in data_files(settings.data, splits).items()
-        }
+        files = data_files(settings.data, splits)
+        is_mixed = names_adapters(settings.data)
+        data = {n: _read(file, settings, loaded, is_mixed) for n, file in files.items()}
+        if is_mixed:
+            if not adapters:
+                files = {"train": settings.data.train, **files}
+            found = read_adapters(files, adapters or None)
+            adapters = found.names
+            for name, read in data.items():
+                _number(read, found.lines[name])
     job = Language(
         splits={},
         is_chat=any(found.kind == MESSAGES for found in data.values()),
         ends=data["train"].ends if "train" in data else {},
+        adapters=tuple(adapters),
         **attach(settings, devices, loaded, settings.lora),
     )
+    by_line = {name: _by_line(found) for name, found in data.items()}
     for name, rows in hold_out(
-        {name: _by_line(found) for name, found in data.items()}, settings.data
+        by_line, settings.data, adapters, lambda row: row[0][ADAPTER]
     ).items():
         if name in splits:
             cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
@@ -243,10 +264,19 @@ def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
     return [*rows.values()]
 
 
-def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> TextData:
+def _number(data: TextData, adapters: Sequence[int]) -> None:
+    """Adds the number of its adapter to each example."""
+    for line, example in zip(data.lines, data.examples, strict=True):
+        example[ADAPTER] = np.array(adapters[line])
+
+
+def _read(
+    path: str, settings: RunSettings, loaded: LoadedModel, is_mixed: bool
+) -> TextData:
     return read_text_examples(
         path,
         loaded.tokenizer,
         max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
         vocab_size=loaded.config.vocab_size,
+        ignored=(ADAPTER,) if is_mixed else (),
     )

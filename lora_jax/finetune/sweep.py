@@ -77,6 +77,7 @@ def sweep(
         doesn't fit the device.
       Interrupted: a `KeyboardInterrupt` that says how to resume.
     """
+    from lora_jax.finetune.mixed_data import names_adapters
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
     from lora_jax.finetune.sweep_group import Group
@@ -89,6 +90,11 @@ def sweep(
     if jax.process_count() > 1:
         raise UserError("a sweep is one process; start it without --distributed.")
     points = expand(config, grid, zipped=zipped)
+    if any(names_adapters(point.settings.data) for point in points):
+        raise UserError(
+            "the runs of a sweep have one adapter each, and the examples name theirs: "
+            "`lora-jax train` trains all of them in one run."
+        )
     sorted_, differing = groups(points)
     mesh = _member_mesh(points[0].settings, min(map(len, sorted_)))
     folder = SweepFolder(points[0].settings.output.dir, points)

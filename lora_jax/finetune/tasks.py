@@ -6,12 +6,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
+from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
+from lora_jax.names import ADAPTER
 
 
 def open_job(
@@ -39,8 +44,29 @@ def open_job(
       FileNotFoundError: if a file is missing.
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
+    if devices is None and names_adapters(settings.data):
+        devices = _one_device(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     if open_source(settings.model.path).family.head:
         return open_classification(settings, devices, splits=splits, extra=extra or {})
-    return open_language(settings, devices, splits=splits)
+    adapters = (extra or {}).get("adapters", ())
+    return open_language(settings, devices, splits=splits, adapters=adapters)
+
+
+def _one_device(settings: RunSettings) -> Devices:
+    """Returns one device, for a run whose examples name their adapter.
+
+    Raises:
+      UserError: if the settings, or the processes, ask for more.
+    """
+    mesh = settings.mesh
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.member)
+    if {*sizes} - {1, -1} or jax.process_count() > 1:
+        raise UserError(
+            f"a run whose examples name their {ADAPTER} takes one device; got mesh "
+            f"sizes {', '.join(map(str, sizes))} (data, fsdp, tensor, member) and "
+            f"{jax.process_count()} processes."
+        )
+    unused = jax.device_count() - 1
+    return Devices(note=f"1 of {unused + 1} is used" if unused else None)

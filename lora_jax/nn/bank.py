@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, TRAINABLE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.tree.arithmetic import fit_adapter
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -28,7 +28,7 @@ Member = tuple[Mapping[str, Any], Sequence[Target]]  # an adapter tree and its t
 
 @dataclasses.dataclass(frozen=True)
 class RowAdapted:
-    """An adapted model whose ``lora`` leaves have a leading axis: the batch's rows.
+    """An adapted model whose trained leaves have a leading axis: the batch's rows.
 
     Attributes:
       adapted: the model, for one adapter.
@@ -46,14 +46,17 @@ class RowAdapted:
         variables: Mapping[str, Any],
         *args: Any,
         method: Any = None,
+        rngs: Mapping[str, jax.Array] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Calls the model, each row with its own adapter.
 
         Args:
-          variables: ``{"frozen": base, "lora": leaves [b, ...]}``.
+          variables: ``{"frozen": base, "lora": leaves [b, ...]}``, and ``params``
+            likewise if weights are trained in full.
           *args: as for the model; the first axis of every array is the rows.
           method: of the model.
+          rngs: keys; each row has its own from them.
           **kwargs: as ``args``.
 
         Returns:
@@ -61,18 +64,23 @@ class RowAdapted:
         """
         leaves, treedef = jax.tree.flatten((args, kwargs))
         mapped = [place for place, leaf in enumerate(leaves) if jnp.ndim(leaf)]
-        shared = {name: tree for name, tree in variables.items() if name != LORA}
+        own = {name: variables[name] for name in TRAINABLE if name in variables}
+        shared = {name: tree for name, tree in variables.items() if name not in own}
+        count = len(jax.tree.leaves(own)[0])
+        keys = {
+            name: jax.random.split(key, count) for name, key in (rngs or {}).items()
+        }
 
-        def of_row(lora: PyTree, *rows: jax.Array) -> Any:
+        def of_row(own: PyTree, keys: PyTree, *rows: jax.Array) -> Any:
             filled = list(leaves)
             for place, row in zip(mapped, rows, strict=True):
                 filled[place] = row[None]
             args, kwargs = jax.tree.unflatten(treedef, filled)
-            whole = {**shared, LORA: lora}
-            found = self.adapted.apply(whole, *args, method=method, **kwargs)
+            whole = {**shared, **own}
+            found = self.adapted.apply(whole, *args, method=method, rngs=keys, **kwargs)
             return jax.tree.map(lambda y: y[0], found)
 
-        return jax.vmap(of_row)(variables[LORA], *(leaves[place] for place in mapped))
+        return jax.vmap(of_row)(own, keys, *(leaves[place] for place in mapped))
 
 
 class AdapterBank:
