@@ -28,6 +28,7 @@ COMPARISONS = (
     "perplexity",
     "slices",
     "sweep",
+    "bank",
     "plan_peak",
     "compiled",
 )

@@ -259,7 +259,7 @@ def hold_out(
     rows: dict[str, list[Any]],
     data: DataSettings,
     adapters: Sequence[str] = (),
-    adapter_of: Callable[[Any], int] = lambda row: 0,
+    adapter_of: Callable[[Any], int] | None = None,
 ) -> dict[str, list[Any]]:
     """Splits off a validation split from the training examples if it has no file.
 
@@ -281,7 +281,7 @@ def hold_out(
     train = rows["train"]
     parts: list[list[int]] = [[] for _ in adapters or [""]]
     for place, row in enumerate(train):
-        parts[adapter_of(row)].append(place)
+        parts[adapter_of(row) if adapters and adapter_of else 0].append(place)
     counts = [max(1, round(data.holdout * len(part))) for part in parts]
     sizes = zip(parts, counts, strict=True)
     small = [i for i, (part, count) in enumerate(sizes) if count >= len(part)]

@@ -9,7 +9,7 @@ from lora_jax.finetune import job as jobs
 from lora_jax.finetune.errors import UserError
 from lora_jax.names import EMBED, HEAD, PARAMS
 from lora_jax.nn.adapt import Adapted
-from lora_jax.nn.bank import RowAdapted
+from lora_jax.nn.rows import RowAdapted
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.members import Hyper
 from lora_jax.train.mixed import make_mixed_step, mixed_state

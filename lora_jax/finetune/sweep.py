@@ -52,10 +52,10 @@ def sweep(
     """Fine-tunes all combinations of a grid's settings; what `lora-jax sweep` does.
 
     Runs train side by side in one compiled step over one frozen base, each with its own
-    learning rate and schedule, rank, alpha, weight decay, seed, order of the data,
-    early stopping and best adapter. Each gives what `fine_tune` gives, up to
+    learning rate and schedule, rank, alpha, dropout, weight decay, seed, order of the
+    data, early stopping and best adapter. Each gives what `fine_tune` gives, up to
     the order of float32 sums (1e-5 relative). Runs that differ in what a step is
-    compiled for, such as the batch size or the dropout, train after one another.
+    compiled for, such as the batch size or the targets, train after one another.
 
     Args:
       config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.
@@ -115,7 +115,8 @@ def sweep(
             runs = Group(group, out, mesh, stop)
             count = runs.choose(folder.together.get(str(number), together))
             folder.open(number, count, overwrite=overwrite)
-            out.say(f"  {len(left)} runs, {count} side by side")
+            why = f" ({runs.choice})" * bool(runs.choice)
+            out.say(f"  {len(left)} runs, {count} side by side{why}")
 
             def on_end(
                 member: "Member",

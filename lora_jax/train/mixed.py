@@ -64,7 +64,7 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
 
     Args:
       loss_fn: as for `make_train_step`, of a model whose trainable leaves have a
-        leading axis of rows (`lora_jax.nn.bank.RowAdapted`). Its batch has
+        leading axis of rows (`lora_jax.nn.rows.RowAdapted`). Its batch has
         ``weights``, of rows or of their tokens.
       hypers: the optimizers' numbers; leaves ``[k]``.
       accumulate: number of microbatches; see `make_train_step`.

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.config import LoRAConfig
 from lora_jax.nn.adapt import adapt
-from lora_jax.nn.bank import RowAdapted
+from lora_jax.nn.rows import RowAdapted
 from lora_jax.train.members import Hyper
 from lora_jax.train.mixed import (
     evaluate_each,
