@@ -194,10 +194,10 @@ def _plan_sweep(
         f"{each} on each of {topology}'s {chips} chips of {size(steps.limit)}"
     )
 
-    def price(rows: int, remat: str | None) -> StepPlan:
+    def together(rows: int, remat: str | None) -> StepPlan:
         return steps.price_together(each, rows, remat)
 
-    price = _printed(price, topology, out)
+    price = _printed(together, topology, out)
     *_, plan = fitting_remat(price, rows, steps.decoder.remat)
     _print_plans(out, {f"{each} runs": plan}, StepFlops(0, 0))
     chip = f"a {topology.partition(':')[0]} chip"

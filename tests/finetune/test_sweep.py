@@ -158,7 +158,10 @@ def test_a_sweep_that_was_killed_resumes_to_the_same_bits(done, tree, tmp_path):
     again = {**tree, "output": {"dir": str(tmp_path / "again")}}
     file = tmp_path / "c.json"
     file.write_text(json.dumps(again))
-    words = [f"{k}={','.join(map(json.dumps, values))}" for k, values in GRID.items()]
+    words = [
+        f"{key}={','.join(x if isinstance(x, str) else json.dumps(x) for x in values)}"
+        for key, values in GRID.items()
+    ]
     process = subprocess.run(
         [
             *(sys.executable, "-m", "tests.cli.at_step", "4s", "SIGKILL", "sweep"),
