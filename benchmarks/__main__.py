@@ -21,6 +21,7 @@ COMPARISONS = (
     "lengths",
     "overhead",
     "generation",
+    "input",
     "startup",
     "huge_pages",
     "lora_vs_full",

@@ -48,6 +48,7 @@ from .train.step import make_eval_step as make_eval_step
 from .train.step import make_train_step as make_train_step
 
 # Losses.
+from .train.balance import balance_loss as balance_loss
 from .train.causal_lm import causal_lm as causal_lm
 from .train.causal_lm import make_lm_loss as make_lm_loss
 from .train.classification import classification_loss as classification_loss

@@ -18,7 +18,7 @@ from lora_jax.finetune.lines import check_faults
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 from lora_jax.train.data import read_jsonl
 from lora_jax.train.text import MESSAGES, kind_of
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates text; returns text, token ids and stop reason for each prompt."""
     adapters = parse_adapters(args.adapter)
     chats = _chats(args, adapters)
-    names: list[str | None] = [chat.pop(ADAPTER, None) for chat in chats]
+    names: list[str | None] = [chat.pop(OWNER, None) for chat in chats]
     if isinstance(adapters, dict):
         loaded, bank = load_bank(args.model, adapters)
         check_decoder(loaded)
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "results": [
             {
                 "prompt": prompt,
-                **({} if bank is None else {ADAPTER: names[row]}),
+                **({} if bank is None else {OWNER: names[row]}),
                 "text": written[row],
                 "input_ids": prompts[row],
                 "output_ids": tokens[row],

@@ -224,8 +224,15 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         required=True,
         help="JSONL with {text}, {input_ids}, or for image models {image} (a path "
-        "relative to the file) or {pixel_values}; the embedding is the mean over "
-        "unmasked tokens, for images over all tokens, including the class token",
+        "relative to the file) or {pixel_values}; the embedding is what a folder of "
+        "sentence-transformers says (modules.json), else the mean over unmasked "
+        "tokens, for images over all tokens, including the class token",
+    )
+    command.add_argument(
+        "--prompt",
+        metavar="NAME",
+        help="put the prompt of this name before each text, of those in the folder's "
+        "config_sentence_transformers.json",
     )
     command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(

@@ -19,7 +19,7 @@ from lora_jax.finetune.settings import RunSettings, load_settings
 from lora_jax.finetune.sweep_grid import Point
 from lora_jax.finetune.sweep_group import Group
 from lora_jax.finetune.tasks import open_job
-from lora_jax.names import FSDP
+from lora_jax.names import EXPERT, FSDP
 from lora_jax.parallel.mesh import AXES
 from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops
@@ -94,6 +94,7 @@ def _plan_local(
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
+        "frozen_notes": job.frozen_notes,
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
         "steps": {"total": steps.total, "per_epoch": steps.batches.steps_per_epoch},
@@ -220,10 +221,11 @@ def read_mesh(text: str | None) -> dict[str, int]:
     for part in text.split(",") if text else ():
         name, _, number = part.partition("=")
         is_number = number.removeprefix("-").isdecimal()
-        if name not in AXES or name in sizes or not is_number:
+        axes = (*AXES, EXPERT)
+        if name not in axes or name in sizes or not is_number:
             raise UserError(
                 f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "
-                f"{', '.join(AXES)} at most once; got {part!r} in {text!r}."
+                f"{', '.join(axes)} at most once; got {part!r} in {text!r}."
             )
         sizes[name] = int(number)
     is_open = FSDP not in sizes and -1 not in sizes.values()

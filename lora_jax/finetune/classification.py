@@ -29,7 +29,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
-from lora_jax.names import ADAPTER, CLASSIFIER, PARAMS
+from lora_jax.names import CLASSIFIER, OWNER, PARAMS
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.classification import classification_loss
@@ -86,7 +86,7 @@ class Classification(Job):
         ]
         if self.adapters:
             for example, row in zip(examples, rows, strict=True):
-                example[ADAPTER] = row[ADAPTER]
+                example[OWNER] = row[OWNER]
         return Split(examples, encoded.truncated)
 
     def tokenize_file(self, path: str) -> Split:
@@ -187,7 +187,7 @@ def open_classification(
             adapters = found.names
             for name, lines in found.lines.items():
                 _number(rows[name], lines)
-        rows = hold_out(rows, settings.data, adapters, lambda row: row[ADAPTER])
+        rows = hold_out(rows, settings.data, adapters, lambda row: row[OWNER])
         loaded = load_model(
             settings.model.path,
             num_labels=len(labels),
@@ -213,7 +213,7 @@ def open_classification(
 def _number(rows: Rows, adapters: Sequence[int]) -> None:
     """Replaces the name of each line's adapter by its number."""
     for row, number in zip(rows, adapters, strict=True):
-        row[ADAPTER] = number
+        row[OWNER] = number
 
 
 def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:

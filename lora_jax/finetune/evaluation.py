@@ -15,7 +15,7 @@ from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.tasks import open_job
 from lora_jax.interop.pretrained import adapter_folders
-from lora_jax.names import FROZEN, TRAINABLE
+from lora_jax.names import FROZEN, SAVED, TRAINABLE
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import make_eval_step
 
@@ -98,7 +98,7 @@ def evaluate_run(
         each = metrics.pop(EACH)
         model = f"{len(several)} adapters, each on its own examples,"
     else:
-        expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
+        expected = {name: job.variables.get(name, {}) for name in SAVED}
         adapter = load_adapter(
             folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
         )
@@ -119,12 +119,13 @@ def evaluate_run(
 
 def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
     """Loads all adapters of a run, stacked."""
-    expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
+    expected = {name: job.variables.get(name, {}) for name in SAVED}
     each = [
         load_adapter(
             folder / ADAPTERS / name, expected=expected, fingerprint=job.fingerprint
         ).variables
         for name in job.adapters
     ]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
     return {FROZEN: job.variables[FROZEN], **stacked}

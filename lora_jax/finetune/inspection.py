@@ -23,7 +23,7 @@ from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.pretrained import find_adapter, read_external
 from lora_jax.models import source
 from lora_jax.models.stacking import layer_slices
-from lora_jax.names import LORA, LORA_A, LORA_B
+from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, PARAMS, START_A, START_B
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
         "trainable": meta["trainable"],
         "extra": meta["extra"],
         "layers": sorted(layers, key=lambda row: _natural(row["path"])),
-        "full": {n: list(s) for n, s in shapes if not n.startswith(prefix)},
+        "full": {n: list(s) for n, s in shapes if n.startswith(f"{PARAMS}/")},
         "not_finite": _not_finite(reader),
     }
 
@@ -141,6 +141,10 @@ def _layers(
     if name not in reader.shapes:
         raise UserError(f"the adapter has {path}/{LORA_A} but no {path}/{LORA_B}.")
     b = reader[name]
+    starts = [f"{FIXED}/{path}/{leaf}" for leaf in (START_A, START_B)]
+    if a.ndim == b.ndim and a.ndim in (2, 3) and {*starts} <= {*reader.shapes}:
+        a = np.concatenate([a, reader[starts[0]]], axis=-1)
+        b = np.concatenate([b, -reader[starts[1]]], axis=-2)
     scaling = config.scaling_for(path)
     facts = {
         "rank": config.rank_for(path),

@@ -155,9 +155,15 @@ class Job(abc.ABC):
         other.fingerprint = self.fingerprint
         return other
 
+    @property
+    def frozen_notes(self) -> list[str]:
+        """Lines about weights that stay frozen; see `Adapted.frozen_notes`."""
+        return self.adapted.frozen_notes(self.loaded.params)
+
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        lora = translate_names(settings.lora, self.loaded.family)
+        own = self.loaded
+        lora = translate_names(settings.lora, own.family, own.config)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora
@@ -226,7 +232,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = translate_names(lora, loaded.family)
+    lora = translate_names(lora, loaded.family, loaded.config)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)

@@ -36,7 +36,7 @@ from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
@@ -71,14 +71,17 @@ class Language(Job):
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
-        """Returns the next-token cross-entropy."""
-        del is_training
-        config = self.loaded.config
+        """Returns the next-token cross-entropy; in training, experts' balance too."""
+        config, train = self.loaded.config, self.settings.train
         chunk = None
         if copies > 1:
             chunk = max(1, chunk_tokens(config.vocab_size) // copies)
         return make_lm_loss(
-            module, is_tied=config.is_tied, softcap=config.final_softcap, chunk=chunk
+            module,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            chunk=chunk,
+            router_aux_loss_coef=train.router_aux_loss_coef if is_training else 0.0,
         )
 
     def batches(self) -> Schedule:
@@ -220,15 +223,21 @@ def open_language(
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(
-                translate_names(settings.lora, source.family), source.config
-            )
+            config = source.config
+            lora = translate_names(settings.lora, source.family, config)
+            scan = can_scan(lora, config)
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
+        if not getattr(loaded.config, "predicts", True):
+            raise UserError(
+                f"{loaded.path} must predict tokens; it makes embeddings only (it has "
+                "no head, or tokens see later ones). Train it in Python, on "
+                '`lora_jax.contrastive` of `apply(..., method="encode")`.'
+            )
         files = data_files(settings.data, splits)
         is_mixed = names_adapters(settings.data)
         data = {n: _read(file, settings, loaded, is_mixed) for n, file in files.items()}
@@ -248,7 +257,7 @@ def open_language(
     )
     by_line = {name: _by_line(found) for name, found in data.items()}
     for name, rows in hold_out(
-        by_line, settings.data, adapters, lambda row: row[0][ADAPTER]
+        by_line, settings.data, adapters, lambda row: row[0][OWNER]
     ).items():
         if name in splits:
             cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
@@ -267,7 +276,7 @@ def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
 def _number(data: TextData, adapters: Sequence[int]) -> None:
     """Adds the number of its adapter to each example."""
     for line, example in zip(data.lines, data.examples, strict=True):
-        example[ADAPTER] = np.array(adapters[line])
+        example[OWNER] = np.array(adapters[line])
 
 
 def _read(
@@ -278,5 +287,5 @@ def _read(
         loaded.tokenizer,
         max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
         vocab_size=loaded.config.vocab_size,
-        ignored=(ADAPTER,) if is_mixed else (),
+        ignored=(OWNER,) if is_mixed else (),
     )

@@ -1,4 +1,4 @@
-"""Data files whose lines name their adapter: `ADAPTER` is the field.
+"""Data files whose lines name their adapter: `OWNER` is the field.
 
 A run on such files trains one adapter for each name, on batches that mix them.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.sections import DataSettings
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 from lora_jax.train.examples import MAX_FAULTS, MAX_LINE, nearest, read_jsonl
 
 NAME = re.compile(r"\w[\w.-]{0,99}")  # it names a folder
@@ -31,7 +31,7 @@ class LineAdapters(NamedTuple):
 
 
 def names_adapters(data: DataSettings) -> bool:
-    """Returns whether a line of a run's files has the field `ADAPTER`."""
+    """Returns whether a line of a run's files has the field `OWNER`."""
     paths = (Path(p) for p in (data.train, data.validation, data.test) if p)
     return any(_has_field(path) for path in paths if path.is_file())
 
@@ -60,21 +60,21 @@ def read_adapters(
         wanted = names
 
         def check(record: dict[str, Any], wanted: list[str] | None = wanted) -> str:
-            name = record[ADAPTER]
+            name = record[OWNER]
             if not NAME.fullmatch(name):
                 return (
-                    f"{ADAPTER!r} names a folder: up to 100 letters, digits, '_', '-' "
+                    f"{OWNER!r} names a folder: up to 100 letters, digits, '_', '-' "
                     f"and '.', not first; got {name!r}"[:200]
                 )
             if wanted is not None and name not in wanted:
                 few = wanted if len(wanted) <= MAX_FAULTS else [*wanted[:5], "..."]
-                return f"{ADAPTER!r} must be one that is trained; got {name!r}; " + (
+                return f"{OWNER!r} must be one that is trained; got {name!r}; " + (
                     nearest(name, few)
                 )
             return ""
 
-        rows = read_jsonl(files[split], fields={ADAPTER: (str,)}, check=check)
-        found[split] = [row[ADAPTER] for row in rows]
+        rows = read_jsonl(files[split], fields={OWNER: (str,)}, check=check)
+        found[split] = [row[OWNER] for row in rows]
         if names is None:
             names = sorted(set(found[split]))
             _check_distinct(names)
@@ -111,13 +111,13 @@ def _some(names: Sequence[str]) -> str:
 
 def _has_field(path: Path) -> bool:
     """Returns whether a line of a file has the field, however bad others are."""
-    field = f'"{ADAPTER}"'.encode()
+    field = f'"{OWNER}"'.encode()
     with path.open("rb") as file:
         for line in file:
             if field in line and len(line) <= MAX_LINE:
                 # What is wrong with the line, its reader tells.
                 with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
-                    if isinstance(record, dict) and ADAPTER in record:
+                    if isinstance(record, dict) and OWNER in record:
                         return True
     return False

@@ -23,7 +23,7 @@ from lora_jax.finetune.mixed_evaluation import (
 )
 from lora_jax.finetune.run_folder import ADAPTERS, CURVES
 from lora_jax.finetune.session import Session
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 from lora_jax.train.state import TrainState
 
 SHOWN = 12
@@ -178,7 +178,7 @@ class MixedSession(Session):
         """Counts each adapter's examples in every split."""
         return {
             split: np.bincount(
-                [example[ADAPTER] for example in found.examples],
+                [example[OWNER] for example in found.examples],
                 minlength=len(self.job.adapters),
             ).tolist()
             for split, found in self.job.splits.items()

@@ -43,6 +43,16 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
             f"train.samples must be empty for {len(job.adapters)} adapters: it doesn't "
             "say whose continuations it wants."
         )
+    if job.lora.fixes_leaves:
+        raise UserError(
+            f"lora.init = {job.lora.init!r} is for a run with one adapter, whose start "
+            f"the run folder keeps; the examples name {len(job.adapters)}."
+        )
+    if train.router_aux_loss_coef:
+        raise UserError(
+            "train.router_aux_loss_coef must be 0 where examples name their adapter: "
+            "the balance of experts is one of whole batches."
+        )
     if shared := {EMBED, HEAD} & {*job.variables.get(PARAMS, {})}:
         raise UserError(
             f"lora.train can't name a decoder's {' and '.join(sorted(shared))} where "

@@ -11,6 +11,7 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
@@ -21,7 +22,7 @@ from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
-from lora_jax.names import PARAMS
+from lora_jax.names import EXPERT, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
@@ -192,6 +193,7 @@ def slice_steps(
             "an encoder. Omit --topology to compile its step for this machine."
         )
     config = read_config(family, config_json, found)
+    check_experts(config, settings, axis=mesh.get(EXPERT, 1))
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
@@ -201,7 +203,8 @@ def slice_steps(
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
-    lora, scan = translate_names(settings.lora, family), settings.model.scan
+    lora = translate_names(settings.lora, family, config)
+    scan = settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)
     devices = make_mesh(**mesh, devices=open_slice(topology))
@@ -218,4 +221,5 @@ def slice_steps(
         limit,
         param_dtype=jnp.dtype(settings.model.param_dtype or stored or "float32"),
         accumulate=settings.train.accumulate,
+        router_aux_loss_coef=settings.train.router_aux_loss_coef,
     )

@@ -63,6 +63,8 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     out.facts([*loaded_facts(job), *job.data_facts(batches), *adapter_facts(job)])
     out.heading(f"Adapted layers ({layer_count(job.targets)})")
     print_targets(out, job.targets)
+    for note in job.frozen_notes:
+        out.say(f"  {note}", style="yellow")
 
 
 def adapter_facts(job: Job) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """The run folder, which contains everything about a run.
 
 ``config.yaml`` (resolved), ``adapter/`` (the best so far; ``adapters/NAME/`` of each if
-the examples name theirs), ``checkpoints/`` (Orbax),
+the examples name theirs), ``start/`` (the first, of methods that need it to the end),
+``checkpoints/`` (Orbax),
 ``metrics.jsonl`` (a line per log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
@@ -27,12 +28,14 @@ from lora_jax.finetune.settings import (
 from lora_jax.interop.pretrained import RUN_ADAPTER, RUN_ADAPTERS, adapter_folders
 
 ADAPTER, ADAPTERS = RUN_ADAPTER, RUN_ADAPTERS
+START = "start"  # the first adapters, of methods that need them later
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 LOCK = ".lock"
-OWN_NAMES = {CONFIG, ADAPTER, ADAPTERS, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
+OWN_NAMES = {CONFIG, ADAPTER, ADAPTERS, START, CHECKPOINTS, METRICS, SUMMARY, CURVES}
+OWN_NAMES |= {LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them
 # (except for rounding, on another mesh or with another remat policy).

@@ -25,7 +25,7 @@ Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
 NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
 Fraction = Annotated[NotNegative, Field(lt=1)]
 Devices = Annotated[int, Field(le=LARGEST)]
-Axis = Literal["data", "fsdp", "tensor"] | None
+Axis = Literal["data", "fsdp", "tensor", "expert"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,8 @@ class TrainSettings:
       weight_decay: decoupled weight decay of trained weights.
       clip_norm: maximum global norm of the trainable gradient; null for no clipping.
       label_smoothing: probability moved from an encoder's label to all classes.
+      router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts,
+        which is added to the training loss; 0 for none.
       seed: seed of A, the head, dropout and the order of the examples.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between validations; null for twice per epoch.
@@ -136,6 +138,7 @@ class TrainSettings:
     weight_decay: NotNegative = 0.0
     clip_norm: Positive | None = 1.0
     label_smoothing: Fraction = 0.0
+    router_aux_loss_coef: NotNegative = 0.0
     seed: Index = 0
     log_every: Count = 10
     eval_every: Count | None = None
@@ -168,6 +171,8 @@ class MeshSettings:
       fsdp: number of devices over which each copy's kernels and its part of the batch
         are sharded.
       tensor: number of devices over which each layer's outputs are sharded.
+      expert: number of devices over which the experts of a mixture are split; each has
+        a copy of the rest of the model, and the same part of the batch.
       member: number of devices over which the runs of a sweep are split, each with the
         whole model; 1 for a run of its own.
       uneven: what to do if a weight's axis is not divisible: ``"error"``, or
@@ -179,6 +184,7 @@ class MeshSettings:
     data: Devices = -1
     fsdp: Devices = 1
     tensor: Devices = 1
+    expert: Count = 1
     member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

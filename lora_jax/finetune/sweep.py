@@ -144,10 +144,11 @@ def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
     wanted = own.member
     if own.member == 1 and own.data == -1:
         wanted = min(len(devices), runs)  # what is left, as for a run's data axis
-    if own.data not in (-1, 1) or own.fsdp != 1 or own.tensor != 1:
+    others = (own.fsdp, own.tensor, own.expert)
+    if own.data not in (-1, 1) or others != (1, 1, 1):
         raise UserError(
-            "mesh.data, fsdp and tensor must be 1 in a sweep, whose runs are split "
-            f"over mesh.member; got {own.data}, {own.fsdp}, {own.tensor}."
+            "mesh.data, fsdp, tensor and expert must be 1 in a sweep, whose runs are "
+            f"split over mesh.member; got {', '.join(map(str, (own.data, *others)))}."
         )
     if wanted > len(devices):
         raise UserError(

@@ -11,12 +11,13 @@ import jax
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 
 
 def open_job(
@@ -48,7 +49,9 @@ def open_job(
         devices = _one_device(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
-    if open_source(settings.model.path).family.head:
+    source = open_source(settings.model.path)
+    check_experts(source.config, settings, axis=settings.mesh.expert)
+    if source.family.head:
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     adapters = (extra or {}).get("adapters", ())
     return open_language(settings, devices, splits=splits, adapters=adapters)
@@ -64,7 +67,7 @@ def _one_device(settings: RunSettings) -> Devices:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.member)
     if {*sizes} - {1, -1} or jax.process_count() > 1:
         raise UserError(
-            f"a run whose examples name their {ADAPTER} takes one device; got mesh "
+            f"a run whose examples name their {OWNER} takes one device; got mesh "
             f"sizes {', '.join(map(str, sizes))} (data, fsdp, tensor, member) and "
             f"{jax.process_count()} processes."
         )

@@ -26,18 +26,20 @@ from lora_jax.models.stacking import unscan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import (
     CLASSIFIER,
+    FIXED,
     FROZEN,
     HEAD,
     KERNEL,
     LAYERS,
     PARAMS,
-    TRAINABLE,
+    SAVED,
 )
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import unflatten
+from lora_jax.tree.plain import plain_config, plain_variables
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
@@ -141,7 +143,7 @@ def load_model(
         else:
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
-        lora = translate_names(lora, loaded.family)
+        lora = translate_names(lora, loaded.family, loaded.config)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)
@@ -319,10 +321,14 @@ def _load_own(
             loaded, (adapted, wanted) = apart, pair
     found = ours.load_adapter(
         folder,
-        expected={name: wanted.get(name, {}) for name in TRAINABLE},
+        expected={name: wanted.get(name, {}) for name in SAVED},
         fingerprint=fingerprint(wanted[FROZEN]),
     )
     variables = {FROZEN: wanted[FROZEN], **found.variables}
+    if FIXED in variables:  # of a method: the same update as plain LoRA
+        variables = plain_variables(variables, adapted.targets(loaded.params))
+        plain = plain_config(found.config)
+        adapted = adapt(loaded.module, plain, *loaded.inputs, deterministic=True)
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
 

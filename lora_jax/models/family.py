@@ -56,6 +56,8 @@ class Family:
       experts: from the path of the kernels of a layer's experts, one array here, to
         the names of what each expert has in a file, in the order of their outputs.
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
+      has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
+        in]``, else ``[e, in, out]``.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -72,6 +74,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    has_outputs_first: bool = False
 
     def tensor_name(self, path: str) -> str:
         """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
@@ -181,7 +184,7 @@ class Family:
 
     def _is_transposed(self, path: str) -> bool:
         if f"/{EXPERTS}/" in path and _template(path) in self.modules:
-            return False  # all experts as one tensor are [e, in, out]
+            return self.has_outputs_first and path.endswith(f"/{KERNEL}")
         is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
         return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 

@@ -146,7 +146,12 @@ def _compiled(
 
     def prefill(variables, ids, lengths, *sampling):
         hidden, cache = module.apply(
-            variables, ids, size, is_long=is_long, method="prefill"
+            variables,
+            ids,
+            size,
+            lengths=lengths,
+            is_long=is_long,
+            method="prefill",
         )
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return choose(variables, last, lengths - 1, *sampling), cache

@@ -24,6 +24,8 @@ from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.sentence_config import read_sentence
+from lora_jax.models.sentence_files import with_sentence
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import file_slices
 from lora_jax.names import (
@@ -65,7 +67,7 @@ def load_base(
     ``own_head`` unties a tied decoder: its head is initialised from the embedding.
     """
     source = open_source(path)
-    config = source.config
+    config, is_asked = source.config, pooling is not None
     is_tied = not source.family.head and config.is_tied
     if own_head and is_tied and not _tied_faults(source, {}):
         config = dataclasses.replace(config, is_tied=False)
@@ -99,6 +101,13 @@ def load_base(
         if num_labels != own_labels:
             fresh_head = _missing_head(source)
         options = {"num_labels": num_labels, "pooling": pooling}
+    if source.path.is_dir() and not is_asked and options.get("num_labels") is None:
+        sentence = read_sentence(source.path)
+        source = with_sentence(source, sentence)
+        if sentence is not None:
+            options["sentence"] = sentence
+            if not (source.family.head or is_tied or TIED_HEAD in source.names):
+                config = dataclasses.replace(config, has_head=False)
 
     module = source.family.module(config, dtype=dtype, **options)
     shapes = param_shapes(source.family, module)
@@ -146,7 +155,8 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     ``param_dtype`` may have rounded the base to another dtype; then its frozen
     parameters are read again, in the file's dtypes. Trained values stay as they are.
     """
-    source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
+    module = getattr(loaded.module, "model", None)
+    source = with_sentence(open_source(loaded.path), loaded.sentence)
     frozen = flatten(loaded.variables.get(FROZEN, {}))
     own_head = not getattr(loaded.config, "is_tied", True)
     names = (source.with_own_head() if own_head else source).names
@@ -164,7 +174,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     own = load_base(
         loaded.path,
         num_labels=getattr(module, "num_labels", None),
-        pooling=getattr(module, "pooling", None),
+        pooling=None if loaded.sentence else getattr(module, "pooling", None),
         scan_layers=getattr(module, "scan_layers", None),
         own_head=own_head,
     )

@@ -21,6 +21,8 @@ from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
+from lora_jax.models.sentence_config import read_sentence
+from lora_jax.models.sentence_files import HEAD, with_sentence, write_denses
 from lora_jax.models.side_files import copy_side_files
 from lora_jax.models.source import (
     MODEL_CONFIG,
@@ -72,7 +74,10 @@ def save_model(
             f"directory must differ from the source {source}; they are the same. The "
             "base is never overwritten."
         )
-    model = open_source(source)
+    model, sentence = open_source(source), None
+    if HEAD in params:
+        sentence = read_sentence(source)
+        model = with_sentence(model, sentence)
     names, family, settings = model.names, model.family, dict(model.settings)
 
     if is_mxfp4(settings):
@@ -150,6 +155,8 @@ def save_model(
     if ours_kept:
         settings[OURS] = ours_kept
     with new_folder(directory) as new:
+        if sentence is not None:
+            write_denses(new, source, sentence, tensors)
         write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_text(new / MODEL_CONFIG, text)

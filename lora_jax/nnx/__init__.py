@@ -10,6 +10,7 @@ from lora_jax.nnx.adapt import (
     find_targets,
     lora_targets,
 )
+from lora_jax.nnx.attention import LoRAAttention
 from lora_jax.nnx.files import (
     export_adapter,
     load_adapter,
@@ -19,7 +20,6 @@ from lora_jax.nnx.files import (
 )
 from lora_jax.nnx.functional import Functional, functional, update
 from lora_jax.nnx.layers import (
-    LoRAAttention,
     LoRAConv,
     LoRAEinsum,
     LoRAEmbed,

@@ -23,6 +23,7 @@ from lora_jax.nnx.functional import functional, update
 from lora_jax.nnx.layers import LoRALayer
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten
+from lora_jax.tree.plain import plain_targets, plain_variables
 
 
 def save_adapter(
@@ -119,8 +120,9 @@ def export_adapter(
       ValueError: if a layer has no name, can't be written (experts, grouped
         convolutions, weights trained in full), or is not finite; one error names all.
     """
-    config, variables = config_of(model), functional(model)[1]
-    targets, leaves = lora_targets(model), flatten(variables[LORA])
+    config, targets = config_of(model), lora_targets(model)
+    variables = plain_variables(functional(model)[1], targets)
+    leaves, targets = flatten(variables[LORA]), plain_targets(targets, config)
     modules, faults = to_external(targets, leaves, names, rslora=config.rslora)
     faults += [
         f"{path} is trained in full: PEFT's modules_to_save are not written from NNX"

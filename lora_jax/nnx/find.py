@@ -10,6 +10,7 @@ from flax import nnx
 
 from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, SCALE
+from lora_jax.nnx.exactness import checked
 from lora_jax.nnx.layers import LoRALayer, check_config, site_of
 from lora_jax.nnx.rules import rule_of
 from lora_jax.tree.targets import (
@@ -80,7 +81,7 @@ def find_layers(
         )
     weights = params_of(model)
     rewritten = {p for p, m in modules.items() if isinstance(m, _REWRITING)}
-    sites, why, linear = {}, {}, set()
+    sites, why, linear, tried = {}, {}, set(), {}
     for path, module in modules.items():
         known = rule_of(type(module), module)
         if known is None or child(path, known[1].weight) not in weights:
@@ -91,7 +92,8 @@ def find_layers(
             why[path] = "a module around it rewrites its weights on each call"
             continue
         try:
-            sites[path] = site_of(path, module, rule, stack_axis)
+            site = site_of(path, module, rule, stack_axis)
+            sites[path] = checked(site, module, rule, tried)
         except ValueError as error:
             why[path] = str(error)
     unsupported = {}
@@ -116,6 +118,12 @@ def params_of(model: nnx.Module) -> dict[str, nnx.Param]:
         if isinstance(leaf, nnx.Param)
     }
     return {path: leaves[first] for path, first in _first_paths(model, leaves).items()}
+
+
+def shared_weights(model: nnx.Module) -> list[list[str]]:
+    """Returns the paths of each `flax.nnx.Param` that several modules hold."""
+    groups = nnx.find_duplicates(model, only=nnx.Param)
+    return [[*map(as_path, group)] for group in groups]
 
 
 def _first_paths(model: nnx.Module, paths: Iterable[str]) -> dict[str, str]:

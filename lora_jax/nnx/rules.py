@@ -25,6 +25,7 @@ from lora_jax.nn.layer_rules import (
     dense_general_equation,
     einsum_rule,
     registered_rules,
+    sorted_rows_rule,
 )
 from lora_jax.ops.contraction import DENSE, Contraction, Shape
 from lora_jax.ops.einsum import parse_equation
@@ -44,6 +45,7 @@ class Rule(NamedTuple):
       contraction: ``module -> Contraction`` of the weight, without stacked axes.
       apply: as in `lora_jax.nn.layer_rules.LayerRule`.
       shape: ``module ->`` the weight's shape as the module declares it, or None.
+      equation: ``module ->`` the einsum of a call, or None.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Rule(NamedTuple):
     contraction: Callable[[Any], Contraction]
     apply: Callable[..., AnyFloat]
     shape: Callable[[Any], Shape | None] = lambda module: None
+    equation: Callable[[Any], str] | None = None
 
 
 def register_layer(
@@ -59,17 +62,24 @@ def register_layer(
     equation: str | Callable[..., str],
     *,
     weight: str = KERNEL,
-    kind: str = "einsum",
+    kind: str | None = None,
 ) -> None:
     """Makes a custom layer adaptable: any module that computes an einsum with a weight.
+
+    `adapt` refuses a layer whose equation does not reproduce its output.
 
     Args:
       module_type: the NNX class; its subclasses are covered too.
       equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
-        ``module -> equation``.
+        ``module -> equation``. ``"mi,eio->mo"``, where the experts' label is in the
+        weight alone, is a layer called with rows sorted by expert and the number of
+        each expert's rows, as `lora_jax.lora_experts` takes them; ``"mi,eoi->mo"`` is
+        one whose weights are stored transposed. With a label of experts in all three
+        (``"ebi,eio->ebo"``) each expert has its own A and B too.
       weight: name of the weight, a `flax.nnx.Param`.
-      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
-        of a new kind must be named in the config.
+      kind: name in the table of targets; "einsum" by default, or "experts" for sorted
+        rows. ``"all-linear"`` covers both; layers of a new kind must be named in the
+        config.
 
     Raises:
       TypeError: if ``module_type`` is not an NNX module class.
@@ -86,8 +96,11 @@ def register_layer(
         raise TypeError(
             f"module_type must be an NNX module class; got {module_type!r}."
         )
+    if (linen := sorted_rows_rule(equation, weight, kind)) is not None:
+        _RULES[module_type] = _from_linen(linen)
+        return
     as_function = equation if callable(equation) else lambda module: equation
-    _RULES[module_type] = _einsum(kind, as_function, weight)
+    _RULES[module_type] = _einsum(kind or "einsum", as_function, weight)
 
 
 def rule_of(cls: type, module: Any) -> tuple[type, Rule] | None:
@@ -122,7 +135,9 @@ def _calls_super(cls: type, known: type, name: str) -> bool:
     return True
 
 
-def _from_linen(linen: LayerRule, shape: Callable[[Any], Shape | None]) -> Rule:
+def _from_linen(
+    linen: LayerRule, shape: Callable[[Any], Shape | None] = lambda module: None
+) -> Rule:
     return Rule(*linen, shape=shape)
 
 
@@ -138,7 +153,7 @@ def _einsum(
         return parse_equation(labels, len(named)).contraction
 
     rule = einsum_rule(kind, lambda module, *_: equation(module), weight)
-    return Rule(kind, weight, (CALL,), contraction, rule.apply, shape)
+    return Rule(kind, weight, (CALL,), contraction, rule.apply, shape, equation)
 
 
 def _general(

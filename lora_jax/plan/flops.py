@@ -46,10 +46,10 @@ def step_flops(
     """Counts the FLOPs of a step's matmuls.
 
     Per token, with ``N`` the elements of the kernels, ``A`` of the adapters (of experts
-    those that a token is sent to), ``H`` of the head, and
-    ``S = 4 Σ_layers n h · (mean number of visible keys)``: LoRA ``4N + 6A + 4H + 3S``,
-    full ``6N + 6H + 3S``; rematerialising blocks adds their forward pass, ``2N + S``
-    (and ``2A``).
+    those that a token is sent to), ``H`` of the head, and ``S`` the sum over layers of
+    ``4 n h · (mean number of visible keys)``, without attention `token_flops`: LoRA
+    ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; rematerialising blocks adds their
+    forward pass, ``2N + S`` (and ``2A``).
 
     Args:
       config: the decoder's config.
@@ -78,7 +78,7 @@ def step_flops(
     head = config.hidden_size * config.vocab_size
     layers = [config.of_layer(i) for i in range(config.num_layers)]
     scores = sum(
-        4 * layer.num_heads * layer.head_dim * _mean_keys(tokens, window)
+        _mixing(layer, tokens, window)
         for layer, window in zip(layers, config.layer_windows, strict=True)
     )
     again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
@@ -109,6 +109,12 @@ def traced_flops(jaxpr: Jaxpr) -> float:
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(out) * math.prod(kernel) / outputs
+        elif kind == "triangular_solve":
+            total += (
+                1.0
+                * math.prod(_shape(equation.outvars[0]))
+                * (_shape(equation.invars[0])[-1])
+            )
         elif kind in GROUPED:  # by rows, however a device computes it
             rows, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
             total += 2.0 * math.prod(rows) * out[-1]
@@ -117,6 +123,14 @@ def traced_flops(jaxpr: Jaxpr) -> float:
             once = max(inner, default=0.0) if kind == "cond" else sum(inner)
             total += once * (params["length"] if kind == "scan" else 1)
     return total
+
+
+def _mixing(layer: DecoderConfig, tokens: int, window: int | None) -> float:
+    """Returns FLOPs per token of a layer's mixer, without those of its kernels."""
+    if layer.mixer is not None:
+        return layer.mixer.token_flops(tokens)
+    keys = _mean_keys(tokens, window, is_causal=layer.is_causal)
+    return 4 * layer.num_heads * layer.head_dim * keys
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
@@ -132,7 +146,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _mean_keys(tokens: int, window: int | None) -> float:
-    """Returns the mean number of keys visible to a query, causal and windowed."""
+def _mean_keys(tokens: int, window: int | None, *, is_causal: bool) -> float:
+    """Returns the mean number of keys visible to a query, in its window."""
     w = tokens if window is None else min(window, tokens)
-    return (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    before = (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    return before if is_causal else 2 * before - 1

@@ -48,6 +48,7 @@ class DecoderSteps:
       limit: memory of a device in bytes.
       param_dtype: dtype of the frozen weights.
       accumulate: microbatches per step.
+      router_aux_loss_coef: see `make_lm_loss`.
     """
 
     decoder: Decoder
@@ -57,6 +58,7 @@ class DecoderSteps:
     limit: int
     param_dtype: Any = jnp.bfloat16
     accumulate: int = 1
+    router_aux_loss_coef: float = 0.0
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -145,7 +147,10 @@ class DecoderSteps:
     def _loss(self, adapted: Adapted) -> LossFn:
         config = self.decoder.config
         return make_lm_loss(
-            adapted, is_tied=config.is_tied, softcap=config.final_softcap
+            adapted,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            router_aux_loss_coef=self.router_aux_loss_coef,
         )
 
     def _adapted(self, remat: str | None = None) -> Adapted:

@@ -15,7 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
-from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS, ROUTED
 from lora_jax.ops.product import check_floating
 from lora_jax.parallel.activation_sharding import (
     gather_kernel,
@@ -23,6 +23,7 @@ from lora_jax.parallel.activation_sharding import (
     target_platform,
 )
 from lora_jax.parallel.device_kind import target_kind
+from lora_jax.train.balance import balance_loss
 from lora_jax.train.losses import (
     as_weights,
     check_rows,
@@ -291,6 +292,7 @@ def make_lm_loss(
     is_tied: bool,
     softcap: float | None = None,
     chunk: int | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> LossFn:
     """Makes the loss function of a decoder's training step.
 
@@ -303,41 +305,61 @@ def make_lm_loss(
       softcap: bound on the logits, or None.
       chunk: number of tokens per chunk, over the whole batch (per shard if the batch is
         sharded); None for `chunk_tokens`.
+      router_aux_loss_coef: factor of `balance_loss`, which is added to the loss of each
+        target and is the metric ``router_aux_loss``; 0 leaves it out. Padding, where
+        ``segment_ids`` are 0, does not count.
 
     Returns:
-      ``(variables, batch, rngs) -> (loss_sum, weight, {})`` for batches of
+      ``(variables, batch, rngs) -> (loss_sum, weight, metrics)`` for batches of
       ``input_ids``, ``labels`` (already shifted), ``weights`` and optionally
       ``positions`` and ``segment_ids``, all ``[b, t]``; deterministic if ``rngs`` is
-      empty.
+      empty. It raises a ValueError if there is a factor and ``module`` has no experts.
+
+    Raises:
+      ValueError: if the factor is negative or not finite.
     """
     owner, leaf = ("embed", EMBEDDING) if is_tied else ("head", KERNEL)
+    if not 0 <= router_aux_loss_coef < math.inf:
+        raise ValueError(
+            f"router_aux_loss_coef must be at least 0; got {router_aux_loss_coef}."
+        )
+    mutable = [ROUTED] if router_aux_loss_coef else False
 
     def loss_fn(variables: Mapping[str, Any], batch: Mapping[str, Array], rngs):
-        is_deterministic = DROPOUT not in rngs
-        hidden = module.apply(
+        hidden: Any = module.apply(
             variables,
             batch["input_ids"],
             batch.get("positions"),
             batch.get("segment_ids"),
-            deterministic=is_deterministic,
+            deterministic=DROPOUT not in rngs,
             method="hidden",
             rngs=rngs,
+            mutable=mutable,
         )
+        if not mutable:
+            return (*of_hidden(hidden, variables, batch, rngs), {})
+        hidden, kept = hidden
+        loss, weight = of_hidden(hidden, variables, batch, rngs)
+        segments = batch.get("segment_ids")
+        is_token = None if segments is None else segments != 0
+        added = weight * balance_loss(kept.get(ROUTED, {}), is_token)
+        return loss + router_aux_loss_coef * added, weight, {"router_aux_loss": added}
+
+    def of_hidden(hidden: Array, variables: Mapping[str, Any], batch, rngs):
         labels, weights = batch["labels"], batch["weights"]
         if owner in variables.get(LORA, {}):
             logits = module.apply(
                 variables,
                 hidden,
-                deterministic=is_deterministic,
+                deterministic=DROPOUT not in rngs,
                 method="logits",
                 rngs=rngs,
             )
-            loss, weight = softmax_cross_entropy(logits, labels, weights=weights)
-            return loss, weight, {}
+            return softmax_cross_entropy(logits, labels, weights=weights)
         holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
         kernel = variables[holder][owner][leaf]
         at_once = chunk or chunk_tokens(kernel.size // hidden.shape[-1])
-        loss, weight = causal_lm(
+        return causal_lm(
             hidden,
             gather_kernel(kernel.T if is_tied else kernel),
             labels,
@@ -345,6 +367,5 @@ def make_lm_loss(
             chunk=at_once * num_row_shards(),
             softcap=softcap,
         )
-        return loss, weight, {}
 
     return loss_fn

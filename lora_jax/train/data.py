@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.names import ADAPTER
+from lora_jax.names import OWNER
 from lora_jax.train.buckets import Batch, Schedule
 from lora_jax.train.buckets import length_buckets as length_buckets
 from lora_jax.train.examples import encode_labels as encode_labels
@@ -100,7 +100,7 @@ class Batches(Schedule):
             batch["labels"] = np.zeros(count, self._labels.dtype)
             batch["labels"][: len(members)] = self._labels[members]
         if self.adapters is not None:
-            batch[ADAPTER] = _filled(self.adapters[members], count)
+            batch[OWNER] = _filled(self.adapters[members], count)
         return batch
 
 
@@ -179,7 +179,7 @@ class TextBatches(Schedule):
         rows += [[]] * (count - len(rows))
         batch = fill_rows(rows, length, pad_id=self.pad_id)
         if self.adapters is not None:
-            batch[ADAPTER] = _filled(self.adapters[members], count)
+            batch[OWNER] = _filled(self.adapters[members], count)
         return batch
 
     def _add_contents(self, digest: Any) -> None:
@@ -214,7 +214,7 @@ def _as_arrays(index: int, example: Example) -> dict[str, np.ndarray]:
 
 def _adapter_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Returns the number of each example's adapter, or None if they have none."""
-    named = sum(ADAPTER in example for example in examples)
+    named = sum(OWNER in example for example in examples)
     if named not in (0, len(examples)):
         raise ValueError(
             f"all examples must have an adapter, or none; got {named} of "
@@ -222,7 +222,7 @@ def _adapter_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
         )
     if not named:
         return None
-    return np.array([example[ADAPTER] for example in examples], np.int32)
+    return np.array([example[OWNER] for example in examples], np.int32)
 
 
 def _packed(

@@ -1,6 +1,6 @@
 """Training several adapters at once, on batches that mix their examples.
 
-Each row of a batch has the number of its adapter, under `ADAPTER`. The gradient of an
+Each row of a batch has the number of its adapter, under `OWNER`. The gradient of an
 adapter is that of its own rows alone, divided by their weight: what a run of its own
 would compute from these rows. Clipping, Adam and weight decay are each adapter's own.
 
@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import PRNGKey, PyTree
-from lora_jax.names import ADAPTER, DROPOUT, TRAINABLE
+from lora_jax.names import DROPOUT, OWNER, TRAINABLE
 from lora_jax.train.members import Hyper, member_optimizer
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, TrainStep, check_loss, split_batch
@@ -109,7 +109,7 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
     def update(own, frozen, batch, summed=None, mesh=None):
         del summed, mesh  # one device
         batch = dict(batch)
-        ids = batch.pop(ADAPTER)
+        ids = batch.pop(OWNER)
         slots, place = jnp.unique(
             ids, return_inverse=True, size=min(len(ids), count), fill_value=count
         )
@@ -176,7 +176,7 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
     @jax.jit
     def evaluate(trainable, frozen, batch):
         batch = dict(batch)
-        ids = batch.pop(ADAPTER)
+        ids = batch.pop(OWNER)
         rows = jax.tree.map(lambda leaf: leaf[ids], trainable)
 
         def one(own: PyTree, row: Batch) -> dict[str, jax.Array]:
@@ -211,7 +211,7 @@ def evaluate_each(
       rows, and the total ``weight`` of each.
     """
     total: dict[str, np.ndarray] = {}
-    pending = [(batch[ADAPTER], step(trainable, frozen, batch)) for batch in batches]
+    pending = [(batch[OWNER], step(trainable, frozen, batch)) for batch in batches]
     for ids, sums in jax.device_get(pending):
         for name, values in sums.items():
             own = total.setdefault(name, np.zeros(count))

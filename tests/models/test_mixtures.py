@@ -20,7 +20,7 @@ from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
 UNIFORM = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
-MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
+MIXTURES = (*UNIFORM, "qwen3_moe_mixed", "gemma4_moe")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
@@ -94,6 +94,22 @@ def test_all_linear_covers_the_experts_and_not_the_router(models):
     named = LoRAConfig(rank=3, targets=["router"])
     routers = adapt(loaded.module, named, *loaded.inputs).targets(loaded.params)
     assert [row.path for row in routers] == ["layers/mlp/router"]
+
+
+def test_experts_that_stay_frozen_are_said_to(models):
+    loaded = models("qwen3_moe_mixed", scan_layers=False)
+
+    def notes(**options):
+        config = LoRAConfig(rank=2, **options)
+        return adapt(loaded.module, config, *loaded.inputs).frozen_notes(loaded.params)
+
+    assert notes() == []
+    assert notes(targets=["query", "experts/gate_up"]) == [
+        "experts: not adapted: layer_1/mlp/experts/down, 700 parameters. They stay "
+        "frozen unless targets name them: experts/down."
+    ]
+    (line,) = notes(exclude=["experts/down", "experts/gate_up"])
+    assert "experts/gate_up, layer_1/mlp/experts/down, 2,100 parameters" in line
 
 
 def adapted_with(models, **changes):

@@ -88,6 +88,49 @@ def test_attention_adapts_its_projections(tmp_path):
         lnnx.load_adapter(tmp_path, other)
 
 
+def test_projections_of_one_input_share_a_product_and_a_mask():
+    kinds = {"lora": LoRAConfig(rank=2, alpha=6, dora=True), "decode": False}
+    layer = lnnx.LoRAAttention(2, 6, rngs=nnx.Rngs(0), **kinds)
+    layer = train_a_little(layer)
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def together(state, *inputs):
+        return nnx.merge(graphdef, state, copy=True)(*inputs)
+
+    @jax.jit
+    def apart(state, *inputs):
+        copy = nnx.merge(graphdef, state, copy=True)
+        return nnx.MultiHeadAttention.__call__(copy, *inputs)
+
+    def products(run, inputs):
+        return str(run.trace(state, *inputs).jaxpr).count("dot_general[")
+
+    for fewer, inputs in ((2, (X,)), (1, (X, X + 1)), (0, (X, X + 1, X + 2))):
+        assert products(together, inputs) == products(apart, inputs) - fewer
+        assert_close(together(state, *inputs), apart(state, *inputs))
+    assert_close(lnnx.merge(layer)(X), layer(X))
+
+
+def test_one_mask_drops_the_input_of_all_projections():
+    targets = ["query", "key", "value"]
+    config = LoRAConfig(rank=2, alpha=6, targets=targets, dropout_rate=0.5)
+    layer = lnnx.LoRAAttention(2, 6, lora=config, decode=False, rngs=nnx.Rngs(0))
+    layer = train_a_little(layer)
+    for name in targets[1:]:
+        for leaf in ("kernel", "lora_a", "lora_b"):
+            source = getattr(layer.query, leaf)[...]
+            getattr(getattr(layer, name), leaf).set_value(source)
+    seen = []
+    layer.attention_fn = lambda *heads, **_: seen.extend(heads) or heads[2]
+    layer(X)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
+    layer.query.lora_rngs()
+    layer(X)
+    assert np.abs(seen[0] - seen[3]).max() > 0
+
+
 def test_layers_made_by_vmap_have_an_adapter_each():
     @nnx.split_rngs(splits=3)
     @nnx.vmap
