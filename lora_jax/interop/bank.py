@@ -46,8 +46,8 @@ def load_bank(
         marks[name] = fingerprint(params)
         if FIXED in one.variables:
             faults.append(
-                f"{name} starts from W0 (init {module.config.init!r}); `lora-jax export` "
-                "makes a plain adapter of it"
+                f"{name} starts from W0 (init {module.config.init!r}); "
+                "`lora-jax export` makes a plain adapter of it"
             )
         if trained := sorted(flatten(one.variables.get(PARAMS, {}))):
             faults.append(f"{name} also trains {', '.join(trained)} in full")

@@ -129,6 +129,7 @@ class AdapterBank:
 
     @way.setter
     def way(self, way: Way) -> None:
+        """Sets how the adapters are applied from now on."""
         if way not in WAYS:
             raise ValueError(f"way must be one of {', '.join(WAYS)}; got {way!r}.")
         if way != "gather" and (others := self._needing_gather()):
