@@ -4,10 +4,11 @@ One command, with ``lora_jax[bench]``, writes the table to ``parity.md``::
 
     python -m tests.golden.check_peft
 
-Its halves need not share an environment::
+Its halves need not share an environment, and names of models after the folder leave
+the rows of the others as they are::
 
-    python -m tests.golden.check_peft write DIR     # with lora_jax[train]
-    python tests/golden/check_peft.py read DIR      # with torch, transformers 5, PEFT
+    python -m tests.golden.check_peft write DIR [NAME ...]  # with lora_jax[train]
+    python tests/golden/check_peft.py read DIR [NAME ...]   # with torch, PEFT
 
 For every golden model and adapter, `write` imports the adapter, exports it (and makes
 it portable where it can be), merges it, and notes our own logits. `read` loads the
@@ -52,7 +53,7 @@ def own_adapters(family: str, model):
         yield "own_dora_conv", LoRAConfig(rank=2, targets=targets, dora=True)
 
 
-def write(target: pathlib.Path):
+def write(target: pathlib.Path, only: list[str]):
     import jax
 
     from lora_jax import export_adapter, load_model, save_model
@@ -73,7 +74,7 @@ def write(target: pathlib.Path):
 
     for home in sorted(path.parent for path in HERE.glob("*/config.json")):
         family, folders = home.name, sorted(home.glob("peft_*/"))
-        if not folders:
+        if not folders or (only and family not in only):
             continue
         batch = reference(family)
         inputs = [batch[name] for name in INPUTS if name in batch]
@@ -123,7 +124,9 @@ def read(target: pathlib.Path) -> tuple[float, str]:
 
         def logits(model, batch=torch_batch):
             with torch.no_grad():
-                return model.eval()(**batch).logits.numpy()
+                found = model.eval()(**batch)
+            has_logits = "logits" in found
+            return (found.logits if has_logits else found.logits_per_image).numpy()
 
         errors = []
         for name in ("peft", "portable", "merged"):
@@ -149,16 +152,28 @@ def read(target: pathlib.Path) -> tuple[float, str]:
     return worst, "\n".join(lines) + "\n"
 
 
-def main(command: str = "both", directory: str = "") -> int:
+def updated(table: str, only: list[str]) -> str:
+    """A new table with the old one's rows of the models that are not of ``only``."""
+    *new, _, versions = table.splitlines()
+    old = (HERE / "parity.md").read_text().splitlines()[2:-2] if only else []
+    kept = [line for line in old if line.split("|")[1].strip() not in only]
+    rows = sorted([*kept, *new[2:]], key=lambda row: row.split("|")[1:3])
+    cells = [cell.strip() for row in rows for cell in row.split("|")[3:-1]]
+    worst = max(float(cell) for cell in cells if cell != "–")
+    said = versions.partition(";")[2]
+    return "\n".join([*new[:2], *rows, "", f"worst: {worst:.1e};{said}"]) + "\n"
+
+
+def main(command: str = "both", directory: str = "", *only: str) -> int:
     if command == "write":
-        write(pathlib.Path(directory))
+        write(pathlib.Path(directory), list(only))
         return 0
-    if command == "read":
-        return int(read(pathlib.Path(directory))[0] > LIMIT)
     with tempfile.TemporaryDirectory() as folder:
-        write(pathlib.Path(folder))
-        worst, table = read(pathlib.Path(folder))
-    (HERE / "parity.md").write_text(table)
+        if command != "read":
+            directory = folder
+            write(pathlib.Path(directory), list(only))
+        worst, table = read(pathlib.Path(directory))
+    (HERE / "parity.md").write_text(updated(table, list(only)))
     return int(worst > LIMIT)
 
 
