@@ -20,6 +20,7 @@ from lora_jax.finetune.lines import (
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
 from lora_jax.names import CLASSIFIER
@@ -67,7 +68,7 @@ def encode(
     """Encodes lines, all of them text (or token ids) or all images.
 
     Args:
-      loaded: an encoder.
+      loaded: an encoder, or an encoder–decoder, of which the encoder is used.
       records: the lines, valid according to `record_fault`.
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
@@ -88,7 +89,8 @@ def encode(
     config, sentence = loaded.config, loaded.sentence
     is_dual = isinstance(config, DualConfig)
     is_encoder = is_dual or isinstance(config, (EncoderConfig, ImageEncoderConfig))
-    if not is_encoder and sentence is None:
+    reads_both_ways = is_encoder or isinstance(config, EncoderDecoderConfig)
+    if not reads_both_ways and sentence is None:
         raise UserError(
             f"{loaded.path} must be a text or image encoder; its config is a "
             f"{type(config).__name__}, and there is no {MODULES} that says how it "
