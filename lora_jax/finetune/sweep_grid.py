@@ -101,12 +101,11 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
         points.append(Point(name, varied, settings))
     if found:
         raise ValueError("the grid: faults in the settings\n" + "\n".join(found))
-    started = {p.settings.lora.init for p in points if p.settings.lora.fixes_leaves}
-    if started:
+    if any(point.settings.lora.fixes_leaves for point in points):
         raise UserError(
-            f"lora.init = {sorted(started)} can't be swept: each run's A and "
-            "B start from W0 at its own rank, and the runs of a sweep share all that "
-            "isn't trained. Train such runs with `lora-jax train`."
+            "lora_fa, and an init that starts from W0, can't be swept: the runs of a "
+            "sweep share all that isn't trained, and here each run has its own. Train "
+            "such runs with `lora-jax train`."
         )
     for key in lengths:
         why = MESH if key.startswith("mesh.") else FIXED.get(key)

@@ -33,7 +33,11 @@ from lora_jax.tree.targets import Target, as_target
 
 OF_TARGET = ("alpha", "scaling", "is_plain")  # what a layer keeps of its `Target`
 Trained = nnx.LoRAParam
-"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names."""
+"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names.
+
+Not `flax.nnx.Param`, which selects the base too: an adapted layer raises where the
+gradient of its frozen weight is taken.
+"""
 
 
 class TrainedParam(nnx.LoRAParam):
