@@ -222,7 +222,7 @@ def open_language(
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
                 "no head, or tokens see later ones). Train it in Python, on "
-                '`lora_jax.contrastive` of `apply(..., method="encode")`.'
+                "`lora_jax.embedding_loss`."
             )
         data = {
             name: _read(file, settings, loaded)
