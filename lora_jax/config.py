@@ -49,6 +49,8 @@ class LoRAConfig:
       dropout_rate: probability of zeroing an element of the adapter's input.
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
+      lora_fa: train B alone; A stays as it was drawn, and the layer's input needn't be
+        kept for the backward pass.
       init: A and B at the start. ``"uniform"``: A is U(±1/√fan_in); ``"gaussian"``:
         N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
         ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
@@ -85,6 +87,7 @@ class LoRAConfig:
     dropout_rate: float = 0.0
     rslora: bool = False
     dora: bool = False
+    lora_fa: bool = False
     init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -164,7 +167,7 @@ class LoRAConfig:
     @property
     def leaves(self) -> dict[str, str]:
         """The names of an adapter's leaves, and the collection of each."""
-        found = {LORA_A: LORA, LORA_B: LORA}
+        found = {LORA_A: FIXED if self.lora_fa else LORA, LORA_B: LORA}
         if self.dora:
             found[MAGNITUDE] = LORA
         if self.starts_from_base:

@@ -124,7 +124,7 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
 
     rate = config.dropout_rate
     check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
-    for name in ("rslora", "dora"):
+    for name in ("rslora", "dora", "lora_fa"):
         if not isinstance(getattr(config, name), bool):
             got = getattr(config, name)
             types.append(f"{name} must be true or false; got {got!r}")

@@ -36,6 +36,7 @@ from tests.reference import assert_close
 
 CASES = {case.name: case for case in MODELS}
 METHODS = {"pissa": {"init": "pissa"}, "olora": {"init": "olora", "rslora": True}}
+METHODS["lora_fa"] = {"lora_fa": True}
 METHODS["pissa with dora"] = {"init": "pissa_niter_4", "dora": True}
 
 
@@ -214,3 +215,33 @@ def test_variables_of_another_method_are_refused():
     with pytest.raises(ValueError, match=r"start_a of '' must be \(5, 2\); got \(5, 3"):
         adapted.apply(bad, x)
     assert adapter_of(variables).keys() == {"lora_a", "lora_b", "start_a", "start_b"}
+
+
+def test_lora_fa_trains_b_alone():
+    config = LoRAConfig(rank=2, alpha=3, lora_fa=True, targets=".*")
+    x, layer = normal((4, 5)), LoRADense(6, use_bias=False, lora=config)
+    variables = layer.init(key(0), x)
+    assert (variables["lora"].keys(), variables["fixed"].keys()) == (
+        {"lora_b"},
+        {"lora_a"},
+    )
+    a, b = variables["fixed"]["lora_a"], normal((2, 6))
+    assert abs(a).max() > 0
+    wanted = x @ (variables["frozen"]["kernel"] + 1.5 * a @ b)
+    assert_close(layer.apply({**variables, "lora": {"lora_b": b}}, x), wanted)
+    rows = adapt(nn.Dense(6, use_bias=False), config, x).targets()
+    assert [row.trainable for row in rows] == [12]
+
+
+def test_methods_that_do_not_suit_an_embedding_are_refused():
+    for fields, why in (
+        ({"init": "orthogonal"}, r"init='orthogonal' can't adapt 'layers_0', an emb"),
+        (
+            {"lora_fa": True},
+            "lora_fa=True can't adapt 'layers_0', an embedding: its",
+        ),
+    ):
+        config = LoRAConfig(rank=2, targets=".*", **fields)
+        model = nn.Sequential([nn.Embed(11, 5, name="embed")])
+        with pytest.raises(ValueError, match=why):
+            adapt(model, config, jnp.arange(3)).targets()
