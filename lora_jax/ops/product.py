@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.array_types import AnyFloat, DropoutKey, KeepKey
 from lora_jax.names import X_A
 from lora_jax.ops.target import target_platform
 
@@ -37,7 +37,7 @@ def factor_product(
     precision: jax.lax.PrecisionLike,
     x: AnyFloat,
     factor: AnyFloat,
-    key: PRNGKey | None = None,
+    key: DropoutKey | None = None,
 ) -> AnyFloat:
     """Computes ``einsum(equation, dropout(x), factor)`` in the dtype of ``x``.
 
@@ -176,7 +176,7 @@ def low_rank_update(
     *,
     scaling: float | jax.Array,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
     hidden: AnyFloat | None = None,
@@ -219,20 +219,25 @@ def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:
     return (x.astype(wide) * jnp.asarray(scaling, wide)).astype(x.dtype)
 
 
-def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
+def dropout(x: AnyFloat, rate: float, key: DropoutKey | None) -> AnyFloat:
     """Zeroes elements with probability ``rate``, scaling the rest by ``1/(1-rate)``."""
-    if rate == 1.0:
+    keep: Any = 1.0 - rate
+    if isinstance(key, KeepKey):
+        key, keep = key
+    elif rate == 1.0:
         return jnp.zeros_like(x)
-    if rate == 0.0 or key is None:
+    elif rate == 0.0 or key is None:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    is_kept = jax.random.bernoulli(key, keep, x.shape)
     wide = jnp.promote_types(jnp.float32, x.dtype)  # don't round 1 - rate to bfloat16
-    scaled = x.astype(wide) / jnp.asarray(1.0 - rate, wide)
-    return jnp.where(keep, scaled.astype(x.dtype), 0)
+    scaled = x.astype(wide) / jnp.asarray(keep, wide)
+    return jnp.where(is_kept, scaled.astype(x.dtype), 0)
 
 
-def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:
+def check_dropout(rate: float, key: DropoutKey | None) -> DropoutKey | None:
     """Raises on an invalid rate or missing key; returns the key if it will be used."""
+    if isinstance(key, KeepKey):  # it has its own rate
+        return key
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1]; got {rate}.")
     if rate > 0.0 and key is None:
