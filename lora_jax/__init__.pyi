@@ -53,6 +53,7 @@ from .train.balance import balance_loss as balance_loss
 from .train.causal_lm import causal_lm as causal_lm
 from .train.causal_lm import make_lm_loss as make_lm_loss
 from .train.classification import classification_loss as classification_loss
+from .train.embedding import embedding_loss as embedding_loss
 from .train.losses import contrastive as contrastive
 from .train.losses import softmax_cross_entropy as softmax_cross_entropy
 from .train.losses import squared_error as squared_error
