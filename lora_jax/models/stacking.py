@@ -101,8 +101,8 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
     """Returns whether a decoder with these adapters can scan its blocks.
 
     Scanned blocks share one path, so all layers must have the same parameters, ``lora``
-    must not have ``layers``, and each of its patterns must match all layers of a module
-    or leaf and their stack, or none.
+    must not have ``layers`` or EVA's ranks, and each of its patterns must match all
+    layers of a module or leaf and their stack, or none.
 
     Example:
       >>> config = DecoderConfig(
@@ -114,7 +114,7 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
       False
     """
-    if lora.layers is not None or not config.is_uniform:
+    if lora.layers is not None or lora.init == "eva" or not config.is_uniform:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)
