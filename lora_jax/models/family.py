@@ -7,7 +7,7 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +56,8 @@ class Family:
       experts: from the path of the kernels of a layer's experts, one array here, to
         the names of what each expert has in a file, in the order of their outputs.
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
+      is_served_whole: whether vLLM takes adapters of all experts as one, even where a
+        file has each expert by itself.
       has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
         in]``, else ``[e, in, out]``.
     """
@@ -74,6 +76,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    is_served_whole: bool = False
     has_outputs_first: bool = False
 
     def tensor_name(self, path: str) -> str:
@@ -127,6 +130,21 @@ class Family:
     def expert_parts(self, path: str) -> tuple[str, ...]:
         """Returns a file's tensors per expert at ``path``; none if all are one."""
         return self.experts.get(_template(path), ())
+
+    def of_files(self, names: Iterable[str]) -> "Family":
+        """Returns the family for a file's bare names.
+
+        Where `experts` says that a file has every expert by itself, one with a tensor
+        for all of a layer's, ``[e, out, in]``, is read too, as transformers does.
+        """
+        whole = {self.modules[path]: f"{path}/{KERNEL}" for path in self.experts}
+        found = (re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in names)
+        if not any(name in whole for name in found):
+            return self
+        leaves = {leaf: name for name, leaf in whole.items()}
+        return dataclasses.replace(
+            self, modules={**self.modules, **leaves}, experts={}, has_outputs_first=True
+        )
 
     def is_head(self, name: str) -> bool:
         """Returns whether a tensor of this bare name is the classification head's."""

@@ -2,14 +2,17 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.export import export_adapter
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.generate import generate
 from lora_jax.models.load import load_base, param_shapes
@@ -150,6 +153,59 @@ def test_a_saved_model_has_the_tensors_of_its_source(name, tmp_path):
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == wanted.keys()
     assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
+
+
+@pytest.fixture(scope="module")
+def as_on_the_hub(tmp_path_factory):
+    """The golden mixture with a layer's experts as one tensor, and an MTP layer."""
+    name = "qwen3_5_moe"
+    folder = shutil.copytree(GOLDEN / name, tmp_path_factory.mktemp("hub") / name)
+    tensors = load_file(folder / "model.safetensors")
+    layers = sorted({n.split(".experts.")[0] for n in tensors if ".experts." in n})
+    for layer in layers:
+        parts = {
+            part: np.stack(
+                [tensors.pop(f"{layer}.experts.{e}.{part}.weight") for e in range(5)]
+            )
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        both = [parts["gate_proj"], parts["up_proj"]]
+        tensors[f"{layer}.experts.gate_up_proj"] = np.concatenate(both, axis=1)
+        tensors[f"{layer}.experts.down_proj"] = parts["down_proj"]
+    tensors["mtp.fc.weight"] = np.ones((2, 3), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_experts_in_one_tensor_are_the_same_model(as_on_the_hub, tmp_path):
+    loaded = load_base(as_on_the_hub)
+    assert "mtp.fc.weight" in loaded.unused
+    wanted = flatten(model("qwen3_5_moe").params)
+    for path, leaf in flatten(loaded.params).items():
+        assert np.array_equal(leaf, wanted[path]), path
+    save_model(tmp_path / "out", loaded.params, loaded.path)
+    before = load_file(as_on_the_hub / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
+def test_a_portable_adapter_has_the_experts_as_vllm_takes_them(as_on_the_hub, tmp_path):
+    for folder in (as_on_the_hub, GOLDEN / "qwen3_5_moe"):
+        loaded = load_model(folder, GOLDEN / "qwen3_5_moe" / "peft_text")
+        out, config = tmp_path / folder.parent.name, loaded.module.config
+        export_adapter(out, loaded.variables, config, loaded, portable=True)
+        names = load_file(out / "adapter_model.safetensors")
+        layer = "base_model.model.model.language_model.layers.0"
+        assert f"{layer}.mlp.experts.base_layer.lora_A.weight" in names
+        assert f"{layer}.linear_attn.in_proj_qkv.lora_B.weight" in names
+        assert not any(".experts.0." in name for name in names)
+    again = load_model(folder, out)
+    found, wanted = (
+        flatten(m.module.merge(m.variables, check=False)) for m in (again, loaded)
+    )
+    for path, leaf in found.items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-5, atol=1e-6)
 
 
 def test_all_linear_covers_mixers_and_experts_and_no_score_of_an_expert():
