@@ -17,6 +17,7 @@ from lora_jax.models.families import FAMILIES
 from lora_jax.models.generate import generate
 from lora_jax.models.load import load_base, param_shapes
 from lora_jax.models.save import save_model
+from lora_jax.models.stacking import can_scan, unscan
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
@@ -36,15 +37,36 @@ def model(name, **options):
 
 
 @functools.cache
-def logits_function(name):
-    return jax.jit(model(name).module.apply)
+def logits_function(name, **options):
+    return jax.jit(model(name, **options).module.apply)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_logits_are_those_of_transformers(name):
-    golden = read(name)
-    logits = logits_function(name)(model(name).variables, golden["input_ids"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in HYBRIDS), ("qwen3_5_text", {"scan_layers": True})],
+)
+def test_logits_are_those_of_transformers(name, options):
+    golden, loaded = read(name), model(name, **options)
+    assert ("layers" in loaded.params) == bool(options)
+    logits = logits_function(name, **options)(loaded.variables, golden["input_ids"])
     np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+
+
+def test_layers_are_scanned_by_what_repeats():
+    loaded, golden = model("qwen3_5_text", scan_layers=True), read("qwen3_5_text")
+    assert set(loaded.params["layers"]) == {"0_of_2", "1_of_2"}
+    assert (loaded.config.scan_period, model("lfm2").config.scan_period) == (2, None)
+    with pytest.raises(ValueError, match=r"differ in shape and don't repeat; got True"):
+        load_base(GOLDEN / "lfm2", scan_layers=True)
+    assert can_scan(LoRAConfig(targets=["qkv", "attention/query"]), loaded.config)
+    one = LoRAConfig(targets=["layer_2/delta_net/qkv"])
+    assert not can_scan(one, loaded.config)
+    prompts = [golden[f"prompt_{i}"].tolist() for i in range(2)]
+    greedy = [golden[f"greedy_{i}"].tolist() for i in range(2)]
+    found = generate(loaded.module, loaded.variables, prompts, max_new_tokens=8)
+    assert found == greedy
+    for path, leaf in flatten(unscan(loaded).params).items():
+        assert np.array_equal(leaf, flatten(model("qwen3_5_text").params)[path]), path
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -122,11 +144,12 @@ def test_packed_examples_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("qwen3_5_text", "block"), ("lfm2", "lora")]
+    ("name", "other", "options"),
+    [("qwen3_5_text", "block", {"scan_layers": True}), ("lfm2", "lora", {})],
 )
-def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name, other):
+def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name, other, options):
     golden, found = read(name), {}
-    loaded = model(name)
+    loaded = model(name, **options)
     for remat in ("none", other):
         module = loaded.module.clone(remat=remat)
         adapted = adapt(module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
