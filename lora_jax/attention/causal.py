@@ -4,6 +4,8 @@ The masked half of a causal score matrix is skipped by working in blocks
 (`lora_jax.attention.blockwise`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -18,6 +20,7 @@ from lora_jax.attention.dot_product import attention, choose_implementation
 from lora_jax.attention.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b s k h"]
 CachedKeys = Float[Array, "b k s h"]
 
 
@@ -143,9 +146,7 @@ def bidirectional_attention(
                 f"got window = {window}. Give the bias -inf where a query doesn't see "
                 "a key, and scale the queries."
             )
-        return jax.checkpoint(
-            lambda q, k, v, b: attention(q, k, v, bias=b, mask=whole)
-        )(query, key, value, bias)
+        return plain_attention(query, key, value, bias=bias, mask=whole)
     is_plain = window is None and scale is None and segment_ids is None
     if is_plain and choose_implementation(query, key, mask=whole) == "cudnn":
         return attention(query, key, value, mask=whole)
@@ -157,6 +158,39 @@ def bidirectional_attention(
     elif window is not None:
         mask_inputs = mask_inputs._replace(window=window)
     return blockwise_attention(query, key, value, options, mask_inputs)
+
+
+def plain_attention(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    *,
+    bias: Float[Array, "_ n t s"] | None = None,
+    mask: Bool[Array, "_ _ _ s"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Queries:
+    """Attends with any bias and mask, to as many keys as there are.
+
+    Computes ``softmax(scale * query keyᵀ + bias) value``; the softmax is in float32.
+    The backward pass computes scores again, and all of a layer's at once.
+
+    Args:
+      query: ``[b, t, n, h]``.
+      key: ``[b, s, k, h]``, where ``k`` divides ``n``.
+      value: ``[b, s, k, h]``.
+      bias: added to the scores, of every row or of each; or None.
+      mask: True where a query sees a key.
+      is_causal: whether query ``t`` sees keys ``0 ... t`` only.
+      scale: factor of the scores; ``1 / √h`` if None.
+
+    Returns:
+      ``[b, t, n, h]``, in the dtype of ``query``.
+    """
+    options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": scale}
+    return jax.checkpoint(lambda q, k, v, b: attention(q, k, v, bias=b, **options))(
+        query, key, value, bias
+    )
 
 
 def cached_attention(

@@ -19,6 +19,7 @@ from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
 from lora_jax.train.data import read_jsonl
+from lora_jax.train.pairs import encode_source
 from lora_jax.train.text import MESSAGES, kind_of
 
 DEFAULT_TOKENS = 128
@@ -41,12 +42,18 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     stop_tokens = _stop_tokens(args.stop, tokenizer)
     stop_texts = [stop for stop in args.stop if stop not in stop_tokens.values()]
     if chats:
+        if loaded.family.has_source:
+            raise UserError(
+                f"{loaded.path} must be a decoder for --chat and --messages; it is an "
+                "encoder–decoder, which answers plain text: use --prompt."
+            )
         _warn_of_endless(tokenizer, args.stop)
         prompts = _encode(chats, tokenizer, args.messages)
         asked = [text_of(chat["messages"][-1]) for chat in chats]
     else:
         asked = args.prompt
-        prompts = [tokenizer.encode_text(text).ids for text in asked]
+        encode = encode_source if loaded.family.has_source else _encode_start
+        prompts = [encode(text, tokenizer) for text in asked]
     if bank is not None and args.messages is None:  # each prompt by each adapter
         names = [name for name in bank.names for _ in prompts]
         prompts, asked = prompts * len(bank.names), asked * len(bank.names)
@@ -113,6 +120,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         ],
         "seconds": round(seconds, 3),
     }
+
+
+def _encode_start(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens of a text that a decoder goes on with."""
+    return tokenizer.encode_text(text).ids
 
 
 def _chats(

@@ -11,8 +11,8 @@ COMMANDS = {
     "plan": "show what would be trained and the cost of a step, without training",
     "eval": "evaluate a run's adapter on a data file",
     "encode": "compute embeddings (and logits) for the lines of a file",
-    "generate": "continue a prompt with a decoder",
-    "score": "compute log-probabilities of the tokens of each line with a decoder",
+    "generate": "continue or answer a prompt",
+    "score": "compute log-probabilities of the tokens of each line",
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
@@ -295,7 +295,8 @@ def _add_score(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         required=True,
         help="JSONL with text or input_ids; or training data (messages, or prompt and "
-        "completion), scored on the tokens that training counts",
+        "completion), scored on the tokens that training counts; an encoder–decoder "
+        "needs prompt and completion",
     )
     command.add_argument("--batch-size", type=_count, default=8, metavar="N")
 

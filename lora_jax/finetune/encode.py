@@ -20,6 +20,7 @@ from lora_jax.finetune.lines import (
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
 from lora_jax.names import CLASSIFIER
@@ -67,7 +68,7 @@ def encode(
     """Encodes lines, all of them text (or token ids) or all images.
 
     Args:
-      loaded: an encoder.
+      loaded: an encoder, or an encoder–decoder, of which the encoder is used.
       records: the lines, valid according to `record_fault`.
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
@@ -88,7 +89,8 @@ def encode(
     config, sentence = loaded.config, loaded.sentence
     is_dual = isinstance(config, DualConfig)
     is_encoder = is_dual or isinstance(config, (EncoderConfig, ImageEncoderConfig))
-    if not is_encoder and sentence is None:
+    reads_both_ways = is_encoder or isinstance(config, EncoderDecoderConfig)
+    if not reads_both_ways and sentence is None:
         raise UserError(
             f"{loaded.path} must be a text or image encoder; its config is a "
             f"{type(config).__name__}, and there is no {MODULES} that says how it "
@@ -99,9 +101,10 @@ def encode(
         max_length = max_length or sentence.max_length
     elif prompt is not None:
         raise UserError(f"{loaded.path} has no prompts; got {prompt!r}.")
-    reads_images = isinstance(config, ImageEncoderConfig)
-    if is_dual:  # all lines as the first one
-        reads_images = any(map(is_image, records[:1]))
+    pixels = config if isinstance(config, ImageEncoderConfig) else None
+    if isinstance(config, DualConfig) and any(map(is_image, records[:1])):
+        pixels = config.vision  # all lines are as the first
+    reads_images = pixels is not None
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"
     faults = [
         f"{path}: example {number}: the model reads {wanted}"
@@ -111,10 +114,9 @@ def encode(
     ]
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
-    if reads_images:
+    if pixels is not None:
         if groups is not None:
             raise UserError(f"{path}: only lines of text can each name an adapter.")
-        pixels = config.vision if is_dual else config
         images = image_batches(pixels, loaded.path, records, rows, path)
         batches = ((loaded.variables, *batch) for batch in images)
     else:
@@ -130,7 +132,7 @@ def encode(
                 [sequences[i] for i in chosen],
                 [records[i] for i in chosen],
                 rows,
-                config.max_positions,
+                loaded.config.max_positions,
             )
         )
 

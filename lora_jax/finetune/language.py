@@ -8,6 +8,7 @@ import jax
 
 from lora_jax.array_types import PyTree
 from lora_jax.files.messages import Message, text_of
+from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
@@ -165,6 +166,16 @@ class Language(Job):
             return None
         return "chat" if self.is_chat else "text"
 
+    def encode_sample(
+        self, prompt: str | Sequence[Message], tokenizer: Tokenizer
+    ) -> list[int]:
+        """Returns the token ids of an entry of ``train.samples``."""
+        if not isinstance(prompt, str):
+            return tokenizer.encode_prompt(prompt)
+        if self.is_chat:
+            return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
+        return tokenizer.encode_text(prompt).ids
+
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
         """Returns greedy continuations of ``train.samples``."""
         prompts, tokenizer = self.settings.train.samples, self.loaded.tokenizer
@@ -173,17 +184,10 @@ class Language(Job):
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
 
-        def encode(prompt: str | Sequence[Message]) -> list[int]:
-            if not isinstance(prompt, str):
-                return tokenizer.encode_prompt(prompt)
-            if self.is_chat:
-                return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
-            return tokenizer.encode_text(prompt).ids
-
         texts = generate(
             self.adapted,
             variables,
-            [encode(prompt) for prompt in prompts],
+            [self.encode_sample(prompt, tokenizer) for prompt in prompts],
             max_new_tokens=SAMPLE_TOKENS,
             stop_ids=tokenizer.special.stop_ids,
         )
@@ -200,11 +204,7 @@ def open_language(
     settings: RunSettings, devices: Devices, *, splits: Sequence[str]
 ) -> Language:
     """Builds the job; see `open_job`."""
-    if settings.train.label_smoothing:
-        raise UserError(
-            "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
-            f"classes. Got {settings.train.label_smoothing}."
-        )
+    check_no_classes(settings)
     with fail_together():
         scan = settings.model.scan
         if scan is None:
@@ -241,6 +241,15 @@ def open_language(
             cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
             job.splits[name] = Split([e for row in rows for e in row], *cut)
     return job
+
+
+def check_no_classes(settings: RunSettings) -> None:
+    """Raises a `UserError` for a setting of classification."""
+    if settings.train.label_smoothing:
+        raise UserError(
+            "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
+            f"classes. Got {settings.train.label_smoothing}."
+        )
 
 
 def _by_line(data: TextData) -> list[list[dict[str, Any]]]:

@@ -16,7 +16,6 @@ from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
-from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
@@ -26,7 +25,7 @@ from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
-from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
 from lora_jax.plan.step import StepPlan, price_training
 from lora_jax.plan.topology import DecoderSteps
@@ -41,7 +40,7 @@ class JobSteps:
       batches: batches of its training split; created if not given.
       total: number of steps of the run.
       longest: the longest batch, as shapes.
-      remat: the (first) remat policy; None for an encoder.
+      remat: the (first) remat policy; None for an encoder alone.
       limit: bytes per device.
     """
 
@@ -51,9 +50,9 @@ class JobSteps:
         self.total = jobs.total_steps(job.settings.train, per_epoch)
         number = max(range(min(self.total, per_epoch)), key=self.batches.length_at)
         self.longest = self.batches.shapes_at(number)
-        is_decoder = isinstance(job.loaded.config, DecoderConfig)
         first = job.settings.model.first_remat(jax.default_backend())
-        self.remat = first if is_decoder else None
+        has_remat = job.loaded.family.kind != "encoder"
+        self.remat = first if has_remat else None
         self.limit = device_memory(jax.local_devices()[0])
 
     def price(
@@ -133,8 +132,12 @@ class JobSteps:
         """
         if plan.remat is None:
             return StepFlops(plan.flops, full.flops)
-        loaded, shape = self.job.loaded, (plan.batch, plan.tokens, plan.remat)
-        return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
+        loaded, counted = self.job.loaded, (plan.batch, plan.tokens)
+        common = (loaded.config, loaded.params, self.job.targets)
+        if loaded.family.has_source:
+            written = self.longest["labels"].shape[1]
+            return pair_step_flops(*common, *counted, written, plan.remat)
+        return step_flops(*common, *counted, plan.remat)
 
 
 def too_large(plan: StepPlan, device: str, suggestion: str) -> UserError:
@@ -170,10 +173,10 @@ def slice_steps(
     else:
         config_json = read_settings(found)
     family = FAMILIES[config_json["model_type"]]
-    if family.head:
+    if family.kind != "decoder":
         raise UserError(
             f"--topology requires a decoder; {found} is a {config_json['model_type']}, "
-            "an encoder. Omit --topology to compile its step for this machine."
+            f"an {family.kind}. Omit --topology to compile its step for this machine."
         )
     config = read_config(family, config_json, found)
     check_experts(config, settings, axis=mesh.get(EXPERT, 1))

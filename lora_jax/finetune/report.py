@@ -36,10 +36,13 @@ def tree_bytes(tree: Any) -> int:
 def loaded_facts(job: Job) -> list[tuple[str, str]]:
     """Describes the loaded model, with new and unused parameters."""
     config, loaded = job.loaded.config, job.loaded
+    layers = str(config.num_layers)
+    if loaded.family.has_source:
+        layers += f" + {config.num_decoder_layers}"
     facts = [
         (
             "model",
-            f"{type(loaded.module).__name__}, {config.num_layers} layers, "
+            f"{type(loaded.module).__name__}, {layers} layers, "
             f"d {config.hidden_size}, {config.num_heads} heads, MLP {config.mlp_size}, "
             f"vocabulary {config.vocab_size:,}",
         ),

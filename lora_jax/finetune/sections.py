@@ -69,15 +69,17 @@ class DataSettings:
     Attributes:
       train: a JSONL file. Its lines are ``{"text": str, "label": int or str}`` for an
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
-        ``{"input_ids"}`` for a decoder. Beside ``messages`` there may be ``tools``; an
-        assistant's message with ``"weight": 0`` is read and not trained on.
+        ``{"input_ids"}`` for a decoder; ``{"prompt", "completion"}`` or ``{"input_ids",
+        "labels"}`` for an encoder–decoder. Beside ``messages`` there may be ``tools``;
+        an assistant's message with ``"weight": 0`` is read and not trained on.
       validation: the same, to choose the best step; null to hold out a part of
         ``train``.
       test: the same, evaluated once at the end; null for none.
       holdout: the fraction of ``train`` held out for validation if there is no file.
       seed: seed for choosing the held-out examples.
       max_length: maximum tokens per example, including special ones; null for 128
-        (encoders) or 1,024 (decoders).
+        (encoders), 512 (encoder–decoders: of a prompt and of a completion) or 1,024
+        (decoders).
       packing: whether to pack a decoder's examples into rows of ``max_length`` tokens;
         they don't attend to each other.
     """

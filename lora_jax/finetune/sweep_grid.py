@@ -183,6 +183,9 @@ def _text(value: Any) -> str:
 
 
 def _name(number: int, values: Mapping[str, str]) -> str:
-    parts = [f"{key.partition('.')[2]}={value}" for key, value in values.items()]
+    parts = [
+        f"{key.partition('.')[2]}={Path(value).stem if '/' in value else value}"
+        for key, value in values.items()
+    ]
     name = "_".join([f"{number:03d}", *parts])
     return re.sub(r"[^\w.=+-]+", "-", name)[:100]

@@ -1,4 +1,4 @@
-"""Selecting the task: language modelling for a decoder, classification for an encoder.
+"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -11,6 +11,7 @@ from lora_jax.finetune.devices import Devices, open_devices
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
+from lora_jax.finetune.pairs import open_pairs
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
 
@@ -44,6 +45,7 @@ def open_job(
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
     check_experts(source.config, settings, axis=settings.mesh.expert)
-    if source.family.head:
+    if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
-    return open_language(settings, devices, splits=splits)
+    open_text = open_pairs if source.family.has_source else open_language
+    return open_text(settings, devices, splits=splits)

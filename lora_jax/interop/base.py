@@ -29,7 +29,6 @@ from lora_jax.nn.adapt import Adapted
 from lora_jax.nn.trace import Example
 
 Source = LoadedModel | str | os.PathLike[str]
-CAUSAL_LM = "CAUSAL_LM"
 
 
 class Base(NamedTuple):
@@ -49,8 +48,9 @@ class Base(NamedTuple):
         """PEFT's name for what the model does; None for an encoder."""
         if self.family.head:
             return None
-        is_bare = getattr(self.module, "sentence", None) is not None
-        return "FEATURE_EXTRACTION" if is_bare else CAUSAL_LM
+        predicts = getattr(config_of(self.module), "predicts", True)
+        is_bare = getattr(self.module, "sentence", None) is not None or not predicts
+        return "FEATURE_EXTRACTION" if is_bare else self.family.task
 
     @property
     def example(self) -> Example:
@@ -100,7 +100,7 @@ def auto_class(base: Base, *, has_head: bool) -> tuple[bool, dict[str, str] | No
     """
     source = base.source
     if not base.family.head:  # PEFT goes by the task
-        return base.task == CAUSAL_LM, None
+        return base.task == base.family.task, None
     name, is_bare = source.architecture, source.is_bare
     if has_head and is_bare:
         name, is_bare = name and re.sub("Model$", base.family.head_class, name), False

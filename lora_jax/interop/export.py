@@ -34,6 +34,7 @@ from lora_jax.interop.mlx import write_mlx
 from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
+from lora_jax.interop.tied import check_one_table, tied_factors
 from lora_jax.models.family import config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source as ModelSource
@@ -192,14 +193,10 @@ def _describe(
                 modules[part] = drop_zero_ranks(own, rslora=config.rslora)
         else:
             modules[spelled[path]] = factors
+    if EMBED in by_path:
+        check_one_table(names.family)
     if EMBED in by_path and HEAD not in spelled:
-        if config.dora:
-            raise ValueError(
-                "a DoRA adapter of a tied embedding can't be exported: no other tool "
-                "scales both sides alike. Merge it into its base."
-            )
-        embed = modules[spelled[EMBED]]
-        modules[LM_HEAD] = embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)
+        modules[LM_HEAD] = tied_factors(modules[spelled[EMBED]])
     if config.bias == "none" and not config.dora:
         modules = _with_biases(variables, names, source, modules)
     return ExternalAdapter(
@@ -272,6 +269,8 @@ def _full(
             array = np.asarray(slices[path].of(there[slices[path].path]), np.float32)
             tensors[spelled[path]] = names.family.to_file(path, array)
     embed = spelled.get(EMBED_LEAF)
+    if embed in tensors:
+        check_one_table(names.family)
     if embed in tensors and HEAD_LEAF not in spelled:
         tensors[f"{LM_HEAD}.weight"] = tensors[embed]  # tied
     if faults:
@@ -312,8 +311,8 @@ def _write_mlx(
 
     There, a multimodal model's language model and its head are wrapped together.
     """
-    if base.family.head:
-        raise ValueError("mlx-lm has only causal language models; this is an encoder.")
+    if (kind := base.family.kind) != "decoder":
+        raise ValueError(f"mlx-lm has only causal language models; this is an {kind}.")
     modules = dict(adapter.modules)
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too

@@ -44,6 +44,7 @@ from lora_jax.models.embeddings import (
 from lora_jax.models.encoder_block import Block, ConvBlock, make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.pooling import POOLINGS, Pooled, mean_pool, pool
+from lora_jax.models.relative import relative_buckets
 from lora_jax.models.sentence import SentenceHead
 from lora_jax.models.sentence_config import SentenceConfig
 
@@ -160,34 +161,6 @@ def run_blocks(
     if cfg.norm_placement == "pre" and cfg.has_final_norm:
         x = make_norm(cfg, dtype, "final_norm")(x)
     return x
-
-
-def relative_buckets(distance: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Buckets of distances: half of them for keys after the query, half for the others.
-
-    The first half of each side is one bucket a distance, the second half grows
-    logarithmically up to a distance of 128, in float32 as in PyTorch.
-
-    Args:
-      distance: the key's position minus the query's, integers of any shape.
-      num_buckets: number of buckets; even.
-
-    Returns:
-      The buckets, in the shape of ``distance``.
-
-    Example:
-      >>> relative_buckets(np.array([-500, -1, 0, 1, 8, 64]), 32).tolist()
-      [15, 1, 0, 17, 24, 30]
-
-    References:
-      Raffel et al., https://arxiv.org/abs/1910.10683, section 2.1.
-    """
-    side, exact, far = num_buckets // 2, num_buckets // 4, 128
-    size = np.abs(distance)
-    octaves = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
-    steps = octaves / np.float32(np.log(far / exact)) * np.float32(side - exact)
-    wide = np.minimum(exact + steps.astype(np.int32), side - 1)
-    return np.where(size < exact, size, wide) + side * (distance > 0)
 
 
 def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:

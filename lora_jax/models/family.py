@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
 _MISSING = object()
 MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
 LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
@@ -44,6 +45,8 @@ class Family:
       prefixes: other prefixes that names in files and adapters may have.
       is_tower: whether it is the language model of a multimodal folder, whose other
         tensors are ignored.
+      has_source: whether an encoder reads a source text and a decoder writes another.
+      copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
         doesn't use.
       head: paths of the classification head's modules, which are initialised if a file
@@ -69,6 +72,8 @@ class Family:
     prefix: str
     prefixes: tuple[str, ...] = ()
     is_tower: bool = False
+    has_source: bool = False
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     head_pooling: str = "pooler"
@@ -78,6 +83,19 @@ class Family:
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     is_served_whole: bool = False
     has_outputs_first: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What its models do: go on with a text, read one, or answer one."""
+        if self.head:
+            return "encoder"
+        return "encoder-decoder" if self.has_source else "decoder"
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of what its models are trained for; None if it depends."""
+        tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+        return tasks.get(self.kind)
 
     def tensor_name(self, path: str) -> str:
         """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
@@ -103,7 +121,9 @@ class Family:
 
     def is_unused(self, name: str) -> bool:
         """Returns whether the module ignores a file's tensor of this bare name."""
-        return any(re.match(pattern, name) for pattern in self.unused)
+        return name in self.copies or any(
+            re.match(pattern, name) for pattern in self.unused
+        )
 
     def module_name(self, path: str) -> str | None:
         """Returns the bare Hugging Face name of the module at ``path``, or None."""

@@ -74,9 +74,11 @@ def load_base(
         source = source.with_own_head()
     fresh_head: tuple[str, ...] = ()
     if source.has_other_head and (pooling is None or not source.family.head):
-        kinds = "ForCausalLM"
-        if source.family.head:
-            kinds = f"Model and {source.family.head_class}"
+        kinds = {
+            "decoder": "ForCausalLM",
+            "encoder": f"Model and {source.family.head_class}",
+            "encoder-decoder": "ForConditionalGeneration and EncoderModel",
+        }[source.family.kind]
         raise ValueError(
             f"{path}: the architecture {source.architecture} is unsupported; only heads"
             f" of {kinds} are. An encoder can be loaded without its head by giving "
@@ -91,7 +93,9 @@ def load_base(
                 f"{' and '.join(refused)} must not be given for a decoder; {path} is a "
                 f"{source.settings['model_type']}, whose head predicts tokens."
             )
-        options: dict[str, Any] = {"scan_layers": bool(scan_layers), "remat": remat}
+        options: dict[str, Any] = {"remat": remat}
+        if not source.family.has_source:
+            options["scan_layers"] = bool(scan_layers)
     else:
         own_pooling, own_labels = _own_head(source)
         pooling = own_pooling if pooling is None else pooling
@@ -240,7 +244,7 @@ def _read(
         if name in names and source.shape(name) != shape:
             got = list(source.shape(name))
             faults.append(f"shape: {names[name]} must be {list(shape)}; got {got}")
-    faults += _tied_faults(source, expected)
+    faults += [*_tied_faults(source, expected), *_copy_faults(source)]
     flat = {}
     for leaf, paths in itertools.groupby(slices, key=lambda path: slices[path].path):
         whole: Any = None  # filled piece by piece, in its final layout
@@ -293,17 +297,33 @@ def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:
     embed = family.tensor_name(f"{EMBED}/{EMBEDDING}")
     if embed not in names:
         return []  # already reported as missing
-    pairs = zip(source.pieces(TIED_HEAD), source.pieces(embed), strict=True)
-    if source.shape(TIED_HEAD) == source.shape(embed) and all(
-        np.array_equal(a.astype(np.float32), b.astype(np.float32))
-        for (_, a), (_, b) in pairs
-    ):
+    if _are_equal(source, TIED_HEAD, embed):
         return []
     return [
         f"unexpected: {names[TIED_HEAD]} differs from {names[embed]}, which is the "
         "head of a tied model. Set tie_word_embeddings to false in config.json if the "
         "model has a separate head, or remove the tensor from the file"
     ]
+
+
+def _copy_faults(source: Source) -> list[str]:
+    """Returns a fault for each copy of a tensor that differs from it."""
+    names = source.names
+    return [
+        f"unexpected: {names[copy]} differs from {names[bare]}, of which it must be a "
+        "copy: the model has one such table"
+        for copy, bare in source.family.copies.items()
+        if copy in names and bare in names and not _are_equal(source, copy, bare)
+    ]
+
+
+def _are_equal(source: Source, one: str, other: str) -> bool:
+    """Returns whether two tensors, by their bare names, have the same values."""
+    pairs = zip(source.pieces(one), source.pieces(other), strict=True)
+    return source.shape(one) == source.shape(other) and all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for (_, a), (_, b) in pairs
+    )
 
 
 def _checked(

@@ -94,6 +94,8 @@ def save_model(
     ]
     if not family.head and TIED_HEAD in ours and model.config.is_tied:
         untied = {"tie_word_embeddings": False}  # a tied table whose sides differ now
+        if family.has_source:  # T5 scales by that key, but for this one
+            untied["scale_decoder_outputs"] = model.config.logit_scale != 1
         settings |= untied
         if isinstance(text := settings.get("text_config"), dict):
             settings["text_config"] = text | untied
@@ -125,7 +127,8 @@ def save_model(
             "nothing was written.\n  " + "\n  ".join(faults)
         )
     for name, original in names.items():
-        if name not in ours and name != TIED_HEAD and not family.is_head(name):
+        is_copy = name == TIED_HEAD or name in family.copies
+        if name not in ours and not is_copy and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
     if (

@@ -1,5 +1,6 @@
 """The layers and weights of an NNX model, by path, and its structure rebuilt."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from flax import nnx
 from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, SCALE
 from lora_jax.nnx.exactness import checked
-from lora_jax.nnx.layers import LoRALayer, check_config, site_of
+from lora_jax.nnx.layers import LoRALayer, base_class, check_config, site_of
 from lora_jax.nnx.rules import rule_of
 from lora_jax.tree.targets import (
     LINEAR_KINDS,
@@ -108,6 +109,18 @@ def find_layers(
             kind, owner in linear, why.get(owner, ""), tuple(shape)
         )
     return Found(list(sites.values()), unsupported, weights, first)
+
+
+def other_sites(model: nnx.Module) -> list[Site]:
+    """Returns the layers of an adapted model that have no adapter."""
+    sites = []
+    for parts, module in nnx.iter_modules(model, graph=True):
+        is_adapted = isinstance(module, LoRALayer) and module.lora is not None
+        known = rule_of(base_class(type(module)), module)
+        if known is not None and not is_adapted:
+            with contextlib.suppress(ValueError):  # stacked, in an unknown way
+                sites.append(site_of(as_path(parts), module, known[1]))
+    return sites
 
 
 def params_of(model: nnx.Module) -> dict[str, nnx.Param]:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
-from lora_jax.array_types import AnyFloat
+from lora_jax.array_types import AnyFloat, PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
 from lora_jax.nnx.exactness import checked
@@ -123,7 +124,32 @@ def call_adapted(
     if not isinstance(weight, nnx.LoRAParam):  # else the config trains it too
         y = check_frozen(f"{base.__name__}.{rule.weight}", y, kernel)
     options |= dropout_options(layer) if hidden is None else {"hidden": hidden}
-    return rule.apply(layer, name, tuple(inputs), y, kernel, a, b, **options)
+
+    def update(inputs: list[Any], factors: tuple[Any, ...], options: dict) -> AnyFloat:
+        return rule.apply(layer, name, tuple(inputs), *factors, **options)
+
+    return on_auto_axes(update, y, inputs, (y, kernel, a, b), options)
+
+
+def on_auto_axes(function: Callable[..., Any], like: PyTree, *args: Any) -> Any:
+    """Calls a function that XLA shards inside, also on a mesh of explicit axes.
+
+    Args:
+      function: what to call.
+      like: arrays with the shardings of its result.
+      *args: its arguments, trees of arrays and other values.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return function(*args)
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays: dict[int, jax.Array]) -> Any:
+        own = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return function(*jax.tree.unflatten(treedef, own))
+
+    place = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    return jax.sharding.auto_axes(run, out_sharding=place)(arrays)
 
 
 def plain_factors(layer: Any) -> Factors:

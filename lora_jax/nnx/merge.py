@@ -8,12 +8,13 @@ from typing import Any
 
 from flax import nnx
 
+from lora_jax.array_types import PyTree
 from lora_jax.names import ADAPTER_LEAVES
 from lora_jax.nnx.adapt import TrainedParam, lora_targets
 from lora_jax.nnx.exactness import check_merged
 from lora_jax.nnx.factors import STREAM
 from lora_jax.nnx.find import params_of, rebuild, shared_weights
-from lora_jax.nnx.layers import LoRALayer, base_class, set_class
+from lora_jax.nnx.layers import LoRALayer, base_class, on_auto_axes, set_class
 from lora_jax.tree.merge import MergeError, merge_params
 from lora_jax.tree.merge import merge_errors as errors_of
 from lora_jax.tree.paths import flatten, unflatten
@@ -104,7 +105,12 @@ def _arrays(
 
 
 def _merged(weights: dict[str, nnx.Param], targets: list[Target]) -> dict[str, Any]:
-    return flatten(merge_params(*_arrays(weights, targets), targets))
+    base, adapters = _arrays(weights, targets)
+
+    def merged(base: PyTree, adapters: PyTree) -> PyTree:
+        return merge_params(base, adapters, targets)
+
+    return flatten(on_auto_axes(merged, base, base, adapters))
 
 
 def _plain(

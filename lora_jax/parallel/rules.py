@@ -27,13 +27,14 @@ from lora_jax.tree.targets import Target, child
 Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
+EXPANDING = "query|key|value|qkv|gate|up|gate_up|gated_up"
 RULES: Rules = (
     ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
     ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
     ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
     ("router/(kernel|bias)|attention/sinks", PartitionSpec()),
-    ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
+    (f"({EXPANDING})/kernel", PartitionSpec(FSDP, TENSOR)),
+    (f"({EXPANDING})/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(output|down|gated_down)/bias", PartitionSpec()),
     ("delta_net/(beta|decay)/kernel", PartitionSpec(FSDP)),

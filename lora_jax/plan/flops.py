@@ -11,6 +11,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
@@ -89,6 +90,60 @@ def step_flops(
     return StepFlops(
         lora=float(rows * (lora + 4 * head + scores)),
         full=float(rows * (full + 6 * head + scores)),
+    )
+
+
+def pair_step_flops(
+    config: EncoderDecoderConfig,
+    params: Any,
+    targets: Sequence[Target],
+    batch: int,
+    read: int,
+    written: int,
+    remat: str,
+) -> StepFlops:
+    """Counts the FLOPs of a step's matmuls of an encoder–decoder.
+
+    By `step_flops`' formula; the encoder's kernels and the cross-attention's keys and
+    values are counted for the tokens that are read, the others for those written.
+    Every query is multiplied with all keys of its row, those after it too, and the
+    backward pass computes the scores again.
+
+    Args:
+      config: the model's config.
+      params: shapes of the frozen weights.
+      targets: the adapted layers.
+      batch: rows.
+      read: tokens of a source.
+      written: tokens of a target.
+      remat: the rematerialisation policy.
+
+    Returns:
+      FLOPs of both.
+    """
+
+    def rows(path: str) -> int:
+        of_source = "cross_attention/key", "cross_attention/value"
+        is_read = path.startswith("encoder/") or any(end in path for end in of_source)
+        return read if is_read else written
+
+    kernels = sum(
+        math.prod(leaf.shape) * rows(path)
+        for path, leaf in flatten(params).items()
+        if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
+    )
+    adapters = sum(target.trainable * rows(target.path) for target in targets)
+    head = config.hidden_size * config.vocab_size * written
+    pairs = config.num_layers * read * read
+    pairs += config.num_decoder_layers * written * (written + read)
+    scores = 4 * config.num_heads * config.head_dim * pairs
+    again = 1 if remat == "block" else 0
+    lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
+    full = (6 + 2 * again) * kernels
+    scores *= 3.5 + again
+    return StepFlops(
+        lora=float(batch * (lora + 4 * head + scores)),
+        full=float(batch * (full + 6 * head + scores)),
     )
 
 

@@ -6,7 +6,7 @@ loss function of a training step for a decoder, with or without adapters.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,8 @@ CHUNK_TOKENS = 128  # but at least this many tokens, to reuse the head enough
 HEAD_REUSE = 8
 LOGITS_SHARE = 32  # but at most this part of its memory for a chunk's logits,
 LOGIT_BYTES = 4 + 2  # in float32, and their gradients in bfloat16
+
+DECODER_INPUTS = ("input_ids", "positions", "segment_ids")
 
 
 def causal_lm(
@@ -292,19 +294,22 @@ def make_lm_loss(
     is_tied: bool,
     softcap: float | None = None,
     chunk: int | None = None,
+    inputs: Sequence[str] = DECODER_INPUTS,
     router_aux_loss_coef: float = 0.0,
 ) -> LossFn:
-    """Makes the loss function of a decoder's training step.
+    """Makes the loss function of a training step of a decoder or encoder–decoder.
 
     Args:
-      module: a `Decoder`, adapted or not. Its method ``hidden`` is called with
-        ``(input_ids, positions, segment_ids)``; its head is the leaf ``head/kernel`` or
-        the tied ``embed/embedding``. A head with its own adapter is called through
-        ``logits``, which materialises them.
+      module: the model, adapted or not. Its method ``hidden`` is called with
+        ``inputs``; its head is the leaf ``head/kernel`` or the tied
+        ``embed/embedding``. A head with its own adapter is called through ``logits``,
+        which materialises them.
       is_tied: whether the head is the embedding.
       softcap: bound on the logits, or None.
       chunk: number of tokens per chunk, over the whole batch (per shard if the batch is
         sharded); None for `chunk_tokens`.
+      inputs: what the model reads of a batch; `lora_jax.train.pairs.INPUTS` for an
+        `EncoderDecoder`.
       router_aux_loss_coef: factor of `balance_loss`, which is added to the loss of each
         target and is the metric ``router_aux_loss``; 0 leaves it out. Padding, where
         ``segment_ids`` are 0, does not count.
@@ -328,9 +333,7 @@ def make_lm_loss(
     def loss_fn(variables: Mapping[str, Any], batch: Mapping[str, Array], rngs):
         hidden: Any = module.apply(
             variables,
-            batch["input_ids"],
-            batch.get("positions"),
-            batch.get("segment_ids"),
+            *(batch.get(name) for name in inputs),
             deterministic=DROPOUT not in rngs,
             method="hidden",
             rngs=rngs,

@@ -201,6 +201,13 @@ def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
     assert differing == ["lora.targets"]
 
 
+def test_a_run_is_named_by_the_name_of_a_file_not_by_its_path(tree, tmp_path):
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("films", "tweets")]
+    points = expand(tree, {"data.train": files, "train.learning_rate": [1e-3, 1e-2]})
+    assert points[2].name == "002_train=tweets_learning_rate=0.001"
+    assert points[2].values["data.train"] == files[1]
+
+
 def test_the_members_are_split_over_devices(done, tree, tmp_path):
     code = (
         "import json, sys; from lora_jax import sweep;"

@@ -40,6 +40,7 @@ MODELS = {  # what goes by a model_type
     "mixtral": "Mixtral 8x7B, 8x22B",
     "modernbert": "ModernBERT",
     "mpnet": "all-mpnet-base-v2",
+    "mt5": "mT5",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
     "olmoe": "OLMoE",
@@ -56,6 +57,8 @@ MODELS = {  # what goes by a model_type
     "roberta": "RoBERTa",
     "siglip": "SigLIP, SigLIP 2 of a fixed size; both encoders",
     "smollm3": "SmolLM3",
+    "t5": "T5, T5 1.1, Flan-T5; encoder–decoder, or the encoder alone",
+    "umt5": "UMT5",
     "vit": "ViT",
     "xlm-roberta": "XLM-RoBERTa, multilingual E5",
 }
@@ -64,8 +67,9 @@ INTRO = """# Model families
 
 By the `model_type` of `config.json`. *Loads*: logits as transformers computes them,
 within 2e-4. *Trains*: adapters of all linear layers get gradients. *Generates*: with a
-cache. *PEFT in, out*: adapters that PEFT wrote compute what it computes with them, and
-come back as they were. *GGUF in*: llama.cpp's files of these models.
+cache; an encoder–decoder answers the prompt. *PEFT in, out*: adapters that PEFT wrote
+compute what it computes with them, and come back as they were. *GGUF in*: llama.cpp's
+files of these models.
 
 Of a multimodal folder the language model is read: text in, text out. Its vision and
 audio tensors stay on disk, and `lora-jax merge` writes them again. Adapters have the

@@ -18,9 +18,9 @@ from lora_jax.files.adapter import save_adapter
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.disentangled import log_buckets
 from lora_jax.models.embeddings import cubic_matrix, token_positions
-from lora_jax.models.encoder import relative_buckets
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
+from lora_jax.models.relative import relative_buckets
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.fingerprint import fingerprint

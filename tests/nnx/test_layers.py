@@ -166,6 +166,41 @@ def test_an_adapter_is_placed_and_named_as_its_kernel():
         np.testing.assert_array_equal(adapted(X), layer(X))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_mesh_of_explicit_axes_computes_and_differentiates_alike(dora):
+    config = LoRAConfig(rank=2, alpha=6, targets=".*", dora=dora)
+    plain = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    wanted = train_a_little(lnnx.adapt(plain, config, rngs=nnx.Rngs(1)))
+    explicit = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=explicit)
+    place = PartitionSpec(None, None, "model")
+    with jax.set_mesh(mesh):
+        names = {"kernel": ("data", "model"), "bias": ("model",)}
+        metadata = {f"{n}_metadata": {"out_sharding": s} for n, s in names.items()}
+        layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0), **metadata)
+        got = lnnx.adapt(layer, config, rngs=nnx.Rngs(1))
+        for name, leaf in nnx.to_flat_state(nnx.state(wanted, lnnx.Trained)):
+            own = getattr(got, name[0])
+            own.set_value(jax.device_put(leaf[...], own[...].sharding))
+
+        def gradient(model, **options):
+            def loss(model):
+                return jnp.sum(jnp.square(model(X, **options)))
+
+            return nnx.grad(loss, argnums=nnx.DiffState(0, lnnx.Trained))(model)
+
+        grads = nnx.jit(lambda model: gradient(model, out_sharding=place))(got)
+        y = got(X, out_sharding=place)
+        assert jax.typeof(y).sharding.spec == place
+        merged = lnnx.merge(got)
+        kernel = PartitionSpec(*names["kernel"])
+        assert jax.typeof(merged.kernel[...]).sharding.spec == kernel
+    assert_close(y, wanted(X))
+    assert_close(merged.kernel[...], lnnx.merge(wanted).kernel[...])
+    expected = nnx.to_pure_dict(gradient(wanted))
+    jax.tree.map(assert_close, nnx.to_pure_dict(grads), expected)
+
+
 def test_a_call_by_keyword_or_another_equation_is_adapted():
     layer = train_a_little(
         lnnx.LoRAEinsum("bti,io->bto", (6, 4), lora=CONFIG, rngs=nnx.Rngs(0))

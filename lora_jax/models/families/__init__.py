@@ -12,6 +12,7 @@ from lora_jax.models.families import (
     llama,
     mixtures,
     modernbert,
+    t5,
     towers,
     vision,
 )
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "mixtral": mixtures.MIXTRAL,
     "modernbert": modernbert.MODERNBERT,
     "mpnet": bert.MPNET,
+    "mt5": t5.MT5,
     "olmo2": llama.OLMO2,
     "olmoe": mixtures.OLMOE,
     "olmo3": dense.OLMO3,
@@ -58,6 +60,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "roberta": bert.ROBERTA,
     "siglip": dual.SIGLIP,
     "smollm3": llama.SMOLLM3,
+    "t5": t5.T5,
+    "umt5": t5.UMT5,
     "vit": vision.VIT,
     "xlm-roberta": bert.ROBERTA,
 }
