@@ -124,7 +124,8 @@ def read(target: pathlib.Path) -> tuple[float, str]:
         settings = json.loads((HERE / family / "config.json").read_text())
         cls = getattr(transformers, settings["architectures"][0])
         eager = {"attn_implementation": "eager"}
-        if set(settings) & {"num_experts", "num_local_experts"}:
+        text = settings.get("text_config") or {}
+        if {*settings, *text} & {"num_experts", "num_local_experts"}:
             eager["experts_implementation"] = "eager"  # the others refuse odd sizes
 
         def logits(model, batch=torch_batch):

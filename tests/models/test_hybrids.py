@@ -328,7 +328,7 @@ def test_the_configs_of_real_checkpoints_give_their_sizes(name):
     [
         (
             "qwen3_5_text",
-            {"layer_types": ["linear_attention", "full_attention", "mamba"]},
+            {"layer_types": ["linear_attention", "full_attention"] + ["mamba"] * 2},
             r"layer_types must be of \('full_attention', 'linear_attention'\); got "
             r"\['mamba'\]",
         ),
