@@ -61,6 +61,8 @@ class Family:
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
       is_served_whole: whether vLLM takes adapters of all experts as one, even where a
         file has each expert by itself.
+      has_whole_experts: whether the file at hand has all experts of a layer as one
+        tensor all the same.
       has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
         in]``, else ``[e, in, out]``.
     """
@@ -82,6 +84,7 @@ class Family:
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     is_served_whole: bool = False
+    has_whole_experts: bool = False
     has_outputs_first: bool = False
 
     @property
@@ -147,24 +150,33 @@ class Family:
                 return whole
         return path
 
+    def as_stored(self, names: Iterable[str]) -> "Family":
+        """Returns the family for a file that may have all experts as one tensor.
+
+        Args:
+          names: bare names of the file's tensors.
+
+        Returns:
+          The family itself, or with ``has_whole_experts``: those of Qwen3.5 and 3.6
+          are ``[e, out, in]`` in their first folders, and apart where transformers
+          saved them.
+        """
+        wholes = {path: self.modules[path] for path in self.experts}
+        pattern = "|".join(re.escape(n) for n in wholes.values())
+        pattern = pattern.replace(r"\{i\}", r"\d+")
+        if not wholes or not any(re.fullmatch(pattern, name) for name in names):
+            return self
+        kernels = {f"{path}/{KERNEL}": name for path, name in wholes.items()}
+        return dataclasses.replace(
+            self,
+            modules={**self.modules, **kernels},
+            has_whole_experts=True,
+            has_outputs_first=True,
+        )
+
     def expert_parts(self, path: str) -> tuple[str, ...]:
         """Returns a file's tensors per expert at ``path``; none if all are one."""
         return self.experts.get(_template(path), ())
-
-    def of_files(self, names: Iterable[str]) -> "Family":
-        """Returns the family for a file's bare names.
-
-        Where `experts` says that a file has every expert by itself, one with a tensor
-        for all of a layer's, ``[e, out, in]``, is read too, as transformers does.
-        """
-        whole = {self.modules[path]: f"{path}/{KERNEL}" for path in self.experts}
-        found = (re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in names)
-        if not any(name in whole for name in found):
-            return self
-        leaves = {leaf: name for name, leaf in whole.items()}
-        return dataclasses.replace(
-            self, modules={**self.modules, **leaves}, experts={}, has_outputs_first=True
-        )
 
     def is_head(self, name: str) -> bool:
         """Returns whether a tensor of this bare name is the classification head's."""

@@ -117,7 +117,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             tensors = Mxfp4Reader(tensors)
     family = FAMILIES[settings["model_type"]]
     names = _bare_names(tensors.shapes, family, found)
-    return Source(found, settings, family.of_files(names), tensors, names)
+    family = family.as_stored(names)
+    return Source(found, settings, family, tensors, names)
 
 
 def is_mxfp4(settings: Mapping[str, Any]) -> bool:

@@ -130,7 +130,9 @@ def read(target: pathlib.Path) -> tuple[float, str]:
 
         def logits(model, batch=torch_batch):
             with torch.no_grad():
-                return model.eval()(**batch).logits.numpy()
+                found = model.eval()(**batch)
+            has_logits = "logits" in found
+            return (found.logits if has_logits else found.logits_per_image).numpy()
 
         errors = []
         for name in ("peft", "portable", "merged"):
