@@ -174,6 +174,36 @@ def test_an_encoder_alone_is_loaded_and_encodes(copy):
         generate(model.module, model.variables, [[4]], max_new_tokens=1)
 
 
+def test_a_folder_of_sentence_transformers_pools_and_projects(copy):
+    """As sentence-t5 does: mean, a dense layer, length 1; checked with NumPy."""
+    folder, rng = copy(architectures=["T5EncoderModel"]), np.random.default_rng(0)
+    file = folder / "model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if not n.startswith("decoder")}
+    save_file(kept, file)
+    kinds = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")
+    listed = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in (*kinds, ("3_Normalize", "Normalize"))
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    sizes = {"in_features": 10, "out_features": 6, "bias": False}
+    sizes["activation_function"] = "torch.nn.modules.linear.Identity"
+    for name, settings in (("1_Pooling", {}), ("2_Dense", sizes)):
+        (folder / name).mkdir()
+        mean = {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 10}
+        (folder / name / "config.json").write_text(json.dumps(settings or mean))
+    weight = rng.standard_normal((6, 10)).astype(np.float32)
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    model, want = load_base(folder), golden("t5")
+    inputs = [jnp.int32(want[key]) for key in INPUTS[:2]]
+    found = model.module.apply(model.variables, *inputs, method="encode")
+    mask = want["attention_mask"][..., None]
+    mean = (want["encoder_hidden"] * mask).sum(axis=1) / mask.sum(axis=1)
+    projected = mean @ weight.T
+    length = np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, projected / length, **TOLERANCE)
+
+
 def test_copies_of_the_embedding_must_be_equal_and_are_not_saved(copy, tmp_path):
     def doubled(tensors):
         table = tensors["shared.weight"]
