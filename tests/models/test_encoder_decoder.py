@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -266,8 +267,8 @@ def test_bad_configs_name_every_fault():
     wanted = "feed_forward_proj must be an activation's name or 'gated-' and one"
     for fault in ("vocab_size is missing", "d_kv is missing", wanted):
         assert fault in str(e.value)
-    sizes = {"vocab_size": 9, "hidden_size": 4, "num_heads": 1, "head_dim": 2}
-    sizes |= {"num_layers": 1, "num_decoder_layers": 1, "mlp_size": 3}
+    sizes: dict[str, Any] = {"vocab_size": 9, "hidden_size": 4, "num_heads": 1}
+    sizes |= {"num_layers": 1, "num_decoder_layers": 1, "mlp_size": 3, "head_dim": 2}
     with pytest.raises(ValueError, match=r"activation must be .* got 'x'; norm_eps mu"):
         EncoderDecoderConfig(**sizes, activation="x", norm_eps=-1.0)
     with pytest.raises(ValueError, match="num_buckets must be even; got 7"):
