@@ -26,6 +26,8 @@ MODELS = {  # name: source of its config.json
     "llama-3.1-70b": "huggingface.co/meta-llama/Llama-3.1-70B",
     "qwen3-32b": "huggingface.co/Qwen/Qwen3-32B",
     "gemma-3-27b": "huggingface.co/google/gemma-3-27b-pt, its text_config",
+    "qwen3-30b-a3b": "huggingface.co/Qwen/Qwen3-30B-A3B",
+    "gpt-oss-20b": "huggingface.co/openai/gpt-oss-20b, in bfloat16",
 }
 FOLDER = Path(__file__).parent / "models"
 DONE = RESULTS / "slices.jsonl"

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import LORA, PARAMS
+from lora_jax.names import FIXED, LORA, PARAMS
 from lora_jax.nn.bank import AdapterBank, Member
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten
@@ -16,7 +16,7 @@ def load_bank(
     path: str | os.PathLike[str] | None,
     adapters: Mapping[str, str | os.PathLike[str]],
     *,
-    capacity: int | None = None,
+    capacity: int | Mapping[int, int] | None = None,
     **options: Any,
 ) -> tuple[LoadedModel, AdapterBank]:
     """Loads a base once, with several adapters.
@@ -44,6 +44,11 @@ def load_bank(
         params = one.params
         members[name] = one.variables[LORA], module.targets(params)
         marks[name] = fingerprint(params)
+        if FIXED in one.variables:
+            faults.append(
+                f"{name} starts from W0 (init {module.config.init!r}); "
+                "`lora-jax export` makes a plain adapter of it"
+            )
         if trained := sorted(flatten(one.variables.get(PARAMS, {}))):
             faults.append(f"{name} also trains {', '.join(trained)} in full")
         if base is None:

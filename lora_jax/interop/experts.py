@@ -216,7 +216,14 @@ def _stack(found: list[list[ExternalFactors]], *, rslora: bool) -> ExternalFacto
     ]
     if len({(f.a.shape, f.b.shape, f.scaling) for f in fused}) > 1:
         raise ValueError(
-            "the experts of a layer must have factors of one shape and one scaling."
+            "the experts of a layer must have factors of one shape and one scaling; "
+            f"got A {_listed(f.a.shape for f in fused)}, B "
+            f"{_listed(f.b.shape for f in fused)}, scaling "
+            f"{_listed(f.scaling for f in fused)}."
         )
     a, b = (np.stack([getattr(f, name) for f in fused]) for name in "ab")
     return fused[0]._replace(a=a, b=b)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(map(str, values)))

@@ -7,7 +7,7 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -59,6 +59,8 @@ class Family:
       experts: from the path of the kernels of a layer's experts, one array here, to
         the names of what each expert has in a file, in the order of their outputs.
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
+      has_whole_experts: whether the file at hand has all experts of a layer as one
+        tensor all the same.
       has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
         in]``, else ``[e, in, out]``.
     """
@@ -79,6 +81,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    has_whole_experts: bool = False
     has_outputs_first: bool = False
 
     @property
@@ -143,6 +146,30 @@ class Family:
             if path in (f"{parent}/expert_{{e}}/{name}" for name in names):
                 return whole
         return path
+
+    def as_stored(self, names: Iterable[str]) -> "Family":
+        """Returns the family for a file that may have all experts as one tensor.
+
+        Args:
+          names: bare names of the file's tensors.
+
+        Returns:
+          The family itself, or with ``has_whole_experts``: those of Qwen3.5 and 3.6
+          are ``[e, out, in]`` in their first folders, and apart where transformers
+          saved them.
+        """
+        wholes = {path: self.modules[path] for path in self.experts}
+        pattern = "|".join(re.escape(n) for n in wholes.values())
+        pattern = pattern.replace(r"\{i\}", r"\d+")
+        if not wholes or not any(re.fullmatch(pattern, name) for name in names):
+            return self
+        kernels = {f"{path}/{KERNEL}": name for path, name in wholes.items()}
+        return dataclasses.replace(
+            self,
+            modules={**self.modules, **kernels},
+            has_whole_experts=True,
+            has_outputs_first=True,
+        )
 
     def expert_parts(self, path: str) -> tuple[str, ...]:
         """Returns a file's tensors per expert at ``path``; none if all are one."""

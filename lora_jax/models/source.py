@@ -117,6 +117,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             tensors = Mxfp4Reader(tensors)
     family = FAMILIES[settings["model_type"]]
     names = _bare_names(tensors.shapes, family, found)
+    family = family.as_stored(names)
     return Source(found, settings, family, tensors, names)
 
 

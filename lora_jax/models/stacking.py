@@ -82,7 +82,7 @@ def file_slices(family: Family, leaves: Mapping[str, Any]) -> dict[str, LayerSli
     found = {}
     for path, whole in layer_slices(leaves).items():
         module, _, leaf = path.rpartition("/")
-        names = family.expert_parts(module)
+        names = () if family.has_whole_experts else family.expert_parts(module)
         if not names:
             found[path] = whole
             continue

@@ -33,7 +33,11 @@ from lora_jax.tree.targets import Target, as_target
 
 OF_TARGET = ("alpha", "scaling", "is_plain")  # what a layer keeps of its `Target`
 Trained = nnx.LoRAParam
-"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names."""
+"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names.
+
+Not `flax.nnx.Param`, which selects the base too: an adapted layer raises where the
+gradient of its frozen weight is taken.
+"""
 
 
 class TrainedParam(nnx.LoRAParam):
@@ -87,6 +91,11 @@ def adapt(
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
+        )
+    if config.init == "lora_ga":
+        raise ValueError(
+            "init must not be 'lora_ga' for an NNX model: it starts from gradients of "
+            "W0, which are taken from Linen models only (`lora_jax.lora_ga_init`)."
         )
     found = find_layers(model, config, stack_axis)
     targets = {target.path: target for target in select(found, config)}

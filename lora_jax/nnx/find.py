@@ -88,7 +88,8 @@ def find_layers(
         if known is None or child(path, known[1].weight) not in weights:
             continue
         rule = known[1]
-        linear |= {path} if rule.kind in LINEAR_KINDS else set()
+        is_linear = rule.kind in LINEAR_KINDS and not rule.is_guess
+        linear |= {path} if is_linear else set()
         if any(path.startswith(f"{outer}/" if outer else "") for outer in rewritten):
             why[path] = "a module around it rewrites its weights on each call"
             continue

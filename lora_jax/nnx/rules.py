@@ -1,8 +1,8 @@
 """How LoRA applies to each type of NNX layer: the registry for `lora_jax.nnx`.
 
 A flax layer has the rule of its Linen counterpart: the ops, and what is passed to them,
-are the same. Layers of tunix and MaxText are recognised by their attributes, so neither
-library is imported.
+are the same. Layers of tunix, MaxText and Bonsai are recognised by their attributes, so
+none of these libraries is imported.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.array_types import AnyFloat
-from lora_jax.names import KERNEL
+from lora_jax.names import EMBEDDING, KERNEL
 from lora_jax.nn.layer_rules import (
     ATTEND,
     CALL,
@@ -46,6 +46,7 @@ class Rule(NamedTuple):
       apply: as in `lora_jax.nn.layer_rules.LayerRule`.
       shape: ``module ->`` the weight's shape as the module declares it, or None.
       equation: ``module ->`` the einsum of a call, or None.
+      is_guess: whether it holds only for modules that are seen to compute it.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Rule(NamedTuple):
     apply: Callable[..., AnyFloat]
     shape: Callable[[Any], Shape | None] = lambda module: None
     equation: Callable[[Any], str] | None = None
+    is_guess: bool = False
 
 
 def register_layer(
@@ -111,16 +113,18 @@ def rule_of(cls: type, module: Any) -> tuple[type, Rule] | None:
       module: the module.
 
     Returns:
-      The class and the rule; None if LoRA can't adapt the module, among them
-      subclasses that replace the arithmetic of a method instead of calling ``super``.
+      The class and the rule; None if LoRA can't adapt the module. A subclass that
+      replaces the arithmetic of a method, instead of calling ``super``, has no rule but
+      a guess.
     """
     if isinstance(module, nnx.Conv) and module.mask is not None:
         return None  # a masked kernel differs from the stored one
     for known in cls.__mro__:
         rule = _RULES.get(known)
         if rule is not None:
-            is_same = all(_calls_super(cls, known, name) for name in rule.methods)
-            return (known, rule) if is_same else None
+            if all(_calls_super(cls, known, name) for name in rule.methods):
+                return known, rule
+            break
     rule = next((rule for is_like, rule in _LIKE if is_like(module)), None)
     return None if rule is None else (cls, rule)
 
@@ -217,7 +221,7 @@ _RULES: dict[type, Rule] = {
     nnx.Conv: _from_linen(_LINEN[nn.Conv], lambda m: tuple(m.kernel_shape)),
 }
 # Layers of other libraries, by their attributes: tunix's Einsum and Embedder, MaxText's
-# DenseGeneral.
+# DenseGeneral, Bonsai's ShardedLinear and ShardedEmbedding.
 _LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
     (
         lambda m: _has("einsum_str", "w")(m) and getattr(m, "w_scale", None) is None,
@@ -236,7 +240,20 @@ _LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
             lambda m: (m.axis, ()),
         ),
     ),
+    (
+        lambda m: _is_matrix(m, KERNEL),
+        _einsum("dense", lambda m: "...i,io->...o", KERNEL)._replace(is_guess=True),
+    ),
+    (
+        lambda m: _is_matrix(m, EMBEDDING) and hasattr(m, ATTEND),
+        _from_linen(_LINEN[nn.Embed])._replace(is_guess=True),
+    ),
 )
+
+
+def _is_matrix(module: Any, name: str) -> bool:
+    weight = getattr(module, name, None)
+    return isinstance(weight, nnx.Param) and len(getattr(weight, "shape", ())) == 2
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

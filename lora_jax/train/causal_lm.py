@@ -328,7 +328,7 @@ def make_lm_loss(
         raise ValueError(
             f"router_aux_loss_coef must be at least 0; got {router_aux_loss_coef}."
         )
-    mutable = [ROUTED] if router_aux_loss_coef else False
+    routed: Any = {"mutable": [ROUTED]} if router_aux_loss_coef else {}
 
     def loss_fn(variables: Mapping[str, Any], batch: Mapping[str, Array], rngs):
         hidden: Any = module.apply(
@@ -337,9 +337,9 @@ def make_lm_loss(
             deterministic=DROPOUT not in rngs,
             method="hidden",
             rngs=rngs,
-            mutable=mutable,
+            **routed,
         )
-        if not mutable:
+        if not routed:
             return (*of_hidden(hidden, variables, batch, rngs), {})
         hidden, kept = hidden
         loss, weight = of_hidden(hidden, variables, batch, rngs)

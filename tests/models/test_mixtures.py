@@ -169,6 +169,41 @@ def test_experts_whose_shapes_disagree_are_listed_together(tmp_path):
     assert f"{layer}.0.down_proj.weight must be [20, 7]; got [7, 20]" in text
 
 
+def as_whole(tensors):
+    """Experts as Qwen3.5's folders have them: one tensor ``[e, out, in]`` a layer."""
+    found = dict(tensors)
+    for i in range(2):
+        layer = f"model.layers.{i}.mlp.experts"
+        gate, up, down = (
+            np.stack([found.pop(f"{layer}.{e}.{part}_proj.weight") for e in range(5)])
+            for part in ("gate", "up", "down")
+        )
+        found[f"{layer}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[f"{layer}.down_proj"] = down
+    return found
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_experts_that_a_file_has_as_one_tensor(scan_layers, models, tmp_path):
+    others = shutil.ignore_patterns("peft_*", "*.npz")
+    folder = shutil.copytree(GOLDEN / "qwen3_moe", tmp_path / "model", ignore=others)
+    whole = as_whole(load_file(folder / "model.safetensors"))
+    save_file(whole, folder / "model.safetensors")
+    loaded = load_base(folder, scan_layers=scan_layers)
+    wanted = flatten(models("qwen3_moe", scan_layers=scan_layers).params)
+    got = flatten(loaded.params)
+    assert got.keys() == wanted.keys()
+    assert all(np.array_equal(got[path], wanted[path]) for path in wanted)
+    save_model(tmp_path / "out", loaded.params, folder)
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == whole.keys()
+    assert all(np.array_equal(again[key], whole[key]) for key in whole)
+    del whole["model.layers.1.mlp.experts.down_proj"]
+    save_file(whole, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: layers.1.mlp.experts.down_proj"):
+        load_base(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -303,6 +303,63 @@ def test_a_dense_layer_of_maxtext_is_known_by_its_attributes(inputs, outputs, ax
     assert_close(lnnx.merge(model)(x), model(x))
 
 
+class ShardedLinear(nnx.Module):
+    """As in Bonsai: the sharding of the output must be given."""
+
+    def __init__(self, inputs, outputs, dtype=jnp.float32):
+        initializer = jax.nn.initializers.lecun_normal()
+        self.kernel = nnx.Param(
+            initializer(jax.random.key(0), (inputs, outputs), dtype)
+        )
+        self.bias = nnx.data(jnp.zeros((outputs,), dtype))
+
+    def __call__(self, x, *, out_sharding):
+        return jnp.matmul(x, self.kernel, out_sharding=out_sharding) + self.bias
+
+
+class ShardedEmbedding(nnx.Embed):
+    """As in Bonsai: flax's arithmetic, written again."""
+
+    def __call__(self, inputs, *, out_sharding):
+        return self.embedding[...].at[inputs].get(out_sharding=out_sharding)
+
+    def attend(self, query, *, out_sharding):
+        return jnp.dot(query, self.embedding[...].T, out_sharding=out_sharding)
+
+
+class Bonsai(nnx.Module):
+    def __init__(self):
+        self.embed = ShardedEmbedding(7, 6, rngs=nnx.Rngs(0))
+        self.proj = ShardedLinear(6, 6)
+        self.odd = SquaredKernel(6, 6)
+
+    def __call__(self, ids):
+        x = self.odd(self.proj(self.embed(ids, out_sharding=None), out_sharding=None))
+        return self.embed.attend(x, out_sharding=None)
+
+
+class SquaredKernel(ShardedLinear):
+    def __call__(self, x):
+        return x @ jnp.square(self.kernel[...])
+
+
+def test_layers_of_bonsai_are_known_by_what_they_compute():
+    base, ids = Bonsai(), jnp.array([[1, 4, 2]])
+    model = adapt(base, targets=["proj", "embed"])
+    np.testing.assert_array_equal(model(ids), base(ids))
+    model = train_a_little(model)
+    assert_close(lnnx.merge(model, ids)(ids), model(ids))
+    with pytest.warns(
+        UserWarning, match=r"does not adapt odd/kernel \(SquaredKernel\)"
+    ):
+        assert [t.path for t in lnnx.find_targets(base, LoRAConfig())] == ["proj"]
+    large = nnx.eval_shape(lambda: ShardedLinear(8192, 8192, jnp.bfloat16))
+    assert len(lnnx.find_targets(large, LoRAConfig(targets=".*"))) == 1
+    wrong = nnx.eval_shape(lambda: SquaredKernel(8192, 4096))
+    with pytest.raises(ValueError, match="its equation does not reproduce its output"):
+        lnnx.find_targets(wrong, LoRAConfig(targets=".*"))
+
+
 def test_stacked_layers_are_told_by_the_shape_that_they_declare():
     make = nnx.split_rngs(splits=4)(
         nnx.vmap(lambda rngs: nnx.Linear(6, 5, rngs=rngs), out_axes=1)
