@@ -239,7 +239,7 @@ def open_language(
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
                 "no head, or tokens see later ones). Train it in Python, on "
-                '`lora_jax.contrastive` of `apply(..., method="encode")`.'
+                "`lora_jax.embedding_loss`."
             )
         files = data_files(settings.data, splits)
         is_mixed = names_adapters(settings.data)
