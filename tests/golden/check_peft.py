@@ -29,7 +29,10 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 LIMIT = 2e-4
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "pixel_values"),
+    "decoder_input_ids",
+)
 
 
 def reference(family: str) -> dict[str, np.ndarray]:
