@@ -55,7 +55,8 @@ class LoRAConfig:
         N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
         ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
         ``"pissa_niter_4"`` (randomized, 4 iterations) and ``"olora"``: factors of W0,
-        see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``.
+        see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``. ``"lora_ga"``:
+        likewise, of its first gradient, for which `lora_ga_init` needs data.
       train: layers or leaves of the base that are trained in full, in the ``params``
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
@@ -162,7 +163,7 @@ class LoRAConfig:
     @property
     def starts_from_base(self) -> bool:
         """Whether A and B start from factors of W0, so that ``A0 B0`` is subtracted."""
-        return self.init.startswith("pissa") or self.init == "olora"
+        return self.init.startswith("pissa") or self.init in ("olora", "lora_ga")
 
     @property
     def leaves(self) -> dict[str, str]:

@@ -137,9 +137,16 @@ class JobSteps:
                 f"The largest batch that fits is train.batch_size={found.batch}: "
                 f"{size(found.total)}."
             )
+        fewer = ""
+        if count := len(self.job.adapters):
+            state = size(plan.trained + plan.optimizer)
+            fewer = (
+                f", or fewer adapters in a run: the weights and optimizer state of "
+                f"{count:,} adapters take {state}"
+            )
         return (
             "Even the smallest batch does not fit: use shorter rows (data.max_length) "
-            "or model.param_dtype=bfloat16."
+            f"or model.param_dtype=bfloat16{fewer}."
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:

@@ -9,13 +9,17 @@ from pathlib import Path
 from lora_jax.files.adapter import CONFIG, load_adapter, save_adapter
 from lora_jax.finetune.job import Job
 from lora_jax.finetune.run_folder import START
+from lora_jax.nn.data_start import lora_ga_init
+
+STEPS = 8  # batches whose gradient is taken
 
 
 def with_start(job: Job, folder: Path) -> Job:
-    """Gives a job the adapters that its run started with, if the folder keeps them.
+    """Gives a job the adapters that its run started with, or starts from its data.
 
     Args:
-      job: with new adapters.
+      job: with new adapters; for LoRA-GA they start from the gradient of the run's
+        first `STEPS` batches, unless the folder keeps them.
       folder: the run folder.
 
     Returns:
@@ -24,12 +28,19 @@ def with_start(job: Job, folder: Path) -> Job:
     Raises:
       ValueError: if what is kept is damaged or of another run.
     """
-    if not (folder / START / CONFIG).is_file() or not job.lora.fixes_leaves:
+    if (folder / START / CONFIG).is_file() and job.lora.fixes_leaves:
+        found = load_adapter(
+            folder / START, expected=job.variables, fingerprint=job.fingerprint
+        )
+        variables = {**job.variables, **found.variables}
+    elif job.lora.init == "lora_ga":
+        batches = job.batches()
+        count = min(STEPS, batches.steps_per_epoch)
+        loss = job.loss(job.adapted, is_training=False)
+        feed = map(job.devices.feed(batches), range(count))
+        variables = lora_ga_init(job.adapted, job.variables, loss, feed)
+    else:
         return job
-    found = load_adapter(
-        folder / START, expected=job.variables, fingerprint=job.fingerprint
-    )
-    variables = {**job.variables, **found.variables}
     job.variables = job.devices.place(variables, job.targets)
     return job
 

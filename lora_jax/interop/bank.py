@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import FIXED, LORA, PARAMS
+from lora_jax.names import LORA, PARAMS
 from lora_jax.nn.bank import AdapterBank, Member
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten
@@ -44,11 +44,6 @@ def load_bank(
         params = one.params
         members[name] = one.variables[LORA], module.targets(params)
         marks[name] = fingerprint(params)
-        if FIXED in one.variables:
-            faults.append(
-                f"{name} starts from W0 (init {module.config.init!r}); "
-                "`lora-jax export` makes a plain adapter of it"
-            )
         if trained := sorted(flatten(one.variables.get(PARAMS, {}))):
             faults.append(f"{name} also trains {', '.join(trained)} in full")
         if base is None:

@@ -11,7 +11,7 @@ from lora_jax.finetune.evaluation import evaluate_run
 from lora_jax.finetune.inspection import inspect
 from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.sweep_grid import expand
-from lora_jax.ops import start
+from lora_jax.nn import data_start
 from tests.finetune.test_run import adapter_of
 
 STEPS = ["train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
@@ -19,8 +19,8 @@ STEPS = ["train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pissa") / "run"
-    words = [f"output.dir={folder}", "lora.init=pissa", *STEPS]
+    folder = tmp_path_factory.mktemp("lora_ga") / "run"
+    words = [f"output.dir={folder}", "lora.init=lora_ga", *STEPS]
     return fine_tune(config, words)
 
 
@@ -29,13 +29,13 @@ def test_a_run_resumes_from_the_start_that_it_keeps(run, tmp_path, monkeypatch):
     shutil.copytree(run.path, again)
     (again / "summary.json").unlink()
     shutil.rmtree(again / "checkpoints" / "4")
-    svd = start.pissa_factors
+    svd = data_start.gradient_factors
 
     def elsewhere(*args, **kwargs):  # another machine's SVD, so to speak
         a, b = svd(*args, **kwargs)
         return -1.01 * a, -b
 
-    monkeypatch.setattr(start, "pissa_factors", elsewhere)
+    monkeypatch.setattr(data_start, "gradient_factors", elsewhere)
     resumed = fine_tune(run.path, [f"output.dir={again}"], resume=True)
     assert adapter_of(again) == adapter_of(run.path)
     assert resumed.summary["validation"] == run.summary["validation"]

@@ -3,13 +3,13 @@
 import json
 import signal
 
-import jax
 import numpy as np
 import pytest
 
 from lora_jax import fine_tune, load_model, sweep
 from lora_jax.cli.main import main
 from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune import pricing
 from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.evaluation import evaluate_run
 from lora_jax.finetune.mixed_data import names_adapters, read_adapters
@@ -17,7 +17,7 @@ from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.settings import load_settings
 from lora_jax.train.data import TextBatches
 from lora_jax.tree.paths import flatten
-from tests.cli.conftest import write_rows
+from tests.cli.conftest import BAD, GOOD, PLAIN
 from tests.tiny_decoder import make_decoder
 
 NAMES = ("acme", "bolt", "cern")
@@ -138,14 +138,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(done, tree, tmp_path, monkeypatc
 
 
 def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
-    data = tmp_path / "train.jsonl"
-    write_rows(data, 40, 7)
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row["adapter"] = "plain" if number % 4 < 2 else "turned"
-        if row["adapter"] == "turned":  # the opposite of the other's labels
-            row["label"] = {"good": "bad", "bad": "good"}[row["label"]]
-    write(data, rows)
+    rows = []
+    for number in range(40):  # of one length: a single shape to compile
+        is_good, owner = number % 2 == 0, ("plain", "turned")[number // 2 % 2]
+        word = (GOOD if is_good else BAD)[number // 4 % 4]
+        label = ("good", "bad")[is_good == (owner == "turned")]
+        text = f"{PLAIN[number % 10]} film is {word}"
+        rows.append({"text": text, "label": label, "adapter": owner})
+    data = write(tmp_path / "train.jsonl", rows)
     run = fine_tune(
         config,
         [
@@ -198,18 +198,15 @@ def test_what_can_not_be_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_thousands_are_priced_before_memory_is_taken(tree, tmp_path, capsys):
+def test_thousands_are_priced_before_memory_is_taken(tree, tmp_path, monkeypatch):
     rows = [{"text": "w1 w2", "adapter": f"c{i}"} for i in range(3000) for _ in "ab"]
     data = write(tmp_path / "many.jsonl", rows)
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps(tree))
-    words = [f"data.train={data}", "data.test=null", "train.max_steps=null"]
-    words += ["train.epochs=1", "train.batch_size=64", "lora.rank=16"]
-    assert main(["plan", str(file), *words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    each = sum(target["trainable"] for target in found["targets"])
-    assert found["parameters"]["adapter"] == 3000 * each
-    assert found["step"]["lora"]["trained"] == 4 * 3000 * each
+    words = [f"data.train={data}", "data.test=null", f"output.dir={tmp_path}/run"]
+    words += ["train.max_steps=null", "train.epochs=1", "train.batch_size=64"]
+    monkeypatch.setattr(pricing, "device_memory", lambda device: 3_000_000)
+    with pytest.raises(UserError, match=r"at least 13\.3 MB.*state of 3,000 adapters"):
+        fine_tune(tree, words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sweep_of_them_is_refused(tree):
@@ -226,11 +223,8 @@ def test_the_field_is_looked_for_in_objects_only(tree, tmp_path):
         read_adapters({"train": data})
 
 
-def test_a_single_name_is_a_run_with_one_adapter(tree, tmp_path):
-    rows = [{"text": f"w{i} w1 w2", "adapter": "only"} for i in range(6)]
-    data = write(tmp_path / "d.jsonl", rows)
-    words = [f"data.train={data}", "data.test=null", f"output.dir={tmp_path}/run"]
-    run = fine_tune(tree, [*words, "train.max_steps=2", "train.accumulate=2"])
-    assert [*run.summary["adapters"]] == ["only"]
-    tensors = load_adapter(tmp_path / "run" / "adapters" / "only").variables
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tensors))
+def test_a_single_name_is_one_adapter(tmp_path):
+    rows = [{"text": f"w{i}", "adapter": "only"} for i in range(3)]
+    found = read_adapters({"train": write(tmp_path / "d.jsonl", rows)})
+    assert found.names == ("only",)
+    assert found.lines == {"train": [0, 0, 0]}

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax import LoRAConfig, export_adapter, load_model
+from lora_jax import LoRAConfig, export_adapter, load_model, lora_ga_init
 from lora_jax.ops.merge import delta_kernel
 from lora_jax.tree.paths import flatten, unflatten
-from tests.interop.peft_cases import logits_of
+from tests.interop.peft_cases import logits_of, reference
 from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
 METHODS = GOLDEN / "methods"
 FILE = "adapter_model.safetensors"
 OURS = {"self_attn.q_proj": "attention/query", "mlp.down_proj": "mlp/down"}
-FIELDS = {"pissa": {}, "olora": {"rslora": True}}
+FIELDS = {"pissa": {}, "olora": {"rslora": True}, "lora_ga": {}}
 by_method = pytest.mark.parametrize("method", FIELDS)
 
 
@@ -44,7 +44,26 @@ def in_our_names(arrays, prefix: str, model) -> dict[str, np.ndarray]:
     return found
 
 
-@by_method
+def test_lora_ga_takes_the_directions_that_peft_does():
+    model, arrays = fresh("lora_ga"), golden("lora_ga")
+    tokens = jnp.asarray(reference("llama")["input_ids"])
+
+    def loss(variables, batch, rngs):
+        logits = jax.nn.log_softmax(model.module.apply(variables, batch, rngs=rngs))
+        picked = jnp.take_along_axis(logits[:, :-1], batch[:, 1:, None], axis=-1)
+        return -jnp.sum(picked), jnp.ones(()), {}
+
+    found = lora_ga_init(model.module, model.variables, loss, [tokens])
+    theirs, ours = in_our_names(arrays, "start", model), flatten(found["lora"])
+    assert theirs.keys() == ours.keys()
+    for path, leaf in ours.items():  # A [i, r] and B [r, o], B's outputs in heads
+        pair = [np.asarray(x, np.float64) for x in (leaf, theirs[path])]
+        rows = [x.T if path.endswith("a") else x.reshape(2, -1) for x in pair]
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+        np.testing.assert_allclose(abs(np.sum(unit[0] * unit[1], axis=1)), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_start_is_peft_s(method):
     model, arrays = fresh(method), golden(method)
     theirs = in_our_names(arrays, "start", model)

@@ -120,6 +120,40 @@ def test_every_way_gives_what_gathering_does(way):
     )
 
 
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.DenseGeneral((2, 3), name="split")(x)
+        mixed = nn.DenseGeneral(4, axis=(-2, -1), name="join")(jnp.tanh(heads))
+        return nn.DenseGeneral(5, axis=1, name="tokens")(mixed)
+
+
+def test_layers_of_heads_are_known_to_every_way_and_others_refused():
+    params = Heads().init(jax.random.key(0), X)["params"]
+    adapted = adapt(Heads(), LoRAConfig(2, 3, targets=["split", "join"]), X)
+    rows = [
+        (trained(adapted.attach(params, jax.random.key(seed)))[LORA],)
+        for seed in (1, 2)
+    ]
+    members = {f"m{i}": (*row, adapted.targets(params)) for i, row in enumerate(rows)}
+    bank = AdapterBank(Heads(), params, members, X)
+    names = ["m1", None, "m0", "m1"]
+    found = []
+    for way in ("gather", "sort", "mask"):
+        bank.way = way
+        found.append(bank.module.apply(bank.variables(names), X))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-6)
+    bank.way = "gather"
+    adapted = adapt(Heads(), LoRAConfig(1, 3, targets=["tokens"]), X)
+    variables = adapted.attach(params, jax.random.key(1))
+    members = {"m": (variables[LORA], adapted.targets(params))}
+    bank = AdapterBank(Heads(), params, members, X)
+    bank.way = "mask"
+    with pytest.raises(ValueError, match="'tokens' is not a layer that the way 'mask'"):
+        bank.module.apply(bank.variables(["m"] * 4), X)
+
+
 @pytest.mark.parametrize("way", ["gather", "sort", "mask"])
 def test_each_token_may_have_its_own_adapter(way):
     several = member(1), member(2, rank=3)

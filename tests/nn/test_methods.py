@@ -20,6 +20,7 @@ from lora_jax import (
     TrainState,
     adapt,
     load_adapter,
+    lora_ga_init,
     make_mesh,
     make_sharding,
     make_train_step,
@@ -245,3 +246,47 @@ def test_methods_that_do_not_suit_an_embedding_are_refused():
         model = nn.Sequential([nn.Embed(11, 5, name="embed")])
         with pytest.raises(ValueError, match=why):
             adapt(model, config, jnp.arange(3)).targets()
+
+
+def test_lora_ga_starts_from_the_gradient_of_w0():
+    model = nn.Dense(6, use_bias=False)
+    x, wanted = normal((2, 9, 7)), normal((2, 9, 6), seed=1)
+    adapted = adapt(model, LoRAConfig(rank=2, init="lora_ga", targets=".*"), x[0])
+    base = model.init(key(0), x[0])["params"]
+    variables = adapted.attach(base, key(1))
+
+    def loss(variables, batch, rngs):
+        x, wanted = batch
+        y = adapted.apply(variables, x, rngs=rngs)
+        return jnp.sum((y - wanted) ** 2) / 2, jnp.ones(()), {}
+
+    found = lora_ga_init(adapted, variables, loss, zip(x, wanted, strict=True))
+    assert_close(adapted.apply(found, x), model.apply({"params": base}, x))
+    error = np.asarray(x @ base["kernel"] - wanted, np.float64)
+    gradient = np.einsum("bti,bto->io", np.asarray(x, np.float64), error)
+    u, _, vt = np.linalg.svd(gradient)
+    c, lora = 6**0.25 / 4, found["lora"]
+    # Singular vectors have no sign of their own.
+    np.testing.assert_allclose(abs(lora["lora_a"]), abs(c * u[:, :2]), atol=1e-5)
+    np.testing.assert_allclose(abs(lora["lora_b"]), abs(c * vt[2:4]), atol=1e-5)
+    start = {"start_a": lora["lora_a"], "start_b": lora["lora_b"]}
+    assert_same_tree(found["fixed"], start)
+    assert_same_tree(found["frozen"], variables["frozen"])
+
+
+def test_lora_ga_needs_its_config_batches_and_finite_gradients():
+    x, model = normal((3, 5)), nn.Dense(6)
+    config = LoRAConfig(rank=2, init="lora_ga", targets=".*")
+    adapted = adapt(model, config, x)
+    variables = adapted.attach(model.init(key(0), x)["params"], key(1))
+
+    def loss(variables, batch, rngs):
+        return jnp.sum(adapted.apply(variables, batch, rngs=rngs)), jnp.ones(()), {}
+
+    with pytest.raises(ValueError, match="at least one batch; got none"):
+        lora_ga_init(adapted, variables, loss, [])
+    with pytest.raises(ValueError, match="must be finite; kernel have NaN"):
+        lora_ga_init(adapted, variables, loss, [x * jnp.nan])
+    other = adapt(model, dataclasses.replace(config, init="uniform"), x)
+    with pytest.raises(ValueError, match="init='lora_ga'; got init='uniform'"):
+        lora_ga_init(other, variables, loss, [x])
