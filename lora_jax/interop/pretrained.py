@@ -79,7 +79,8 @@ def load_model(
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
-        None for the one that the file was made with.
+        None for the one that the file was made with. Without one and without a head,
+        embeddings are what a folder of sentence-transformers says (modules.json).
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the one that an adapter of ours was
         trained in (``"param_dtype"`` in its ``extra``), else the file's own. A new head
