@@ -31,6 +31,7 @@ from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
 from .nn.adapt import find_targets as find_targets
 from .nn.data_start import lora_ga_init as lora_ga_init
+from .nn.eva import eva_init as eva_init
 from .nn.bank import AdapterBank as AdapterBank
 from .nn.layer_rules import register_layer as register_layer
 from .tree.targets import Target as Target

@@ -57,6 +57,7 @@ class LoRAConfig:
         ``"pissa_niter_4"`` (randomized, 4 iterations) and ``"olora"``: factors of W0,
         see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``. ``"lora_ga"``:
         likewise, of its first gradient, for which `lora_ga_init` needs data.
+        ``"eva"``: A from the inputs of the layers, and ranks too, by `eva_init`.
       train: layers or leaves of the base that are trained in full, in the ``params``
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga")
+INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "eva")
 _PISSA = re.compile("pissa_niter_[0-9]{1,3}")
 MAX_RANK = 1 << 20
 LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30

@@ -134,10 +134,10 @@ def _print_result(out: Console, done: Run) -> None:
     out.say(f"  lora-jax eval --run {run}{split}")
     if each:
         first = next(name for name, own in each.items() if own["validation"])
-        folder = f"{run}/{RUN_ADAPTERS}/{first}"
+        folder, run = f"{run}/{RUN_ADAPTERS}/{first}", f"{run}-{first}"
     if done.prompt:
         chat = "--chat " if done.prompt == "chat" else ""
         out.say(f"  lora-jax generate --adapter {folder} {chat}--prompt TEXT")
     out.say(f"  lora-jax inspect {folder}")
     if not summary["warning"]:
-        out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
+        out.say(f"  lora-jax merge --adapter {folder} --out {run}-merged")

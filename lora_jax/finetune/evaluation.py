@@ -13,6 +13,7 @@ from lora_jax.finetune.mixed_evaluation import EACH, measure_each, mixed_eval_st
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
 from lora_jax.interop.pretrained import adapter_folders
 from lora_jax.names import FROZEN, SAVED, TRAINABLE
@@ -98,6 +99,8 @@ def evaluate_run(
         each = metrics.pop(EACH)
         model = f"{len(several)} adapters, each on its own examples,"
     else:
+        if job.lora.init == "eva":
+            adopt(job, adapter.config)
         expected = {name: job.variables.get(name, {}) for name in SAVED}
         adapter = load_adapter(
             folder / ADAPTER, expected=expected, fingerprint=job.fingerprint

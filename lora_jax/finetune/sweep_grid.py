@@ -101,11 +101,12 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
         points.append(Point(name, varied, settings))
     if found:
         raise ValueError("the grid: faults in the settings\n" + "\n".join(found))
-    if any(point.settings.lora.fixes_leaves for point in points):
+    configs = [point.settings.lora for point in points]
+    if any(lora.fixes_leaves or lora.init == "eva" for lora in configs):
         raise UserError(
-            "lora_fa, and an init that starts from W0, can't be swept: the runs of a "
-            "sweep share all that isn't trained, and here each run has its own. Train "
-            "such runs with `lora-jax train`."
+            "lora_fa, and an init that starts from W0 or from data, can't be swept: "
+            "the runs of a sweep share all that isn't trained and their layers, and "
+            "here each run has its own. Train such runs with `lora-jax train`."
         )
     for key in lengths:
         why = MESH if key.startswith("mesh.") else FIXED.get(key)

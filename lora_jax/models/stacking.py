@@ -102,8 +102,8 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
     """Returns whether a decoder with these adapters can scan its blocks.
 
     Scanned blocks share one path, so all layers must have the same parameters, ``lora``
-    must not have ``layers``, and each of its patterns must match all layers of a module
-    or leaf and their stack, or none.
+    must not have ``layers`` or EVA's ranks, and each of its patterns must match all
+    layers of a module or leaf and their stack, or none.
 
     Example:
       >>> config = DecoderConfig(
@@ -116,7 +116,7 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       False
     """
     period = config.scan_period
-    if lora.layers is not None or period is None:
+    if lora.layers is not None or lora.init == "eva" or period is None:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)

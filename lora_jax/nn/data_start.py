@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import DROPOUT, FROZEN, LORA_A, LORA_B, START_A, START_B
+from lora_jax.names import FROZEN, LORA_A, LORA_B, START_A, START_B
 from lora_jax.nn.adapt import Adapted
 from lora_jax.ops.start import GAMMA, gradient_factors
 from lora_jax.tree.paths import flatten, unflatten
@@ -37,7 +37,7 @@ def lora_ga_init(
     Args:
       adapted: of a config with ``init="lora_ga"``.
       variables: from ``adapted.attach``, with adapters that weren't trained.
-      loss_fn: as for `make_train_step`; without dropout.
+      loss_fn: as for `make_train_step`; called with no rngs, so without dropout.
       batches: of the training data; their gradients are summed. A few dozen examples
         are enough.
       gamma: the paper's γ; see `lora_jax.ops.start.gradient_factors`.
@@ -68,7 +68,7 @@ def lora_ga_init(
                 **others,
                 FROZEN: unflatten({**flatten(others[FROZEN]), **kernels}),
             }
-            return loss_fn(whole, batch, {DROPOUT: jax.random.key(0)})[0]
+            return loss_fn(whole, batch, {})[0]
 
         found = jax.grad(loss)(kernels)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)

@@ -92,10 +92,10 @@ def adapt(
         raise TypeError(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
         )
-    if config.init == "lora_ga":
+    if config.init in ("lora_ga", "eva"):
         raise ValueError(
-            "init must not be 'lora_ga' for an NNX model: it starts from gradients of "
-            "W0, which are taken from Linen models only (`lora_jax.lora_ga_init`)."
+            f"init must not be {config.init!r} for an NNX model: it starts from data, "
+            f"for Linen models only (`lora_jax.{config.init}_init`)."
         )
     found = find_layers(model, config, stack_axis)
     targets = {target.path: target for target in select(found, config)}

@@ -74,7 +74,8 @@ def init_factors(
         given = (kernel, rank, key, int(found[1]))
         a, b = randomized_pissa_factors(*given, scaling=scaling, **options)
     else:
-        options |= {"init": init, "one_hot": one_hot}
+        drawn = "uniform" if init == "eva" else init  # until `eva_init` has seen data
+        options |= {"init": drawn, "one_hot": one_hot}
         return Factors(*init_adapter(key, kernel.shape, rank, **options))
     return Factors(a, b, start_a=a, start_b=b)
 

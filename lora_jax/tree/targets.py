@@ -19,6 +19,7 @@ from lora_jax.tree.target import child as child
 _UNFIT_FOR_EMBEDDINGS = {
     "init='orthogonal'": "its A would move tokens that never occur",
     "init='lora_ga'": "the gradient of its table is of the tokens in a few batches",
+    "init='eva'": "its input is one-hot",
     "lora_fa=True": "its A is zero at the start, and would stay so",
 }
 LINEAR_KINDS = ("dense", "einsum", "experts")  # what "all-linear" covers

@@ -59,5 +59,22 @@ def test_a_run_s_adapter_is_evaluated_loaded_and_inspected(run):
 
 
 def test_a_sweep_says_that_it_does_not_take_them(config):
-    with pytest.raises(UserError, match="an init that starts from W0, can't be swept"):
+    with pytest.raises(UserError, match="from W0 or from data, can't be swept"):
         expand(config, {"lora.init": ["pissa"], "train.seed": [0, 1]})
+
+
+def test_eva_s_ranks_are_those_of_the_run(config, tmp_path):
+    words = [f"output.dir={tmp_path}/run", "lora.init=eva", "train.max_steps=2"]
+    run = fine_tune(config, [*words, "train.batch_size=8"])
+    loaded = run.load()
+    ranks = [target.rank for target in loaded.module.targets(loaded.params)]
+    given = run.settings.lora.rank
+    assert len(set(ranks)) > 1
+    assert max(ranks) <= 2 * given
+    shutil.copytree(run.path, tmp_path / "again")
+    (tmp_path / "again" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    fine_tune(run.path, [f"output.dir={tmp_path}/again"], resume=True)
+    assert adapter_of(tmp_path / "again") == adapter_of(run.path)
+    found = evaluate_run(*open_run(run.path))
+    assert found.metrics["accuracy"] == run.summary["test"]["accuracy"]

@@ -19,6 +19,7 @@ from lora_jax import (
     LoRAEmbed,
     TrainState,
     adapt,
+    eva_init,
     load_adapter,
     lora_ga_init,
     make_mesh,
@@ -290,3 +291,78 @@ def test_lora_ga_needs_its_config_batches_and_finite_gradients():
     other = adapt(model, dataclasses.replace(config, init="uniform"), x)
     with pytest.raises(ValueError, match="init='lora_ga'; got init='uniform'"):
         lora_ga_init(other, variables, loss, [x])
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral((3, 4), name="wide")(x)
+        return nn.DenseGeneral(5, axis=(-2, -1), name="out")(jnp.tanh(x))
+
+
+def eva_case(**fields):
+    x = normal((2, 3, 9, 7)) * 2.0 ** jnp.arange(7) / 9  # batches of [b, t, i]
+    ranks = {"wide": 3, "out": 1}
+    config = LoRAConfig(rank_pattern=ranks, alpha=3, init="eva", rslora=True, **fields)
+    adapted = adapt(TwoLayers(), config, x[0])
+    base = TwoLayers().init(key(0), x[0])["params"]
+
+    def loss(variables, batch, rngs):
+        y = adapted.apply(variables, batch["x"], rngs=rngs)
+        return jnp.sum(y**2), jnp.ones(()), {}
+
+    batches = [{"x": part, "mask": normal(part.shape[:2], seed=4) > -1} for part in x]
+    return adapted, base, loss, batches
+
+
+def test_eva_takes_principal_components_and_moves_ranks():
+    adapted, base, loss, batches = eva_case(dora=True)
+    variables = adapted.attach(base, key(1))
+    made, found = eva_init(
+        adapted, variables, loss, batches, mask=lambda batch: batch["mask"]
+    )
+    inputs, ratios, rows = {"wide": [], "out": []}, {}, {}
+    for batch in batches:
+        x = np.asarray(batch["x"], np.float64)
+        hidden = np.einsum("bti,inh->btnh", x, base["wide"]["kernel"])
+        hidden = np.tanh(hidden + base["wide"]["bias"]).reshape(*x.shape[:2], -1)
+        for name, value in (("wide", x), ("out", hidden)):
+            inputs[name].append(value[np.asarray(batch["mask"])])
+    for name, parts in inputs.items():
+        stacked = np.concatenate(parts)
+        _, s, vt = np.linalg.svd(stacked - stacked.mean(0), full_matrices=False)
+        most = {"wide": 6, "out": 2}[name]  # rho = 2 times the rank
+        ratios[name], rows[name] = (s**2 / (s**2).sum())[:most], vt
+    order = sorted((-r, name) for name, own in ratios.items() for r in own)[:4]
+    ranks = {name: [n for _, n in order].count(name) for name in inputs}
+    assert ranks != {"wide": 3, "out": 1}  # they did move
+    for target in made.targets(base):
+        assert target.rank == ranks[target.path]
+        given = {"wide": 3, "out": 1}[target.path]
+        assert target.scaling == pytest.approx(3 / given**0.5)
+        a = np.asarray(found["lora"][target.path]["lora_a"]).reshape(-1, target.rank)
+        wanted = rows[target.path][: target.rank].T
+        np.testing.assert_allclose(abs(a), abs(wanted), atol=1e-4)  # of either sign
+    x = batches[0]["x"]
+    assert_close(made.apply(found, x), TwoLayers().apply({"params": base}, x))
+    kept, same = eva_init(adapted, variables, loss, batches, rho=1.0)
+    assert [row.rank for row in kept.targets(base)] == [3, 1]
+    assert kept.config.init == "eva"
+    assert same["lora"]["wide"]["lora_a"].shape == (7, 3)
+
+
+def test_eva_refuses_what_it_can_not_observe():
+    adapted, base, loss, batches = eva_case()
+    variables = adapted.attach(base, key(1))
+    for given, options, why in (
+        ([], {}, "at least one batch; got none"),
+        (batches, {"rho": 0.5}, "rho be at least 1; got init='eva', rho=0.5"),
+        ([{"x": batches[0]["x"] * jnp.nan}], {}, "wide has NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            eva_init(adapted, variables, loss, given, **options)
+    case, scanned, base, fresh, _ = attached("scanned_axis_1", "pissa with dora")
+    config = dataclasses.replace(scanned.config, init="eva", dora=False)
+    scanned = adapt(case.model, config, *case.args)
+    with pytest.raises(ValueError, match=r"aren\'t stacked.*is stacked"):
+        eva_init(scanned, fresh, loss, batches)
