@@ -29,6 +29,7 @@ COMPARISONS = (
     "perplexity",
     "slices",
     "sweep",
+    "bank",
     "plan_peak",
     "compiled",
 )

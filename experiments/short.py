@@ -242,7 +242,8 @@ class Runs:
                 **options,
             )
             lines = sorted(done.runs, key=lambda line: line["name"])
-            alike = {key: values[0] for key, values in grid.items()}  # not in a line
+            # A setting with one value is not in the sweep's lines.
+            alike = {k: v[0] for k, v in grid.items() if len(v) == 1}
             return [{**alike, **_row(line)} for line in lines]
 
         return self.once(name, make)
@@ -264,7 +265,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return Path(text).name  # of a file
 
 
 def encode(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -49,11 +49,15 @@ class LoRAConfig:
       dropout_rate: probability of zeroing an element of the adapter's input.
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
+      lora_fa: train B alone; A stays as it was drawn, and the layer's input needn't be
+        kept for the backward pass.
       init: A and B at the start. ``"uniform"``: A is U(±1/√fan_in); ``"gaussian"``:
         N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
         ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
         ``"pissa_niter_4"`` (randomized, 4 iterations) and ``"olora"``: factors of W0,
-        see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``.
+        see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``. ``"lora_ga"``:
+        likewise, of its first gradient, for which `lora_ga_init` needs data.
+        ``"eva"``: A from the inputs of the layers, and ranks too, by `eva_init`.
       train: layers or leaves of the base that are trained in full, in the ``params``
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
@@ -85,6 +89,7 @@ class LoRAConfig:
     dropout_rate: float = 0.0
     rslora: bool = False
     dora: bool = False
+    lora_fa: bool = False
     init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -159,12 +164,12 @@ class LoRAConfig:
     @property
     def starts_from_base(self) -> bool:
         """Whether A and B start from factors of W0, so that ``A0 B0`` is subtracted."""
-        return self.init.startswith("pissa") or self.init == "olora"
+        return self.init.startswith("pissa") or self.init in ("olora", "lora_ga")
 
     @property
     def leaves(self) -> dict[str, str]:
         """The names of an adapter's leaves, and the collection of each."""
-        found = {LORA_A: LORA, LORA_B: LORA}
+        found = {LORA_A: FIXED if self.lora_fa else LORA, LORA_B: LORA}
         if self.dora:
             found[MAGNITUDE] = LORA
         if self.starts_from_base:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora")
+INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "eva")
 _PISSA = re.compile("pissa_niter_[0-9]{1,3}")
 MAX_RANK = 1 << 20
 LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30
@@ -124,7 +124,7 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
 
     rate = config.dropout_rate
     check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
-    for name in ("rslora", "dora"):
+    for name in ("rslora", "dora", "lora_fa"):
         if not isinstance(getattr(config, name), bool):
             got = getattr(config, name)
             types.append(f"{name} must be true or false; got {got!r}")

@@ -45,7 +45,10 @@ EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
 
 MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
 
+OWNER = "adapter"  # of a line of data, and of a batch: whose example it is
+
 DROPOUT = "dropout"  # the PRNG stream for adapter dropout
+KEEP = "dropout_keep"  # beside A: the layer's own 1 - dropout_rate, where it is traced
 
 # Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.
 X_A = "x_a"  # x A, of rank width

@@ -142,9 +142,9 @@ def bidirectional_attention(
     if bias is not None:
         if (window, scale) != (None, None) or segment_ids is not None:
             raise ValueError(
-                f"window, scale and segment_ids must be None where there is a bias; "
-                f"got window = {window}. Give the bias -inf where a query doesn't see "
-                "a key, and scale the queries."
+                "window must be None (scale and segment_ids too) where there is a "
+                f"bias; got {window}. Give the bias -inf where a query doesn't see a "
+                "key, and scale the queries."
             )
         return plain_attention(query, key, value, bias=bias, mask=whole)
     is_plain = window is None and scale is None and segment_ids is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.cli.adapters import FIELD, parse_adapters, with_adapter
+from lora_jax.cli.adapters import parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import check_decoder, load_decoder
 from lora_jax.files.messages import ASSISTANT, text_of
@@ -18,6 +18,7 @@ from lora_jax.finetune.lines import check_faults
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
+from lora_jax.names import OWNER
 from lora_jax.train.data import read_jsonl
 from lora_jax.train.pairs import encode_source
 from lora_jax.train.text import MESSAGES, kind_of
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates text; returns text, token ids and stop reason for each prompt."""
     adapters = parse_adapters(args.adapter)
     chats = _chats(args, adapters)
-    names: list[str | None] = [chat.pop(FIELD, None) for chat in chats]
+    names: list[str | None] = [chat.pop(OWNER, None) for chat in chats]
     if isinstance(adapters, dict):
         loaded, bank = load_bank(args.model, adapters)
         check_decoder(loaded)
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "results": [
             {
                 "prompt": prompt,
-                **({} if bank is None else {FIELD: names[row]}),
+                **({} if bank is None else {OWNER: names[row]}),
                 "text": written[row],
                 "input_ids": prompts[row],
                 "output_ids": tokens[row],

@@ -25,6 +25,7 @@ from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops
 from lora_jax.plan.slices import chips_of, slices_like
 from lora_jax.plan.step import StepPlan
+from lora_jax.plan.topology import DecoderSteps
 
 PARTS = {
     "frozen base": "base",
@@ -113,11 +114,11 @@ def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
     """Plans a decoder's step on a TPU slice."""
-    if args.together:
-        raise UserError("--together plans for this machine; omit --topology.")
     topology, mesh = args.topology, read_mesh(args.mesh)
     steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size
+    if args.together:
+        return _plan_sweep(steps, rows, args, out)
     sizes = steps.sharding.mesh.shape
     out.heading(
         f"A training step of {rows} x {steps.tokens} tokens, compiled for {topology}: "
@@ -181,6 +182,33 @@ def _plan_slice(
         result["slices"] = {name: describe(other) for name, other in tried.items()}
         out.say(f"  smallest slice: {smallest or 'no slice of that chip fits'}")
     return result
+
+
+def _plan_sweep(
+    steps: DecoderSteps, rows: int, args: argparse.Namespace, out: Console
+) -> dict[str, Any]:
+    """Plans the step of a sweep whose runs are split over a slice's chips."""
+    chips, topology = chips_of(args.topology), args.topology
+    each = -(-args.together // chips)
+    out.heading(
+        f"A training step of {args.together} runs of {rows} x {steps.tokens} tokens, "
+        f"{each} on each of {topology}'s {chips} chips of {size(steps.limit)}"
+    )
+
+    def together(rows: int, remat: str | None) -> StepPlan:
+        return steps.price_together(each, rows, remat)
+
+    price = _printed(together, topology, out)
+    *_, plan = fitting_remat(price, rows, steps.decoder.remat)
+    _print_plans(out, {f"{each} runs": plan}, StepFlops(0, 0))
+    chip = f"a {topology.partition(':')[0]} chip"
+    advice = "Use a larger slice, fewer runs (--together) or fewer rows (--batch)."
+    _check_fits(plan, chip, lambda: advice, args)
+    return {
+        "topology": topology,
+        "together": {"runs": args.together, "each": each, **plan.parts},
+        "remat": plan.remat,
+    }
 
 
 def read_mesh(text: str | None) -> dict[str, int]:

@@ -50,10 +50,15 @@ class Pairs(Language):
         """Maximum tokens of a source and of a target."""
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
-    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the cross-entropy of the targets' tokens."""
         del is_training
-        return make_lm_loss(module, is_tied=self.loaded.config.is_tied, inputs=INPUTS)
+        return make_lm_loss(
+            module,
+            is_tied=self.loaded.config.is_tied,
+            inputs=INPUTS,
+            chunk=self.chunk(copies),
+        )
 
     def batches(self) -> Schedule:
         """See `Job.batches`."""

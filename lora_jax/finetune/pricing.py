@@ -14,6 +14,7 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
+from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.families import FAMILIES
@@ -21,13 +22,13 @@ from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import EXPERT, PARAMS
-from lora_jax.nn.adapt import adapt
+from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
-from lora_jax.plan.step import StepPlan, price_training
+from lora_jax.plan.step import StepPlan, price_step, price_training
 from lora_jax.plan.topology import DecoderSteps
 from lora_jax.train.buckets import Schedule
 
@@ -69,6 +70,8 @@ class JobSteps:
         job, loaded, train = self.job, self.job.loaded, self.job.settings.train
         module = loaded.module if remat is None else loaded.module.clone(remat=remat)
         variables = {PARAMS: loaded.params}
+        if job.adapters and not trains_all:
+            return self._price_mixed(rows, remat, adapt(module, job.lora))
         if trains_all:
             train = dataclasses.replace(train, lora_b_ratio=1.0)  # there is no B
         else:
@@ -84,6 +87,20 @@ class JobSteps:
             limit=self.limit,
             remat=remat,
             even_if_too_large=trains_all,
+        )
+
+    def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
+        hypers = mixed_hypers(self.job, self.batches, self.total)
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.longest.items()
+        }
+        return price_step(
+            mixed_step(self.job, adapted, hypers),
+            mixed_shapes(self.job, hypers),
+            batch,
+            limit=self.limit,
+            remat=remat,
         )
 
     def choose(self, price: Price) -> StepPlan:
@@ -120,9 +137,16 @@ class JobSteps:
                 f"The largest batch that fits is train.batch_size={found.batch}: "
                 f"{size(found.total)}."
             )
+        fewer = ""
+        if count := len(self.job.adapters):
+            state = size(plan.trained + plan.optimizer)
+            fewer = (
+                f", or fewer adapters in a run: the weights and optimizer state of "
+                f"{count:,} adapters take {state}"
+            )
         return (
             "Even the smallest batch does not fit: use shorter rows (data.max_length) "
-            "or model.param_dtype=bfloat16."
+            f"or model.param_dtype=bfloat16{fewer}."
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:

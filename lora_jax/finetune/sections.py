@@ -71,9 +71,14 @@ class DataSettings:
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
         ``{"input_ids"}`` for a decoder; ``{"prompt", "completion"}`` or ``{"input_ids",
         "labels"}`` for an encoder–decoder. Beside ``messages`` there may be ``tools``;
-        an assistant's message with ``"weight": 0`` is read and not trained on.
+        an assistant's message with ``"weight": 0`` is read and not trained on. If the
+        lines of all files also have ``"adapter": NAME`` (not for an encoder–decoder),
+        the run trains an adapter for each name, on batches that mix them: each is
+        updated by its own lines alone, only in steps that have some of them, and has
+        its own moments, schedule and best step. It is kept in ``adapters/NAME`` of the
+        run folder.
       validation: the same, to choose the best step; null to hold out a part of
-        ``train``.
+        ``train`` (of each adapter's lines if there are several).
       test: the same, evaluated once at the end; null for none.
       holdout: the fraction of ``train`` held out for validation if there is no file.
       seed: seed for choosing the held-out examples.

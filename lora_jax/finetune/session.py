@@ -250,7 +250,7 @@ class Session:
         line = {
             "step": int(state.step),
             "split": "validation",
-            **{name: metrics[name] for name in self.job.metrics},
+            **{name: x for name, x in metrics.items() if name != "weight"},
             "seconds": self.elapsed(),
         }
         is_best = self._is_best(line)

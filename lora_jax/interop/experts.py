@@ -144,8 +144,10 @@ def split_experts(
 
     Returns:
       The factors by name; those of a model whose files have one tensor for all experts
-      (gpt-oss) stay as they are, which is vLLM's format for them.
+      (gpt-oss, Qwen3.5) stay as they are, which is vLLM's format for them.
     """
+    if names.family.is_served_whole:
+        return dict(modules)
     paths = {name: path for path, name in names.spelling().modules.items()}
     found = {}
     for name, factors in modules.items():

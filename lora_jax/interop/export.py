@@ -136,7 +136,8 @@ def export_adapter(
     wrapped = {name.removesuffix(".weight") for name in parameters}
     if wrapped:  # PEFT has no dropout there, and none is needed to compute
         adapter = adapter._replace(dropout_rate=0.0)
-    known = known_names(names, base.source.names, by_expert=portable)
+    by_expert = portable and not names.family.is_served_whole
+    known = known_names(names, base.source.names, by_expert=by_expert)
     settings: dict[str, Any] = {
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_name(

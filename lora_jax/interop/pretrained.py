@@ -43,6 +43,8 @@ from lora_jax.tree.plain import plain_config, plain_variables
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
+RUN_ADAPTERS = "adapters"  # in that of a run with several
+MOST_SHOWN = 20
 FLOATS = ("float32", "bfloat16", "float16")  # dtypes a base may have been cast to
 
 
@@ -77,7 +79,8 @@ def load_model(
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
-        None for the one that the file was made with.
+        None for the one that the file was made with. Without one and without a head,
+        embeddings are what a folder of sentence-transformers says (modules.json).
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the one that an adapter of ours was
         trained in (``"param_dtype"`` in its ``extra``), else the file's own. A new head
@@ -172,6 +175,13 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     for candidate in (folder, inside):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
+    if several := adapter_folders(folder / RUN_ADAPTERS):
+        more = ", ..." if len(several) > MOST_SHOWN else ""
+        raise ValueError(
+            f"the run in {folder} has {len(several)} adapters; give the folder of one, "
+            f"like {folder / RUN_ADAPTERS / several[0]}. They are "
+            f"{', '.join(several[:MOST_SHOWN])}{more}."
+        )
     if (folder / RUN_CONFIG).is_file():
         raise FileNotFoundError(
             f"the run in {folder} has no adapter yet: it ended before its first "
@@ -182,6 +192,11 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ADAPTER_CONFIG}."
     )
+
+
+def adapter_folders(folder: Path) -> list[str]:
+    """Returns the names of the adapters in a folder of adapters, sorted."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def find_base(adapter: Path | ExternalAdapter) -> str:

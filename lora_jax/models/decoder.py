@@ -4,7 +4,8 @@
 (Llama, Gemma, GPT-2, ...) is this module with another `DecoderConfig`.
 
 The parameter tree (kernels are ``[i, o]``, as in Flax); with ``scan_layers`` all blocks
-are one, ``layers``, with a leading layer axis::
+are one, ``layers``, with a leading layer axis (a hybrid's are ``layers/0_of_4`` and so
+on, if four of them repeat)::
 
     embed/embedding                                  [v, d]
     positions/embedding                              only with learned positions
@@ -38,7 +39,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
 from lora_jax.models.cache import Cache
-from lora_jax.models.decoder_block import Block
+from lora_jax.models.decoder_block import Block, Period
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.decoder_parts import Head, Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
@@ -90,10 +91,10 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
             )
-        if self.scan_layers and not self.config.is_uniform:
+        if self.scan_layers and self.config.scan_period is None:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
-                "an MLP, some have no attention, or they differ in shape; got True."
+                "an MLP, or they differ in shape and don't repeat; got True."
             )
         super().__post_init__()
 
@@ -259,17 +260,18 @@ class Decoder(nn.Module):
             scan = {
                 "variable_axes": {"params": 0, ROUTED: 0},
                 "split_rngs": {"params": True, "dropout": True},
-                "length": cfg.num_layers,
+                "length": self._steps(),
                 "unroll": self._unroll(),
             }
-            block = nn.scan(
-                block,
+            is_period = cfg.scan_period != 1
+            scanned = nn.scan(
+                Period if is_period else block,
                 methods={
                     "__call__": {**scan, "in_axes": (nn.broadcast, 0)},
                     "run": {**scan, "in_axes": (nn.broadcast, 0, 0)},
                 },
             )
-            self.layers = block(cfg, self.dtype)
+            self.layers = scanned(cfg, self.dtype, *([block] if is_period else []))
         else:
             self.layer = [
                 block(cfg.of_layer(i), self.dtype) for i in range(cfg.num_layers)
@@ -292,8 +294,12 @@ class Decoder(nn.Module):
         x, scale = self.final_norm(x), self.config.logit_scale
         return x if scale == 1 else x * scale
 
+    def _steps(self) -> int:
+        """Returns the number of steps of the scan over the blocks."""
+        return self.config.num_layers // (self.config.scan_period or 1)
+
     def _unroll(self) -> int:
-        """Returns the number of layers that are compiled in one pass of the loop.
+        """Returns the number of steps that are compiled in one pass of the loop.
 
         A loop copies what the backward pass needs into a stack and out of it, which is
         16 of 230 million cycles of a step of four Llama-8B layers on v5e, by the
@@ -301,7 +307,7 @@ class Decoder(nn.Module):
         """
         is_short = self.config.num_layers <= MAX_UNROLLED and self.remat == "none"
         is_tpu = target_platform() == "tpu"
-        return self.config.num_layers if is_short and is_tpu else 1
+        return self._steps() if is_short and is_tpu else 1
 
     def _exceeds(self, length: int) -> bool:
         original = self.config.original_positions
@@ -365,7 +371,7 @@ class Decoder(nn.Module):
     ) -> tuple[Hidden, Any]:
         """Runs all blocks; returns ``x`` and what each layer keeps, or None."""
         if self.scan_layers:
-            numbers = jnp.arange(self.config.num_layers)
+            numbers = jnp.arange(self._steps())
             past = () if method == "__call__" else (cache and cache.layers,)
             return getattr(self.layers, method)(x, place, numbers, *past)
         kept = []

@@ -230,6 +230,51 @@ class Block(DecoderModule):
         )
 
 
+class Period(nn.Module):
+    """The layers that repeat in a hybrid: one step of its scan.
+
+    Attributes:
+      config: of the whole decoder.
+      dtype: dtype of the computation.
+      block: makes a layer.
+
+    Variables: those of ``p`` layers, under ``0_of_p`` to ``{p - 1}_of_p``.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    block: Any = Block
+
+    def setup(self) -> None:
+        """Creates the layers."""
+        for j, name in enumerate(self._names()):
+            setattr(self, name, self.block(self.config.of_layer(j), self.dtype))
+
+    def __call__(
+        self, x: Hidden, place: PositionContext, number: Layer
+    ) -> tuple[Hidden, None]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``; ``number`` is the period's."""
+        names = self._names()
+        for j, name in enumerate(names):
+            x, _ = getattr(self, name)(x, place, number * len(names) + j)
+        return x, None
+
+    def run(
+        self, x: Hidden, place: PositionContext, number: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Like `__call__`, and returns what each layer keeps."""
+        names, kept = self._names(), []
+        for j, name in enumerate(names):
+            own = None if past is None else past[j]
+            x, new = getattr(self, name).run(x, place, number * len(names) + j, own)
+            kept.append(new)
+        return x, tuple(kept)
+
+    def _names(self) -> list[str]:
+        period = self.config.scan_period or 1
+        return [f"{j}_of_{period}" for j in range(period)]
+
+
 MIXERS = {  # by the type of `DecoderConfig.mixer`
     type(None): ("attention", Attention),
     DeltaNetConfig: ("delta_net", DeltaNet),

@@ -226,10 +226,20 @@ class DecoderConfig:
         return self.is_causal and self.has_head
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether all layers have the same parameters, so that they can be scanned."""
-        has_both = self.experts is not None and bool(self.experts.dense_layers)
-        return not has_both and not self.layer_changes
+    def scan_period(self) -> int | None:
+        """How many layers repeat, so that they can be scanned; None if none do.
+
+        1 where all layers have the same parameters. Hybrids repeat a few.
+        """
+        if self.experts is not None and self.experts.dense_layers:
+            return None
+        if not self.layer_changes:
+            return 1
+        changes, count = self.layer_changes, self.num_layers
+        if any("key_source" in dict(change) for change in changes):
+            return None
+        periods = (p for p in range(1, count) if count % p == 0)
+        return next((p for p in periods if changes[p:] == changes[:-p]), None)
 
     @property
     def has_mlp(self) -> bool:

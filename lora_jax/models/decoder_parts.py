@@ -34,7 +34,7 @@ class PositionContext(NamedTuple):
     cos: tuple[Array, ...]
     sin: tuple[Array, ...]
     growth: Array | None
-    slots: Array | None
+    slots: Any
     segment_ids: Array | None
     own: Array | None = None
     given: Any = None

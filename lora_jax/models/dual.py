@@ -168,7 +168,13 @@ class DualEncoder(nn.Module):
             return logits
         return logits + self.logit_bias.astype(jnp.float32)
 
-    def embed(self, input_ids: TokenIds, attention_mask: TokenIds) -> Embedded:
+    def embed(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Embedded:
         """Returns the embeddings ``[b, e]`` of texts, of length 1; see `__call__`."""
         hidden = self.text(input_ids, attention_mask)
         if self.config.is_siglip:
@@ -178,7 +184,9 @@ class DualEncoder(nn.Module):
         pooled = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
         return _unit(self.text_projection(pooled))
 
-    def embed_image(self, pixel_values: Pixels) -> Embedded:
+    def embed_image(
+        self, pixel_values: Pixels, *, deterministic: bool = True
+    ) -> Embedded:
         """Returns the embeddings ``[i, e]`` of images, of length 1; see `__call__`."""
         hidden = self.vision(pixel_values)
         if self.config.is_siglip:

@@ -289,12 +289,16 @@ class SequenceClassifier(Classifier):
         input_ids: TokenIds,
         attention_mask: TokenIds,
         token_type_ids: TokenIds | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Pooled:
         """Returns sentence embeddings ``[b, d]``.
 
         They are what ``sentence`` says, else the mean over unmasked tokens.
         """
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
+        hidden = self.encoder(
+            input_ids, attention_mask, token_type_ids, deterministic=deterministic
+        )
         if self.sentence is not None:
             return self.sentence_head(hidden, attention_mask)
         return mean_pool(hidden, attention_mask)
@@ -315,7 +319,7 @@ class ImageClassifier(Classifier):
         hidden = self.encoder(pixel_values, deterministic=deterministic)
         return self.head(hidden, jnp.ones(hidden.shape[:2], jnp.int32))
 
-    def embed(self, pixel_values: Pixels) -> Pooled:
+    def embed(self, pixel_values: Pixels, *, deterministic: bool = True) -> Pooled:
         """Returns image embeddings ``[b, d]``: the mean over all tokens."""
-        hidden = self.encoder(pixel_values)
+        hidden = self.encoder(pixel_values, deterministic=deterministic)
         return mean_pool(hidden, jnp.ones(hidden.shape[:2], jnp.int32))

@@ -59,6 +59,8 @@ class Family:
       experts: from the path of the kernels of a layer's experts, one array here, to
         the names of what each expert has in a file, in the order of their outputs.
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
+      is_served_whole: whether vLLM takes adapters of all experts as one, even where a
+        file has each expert by itself.
       has_whole_experts: whether the file at hand has all experts of a layer as one
         tensor all the same.
       has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
@@ -81,6 +83,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    is_served_whole: bool = False
     has_whole_experts: bool = False
     has_outputs_first: bool = False
 

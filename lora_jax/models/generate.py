@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.family import config_of
-from lora_jax.nn.bank import RowAdapted
+from lora_jax.nn.rows import RowAdapted
 
 MULTIPLE = 64  # prompts and caches are padded to a multiple of this
 OnToken = Callable[[int, list[int]], bool | None]

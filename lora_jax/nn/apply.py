@@ -11,9 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat
+from lora_jax.array_types import AnyFloat, KeepKey
 from lora_jax.config import LoRAConfig
-from lora_jax.names import BIAS, DROPOUT, FROZEN, PARAMS
+from lora_jax.names import BIAS, DROPOUT, FROZEN, KEEP, PARAMS
 from lora_jax.nn.layer_rules import ATTEND, LayerRule, registered_type, rule_of
 from lora_jax.ops.dora import column_norm
 from lora_jax.ops.embed import dora_query
@@ -146,10 +146,12 @@ def apply_adapter(
     rule = rule_of(module)
     assert rule is not None, path
     options: dict[str, Any] = {"scaling": config.scaling_for(path)}
-    if not deterministic and config.dropout_rate:
-        rate = config.dropout_rate
+    rate, keep = config.dropout_rate, base_weight(module, KEEP)
+    if not deterministic and (rate or keep is not None):
         what = f"dropout_rate={rate} of the adapter at {path!r}"
-        options |= {"dropout_rate": rate, "dropout_key": dropout_key(module, what)}
+        key = dropout_key(module, what)
+        key = key if keep is None else KeepKey(key, keep)
+        options |= {"dropout_rate": rate, "dropout_key": key}
     if factors.magnitude is not None and method != ATTEND:  # `attend` scales the query
         options["magnitude"] = factors.magnitude
         if (bias := base_weight(module, BIAS)) is not None:

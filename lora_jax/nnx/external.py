@@ -5,6 +5,7 @@ PEFT multiplies from the left, ``ΔW = s B A`` of an ``[out, in]`` weight; here
 order. Rotary positions must rotate halves, as Hugging Face's.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from lora_jax.interop.experts import DOWN, GATE_UP
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
-    most_common,
     report,
 )
 from lora_jax.interop.fused import drop_zero_ranks, fuse_factors, split_factors
@@ -247,16 +247,9 @@ def config_of_sites(
     ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any
 ) -> LoRAConfig:
     """Returns the config that adapts just these layers, with their own numbers."""
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    exact = "|".join(re.escape(path) for path in sorted(ranks))
-    return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=exact,
-        rank_pattern={re.escape(p): r for p, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(p): a for p, a in alphas.items() if a != alpha},
-        **fields,
-    )
+    exact = "|".join(map(re.escape, sorted(ranks)))  # not the ends of longer paths
+    config = LoRAConfig.for_layers(ranks, alphas, **fields)
+    return dataclasses.replace(config, targets=exact)
 
 
 def _spelled(

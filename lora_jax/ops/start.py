@@ -1,4 +1,4 @@
-"""A and B that start from W0: PiSSA and OLoRA; and the orthogonal start.
+"""A and B that start from W0: PiSSA, OLoRA, LoRA-GA; and the orthogonal start.
 
 These methods start with ``A0 B0 ≠ 0`` and, in their papers, subtract ``scaling A0 B0``
 from W0, so that the layer starts as it was. Here W0 stays as it is and the update is
@@ -24,6 +24,8 @@ from lora_jax.ops.contraction import DENSE, Contraction, Shape
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.init import init_adapter
 from lora_jax.ops.low_rank import OVERSAMPLING, split_axes
+
+GAMMA = 16.0  # of LoRA-GA's paper and of PEFT
 
 
 def init_factors(
@@ -61,6 +63,9 @@ def init_factors(
             )
         return Factors(*orthogonal_factors(key, kernel.shape, rank, contraction))
     options: dict[str, Any] = {"contraction": contraction}
+    if init == "lora_ga":  # until `lora_ga_init` has seen data
+        a, b = init_adapter(key, kernel.shape, rank, **options)
+        return Factors(a, b, start_a=a, start_b=b)
     if init == "olora":
         a, b = olora_factors(kernel, rank, **options)
     elif init == "pissa":
@@ -69,7 +74,8 @@ def init_factors(
         given = (kernel, rank, key, int(found[1]))
         a, b = randomized_pissa_factors(*given, scaling=scaling, **options)
     else:
-        options |= {"init": init, "one_hot": one_hot}
+        drawn = "uniform" if init == "eva" else init  # until `eva_init` has seen data
+        options |= {"init": drawn, "one_hot": one_hot}
         return Factors(*init_adapter(key, kernel.shape, rank, **options))
     return Factors(a, b, start_a=a, start_b=b)
 
@@ -176,6 +182,43 @@ def olora_factors(
     q, r = jnp.linalg.qr(matrix.swapaxes(-1, -2))
     a, b = r[..., :rank, :].swapaxes(-1, -2), q[..., :rank].swapaxes(-1, -2)
     return _shaped(a, b, kernel.shape, rank, contraction)
+
+
+def gradient_factors(
+    gradient: AnyFloat,
+    rank: int,
+    *,
+    contraction: Contraction = DENSE,
+    gamma: float = GAMMA,
+) -> tuple[AnyFloat, AnyFloat]:
+    """Returns LoRA-GA's A and B, singular vectors of the gradient of W0.
+
+    ``G = U S Vᵀ``, ``A = c U[:, :r]``, ``B = c V[:, r:2r]ᵀ`` with
+    ``c = out^(1/4) / √γ``: the paper's stable scaling.
+
+    Args:
+      gradient: of the loss with respect to ``W0``, in its shape; only its direction
+        matters.
+      rank: ``r``, at most half the smaller side of the kernel.
+      contraction: the kernel's axes.
+      gamma: ``γ``, which makes A and B small beside W0.
+
+    Returns:
+      ``A`` ``[*batch, *in, r]`` and ``B`` ``[*batch, r, *out]``, float32.
+
+    Raises:
+      ValueError: if ``2 r`` exceeds the smaller side of the kernel.
+
+    References:
+      Wang, Yu and Li, https://arxiv.org/abs/2407.05000, equation 11 and section 3.4.
+      The authors' code scales A and B so; PEFT 0.21 leaves A and multiplies B by the
+      gradient's singular values too.
+    """
+    matrix = _matrices(gradient, 2 * rank, contraction)
+    u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    c = matrix.shape[-1] ** 0.25 / gamma**0.5
+    a, b = c * u[..., :rank], c * vt[..., rank : 2 * rank, :]
+    return _shaped(a, b, gradient.shape, rank, contraction)
 
 
 def orthogonal_factors(

@@ -24,6 +24,9 @@ def plain_config(config: LoRAConfig) -> LoRAConfig:
       ... # doctest: +ELLIPSIS
       LoRAConfig(rank=8, alpha=16...init='uniform'...)
     """
+    if not config.fixes_leaves:
+        return config
+    config = dataclasses.replace(config, lora_fa=False)
     if not config.starts_from_base:
         return config
     growth = _growth(config)
@@ -44,15 +47,14 @@ def plain_targets(targets: Sequence[Target], config: LoRAConfig) -> list[Target]
       targets: the adapted layers.
       config: that they were made with.
     """
-    if not config.starts_from_base:
-        return list(targets)
-    kept = (LORA_A, LORA_B, MAGNITUDE)
+    leaves = tuple(plain_config(config).leaves.items())
+    times, growth = (2, _growth(config)) if config.starts_from_base else (1, 1.0)
     return [
         dataclasses.replace(
             target,
-            rank=2 * target.rank,
-            alpha=_growth(config) * target.alpha,
-            leaves=tuple(pair for pair in target.leaves if pair[0] in kept),
+            rank=times * target.rank,
+            alpha=growth * target.alpha,
+            leaves=leaves,
         )
         for target in targets
     ]

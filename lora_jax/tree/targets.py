@@ -16,6 +16,12 @@ from lora_jax.tree.target import UnsupportedWeight as UnsupportedWeight
 from lora_jax.tree.target import as_target as as_target
 from lora_jax.tree.target import child as child
 
+_UNFIT_FOR_EMBEDDINGS = {
+    "init='orthogonal'": "its A would move tokens that never occur",
+    "init='lora_ga'": "the gradient of its table is of the tokens in a few batches",
+    "init='eva'": "its input is one-hot",
+    "lora_fa=True": "its A is zero at the start, and would stay so",
+}
 LINEAR_KINDS = ("dense", "einsum", "experts")  # what "all-linear" covers
 
 
@@ -69,6 +75,14 @@ def select_targets(
             for site in sites
             if not site.is_plain and _is_chosen(site, config)
         ]
+    faults += [
+        f"{field} can't adapt {site.path!r}, an embedding: {why}. Exclude it, or set "
+        "another method."
+        for field, why in _UNFIT_FOR_EMBEDDINGS.items()
+        if field in (f"init={config.init!r}", f"lora_fa={config.lora_fa}")
+        for site in sites
+        if site.kind == "embed" and _is_chosen(site, config)
+    ]
     chosen = [t for site in sites if (t := target_at(site, config)) is not None]
     if not chosen and not faults:
         faults.append(

@@ -30,7 +30,7 @@ def tiny(tmp_path, monkeypatch, model_dir):
     (folder / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
     rng = np.random.default_rng(0)
     rows = []
-    for i in range(70):
+    for i in range(99):
         words = [*rng.choice(PLAIN, rng.integers(3, 7)), (BAD, GOOD)[i % 2][i % 4]]
         rows.append({"text": " ".join(rng.permutation(words)), "label": i % 2})
     monkeypatch.setattr(fetch, "minilm", lambda: folder)
@@ -60,6 +60,13 @@ def test_cached_layers_change_nothing(tiny):
 
 
 FEW = {
+    "domains": {
+        "DOMAINS": ("movie", "nyt"),
+        "RATES": [1e-2],
+        "SEEDS": [0, 1],
+        "RULES": {"cat": {"method": "cat"}, "ties": {"method": "ties", "rank": 2}},
+        "WEIGHTS": (0.5, 1.0),
+    },
     "low_rank": {
         "RATES": [1e-2],
         "SEEDS": [0, 1],
@@ -74,7 +81,7 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     module = importlib.import_module(f"experiments.{name}.run")
     for constant, value in FEW[name].items():
         monkeypatch.setattr(module, constant, value)
-    quick = short.Size(1, 32, 16, 16, (3, 24))
+    quick = short.Size(1, 32, 16, 16, (3, 8))
     monkeypatch.setattr(module, "QUICK", quick)
     module.main(["--quick"])
     (results,) = (tiny.parent / "runs").glob("*/results")

@@ -11,16 +11,17 @@ from lora_jax.finetune.evaluation import evaluate_run
 from lora_jax.finetune.inspection import inspect
 from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.sweep_grid import expand
-from lora_jax.ops import start
+from lora_jax.nn import data_start
 from tests.finetune.test_run import adapter_of
 
-STEPS = ["train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
+QUICK = "train.baseline=false"
+STEPS = [QUICK, "train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
 
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pissa") / "run"
-    words = [f"output.dir={folder}", "lora.init=pissa", *STEPS]
+    folder = tmp_path_factory.mktemp("lora_ga") / "run"
+    words = [f"output.dir={folder}", "lora.init=lora_ga", *STEPS]
     return fine_tune(config, words)
 
 
@@ -29,13 +30,13 @@ def test_a_run_resumes_from_the_start_that_it_keeps(run, tmp_path, monkeypatch):
     shutil.copytree(run.path, again)
     (again / "summary.json").unlink()
     shutil.rmtree(again / "checkpoints" / "4")
-    svd = start.pissa_factors
+    svd = data_start.gradient_factors
 
     def elsewhere(*args, **kwargs):  # another machine's SVD, so to speak
         a, b = svd(*args, **kwargs)
         return -1.01 * a, -b
 
-    monkeypatch.setattr(start, "pissa_factors", elsewhere)
+    monkeypatch.setattr(data_start, "gradient_factors", elsewhere)
     resumed = fine_tune(run.path, [f"output.dir={again}"], resume=True)
     assert adapter_of(again) == adapter_of(run.path)
     assert resumed.summary["validation"] == run.summary["validation"]
@@ -59,5 +60,22 @@ def test_a_run_s_adapter_is_evaluated_loaded_and_inspected(run):
 
 
 def test_a_sweep_says_that_it_does_not_take_them(config):
-    with pytest.raises(UserError, match=r"lora.init = \['pissa'\] can't be swept"):
+    with pytest.raises(UserError, match="from W0 or from data, can't be swept"):
         expand(config, {"lora.init": ["pissa"], "train.seed": [0, 1]})
+
+
+def test_eva_s_ranks_are_those_of_the_run(config, tmp_path):
+    words = [f"output.dir={tmp_path}/run", "lora.init=eva", "train.max_steps=2"]
+    run = fine_tune(config, [*words, QUICK, "train.batch_size=8"])
+    loaded = run.load()
+    ranks = [target.rank for target in loaded.module.targets(loaded.params)]
+    given = run.settings.lora.rank
+    assert len(set(ranks)) > 1
+    assert max(ranks) <= 2 * given
+    shutil.copytree(run.path, tmp_path / "again")
+    (tmp_path / "again" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    fine_tune(run.path, [f"output.dir={tmp_path}/again"], resume=True)
+    assert adapter_of(tmp_path / "again") == adapter_of(run.path)
+    found = evaluate_run(*open_run(run.path))
+    assert found.metrics["accuracy"] == run.summary["test"]["accuracy"]

@@ -29,7 +29,10 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 LIMIT = 2e-4
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "pixel_values"),
+    "decoder_input_ids",
+)
 
 
 def reference(family: str) -> dict[str, np.ndarray]:
@@ -124,12 +127,15 @@ def read(target: pathlib.Path) -> tuple[float, str]:
         settings = json.loads((HERE / family / "config.json").read_text())
         cls = getattr(transformers, settings["architectures"][0])
         eager = {"attn_implementation": "eager"}
-        if set(settings) & {"num_experts", "num_local_experts"}:
+        text = settings.get("text_config") or {}
+        if {*settings, *text} & {"num_experts", "num_local_experts"}:
             eager["experts_implementation"] = "eager"  # the others refuse odd sizes
 
         def logits(model, batch=torch_batch):
             with torch.no_grad():
-                return model.eval()(**batch).logits.numpy()
+                found = model.eval()(**batch)
+            has_logits = "logits" in found
+            return (found.logits if has_logits else found.logits_per_image).numpy()
 
         errors = []
         for name in ("peft", "portable", "merged"):

@@ -10,8 +10,8 @@ LINEARS = r".*language_model\..*(_proj|in_proj_\w+|shared_expert_gate)"
 QWEN = {
     **DECODER,
     "head_dim": 12,
-    "num_hidden_layers": 3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 5,
     "linear_value_head_dim": 7,
@@ -21,6 +21,8 @@ QWEN = {
 }
 MOE = {
     **without(QWEN, "intermediate_size"),
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "num_experts": 5,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 7,
@@ -46,7 +48,7 @@ DENSE_HYBRIDS = {
         "Qwen3_5ForCausalLM",
         QWEN,
         (FULL_ROPE, OTHER_EPS),
-        kinds=("plain", "dora"),
+        kinds=("plain",),
         greedy=True,
     ),
     "qwen3_5": tower(

@@ -24,6 +24,14 @@ COMMON = {"r": 2, "lora_alpha": 3, "target_modules": MODULES}
 CASES = {
     "pissa": peft.LoraConfig(init_lora_weights="pissa", **COMMON),
     "olora": peft.LoraConfig(init_lora_weights="olora", use_rslora=True, **COMMON),
+    "lora_ga": peft.LoraConfig(
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(direction="ArB2r", scale="stable"),
+        **COMMON,
+    ),
+    "eva": peft.LoraConfig(
+        init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), **COMMON
+    ),
 }
 
 
@@ -54,7 +62,22 @@ def make(name: str) -> None:
     with np.load(HERE / "llama" / "reference.npz") as arrays:
         tokens = torch.tensor(arrays["input_ids"]).long()
     torch.manual_seed(0)
-    model = peft.get_peft_model(base(), CASES[name])
+    model = base()
+    if name == "lora_ga":
+
+        def step():
+            model(tokens, labels=tokens).loss.backward()
+
+        peft.tuners.lora.loraga.preprocess_loraga(model, CASES[name], step)
+    model = peft.get_peft_model(model, CASES[name])
+    if name == "eva":
+        mask = torch.ones_like(tokens)
+        batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+        peft.initialize_lora_eva_weights(model, [batch] * 4, show_progress_bar=False)
+        arrays = {f"start/{k}": v for k, v in factors_of(model).items()}
+        versions = f"peft {peft.__version__}, torch {torch.__version__}"
+        np.savez_compressed(TARGET / "eva.npz", versions=np.array(versions), **arrays)
+        return
     arrays = {f"start/{k}": v for k, v in factors_of(model).items()}
     start = TARGET / "start"
     model.peft_config["default"].init_lora_weights = True  # don't decompose again

@@ -6,18 +6,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax import LoRAConfig, export_adapter, load_model
+from lora_jax import (
+    LoRAConfig,
+    eva_init,
+    export_adapter,
+    load_model,
+    lora_ga_init,
+)
 from lora_jax.ops.merge import delta_kernel
 from lora_jax.tree.paths import flatten, unflatten
-from tests.interop.peft_cases import logits_of
+from tests.interop.peft_cases import logits_of, reference
 from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
 METHODS = GOLDEN / "methods"
 FILE = "adapter_model.safetensors"
 OURS = {"self_attn.q_proj": "attention/query", "mlp.down_proj": "mlp/down"}
-FIELDS = {"pissa": {}, "olora": {"rslora": True}}
-by_method = pytest.mark.parametrize("method", FIELDS)
+FIELDS = {"pissa": {}, "olora": {"rslora": True}, "lora_ga": {}, "eva": {}}
+by_method = pytest.mark.parametrize("method", ["pissa", "olora", "lora_ga"])
 
 
 def golden(method: str) -> dict[str, np.ndarray]:
@@ -44,7 +50,49 @@ def in_our_names(arrays, prefix: str, model) -> dict[str, np.ndarray]:
     return found
 
 
-@by_method
+def test_lora_ga_takes_the_directions_that_peft_does():
+    model, arrays = fresh("lora_ga"), golden("lora_ga")
+    tokens = jnp.asarray(reference("llama")["input_ids"])
+
+    def loss(variables, batch, rngs):
+        logits = jax.nn.log_softmax(model.module.apply(variables, batch, rngs=rngs))
+        picked = jnp.take_along_axis(logits[:, :-1], batch[:, 1:, None], axis=-1)
+        return -jnp.sum(picked), jnp.ones(()), {}
+
+    found = lora_ga_init(model.module, model.variables, loss, [tokens])
+    theirs, ours = in_our_names(arrays, "start", model), flatten(found["lora"])
+    assert theirs.keys() == ours.keys()
+    for path, leaf in ours.items():  # A [i, r] and B [r, o], B's outputs in heads
+        pair = [np.asarray(x, np.float64) for x in (leaf, theirs[path])]
+        rows = [x.T if path.endswith("a") else x.reshape(2, -1) for x in pair]
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+        np.testing.assert_allclose(abs(np.sum(unit[0] * unit[1], axis=1)), 1, atol=1e-5)
+
+
+def test_eva_finds_the_components_and_the_ranks_that_peft_does():
+    model, arrays = fresh("eva"), golden("eva")
+    tokens = jnp.asarray(reference("llama")["input_ids"])
+
+    def loss(variables, batch, rngs):
+        logits = model.module.apply(variables, batch, rngs=rngs)
+        return jnp.sum(logits), jnp.ones(()), {}
+
+    made, found = eva_init(model.module, model.variables, loss, [tokens])
+    ranks = {target.path: target.rank for target in made.targets(model.params)}
+    ours = flatten(found["lora"])
+    for name, theirs in arrays.items():
+        if ".lora_A." not in name:
+            continue
+        _, _, layer, *module, _, _, _ = name.split("/", 1)[1].split(".")
+        path = f"layer_{layer}/{OURS['.'.join(module)]}"
+        a = np.asarray(ours[f"{path}/lora_a"], np.float64)
+        assert ranks.pop(path) == len(theirs) == a.shape[-1]
+        # PEFT's are of an incremental, randomized SVD.
+        np.testing.assert_allclose(abs(np.sum(a.T * theirs, axis=1)), 1, atol=1e-4)
+    assert not ranks
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_start_is_peft_s(method):
     model, arrays = fresh(method), golden(method)
     theirs = in_our_names(arrays, "start", model)

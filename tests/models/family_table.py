@@ -80,7 +80,7 @@ Of a folder of sentence-transformers (`modules.json`), `lora-jax encode` follows
 pooling, the dense layers and the normalisation, and `--prompt` takes a prompt of it; so
 do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an
 encoder. Of CLIP and SigLIP it encodes lines of texts (`"embed"`) or of images
-(`"embed_image"`).
+(`"embed_image"`). `lora_jax.embedding_loss` trains them on pairs.
 
 """
 

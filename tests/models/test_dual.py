@@ -16,7 +16,7 @@ from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
 from lora_jax.models.save import save_model
-from lora_jax.train.losses import contrastive
+from lora_jax.train.embedding import embedding_loss
 from tests.models.golden import GOLDEN
 
 NAMES = ("clip", "siglip")
@@ -106,13 +106,14 @@ def test_both_encoders_are_adapted_and_learn_from_pairs():
     ids, mask = (jnp.asarray(golden[k][:2]) for k in ("input_ids", "attention_mask"))
     pixels = jnp.asarray(golden["pixel_values"])
 
+    pairs = embedding_loss(loaded.module, method=("embed_image", "embed"))
+    batch = {"queries": (pixels,), "keys": (ids, mask)}
+
     @jax.jit
     def gradients(lora, frozen):
         def loss(lora):
             variables = {"frozen": frozen, "lora": lora}
-            texts = loaded.module.apply(variables, ids, mask, method="embed")
-            images = loaded.module.apply(variables, pixels, method="embed_image")
-            total, weight = contrastive(images, texts)
+            total, weight, _ = pairs(variables, batch, {})
             return total / weight
 
         return jax.grad(loss)(lora)

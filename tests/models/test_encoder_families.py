@@ -23,6 +23,7 @@ from lora_jax.models.load import load_base
 from lora_jax.models.relative import relative_buckets
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
+from lora_jax.plan.flops import traced_flops
 from lora_jax.tree.fingerprint import fingerprint
 from tests.models.golden import GOLDEN
 
@@ -400,3 +401,17 @@ def test_biases_trained_beside_the_files_own_head_come_back(tmp_path):
     assert set(again.params["classifier"]) == {"kernel", "bias"}
     assert set(again.variables["params"]["classifier"]) == {"bias"}
     assert jax.tree.all(jax.tree.map(np.array_equal, again.variables, model.variables))
+
+
+def test_a_plan_counts_the_scores_of_distances_and_the_convolution():
+    loaded, (ids, mask) = load_base(GOLDEN / "deberta_conv"), arguments("deberta_conv")
+    traced = jax.make_jaxpr(loaded.module.apply)(loaded.variables, ids, mask)
+    (b, t), d, f, layers, span = ids.shape, 21, 28, 2, 4
+    rows = 2 * span  # 13 tokens are farther apart than the table's 4
+    block = b * t * (4 * d * d + 2 * d * f)  # linear layers
+    block += 2 * rows * d * d  # keys and queries of distances
+    block += 2 * b * t * t * d  # contents, and what is read
+    block += 2 * b * t * rows * d  # distances
+    conv = 3 * b * t * d * d // 3  # of 3 tokens, in 3 groups
+    head = b * (d * d + 4 * d)
+    assert traced_flops(traced.jaxpr) == 2 * (layers * block + conv + head)

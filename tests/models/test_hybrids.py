@@ -2,18 +2,22 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.export import export_adapter
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.generate import generate
 from lora_jax.models.load import load_base, param_shapes
 from lora_jax.models.save import save_model
+from lora_jax.models.stacking import can_scan, unscan
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
@@ -33,15 +37,36 @@ def model(name, **options):
 
 
 @functools.cache
-def logits_function(name):
-    return jax.jit(model(name).module.apply)
+def logits_function(name, **options):
+    return jax.jit(model(name, **options).module.apply)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_logits_are_those_of_transformers(name):
-    golden = read(name)
-    logits = logits_function(name)(model(name).variables, golden["input_ids"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in HYBRIDS), ("qwen3_5_text", {"scan_layers": True})],
+)
+def test_logits_are_those_of_transformers(name, options):
+    golden, loaded = read(name), model(name, **options)
+    assert ("layers" in loaded.params) == bool(options)
+    logits = logits_function(name, **options)(loaded.variables, golden["input_ids"])
     np.testing.assert_allclose(logits, golden["logits"], **TOLERANCE)
+
+
+def test_layers_are_scanned_by_what_repeats():
+    loaded, golden = model("qwen3_5_text", scan_layers=True), read("qwen3_5_text")
+    assert set(loaded.params["layers"]) == {"0_of_2", "1_of_2"}
+    assert (loaded.config.scan_period, model("lfm2").config.scan_period) == (2, None)
+    with pytest.raises(ValueError, match=r"differ in shape and don't repeat; got True"):
+        load_base(GOLDEN / "lfm2", scan_layers=True)
+    assert can_scan(LoRAConfig(targets=["qkv", "attention/query"]), loaded.config)
+    one = LoRAConfig(targets=["layer_2/delta_net/qkv"])
+    assert not can_scan(one, loaded.config)
+    prompts = [golden[f"prompt_{i}"].tolist() for i in range(2)]
+    greedy = [golden[f"greedy_{i}"].tolist() for i in range(2)]
+    found = generate(loaded.module, loaded.variables, prompts, max_new_tokens=8)
+    assert found == greedy
+    for path, leaf in flatten(unscan(loaded).params).items():
+        assert np.array_equal(leaf, flatten(model("qwen3_5_text").params)[path]), path
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -119,11 +144,12 @@ def test_packed_examples_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("qwen3_5_text", "block"), ("lfm2", "lora")]
+    ("name", "other", "options"),
+    [("qwen3_5_text", "block", {"scan_layers": True}), ("lfm2", "lora", {})],
 )
-def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name, other):
+def test_gradients_of_adapters_do_not_depend_on_what_is_kept(name, other, options):
     golden, found = read(name), {}
-    loaded = model(name)
+    loaded = model(name, **options)
     for remat in ("none", other):
         module = loaded.module.clone(remat=remat)
         adapted = adapt(module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
@@ -150,6 +176,59 @@ def test_a_saved_model_has_the_tensors_of_its_source(name, tmp_path):
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == wanted.keys()
     assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
+
+
+@pytest.fixture(scope="module")
+def as_on_the_hub(tmp_path_factory):
+    """The golden mixture with a layer's experts as one tensor, and an MTP layer."""
+    name = "qwen3_5_moe"
+    folder = shutil.copytree(GOLDEN / name, tmp_path_factory.mktemp("hub") / name)
+    tensors = load_file(folder / "model.safetensors")
+    layers = sorted({n.split(".experts.")[0] for n in tensors if ".experts." in n})
+    for layer in layers:
+        parts = {
+            part: np.stack(
+                [tensors.pop(f"{layer}.experts.{e}.{part}.weight") for e in range(5)]
+            )
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        both = [parts["gate_proj"], parts["up_proj"]]
+        tensors[f"{layer}.experts.gate_up_proj"] = np.concatenate(both, axis=1)
+        tensors[f"{layer}.experts.down_proj"] = parts["down_proj"]
+    tensors["mtp.fc.weight"] = np.ones((2, 3), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_experts_in_one_tensor_are_the_same_model(as_on_the_hub, tmp_path):
+    loaded = load_base(as_on_the_hub)
+    assert "mtp.fc.weight" in loaded.unused
+    wanted = flatten(model("qwen3_5_moe").params)
+    for path, leaf in flatten(loaded.params).items():
+        assert np.array_equal(leaf, wanted[path]), path
+    save_model(tmp_path / "out", loaded.params, loaded.path)
+    before = load_file(as_on_the_hub / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
+def test_a_portable_adapter_has_the_experts_as_vllm_takes_them(as_on_the_hub, tmp_path):
+    for folder in (as_on_the_hub, GOLDEN / "qwen3_5_moe"):
+        loaded = load_model(folder, GOLDEN / "qwen3_5_moe" / "peft_text")
+        out, config = tmp_path / folder.parent.name, loaded.module.config
+        export_adapter(out, loaded.variables, config, loaded, portable=True)
+        names = load_file(out / "adapter_model.safetensors")
+        layer = "base_model.model.model.language_model.layers.0"
+        assert f"{layer}.mlp.experts.base_layer.lora_A.weight" in names
+        assert f"{layer}.linear_attn.in_proj_qkv.lora_B.weight" in names
+        assert not any(".experts.0." in name for name in names)
+    again = load_model(folder, out)
+    found, wanted = (
+        flatten(m.module.merge(m.variables, check=False)) for m in (again, loaded)
+    )
+    for path, leaf in found.items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-5, atol=1e-6)
 
 
 def test_all_linear_covers_mixers_and_experts_and_no_score_of_an_expert():
@@ -249,7 +328,7 @@ def test_the_configs_of_real_checkpoints_give_their_sizes(name):
     [
         (
             "qwen3_5_text",
-            {"layer_types": ["linear_attention", "full_attention", "mamba"]},
+            {"layer_types": ["linear_attention", "full_attention"] + ["mamba"] * 2},
             r"layer_types must be of \('full_attention', 'linear_attention'\); got "
             r"\['mamba'\]",
         ),

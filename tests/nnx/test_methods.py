@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lora_jax import LoRAConfig
@@ -40,3 +41,9 @@ def test_pissa_starts_silent_merges_and_survives_files(tmp_path):
     (target,) = lora_targets(adapted)
     assert factors.rank == 2 * target.rank
     assert factors.scaling == target.scaling
+
+
+def test_lora_ga_is_not_for_nnx():
+    config = LoRAConfig(rank=2, init="lora_ga", targets=".*")
+    with pytest.raises(ValueError, match="must not be 'lora_ga' for an NNX model"):
+        adapt(nnx.Linear(5, 6, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))

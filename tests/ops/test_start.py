@@ -11,7 +11,7 @@ from lora_jax.ops.einsum import parse_equation
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.low_rank import as_matrices
 from lora_jax.ops.merge import add_delta, delta_kernel
-from lora_jax.ops.start import init_factors
+from lora_jax.ops.start import gradient_factors, init_factors
 from tests.laws import normal
 from tests.reference import assert_close
 
@@ -70,6 +70,19 @@ def test_olora_takes_the_first_rows_of_r_and_columns_of_q(name):
     np.testing.assert_allclose(gram - np.eye(RANK), 0, atol=1e-6)
 
 
+def test_lora_ga_takes_other_singular_vectors_for_b_than_for_a():
+    shape, contraction = KERNELS["groups"]
+    gradient, r = normal(shape, seed=5), 1
+    a, b = gradient_factors(gradient, r, contraction=contraction, gamma=9.0)
+    matrix = as_matrices(gradient, contraction)
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    c = matrix.shape[-1] ** 0.25 / 3
+    # Singular vectors have no sign of their own.
+    assert_close(abs(a.reshape(*matrix.shape[:-1], r)), abs(c * u[..., :1]))
+    b = b.reshape(*matrix.shape[:-2], r, -1)
+    assert_close(abs(b), abs(c * vt[..., 1:2, :]))
+
+
 def test_an_orthogonal_start_is_silent_with_a_and_b_drawn():
     _, factors, *_, product = start("groups", "orthogonal")
     np.testing.assert_allclose(product, 0, atol=1e-7)
@@ -96,6 +109,8 @@ def test_a_start_that_does_not_suit_the_layer_is_refused():
     key, kernel = jax.random.key(0), jnp.ones((4, 3))
     with pytest.raises(ValueError, match=r"rank must be from 1 to 3.*\(4, 3\).*got 4"):
         init_factors(key, kernel, 4, init="pissa")
+    with pytest.raises(ValueError, match=r"rank must be from 1 to 3.*got 4"):
+        gradient_factors(kernel, 2)
     with pytest.raises(ValueError, match=r"rank must be even.*got 3"):
         init_factors(key, kernel, 3, init="orthogonal")
     with pytest.raises(ValueError, match=r"for an embedding.*got 'orthogonal'"):

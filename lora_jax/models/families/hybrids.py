@@ -182,7 +182,9 @@ _SHARED_EXPERT = {
 _QWEN = {**SHARED, **PRE_NORMS, **DELTA_NET}
 _UNUSED = (r".*rotary_emb\.inv_freq", r"mtp\.")  # layers that predict more tokens
 QWEN3_5 = decoder_family(read_qwen3_5, _QWEN, unused=_UNUSED)
-QWEN3_5_MOE = mixture_family(read_qwen3_5_moe, _QWEN | _SHARED_EXPERT, unused=_UNUSED)
+QWEN3_5_MOE = mixture_family(
+    read_qwen3_5_moe, _QWEN | _SHARED_EXPERT, unused=_UNUSED, is_served_whole=True
+)
 LFM2 = decoder_family(
     read_lfm2,
     SHARED

@@ -68,7 +68,7 @@ def _read(
         "norm_eps": fields.number("layer_norm_epsilon", 1e-6),
         "num_buckets": fields.integer("relative_attention_num_buckets", 32),
         "max_distance": fields.integer("relative_attention_max_distance", 128),
-        "logit_scale": width**-0.5 if is_scaled else 1.0,
+        "logit_scale": max(width, 1) ** -0.5 if is_scaled else 1.0,
         "start_id": fields.integer(
             "decoder_start_token_id", fields.integer("pad_token_id", 0)
         ),
