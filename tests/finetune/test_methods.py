@@ -14,7 +14,8 @@ from lora_jax.finetune.sweep_grid import expand
 from lora_jax.nn import data_start
 from tests.finetune.test_run import adapter_of
 
-STEPS = ["train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
+QUICK = "train.baseline=false"
+STEPS = [QUICK, "train.max_steps=4", "train.eval_every=2", "train.batch_size=8"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_a_sweep_says_that_it_does_not_take_them(config):
 
 def test_eva_s_ranks_are_those_of_the_run(config, tmp_path):
     words = [f"output.dir={tmp_path}/run", "lora.init=eva", "train.max_steps=2"]
-    run = fine_tune(config, [*words, "train.batch_size=8"])
+    run = fine_tune(config, [*words, QUICK, "train.batch_size=8"])
     loaded = run.load()
     ranks = [target.rank for target in loaded.module.targets(loaded.params)]
     given = run.settings.lora.rank
