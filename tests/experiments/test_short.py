@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import fetch, short, trunk, vader
+from experiments.without_regret.report import optimum
 from lora_jax import load_model
 from lora_jax.files.safetensors import open_tensors, write_tensors
 from tests.cli.conftest import BAD, GOOD, PLAIN, compilation_cache, model_dir
@@ -73,6 +74,12 @@ FEW = {
         "RANKS": [1, 16],
         "BASE_RANKS": [16],
     },
+    "without_regret": {
+        "RATES": {"full": [1e-2], "lora": [1e-2]},
+        "SEEDS": [0],
+        "RANKS": [1, 8],
+        "ATTENTION_RANK": 4,
+    },
 }
 
 
@@ -98,6 +105,14 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     assert "CPU time" in first
     assert "CPU time" not in capsys.readouterr().out
     assert {p.name: p.read_text() for p in results.glob("*.md")} == tables
+
+
+def test_the_best_rate_lies_between_those_tried():
+    losses = {rate: [(np.log10(rate) + 2.4) ** 2] for rate in (1e-3, 3e-3, 1e-2)}
+    found = optimum(losses)
+    assert found.rate == 3e-3
+    assert found.fitted == pytest.approx(10**-2.4)
+    assert optimum({1e-3: [1.0], 1e-2: [2.0]}).fitted is None
 
 
 def test_the_lowest_mean_wins_and_a_diverged_run_never_does():
