@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             by_kind = {name.partition(":")[0]: name for name in fitting}
             largest = {kind: f"{kind}:{c.slices[-1]}" for kind, c in CHIPS.items()}
             found = (
-                by_kind.get(kind, "none" if (model, last) in tried else "not tried")
+                by_kind.get(kind, "none" if (model, last) in tried else "not found yet")
                 for kind, last in largest.items()
             )
             lines.append(f"| {model} | {' | '.join(found)} |")
