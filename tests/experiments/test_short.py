@@ -80,6 +80,7 @@ FEW = {
         "RANKS": [1, 8],
         "ATTENTION_RANK": 4,
     },
+    "methods": {"RATES": [1e-2], "SEEDS": [1, 2]},
 }
 
 
@@ -88,6 +89,9 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     module = importlib.import_module(f"experiments.{name}.run")
     for constant, value in FEW[name].items():
         monkeypatch.setattr(module, constant, value)
+    if name == "methods":
+        few = {k: module.CONTENDERS[k] for k in ("LoRA", "LoRA+")}
+        monkeypatch.setattr(module, "CONTENDERS", few)
     quick = short.Size(1, 32, 16, 16, (3, 8))
     monkeypatch.setattr(module, "QUICK", quick)
     module.main(["--quick"])
