@@ -94,12 +94,9 @@ def gated_delta_rule(
     writes, reads = beta[..., None] * v, (beta * of_state)[..., None] * k
     if size > 1:
         system = beta[..., None] * product("...ih,...jh->...ij", k, k) * faded
-        both = jax.scipy.linalg.solve_triangular(
-            jnp.tril(system, -1) + jnp.eye(size, dtype=dtype),
-            jnp.concatenate([writes, reads], axis=-1),
-            lower=True,
-            unit_diagonal=True,
-        )
+        inverse = _inverse(jnp.tril(system, -1))
+        both = jnp.concatenate([writes, reads], axis=-1)
+        both = product("...ij,...jh->...ih", inverse, both)
         writes, reads = jnp.split(both, [v.shape[-1]], axis=-1)
     scores = product("...ih,...jh->...ij", q, k) * faded
     if state is None:
@@ -158,6 +155,31 @@ def causal_conv(
             shifted = jnp.where((earlier == numbers)[..., None], shifted, 0)
         total = total + shifted.astype(total.dtype) * kernel[j].astype(total.dtype)
     return total.astype(x.dtype)
+
+
+@jax.checkpoint
+def _inverse(below: Float[Array, "*batch s s"]) -> Float[Array, "*batch s s"]:
+    """Returns ``(I + A)⁻¹`` for a strictly lower triangular ``A``.
+
+    Block by block, as substitution is::
+
+        [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [-Y⁻¹ C X⁻¹, Y⁻¹]]
+
+    from blocks of one number, whose inverses are 1, to the whole: all products of
+    matrices. Not LAPACK's solver: on a CPU, training steps that called it at times
+    never ended.
+    """
+    place = jnp.arange(below.shape[-1])
+    inverse = jnp.broadcast_to(jnp.eye(len(place), dtype=below.dtype), below.shape)
+    size = 1
+    while size < len(place):
+        block, pair = place // size, place // (2 * size)
+        is_corner = (pair[:, None] == pair) & (block[:, None] > block)  # C of each pair
+        corners = jnp.where(is_corner, below, 0)
+        corners = jnp.matmul(corners, inverse, precision=PRECISION)
+        inverse = inverse - jnp.matmul(inverse, corners, precision=PRECISION)
+        size *= 2
+    return inverse
 
 
 def with_past(
