@@ -70,12 +70,12 @@ class DeltaNetConfig(_Sizes):
           tokens: of a row.
 
         Returns:
-          ``2 n (C (3h + 2u) + 3 h u)``, less half of the triangular system's, with
-          chunks of ``C`` tokens.
+          ``2 n (C (3h + 2u) + 3 h u + 2 C² ⌈log2 C⌉)`` with chunks of ``C`` tokens;
+          the last is the system's inverse.
         """
         c, h, u = min(CHUNK, tokens), self.key_dim, self.value_dim
-        system = c * (h + u) / 2
-        return 2 * self.num_heads * (c * (2 * h + u) + system + 3 * h * u)
+        inverse = 2 * c * c * (c - 1).bit_length()
+        return 2 * self.num_heads * (c * (3 * h + 2 * u) + 3 * h * u + inverse)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,12 +92,12 @@ def adapt(
         raise TypeError(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
         )
+    found = find_layers(model, config, stack_axis)
     if config.init in ("lora_ga", "eva"):
         raise ValueError(
             f"init must not be {config.init!r} for an NNX model: it starts from data, "
             f"for Linen models only (`lora_jax.{config.init}_init`)."
         )
-    found = find_layers(model, config, stack_axis)
     targets = {target.path: target for target in select(found, config)}
     _check_ranks(targets)
     paths = [target.weight_path for target in targets.values()]

@@ -62,7 +62,7 @@ def _product(equation, rate, precision, x, factor, key):
 
 def _forward(equation, rate, precision, x, factor, key=None):
     # Not `factor_product`: forward-over-reverse differentiates this function.
-    key = None if key is None else key.value
+    key = jax.tree.map(lambda leaf: leaf.value, key)  # also of a `KeepKey`, or None
     y = _product(equation, rate, precision, x.value, factor.value, key)
     rows = x.value if factor.perturbed else None
     weights = factor.value if x.perturbed else None

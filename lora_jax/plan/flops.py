@@ -164,12 +164,6 @@ def traced_flops(jaxpr: Jaxpr) -> float:
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(out) * math.prod(kernel) / outputs
-        elif kind == "triangular_solve":
-            total += (
-                1.0
-                * math.prod(_shape(equation.outvars[0]))
-                * (_shape(equation.invars[0])[-1])
-            )
         elif kind in GROUPED:  # by rows, however a device computes it
             rows, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
             total += 2.0 * math.prod(rows) * out[-1]

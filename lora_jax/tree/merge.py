@@ -156,7 +156,7 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
 def _plain(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
     """Returns A, B and (with DoRA) m of the plain adapter, scanned axes first."""
     factors = target.plain(adapters)
-    return factors[: 3 if target.dora else 2]
+    return tuple(map(jnp.asarray, factors[: 3 if target.dora else 2]))
 
 
 def _options(target: Target) -> dict[str, Any]:

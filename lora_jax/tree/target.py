@@ -158,7 +158,7 @@ class Target(Site):
         """
         found = init_factors(
             path_key(key, self.path),
-            kernel,
+            jnp.asarray(kernel),
             self.rank,
             init=init,
             scaling=self.scaling,
