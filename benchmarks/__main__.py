@@ -21,6 +21,7 @@ COMPARISONS = (
     "lengths",
     "overhead",
     "generation",
+    "input",
     "startup",
     "huge_pages",
     "lora_vs_full",
@@ -28,6 +29,7 @@ COMPARISONS = (
     "perplexity",
     "slices",
     "sweep",
+    "bank",
     "plan_peak",
     "compiled",
 )
@@ -47,8 +49,8 @@ def main() -> None:
     parser.add_argument(
         "--target",
         action="append",
-        help="of 'compiled': a TPU slice or GPU to compile for, like v5e:2x2; may be "
-        "repeated",
+        help="of 'compiled' and 'slices': a TPU slice or GPU to compile for, like "
+        "v5e:2x2; may be repeated",
     )
     args = parser.parse_args()
     if args.names[:1] == ["compare"]:
@@ -57,8 +59,8 @@ def main() -> None:
         sys.exit(not compare.main(*map(Path, args.names[1:])))
     if unknown := sorted(set(args.names) - {*COMPARISONS, "report"}):
         parser.error(f"unknown benchmark {unknown}; use {COMPARISONS} or 'report'")
-    if args.target and args.names != ["compiled"]:
-        parser.error("--target is an option of 'compiled' alone")
+    if args.target and args.names not in (["compiled"], ["slices"]):
+        parser.error("--target is an option of 'compiled' and 'slices' alone")
     names = args.names or (QUICK if args.quick else ())
     if not names:
         for name in COMPARISONS:

@@ -3,10 +3,10 @@
 The contenders alternate, with the same sizes, batch, dtype, rank and targets, and Adam
 on the adapters. Those that aren't installed are skipped with a note. Our decoders have
 scanned blocks, as in `lora-jax train`, on both APIs of flax. qwix and plain autodiff
-run on this library's models, with its attention; nnx.LoRA on the same decoder written
-for NNX, PEFT on transformers' Llama and BERT, eager and compiled. The base is float32
-on a CPU, bfloat16 elsewhere. A lower bound for any step is included: only the base's
-matmuls, in the forward pass and for the input gradients.
+run on this library's models, with its attention; nnx.LoRA, and qwix again, on the same
+decoder written for NNX; PEFT on transformers' Llama and BERT, eager and compiled. The
+base is float32 on a CPU, bfloat16 elsewhere. A lower bound for any step is included:
+only the base's matmuls, in the forward pass and for the input gradients.
 """
 
 import functools
@@ -36,6 +36,8 @@ from benchmarks.rivals import (
     nnx_lora,
     plain,
     qwix_lora,
+    qwix_nnx,
+    qwix_nnx_layer,
     stepper,
 )
 from lora_jax import (
@@ -54,7 +56,7 @@ from lora_jax.models.encoder import SequenceClassifier
 CONFIG = specs.SMALL
 PEFT_LORA = {"r": RANK, "lora_alpha": ALPHA}
 OURS, FLOOR = "lora_jax", "no LoRA: the base's matmuls alone"
-ON_NNX = f"{OURS} on NNX"
+ON_NNX, QWIX_NNX = f"{OURS} on NNX", "qwix LoraProvider on NNX"
 Makers = dict[str, Callable[[], Contender]]
 
 
@@ -114,6 +116,7 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
             "full fine-tuning": lambda: _full_decoder(config, batch),
             ON_NNX: lambda: ours_on_nnx(config, batch),
             "flax nnx.LoRA": lambda: nnx_lora(config, task),
+            QWIX_NNX: lambda: qwix_nnx(config, task),
         }
     if not is_on_cpu():  # slicing W0 in a loop has a cost there
         makers[f"{OURS}, unrolled"] = lambda: lm_step(task.model, task.params, batch)
@@ -151,6 +154,7 @@ def _layers(spec: specs.DenseSpec) -> dict:
     makers = own(task) | {
         ON_NNX: lambda: our_nnx_layer(spec.width, task),
         "flax nnx.LoRA": lambda: nnx_layer(spec.width, task),
+        QWIX_NNX: lambda: qwix_nnx_layer(spec.width, task),
     }
     name = f"{spec.name}, {spec.tokens:,} tokens, alone"
     return _alternate(
@@ -204,6 +208,7 @@ def _alternate(
     """Adds the contenders that are installed, and times all of them."""
     missing = []
     if importlib.util.find_spec("qwix") is None:
+        makers.pop(QWIX_NNX, None)
         missing.append("qwix (not installed)")
     elif not quick:
         makers["qwix LoraProvider"] = lambda: qwix_lora(task)
@@ -235,20 +240,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += [
             f"{row['shape']}, rank {RANK} on all linears, {row['dtype']}:\n",
             "| contender | ms per step (quartiles) | lora_jax / it | temporaries | "
-            "trained |",
-            "|---|---|---|---|---|",
+            "GFLOPs of matmuls | trained |",
+            "|---|---|---|---|---|---|",
         ]
         digits = 0 if ours["median_ms"] >= 100 else 1 if ours["median_ms"] >= 10 else 2
         for name, found in row.items():
             if not isinstance(found, dict):
                 continue
             low, high = found["quartiles_ms"]
-            bytes_ = found["temp_bytes"]
+            bytes_, flops = found["temp_bytes"], found.get("matmul_flops")
             lines.append(
                 f"| {name} | {found['median_ms']:.{digits}f} "
                 f"({low:.{digits}f}–{high:.{digits}f}) | "
                 f"{ours['median_ms'] / found['median_ms']:.2f} | "
                 f"{f'{bytes_ / 1e6:,.0f} MB' if bytes_ else '–'} | "
+                f"{f'{flops / 1e9:,.1f}' if flops else '–'} | "
                 f"{found['trained']:,} |"
             )
         if row["missing"]:
@@ -321,7 +327,7 @@ def ours_on_nnx(config: DecoderConfig, batch: Any, **options: Any) -> Contender:
 
     @nnx.jit
     def make():
-        return NnxDecoder(config, None, dtype(), nnx.Rngs(0))
+        return NnxDecoder(config, None, dtype(), nnx.Rngs(0), is_scanned=True)
 
     lora = LoRAConfig(RANK, ALPHA, exclude=["head"])
     module, variables = lnnx.functional(lnnx.adapt(make(), lora, rngs=nnx.Rngs(1)))

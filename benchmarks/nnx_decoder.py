@@ -1,8 +1,9 @@
 """The decoder of `benchmarks.contenders` written for flax NNX.
 
-Written as an NNX user would, except that it uses this library's faster attention, and
-names what rematerialisation may keep. With ``rank`` its linears are in `nnx.LoRA`;
-without, they are plain, and `lora_jax.nnx.adapt` adapts the scanned blocks.
+Written as an NNX user would, except that it uses this library's faster attention and
+its norm, and names what rematerialisation may keep. With ``rank`` its linears are in
+`nnx.LoRA`; without, they are plain, for `lora_jax.nnx.adapt` (in scanned blocks) and
+for qwix.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from lora_jax.attention.causal import causal_attention
 from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_parts import unit_rms
 from lora_jax.names import LINEAR
 
 
@@ -28,6 +30,23 @@ def lora_linear(i: int, o: int, rank: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Lo
 def linear(i: int, o: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     """Makes an `nnx.Linear` ``[i, o]`` without bias."""
     return nnx.Linear(i, o, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class RMSNorm(nnx.Module):
+    """The norm of `lora_jax.models.decoder`.
+
+    `flax.nnx.RMSNorm` multiplies the scale by ``1 / √(mean(x²) + eps)`` first, an array
+    as large as ``x``.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the normalised ``x``."""
+        y = unit_rms(x.astype(jnp.float32), self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -49,10 +68,7 @@ class Block(nnx.Module):
                 else lora_linear(i, o, rank, dtype, rngs)
             )
             setattr(self, name, layer)
-        self.attention_norm, self.mlp_norm = (
-            nnx.RMSNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-            for _ in range(2)
-        )
+        self.attention_norm, self.mlp_norm = (RMSNorm(config, dtype) for _ in range(2))
         self.config = config
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -78,17 +94,23 @@ class NnxDecoder(nnx.Module):
     """Token ids ``[b, t]`` to logits ``[b, t, v]``."""
 
     def __init__(
-        self, config: DecoderConfig, rank: int | None, dtype: Any, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        rank: int | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        is_scanned: bool = False,
     ):
         v, d, n = config.vocab_size, config.hidden_size, config.num_layers
         kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(v, d, **kinds)
-        if rank is None:
-            make = nnx.vmap(lambda rngs: Block(config, None, dtype, rngs))
+        if is_scanned:
+            make = nnx.vmap(lambda rngs: Block(config, rank, dtype, rngs))
             self.blocks = nnx.split_rngs(splits=n)(make)(rngs)
         else:
             self.blocks = nnx.List([Block(config, rank, dtype, rngs) for _ in range(n)])
-        self.norm = nnx.RMSNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config, dtype)
         self.head = nnx.Linear(d, v, use_bias=False, **kinds)
         self.config = config
 

@@ -29,5 +29,5 @@ run() { # limit in seconds, name, command
 run 200 contenders "$python" -m benchmarks contenders
 run 90 lengths "$python" -m benchmarks lengths --quick
 run 50 generation "$python" -m benchmarks generation
-run 80 tests "$python" -m pytest -n 4 -q -m "not slow" tests/ops tests/nn tests/attention
-run 50 train "$python" -m pytest -n 0 -q tests/cli/test_train.py -k "not slow"
+run 70 tests "$python" -m pytest -n 4 -q -m "not slow" tests/ops tests/nn tests/attention
+run 60 round "$python" -m pytest -n 0 -q tests/test_readme.py -k bring_your_own # train, generate

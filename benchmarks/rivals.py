@@ -4,17 +4,19 @@ Plain autodiff, qwix and nnx.LoRA; and the base's matmuls alone, as a lower boun
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from benchmarks.harness import Contender, is_on_cpu, measured
 from lora_jax import LoRAConfig, adapt, count
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.plan.flops import traced_flops
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -43,18 +45,26 @@ def dtype() -> Any:
 
 def stepper(step: Any, state: Any, *rest: Any, **facts: Any) -> Contender:
     """Makes a contender from a jitted ``(state, ...) -> (state, loss)``."""
-    lowered, holder = step.lower(state, *rest), [state]
+    holder = [state]
 
     def run() -> Any:
         holder[0], loss = step(holder[0], *rest)
         return loss
 
-    return measured(lowered, run, **facts)
+    return _traced(step.trace(state, *rest), run, **facts)
 
 
 def repeater(run: Any, *args: Any, **facts: Any) -> Contender:
     """Makes a contender from a jitted function without state."""
-    return measured(run.lower(*args), lambda: run(*args), **facts)
+    return _traced(run.trace(*args), lambda: run(*args), **facts)
+
+
+def _traced(traced: jax.stages.Traced, run: Callable[[], Any], **facts: Any) -> Any:
+    """Records the FLOPs of matmuls that are needed: XLA counts a loop's body once."""
+    jaxpr = traced.jaxpr.jaxpr
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    flops = traced_flops(needed)
+    return measured(traced.lower(), run, matmul_flops=flops, **facts)
 
 
 def _by_autodiff(
@@ -208,6 +218,36 @@ def nnx_layer(width: int, task: Task) -> Contender:
     from benchmarks.nnx_decoder import lora_linear
 
     return _split_nnx(lora_linear(width, width, RANK, dtype(), nnx.Rngs(0)), task)
+
+
+def qwix_nnx(config: DecoderConfig, task: Task) -> Contender:
+    """qwix's `LoraProvider` on the decoder written for NNX."""
+    from flax import nnx
+
+    from benchmarks.nnx_decoder import NnxDecoder
+
+    model = NnxDecoder(config, None, dtype(), nnx.Rngs(0))
+    return _split_nnx(_with_qwix(model, _linears(task.params), task), task)
+
+
+def qwix_nnx_layer(width: int, task: Task) -> Contender:
+    """qwix's `LoraProvider` on one NNX linear."""
+    from flax import nnx
+
+    from benchmarks.nnx_decoder import linear
+
+    layer = linear(width, width, dtype(), nnx.Rngs(0))
+    return _split_nnx(_with_qwix(layer, [""], task), task)
+
+
+def _with_qwix(model: Any, names: Sequence[str], task: Task) -> Any:
+    import qwix
+    from flax import nnx
+
+    path = f".*({'|'.join(names)})"
+    rule = qwix.LoraRule(module_path=path, rank=RANK, alpha=ALPHA)
+    provider = qwix.LoraProvider([rule])
+    return qwix.apply_lora_to_model(model, provider, *task.inputs, rngs=nnx.Rngs(1))
 
 
 def _split_nnx(model: Any, task: Task) -> Contender:

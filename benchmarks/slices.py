@@ -15,6 +15,7 @@ import json
 import os
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ MODELS = {  # name: source of its config.json
     "llama-3.1-70b": "huggingface.co/meta-llama/Llama-3.1-70B",
     "qwen3-32b": "huggingface.co/Qwen/Qwen3-32B",
     "gemma-3-27b": "huggingface.co/google/gemma-3-27b-pt, its text_config",
+    "qwen3-30b-a3b": "huggingface.co/Qwen/Qwen3-30B-A3B",
+    "gpt-oss-20b": "huggingface.co/openai/gpt-oss-20b, in bfloat16",
+    "qwen3.6-35b-a3b": "huggingface.co/Qwen/Qwen3.6-35B-A3B, its text_config",
 }
 FOLDER = Path(__file__).parent / "models"
 DONE = RESULTS / "slices.jsonl"
@@ -34,14 +38,15 @@ NAMED = ("llama-3.1-8b", "v5e:4x4")  # always compiled
 GIB = 2**30
 
 
-def main(quick: bool) -> list[dict[str, Any]]:
+def main(quick: bool, targets: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Plans all models on all chips.
 
     Args:
       quick: only the smallest model on the slice of `NAMED`.
+      targets: plan only these slices, of every model that has no smaller one.
 
     Returns:
-      One row per slice tried.
+      One row per slice tried, in previous runs too.
     """
     from lora_jax.plan.fit import first_fitting
     from lora_jax.plan.slices import CHIPS
@@ -49,6 +54,16 @@ def main(quick: bool) -> list[dict[str, Any]]:
     rows = [price(*NAMED)]
     if quick:
         return rows
+    if targets:
+        for model in MODELS:
+            for name in targets:
+                kind = name.partition(":")[0]
+                tried = [row for row in _done() if row["model"] == model]
+                if not any(r["fits"] and r["topology"].startswith(kind) for r in tried):
+                    price(model, name)
+        order = list(MODELS)
+        found = sorted(_done(), key=lambda row: order.index(row["model"]))
+        return rows + [row for row in found if row not in rows]
     for model in MODELS:
         for kind, chip in CHIPS.items():
             _, tried = first_fitting(
@@ -74,15 +89,8 @@ def price(model: str, topology: str) -> dict[str, Any]:
     Returns:
       The row, as in `DONE`.
     """
-    asked = {
-        "model": model,
-        "topology": topology,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "libtpu")
-        },
-    }
-    for line in DONE.read_text().splitlines() if DONE.exists() else ():
-        row = json.loads(line)
+    asked = {"model": model, "topology": topology, "versions": _versions()}
+    for row in _done():
         if asked.items() <= row.items():
             return row
     row = {**asked, **_plan(model, topology)}
@@ -93,6 +101,17 @@ def price(model: str, topology: str) -> dict[str, Any]:
     return row
 
 
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def _done() -> list[dict[str, Any]]:
+    """Returns the results of previous runs with these versions."""
+    lines = DONE.read_text().splitlines() if DONE.exists() else ()
+    rows = map(json.loads, lines)
+    return [row for row in rows if row["versions"] == _versions()]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
@@ -101,16 +120,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
     ]
+    from lora_jax.plan.slices import CHIPS
+
     smallest: dict[str, list[str]] = {}
     for row in rows:
         if row["fits"] and (row["model"], row["topology"]) != NAMED:
             smallest.setdefault(row["model"], []).append(row["topology"])
+    tried = {(row["model"], row["topology"]) for row in rows}
     if smallest:
         lines += ["", "Smallest slices that fit:", ""]
         lines += ["| model | v5e | v5p | v6e |", "|---|---|---|---|"]
         for model, fitting in smallest.items():
             by_kind = {name.partition(":")[0]: name for name in fitting}
-            found = (by_kind.get(kind, "none") for kind in ("v5e", "v5p", "v6e"))
+            largest = {kind: f"{kind}:{c.slices[-1]}" for kind, c in CHIPS.items()}
+            found = (
+                by_kind.get(kind, "none" if (model, last) in tried else "not found yet")
+                for kind, last in largest.items()
+            )
             lines.append(f"| {model} | {' | '.join(found)} |")
     return "\n".join(lines)
 
@@ -142,7 +168,7 @@ def _plan(model: str, topology: str) -> dict[str, Any]:
     config = FAMILIES[settings["model_type"]].read_config(settings)
     mesh = make_mesh(data=1, fsdp=-1, devices=open_slice(topology))
     steps = DecoderSteps(
-        Decoder(config, dtype=jnp.bfloat16, scan_layers=True, remat=REMAT),
+        Decoder(config, dtype=jnp.bfloat16, scan_layers=config.is_uniform, remat=REMAT),
         LoRAConfig(rank=RANK, alpha=ALPHA),
         TOKENS,
         make_sharding(mesh),

@@ -30,6 +30,8 @@ from .nn.merge import twin_targets as twin_targets
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
 from .nn.adapt import find_targets as find_targets
+from .nn.data_start import lora_ga_init as lora_ga_init
+from .nn.eva import eva_init as eva_init
 from .nn.bank import AdapterBank as AdapterBank
 from .nn.layer_rules import register_layer as register_layer
 from .tree.targets import Target as Target
@@ -48,9 +50,11 @@ from .train.step import make_eval_step as make_eval_step
 from .train.step import make_train_step as make_train_step
 
 # Losses.
+from .train.balance import balance_loss as balance_loss
 from .train.causal_lm import causal_lm as causal_lm
 from .train.causal_lm import make_lm_loss as make_lm_loss
 from .train.classification import classification_loss as classification_loss
+from .train.embedding import embedding_loss as embedding_loss
 from .train.losses import contrastive as contrastive
 from .train.losses import softmax_cross_entropy as softmax_cross_entropy
 from .train.losses import squared_error as squared_error

@@ -7,7 +7,7 @@ Letters (LoRA's own A and B are upper case)::
     l layers   e experts        m adapters           *b any leading dimensions
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
@@ -27,5 +27,20 @@ AnyFloat = Float[Array, "..."]
 AnyArray = Num[Array, "..."]
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
 Scalar = Float[Array, ""]
+
+
+class KeepKey(NamedTuple):
+    """A key for dropout, with a rate that may be traced.
+
+    Attributes:
+      key: a PRNG key.
+      keep: probability of keeping an element, 1 minus the rate.
+    """
+
+    key: PRNGKey
+    keep: Scalar
+
+
+DropoutKey = PRNGKey | KeepKey
 
 PyTree = Any

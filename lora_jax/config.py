@@ -6,17 +6,18 @@ alpha and scaling. Nothing else in the library decides this.
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lora_jax.config_errors import LEAST as LEAST
+from lora_jax.config_errors import MAX_RANK as MAX_RANK
+from lora_jax.config_errors import MOST as MOST
+from lora_jax.config_errors import find_errors, report, unknown_fields
+from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, MAGNITUDE, START_A, START_B
+
 ALL_LINEAR = "all-linear"
-INITS = ("uniform", "gaussian")
-MAX_RANK = 1 << 20
-LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30
-BIASES = ("none", "lora_only", "all")
 
 Patterns = str | Sequence[str]
 PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]
@@ -48,8 +49,15 @@ class LoRAConfig:
       dropout_rate: probability of zeroing an element of the adapter's input.
       rslora: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
-      init: distribution of A: ``"uniform"`` is U(±1/√fan_in), ``"gaussian"`` is
-        N(0, 1/rank²). B is zero (for an embedding A is zero, and B is drawn).
+      lora_fa: train B alone; A stays as it was drawn, and the layer's input needn't be
+        kept for the backward pass.
+      init: A and B at the start. ``"uniform"``: A is U(±1/√fan_in); ``"gaussian"``:
+        N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
+        ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
+        ``"pissa_niter_4"`` (randomized, 4 iterations) and ``"olora"``: factors of W0,
+        see `lora_jax.ops.start`; what is trained is ``A B - A0 B0``. ``"lora_ga"``:
+        likewise, of its first gradient, for which `lora_ga_init` needs data.
+        ``"eva"``: A from the inputs of the layers, and ranks too, by `eva_init`.
       train: layers or leaves of the base that are trained in full, in the ``params``
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
@@ -67,7 +75,8 @@ class LoRAConfig:
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, sections 4.1 and 4.2;
       rsLoRA: Kalajdzievski, https://arxiv.org/abs/2312.03732, section 4;
-      DoRA: Liu et al., https://arxiv.org/abs/2402.09353, section 4.
+      DoRA: Liu et al., https://arxiv.org/abs/2402.09353, section 4; the methods:
+      ``lora_jax/ops/README.md``.
     """
 
     rank: int = 8
@@ -80,7 +89,8 @@ class LoRAConfig:
     dropout_rate: float = 0.0
     rslora: bool = False
     dora: bool = False
-    init: Literal["uniform", "gaussian"] = "uniform"
+    lora_fa: bool = False
+    init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
 
@@ -88,7 +98,7 @@ class LoRAConfig:
         """Rejects unknown fields, translating PEFT's names in the error."""
         del args
         if unknown := [name for name in fields if name not in cls.__dataclass_fields__]:
-            raise TypeError(_unknown_fields(unknown, cls.__dataclass_fields__))
+            raise TypeError(unknown_fields(unknown, cls.__dataclass_fields__))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -107,11 +117,11 @@ class LoRAConfig:
                     f"got {value!r}."
                 )
             object.__setattr__(self, name, tuple((k, v) for k, v in pairs))
-        type_errors, value_errors = _errors(self)
+        type_errors, value_errors = find_errors(self)
         if type_errors:
-            raise TypeError(_report(type_errors + value_errors))
+            raise TypeError(report(type_errors + value_errors))
         if value_errors:
-            raise ValueError(_report(value_errors))
+            raise ValueError(report(value_errors))
 
     @classmethod
     def for_layers(
@@ -150,6 +160,26 @@ class LoRAConfig:
         """Returns the factor of ``A B``: ``alpha / rank`` or ``alpha / √rank``."""
         rank = self.rank_for(path)
         return self.alpha_for(path) / (rank**0.5 if self.rslora else rank)
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether A and B start from factors of W0, so that ``A0 B0`` is subtracted."""
+        return self.init.startswith("pissa") or self.init in ("olora", "lora_ga")
+
+    @property
+    def leaves(self) -> dict[str, str]:
+        """The names of an adapter's leaves, and the collection of each."""
+        found = {LORA_A: FIXED if self.lora_fa else LORA, LORA_B: LORA}
+        if self.dora:
+            found[MAGNITUDE] = LORA
+        if self.starts_from_base:
+            found |= {START_A: FIXED, START_B: FIXED}
+        return found
+
+    @property
+    def fixes_leaves(self) -> bool:
+        """Whether an adapter has leaves that aren't trained."""
+        return FIXED in self.leaves.values()
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -224,7 +254,7 @@ class LoRAConfig:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(fields) - set(known)):
-            raise ValueError(_unknown_fields(unknown, known))
+            raise ValueError(unknown_fields(unknown, known))
         return cls(**fields)
 
 
@@ -254,136 +284,3 @@ def _first_match(pattern: PatternValues, path: str, default: Any) -> Any:
         if re.match(rf"(.*/)?({key})$", path):
             return value
     return default
-
-
-_PEFT_NAMES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout_rate",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "layers_to_transform": "layers",
-    "modules_to_save": "train",
-    "use_rslora": "rslora",
-    "use_dora": "dora",
-    "init_lora_weights": "init",
-}
-
-
-def _unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
-    hints = [f"{n} is {_PEFT_NAMES[n]} here" for n in unknown if n in _PEFT_NAMES]
-    return (
-        f"LoRAConfig has no field {', '.join(unknown)}; its fields are "
-        f"{', '.join(known)}.{' ' * bool(hints)}{'; '.join(hints)}" + "." * bool(hints)
-    )
-
-
-def _report(errors: list[str]) -> str:
-    return "LoRAConfig: " + "; ".join(errors) + "."
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"  # repr has a limit
-    return repr(value)[:200]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _errors(config: LoRAConfig) -> tuple[list[str], list[str]]:
-    """Returns the type errors and the value errors, in field order."""
-    types: list[str] = []
-    values: list[str] = []
-
-    def check(name: str, value: Any, is_type, kind: str, is_valid, wanted: str) -> None:
-        if not is_type(value):
-            types.append(f"{name} must be {kind}; got {_short(value)}")
-        elif not is_valid(value):
-            values.append(f"{name} must be {wanted}; got {_short(value)}")
-
-    def check_rank(name: str, value: Any) -> None:
-        def in_range(r: int) -> bool:
-            return 1 <= r <= MAX_RANK
-
-        is_low = _is_int(value) and value < 1
-        wanted = "at least 1" if is_low else f"at most {MAX_RANK}"
-        check(name, value, _is_int, "an integer", in_range, wanted)
-
-    def check_alpha(name: str, value: Any) -> None:
-        def in_range(a: float) -> bool:
-            return LEAST <= a <= MOST
-
-        is_extreme = _is_number(value) and 0 < value < math.inf
-        wanted = f"from {LEAST:g} to {MOST:g}" if is_extreme else "above 0"
-        check(name, value, _is_number, "a number", in_range, wanted)
-
-    check_rank("rank", config.rank)
-    check_alpha("alpha", config.alpha)
-    for name in ("targets", "exclude", "train"):
-        value = getattr(config, name)
-        if isinstance(value, str):
-            if value != ALL_LINEAR or name != "targets":
-                values.extend(_regex_error(name, value))
-            if value == "":
-                values.append(f"{name} must not be the empty string")
-        elif not (isinstance(value, tuple) and all(isinstance(p, str) for p in value)):
-            types.append(f"{name} must be a string or a list of strings; got {value!r}")
-        elif any(p == "" for p in value):
-            values.append(
-                f"{name} must not contain the empty string; got {list(value)}"
-            )
-    if config.targets == ():
-        values.append("targets must name at least one layer; got an empty list")
-    checks = {"rank_pattern": check_rank, "alpha_pattern": check_alpha}
-    for name, check_value in checks.items():
-        keys = [key for key, _ in getattr(config, name)]
-        values.extend(
-            f"{name} must name each pattern once; got {key!r} again"
-            for key in sorted({str(key) for key in keys if keys.count(key) > 1})
-        )
-        for key, value in getattr(config, name):
-            values.extend(_regex_error(name, key))
-            check_value(f"{name}[{key!r}]", value)
-    if config.layers is not None and not (
-        isinstance(config.layers, tuple) and all(map(_is_int, config.layers))
-    ):
-        types.append(f"layers must be a list of integers; got {config.layers!r}")
-    elif config.layers is not None and (
-        not config.layers or any(index < 0 for index in config.layers)
-    ):
-        values.append(
-            "layers must be a non-empty list of non-negative indices; got "
-            f"{list(config.layers)}"
-        )
-
-    def in_unit(rate: float) -> bool:
-        return 0.0 <= rate <= 1.0
-
-    rate = config.dropout_rate
-    check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
-    for name in ("rslora", "dora"):
-        if not isinstance(getattr(config, name), bool):
-            got = getattr(config, name)
-            types.append(f"{name} must be true or false; got {got!r}")
-    for name, choices in (("init", INITS), ("bias", BIASES)):
-        if getattr(config, name) not in choices:
-            values.append(
-                f"{name} must be one of {choices}; got {getattr(config, name)!r}"
-            )
-    return types, values
-
-
-def _regex_error(name: str, pattern: Any) -> list[str]:
-    if not isinstance(pattern, str):
-        return [f"{name} must have strings as patterns; got {pattern!r}"]
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{name} is not a regular expression: {pattern!r} ({error})"]
-    return []

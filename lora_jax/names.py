@@ -5,17 +5,23 @@ This library keeps its variables in three collections::
     {"frozen": W0 (every base weight),
      "lora":   lora_a, lora_b (and DoRA's magnitude), at the paths of the kernels,
      "params": ordinary parameters trained in full (a new head, say)}
+
+Some methods add a fourth, ``"fixed"``: leaves of the adapter that aren't trained.
 """
 
 FROZEN = "frozen"
 LORA = "lora"
 PARAMS = "params"
+FIXED = "fixed"
 TRAINABLE = (LORA, PARAMS)
+ADAPTER = (LORA, FIXED)  # an adapter's leaves
+SAVED = (LORA, PARAMS, FIXED)  # what a file of an adapter holds
 
 LORA_A = "lora_a"
 LORA_B = "lora_b"
 MAGNITUDE = "magnitude"
-ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
+START_A, START_B = "start_a", "start_b"  # A and B where training starts from W0
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B)
 
 KERNEL = "kernel"
 BIAS = "bias"
@@ -28,6 +34,7 @@ HEAD = "head"  # a decoder's output head
 LM_HEAD = "lm_head"  # Hugging Face's name for it
 LAYERS = "layers"  # a decoder's scanned blocks: leaves have a leading layer axis
 EXPERTS, ROUTER = "experts", "router"  # of a mixture, inside its MLP
+ROUTED = "routed"  # the collection of a router's scores, kept only where asked for
 CLASSIFIER = "classifier"  # an encoder's head
 POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 
@@ -38,7 +45,10 @@ EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
 
 MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
 
+OWNER = "adapter"  # of a line of data, and of a batch: whose example it is
+
 DROPOUT = "dropout"  # the PRNG stream for adapter dropout
+KEEP = "dropout_keep"  # beside A: the layer's own 1 - dropout_rate, where it is traced
 
 # Checkpoint names (`jax.ad_checkpoint.checkpoint_name`) for rematerialisation policies.
 X_A = "x_a"  # x A, of rank width

@@ -170,7 +170,14 @@ def test_unknown_fields_are_all_named():
         (
             {"init": "zeros"},
             ValueError,
-            r"one of \('uniform', 'gaussian'\); got 'zeros'",
+            "one of .*'pissa', 'olora'.*, or pissa_niter_N; got 'zeros'",
+        ),
+        ({"init": 3}, ValueError, "init must be one of .*; got 3"),
+        ({"init": "pissa_niter_x"}, ValueError, "got 'pissa_niter_x'"),
+        (
+            {"init": "orthogonal", "rank": 4, "rank_pattern": {"q": 3}},
+            ValueError,
+            "rank must be even for init='orthogonal', which splits it in two; got 3",
         ),
         (
             {"bias": True},

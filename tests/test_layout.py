@@ -20,7 +20,8 @@ BASE = {"names", "array_types", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "names": set(),
     "array_types": set(),
-    "config": set(),
+    "config_errors": set(),
+    "config": {"names", "config_errors"},
     "ops": {"names", "array_types"},
     "tree": BASE | {"ops"},
     "parallel": BASE | {"ops", "tree"},
@@ -44,6 +45,7 @@ OPTIONAL = (
 FOREIGN = {
     "names": set(),
     "array_types": {"jaxtyping"},
+    "config_errors": set(),
     "config": set(),
     "ops": {"jax", "numpy", "jaxtyping"},
     "attention": {"jax", "numpy", "jaxtyping"},

@@ -262,14 +262,11 @@ def _mask(
 ) -> Array | None:
     """Returns the mask ``[b or 1, t or 1, s]``, True = visible, or None if all are."""
     masks = []
+    distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)
     if options.is_causal:
-        distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)
         masks.append((distance >= 0)[None])
-        windows = [w for w in (options.window, mask_inputs.window) if w is not None]
-        masks += [(distance < window)[None] for window in windows]
-    elif options.window is not None:
-        distance = jnp.arange(*queries)[:, None] - jnp.arange(*keys)
-        masks.append((jnp.abs(distance) < options.window)[None])
+    windows = [w for w in (options.window, mask_inputs.window) if w is not None]
+    masks += [(jnp.abs(distance) < window)[None] for window in windows]
     if mask_inputs.segment_ids is not None:
         of_queries = mask_inputs.segment_ids[:, slice(*queries), None]
         masks.append(of_queries == mask_inputs.segment_ids[:, None, slice(*keys)])

@@ -22,9 +22,10 @@ def attention(
     bias: AnyFloat | None = None,
     mask: jax.Array | None = None,
     is_causal: bool = False,
+    scale: float | None = None,
     implementation: Implementation = None,
 ) -> AnyFloat:
-    """Computes ``softmax(query keyᵀ / √h + bias) value`` for each head.
+    """Computes ``softmax(scale * query keyᵀ + bias) value`` for each head.
 
     `jax.nn.dot_product_attention` with any number of batch dimensions. Query head ``j``
     attends to key head ``j // (n / k)``. The softmax is in float32. A query whose keys
@@ -38,6 +39,7 @@ def attention(
       mask: true where a query may attend, broadcastable to ``[*b, n, t, s]`` with all
         its axes; a padding mask ``[b, s]`` is passed as ``mask[:, None, None, :]``.
       is_causal: whether query ``t`` attends to keys ``0 ... t`` only.
+      scale: factor of the scores; ``1 / √h`` if None.
       implementation: ``"xla"``, ``"cudnn"``, or None for `choose_implementation`.
 
     Returns:
@@ -78,6 +80,7 @@ def attention(
         bias=flat(bias),
         mask=None if mask is None else flat(mask.astype(bool)),
         is_causal=is_causal,
+        scale=scale,
         implementation=implementation,
     )
     return y.reshape(query.shape)

@@ -8,9 +8,9 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.lines import Group
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.names import OWNER
 from lora_jax.tree.paths import nearest
 
-FIELD = "adapter"  # of a line
 Check = Callable[[dict[str, Any]], str]
 
 
@@ -36,20 +36,20 @@ def parse_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
 
 
 def with_adapter(check: Check, adapters: str | Mapping[str, str] | None) -> Check:
-    """Extends the check of a line by its field `FIELD`, which names an adapter."""
+    """Extends the check of a line by its field `OWNER`, which names an adapter."""
 
     def check_both(record: dict[str, Any]) -> str:
-        if FIELD not in record:
+        if OWNER not in record:
             return check(record)
-        name = record[FIELD]
+        name = record[OWNER]
         if not isinstance(adapters, Mapping):
-            return f"{FIELD!r} needs named adapters, --adapter NAME=DIR; got {name!r}"
+            return f"{OWNER!r} needs named adapters, --adapter NAME=DIR; got {name!r}"
         if name is not None and (not isinstance(name, str) or name not in adapters):
             hint = nearest(str(name), list(adapters))
             known = f"{', '.join(adapters)}, or null for the base"
             meant = f". Did you mean {hint}?" if hint else ""
-            return f"{FIELD!r} must be one of {known}; got {name!r}{meant}"[:300]
-        return check({key: record[key] for key in record if key != FIELD})
+            return f"{OWNER!r} must be one of {known}; got {name!r}{meant}"[:300]
+        return check({key: record[key] for key in record if key != OWNER})
 
     return check_both
 
@@ -66,7 +66,7 @@ def load_lines(
     Args:
       model: as `--model`.
       adapters: as `parse_adapters` returned them.
-      records: the lines; they lose their `FIELD`.
+      records: the lines; they lose their `OWNER`.
       load_one: loads a model with one adapter or none.
       **options: of ``load_one``.
 
@@ -75,7 +75,7 @@ def load_lines(
       all lines are the model's own. The variables have the same shapes for all, so
       they share a compilation.
     """
-    names = [record.pop(FIELD, None) for record in records]
+    names = [record.pop(OWNER, None) for record in records]
     if not isinstance(adapters, Mapping):
         return load_one(model, adapters, **options), None
     base, bank = load_bank(model, adapters)

@@ -27,10 +27,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         batch_size=args.batch_size,
         groups=groups,
         max_length=args.max_length or (loaded.extra or {}).get("max_length"),
+        prompt=args.prompt,
         reporter=out,
     )
     write_lines(target, lines)
-    width, has_head = loaded.config.hidden_size, CLASSIFIER in loaded.params
+    width = len(lines[0]["embedding"]) if lines else loaded.config.hidden_size
+    has_head = CLASSIFIER in loaded.params
     kinds = f"embedding of {width}" + (" and logits" if has_head else "")
     out.say(
         f"{len(lines):,} lines, each an {kinds}, in {target} "

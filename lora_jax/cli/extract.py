@@ -37,7 +37,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"{tuned.config} and {base.config}."
         )
     chosen = args.targets or ALL_LINEAR
-    config = translate_names(LoRAConfig(rank=args.rank, targets=chosen), base.family)
+    config = LoRAConfig(rank=args.rank, targets=chosen)
+    config = translate_names(config, base.family, base.config)
     rows = find_targets(base.module, config, *base.inputs, params=base.params)
     combined = extract_adapter(base.params, tuned.params, rows)
     before, after = flatten(base.params), flatten(tuned.params)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.cli.adapters import FIELD, parse_adapters, with_adapter
+from lora_jax.cli.adapters import parse_adapters, with_adapter
 from lora_jax.cli.console import Console
 from lora_jax.cli.pretrained import check_decoder, load_decoder
 from lora_jax.files.messages import ASSISTANT, text_of
@@ -18,7 +18,9 @@ from lora_jax.finetune.lines import check_faults
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.generate import generate
+from lora_jax.names import OWNER
 from lora_jax.train.data import read_jsonl
+from lora_jax.train.pairs import encode_source
 from lora_jax.train.text import MESSAGES, kind_of
 
 DEFAULT_TOKENS = 128
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Generates text; returns text, token ids and stop reason for each prompt."""
     adapters = parse_adapters(args.adapter)
     chats = _chats(args, adapters)
-    names: list[str | None] = [chat.pop(FIELD, None) for chat in chats]
+    names: list[str | None] = [chat.pop(OWNER, None) for chat in chats]
     if isinstance(adapters, dict):
         loaded, bank = load_bank(args.model, adapters)
         check_decoder(loaded)
@@ -41,12 +43,18 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     stop_tokens = _stop_tokens(args.stop, tokenizer)
     stop_texts = [stop for stop in args.stop if stop not in stop_tokens.values()]
     if chats:
+        if loaded.family.has_source:
+            raise UserError(
+                f"{loaded.path} must be a decoder for --chat and --messages; it is an "
+                "encoder–decoder, which answers plain text: use --prompt."
+            )
         _warn_of_endless(tokenizer, args.stop)
         prompts = _encode(chats, tokenizer, args.messages)
         asked = [text_of(chat["messages"][-1]) for chat in chats]
     else:
         asked = args.prompt
-        prompts = [tokenizer.encode_text(text).ids for text in asked]
+        encode = encode_source if loaded.family.has_source else _encode_start
+        prompts = [encode(text, tokenizer) for text in asked]
     if bank is not None and args.messages is None:  # each prompt by each adapter
         names = [name for name in bank.names for _ in prompts]
         prompts, asked = prompts * len(bank.names), asked * len(bank.names)
@@ -103,7 +111,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         "results": [
             {
                 "prompt": prompt,
-                **({} if bank is None else {FIELD: names[row]}),
+                **({} if bank is None else {OWNER: names[row]}),
                 "text": written[row],
                 "input_ids": prompts[row],
                 "output_ids": tokens[row],
@@ -113,6 +121,11 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         ],
         "seconds": round(seconds, 3),
     }
+
+
+def _encode_start(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens of a text that a decoder goes on with."""
+    return tokenizer.encode_text(text).ids
 
 
 def _chats(

@@ -11,8 +11,8 @@ COMMANDS = {
     "plan": "show what would be trained and the cost of a step, without training",
     "eval": "evaluate a run's adapter on a data file",
     "encode": "compute embeddings (and logits) for the lines of a file",
-    "generate": "continue a prompt with a decoder",
-    "score": "compute log-probabilities of the tokens of each line with a decoder",
+    "generate": "continue or answer a prompt",
+    "score": "compute log-probabilities of the tokens of each line",
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
@@ -224,8 +224,15 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         required=True,
         help="JSONL with {text}, {input_ids}, or for image models {image} (a path "
-        "relative to the file) or {pixel_values}; the embedding is the mean over "
-        "unmasked tokens, for images over all tokens, including the class token",
+        "relative to the file) or {pixel_values}; the embedding is what a folder of "
+        "sentence-transformers says (modules.json), else the mean over unmasked "
+        "tokens, for images over all tokens, including the class token",
+    )
+    command.add_argument(
+        "--prompt",
+        metavar="NAME",
+        help="put the prompt of this name before each text, of those in the folder's "
+        "config_sentence_transformers.json",
     )
     command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(
@@ -288,7 +295,8 @@ def _add_score(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         required=True,
         help="JSONL with text or input_ids; or training data (messages, or prompt and "
-        "completion), scored on the tokens that training counts",
+        "completion), scored on the tokens that training counts; an encoder–decoder "
+        "needs prompt and completion",
     )
     command.add_argument("--batch-size", type=_count, default=8, metavar="N")
 

@@ -19,12 +19,13 @@ from lora_jax.finetune.settings import RunSettings, load_settings
 from lora_jax.finetune.sweep_grid import Point
 from lora_jax.finetune.sweep_group import Group
 from lora_jax.finetune.tasks import open_job
-from lora_jax.names import FSDP
+from lora_jax.names import EXPERT, FSDP
 from lora_jax.parallel.mesh import AXES
 from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops
 from lora_jax.plan.slices import chips_of, slices_like
 from lora_jax.plan.step import StepPlan
+from lora_jax.plan.topology import DecoderSteps
 
 PARTS = {
     "frozen base": "base",
@@ -93,6 +94,7 @@ def _plan_local(
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
+        "frozen_notes": job.frozen_notes,
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
         "steps": {"total": steps.total, "per_epoch": steps.batches.steps_per_epoch},
@@ -112,11 +114,11 @@ def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
     """Plans a decoder's step on a TPU slice."""
-    if args.together:
-        raise UserError("--together plans for this machine; omit --topology.")
     topology, mesh = args.topology, read_mesh(args.mesh)
     steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size
+    if args.together:
+        return _plan_sweep(steps, rows, args, out)
     sizes = steps.sharding.mesh.shape
     out.heading(
         f"A training step of {rows} x {steps.tokens} tokens, compiled for {topology}: "
@@ -182,6 +184,33 @@ def _plan_slice(
     return result
 
 
+def _plan_sweep(
+    steps: DecoderSteps, rows: int, args: argparse.Namespace, out: Console
+) -> dict[str, Any]:
+    """Plans the step of a sweep whose runs are split over a slice's chips."""
+    chips, topology = chips_of(args.topology), args.topology
+    each = -(-args.together // chips)
+    out.heading(
+        f"A training step of {args.together} runs of {rows} x {steps.tokens} tokens, "
+        f"{each} on each of {topology}'s {chips} chips of {size(steps.limit)}"
+    )
+
+    def together(rows: int, remat: str | None) -> StepPlan:
+        return steps.price_together(each, rows, remat)
+
+    price = _printed(together, topology, out)
+    *_, plan = fitting_remat(price, rows, steps.decoder.remat)
+    _print_plans(out, {f"{each} runs": plan}, StepFlops(0, 0))
+    chip = f"a {topology.partition(':')[0]} chip"
+    advice = "Use a larger slice, fewer runs (--together) or fewer rows (--batch)."
+    _check_fits(plan, chip, lambda: advice, args)
+    return {
+        "topology": topology,
+        "together": {"runs": args.together, "each": each, **plan.parts},
+        "remat": plan.remat,
+    }
+
+
 def read_mesh(text: str | None) -> dict[str, int]:
     """Parses ``data=1,fsdp=16``; missing axes are 1, but ``fsdp`` -1, the rest.
 
@@ -192,10 +221,11 @@ def read_mesh(text: str | None) -> dict[str, int]:
     for part in text.split(",") if text else ():
         name, _, number = part.partition("=")
         is_number = number.removeprefix("-").isdecimal()
-        if name not in AXES or name in sizes or not is_number:
+        axes = (*AXES, EXPERT)
+        if name not in axes or name in sizes or not is_number:
             raise UserError(
                 f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "
-                f"{', '.join(AXES)} at most once; got {part!r} in {text!r}."
+                f"{', '.join(axes)} at most once; got {part!r} in {text!r}."
             )
         sizes[name] = int(number)
     is_open = FSDP not in sizes and -1 not in sizes.values()

@@ -54,3 +54,8 @@ def check_decoder(loaded: LoadedModel) -> None:
             f"{loaded.path} must be a decoder; it is an encoder, which predicts no "
             "tokens. `lora-jax encode` computes its embeddings."
         )
+    if not getattr(loaded.config, "predicts", True):
+        raise UserError(
+            f"{loaded.path} must predict tokens; it makes embeddings only (it has no "
+            "head, or tokens see later ones). `lora-jax encode` computes them."
+        )

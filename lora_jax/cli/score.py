@@ -54,7 +54,7 @@ def _line(row: Scored, record: dict[str, Any]) -> dict[str, Any]:
     which tokens count.
     """
     found = {
-        "tokens": len(row.logprobs) + 1,
+        "tokens": row.tokens,
         "logprobs": row.logprobs.tolist(),
         "sum": float(row.logprobs[row.counted == 1].sum()),
     }

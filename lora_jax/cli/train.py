@@ -10,7 +10,10 @@ from lora_jax.cli.console import Console
 from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.formatting import duration, metric_text, size
 from lora_jax.finetune.run import Run, fine_tune
+from lora_jax.interop.pretrained import RUN_ADAPTERS
 from lora_jax.parallel.processes import is_first, shut_down, start
+
+SHOWN = 20  # adapters, of a run with several
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -98,9 +101,17 @@ def _print_result(out: Console, done: Run) -> None:
     if base:
         values = (base[f"validation_{metric}"], base[f"test_{metric}"])
         rows.append((base["what"], *(metric_text(metric, v) for v in values)))
+    each = summary.get("adapters", {})
     values = (best[metric], test and test[metric])
     name = f"LoRA, adapter of step {best['step']}"
+    if each:
+        name = f"LoRA, {len(each)} adapters, each at its best step"
     rows.append((name, *(metric_text(metric, v) for v in values)))
+    for name, own in [*each.items()][:SHOWN]:
+        values = [(own[k] or {}).get(metric) for k in ("validation", "test")]
+        rows.append((f"  {name}", *(metric_text(metric, v) for v in values)))
+    if len(each) > SHOWN:
+        rows.append((f"  and {len(each) - SHOWN} more, see summary.json", "", ""))
     out.heading("Result")
     out.table((metric, "validation", "test"), rows)
     adapter, model = summary["adapter_bytes"], summary["model_bytes"]
@@ -117,13 +128,16 @@ def _print_result(out: Console, done: Run) -> None:
             ("curves", summary["files"]["curves"] or undrawn),
         ]
     )
-    folder = shortest(done.path)
+    folder = run = shortest(done.path)
     out.heading("Next")
     split = "" if test else " --split validation"
-    out.say(f"  lora-jax eval --run {folder}{split}")
+    out.say(f"  lora-jax eval --run {run}{split}")
+    if each:
+        first = next(name for name, own in each.items() if own["validation"])
+        folder, run = f"{run}/{RUN_ADAPTERS}/{first}", f"{run}-{first}"
     if done.prompt:
         chat = "--chat " if done.prompt == "chat" else ""
         out.say(f"  lora-jax generate --adapter {folder} {chat}--prompt TEXT")
     out.say(f"  lora-jax inspect {folder}")
     if not summary["warning"]:
-        out.say(f"  lora-jax merge --adapter {folder} --out {folder}-merged")
+        out.say(f"  lora-jax merge --adapter {folder} --out {run}-merged")

@@ -1,4 +1,4 @@
-"""Adapter folders: the trained leaves, without any base weight.
+"""Adapter folders: the adapter's leaves and what is trained, without the base.
 
 ``adapter.safetensors`` holds the leaves by path
 (``"lora/encoder/layer_0/attention/query/lora_a"``, ``"params/classifier/kernel"``);
@@ -21,7 +21,7 @@ from lora_jax.files.arrays import count_not_finite, host_leaves
 from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.json_file import parse_json, read_json
 from lora_jax.files.safetensors import open_tensors, write_tensors
-from lora_jax.names import EMBEDDING, KERNEL, LORA, LORA_A, LORA_B, TRAINABLE
+from lora_jax.names import EMBEDDING, FIXED, KERNEL, LORA, LORA_A, LORA_B, SAVED
 from lora_jax.parallel.processes import is_first, wait_for_all
 from lora_jax.tree.paths import leaves_by_path, unflatten
 
@@ -37,7 +37,8 @@ class Adapter(NamedTuple):
     """A loaded adapter.
 
     Attributes:
-      variables: ``{"lora": ..., "params": ...}``, nested dictionaries of jax arrays.
+      variables: ``{"lora": ..., "params": ..., "fixed": ...}``, nested dictionaries of
+        jax arrays.
       config: the config it was trained with.
       fingerprint: the fingerprint of the base it was trained on.
       extra: the JSON values passed to `save_adapter`.
@@ -57,7 +58,7 @@ def save_adapter(
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> int:
-    """Saves the trained collections and nothing else.
+    """Saves the adapter and what is trained in full, and nothing else.
 
     In a multi-process job every process must call this; the first one writes. An
     existing adapter stays until both new files are written, which are then renamed one
@@ -67,8 +68,8 @@ def save_adapter(
     Args:
       directory: created if absent; an adapter there is replaced. Must be visible to all
         processes.
-      variables: contains ``lora`` and optionally ``params``; other collections are
-        ignored.
+      variables: contains ``lora`` and optionally ``params`` and ``fixed``; other
+        collections are ignored.
       config: the adapter's config.
       fingerprint: the fingerprint of the frozen base.
       extra: additional JSON values to store (labels, the name of the base).
@@ -83,7 +84,7 @@ def save_adapter(
       OSError: if the folder can't be written; an existing adapter is left intact.
     """
     directory = Path(directory)
-    tensors = leaves_by_path({k: variables[k] for k in TRAINABLE if k in variables})
+    tensors = leaves_by_path({k: variables[k] for k in SAVED if k in variables})
     if not any(path.startswith(f"{LORA}/") for path in tensors):
         raise ValueError(
             f"variables must have leaves in {LORA!r} to save; got {len(tensors)} leaves"
@@ -97,7 +98,9 @@ def save_adapter(
         "version": VERSION,
         "lora": config.to_dict(),
         "base": fingerprint,
-        "trainable": sum(array.size for array in arrays.values()),
+        "trainable": sum(
+            array.size for path, array in arrays.items() if path.split("/")[0] != FIXED
+        ),
         "extra": dict(extra or {}),
     }
     if is_first():
@@ -134,7 +137,7 @@ def load_adapter(
     Args:
       directory: a folder written by `save_adapter`.
       expected: variables to check against, arrays or ``jax.ShapeDtypeStruct``; their
-        ``lora`` and ``params`` must have the same paths, shapes and dtypes.
+        ``lora``, ``params`` and ``fixed`` must have the same paths, shapes and dtypes.
       fingerprint: the fingerprint of the base it will be applied to.
 
     Returns:
@@ -162,7 +165,7 @@ def load_adapter(
     arrays = {path: reader[path] for path in reader.shapes}
     faults = _misplaced(arrays)
     if expected is not None:
-        wanted = {k: expected.get(k, {}) for k in TRAINABLE}
+        wanted = {k: expected.get(k, {}) for k in SAVED}
         faults += _compare(arrays, leaves_by_path(wanted))
     faults += _not_finite(arrays)
     if faults:
@@ -242,8 +245,8 @@ def _misplaced(arrays: Mapping[str, np.ndarray]) -> list[str]:
     for path, array in arrays.items():
         parts = path.split("/")
         parents = {"/".join(parts[:i]) for i in range(1, len(parts))}
-        if parts[0] not in TRAINABLE or len(parts) < 2 or "" in parts:
-            faults.append(f"{path} is outside {' and '.join(TRAINABLE)}")
+        if parts[0] not in SAVED or len(parts) < 2 or "" in parts:
+            faults.append(f"{path} is outside lora, params and fixed")
         elif inside := sorted(parents & arrays.keys()):
             faults.append(f"{path} is inside the tensor {inside[0]}")
         elif parts[-1] in MATRICES and array.ndim < 2:

@@ -5,8 +5,8 @@ reads both. Tensors are dequantised to float32 one at a time on access: the resu
 the rounded model, not the original one.
 
 Two changes by llama.cpp's converter are undone: it permutes the rows of ``q_proj`` and
-``k_proj`` of the *llama* architecture from rotate-half to interleaved RoPE, and it adds
-the 1 of Gemma's ``(1 + weight)`` to its norms.
+``k_proj`` of the *llama* and *granite* architectures from rotate-half to interleaved
+RoPE, and it adds the 1 of Gemma's ``(1 + weight)`` to its norms.
 """
 
 import os

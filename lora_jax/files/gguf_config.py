@@ -18,6 +18,7 @@ from lora_jax.names import LM_HEAD
 HEAD_TENSOR = f"{LM_HEAD}.weight"
 EMBED_TENSOR = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+KINDS = ("full_attention", "sliding_attention")  # by whether there is a window
 GEMMA_LOCAL_ROPE = 10_000.0
 GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 # Layer counts of the two models whose attention scale is not that of the head size.
@@ -76,6 +77,19 @@ _PHI3 = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OLMO2 = {
+    **{key: name for key, name in (_ATTENTION | _MLP).items() if key != "attn_norm"},
+    **_HEAD_NORMS,
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GLM4 = {
+    **_DENSE,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+}
+del _GLM4["ffn_gate"]
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", _DENSE, permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _DENSE),
@@ -85,6 +99,10 @@ ARCHITECTURES = {
         "gemma3_text", "Gemma3ForCausalLM", _GEMMA | _HEAD_NORMS, shifted_norms=True
     ),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI3),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _OLMO2),  # and OLMo 3
+    "granite": Architecture("granite", "GraniteForCausalLM", _DENSE, permuted=True),
+    "glm4": Architecture("glm4", "Glm4ForCausalLM", _GLM4),
+    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM", _ATTENTION | _MLP),
 }
 _FIELDS = {  # Hugging Face's name: (GGUF's, type)
     "num_hidden_layers": ("block_count", int),
@@ -94,6 +112,20 @@ _FIELDS = {  # Hugging Face's name: (GGUF's, type)
     "max_position_embeddings": ("context_length", int),
     "rms_norm_eps": ("attention.layer_norm_rms_epsilon", float),
 }
+# Keys of one architecture alone: Hugging Face's name, and GGUF's of a number.
+_NUMBERS = {
+    "granite": {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    },
+    "cohere2": {
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+        "logit_scale": "logit_scale",
+    },
+}
+COHERE2_WINDOW_PATTERN = 4  # in llama.cpp's code: every fourth layer has no window
 
 
 def architecture_of(path: Path, metadata: Mapping[str, Any]) -> str:
@@ -149,6 +181,7 @@ def hugging_face_config(
     config = _shape(fields, name) | _vocabulary(fields, shapes)
     if ARCHITECTURES[name].shifted_norms:
         config |= _gemma(fields, name, config)
+    config |= _own_keys(fields, name, config)
     config["rope_scaling"] = _rope_scaling(fields, rope_factors, config)
     if not fields.faults:
         _check_heads(fields, shapes, config)
@@ -171,20 +204,23 @@ def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh" if rule.shifted_norms else "silu",
     }
     for key, (stored, kind) in _FIELDS.items():
-        config[key] = fields.get(stored, kind)
+        if name != "cohere2" or key != "rms_norm_eps":  # whose norms subtract the mean
+            config[key] = fields.get(stored, kind)
     heads = config["num_attention_heads"] or 1
     kv_heads = fields.get("attention.head_count_kv", int, heads)
     config["num_key_value_heads"] = kv_heads
     config["rope_theta"] = fields.get("rope.freq_base", float, 10_000.0)
     width = config["hidden_size"] // heads
-    rotated = fields.get("rope.dimension_count", int, width)
-    default = rotated if name == "llama" else width
-    config["head_dim"] = fields.get("attention.key_length", int, default)
+    if name == "llama":
+        width = fields.get("rope.dimension_count", int, width)
+    config["head_dim"] = fields.get("attention.key_length", int, width)
+    rotated = fields.get("rope.dimension_count", int, config["head_dim"])
     if heads % kv_heads:
         fields.faults.append(f"{heads} heads must be a multiple of {kv_heads} kv heads")
     if name == "phi3":
         window = fields.get("attention.sliding_window", int, 0)
         config["sliding_window"] = window or None
+    if name in ("phi3", "glm4"):
         if rotated != config["head_dim"]:
             config["partial_rotary_factor"] = rotated / (config["head_dim"] or 1)
     elif rotated != config["head_dim"]:
@@ -282,9 +318,40 @@ def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, A
         extra["rope_local_base_freq"] = GEMMA_LOCAL_ROPE
     pattern = GEMMA_WINDOW_PATTERN[name]
     extra["layer_types"] = [
-        "full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
-        for i in range(min(layers, 10_000))
+        KINDS[(i + 1) % pattern != 0] for i in range(min(layers, 10_000))
     ]
+    return extra
+
+
+def _own_keys(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of OLMo, Granite, GLM-4 and Cohere 2 that others don't have."""
+    keys = _NUMBERS.get(name, {})
+    extra: dict[str, Any] = {k: fields.get(own, float) for k, own in keys.items()}
+    layers = min(config["num_hidden_layers"], 10_000)
+    if name == "cohere2":
+        extra["sliding_window"] = fields.get("attention.sliding_window", int)
+        extra["layer_types"] = [
+            KINDS[(i + 1) % COHERE2_WINDOW_PATTERN != 0] for i in range(layers)
+        ]
+    if name == "glm4" and f"{name}.rope.dimension_sections" in fields.metadata:
+        fields.faults.append(
+            "rope.dimension_sections must be absent: M-RoPE is not read"
+        )
+    window = fields.get("attention.sliding_window", int, 0) if name == "olmo2" else 0
+    if window:  # OLMo 3, which llama.cpp gives the same name
+        slides: Any = fields.metadata.get(f"{name}.attention.sliding_window_pattern")
+        if np.size(slides) != layers or np.asarray(slides).dtype != bool:
+            fields.faults.append(
+                f"attention.sliding_window_pattern must be {layers} flags, one per "
+                "layer"
+            )
+            slides = [False] * layers
+        extra |= {
+            "model_type": "olmo3",
+            "architectures": ["Olmo3ForCausalLM"],
+            "sliding_window": window,
+            "layer_types": [KINDS[bool(each)] for each in np.atleast_1d(slides)],
+        }
     return extra
 
 

@@ -45,10 +45,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
 }
+_DEFAULTS["Siglip"] = {**_DEFAULTS["ViT"], "resample": 3}
 _STEPS = {"do_center_crop", "do_convert_rgb", *_SHARED}
 _SUFFIXES = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil")
 _KINDS = {kind + suffix: kind for kind in _DEFAULTS for suffix in _SUFFIXES}
-_KINDS["ViTFeatureExtractor"] = "ViT"
+_KINDS |= {"CLIP" + suffix: "Bit" for suffix in _SUFFIXES}  # the same
+_KINDS |= {"ViTFeatureExtractor": "ViT", "CLIPFeatureExtractor": "Bit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _read(kind: str, given: Mapping[str, Any], faults: list[str]) -> ImageProces
         stds = _read_channels(settings, "image_std", faults)
     size, crop = None, None
     if settings["do_resize"] is True:
-        size = _read_size(settings, "size", faults, is_square=kind == "ViT")
+        size = _read_size(settings, "size", faults, is_square=kind != "Bit")
     if settings.get("do_center_crop") is True:
         crop = _read_size(settings, "crop_size", faults, is_square=True)
     return ImageProcessor(

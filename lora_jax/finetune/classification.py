@@ -24,11 +24,12 @@ from lora_jax.finetune.job import (
     max_tokens,
     train_buckets,
 )
+from lora_jax.finetune.mixed_data import names_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
-from lora_jax.names import CLASSIFIER, PARAMS
+from lora_jax.names import CLASSIFIER, OWNER, PARAMS
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.classification import classification_loss
@@ -52,8 +53,9 @@ class Classification(Job):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     best_mode: ClassVar[str] = "max"
 
-    def loss(self, module: Any, *, is_training: bool) -> LossFn:
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the cross-entropy loss, label-smoothed in training."""
+        del copies
         smoothing = self.settings.train.label_smoothing if is_training else 0.0
         return classification_loss(module, label_smoothing=smoothing)
 
@@ -82,11 +84,18 @@ class Classification(Job):
             {"input_ids": ids, "label": int(label)}
             for ids, label in zip(encoded.ids, labels, strict=True)
         ]
+        if self.adapters:
+            for example, row in zip(examples, rows, strict=True):
+                example[OWNER] = row[OWNER]
         return Split(examples, encoded.truncated)
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        return self.tokenize(read_jsonl(path), path)
+        rows = read_jsonl(path)
+        if self.adapters:
+            found = read_adapters({path: path}, self.adapters)
+            _number(rows, found.lines[path])
+        return self.tokenize(rows, path)
 
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Fits a linear head on the frozen base's sentence vectors.
@@ -169,7 +178,16 @@ def open_classification(
         known = extra.get("labels")
         rows = read_rows(settings.data, splits if known else SPLITS)
         labels = known or class_names(rows)
-        rows = hold_out(rows, settings.data)
+        adapters = extra.get("adapters", ())
+        if names_adapters(settings.data):
+            found = read_adapters(
+                {name: data_files(settings.data)[name] for name in rows},
+                adapters or None,
+            )
+            adapters = found.names
+            for name, lines in found.lines.items():
+                _number(rows[name], lines)
+        rows = hold_out(rows, settings.data, adapters, lambda row: row[OWNER])
         loaded = load_model(
             settings.model.path,
             num_labels=len(labels),
@@ -186,10 +204,16 @@ def open_classification(
             f"lora.train must include the head, {CLASSIFIER!r}: without training, a "
             f"new head is random; got {list(lora.train)}."
         )
-    job = Classification(labels=labels, splits={}, **attached)
+    job = Classification(labels=labels, splits={}, adapters=tuple(adapters), **attached)
     wanted = [name for name in rows if name in splits]
     job.splits = {name: job.tokenize(rows[name], name) for name in wanted}
     return job
+
+
+def _number(rows: Rows, adapters: Sequence[int]) -> None:
+    """Replaces the name of each line's adapter by its number."""
+    for row, number in zip(rows, adapters, strict=True):
+        row[OWNER] = number
 
 
 def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.finetune import job as jobs
+from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
 from lora_jax.finetune.pricing import JobSteps
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.step import StepPlan, price_step
 from lora_jax.train.buckets import Schedule
+from lora_jax.train.mixed import mixed_state
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import TrainStep, make_train_step
 
@@ -40,8 +42,12 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
       UserError: if the step doesn't fit the device; suggests what does.
     """
     train, steps = job.settings.train, JobSteps(job, batches)
-    tx = jobs.optimizer(train, steps.total)
-    state = TrainState.create(job.variables, tx, jax.random.key(train.seed))
+    key, tx = jax.random.key(train.seed), jobs.optimizer(train, steps.total)
+    if job.adapters:
+        hypers = mixed_hypers(job, batches, steps.total)
+        state = mixed_shapes(job, hypers)
+    else:
+        hypers, state = None, TrainState.create(job.variables, tx, key)
     longest, *others = _shapes(job, batches, steps.total)
     made: list[TrainStep] = []
 
@@ -49,8 +55,11 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
         del rows  # given by the shape
         if remat is not None:
             job.set_remat(remat)
-        loss_fn = job.loss(job.adapted, is_training=True)
-        made.append(make_train_step(loss_fn, tx, train.accumulate))
+        if hypers is None:
+            loss_fn = job.loss(job.adapted, is_training=True)
+            made.append(make_train_step(loss_fn, tx, train.accumulate))
+        else:
+            made.append(mixed_step(job, job.adapted, hypers))
         return price_step(made[-1], state, longest, limit=steps.limit, remat=remat)
 
     with out.progress("compile", 1 + len(others)) as tick:
@@ -58,6 +67,8 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
         tick(1, f"{plan.tokens} tokens")
         for number, shape in enumerate(others, start=2):
             tick(number, f"{price_step(made[-1], state, shape).tokens} tokens")
+    if hypers is not None:
+        state = mixed_state(job.variables, hypers, key)
     return Compiled(made[-1], state, plan)
 
 

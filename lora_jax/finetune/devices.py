@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.names import EXPERT
 from lora_jax.parallel.mesh import AXES, BATCH, make_mesh, process_rows, shard_batch
 from lora_jax.parallel.rules import (
     Rules,
@@ -117,7 +118,7 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
             f"mesh.member must be 1 for a run of its own; got {own.member}. It splits "
             "the runs of a sweep over devices: `lora-jax sweep`."
         )
-    sizes = {axis: getattr(own, axis) for axis in AXES}
+    sizes = {axis: getattr(own, axis) for axis in (*AXES, EXPERT)}
     try:
         mesh = make_mesh(**sizes)
     except ValueError as error:

@@ -18,8 +18,11 @@ from lora_jax.finetune.lines import (
     text_fault,
 )
 from lora_jax.finetune.reporter import Reporter
+from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.sentence_config import MODULES, SentenceConfig
 from lora_jax.names import CLASSIFIER
 
 
@@ -58,17 +61,21 @@ def encode(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    prompt: str | None = None,
     groups: Sequence[Group] | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
     """Encodes lines, all of them text (or token ids) or all images.
 
     Args:
-      loaded: an encoder.
+      loaded: an encoder, or an encoder–decoder, of which the encoder is used.
       records: the lines, valid according to `record_fault`.
       path: their file, for error messages and relative image paths.
       batch_size: lines per batch.
-      max_length: maximum tokens per text; None for the model's context length.
+      max_length: maximum tokens per text; None for that of the folder of
+        sentence-transformers, else the model's context length.
+      prompt: name of the folder's prompt to put before each text; None for its
+        default one, if it has one.
       groups: variables and the lines they encode; None for the model's own and all.
       reporter: shows the progress.
 
@@ -76,31 +83,48 @@ def encode(
       The lines' embeddings, in order.
 
     Raises:
-      UserError: if the model is a decoder, or a line is not the model's input type.
+      UserError: if the model is a decoder without a `SentenceConfig`, a line is not
+        the model's input type, or there is no such prompt.
     """
-    config = loaded.config
-    if not isinstance(config, (EncoderConfig, ImageEncoderConfig)):
+    config, sentence = loaded.config, loaded.sentence
+    is_dual = isinstance(config, DualConfig)
+    is_encoder = is_dual or isinstance(config, (EncoderConfig, ImageEncoderConfig))
+    reads_both_ways = is_encoder or isinstance(config, EncoderDecoderConfig)
+    if not reads_both_ways and sentence is None:
         raise UserError(
             f"{loaded.path} must be a text or image encoder; its config is a "
-            f"{type(config).__name__}. For decoders use `generate` and `score`."
+            f"{type(config).__name__}, and there is no {MODULES} that says how it "
+            "makes embeddings. For decoders use `generate` and `score`."
         )
-    reads_images = isinstance(config, ImageEncoderConfig)
+    if sentence is not None:
+        records = _with_prompt(records, sentence, prompt)
+        max_length = max_length or sentence.max_length
+    elif prompt is not None:
+        raise UserError(f"{loaded.path} has no prompts; got {prompt!r}.")
+    pixels = config if isinstance(config, ImageEncoderConfig) else None
+    if isinstance(config, DualConfig) and any(map(is_image, records[:1])):
+        pixels = config.vision  # all lines are as the first
+    reads_images = pixels is not None
     wanted = "images ('image', 'pixel_values')" if reads_images else "text"
     faults = [
         f"{path}: example {number}: the model reads {wanted}"
+        + ", as in the first line" * is_dual
         for number, record in enumerate(records, start=1)
         if is_image(record) != reads_images
     ]
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
-    if isinstance(config, ImageEncoderConfig):
+    if pixels is not None:
         if groups is not None:
             raise UserError(f"{path}: only lines of text can each name an adapter.")
-        images = image_batches(config, loaded.path, records, rows, path)
+        images = image_batches(pixels, loaded.path, records, rows, path)
         batches = ((loaded.variables, *batch) for batch in images)
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
+        if is_dual and config.is_siglip:  # as it was trained
+            longest, pad = config.max_positions, config.padding_id
+            sequences = [ids + [pad] * (longest - len(ids)) for ids in sequences]
         batches = (
             (variables, [chosen[i] for i in members], inputs)
             for variables, chosen in groups or [(loaded.variables, range(len(records)))]
@@ -108,16 +132,18 @@ def encode(
                 [sequences[i] for i in chosen],
                 [records[i] for i in chosen],
                 rows,
-                config.max_positions,
+                loaded.config.max_positions,
             )
         )
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
-        embedding = apply(variables, *inputs, method="embed")
+        embedding = apply(variables, *inputs, method=method)
         has_head = CLASSIFIER in loaded.params
         return embedding, apply(variables, *inputs) if has_head else None
 
+    method = "embed" if is_encoder else "encode"  # a decoder's `embed` is a table
+    method = "embed_image" if is_dual and reads_images else method
     compiled, done = jax.jit(forward), 0
     lines: list[dict[str, list[float]]] = [{}] * len(records)
     with (reporter or Reporter()).progress("encode", len(records)) as tick:
@@ -130,6 +156,22 @@ def encode(
             done += len(members)
             tick(done, "lines")
     return Encoded(lines, truncated)
+
+
+def _with_prompt(
+    records: Sequence[Mapping[str, Any]], sentence: SentenceConfig, prompt: str | None
+) -> list[Mapping[str, Any]]:
+    """Puts a prompt before the texts, and all in lower case if the model wants it."""
+    try:
+        before = sentence.prompt(prompt)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def text(record: Mapping[str, Any]) -> str:
+        whole = before + record["text"]
+        return whole.lower() if sentence.is_lower_case else whole
+
+    return [r | {"text": text(r)} if "text" in r else r for r in map(dict, records)]
 
 
 def _token_ids(

@@ -1,16 +1,22 @@
 """Metrics of a run's adapter, or of its base, on the run's data or another file."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
-from lora_jax.finetune.job import source_of
+from lora_jax.finetune.job import Job, source_of
+from lora_jax.finetune.mixed_evaluation import EACH, measure_each, mixed_eval_step
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.run_folder import ADAPTER, RunFolder
+from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
-from lora_jax.names import FROZEN, TRAINABLE
+from lora_jax.interop.pretrained import adapter_folders
+from lora_jax.names import FROZEN, SAVED, TRAINABLE
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import make_eval_step
 
@@ -24,6 +30,8 @@ class Evaluation(NamedTuple):
       data: description of their source.
       model: description of the model.
       devices: a remark about the devices, or None.
+      adapters: metrics of each adapter on its own examples, if the run has several;
+        ``metrics`` are then over all examples.
     """
 
     metrics: dict[str, float]
@@ -31,6 +39,7 @@ class Evaluation(NamedTuple):
     data: str
     model: str
     devices: str | None
+    adapters: dict[str, dict[str, float]] | None = None
 
 
 def evaluate_run(
@@ -58,11 +67,14 @@ def evaluate_run(
       ValueError: if data can't be read, or the adapter was trained on another base.
     """
     out = reporter or Reporter()
-    adapter = load_adapter(folder / ADAPTER)
+    several = adapter_folders(folder / ADAPTERS)
+    home = folder / (f"{ADAPTERS}/{several[0]}" if several else ADAPTER)
+    adapter = load_adapter(home)
     needed = () if data else (split,)
     if is_base:
         needed = ("train", "validation", split)
-    job = open_job(settings, splits=needed, extra=adapter.extra, is_strict=False)
+    extra = {**adapter.extra, **({"adapters": several} if several else {})}
+    job = open_job(settings, splits=needed, extra=extra, is_strict=False)
     if data:
         wanted = job.tokenize_file(data)
     elif split in job.splits:
@@ -73,11 +85,23 @@ def evaluate_run(
             "with --data, or another split, e.g. --split validation."
         )
 
+    each = None
     if is_base:
         found = job.baseline({**job.splits, "test": wanted}, out)
         model, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
+    elif several:
+        variables = _together(folder, job)
+        batches = job.evaluation(wanted)
+        step = mixed_eval_step(job, batches)
+        with out.progress("evaluate", batches.steps_per_epoch) as tick:
+            stream = job.devices.one_epoch(batches, tick)
+            metrics = measure_each(step, job, variables, stream)
+        each = metrics.pop(EACH)
+        model = f"{len(several)} adapters, each on its own examples,"
     else:
-        expected = {name: job.variables.get(name, {}) for name in TRAINABLE}
+        if job.lora.init == "eva":
+            adopt(job, adapter.config)
+        expected = {name: job.variables.get(name, {}) for name in SAVED}
         adapter = load_adapter(
             folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
         )
@@ -92,4 +116,19 @@ def evaluate_run(
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
     source = data or source_of(settings.data, split)
-    return Evaluation(metrics, len(wanted.examples), source, model, job.devices.note)
+    count, note = len(wanted.examples), job.devices.note
+    return Evaluation(metrics, count, source, model, note, each)
+
+
+def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
+    """Loads all adapters of a run, stacked."""
+    expected = {name: job.variables.get(name, {}) for name in SAVED}
+    each = [
+        load_adapter(
+            folder / ADAPTERS / name, expected=expected, fingerprint=job.fingerprint
+        ).variables
+        for name in job.adapters
+    ]
+    trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
+    return {FROZEN: job.variables[FROZEN], **stacked}

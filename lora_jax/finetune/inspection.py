@@ -23,7 +23,7 @@ from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.pretrained import find_adapter, read_external
 from lora_jax.models import source
 from lora_jax.models.stacking import layer_slices
-from lora_jax.names import LORA, LORA_A, LORA_B
+from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, PARAMS, START_A, START_B
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
     meta = ours.read_adapter_config(folder)
     config = LoRAConfig.from_dict(meta["lora"])
     reader = open_tensors(folder / ours.TENSORS)
-    prefix, suffix = f"{LORA}/", f"/{LORA_A}"
+    prefix, suffix = f"{LORA}/", f"/{LORA_B}"
     layers = [
         row
         for name in reader.shapes
@@ -97,7 +97,7 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
         "trainable": meta["trainable"],
         "extra": meta["extra"],
         "layers": sorted(layers, key=lambda row: _natural(row["path"])),
-        "full": {n: list(s) for n, s in shapes if not n.startswith(prefix)},
+        "full": {n: list(s) for n, s in shapes if n.startswith(f"{PARAMS}/")},
         "not_finite": _not_finite(reader),
     }
 
@@ -136,11 +136,16 @@ def _layers(
     reader: TensorReader, path: str, config: LoRAConfig
 ) -> list[dict[str, Any]]:
     """Returns a row for each layer of an adapter's leaves: one, or those of a stack."""
-    a = reader[f"{LORA}/{path}/{LORA_A}"]
-    name = f"{LORA}/{path}/{LORA_B}"
-    if name not in reader.shapes:
-        raise UserError(f"the adapter has {path}/{LORA_A} but no {path}/{LORA_B}.")
-    b = reader[name]
+    b = reader[f"{LORA}/{path}/{LORA_B}"]
+    names = [f"{held}/{path}/{LORA_A}" for held in (LORA, FIXED)]
+    name = next((name for name in names if name in reader.shapes), None)
+    if name is None:
+        raise UserError(f"the adapter has {path}/{LORA_B} but no {path}/{LORA_A}.")
+    a = reader[name]
+    starts = [f"{FIXED}/{path}/{leaf}" for leaf in (START_A, START_B)]
+    if a.ndim == b.ndim and a.ndim in (2, 3) and {*starts} <= {*reader.shapes}:
+        a = np.concatenate([a, reader[starts[0]]], axis=-1)
+        b = np.concatenate([b, -reader[starts[1]]], axis=-2)
     scaling = config.scaling_for(path)
     facts = {
         "rank": config.rank_for(path),

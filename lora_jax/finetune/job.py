@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -69,6 +69,8 @@ class Job(abc.ABC):
       targets: its adapted layers.
       variables: the three collections, with new adapters.
       splits: the tokenised examples.
+      adapters: names of the adapters, if the examples name theirs; ``variables`` are
+        then those of each at the start.
     """
 
     settings: RunSettings
@@ -79,6 +81,7 @@ class Job(abc.ABC):
     targets: list[Target]
     variables: dict[str, PyTree]
     splits: dict[str, Split]
+    adapters: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     unit: ClassVar[str]  # the unit of a batch, for messages
     weight: ClassVar[str]  # the unit the loss is averaged over
@@ -86,8 +89,15 @@ class Job(abc.ABC):
     best_mode: ClassVar[str]  # "max" or "min"
 
     @abc.abstractmethod
-    def loss(self, module: Any, *, is_training: bool) -> LossFn:
-        """Returns the loss function of ``module``, the base or the adapted model."""
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
+        """Returns the loss function of ``module``, the base or the adapted model.
+
+        Args:
+          module: the model.
+          is_training: whether to smooth labels.
+          copies: how many of it `jax.vmap` computes at once; they share the memory
+            that is set aside for logits.
+        """
 
     @abc.abstractmethod
     def batches(self) -> Schedule:
@@ -145,9 +155,15 @@ class Job(abc.ABC):
         other.fingerprint = self.fingerprint
         return other
 
+    @property
+    def frozen_notes(self) -> list[str]:
+        """Lines about weights that stay frozen; see `Adapted.frozen_notes`."""
+        return self.adapted.frozen_notes(self.loaded.params)
+
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        lora = translate_names(settings.lora, self.loaded.family)
+        own = self.loaded
+        lora = translate_names(settings.lora, own.family, own.config)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora
@@ -216,7 +232,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = translate_names(lora, loaded.family)
+    lora = translate_names(lora, loaded.family, loaded.config)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)
@@ -245,8 +261,19 @@ def source_of(data: DataSettings, split: str) -> str:
     return files.get(split) or f"{data.train}, {split}"
 
 
-def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[Any]]:
+def hold_out(
+    rows: dict[str, list[Any]],
+    data: DataSettings,
+    adapters: Sequence[str] = (),
+    adapter_of: Callable[[Any], int] | None = None,
+) -> dict[str, list[Any]]:
     """Splits off a validation split from the training examples if it has no file.
+
+    Args:
+      rows: the examples of each split.
+      data: the settings.
+      adapters: names of the adapters; each has its own part held out.
+      adapter_of: returns the number of an example's adapter.
 
     Returns:
       The splits, in the order of `SPLITS`.
@@ -258,14 +285,24 @@ def hold_out(rows: dict[str, list[Any]], data: DataSettings) -> dict[str, list[A
     if is_given or "train" not in rows:
         return rows
     train = rows["train"]
-    count = max(1, round(data.holdout * len(train)))
-    if count >= len(train):
+    parts: list[list[int]] = [[] for _ in adapters or [""]]
+    for place, row in enumerate(train):
+        parts[adapter_of(row) if adapters and adapter_of else 0].append(place)
+    counts = [max(1, round(data.holdout * len(part))) for part in parts]
+    sizes = zip(parts, counts, strict=True)
+    small = [i for i, (part, count) in enumerate(sizes) if count >= len(part)]
+    if small:
+        first = len(parts[small[0]])
+        whose = f" of {', '.join(adapters[i] for i in small[:20])}" if adapters else ""
+        whose += f" and {len(small) - 20} more" if len(small) > 20 else ""
         raise UserError(
-            f"data.train has {len(train)} examples, and data.holdout = {data.holdout} "
-            "leaves none for training; set data.validation to a file."
+            f"data.train has {first} examples{whose}, and data.holdout = "
+            f"{data.holdout} leaves none for training; set data.validation to a file."
         )
-    order = np.random.default_rng(data.seed).permutation(len(train))
-    chosen = set(order[:count].tolist())
+    rng, chosen = np.random.default_rng(data.seed), set()
+    for part, count in zip(parts, counts, strict=True):
+        order = rng.permutation(len(part))
+        chosen |= {part[i] for i in order[:count].tolist()}
     return {
         "train": [row for i, row in enumerate(train) if i not in chosen],
         "validation": [row for i, row in enumerate(train) if i in chosen],

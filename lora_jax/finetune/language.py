@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
+import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.files.messages import Message, text_of
+from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
@@ -25,6 +27,7 @@ from lora_jax.finetune.job import (
     max_tokens,
     train_buckets,
 )
+from lora_jax.finetune.mixed_data import names_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.turns import endless_turns
@@ -34,9 +37,10 @@ from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
+from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
 from lora_jax.train.loop import evaluate
 from lora_jax.train.step import LossFn, make_eval_step
@@ -67,13 +71,22 @@ class Language(Job):
         """Maximum tokens per example."""
         return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
 
-    def loss(self, module: Any, *, is_training: bool) -> LossFn:
-        """Returns the next-token cross-entropy."""
-        del is_training
-        config = self.loaded.config
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
+        """Returns the next-token cross-entropy; in training, experts' balance too."""
+        config, train = self.loaded.config, self.settings.train
         return make_lm_loss(
-            module, is_tied=config.is_tied, softcap=config.final_softcap
+            module,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            chunk=self.chunk(copies),
+            router_aux_loss_coef=train.router_aux_loss_coef if is_training else 0.0,
         )
+
+    def chunk(self, copies: int) -> int | None:
+        """Returns the tokens whose logits each of several losses may hold at once."""
+        if copies == 1:
+            return None  # as many as `make_lm_loss` finds best
+        return max(1, chunk_tokens(self.loaded.config.vocab_size) // copies)
 
     def batches(self) -> Schedule:
         """See `Job.batches`."""
@@ -101,7 +114,10 @@ class Language(Job):
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        data = _read(path, self.settings, self.loaded)
+        data = _read(path, self.settings, self.loaded, bool(self.adapters))
+        if self.adapters:
+            found = read_adapters({path: path}, self.adapters)
+            _number(data, found.lines[path])
         return Split(list(data.examples), data.truncated, data.dropped)
 
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
@@ -163,6 +179,16 @@ class Language(Job):
             return None
         return "chat" if self.is_chat else "text"
 
+    def encode_sample(
+        self, prompt: str | Sequence[Message], tokenizer: Tokenizer
+    ) -> list[int]:
+        """Returns the token ids of an entry of ``train.samples``."""
+        if not isinstance(prompt, str):
+            return tokenizer.encode_prompt(prompt)
+        if self.is_chat:
+            return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
+        return tokenizer.encode_text(prompt).ids
+
     def samples(self, variables: PyTree) -> list[dict[str, str]]:
         """Returns greedy continuations of ``train.samples``."""
         prompts, tokenizer = self.settings.train.samples, self.loaded.tokenizer
@@ -171,17 +197,10 @@ class Language(Job):
         if tokenizer is None:
             raise UserError("train.samples needs a tokenizer; the model has none.")
 
-        def encode(prompt: str | Sequence[Message]) -> list[int]:
-            if not isinstance(prompt, str):
-                return tokenizer.encode_prompt(prompt)
-            if self.is_chat:
-                return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
-            return tokenizer.encode_text(prompt).ids
-
         texts = generate(
             self.adapted,
             variables,
-            [encode(prompt) for prompt in prompts],
+            [self.encode_sample(prompt, tokenizer) for prompt in prompts],
             max_new_tokens=SAMPLE_TOKENS,
             stop_ids=tokenizer.special.stop_ids,
         )
@@ -195,44 +214,67 @@ class Language(Job):
 
 
 def open_language(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings,
+    devices: Devices,
+    *,
+    splits: Sequence[str],
+    adapters: Sequence[str] = (),
 ) -> Language:
-    """Builds the job; see `open_job`."""
-    if settings.train.label_smoothing:
-        raise UserError(
-            "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
-            f"classes. Got {settings.train.label_smoothing}."
-        )
+    """Builds the job; see `open_job`. ``adapters`` are a trained run's."""
+    check_no_classes(settings)
     with fail_together():
         scan = settings.model.scan
         if scan is None:
             source = open_source(settings.model.path)
-            scan = can_scan(
-                translate_names(settings.lora, source.family), source.config
-            )
+            config = source.config
+            lora = translate_names(settings.lora, source.family, config)
+            scan = can_scan(lora, config)
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
-        data = {
-            name: _read(file, settings, loaded)
-            for name, file in data_files(settings.data, splits).items()
-        }
+        if not getattr(loaded.config, "predicts", True):
+            raise UserError(
+                f"{loaded.path} must predict tokens; it makes embeddings only (it has "
+                "no head, or tokens see later ones). Train it in Python, on "
+                "`lora_jax.embedding_loss`."
+            )
+        files = data_files(settings.data, splits)
+        is_mixed = names_adapters(settings.data)
+        data = {n: _read(file, settings, loaded, is_mixed) for n, file in files.items()}
+        if is_mixed:
+            if not adapters:
+                files = {"train": settings.data.train, **files}
+            found = read_adapters(files, adapters or None)
+            adapters = found.names
+            for name, read in data.items():
+                _number(read, found.lines[name])
     job = Language(
         splits={},
         is_chat=any(found.kind == MESSAGES for found in data.values()),
         ends=data["train"].ends if "train" in data else {},
+        adapters=tuple(adapters),
         **attach(settings, devices, loaded, settings.lora),
     )
+    by_line = {name: _by_line(found) for name, found in data.items()}
     for name, rows in hold_out(
-        {name: _by_line(found) for name, found in data.items()}, settings.data
+        by_line, settings.data, adapters, lambda row: row[0][OWNER]
     ).items():
         if name in splits:
             cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
             job.splits[name] = Split([e for row in rows for e in row], *cut)
     return job
+
+
+def check_no_classes(settings: RunSettings) -> None:
+    """Raises a `UserError` for a setting of classification."""
+    if settings.train.label_smoothing:
+        raise UserError(
+            "train.label_smoothing must be 0 for a decoder; it applies to an encoder's "
+            f"classes. Got {settings.train.label_smoothing}."
+        )
 
 
 def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
@@ -243,10 +285,19 @@ def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
     return [*rows.values()]
 
 
-def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> TextData:
+def _number(data: TextData, adapters: Sequence[int]) -> None:
+    """Adds the number of its adapter to each example."""
+    for line, example in zip(data.lines, data.examples, strict=True):
+        example[OWNER] = np.array(adapters[line])
+
+
+def _read(
+    path: str, settings: RunSettings, loaded: LoadedModel, is_mixed: bool
+) -> TextData:
     return read_text_examples(
         path,
         loaded.tokenizer,
         max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
         vocab_size=loaded.config.vocab_size,
+        ignored=(OWNER,) if is_mixed else (),
     )

@@ -11,23 +11,24 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
+from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
-from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
-from lora_jax.names import PARAMS
-from lora_jax.nn.adapt import adapt
+from lora_jax.names import EXPERT, PARAMS
+from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
-from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
-from lora_jax.plan.step import StepPlan, price_training
+from lora_jax.plan.step import StepPlan, price_step, price_training
 from lora_jax.plan.topology import DecoderSteps
 from lora_jax.train.buckets import Schedule
 
@@ -40,7 +41,7 @@ class JobSteps:
       batches: batches of its training split; created if not given.
       total: number of steps of the run.
       longest: the longest batch, as shapes.
-      remat: the (first) remat policy; None for an encoder.
+      remat: the (first) remat policy; None for an encoder alone.
       limit: bytes per device.
     """
 
@@ -50,9 +51,9 @@ class JobSteps:
         self.total = jobs.total_steps(job.settings.train, per_epoch)
         number = max(range(min(self.total, per_epoch)), key=self.batches.length_at)
         self.longest = self.batches.shapes_at(number)
-        is_decoder = isinstance(job.loaded.config, DecoderConfig)
         first = job.settings.model.first_remat(jax.default_backend())
-        self.remat = first if is_decoder else None
+        has_remat = job.loaded.family.kind != "encoder"
+        self.remat = first if has_remat else None
         self.limit = device_memory(jax.local_devices()[0])
 
     def price(
@@ -69,6 +70,8 @@ class JobSteps:
         job, loaded, train = self.job, self.job.loaded, self.job.settings.train
         module = loaded.module if remat is None else loaded.module.clone(remat=remat)
         variables = {PARAMS: loaded.params}
+        if job.adapters and not trains_all:
+            return self._price_mixed(rows, remat, adapt(module, job.lora))
         if trains_all:
             train = dataclasses.replace(train, lora_b_ratio=1.0)  # there is no B
         else:
@@ -84,6 +87,20 @@ class JobSteps:
             limit=self.limit,
             remat=remat,
             even_if_too_large=trains_all,
+        )
+
+    def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
+        hypers = mixed_hypers(self.job, self.batches, self.total)
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.longest.items()
+        }
+        return price_step(
+            mixed_step(self.job, adapted, hypers),
+            mixed_shapes(self.job, hypers),
+            batch,
+            limit=self.limit,
+            remat=remat,
         )
 
     def choose(self, price: Price) -> StepPlan:
@@ -120,9 +137,16 @@ class JobSteps:
                 f"The largest batch that fits is train.batch_size={found.batch}: "
                 f"{size(found.total)}."
             )
+        fewer = ""
+        if count := len(self.job.adapters):
+            state = size(plan.trained + plan.optimizer)
+            fewer = (
+                f", or fewer adapters in a run: the weights and optimizer state of "
+                f"{count:,} adapters take {state}"
+            )
         return (
             "Even the smallest batch does not fit: use shorter rows (data.max_length) "
-            "or model.param_dtype=bfloat16."
+            f"or model.param_dtype=bfloat16{fewer}."
         )
 
     def flops(self, plan: StepPlan, full: StepPlan) -> StepFlops:
@@ -132,8 +156,12 @@ class JobSteps:
         """
         if plan.remat is None:
             return StepFlops(plan.flops, full.flops)
-        loaded, shape = self.job.loaded, (plan.batch, plan.tokens, plan.remat)
-        return step_flops(loaded.config, loaded.params, self.job.targets, *shape)
+        loaded, counted = self.job.loaded, (plan.batch, plan.tokens)
+        common = (loaded.config, loaded.params, self.job.targets)
+        if loaded.family.has_source:
+            written = self.longest["labels"].shape[1]
+            return pair_step_flops(*common, *counted, written, plan.remat)
+        return step_flops(*common, *counted, plan.remat)
 
 
 def too_large(plan: StepPlan, device: str, suggestion: str) -> UserError:
@@ -169,12 +197,13 @@ def slice_steps(
     else:
         config_json = read_settings(found)
     family = FAMILIES[config_json["model_type"]]
-    if family.head:
+    if family.kind != "decoder":
         raise UserError(
             f"--topology requires a decoder; {found} is a {config_json['model_type']}, "
-            "an encoder. Omit --topology to compile its step for this machine."
+            f"an {family.kind}. Omit --topology to compile its step for this machine."
         )
     config = read_config(family, config_json, found)
+    check_experts(config, settings, axis=mesh.get(EXPERT, 1))
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
@@ -184,7 +213,8 @@ def slice_steps(
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
-    lora, scan = translate_names(settings.lora, family), settings.model.scan
+    lora = translate_names(settings.lora, family, config)
+    scan = settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)
     devices = make_mesh(**mesh, devices=open_slice(topology))
@@ -201,4 +231,5 @@ def slice_steps(
         limit,
         param_dtype=jnp.dtype(settings.model.param_dtype or stored or "float32"),
         accumulate=settings.train.accumulate,
+        router_aux_loss_coef=settings.train.router_aux_loss_coef,
     )

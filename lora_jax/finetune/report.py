@@ -15,7 +15,7 @@ from lora_jax.files.adapter import TENSORS
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.job import Job
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.run_folder import ADAPTER, CURVES, RunFolder
+from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, CURVES, RunFolder
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.stacking import LayerSlice, layer_slices
 from lora_jax.names import CLASSIFIER, FROZEN, LORA, PARAMS
@@ -36,10 +36,13 @@ def tree_bytes(tree: Any) -> int:
 def loaded_facts(job: Job) -> list[tuple[str, str]]:
     """Describes the loaded model, with new and unused parameters."""
     config, loaded = job.loaded.config, job.loaded
+    layers = str(config.num_layers)
+    if loaded.family.has_source:
+        layers += f" + {config.num_decoder_layers}"
     facts = [
         (
             "model",
-            f"{type(loaded.module).__name__}, {config.num_layers} layers, "
+            f"{type(loaded.module).__name__}, {layers} layers, "
             f"d {config.hidden_size}, {config.num_heads} heads, MLP {config.mlp_size}, "
             f"vocabulary {config.vocab_size:,}",
         ),
@@ -60,9 +63,19 @@ def loaded_facts(job: Job) -> list[tuple[str, str]]:
 def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     """Prints model, data and adapted layers."""
     out.heading("Loaded")
-    out.facts([*loaded_facts(job), *job.data_facts(batches)])
+    out.facts([*loaded_facts(job), *job.data_facts(batches), *adapter_facts(job)])
     out.heading(f"Adapted layers ({layer_count(job.targets)})")
     print_targets(out, job.targets)
+    for note in job.frozen_notes:
+        out.say(f"  {note}", style="yellow")
+
+
+def adapter_facts(job: Job) -> list[tuple[str, str]]:
+    """Names the adapters of a run that trains several."""
+    if not job.adapters:
+        return []
+    shown = ", ".join(job.adapters[:LONG]) + (", ..." * (len(job.adapters) > LONG))
+    return [("adapters", f"{len(job.adapters):,}, one for each name: {shown}")]
 
 
 def print_plan(
@@ -109,6 +122,8 @@ def summarise(
     """
     aside = ("step", "split", "seconds")
     curves = folder / CURVES
+    home = folder / (ADAPTERS if job.adapters else ADAPTER)
+    tensors = home.glob(f"{'*/' if job.adapters else ''}{TENSORS}")
     return {
         "run": str(folder.path),
         "metric": job.metric,
@@ -119,7 +134,7 @@ def summarise(
         "steps": int(state.step),
         "skipped": int(state.skipped),
         **numbers,
-        "adapter_bytes": (folder / ADAPTER / TENSORS).stat().st_size,
+        "adapter_bytes": sum(file.stat().st_size for file in tensors),
         "model_bytes": model_bytes(job.loaded.path),
         "seed": job.settings.train.seed,
         "device": device(),
@@ -128,7 +143,7 @@ def summarise(
         "versions": versions(),
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
         "files": {
-            "adapter": str(folder / ADAPTER),
+            "adapter": str(home),
             "curves": str(curves) if curves.exists() else None,
         },
     }
@@ -212,10 +227,11 @@ def print_targets(out: Reporter, targets: Sequence[Target]) -> None:
 
 def counts(job: Job) -> dict[str, Any]:
     """Counts parameters: adapters, head, base, and the share that is trained."""
-    lora = count(job.variables[LORA])
-    params = count(job.variables.get(PARAMS, {}))
+    each = max(1, len(job.adapters))
+    lora = each * count(job.variables[LORA])
+    params = each * count(job.variables.get(PARAMS, {}))
     frozen = count(job.variables[FROZEN])
-    head = count(job.variables.get(PARAMS, {}).get(CLASSIFIER, {}))
+    head = each * count(job.variables.get(PARAMS, {}).get(CLASSIFIER, {}))
     encoder = frozen + params - head
     return {
         "adapter": lora,

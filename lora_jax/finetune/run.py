@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.interop.pretrained import load_model
+from lora_jax.interop.pretrained import RUN_ADAPTERS, load_model
 from lora_jax.models.load import LoadedModel
 from lora_jax.parallel.processes import (
     check_same,
@@ -27,7 +27,8 @@ class Run(NamedTuple):
     """A finished run.
 
     Attributes:
-      path: the run folder; its ``adapter/`` is the best adapter.
+      path: the run folder; its ``adapter/`` is the best adapter, its ``adapters/`` the
+        best of each name if the data has several.
       settings: settings of the run.
       summary: the contents of ``summary.json``: metrics of the best adapter
         (``"validation"``, ``"test"``) and of the frozen base (``"baseline"``), counts
@@ -43,16 +44,18 @@ class Run(NamedTuple):
     metrics: list[dict[str, Any]]
     prompt: Literal["text", "chat"] | None = None
 
-    def load(self, **options: Any) -> LoadedModel:
+    def load(self, name: str | None = None, **options: Any) -> LoadedModel:
         """Loads the base with the run's adapter.
 
         Args:
+          name: which adapter, if the run has several.
           **options: options of `load_model`.
 
         Returns:
           The model; call ``loaded.module.apply(loaded.variables, ...)``.
         """
-        return load_model(self.settings.model.path, self.path, **options)
+        folder = self.path if name is None else self.path / RUN_ADAPTERS / name
+        return load_model(self.settings.model.path, folder, **options)
 
 
 def fine_tune(
@@ -69,6 +72,13 @@ def fine_tune(
     ``output.dir``, contains the resolved config, the best adapter, checkpoints, metrics
     and a summary. The first Ctrl-C (or SIGTERM) stops after the current steps and saves
     a checkpoint; the second stops immediately.
+
+    If the lines of the data name their ``adapter``, one run trains an adapter for each
+    name over one frozen base. Batches mix the lines; an adapter's gradient is that of
+    its own lines, and an adapter without any in a batch is not touched: neither its
+    weights (by weight decay) nor its moments, nor its place in the schedule. Each has
+    its own validation and best step. ``summary["adapters"][NAME]`` has its metrics and
+    ``folder``, ``adapters/NAME`` in the run folder, which `load_model` takes.
 
     Args:
       config: a YAML file, a run folder, a nested dictionary of the same sections, or
@@ -91,6 +101,8 @@ def fine_tune(
       DivergedError: a `UserError`, if the loss is no longer finite.
       Interrupted: a `KeyboardInterrupt` that tells how to resume.
     """
+    from lora_jax.finetune.mixed_data import names_adapters
+    from lora_jax.finetune.mixed_session import MixedSession
     from lora_jax.finetune.run_folder import RunFolder
     from lora_jax.finetune.session import Session
     from lora_jax.finetune.settings import load_settings
@@ -104,7 +116,8 @@ def fine_tune(
             stack.callback(folder.release)
             if folder.is_writer:
                 folder.check(settings, resume=resume, overwrite=overwrite)
-        session = Session(settings, folder, reporter or Reporter())
+        kind = MixedSession if names_adapters(settings.data) else Session
+        session = kind(settings, folder, reporter or Reporter())
         with _explained(session):
             with fail_together():
                 check_same("the settings", [settings.to_dict(), resume])

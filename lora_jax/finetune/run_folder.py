@@ -1,6 +1,8 @@
 """The run folder, which contains everything about a run.
 
-``config.yaml`` (resolved), ``adapter/`` (the best so far), ``checkpoints/`` (Orbax),
+``config.yaml`` (resolved), ``adapter/`` (the best so far; ``adapters/NAME/`` of each if
+the examples name theirs), ``start/`` (the first, of methods that need it to the end),
+``checkpoints/`` (Orbax),
 ``metrics.jsonl`` (a line per log step), ``summary.json`` and ``curves.png`` at the end.
 """
 
@@ -23,15 +25,17 @@ from lora_jax.finetune.settings import (
     differences,
     load_settings,
 )
-from lora_jax.interop.pretrained import RUN_ADAPTER
+from lora_jax.interop.pretrained import RUN_ADAPTER, RUN_ADAPTERS, adapter_folders
 
-ADAPTER = RUN_ADAPTER
+ADAPTER, ADAPTERS = RUN_ADAPTER, RUN_ADAPTERS
+START = "start"  # the first adapters, of methods that need them later
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 LOCK = ".lock"
-OWN_NAMES = {CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, CURVES, LOCK}
+OWN_NAMES = {CONFIG, ADAPTER, ADAPTERS, START, CHECKPOINTS, METRICS, SUMMARY, CURVES}
+OWN_NAMES |= {LOCK}
 
 # Settings that may change when a run is resumed: its result doesn't depend on them
 # (except for rounding, on another mesh or with another remat policy).
@@ -257,7 +261,9 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunSettings]:
     run = RunFolder(path)
     if not run.is_started():
         raise UserError(f"{path} is not a run folder: it has no {CONFIG}.")
-    if not (run / ADAPTER / adapter.CONFIG).is_file():
+    if not (
+        (run / ADAPTER / adapter.CONFIG).is_file() or adapter_folders(run / ADAPTERS)
+    ):
         raise UserError(
             f"the run in {path} has no adapter yet ({run.state()}): its first "
             f"validation writes it. `lora-jax train {path} --resume` (in Python: "

@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens according to a decoder."""
+"""Log-probabilities of tokens according to a decoder or an encoder–decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +17,24 @@ from lora_jax.finetune.lines import (
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.models.load import LoadedModel
 from lora_jax.train.causal_lm import chunk_tokens
+from lora_jax.train.pairs import INPUTS, Pair, PairBatches, encode_pair
 from lora_jax.train.text import MESSAGES, Encoded, encode_record, kind_of
 
 
 class Scored(NamedTuple):
     """The scores of a line's tokens except the first; a chat may have several.
 
+    Of an encoder–decoder they are those of the completion's tokens, the first too.
+
     Attributes:
       line: index of the line.
+      tokens: number of tokens, with a first one that has no score.
       logprobs: ``log p(token | previous tokens)``.
       counted: 1 for each token that training counts, 0 for the others.
     """
 
     line: int
+    tokens: int
     logprobs: np.ndarray
     counted: np.ndarray
 
@@ -60,7 +65,8 @@ def score(
     and prompts with completions, are tokenised as in training, where only some count.
 
     Args:
-      loaded: a decoder.
+      loaded: a decoder, or an encoder–decoder, whose lines are prompts with completions
+        (or ``input_ids`` with ``labels``).
       records: the lines, valid according to `score_fault`.
       path: their file, for error messages.
       batch_size: lines per batch.
@@ -75,42 +81,68 @@ def score(
     """
     if loaded.tokenizer is None and any("text" in record for record in records):
         raise UserError(f"{loaded.path} has no tokenizer; {path} must contain ids.")
-    encoded = _encode(loaded, records, path)
-    sequences = [each.ids for _, each in encoded]
+    encode = _encode_pairs if loaded.family.has_source else _encode
+    encoded = encode(loaded, records, path)
     apply, config = loaded.module.apply, loaded.config
-    check_ids(sequences, config, path)
     chunk = chunk_tokens(config.vocab_size)
 
     @jax.jit
-    def log_probabilities(variables, ids):
-        hidden: Any = apply(variables, ids, method="hidden")
-        labels = ids[:, 1:]
+    def log_probabilities(variables, labels, *inputs):
+        hidden: Any = apply(variables, *inputs, method="hidden")
+        hidden = hidden[:, : labels.shape[1]]
 
         def of_token(pair):  # in chunks, so that [b, t, v] is never materialised
             h, label = pair
             logits: Any = apply(variables, h[None, None], method="logits")
             return jax.nn.log_softmax(logits[0, 0])[label]
 
-        tokens = (hidden[:, :-1].reshape(labels.size, -1), labels.reshape(-1))
+        tokens = (hidden.reshape(labels.size, -1), labels.reshape(-1))
         found = jax.lax.map(of_token, tokens, batch_size=chunk)
         return found.reshape(labels.shape)
 
-    scores: list[np.ndarray] = [np.zeros(0)] * len(sequences)
-    rows, done = min(batch_size, len(sequences)), 0
-    with (reporter or Reporter()).progress("score", len(sequences)) as tick:
+    scores: list[np.ndarray] = [np.zeros(0)] * len(encoded)
+    rows, done = min(batch_size, len(encoded)), 0
+    with (reporter or Reporter()).progress("score", len(encoded)) as tick:
         for variables, lines in groups or [(loaded.variables, range(len(records)))]:
             chosen = [i for i, (line, _) in enumerate(encoded) if line in lines]
-            own = [sequences[i] for i in chosen]
-            for members, (ids,) in by_length(rows, config.max_positions, own):
-                found = np.asarray(log_probabilities(variables, ids))
+            own = [encoded[i][1] for i in chosen]
+            for members, *arrays in _batches(own, rows, config):
+                found = np.asarray(log_probabilities(variables, *arrays))
                 for row, member in enumerate(members):
-                    scores[chosen[member]] = found[row, : len(own[member]) - 1]
+                    scores[chosen[member]] = found[row, : len(_counted(own[member]))]
                 done += len(members)
                 tick(done, "lines")
     return [
-        Scored(line, logprobs, np.array(each.mask[1:], np.uint8))
+        Scored(line, len(_written(each)), logprobs, _counted(each))
         for (line, each), logprobs in zip(encoded, scores, strict=True)
     ]
+
+
+def _batches(
+    lines: Sequence[Encoded | Pair], rows: int, config: Any
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields line indices, the tokens to score and the model's inputs."""
+    pairs = [line for line in lines if isinstance(line, Pair)]
+    if not pairs:
+        ids = [_written(line) for line in lines]
+        for members, (batch,) in by_length(rows, config.max_positions, ids):
+            yield members, batch[:, 1:], batch
+        return
+    examples = [{"input_ids": p.source, "labels": p.target} for p in pairs]
+    made = PairBatches(examples, rows, start_id=config.start_id, shuffle=False)
+    for step in range(made.steps_per_epoch):
+        batch = made.batch_at(step)
+        yield made.indices_at(step), batch["labels"], *(batch[n] for n in INPUTS)
+
+
+def _written(line: Encoded | Pair) -> list[int]:
+    return line.target if isinstance(line, Pair) else line.ids
+
+
+def _counted(line: Encoded | Pair) -> np.ndarray:
+    """Returns which of the scored tokens training counts."""
+    mask = [1] * len(line.target) if isinstance(line, Pair) else line.mask[1:]
+    return np.array(mask, np.uint8)
 
 
 def _is_trained(record: Mapping[str, Any]) -> bool:
@@ -137,5 +169,23 @@ def _encode(
                 ids = tokenizer.encode_text(record["text"]).ids
             found = [Encoded(ids, [1] * len(ids))]
         encoded += [(line, each) for each in found]
+    check_faults("lines that can't be scored", faults)
+    check_ids([each.ids for _, each in encoded], loaded.config, path)
+    return encoded
+
+
+def _encode_pairs(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], path: str
+) -> list[tuple[int, Pair]]:
+    """As `_encode`, for an encoder–decoder."""
+    tokenizer, size = loaded.tokenizer, loaded.config.vocab_size
+    encoded, faults = [], []
+    for line, record in enumerate(records):
+        try:
+            pair = encode_pair(record, tokenizer, vocab_size=size)
+        except (ValueError, TypeError) as error:
+            faults.append(f"{path}: example {line + 1}: {error}")
+        else:
+            encoded.append((line, pair))
     check_faults("lines that can't be scored", faults)
     return encoded

@@ -25,7 +25,7 @@ Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
 NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
 Fraction = Annotated[NotNegative, Field(lt=1)]
 Devices = Annotated[int, Field(le=LARGEST)]
-Axis = Literal["data", "fsdp", "tensor"] | None
+Axis = Literal["data", "fsdp", "tensor", "expert"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +69,22 @@ class DataSettings:
     Attributes:
       train: a JSONL file. Its lines are ``{"text": str, "label": int or str}`` for an
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
-        ``{"input_ids"}`` for a decoder. Beside ``messages`` there may be ``tools``; an
-        assistant's message with ``"weight": 0`` is read and not trained on.
+        ``{"input_ids"}`` for a decoder; ``{"prompt", "completion"}`` or ``{"input_ids",
+        "labels"}`` for an encoder–decoder. Beside ``messages`` there may be ``tools``;
+        an assistant's message with ``"weight": 0`` is read and not trained on. If the
+        lines of all files also have ``"adapter": NAME`` (not for an encoder–decoder),
+        the run trains an adapter for each name, on batches that mix them: each is
+        updated by its own lines alone, only in steps that have some of them, and has
+        its own moments, schedule and best step. It is kept in ``adapters/NAME`` of the
+        run folder.
       validation: the same, to choose the best step; null to hold out a part of
-        ``train``.
+        ``train`` (of each adapter's lines if there are several).
       test: the same, evaluated once at the end; null for none.
       holdout: the fraction of ``train`` held out for validation if there is no file.
       seed: seed for choosing the held-out examples.
       max_length: maximum tokens per example, including special ones; null for 128
-        (encoders) or 1,024 (decoders).
+        (encoders), 512 (encoder–decoders: of a prompt and of a completion) or 1,024
+        (decoders).
       packing: whether to pack a decoder's examples into rows of ``max_length`` tokens;
         they don't attend to each other.
     """
@@ -108,6 +115,8 @@ class TrainSettings:
       weight_decay: decoupled weight decay of trained weights.
       clip_norm: maximum global norm of the trainable gradient; null for no clipping.
       label_smoothing: probability moved from an encoder's label to all classes.
+      router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts,
+        which is added to the training loss; 0 for none.
       seed: seed of A, the head, dropout and the order of the examples.
       log_every: steps between lines of metrics.jsonl.
       eval_every: steps between validations; null for twice per epoch.
@@ -132,6 +141,7 @@ class TrainSettings:
     weight_decay: NotNegative = 0.0
     clip_norm: Positive | None = 1.0
     label_smoothing: Fraction = 0.0
+    router_aux_loss_coef: NotNegative = 0.0
     seed: Index = 0
     log_every: Count = 10
     eval_every: Count | None = None
@@ -164,6 +174,8 @@ class MeshSettings:
       fsdp: number of devices over which each copy's kernels and its part of the batch
         are sharded.
       tensor: number of devices over which each layer's outputs are sharded.
+      expert: number of devices over which the experts of a mixture are split; each has
+        a copy of the rest of the model, and the same part of the batch.
       member: number of devices over which the runs of a sweep are split, each with the
         whole model; 1 for a run of its own.
       uneven: what to do if a weight's axis is not divisible: ``"error"``, or
@@ -175,6 +187,7 @@ class MeshSettings:
     data: Devices = -1
     fsdp: Devices = 1
     tensor: Devices = 1
+    expert: Count = 1
     member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

@@ -20,6 +20,7 @@ from lora_jax.finetune.interrupt import Clock, Relay, interruptible
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.start import keep_start, with_start
 from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
@@ -73,7 +74,7 @@ class Session:
           UserError: if the step doesn't fit the device; suggests what does.
         """
         with self.timed("load"):
-            self.take(open_job(self.settings))
+            self.take(with_start(open_job(self.settings), self.folder.path))
         check_batch(self.settings, self.job.devices)
         data = [self.job.fingerprint, self.batches.identity()]
         check_same("the base and the data", data)
@@ -97,12 +98,13 @@ class Session:
     def train(self) -> dict[str, Any]:
         """Trains, evaluates, and writes the results."""
         feed = self.job.devices.feed(self.batches)
-        return take_steps(self.steps(), self.step, feed)
+        return take_steps(self.steps(), self.step, feed, self.total)
 
     def steps(self) -> Steps[dict[str, Any]]:
         """Trains as `train` does, by steps that its driver takes; see `fitting`."""
         job, train, state = self.job, self.settings.train, self.state
         del self.state  # training consumes it
+        keep_start(job, self.folder.path)
         self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
         self.evaluations = {
             name: job.evaluation(split, self.batches.buckets)
@@ -248,7 +250,7 @@ class Session:
         line = {
             "step": int(state.step),
             "split": "validation",
-            **{name: metrics[name] for name in self.job.metrics},
+            **{name: x for name, x in metrics.items() if name != "weight"},
             "seconds": self.elapsed(),
         }
         is_best = self._is_best(line)
@@ -298,7 +300,7 @@ class Session:
     def _save_adapter(self, state: TrainState) -> None:
         save_adapter(
             self.folder / ADAPTER,
-            state.trainable,
+            state.variables,
             self.job.lora,
             self.job.fingerprint,
             extra={
@@ -312,7 +314,7 @@ class Session:
     def _load_adapter(self, state: TrainState) -> Adapter:
         return load_adapter(
             self.folder / ADAPTER,
-            expected=state.trainable,
+            expected=state.variables,
             fingerprint=self.job.fingerprint,
         )
 

@@ -52,10 +52,10 @@ def sweep(
     """Fine-tunes all combinations of a grid's settings; what `lora-jax sweep` does.
 
     Runs train side by side in one compiled step over one frozen base, each with its own
-    learning rate and schedule, rank, alpha, weight decay, seed, order of the data,
-    early stopping and best adapter. Each gives what `fine_tune` gives, up to
+    learning rate and schedule, rank, alpha, dropout, weight decay, seed, order of the
+    data, early stopping and best adapter. Each gives what `fine_tune` gives, up to
     the order of float32 sums (1e-5 relative). Runs that differ in what a step is
-    compiled for, such as the batch size or the dropout, train after one another.
+    compiled for, such as the batch size or the targets, train after one another.
 
     Args:
       config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.
@@ -77,6 +77,7 @@ def sweep(
         doesn't fit the device.
       Interrupted: a `KeyboardInterrupt` that says how to resume.
     """
+    from lora_jax.finetune.mixed_data import names_adapters
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
     from lora_jax.finetune.sweep_group import Group
@@ -89,6 +90,11 @@ def sweep(
     if jax.process_count() > 1:
         raise UserError("a sweep is one process; start it without --distributed.")
     points = expand(config, grid, zipped=zipped)
+    if any(names_adapters(point.settings.data) for point in points):
+        raise UserError(
+            "the runs of a sweep have one adapter each, and the examples name theirs: "
+            "`lora-jax train` trains all of them in one run."
+        )
     sorted_, differing = groups(points)
     mesh = _member_mesh(points[0].settings, min(map(len, sorted_)))
     folder = SweepFolder(points[0].settings.output.dir, points)
@@ -109,7 +115,8 @@ def sweep(
             runs = Group(group, out, mesh, stop)
             count = runs.choose(folder.together.get(str(number), together))
             folder.open(number, count, overwrite=overwrite)
-            out.say(f"  {len(left)} runs, {count} side by side")
+            why = f" ({runs.choice})" * bool(runs.choice)
+            out.say(f"  {len(left)} runs, {count} side by side{why}")
 
             def on_end(
                 member: "Member",
@@ -137,10 +144,11 @@ def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
     wanted = own.member
     if own.member == 1 and own.data == -1:
         wanted = min(len(devices), runs)  # what is left, as for a run's data axis
-    if own.data not in (-1, 1) or own.fsdp != 1 or own.tensor != 1:
+    others = (own.fsdp, own.tensor, own.expert)
+    if own.data not in (-1, 1) or others != (1, 1, 1):
         raise UserError(
-            "mesh.data, fsdp and tensor must be 1 in a sweep, whose runs are split "
-            f"over mesh.member; got {own.data}, {own.fsdp}, {own.tensor}."
+            "mesh.data, fsdp, tensor and expert must be 1 in a sweep, whose runs are "
+            f"split over mesh.member; got {', '.join(map(str, (own.data, *others)))}."
         )
     if wanted > len(devices):
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.settings import SECTIONS, Config, RunSettings, load_settings
+from lora_jax.tree.targets import Target
 
 Grid = Mapping[str, Sequence[Any]] | Sequence[str]
 
@@ -18,7 +19,7 @@ SHORT = {"seed": "train.seed"}
 # What may differ between the members of one step.
 OWN = {
     *(f"lora.{name}" for name in ("rank", "alpha", "rank_pattern", "alpha_pattern")),
-    *("lora.rslora", "lora.init", "output.dir"),
+    *("lora.rslora", "lora.init", "lora.dropout_rate", "output.dir"),
     *(f"train.{name}" for name in ("epochs", "max_steps", "learning_rate", "seed")),
     *(f"train.{name}" for name in ("lora_b_ratio", "schedule", "warmup", "clip_norm")),
     *(f"train.{name}" for name in ("weight_decay", "log_every", "eval_every", "keep")),
@@ -100,6 +101,13 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
         points.append(Point(name, varied, settings))
     if found:
         raise ValueError("the grid: faults in the settings\n" + "\n".join(found))
+    configs = [point.settings.lora for point in points]
+    if any(lora.fixes_leaves or lora.init == "eva" for lora in configs):
+        raise UserError(
+            "lora_fa, and an init that starts from W0 or from data, can't be swept: "
+            "the runs of a sweep share all that isn't trained and their layers, and "
+            "here each run has its own. Train such runs with `lora-jax train`."
+        )
     for key in lengths:
         why = MESH if key.startswith("mesh.") else FIXED.get(key)
         if why:
@@ -125,6 +133,34 @@ def groups(points: Sequence[Point]) -> tuple[list[list[Point]], list[str]]:
         found.setdefault(json.dumps(shared[-1]), []).append(point)
     differing = [k for k in shared[0] if any(s[k] != shared[0][k] for s in shared)]
     return [*found.values()], differing
+
+
+def shared_config(lora: Any, tables: Sequence[Sequence[Target]]) -> Any:
+    """Returns the config of the shared module: the largest ranks, a scaling of 1.
+
+    Args:
+      lora: of one of the runs.
+      tables: the targets of all of them.
+
+    Returns:
+      The config.
+    """
+    ranks: dict[str, int] = {}
+    for target in (target for table in tables for target in table):
+        ranks[target.path] = max(target.rank, ranks.get(target.path, 0))
+    # The longest path first: a shorter one may be the end of it.
+    pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
+    if len(set(ranks.values())) == 1:
+        pattern = {}
+    rank = max(ranks.values())
+    return dataclasses.replace(
+        lora,
+        rank=rank,
+        alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        rslora=False,
+    )
 
 
 def _axes(grid: Grid, zipped: bool) -> tuple[dict[str, list[str]], list[str]]:
@@ -176,6 +212,9 @@ def _text(value: Any) -> str:
 
 
 def _name(number: int, values: Mapping[str, str]) -> str:
-    parts = [f"{key.partition('.')[2]}={value}" for key, value in values.items()]
+    parts = [
+        f"{key.partition('.')[2]}={Path(value).stem if '/' in value else value}"
+        for key, value in values.items()
+    ]
     name = "_".join([f"{number:03d}", *parts])
     return re.sub(r"[^\w.=+-]+", "-", name)[:100]

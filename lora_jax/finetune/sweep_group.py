@@ -9,7 +9,6 @@ the summary are those of a run of its own.
 import contextlib
 import dataclasses
 import functools
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ from lora_jax.finetune.pricing import JobSteps, too_large
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import RunFolder
 from lora_jax.finetune.session import Session
-from lora_jax.finetune.sweep_grid import Point
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.sweep_grid import Point, shared_config
 from lora_jax.finetune.tasks import open_job
 from lora_jax.models.decoder import REMATS
 from lora_jax.names import LORA
@@ -70,7 +70,7 @@ class Member(Session):
         key = jax.random.key(train.seed)
         tx = jobs.optimizer(train, self.total)
         self.state = self.like = TrainState.create(self.job.variables, tx, key)
-        self.hyper = Hyper.of(self.job.targets, **options)
+        self.hyper = group.hyper_of(self.job.targets, self.settings, options)
         self.plan = group.plan
         if not is_started:
             self.folder.create(self.settings, overwrite=False)
@@ -116,6 +116,8 @@ class Group:
       eval_step: shared by all runs.
       baseline: the frozen base's metrics, once a run has measured them.
       plan: of the step.
+      drops_apart: whether the runs differ in their dropout rate.
+      choice: what was measured to choose how many train side by side.
       should_stop: whether Ctrl-C was pressed.
 
     Args:
@@ -141,6 +143,7 @@ class Group:
         self.batches = self.steps.batches
         self.baseline: dict[str, Any] | None = None
         self.plan: StepPlan
+        self.choice = ""
         if len(self.batches.buckets) > 1:
             # Runs of one seed have batches of the same lengths at the same steps.
             self.points.sort(key=lambda point: point.settings.train.seed)
@@ -149,10 +152,21 @@ class Group:
             adapt(base.module, lora, *base.inputs).targets(base.params)
             for lora in {self.job.lora_for(point.settings) for point in self.points}
         ]
-        self.config = _shared_config(self.job.lora, tables)
+        rates = {point.settings.lora.dropout_rate for point in self.points}
+        self.drops_apart = len(rates) > 1
+        self.config = shared_config(self.job.lora, tables)
+        if self.drops_apart:
+            self.config = dataclasses.replace(self.config, dropout_rate=0.0)
         self._adapt()
         self._made: dict[tuple[int, str | None], Members] = {}
         self._plans: dict[tuple[int, str | None], StepPlan] = {}
+
+    def hyper_of(
+        self, targets: Sequence[Target], settings: RunSettings, options: dict[str, Any]
+    ) -> Hyper:
+        """Returns a run's inputs of the shared step."""
+        rate = settings.lora.dropout_rate if self.drops_apart else None
+        return Hyper.of(targets, **options, dropout_rate=rate)
 
     def _adapt(self) -> None:
         base = self.job.loaded
@@ -160,27 +174,29 @@ class Group:
         self.targets: list[Target] = self.adapted.targets(base.params)
         self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
 
-    def _shared(self, remat: str | None) -> tuple[LossFn, TrainState, Hyper]:
+    def _shared(
+        self, remat: str | None, count: int
+    ) -> tuple[LossFn, TrainState, Hyper]:
         """Returns the shared module's loss, and a state and numbers for its shapes."""
         job, train = self.job, self.job.settings.train
         if remat is not None and remat != getattr(job.loaded.module, "remat", None):
             job.set_remat(remat)
             self._adapt()
-        hyper = Hyper.of(
-            self.targets, **jobs.optimizer_options(train, self.steps.total)
-        )
+        options = jobs.optimizer_options(train, self.steps.total)
+        hyper = self.hyper_of(self.targets, job.settings, options)
         lora = shared_adapter(job.variables[LORA], hyper, self.targets)
         state = TrainState.create(
             {**job.variables, LORA: lora},
             member_optimizer(hyper),
             jax.random.key(train.seed),
         )
-        return job.loss(self.adapted, is_training=True), state, hyper
+        loss_fn = job.loss(self.adapted, is_training=True, copies=count)
+        return loss_fn, state, hyper
 
     def members(self, count: int, remat: str | None) -> Members:
         """Returns so many slots; made once."""
         if (count, remat) not in self._made:
-            loss_fn, state, hyper = self._shared(remat)
+            loss_fn, state, hyper = self._shared(remat, count)
             accumulate = self.job.settings.train.accumulate
             made = Members(loss_fn, accumulate, state, hyper, count, self.mesh)
             self._made[count, remat] = made
@@ -207,7 +223,7 @@ class Group:
           The plan for so many runs, and the largest number that fits the device.
         """
         rows, _ = self.steps.longest["input_ids"].shape
-        loss_fn, state, hyper = self._shared(remat)
+        loss_fn, state, hyper = self._shared(remat, together)
         here = state.step.sharding
         own, hyper = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
@@ -245,12 +261,16 @@ class Group:
         count, remat = self._largest(wanted, exactly=together is not None)
         if together is not None or count == 1 or self.mesh is not None:
             return self._settle(count, remat)
-        alone = total * self._seconds(1, remat)
+        one = self._seconds(1, remat)
+        tried = [f"of one run {1e3 * one:,.0f} ms"]
         while count > 1:
-            if -(-total // count) * self._seconds(count, remat) < LEAST_GAIN * alone:
-                return self._settle(count, remat)
+            many = self._seconds(count, remat)
+            tried.append(f"of {count} {1e3 * many:,.0f} ms")
+            if -(-total // count) * many < LEAST_GAIN * total * one:
+                break
             count = self._even(count // 2)
-        return self._settle(1, remat)
+        self.choice = f"measured here, a step takes: {', '.join(tried)}"
+        return self._settle(count, remat)
 
     def _most(self) -> int:
         """How many to try: of one seed, where others have batches of other lengths."""
@@ -371,23 +391,3 @@ class Group:
 
 def _behind(group: dict[int, Member]) -> int:
     return min(member.number for member in group.values())
-
-
-def _shared_config(lora: Any, tables: Sequence[Sequence[Target]]) -> Any:
-    """Returns the config of the shared module: the largest ranks, a scaling of 1."""
-    ranks: dict[str, int] = {}
-    for target in (target for table in tables for target in table):
-        ranks[target.path] = max(target.rank, ranks.get(target.path, 0))
-    # The longest path first: a shorter one may be the end of it.
-    pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
-    if len(set(ranks.values())) == 1:
-        pattern = {}
-    rank = max(ranks.values())
-    return dataclasses.replace(
-        lora,
-        rank=rank,
-        alpha=rank,
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
-        rslora=False,
-    )

@@ -1,4 +1,4 @@
-"""Selecting the task: language modelling for a decoder, classification for an encoder.
+"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -6,12 +6,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
+from lora_jax.finetune.mixed_data import names_adapters
+from lora_jax.finetune.pairs import open_pairs
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
+from lora_jax.names import OWNER
 
 
 def open_job(
@@ -39,8 +46,38 @@ def open_job(
       FileNotFoundError: if a file is missing.
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
+    if devices is None and names_adapters(settings.data):
+        devices = _one_device(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
-    if open_source(settings.model.path).family.head:
+    source = open_source(settings.model.path)
+    check_experts(source.config, settings, axis=settings.mesh.expert)
+    if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
-    return open_language(settings, devices, splits=splits)
+    if source.family.has_source:
+        if names_adapters(settings.data):
+            raise UserError(
+                f"examples of an encoder-decoder can't name their {OWNER}; train one "
+                "run for each."
+            )
+        return open_pairs(settings, devices, splits=splits)
+    adapters = (extra or {}).get("adapters", ())
+    return open_language(settings, devices, splits=splits, adapters=adapters)
+
+
+def _one_device(settings: RunSettings) -> Devices:
+    """Returns one device, for a run whose examples name their adapter.
+
+    Raises:
+      UserError: if the settings, or the processes, ask for more.
+    """
+    mesh = settings.mesh
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.member)
+    if {*sizes} - {1, -1} or jax.process_count() > 1:
+        raise UserError(
+            f"a run whose examples name their {OWNER} takes one device; got mesh "
+            f"sizes {', '.join(map(str, sizes))} (data, fsdp, tensor, member) and "
+            f"{jax.process_count()} processes."
+        )
+    unused = jax.device_count() - 1
+    return Devices(note=f"1 of {unused + 1} is used" if unused else None)

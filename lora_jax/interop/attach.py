@@ -87,6 +87,9 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
         known = names.modules()
         unknown = [name for name in adapter.modules if known.get(name) not in kernels]
         by_expert = set(joined.modules) - set(adapter.modules)
+        if not any(path in counts for path in placed):
+            # "down_proj" is then a shared expert's: parameters are named elsewhere.
+            by_expert |= {spelling.modules[path] for path in counts}
         modules = [n for n in spelling.modules.values() if n not in by_expert]
         tensors = spelling.tensors.values()
         faults += config_faults(adapter, modules, tensors, unknown=unknown)

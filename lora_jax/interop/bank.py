@@ -16,7 +16,7 @@ def load_bank(
     path: str | os.PathLike[str] | None,
     adapters: Mapping[str, str | os.PathLike[str]],
     *,
-    capacity: int | None = None,
+    capacity: int | Mapping[int, int] | None = None,
     **options: Any,
 ) -> tuple[LoadedModel, AdapterBank]:
     """Loads a base once, with several adapters.

@@ -144,8 +144,10 @@ def split_experts(
 
     Returns:
       The factors by name; those of a model whose files have one tensor for all experts
-      (gpt-oss) stay as they are, which is vLLM's format for them.
+      (gpt-oss, Qwen3.5) stay as they are, which is vLLM's format for them.
     """
+    if names.family.is_served_whole:
+        return dict(modules)
     paths = {name: path for path, name in names.spelling().modules.items()}
     found = {}
     for name, factors in modules.items():
@@ -216,7 +218,14 @@ def _stack(found: list[list[ExternalFactors]], *, rslora: bool) -> ExternalFacto
     ]
     if len({(f.a.shape, f.b.shape, f.scaling) for f in fused}) > 1:
         raise ValueError(
-            "the experts of a layer must have factors of one shape and one scaling."
+            "the experts of a layer must have factors of one shape and one scaling; "
+            f"got A {_listed(f.a.shape for f in fused)}, B "
+            f"{_listed(f.b.shape for f in fused)}, scaling "
+            f"{_listed(f.scaling for f in fused)}."
         )
     a, b = (np.stack([getattr(f, name) for f in fused]) for name in "ab")
     return fused[0]._replace(a=a, b=b)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(map(str, values)))

@@ -4,18 +4,22 @@ Names come from the model's family and shapes from tracing its module, so the ba
 weights are never read.
 """
 
-import dataclasses
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import flax.linen as nn
 import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.base import (
+    Base,
+    Source,
+    auto_class,
+    check_head,
+    open_base,
+)
 from lora_jax.interop.experts import (
     check_exportable,
     known_names,
@@ -30,35 +34,30 @@ from lora_jax.interop.mlx import write_mlx
 from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
-from lora_jax.models.family import Family, config_of
+from lora_jax.interop.tied import check_one_table, tied_factors
+from lora_jax.models.family import config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source as ModelSource
-from lora_jax.models.source import open_source
 from lora_jax.models.stacking import layer_slices
 from lora_jax.names import (
     BIAS,
-    CLASSIFIER,
     EMBED,
     FROZEN,
     HEAD,
-    KERNEL,
-    LAYERS,
     LM_HEAD,
     LORA,
     LORA_A,
     LORA_B,
     MAGNITUDE,
     PARAMS,
-    POOLER,
 )
-from lora_jax.nn.adapt import Adapted
-from lora_jax.nn.trace import Example, trace_model
+from lora_jax.nn.trace import trace_model
 from lora_jax.tree.merge import check_adapters
 from lora_jax.tree.partition import join
 from lora_jax.tree.paths import flatten
+from lora_jax.tree.plain import plain_config, plain_targets, plain_variables
 from lora_jax.tree.targets import Target, child, select_targets
 
-Source = LoadedModel | str | os.PathLike[str]
 FORMATS = ("peft", "mlx")
 
 
@@ -75,6 +74,9 @@ def export_adapter(
     base_model: str | None = None,
 ) -> Path:
     """Writes an adapter as a folder that PEFT or mlx-lm loads.
+
+    The adapter of a method such as PiSSA is written as the LoRA of the base as it is
+    that has the same update; its rank is twice the config's.
 
     Args:
       directory: created if absent; an adapter there is replaced.
@@ -107,18 +109,20 @@ def export_adapter(
         raise ValueError(
             "portable must be False for mlx-lm, whose format has no variants."
         )
-    base = _open(source, variables, pooling)
+    base = open_base(source, variables, pooling)
     found = trace_model(base.module, None, base.example)
     weights, unknown = flatten(found.params), found.unsupported
     kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
     targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
+    variables = plain_variables(variables, targets)
+    targets, config = plain_targets(targets, config), plain_config(config)
     heads = () if skip_head else base.family.head
     has_head = any(path in variables.get(PARAMS, {}) for path in heads)
-    has_prefix, auto_mapping = _auto_class(base, has_head=has_head)
+    has_prefix, auto_mapping = auto_class(base, has_head=has_head)
     leaves = layer_slices(weights)
     names = Names(base.family, list(kernels), leaves, has_prefix=has_prefix)
     if has_head:
-        _check_head(base)
+        check_head(base)
     adapter = _describe(
         variables, config, targets, names, base.source, skip_head=skip_head
     )
@@ -132,7 +136,8 @@ def export_adapter(
     wrapped = {name.removesuffix(".weight") for name in parameters}
     if wrapped:  # PEFT has no dropout there, and none is needed to compute
         adapter = adapter._replace(dropout_rate=0.0)
-    known = known_names(names, base.source.names, by_expert=portable)
+    by_expert = portable and not names.family.is_served_whole
+    known = known_names(names, base.source.names, by_expert=by_expert)
     settings: dict[str, Any] = {
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_name(
@@ -145,84 +150,9 @@ def export_adapter(
         "target_modules": _shortest(sorted(set(adapter.modules) - wrapped), known),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved(adapter, names) or None,
-        "task_type": None if base.family.head else "CAUSAL_LM",
+        "task_type": base.task,
     }
     return write_peft(directory, adapter, settings)
-
-
-class _Base(NamedTuple):
-    """A base without its weights."""
-
-    module: nn.Module
-    source: ModelSource
-    pooling: str | None  # that the head was trained with; None if unknown
-
-    @property
-    def family(self) -> Family:
-        """Its family."""
-        return self.source.family
-
-    @property
-    def example(self) -> Example:
-        """Shapes of its inputs."""
-        return Example.of(*self.family.inputs(config_of(self.module)))
-
-
-def _open(
-    source: Source, variables: Mapping[str, PyTree], pooling: str | None
-) -> _Base:
-    """Finds the module, from a model in memory or from the adapter's leaves."""
-    if isinstance(source, LoadedModel):
-        module = source.module
-        module = module.model if isinstance(module, Adapted) else module
-        found = open_source(source.path)
-        pooling = pooling or getattr(module, "pooling", None)
-        return _Base(module, found, pooling)
-    found = open_source(source)
-    family, trees = found.family, [variables.get(c, {}) for c in (FROZEN, LORA, PARAMS)]
-    paths = {key for tree in trees for key in tree}
-    options: dict[str, Any] = {}
-    sizes = found.config
-    if not family.head and HEAD in paths and sizes.is_tied:
-        sizes = dataclasses.replace(sizes, is_tied=False)
-    if family.head:
-        heads = [tree[CLASSIFIER] for tree in trees if CLASSIFIER in tree]
-        kernel = next((head[KERNEL] for head in heads if KERNEL in head), None)
-        options["num_labels"] = None if kernel is None else kernel.shape[-1]
-        if pooling or POOLER in paths:
-            options["pooling"] = pooling or POOLER
-    elif LAYERS in paths:
-        options["scan_layers"] = True
-    module = family.module(sizes, **options)
-    return _Base(module, found, pooling)
-
-
-def _auto_class(base: _Base, *, has_head: bool) -> tuple[bool, dict[str, str] | None]:
-    """Returns how transformers opens the base: as its config says, or with a head.
-
-    That is whether module names have the family's prefix, and PEFT's ``auto_mapping``.
-    """
-    source = base.source
-    if not base.family.head:
-        return True, None  # PEFT goes by the task, a causal language model
-    name, is_bare = source.architecture, source.is_bare
-    if has_head and is_bare:
-        name, is_bare = name and re.sub("Model$", base.family.head_class, name), False
-    kind = source.settings["model_type"].replace("-", "_")
-    library = f"transformers.models.{kind}.modeling_{kind}"
-    mapping = {"base_model_class": name, "parent_library": library}
-    return not is_bare, mapping if name else None
-
-
-def _check_head(base: _Base) -> None:
-    """Raises if transformers would feed the head another pooling than in training."""
-    wanted = base.family.head_pooling
-    if base.pooling not in (None, wanted):
-        raise ValueError(
-            f"the head must be trained on {wanted!r} pooling for transformers to use "
-            f"it; it was trained on {base.pooling!r}. Omit it (skip_head=True, "
-            "--skip-head) to export only the adapter."
-        )
 
 
 def _describe(
@@ -263,14 +193,10 @@ def _describe(
                 modules[part] = drop_zero_ranks(own, rslora=config.rslora)
         else:
             modules[spelled[path]] = factors
+    if EMBED in by_path:
+        check_one_table(names.family)
     if EMBED in by_path and HEAD not in spelled:
-        if config.dora:
-            raise ValueError(
-                "a DoRA adapter of a tied embedding can't be exported: no other tool "
-                "scales both sides alike. Merge it into its base."
-            )
-        embed = modules[spelled[EMBED]]
-        modules[LM_HEAD] = embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)
+        modules[LM_HEAD] = tied_factors(modules[spelled[EMBED]])
     if config.bias == "none" and not config.dora:
         modules = _with_biases(variables, names, source, modules)
     return ExternalAdapter(
@@ -343,6 +269,8 @@ def _full(
             array = np.asarray(slices[path].of(there[slices[path].path]), np.float32)
             tensors[spelled[path]] = names.family.to_file(path, array)
     embed = spelled.get(EMBED_LEAF)
+    if embed in tensors:
+        check_one_table(names.family)
     if embed in tensors and HEAD_LEAF not in spelled:
         tensors[f"{LM_HEAD}.weight"] = tensors[embed]  # tied
     if faults:
@@ -377,14 +305,14 @@ def _write_mlx(
     directory: str | os.PathLike[str],
     adapter: ExternalAdapter,
     names: Names,
-    base: _Base,
+    base: Base,
 ) -> Path:
     """Writes with mlx-lm's names: ``model.`` before everything but the head.
 
     There, a multimodal model's language model and its head are wrapped together.
     """
-    if base.family.head:
-        raise ValueError("mlx-lm has only causal language models; this is an encoder.")
+    if (kind := base.family.kind) != "decoder":
+        raise ValueError(f"mlx-lm has only causal language models; this is an {kind}.")
     modules = dict(adapter.modules)
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too

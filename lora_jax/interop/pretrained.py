@@ -26,21 +26,25 @@ from lora_jax.models.stacking import unscan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import (
     CLASSIFIER,
+    FIXED,
     FROZEN,
     HEAD,
     KERNEL,
     LAYERS,
     PARAMS,
-    TRAINABLE,
+    SAVED,
 )
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.rules import shard_variables
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import unflatten
+from lora_jax.tree.plain import plain_config, plain_variables
 from lora_jax.tree.targets import child
 
 RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
+RUN_ADAPTERS = "adapters"  # in that of a run with several
+MOST_SHOWN = 20
 FLOATS = ("float32", "bfloat16", "float16")  # dtypes a base may have been cast to
 
 
@@ -75,7 +79,8 @@ def load_model(
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
       pooling: of an encoder: "mean", "cls", "pooler" or "cls_mean" (see `Classifier`);
-        None for the one that the file was made with.
+        None for the one that the file was made with. Without one and without a head,
+        embeddings are what a folder of sentence-transformers says (modules.json).
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; None for the one that an adapter of ours was
         trained in (``"param_dtype"`` in its ``extra``), else the file's own. A new head
@@ -139,7 +144,7 @@ def load_model(
         else:
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
-        lora = translate_names(lora, loaded.family)
+        lora = translate_names(lora, loaded.family, loaded.config)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)
@@ -170,6 +175,13 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     for candidate in (folder, inside):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate
+    if several := adapter_folders(folder / RUN_ADAPTERS):
+        more = ", ..." if len(several) > MOST_SHOWN else ""
+        raise ValueError(
+            f"the run in {folder} has {len(several)} adapters; give the folder of one, "
+            f"like {folder / RUN_ADAPTERS / several[0]}. They are "
+            f"{', '.join(several[:MOST_SHOWN])}{more}."
+        )
     if (folder / RUN_CONFIG).is_file():
         raise FileNotFoundError(
             f"the run in {folder} has no adapter yet: it ended before its first "
@@ -180,6 +192,11 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         f"{folder} is neither a run folder nor an adapter folder: it has no "
         f"{ADAPTER_CONFIG}."
     )
+
+
+def adapter_folders(folder: Path) -> list[str]:
+    """Returns the names of the adapters in a folder of adapters, sorted."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def find_base(adapter: Path | ExternalAdapter) -> str:
@@ -305,10 +322,14 @@ def _load_own(
             loaded, (adapted, wanted) = apart, pair
     found = ours.load_adapter(
         folder,
-        expected={name: wanted.get(name, {}) for name in TRAINABLE},
+        expected={name: wanted.get(name, {}) for name in SAVED},
         fingerprint=fingerprint(wanted[FROZEN]),
     )
     variables = {FROZEN: wanted[FROZEN], **found.variables}
+    if FIXED in variables:  # of a method: the same update as plain LoRA
+        variables = plain_variables(variables, adapted.targets(loaded.params))
+        plain = plain_config(found.config)
+        adapted = adapt(loaded.module, plain, *loaded.inputs, deterministic=True)
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
 

@@ -79,3 +79,31 @@ def place_tied(
         f"got {present}. Other tools change that side alone: load the base and the "
         "adapter together (`load_model(path, adapter=...)`), which unties the head"
     ]
+
+
+def check_one_table(family: Family) -> None:
+    """Raises if another tool can't hold a change of the embedding.
+
+    Transformers looks tokens up in each stack's own module, of which a family with
+    ``copies`` has several; an adapter of one of these would act there alone.
+    """
+    if family.copies:
+        raise ValueError(
+            "a change of the embedding can't be exported for an encoder–decoder: "
+            f"transformers has it as several modules, {', '.join(family.copies)}. "
+            "Merge it into its base."
+        )
+
+
+def tied_factors(embed: ExternalFactors) -> ExternalFactors:
+    """Returns the adapter of a tied head for that of its embedding.
+
+    Raises:
+      ValueError: if it has a magnitude.
+    """
+    if embed.magnitude is not None:
+        raise ValueError(
+            "a DoRA adapter of a tied embedding can't be exported: no other tool "
+            "scales both sides alike. Merge it into its base."
+        )
+    return embed._replace(a=embed.b.T, b=embed.a.T, is_embedding=False)

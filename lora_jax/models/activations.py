@@ -31,12 +31,18 @@ def tanh_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return nn.gelu(x, approximate=True)
 
 
+def quick_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """Computes ``x * sigmoid(1.702 x)``, as CLIP was trained; see `exact_gelu`."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 # "gelu_new" and "gelu_fast" are the tanh approximation too.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": exact_gelu,
     "gelu_new": tanh_gelu,
     "gelu_fast": tanh_gelu,
     "gelu_pytorch_tanh": tanh_gelu,
+    "quick_gelu": quick_gelu,
     "relu": nn.relu,
     "silu": nn.silu,
 }

@@ -4,7 +4,8 @@
 (Llama, Gemma, GPT-2, ...) is this module with another `DecoderConfig`.
 
 The parameter tree (kernels are ``[i, o]``, as in Flax); with ``scan_layers`` all blocks
-are one, ``layers``, with a leading layer axis::
+are one, ``layers``, with a leading layer axis (a hybrid's are ``layers/0_of_4`` and so
+on, if four of them repeat)::
 
     embed/embedding                                  [v, d]
     positions/embedding                              only with learned positions
@@ -12,33 +13,39 @@ are one, ``layers``, with a leading layer axis::
     layer_{i}/attention/{query,key,value,output}/kernel     or {qkv,output}
     layer_{i}/attention/sinks                        only with has_sinks
     layer_{i}/attention/{query,key}_norm/scale       only with qk_norm
+    layer_{i}/{delta_net,short_conv}/...             in a hybrid, in place of attention
     layer_{i}/attention_post_norm/scale              not with norm_placement "pre"
     layer_{i}/mlp_norm/scale
     layer_{i}/mlp/{gate,up,down}/kernel              or {gate_up,down}, or {up,down}
     layer_{i}/mlp/router/kernel                      with experts, in place of these
     layer_{i}/mlp/experts/{gate_up,down}/kernel      [e, i, o]
+    layer_{i}/mixture/{router,experts,...}           beside the mlp, in Gemma 4
+    layer_{i}/{mlp_own,mixture,mixture_post}_norm/scale                 Gemma 4
     layer_{i}/mlp_post_norm/scale
     layer_{i}/{own_gate,own_up}/kernel, own_norm/scale, layer_scale     Gemma 4
     {own_embed/embedding,own_projection/kernel,own_norm/scale}          Gemma 4
     final_norm/scale
     head/kernel                                      not if tied
+    sentence_head/dense_{i}/kernel                   only with such steps
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
-from lora_jax.models.decoder_block import Block, Hidden, PositionContext, make_norm
+from lora_jax.models.cache import Cache
+from lora_jax.models.decoder_block import Block, Period
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_parts import Head, Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
-from lora_jax.models.experts import ROUTED
-from lora_jax.names import ATTENDED, LINEAR, X_A
-from lora_jax.nn.layer_rules import register_layer
+from lora_jax.models.sentence import SentenceHead
+from lora_jax.models.sentence_config import SentenceConfig
+from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
 from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
 
@@ -54,28 +61,6 @@ REMATS: dict[str, Any] = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far; token ``p`` of a row is in slot ``p``.
-
-    Attributes:
-      keys: ``[b, s, k, h]`` for each layer; one array ``[l, b, s, k, h]`` if scanned.
-      values: the same.
-    """
-
-    keys: Any
-    values: Any
-
-
-class Head(nn.Dense):
-    """The output head. ``"all-linear"`` leaves it out, as in PEFT; targets may name it.
-
-    With an adapter here, the loss has to form the logits of every token.
-    """
-
-
-register_layer(Head, "...i,io->...o", kind="head")
-
-
 class Decoder(nn.Module):
     """A causal language model: token ids to logits.
 
@@ -88,6 +73,7 @@ class Decoder(nn.Module):
         rotations, activations and scores, saving a block's input, ``x A`` and the
         outputs of attention and of linear layers; or each whole ``"block"``. On
         unrolled blocks it saves memory only on GPU and TPU: XLA:CPU undoes it.
+      sentence: how `encode` makes embeddings of hidden states, or None.
 
     Raises:
       ValueError: if ``remat`` is unknown, or the layers to be scanned differ in their
@@ -98,16 +84,17 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    sentence: SentenceConfig | None = None
 
     def __post_init__(self):
         if self.remat not in REMATS:
             raise ValueError(
                 f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
             )
-        if self.scan_layers and not self.config.is_uniform:
+        if self.scan_layers and self.config.scan_period is None:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
-                "an MLP, or they differ in shape; got True."
+                "an MLP, or they differ in shape and don't repeat; got True."
             )
         super().__post_init__()
 
@@ -130,13 +117,37 @@ class Decoder(nn.Module):
           deterministic: False turns on adapter dropout; the model itself has none.
 
         Returns:
-          Logits ``[b, t, v]`` float32.
+          Logits ``[b, t, v]`` float32; without a head the last hidden states.
 
         Raises:
           ValueError: if the shapes differ or ``t`` exceeds ``config.max_positions``.
           TypeError: if ``input_ids`` are not integers.
         """
-        return self.logits(self.hidden(input_ids, positions, segment_ids))
+        hidden = self.hidden(input_ids, positions, segment_ids)
+        if self.sentence is not None and self.is_initializing():
+            self.sentence_head(hidden, jnp.ones_like(input_ids))
+        return self.logits(hidden) if self.config.has_head else hidden
+
+    def encode(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "b e"]:
+        """Returns the embeddings ``[b, e]`` of texts, as `sentence` says.
+
+        Args:
+          input_ids: token ids ``[b, t]``.
+          attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
+          deterministic: see `__call__`.
+        """
+        if self.sentence is None:
+            raise ValueError(
+                "sentence must not be None: a decoder's folder needs a modules.json."
+            )
+        hidden = self.hidden(input_ids, segment_ids=attention_mask)
+        return self.sentence_head(hidden, attention_mask)
 
     def hidden(
         self,
@@ -156,14 +167,17 @@ class Decoder(nn.Module):
         input_ids: TokenIds,
         size: int,
         *,
+        lengths: Int[Array, " b"] | None = None,
         is_long: bool | None = None,
         deterministic: bool = True,
     ) -> tuple[Hidden, Cache]:
         """Runs prompts and fills a new cache.
 
         Args:
-          input_ids: ``[b, t]``, padded on the right; padding is ignored.
+          input_ids: ``[b, t]``, padded on the right.
           size: slots of the cache, at least ``t``.
+          lengths: ``[b]``, tokens of each row; None if there is no padding. Attention
+            ignores padding without them; other mixers need them.
           is_long: longrope: whether the sequence exceeds its original context; None
             decides by ``t``. All calls for one cache must agree.
           deterministic: see `__call__`.
@@ -171,6 +185,11 @@ class Decoder(nn.Module):
         Returns:
           Hidden states ``[b, t, d]`` and the cache, with ``size`` slots per row.
         """
+        if not self.config.is_causal:
+            raise ValueError(
+                "is_causal must be True to generate: this model reads both ways, and "
+                "makes embeddings."
+            )
         if size < input_ids.shape[1]:
             raise ValueError(
                 f"the cache must have a slot for each of the {input_ids.shape[1]} "
@@ -179,13 +198,8 @@ class Decoder(nn.Module):
         if is_long is None:
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
-        x, (keys, values) = self._blocks(x, place, "run")
-        room = [(0, size - input_ids.shape[1]), (0, 0), (0, 0)]
-
-        def pad(array: Array) -> Array:
-            return jnp.pad(array, [(0, 0)] * (array.ndim - 3) + room)
-
-        return self._last(x), Cache(*jax.tree.map(pad, (keys, values)))
+        x, kept = self._blocks(x, place._replace(lengths=lengths), "run")
+        return self._last(x), Cache(kept).in_slots(size)
 
     def decode(
         self,
@@ -209,16 +223,18 @@ class Decoder(nn.Module):
           Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
         if is_long is None:
-            is_long = self._exceeds(cache.keys[0].shape[-3])
+            is_long = self._exceeds(cache.size)
         x, place = self._embed(input_ids, positions, None, is_long)
         place = place._replace(slots=positions)
-        x, (keys, values) = self._blocks(x, place, "run", cache)
-        return self._last(x), Cache(keys, values)
+        x, layers = self._blocks(x, place, "run", cache)
+        return self._last(x), Cache(layers)
 
     def logits(
         self, hidden: Hidden, *, deterministic: bool = True
     ) -> Float[Array, "b t v"]:
         """Returns ``hidden @ head`` in float32, soft-capped if the config says so."""
+        if not self.config.has_head:
+            raise ValueError("has_head must be True to predict tokens; got False.")
         head = self.embed.attend if self.config.is_tied else self.head
         logits, cap = head(hidden).astype(jnp.float32), self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -244,17 +260,18 @@ class Decoder(nn.Module):
             scan = {
                 "variable_axes": {"params": 0, ROUTED: 0},
                 "split_rngs": {"params": True, "dropout": True},
-                "length": cfg.num_layers,
+                "length": self._steps(),
                 "unroll": self._unroll(),
             }
-            block = nn.scan(
-                block,
+            is_period = cfg.scan_period != 1
+            scanned = nn.scan(
+                Period if is_period else block,
                 methods={
                     "__call__": {**scan, "in_axes": (nn.broadcast, 0)},
                     "run": {**scan, "in_axes": (nn.broadcast, 0, 0)},
                 },
             )
-            self.layers = block(cfg, self.dtype)
+            self.layers = scanned(cfg, self.dtype, *([block] if is_period else []))
         else:
             self.layer = [
                 block(cfg.of_layer(i), self.dtype) for i in range(cfg.num_layers)
@@ -267,7 +284,9 @@ class Decoder(nn.Module):
             self.own_projection = nn.Dense(width, use_bias=False, dtype=self.dtype)
             self.own_norm = make_norm(cfg, self.dtype, None)
         self.final_norm = make_norm(cfg, self.dtype, None)
-        if not cfg.is_tied:
+        if self.sentence is not None:
+            self.sentence_head = SentenceHead(self.sentence)
+        if cfg.has_head and not cfg.is_tied:
             self.head = Head(cfg.vocab_size, use_bias=False, dtype=self.dtype)
 
     def _last(self, x: Hidden) -> Hidden:
@@ -275,8 +294,12 @@ class Decoder(nn.Module):
         x, scale = self.final_norm(x), self.config.logit_scale
         return x if scale == 1 else x * scale
 
+    def _steps(self) -> int:
+        """Returns the number of steps of the scan over the blocks."""
+        return self.config.num_layers // (self.config.scan_period or 1)
+
     def _unroll(self) -> int:
-        """Returns the number of layers that are compiled in one pass of the loop.
+        """Returns the number of steps that are compiled in one pass of the loop.
 
         A loop copies what the backward pass needs into a stack and out of it, which is
         16 of 230 million cycles of a step of four Llama-8B layers on v5e, by the
@@ -284,7 +307,7 @@ class Decoder(nn.Module):
         """
         is_short = self.config.num_layers <= MAX_UNROLLED and self.remat == "none"
         is_tpu = target_platform() == "tpu"
-        return self.config.num_layers if is_short and is_tpu else 1
+        return self._steps() if is_short and is_tpu else 1
 
     def _exceeds(self, length: int) -> bool:
         original = self.config.original_positions
@@ -346,19 +369,17 @@ class Decoder(nn.Module):
     def _blocks(
         self, x: Hidden, place: PositionContext, method: str, cache: Cache | None = None
     ) -> tuple[Hidden, Any]:
-        """Runs all blocks; returns ``x`` and (keys, values) of all layers, or None."""
+        """Runs all blocks; returns ``x`` and what each layer keeps, or None."""
         if self.scan_layers:
-            numbers = jnp.arange(self.config.num_layers)
-            past = () if method == "__call__" else (cache and tuple(cache),)
+            numbers = jnp.arange(self._steps())
+            past = () if method == "__call__" else (cache and cache.layers,)
             return getattr(self.layers, method)(x, place, numbers, *past)
         kept = []
         for i, block in enumerate(self.layer):
             source = self.config.of_layer(i).key_source
             if source is not None:
                 place = place._replace(given=kept[source])
-            past = () if cache is None else ((cache.keys[i], cache.values[i]),)
-            x, pair = getattr(block, method)(x, place, i, *past)
-            kept.append(pair)
-        if method == "__call__":
-            return x, None
-        return x, tuple(tuple(pair[j] if pair else () for pair in kept) for j in (0, 1))
+            past = () if cache is None else (cache.layers[i],)
+            x, own = getattr(block, method)(x, place, i, *past)
+            kept.append(own)
+        return x, None if method == "__call__" else tuple(kept)

@@ -1,93 +1,38 @@
-"""The parts of a decoder: norms, attention, MLP and the block they make."""
+"""The parts of a decoder: attention, MLP and the block they make."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from lora_jax.attention.causal import cached_attention, causal_attention
+from lora_jax.attention.causal import (
+    bidirectional_attention,
+    cached_attention,
+    causal_attention,
+    write_slots,
+)
 from lora_jax.attention.rope import apply_rope, pairs_to_halves
 from lora_jax.models.activations import ACTIVATIONS, gate
+from lora_jax.models.cache import KeysValues
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_parts import (
+    DecoderModule,
+    Hidden,
+    Layer,
+    Past,
+    PositionContext,
+    unit_rms,
+)
+from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.models.experts import Mixture
-from lora_jax.names import LINEAR
+from lora_jax.models.mixer_config import DeltaNetConfig, ShortConvConfig
+from lora_jax.models.recurrent import DeltaNet, ShortConv
 from lora_jax.parallel.activation_sharding import shard_rows
 
-Hidden = Float[Array, "b t d"]
-Layer = int | Int[Array, ""]
-Past = Any  # keys and values; () of a layer without its own; None
 NO_WINDOW = 2**30
-
-
-class PositionContext(NamedTuple):
-    """Positions of a batch's tokens, shared by all layers.
-
-    Attributes:
-      cos: cosines of each rope table, ``[b, t, c]``.
-      sin: sines.
-      growth: ``[b, t]`` factors of the queries, or None.
-      own: ``[b, t, l, p]`` what each layer reads of the tokens directly, or None.
-      given: keys and values of another layer, for one without its own.
-      slots: ``[b, t]`` slots in the cache when decoding, else None.
-      segment_ids: ``[b, t]`` example of each token in a packed row, or None.
-    """
-
-    cos: tuple[Array, ...]
-    sin: tuple[Array, ...]
-    growth: Array | None
-    slots: Array | None
-    segment_ids: Array | None
-    own: Array | None = None
-    given: Any = None
-
-
-class RMSNorm(nn.Module):
-    """Computes ``x / √(mean(x²) + eps) * (offset + scale)``, in float32.
-
-    Variables: ``scale`` ``[d]``.
-    """
-
-    eps: float
-    offset: float = 0.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns the normalised ``x``, in ``dtype``."""
-        ones = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", ones, x.shape[-1:])
-        x = unit_rms(x.astype(jnp.float32), self.eps)
-        return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
-
-
-def unit_rms(x: Array, eps: float) -> Array:
-    """Returns ``x / √(mean(x²) + eps)``, computed in float32, in the dtype of ``x``."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype)
-
-
-class DecoderModule(nn.Module):
-    """Base class of a decoder's parts: config, dtype, norms and linear layers."""
-
-    config: DecoderConfig
-    dtype: Any = jnp.float32
-
-    def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
-        """Applies the linear layer ``name`` to ``[b, t, i]``, giving ``[b, t, width]``.
-
-        The result is named `LINEAR`, so that a remat policy can save it.
-        """
-        layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
-        return checkpoint_name(layer(x), LINEAR)
-
-    def norm(self, name: str) -> nn.Module:
-        """Returns the norm ``name``."""
-        return make_norm(self.config, self.dtype, name)
 
 
 class Attention(DecoderModule):
@@ -103,7 +48,7 @@ class Attention(DecoderModule):
           x: ``[b, t, d]``.
           place: the tokens' positions.
           layer: the layer's number, traced if the layers are scanned.
-          past: the layer's keys and values ``[b, s, k, h]`` when decoding.
+          past: the layer's `KeysValues` when decoding.
 
         Returns:
           ``[b, t, d]``, and the layer's keys and values including these tokens'.
@@ -112,10 +57,13 @@ class Attention(DecoderModule):
         n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
         query, key, value = self._projected(x)
+        opening = None
+        if cfg.has_output_gate:
+            query, opening = jnp.split(query.reshape(b, t, n, 2 * h), 2, axis=-1)
 
         def placed(y: Array, name: str, heads: int) -> Array:
             y = self.norm(name)(y) if cfg.qk_norm == "projection" else y
-            y = y.reshape(b, t, heads, h)
+            y = _clipped(y, cfg.qkv_clip).reshape(b, t, heads, h)
             y = self.norm(name)(y) if cfg.qk_norm == "head" else y
             return self._rotated(y, place, layer)
 
@@ -124,7 +72,7 @@ class Attention(DecoderModule):
             key, value = place.given
         else:
             key = placed(key, "key_norm", k)
-            value = value.reshape(b, t, k, h)
+            value = _clipped(value, cfg.qkv_clip).reshape(b, t, k, h)
             value = unit_rms(value, cfg.norm_eps) if cfg.has_value_norm else value
         if place.growth is not None:
             query = query * place.growth[..., None, None].astype(query.dtype)
@@ -142,7 +90,14 @@ class Attention(DecoderModule):
             window=window,
             sinks=sinks,
         )
-        if past is None:
+        if not cfg.is_causal:
+            mixed = bidirectional_attention(
+                *(query, key, value),
+                segment_ids=place.segment_ids,
+                scale=cfg.attention_scale,
+                window=window,
+            )
+        elif past is None:
             windows = {NO_WINDOW if w is None else w for w in cfg.layer_windows}
             mixed = attend(
                 query,
@@ -153,23 +108,28 @@ class Attention(DecoderModule):
             )
         else:
             if cfg.key_source is None:
-                rows = jnp.arange(b)[:, None]
-                key = past[0].at[rows, place.slots].set(key)
-                value = past[1].at[rows, place.slots].set(value)
+                key = write_slots(past.keys, key, place.slots)
+                value = write_slots(past.values, value, place.slots)
             mixed = attend(query, key, value, place.slots)
+        if opening is not None:
+            mixed = mixed * nn.sigmoid(opening)
         mixed = mixed.reshape(b, t, n * h)
         y = self.dense("output", mixed, cfg.hidden_size, cfg.has_output_bias)
-        return y, (key, value) if cfg.key_source is None else ()
+        return y, KeysValues(key, value) if cfg.key_source is None else ()
 
     def _projected(self, x: Hidden) -> tuple[Array, Any, Any]:
-        """Queries, keys and values ``[b, t, n h]``; the latter None if another's."""
+        """Queries, keys and values ``[b, t, n h]``; the latter None if another's.
+
+        Queries are followed by their gate, head by head, if there is one.
+        """
         cfg, bias = self.config, self.config.has_qkv_bias
         queries, keys = (i * cfg.head_dim for i in (cfg.num_heads, cfg.num_kv_heads))
         if cfg.is_qkv_fused:
             qkv = self.dense("qkv", x, queries + 2 * keys, bias)
             query, key, value = jnp.split(qkv, [queries, queries + keys], axis=-1)
             return query, key, value
-        query = self.dense("query", x, queries, bias)
+        doubled = queries * (2 if cfg.has_output_gate else 1)
+        query = self.dense("query", x, doubled, bias)
         if cfg.key_source is not None:
             return query, None, None
         key = self.dense("key", x, keys, bias)
@@ -225,7 +185,7 @@ class Block(DecoderModule):
     def run(
         self, x: Hidden, place: PositionContext, layer: Layer, past: Past = None
     ) -> tuple[Hidden, Past]:
-        """Like `__call__`, and returns the layer's keys and values for a cache."""
+        """Like `__call__`, and returns what the layer's mixer keeps, for a cache."""
         placement, scale = self.config.norm_placement, self.config.residual_scale
 
         def pre(name: str, x: Array) -> Array:
@@ -235,14 +195,17 @@ class Block(DecoderModule):
             y = self.norm(name)(y) if placement != "pre" else y
             return y if scale == 1 else y * scale
 
-        attention = Attention(self.config, self.dtype, name="attention")
+        mixer = make_mixer(self.config, self.dtype)
         mlp = make_mlp(self.config, self.dtype, layer)
         inputs = pre("attention_norm", x)
-        y, kept = attention(inputs, place, layer, past)
+        y, kept = mixer(inputs, place, layer, past)
         if self.config.is_parallel:
             return shard_rows(x + scale * (y + mlp(inputs))), kept
         x = x + post("attention_post_norm", y)
-        x = x + post("mlp_post_norm", mlp(pre("mlp_norm", x)))
+        y, experts = mlp(pre("mlp_norm", x)), self.config.experts
+        if experts is not None and experts.is_beside_mlp:
+            y = self.norm("mlp_own_norm")(y) + self._mixture(experts, x)
+        x = x + post("mlp_post_norm", y)
         if place.own is not None:
             x = x + self._from_own(x, place.own[:, :, layer])
         if self.config.has_layer_scale:
@@ -250,6 +213,13 @@ class Block(DecoderModule):
                 x.dtype
             )
         return shard_rows(x), kept
+
+    def _mixture(self, experts: ExpertConfig, x: Hidden) -> Hidden:
+        """What experts beside the MLP add; their router reads ``x`` before its norm."""
+        cfg = self.config
+        mixture = Mixture(experts, cfg.activation, self.dtype, name="mixture")
+        y = mixture(self.norm("mixture_norm")(x), unit_rms(x, cfg.norm_eps))
+        return self.norm("mixture_post_norm")(y)
 
     def _from_own(self, x: Hidden, own: Array) -> Hidden:
         """What the layer's own ``[b, t, p]`` adds, gated by ``x``."""
@@ -260,20 +230,70 @@ class Block(DecoderModule):
         )
 
 
+class Period(nn.Module):
+    """The layers that repeat in a hybrid: one step of its scan.
+
+    Attributes:
+      config: of the whole decoder.
+      dtype: dtype of the computation.
+      block: makes a layer.
+
+    Variables: those of ``p`` layers, under ``0_of_p`` to ``{p - 1}_of_p``.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    block: Any = Block
+
+    def setup(self) -> None:
+        """Creates the layers."""
+        for j, name in enumerate(self._names()):
+            setattr(self, name, self.block(self.config.of_layer(j), self.dtype))
+
+    def __call__(
+        self, x: Hidden, place: PositionContext, number: Layer
+    ) -> tuple[Hidden, None]:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``; ``number`` is the period's."""
+        names = self._names()
+        for j, name in enumerate(names):
+            x, _ = getattr(self, name)(x, place, number * len(names) + j)
+        return x, None
+
+    def run(
+        self, x: Hidden, place: PositionContext, number: Layer, past: Past = None
+    ) -> tuple[Hidden, Past]:
+        """Like `__call__`, and returns what each layer keeps."""
+        names, kept = self._names(), []
+        for j, name in enumerate(names):
+            own = None if past is None else past[j]
+            x, new = getattr(self, name).run(x, place, number * len(names) + j, own)
+            kept.append(new)
+        return x, tuple(kept)
+
+    def _names(self) -> list[str]:
+        period = self.config.scan_period or 1
+        return [f"{j}_of_{period}" for j in range(period)]
+
+
+MIXERS = {  # by the type of `DecoderConfig.mixer`
+    type(None): ("attention", Attention),
+    DeltaNetConfig: ("delta_net", DeltaNet),
+    ShortConvConfig: ("short_conv", ShortConv),
+}
+
+
+def make_mixer(config: DecoderConfig, dtype: Any) -> nn.Module:
+    """Makes what mixes the tokens in a layer: attention, or `DecoderConfig.mixer`."""
+    name, kind = MIXERS[type(config.mixer)]
+    return kind(config, dtype, name=name)
+
+
 def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
     """Makes the MLP of a layer, or its mixture of experts."""
     experts = config.experts
-    if experts is None or layer in experts.dense_layers:
+    if experts is None or experts.is_beside_mlp or layer in experts.dense_layers:
         return Mlp(config, dtype, name="mlp")
     return Mixture(experts, config.activation, dtype, name="mlp")
-
-
-def make_norm(config: DecoderConfig, dtype: Any, name: str | None) -> nn.Module:
-    """Makes a norm of the config's type."""
-    if config.norm == "layer":
-        bias = config.has_norm_bias
-        return nn.LayerNorm(config.norm_eps, dtype=dtype, use_bias=bias, name=name)
-    return RMSNorm(config.norm_eps, config.norm_offset, dtype, name=name)
 
 
 def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
@@ -283,6 +303,10 @@ def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:
     if isinstance(layer, int):
         return values[layer]
     return jnp.asarray([instead_of_none if v is None else v for v in values])[layer]
+
+
+def _clipped(x: Array, bound: float | None) -> Array:
+    return x if bound is None else jnp.clip(x, -bound, bound)
 
 
 def _pick(tables: tuple[Array, ...], index: Any) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.mixer_config import MixerConfig
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
@@ -132,7 +133,8 @@ class DecoderConfig:
       is_gate_up_fused: whether gate and up are one kernel, ``gate_up``.
       ropes: the tables of rotary frequencies.
       layer_ropes: the table that each layer uses; None for no rotation (NoPE).
-      layer_windows: sliding window of each layer; None for full causal attention.
+      layer_windows: sliding window of each layer; None for all (earlier) tokens.
+      is_causal: whether tokens see earlier ones only; else a window is on both sides.
       rotates_pairs: whether neighbouring dimensions of a head are rotated together, not
         one of each half.
       query_growth: ``(beta, n)`` multiplies the queries at position ``p`` by ``1 + beta
@@ -154,8 +156,13 @@ class DecoderConfig:
       embed_scale: factor of the embedding's output.
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
+      has_head: whether there is a head at all; a model of embeddings may have none.
       experts: the mixture of experts in place of MLPs, or None.
+      qkv_clip: bound of queries, keys and values before they are rotated, or None.
       has_sinks: whether each head's softmax has one more score, a parameter.
+      has_output_gate: whether attention's output is multiplied by the sigmoid of a gate
+        that is projected beside the queries.
+      mixer: what mixes the tokens instead of attention, or None.
 
     Raises:
       ValueError: if a size or constant is out of range; lists all of them.
@@ -187,6 +194,7 @@ class DecoderConfig:
     ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int | None, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
+    is_causal: bool = True
     rotates_pairs: bool = False
     query_growth: tuple[float, int] | None = None
     has_learned_positions: bool = False
@@ -205,14 +213,39 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     is_tied: bool = False
+    has_head: bool = True
     experts: ExpertConfig | None = None
+    qkv_clip: float | None = None
     has_sinks: bool = False
+    has_output_gate: bool = False
+    mixer: MixerConfig | None = None
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether all layers have the same parameters, so that they can be scanned."""
-        has_both = self.experts is not None and bool(self.experts.dense_layers)
-        return not has_both and not self.layer_changes
+    def predicts(self) -> bool:
+        """Whether it predicts tokens: causal, and with a head."""
+        return self.is_causal and self.has_head
+
+    @property
+    def scan_period(self) -> int | None:
+        """How many layers repeat, so that they can be scanned; None if none do.
+
+        1 where all layers have the same parameters. Hybrids repeat a few.
+        """
+        if self.experts is not None and self.experts.dense_layers:
+            return None
+        if not self.layer_changes:
+            return 1
+        changes, count = self.layer_changes, self.num_layers
+        if any("key_source" in dict(change) for change in changes):
+            return None
+        periods = (p for p in range(1, count) if count % p == 0)
+        return next((p for p in periods if changes[p:] == changes[:-p]), None)
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has a plain MLP."""
+        experts = self.experts
+        return experts is None or experts.is_beside_mlp or bool(experts.dense_layers)
 
     @property
     def original_positions(self) -> int | None:
@@ -267,7 +300,7 @@ class DecoderConfig:
             for window in {w for w in self.layer_windows if w is not None}
             if type(window) is not int or window < 1
         ]
-        optional = ("attention_scale", "attention_softcap", "final_softcap")
+        optional = ("attention_scale", "attention_softcap", "final_softcap", "qkv_clip")
         for name in ("norm_eps", *optional, "residual_scale", "logit_scale"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and 0 < value < math.inf

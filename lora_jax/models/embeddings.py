@@ -83,7 +83,9 @@ class Embeddings(nn.Module):
             raise ValueError(
                 "token_type_ids must not be given: this model has no token types."
             )
-        x = make_norm(cfg, self.dtype, "norm")(x)
+        x = x.astype(self.dtype)
+        if cfg.has_embedding_norm:
+            x = make_norm(cfg, self.dtype, "norm")(x)
         if cfg.embedding_size is None:
             return x
         return nn.Dense(cfg.hidden_size, dtype=self.dtype, name="projection")(x)
@@ -110,25 +112,39 @@ class PatchEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Pixels) -> Hidden:
-        """Returns ``[b, 1 + patches, d]`` for images ``[b, c, y, x]``."""
+        """Returns ``[b, (1 +) patches, d]`` for images ``[b, c, y, x]``."""
         cfg, width = self.config, self.config.hidden_size
         grid = cfg.grid(*pixels.shape[2:])
         trained = cfg.grid(cfg.image_height, cfg.image_width)
         patch = (cfg.patch_height, cfg.patch_width)
         convolve = nn.Conv(
-            width, patch, patch, padding="VALID", dtype=self.dtype, name="patch"
+            *(width, patch, patch),
+            padding="VALID",
+            use_bias=cfg.has_patch_bias,
+            dtype=self.dtype,
+            name="patch",
         )
         normal = nn.initializers.normal(0.02)
-        first = self.param("cls", normal, (1, 1, width))
-        shape = (1, 1 + trained[0] * trained[1], width)
-        positions = self.param("position", normal, shape)
+        first: Any = None
+        if cfg.has_class_token:
+            shape = (width,) if cfg.is_flat else (1, 1, width)
+            first = self.param("cls", normal, shape)
+        count = cfg.has_class_token + trained[0] * trained[1]
+        if cfg.is_flat:
+            table = nn.Embed(count, width, name="position")
+            positions = table(jnp.arange(count))[None]
+        else:
+            positions = self.param("position", normal, (1, count, width))
         if grid != trained:
             positions = resize_positions(positions, trained, grid)
 
         x = convolve(pixels.transpose(0, 2, 3, 1))  # [b, *grid, d]
         x = x.reshape(len(pixels), -1, width)
-        first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, width))
-        return jnp.concatenate([first, x], axis=1) + positions.astype(self.dtype)
+        if first is not None:
+            first = jnp.broadcast_to(first.astype(self.dtype), (len(pixels), 1, width))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + positions.astype(self.dtype)
+        return make_norm(cfg, self.dtype, "norm")(x) if cfg.has_embedding_norm else x
 
 
 def resize_positions(

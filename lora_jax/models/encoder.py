@@ -12,6 +12,8 @@ The parameter tree (kernels are ``[i, o]``, as in Flax)::
     encoder/embeddings/{cls,position}                           images only
     encoder/embeddings/projection/{kernel,bias}       only with embedding_size
     encoder/relative_bias/embedding                   only with num_buckets
+    encoder/distances/embedding, encoder/distance_norm/{scale,bias}   DeBERTa
+    encoder/conv/{conv/{kernel,bias},norm/{scale,bias}}               DeBERTa
     encoder/layer_{i}/attention/{query,key,value,output}/{kernel,bias}   or {qkv,output}
     encoder/layer_{i}/attention_norm/{scale,bias}
     encoder/layer_{i}/mlp/{up,down}/{kernel,bias}               or {gate_up,gated_down}
@@ -39,12 +41,13 @@ from lora_jax.models.embeddings import (
     TokenIds,
     check_tokens,
 )
-from lora_jax.models.encoder_block import Block, make_norm
+from lora_jax.models.encoder_block import Block, ConvBlock, make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
+from lora_jax.models.pooling import POOLINGS, Pooled, mean_pool, pool
+from lora_jax.models.relative import relative_buckets
+from lora_jax.models.sentence import SentenceHead
+from lora_jax.models.sentence_config import SentenceConfig
 
-Pooled = Float[Array, "b d"]
-
-POOLINGS = ("mean", "cls", "pooler", "cls_mean")
 POOLER_ACTIVATIONS = {**ACTIVATIONS, "tanh": jnp.tanh}
 
 
@@ -115,8 +118,8 @@ class ImageEncoder(nn.Module):
           deterministic: False turns on dropout (PRNG stream "dropout").
 
         Returns:
-          Hidden states ``[b, 1 + patches, d]``: the class token's, then the patches'
-          row by row.
+          Hidden states ``[b, 1 + patches, d]``: the class token's, if there is one,
+          then the patches' row by row.
 
         Raises:
           ValueError: if the images don't have the config's channels and size.
@@ -143,40 +146,21 @@ def run_blocks(
         distance = np.arange(t) - np.arange(t)[:, None]
         buckets = relative_buckets(distance, cfg.num_buckets)  # [t, t]
         bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]  # [1, n, t, t]
+    if cfg.disentangled is not None:
+        own, width = cfg.disentangled, cfg.hidden_size
+        bias = nn.Embed(2 * own.span, width, name="distances")(
+            jnp.arange(2 * own.span)
+        ).astype(dtype)  # [p, d]
+        bias = make_norm(cfg, dtype, "distance_norm")(bias) if own.has_norm else bias
+    embedded = x
     for i in range(cfg.num_layers):
         block = Block(cfg, dtype, rate, i, name=f"layer_{i}")
         x = block(x, mask, deterministic, bias)
-    if cfg.norm_placement == "pre":
+        if i == 0 and cfg.conv is not None:
+            x = ConvBlock(cfg, dtype, name="conv")(embedded, x, mask)
+    if cfg.norm_placement == "pre" and cfg.has_final_norm:
         x = make_norm(cfg, dtype, "final_norm")(x)
     return x
-
-
-def relative_buckets(distance: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Buckets of distances: half of them for keys after the query, half for the others.
-
-    The first half of each side is one bucket a distance, the second half grows
-    logarithmically up to a distance of 128, in float32 as in PyTorch.
-
-    Args:
-      distance: the key's position minus the query's, integers of any shape.
-      num_buckets: number of buckets; even.
-
-    Returns:
-      The buckets, in the shape of ``distance``.
-
-    Example:
-      >>> relative_buckets(np.array([-500, -1, 0, 1, 8, 64]), 32).tolist()
-      [15, 1, 0, 17, 24, 30]
-
-    References:
-      Raffel et al., https://arxiv.org/abs/1910.10683, section 2.1.
-    """
-    side, exact, far = num_buckets // 2, num_buckets // 4, 128
-    size = np.abs(distance)
-    octaves = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
-    steps = octaves / np.float32(np.log(far / exact)) * np.float32(side - exact)
-    wide = np.minimum(exact + steps.astype(np.int32), side - 1)
-    return np.where(size < exact, size, wide) + side * (distance > 0)
 
 
 def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
@@ -201,48 +185,6 @@ def check_pixels(config: ImageEncoderConfig, pixel_values: Any) -> None:
         )
 
 
-def mean_pool(hidden: Hidden, attention_mask: TokenIds) -> Pooled:
-    """Averages the hidden states of unmasked tokens, in float32.
-
-    Computes ``sum_t mask * hidden / max(sum_t mask, 1)``: zeros for an all-padding row.
-
-    Args:
-      hidden: hidden states ``[b, t, d]``.
-      attention_mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-
-    Returns:
-      Averages ``[b, d]`` float32.
-
-    Example:
-      >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).item()
-      2.0
-    """
-    mask = attention_mask.astype(jnp.float32)[..., None]  # [b, t, 1]
-    total = jnp.sum(hidden.astype(jnp.float32) * mask, axis=1)
-    return total / jnp.maximum(mask.sum(axis=1), 1.0)
-
-
-def pool(hidden: Hidden, mask: TokenIds, pooling: str) -> Pooled:
-    """Pools hidden states to one vector per row, in float32.
-
-    Args:
-      hidden: hidden states ``[b, t, d]``.
-      mask: ``[b, t]``, 1 for real tokens and 0 for padding.
-      pooling: "mean" over unmasked tokens; "cls" or "pooler": the first token's;
-        "cls_mean": the first token's and the mean of the others, concatenated.
-
-    Returns:
-      Vectors ``[b, d]``; ``[b, 2 d]`` for "cls_mean".
-    """
-    if pooling == "mean":
-        return mean_pool(hidden, mask)
-    first = hidden[:, 0].astype(jnp.float32)
-    if pooling == "cls_mean":
-        others = mean_pool(hidden[:, 1:], mask[:, 1:])
-        return jnp.concatenate([first, others], axis=-1)
-    return first
-
-
 class Classifier(nn.Module):
     """An encoder, pooled to one vector per row, with a linear head; see the subclasses.
 
@@ -255,6 +197,8 @@ class Classifier(nn.Module):
         (DINOv2's: the first token's, concatenated with the mean of the others).
       dtype: dtype of the encoder's computation; pooling and head are float32.
       dropout_rate: see `Encoder`.
+      sentence: what makes embeddings of hidden states, as a folder of
+        sentence-transformers says; None for the mean. Without a head it is the output.
 
     Raises:
       ValueError: if ``pooling`` is unknown or ``num_labels`` is below 1.
@@ -265,6 +209,7 @@ class Classifier(nn.Module):
     pooling: str = "mean"
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
+    sentence: SentenceConfig | None = None
 
     encoder_type: ClassVar[Any] = None
 
@@ -296,12 +241,16 @@ class Classifier(nn.Module):
                 self.pooler_norm = make_norm(cfg, jnp.float32, None)
         if self.num_labels is not None:
             self.classifier = nn.Dense(self.num_labels, dtype=jnp.float32)
+        if self.sentence is not None:
+            self.sentence_head = SentenceHead(self.sentence)
 
     def head(self, hidden: Hidden, mask: TokenIds) -> Float[Array, "b o"]:
         """Pools hidden states ``[b, t, d]`` and classifies them.
 
         Returns logits ``[b, num_labels]`` float32; the pooled vectors without a head.
         """
+        if self.sentence is not None and self.num_labels is None:
+            return self.sentence_head(hidden, mask)
         has_pooler = self.pooling == "pooler"
         kind = self.config.pooler_input if has_pooler else self.pooling
         pooled = pool(hidden, mask, kind)
@@ -340,9 +289,18 @@ class SequenceClassifier(Classifier):
         input_ids: TokenIds,
         attention_mask: TokenIds,
         token_type_ids: TokenIds | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Pooled:
-        """Returns sentence embeddings ``[b, d]``: the mean over unmasked tokens."""
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)
+        """Returns sentence embeddings ``[b, d]``.
+
+        They are what ``sentence`` says, else the mean over unmasked tokens.
+        """
+        hidden = self.encoder(
+            input_ids, attention_mask, token_type_ids, deterministic=deterministic
+        )
+        if self.sentence is not None:
+            return self.sentence_head(hidden, attention_mask)
         return mean_pool(hidden, attention_mask)
 
 
@@ -361,7 +319,7 @@ class ImageClassifier(Classifier):
         hidden = self.encoder(pixel_values, deterministic=deterministic)
         return self.head(hidden, jnp.ones(hidden.shape[:2], jnp.int32))
 
-    def embed(self, pixel_values: Pixels) -> Pooled:
+    def embed(self, pixel_values: Pixels, *, deterministic: bool = True) -> Pooled:
         """Returns image embeddings ``[b, d]``: the mean over all tokens."""
-        hidden = self.encoder(pixel_values)
+        hidden = self.encoder(pixel_values, deterministic=deterministic)
         return mean_pool(hidden, jnp.ones(hidden.shape[:2], jnp.int32))

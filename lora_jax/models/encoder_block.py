@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.attention.causal import bidirectional_attention
+from lora_jax.attention.causal import bidirectional_attention, causal_attention
 from lora_jax.attention.rope import apply_rope, rope_angles
 from lora_jax.models.activations import ACTIVATIONS, gate
+from lora_jax.models.disentangled import distance_scores
 from lora_jax.models.encoder_config import BlockConfig
 from lora_jax.parallel.activation_sharding import shard_rows
 
@@ -18,7 +19,7 @@ Hidden = Float[Array, "b t d"]
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head self-attention over the unmasked tokens.
+    """Multi-head self-attention over the unmasked tokens, or the earlier of them.
 
     Attributes:
       config: the sizes.
@@ -39,7 +40,8 @@ class Attention(nn.Module):
         Args:
           x: ``[b, t, d]``.
           mask: boolean ``[b, t]``, True = real; None: all are.
-          bias: added to the scores, ``[1, n, t, t]``, or None.
+          bias: added to the scores, ``[1, n, t, t]``; in disentangled attention the
+            table of distances ``[p, d]``; or None.
 
         Returns:
           ``[b, t, d]``.
@@ -47,13 +49,15 @@ class Attention(nn.Module):
         cfg, width = self.config, self.config.hidden_size
         heads = (*x.shape[:-1], cfg.num_heads, width // cfg.num_heads)
 
-        def dense(name: str, width: int) -> Array:
-            return nn.Dense(width, cfg.has_qkv_bias, dtype=self.dtype, name=name)(x)
+        def dense(name: str, width: int) -> nn.Module:
+            return nn.Dense(width, cfg.has_qkv_bias, dtype=self.dtype, name=name)
 
+        layers = {}
         if cfg.is_qkv_fused:
-            parts = jnp.split(dense("qkv", 3 * width), 3, axis=-1)
+            parts = jnp.split(dense("qkv", 3 * width)(x), 3, axis=-1)
         else:
-            parts = [dense(name, width) for name in ("query", "key", "value")]
+            layers = {name: dense(name, width) for name in ("query", "key", "value")}
+            parts = [layer(x) for layer in layers.values()]
         query, key, value = (part.reshape(heads) for part in parts)  # [b, t, n, h]
         if cfg.layer_ropes:
             rope = cfg.layer_ropes[self.layer]
@@ -61,10 +65,26 @@ class Attention(nn.Module):
             angles = rope_angles(jnp.arange(x.shape[1])[None], frequencies)
             cos, sin = (f(angles) * rope.attention_factor for f in (jnp.cos, jnp.sin))
             query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        if cfg.disentangled is not None:
+            assert bias is not None  # the encoder has made the table
+            if not cfg.disentangled.is_shared:
+                layers = {
+                    name: dense(f"distance_{name}", width) for name in ("query", "key")
+                }
+
+            def project(name: str, rows: Array) -> Array:
+                return layers[name](rows).reshape(-1, *heads[2:])
+
+            bias = distance_scores(cfg.disentangled, query, key, bias, project)
+            query = query / cfg.disentangled.num_scores**0.5
         window = cfg.layer_windows[self.layer] if cfg.layer_windows else None
-        mixed = bidirectional_attention(
-            query, key, value, mask, bias=bias, window=window
-        )
+        if cfg.is_causal:
+            segments = None if mask is None else mask.astype(jnp.int32)
+            mixed = causal_attention(query, key, value, segment_ids=segments)
+        else:
+            mixed = bidirectional_attention(
+                query, key, value, mask, bias=bias, window=window
+            )
         return nn.Dense(
             width, use_bias=cfg.has_output_bias, dtype=self.dtype, name="output"
         )(mixed.reshape(x.shape))
@@ -136,6 +156,40 @@ class Block(nn.Module):
         attention = Attention(cfg, self.dtype, self.layer, name="attention")
         x = add(x, lambda y: attention(y, mask, bias), "attention")
         return add(x, Mlp(cfg, self.dtype, name="mlp"), "mlp")
+
+
+class ConvBlock(nn.Module):
+    """Computes ``norm(x + act(conv(embedded)))``, with zeros at padding.
+
+    Variables: ``conv/{kernel,bias}``, ``norm/{scale,bias}``.
+    """
+
+    config: BlockConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, embedded: Hidden, x: Hidden, mask: Array | None) -> Hidden:
+        """Returns ``[b, t, d]``.
+
+        Args:
+          embedded: the embeddings ``[b, t, d]``.
+          x: the first block's output.
+          mask: boolean ``[b, t]``, True = real; None: all are.
+        """
+        own = self.config.conv
+        assert own is not None
+        real = 1 if mask is None else mask[..., None].astype(x.dtype)
+        convolve = nn.Conv(
+            self.config.hidden_size,
+            (own.size,),
+            padding="SAME",  # its size is odd
+            feature_group_count=own.groups,
+            dtype=self.dtype,
+            name="conv",
+        )
+        activation = {**ACTIVATIONS, "tanh": jnp.tanh}[own.activation]
+        y = activation(convolve(embedded * real) * real)
+        return make_norm(self.config, self.dtype, "norm")(x + y) * real
 
 
 def make_norm(config: BlockConfig, dtype: Any, name: str | None) -> nn.LayerNorm:

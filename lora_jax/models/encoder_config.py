@@ -5,9 +5,25 @@ from typing import Literal
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder_config import Rope
+from lora_jax.models.disentangled import Disentangled
 
 # Activation of the dense layer between the pooled vector and the classifier.
 POOLERS = (None, "gelu", "relu", "tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """A convolution of the embeddings, added to the first block's output and normed.
+
+    Attributes:
+      size: tokens that it sees; odd.
+      groups: of channels; divides ``hidden_size``.
+      activation: of its output, one of `POOLERS`.
+    """
+
+    size: int = 3
+    groups: int = 1
+    activation: str = "tanh"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +44,16 @@ class BlockConfig:
       has_mlp_bias: biases of the MLP.
       has_norm_bias: biases of all norms.
       has_first_norm: whether the first sublayer has a norm.
+      has_final_norm: whether a norm follows the last block, if norms are "pre".
+      is_causal: whether tokens see earlier ones only.
       is_qkv_fused: whether query, key and value are one kernel, in that order.
       layer_ropes: each layer's rotary frequencies; empty for none.
       layer_windows: how many keys a query sees on either side, its own included, in
         each layer; None for all; empty if no layer has a window.
       num_buckets: rows of the table of relative position biases, one column a head,
         shared by all layers; None for models without one.
+      disentangled: scores of distances from a table shared by all layers, or None.
+      conv: a convolution beside the first block, or None.
       has_layer_scale: whether each sublayer's output has a factor per channel.
       is_gated: whether the MLP is ``(act(x W_gate) * x W_up) W_down``, with gate and up
         in one kernel.
@@ -58,10 +78,14 @@ class BlockConfig:
     has_mlp_bias: bool = True
     has_norm_bias: bool = True
     has_first_norm: bool = True
+    has_final_norm: bool = True
+    is_causal: bool = False
     is_qkv_fused: bool = False
     layer_ropes: tuple[Rope, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
     num_buckets: int | None = None
+    disentangled: Disentangled | None = None
+    conv: ConvConfig | None = None
     has_layer_scale: bool = False
     is_gated: bool = False
     pooler_activation: Literal["gelu", "relu", "tanh"] | None = None
@@ -118,6 +142,7 @@ class EncoderConfig(BlockConfig):
         ``hidden_size``; None: they have that width.
       max_positions: the longest sequence.
       has_positions: whether there is a table of positions.
+      has_embedding_norm: whether a norm follows the embeddings.
       num_token_types: rows of the token type embedding; None for models without one.
       padding_id: for RoBERTa, which numbers non-padding tokens from ``padding_id + 1``;
         None: positions are ``0 ... t-1``.
@@ -127,6 +152,7 @@ class EncoderConfig(BlockConfig):
     embedding_size: int | None = None
     max_positions: int = 512
     has_positions: bool = True
+    has_embedding_norm: bool = True
     num_token_types: int | None = 2
     padding_id: int | None = None
     pooler_activation: Literal["gelu", "relu", "tanh"] | None = "tanh"
@@ -161,6 +187,11 @@ class ImageEncoderConfig(BlockConfig):
       num_channels: channels of an image, ``c``.
       is_resizable: whether images may have other sizes: the position table is resized
         to their number of patches.
+      has_class_token: whether a token of its own comes before the patches'.
+      has_patch_bias: whether the patches' projection has a bias.
+      has_embedding_norm: whether a norm follows the embeddings.
+      is_flat: whether class token and positions have no batch axis; the latter are an
+        embedding.
     """
 
     image_height: int
@@ -169,6 +200,10 @@ class ImageEncoderConfig(BlockConfig):
     patch_width: int
     num_channels: int = 3
     is_resizable: bool = False
+    has_class_token: bool = True
+    has_patch_bias: bool = True
+    has_embedding_norm: bool = False
+    is_flat: bool = False
     norm_placement: Literal["pre", "post"] = "pre"
 
     def _faults(self) -> list[str]:

@@ -21,7 +21,12 @@ class ExpertConfig:
         in turns.
       gate_alpha: ``alpha``.
       gate_limit: the bound: ``gate <= limit`` and ``|up| <= limit``.
+      shared_size: width inside an expert that every token goes through, weighted by a
+        sigmoid; None if there is none.
       dense_layers: numbers of layers that have a plain MLP instead.
+      is_beside_mlp: whether a layer has a plain MLP too, and adds both, each with norms
+        of its own; a router then reads scaled inputs, and each expert's weights are
+        multiplied by a number of its own.
 
     Raises:
       ValueError: if a size is out of range; every fault is named.
@@ -36,12 +41,17 @@ class ExpertConfig:
     gate: Literal["plain", "clamped"] = "plain"
     gate_alpha: float = 1.702
     gate_limit: float = 7.0
+    shared_size: int | None = None
     dense_layers: tuple[int, ...] = ()
+    is_beside_mlp: bool = False
 
     def __post_init__(self):
+        names = ["num_experts", "num_chosen", "size"]
+        if self.shared_size is not None:
+            names.append("shared_size")
         faults = [
             f"{name} must be a positive integer; got {value!r}"
-            for name in ("num_experts", "num_chosen", "size")
+            for name in names
             if type(value := getattr(self, name)) is not int or value < 1
         ]
         if not faults and self.num_chosen > self.num_experts:

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTER
+from lora_jax.models.shared_expert import SharedExpert
+from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
 from lora_jax.parallel.activation_sharding import current_mesh, num_row_shards
 
 Hidden = Float[Array, "b t d"]
-ROUTED = "routed"  # the collection of router scores, for `balance_loss`
 
 
 class Router(nn.Dense):
@@ -92,25 +92,46 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A mixture of experts in place of an MLP."""
+    """A mixture of experts in place of an MLP, or beside one.
+
+    Variables: those of ``router`` and ``experts``; beside an MLP also ``router_scale``
+    ``[d]`` and ``expert_scale`` ``[e]``.
+    """
 
     config: ExpertConfig
     activation: str
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
+    def __call__(self, x: Hidden, read: Hidden | None = None) -> Hidden:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``.
+
+        Args:
+          x: what the experts read.
+          read: what the router reads, ``x`` if None.
+        """
         cfg, (b, t, d) = self.config, x.shape
+        read, ones = x if read is None else read, nn.initializers.ones
+        if cfg.is_beside_mlp:
+            scale = self.param("router_scale", ones, (d,)) * d**-0.5
+            read = read * scale.astype(read.dtype)
         options = {"use_bias": cfg.has_router_bias, "dtype": self.dtype}
-        scores = Router(cfg.num_experts, name=ROUTER, **options)(x)
-        self.sow(ROUTED, "scores", scores)
+        scores = Router(cfg.num_experts, name=ROUTER, **options)(read)
         weights, chosen = route(scores, cfg)
+        if cfg.is_beside_mlp:
+            scale = self.param("expert_scale", ones, (cfg.num_experts,))
+            weights = weights * scale.astype(weights.dtype)[chosen]
+        self.sow(ROUTED, "scores", scores)
+        self.sow(ROUTED, "chosen", chosen)
         order = sort_rows(chosen.reshape(b * t, -1), cfg.num_experts)
         rows = order.gather(x.reshape(b * t, d))
         experts = Experts(cfg, d, self.activation, self.dtype, name=EXPERTS)
         y = order.combine(experts(rows, order.sizes), weights.reshape(b * t, -1))
-        return y.reshape(b, t, d)
+        y = y.reshape(b, t, d)
+        if cfg.shared_size is not None:
+            options = (cfg.shared_size, self.activation, self.dtype)
+            y = y + SharedExpert(*options, name="shared")(x)
+        return y
 
 
 def route(

@@ -7,8 +7,8 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
 _MISSING = object()
 MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
 LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
@@ -44,6 +45,8 @@ class Family:
       prefixes: other prefixes that names in files and adapters may have.
       is_tower: whether it is the language model of a multimodal folder, whose other
         tensors are ignored.
+      has_source: whether an encoder reads a source text and a decoder writes another.
+      copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
         doesn't use.
       head: paths of the classification head's modules, which are initialised if a file
@@ -56,6 +59,12 @@ class Family:
       experts: from the path of the kernels of a layer's experts, one array here, to
         the names of what each expert has in a file, in the order of their outputs.
         ``modules`` has their names there under ``experts/expert_{e}/NAME``.
+      is_served_whole: whether vLLM takes adapters of all experts as one, even where a
+        file has each expert by itself.
+      has_whole_experts: whether the file at hand has all experts of a layer as one
+        tensor all the same.
+      has_outputs_first: whether experts that a file has as one tensor are ``[e, out,
+        in]``, else ``[e, in, out]``.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -65,6 +74,8 @@ class Family:
     prefix: str
     prefixes: tuple[str, ...] = ()
     is_tower: bool = False
+    has_source: bool = False
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     head_pooling: str = "pooler"
@@ -72,6 +83,22 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     is_transposed: bool = True
     experts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    is_served_whole: bool = False
+    has_whole_experts: bool = False
+    has_outputs_first: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What its models do: go on with a text, read one, or answer one."""
+        if self.head:
+            return "encoder"
+        return "encoder-decoder" if self.has_source else "decoder"
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of what its models are trained for; None if it depends."""
+        tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+        return tasks.get(self.kind)
 
     def tensor_name(self, path: str) -> str:
         """Returns the Hugging Face name, without prefix, of the leaf at ``path``.
@@ -97,7 +124,9 @@ class Family:
 
     def is_unused(self, name: str) -> bool:
         """Returns whether the module ignores a file's tensor of this bare name."""
-        return any(re.match(pattern, name) for pattern in self.unused)
+        return name in self.copies or any(
+            re.match(pattern, name) for pattern in self.unused
+        )
 
     def module_name(self, path: str) -> str | None:
         """Returns the bare Hugging Face name of the module at ``path``, or None."""
@@ -120,6 +149,30 @@ class Family:
             if path in (f"{parent}/expert_{{e}}/{name}" for name in names):
                 return whole
         return path
+
+    def as_stored(self, names: Iterable[str]) -> "Family":
+        """Returns the family for a file that may have all experts as one tensor.
+
+        Args:
+          names: bare names of the file's tensors.
+
+        Returns:
+          The family itself, or with ``has_whole_experts``: those of Qwen3.5 and 3.6
+          are ``[e, out, in]`` in their first folders, and apart where transformers
+          saved them.
+        """
+        wholes = {path: self.modules[path] for path in self.experts}
+        pattern = "|".join(re.escape(n) for n in wholes.values())
+        pattern = pattern.replace(r"\{i\}", r"\d+")
+        if not wholes or not any(re.fullmatch(pattern, name) for name in names):
+            return self
+        kernels = {f"{path}/{KERNEL}": name for path, name in wholes.items()}
+        return dataclasses.replace(
+            self,
+            modules={**self.modules, **kernels},
+            has_whole_experts=True,
+            has_outputs_first=True,
+        )
 
     def expert_parts(self, path: str) -> tuple[str, ...]:
         """Returns a file's tensors per expert at ``path``; none if all are one."""
@@ -181,7 +234,7 @@ class Family:
 
     def _is_transposed(self, path: str) -> bool:
         if f"/{EXPERTS}/" in path and _template(path) in self.modules:
-            return False  # all experts as one tensor are [e, in, out]
+            return self.has_outputs_first and path.endswith(f"/{KERNEL}")
         is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
         return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
 

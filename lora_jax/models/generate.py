@@ -1,8 +1,9 @@
 """Text generation: a compiled prefill, and a compiled step for each token.
 
-Prompts of a batch are padded on the right, and every row keeps its own position, so a
-row's text doesn't depend on its neighbours. Shapes are rounded up: prompts of similar
-lengths, and any number of new tokens up to the cache's size, share a compilation.
+A decoder goes on with a prompt; an encoder–decoder answers it. Prompts of a batch are
+padded on the right, and every row keeps its own position, so a row's text doesn't
+depend on its neighbours. Shapes are rounded up: prompts of similar lengths, and any
+number of new tokens up to the cache's size, share a compilation.
 """
 
 import functools
@@ -16,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import PRNGKey, PyTree
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.family import config_of
-from lora_jax.nn.bank import RowAdapted
+from lora_jax.nn.rows import RowAdapted
 
 MULTIPLE = 64  # prompts and caches are padded to a multiple of this
 OnToken = Callable[[int, list[int]], bool | None]
@@ -39,9 +41,10 @@ def generate(
     """Continues prompts, greedily or by sampling.
 
     Args:
-      module: a `Decoder`, with or without adapters, or the module of an `AdapterBank`.
+      module: a `Decoder` or an `EncoderDecoder`, with or without adapters, or the
+        module of an `AdapterBank`.
       variables: for ``module.apply``.
-      prompts: token ids of each prompt, at least one.
+      prompts: token ids of each prompt, at least one; sources of an encoder–decoder.
       max_new_tokens: the longest continuation.
       stop_ids: tokens that end a row; excluded from its continuation.
       temperature: sampling temperature; 0 takes the likeliest token.
@@ -55,21 +58,30 @@ def generate(
       The new token ids of each prompt.
 
     Raises:
-      ValueError: if there is no prompt, one is empty, a token is out of range, prompt
-        and continuation exceed the model's context, or a sampling value is out of
-        range.
+      ValueError: if the model has no decoder, there is no prompt, one is empty, a token
+        is out of range, prompt and continuation exceed the model's context, or a
+        sampling value is out of range.
     """
     config = config_of(module)
+    is_answer = isinstance(config, EncoderDecoderConfig)
+    if is_answer and not config.predicts:
+        raise ValueError(
+            "module must have a decoder to write tokens; it is the encoder of an "
+            "encoder–decoder alone (num_decoder_layers = 0)."
+        )
     _check_sampling(temperature, top_p, top_k, key)
     _check_prompts(prompts, max_new_tokens, config)
     lengths = np.array([len(prompt) for prompt in prompts])
     width = min(_round_up(int(lengths.max())), config.max_positions)
-    size = min(_round_up(int(lengths.max()) + max_new_tokens), config.max_positions)
+    before = np.ones_like(lengths) if is_answer else lengths  # of the written tokens
+    size = min(_round_up(int(before.max()) + max_new_tokens), config.max_positions)
     ids = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
 
-    is_long = _is_long(int(lengths.max()), max_new_tokens, config)
+    is_long = (
+        None if is_answer else _is_long(int(lengths.max()), max_new_tokens, config)
+    )
     prefill, decode = _compiled(module, size, temperature > 0, is_long)
     key = jax.random.key(0) if key is None else key
     sampling = (key, temperature, top_p, top_k)
@@ -81,7 +93,7 @@ def generate(
         is_last = count + 1 == max_new_tokens
         following = None
         if not is_last:  # dispatched before the host reads the current tokens
-            following = decode(variables, token, lengths + count, cache, *sampling)
+            following = decode(variables, token, before + count, cache, *sampling)
         for row, new in enumerate(np.asarray(token).tolist()):
             if not is_open[row]:
                 continue
@@ -128,9 +140,13 @@ def sample(
 
 @functools.lru_cache(maxsize=32)
 def _compiled(
-    module: nn.Module | RowAdapted, size: int, is_sampled: bool, is_long: bool
+    module: nn.Module | RowAdapted, size: int, is_sampled: bool, is_long: bool | None
 ):
-    """Returns the jitted prefill and decode for caches with ``size`` slots."""
+    """Returns the jitted prefill and decode for caches with ``size`` slots.
+
+    ``is_long`` is None for an encoder–decoder, which has no such choice.
+    """
+    options: dict[str, Any] = {} if is_long is None else {"is_long": is_long}
 
     def choose(variables, hidden, positions, key, *sampling):
         logits: Any = module.apply(variables, hidden, method="logits")
@@ -144,9 +160,19 @@ def _compiled(
 
         return jax.vmap(draw)(jnp.arange(len(logits)), positions, logits)
 
+    def answer(variables, ids, lengths, *sampling):
+        mask = jnp.arange(ids.shape[1]) < lengths[:, None]
+        hidden, cache = module.apply(variables, ids, mask, size, method="prefill")
+        return choose(variables, hidden, jnp.zeros_like(lengths), *sampling), cache
+
     def prefill(variables, ids, lengths, *sampling):
         hidden, cache = module.apply(
-            variables, ids, size, is_long=is_long, method="prefill"
+            variables,
+            ids,
+            size,
+            lengths=lengths,
+            is_long=is_long,
+            method="prefill",
         )
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return choose(variables, last, lengths - 1, *sampling), cache
@@ -157,12 +183,13 @@ def _compiled(
             token[:, None],
             positions[:, None],
             cache,
-            is_long=is_long,
             method="decode",
+            **options,
         )
         return choose(variables, hidden, positions, *sampling), cache
 
-    return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
+    first = answer if is_long is None else prefill
+    return jax.jit(first), jax.jit(decode, donate_argnums=3)
 
 
 def _is_long(longest: int, max_new_tokens: int, config: Any) -> bool:

@@ -24,6 +24,8 @@ from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.sentence_config import read_sentence
+from lora_jax.models.sentence_files import with_sentence
 from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
 from lora_jax.models.stacking import file_slices
 from lora_jax.names import (
@@ -65,16 +67,18 @@ def load_base(
     ``own_head`` unties a tied decoder: its head is initialised from the embedding.
     """
     source = open_source(path)
-    config = source.config
+    config, is_asked = source.config, pooling is not None
     is_tied = not source.family.head and config.is_tied
     if own_head and is_tied and not _tied_faults(source, {}):
         config = dataclasses.replace(config, is_tied=False)
         source = source.with_own_head()
     fresh_head: tuple[str, ...] = ()
     if source.has_other_head and (pooling is None or not source.family.head):
-        kinds = "ForCausalLM"
-        if source.family.head:
-            kinds = f"Model and {source.family.head_class}"
+        kinds = {
+            "decoder": "ForCausalLM",
+            "encoder": f"Model and {source.family.head_class}",
+            "encoder-decoder": "ForConditionalGeneration and EncoderModel",
+        }[source.family.kind]
         raise ValueError(
             f"{path}: the architecture {source.architecture} is unsupported; only heads"
             f" of {kinds} are. An encoder can be loaded without its head by giving "
@@ -89,7 +93,9 @@ def load_base(
                 f"{' and '.join(refused)} must not be given for a decoder; {path} is a "
                 f"{source.settings['model_type']}, whose head predicts tokens."
             )
-        options: dict[str, Any] = {"scan_layers": bool(scan_layers), "remat": remat}
+        options: dict[str, Any] = {"remat": remat}
+        if not source.family.has_source:
+            options["scan_layers"] = bool(scan_layers)
     else:
         own_pooling, own_labels = _own_head(source)
         pooling = own_pooling if pooling is None else pooling
@@ -99,6 +105,13 @@ def load_base(
         if num_labels != own_labels:
             fresh_head = _missing_head(source)
         options = {"num_labels": num_labels, "pooling": pooling}
+    if source.path.is_dir() and not is_asked and options.get("num_labels") is None:
+        sentence = read_sentence(source.path)
+        source = with_sentence(source, sentence)
+        if sentence is not None:
+            options["sentence"] = sentence
+            if not (source.family.head or is_tied or TIED_HEAD in source.names):
+                config = dataclasses.replace(config, has_head=False)
 
     module = source.family.module(config, dtype=dtype, **options)
     shapes = param_shapes(source.family, module)
@@ -146,7 +159,8 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     ``param_dtype`` may have rounded the base to another dtype; then its frozen
     parameters are read again, in the file's dtypes. Trained values stay as they are.
     """
-    source, module = open_source(loaded.path), getattr(loaded.module, "model", None)
+    module = getattr(loaded.module, "model", None)
+    source = with_sentence(open_source(loaded.path), loaded.sentence)
     frozen = flatten(loaded.variables.get(FROZEN, {}))
     own_head = not getattr(loaded.config, "is_tied", True)
     names = (source.with_own_head() if own_head else source).names
@@ -164,7 +178,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     own = load_base(
         loaded.path,
         num_labels=getattr(module, "num_labels", None),
-        pooling=getattr(module, "pooling", None),
+        pooling=None if loaded.sentence else getattr(module, "pooling", None),
         scan_layers=getattr(module, "scan_layers", None),
         own_head=own_head,
     )
@@ -230,7 +244,7 @@ def _read(
         if name in names and source.shape(name) != shape:
             got = list(source.shape(name))
             faults.append(f"shape: {names[name]} must be {list(shape)}; got {got}")
-    faults += _tied_faults(source, expected)
+    faults += [*_tied_faults(source, expected), *_copy_faults(source)]
     flat = {}
     for leaf, paths in itertools.groupby(slices, key=lambda path: slices[path].path):
         whole: Any = None  # filled piece by piece, in its final layout
@@ -283,17 +297,33 @@ def _tied_faults(source: Source, expected: Mapping[str, Any]) -> list[str]:
     embed = family.tensor_name(f"{EMBED}/{EMBEDDING}")
     if embed not in names:
         return []  # already reported as missing
-    pairs = zip(source.pieces(TIED_HEAD), source.pieces(embed), strict=True)
-    if source.shape(TIED_HEAD) == source.shape(embed) and all(
-        np.array_equal(a.astype(np.float32), b.astype(np.float32))
-        for (_, a), (_, b) in pairs
-    ):
+    if _are_equal(source, TIED_HEAD, embed):
         return []
     return [
         f"unexpected: {names[TIED_HEAD]} differs from {names[embed]}, which is the "
         "head of a tied model. Set tie_word_embeddings to false in config.json if the "
         "model has a separate head, or remove the tensor from the file"
     ]
+
+
+def _copy_faults(source: Source) -> list[str]:
+    """Returns a fault for each copy of a tensor that differs from it."""
+    names = source.names
+    return [
+        f"unexpected: {names[copy]} differs from {names[bare]}, of which it must be a "
+        "copy: the model has one such table"
+        for copy, bare in source.family.copies.items()
+        if copy in names and bare in names and not _are_equal(source, copy, bare)
+    ]
+
+
+def _are_equal(source: Source, one: str, other: str) -> bool:
+    """Returns whether two tensors, by their bare names, have the same values."""
+    pairs = zip(source.pieces(one), source.pieces(other), strict=True)
+    return source.shape(one) == source.shape(other) and all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for (_, a), (_, b) in pairs
+    )
 
 
 def _checked(

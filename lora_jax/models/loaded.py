@@ -9,6 +9,7 @@ import flax.linen as nn
 from lora_jax.array_types import PyTree
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.models.family import Family
+from lora_jax.models.sentence_config import SentenceConfig
 from lora_jax.names import CLASSIFIER, FROZEN, PARAMS
 from lora_jax.tree.partition import join
 
@@ -63,6 +64,11 @@ class LoadedModel(NamedTuple):
         return (
             names and f"{names}: {len(parts)} tensors stay on disk; text in, text out"
         )
+
+    @property
+    def sentence(self) -> SentenceConfig | None:
+        """How embeddings are made, by the folder's ``modules.json``; None without."""
+        return getattr(getattr(self.module, "model", self.module), "sentence", None)
 
     @property
     def has_head(self) -> bool:

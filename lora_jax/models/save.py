@@ -21,6 +21,8 @@ from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.models.load import OURS
+from lora_jax.models.sentence_config import read_sentence
+from lora_jax.models.sentence_files import HEAD, with_sentence, write_denses
 from lora_jax.models.side_files import copy_side_files
 from lora_jax.models.source import (
     MODEL_CONFIG,
@@ -72,7 +74,10 @@ def save_model(
             f"directory must differ from the source {source}; they are the same. The "
             "base is never overwritten."
         )
-    model = open_source(source)
+    model, sentence = open_source(source), None
+    if HEAD in params:
+        sentence = read_sentence(source)
+        model = with_sentence(model, sentence)
     names, family, settings = model.names, model.family, dict(model.settings)
 
     if is_mxfp4(settings):
@@ -89,6 +94,8 @@ def save_model(
     ]
     if not family.head and TIED_HEAD in ours and model.config.is_tied:
         untied = {"tie_word_embeddings": False}  # a tied table whose sides differ now
+        if family.has_source:  # T5 scales by that key, but for this one
+            untied["scale_decoder_outputs"] = model.config.logit_scale != 1
         settings |= untied
         if isinstance(text := settings.get("text_config"), dict):
             settings["text_config"] = text | untied
@@ -120,7 +127,8 @@ def save_model(
             "nothing was written.\n  " + "\n  ".join(faults)
         )
     for name, original in names.items():
-        if name not in ours and name != TIED_HEAD and not family.is_head(name):
+        is_copy = name == TIED_HEAD or name in family.copies
+        if name not in ours and not is_copy and not family.is_head(name):
             tensors[original] = model.tensors[original]
 
     if (
@@ -150,6 +158,8 @@ def save_model(
     if ours_kept:
         settings[OURS] = ours_kept
     with new_folder(directory) as new:
+        if sentence is not None:
+            write_denses(new, source, sentence, tensors)
         write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_text(new / MODEL_CONFIG, text)

@@ -50,9 +50,10 @@ class Source(NamedTuple):
     def config(self) -> Any:
         """The module's config, which the family reads from the settings."""
         config = read_config(self.family, self.settings, self.path)
-        if self.family.is_tower and TIED_HEAD not in self.names:
-            # Two config keys may disagree; like transformers, go by the file.
-            return dataclasses.replace(config, is_tied=True)
+        # Config keys may disagree; like transformers, go by the file.
+        has_head, is_pair = TIED_HEAD in self.names, self.family.has_source
+        if is_pair or (self.family.is_tower and not has_head):
+            return dataclasses.replace(config, is_tied=not has_head)
         return config
 
     @property
@@ -116,6 +117,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             tensors = Mxfp4Reader(tensors)
     family = FAMILIES[settings["model_type"]]
     names = _bare_names(tensors.shapes, family, found)
+    family = family.as_stored(names)
     return Source(found, settings, family, tensors, names)
 
 
@@ -178,6 +180,9 @@ def _bare_names(tensors: Iterable[str], family: Family, path: Path) -> dict[str,
         if bare in names:
             faults.append(f"both {names[bare]} and {name}")
         names[bare] = name
+    for copy, bare in family.copies.items():
+        if copy in names and bare not in names:
+            names[bare] = names.pop(copy)
     if faults:
         raise ValueError(f"{path} must hold each tensor once; got {'; '.join(faults)}.")
     return names

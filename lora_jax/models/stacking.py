@@ -8,6 +8,7 @@ name every layer separately, so whatever reads or writes them goes through
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def file_slices(family: Family, leaves: Mapping[str, Any]) -> dict[str, LayerSli
     found = {}
     for path, whole in layer_slices(leaves).items():
         module, _, leaf = path.rpartition("/")
-        names = family.expert_parts(module)
+        names = () if family.has_whole_experts else family.expert_parts(module)
         if not names:
             found[path] = whole
             continue
@@ -101,8 +102,8 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
     """Returns whether a decoder with these adapters can scan its blocks.
 
     Scanned blocks share one path, so all layers must have the same parameters, ``lora``
-    must not have ``layers``, and each of its patterns must match all layers of a module
-    or leaf and their stack, or none.
+    must not have ``layers`` or EVA's ranks, and each of its patterns must match all
+    layers of a module or leaf and their stack, or none.
 
     Example:
       >>> config = DecoderConfig(
@@ -114,7 +115,8 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
       >>> can_scan(LoRAConfig(targets=["layer_0/attention/query"]), config)
       False
     """
-    if lora.layers is not None or not config.is_uniform:
+    period = config.scan_period
+    if lora.layers is not None or lora.init == "eva" or period is None:
         return False
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     decoder = Decoder(config, scan_layers=True)
@@ -124,7 +126,7 @@ def can_scan(lora: LoRAConfig, config: DecoderConfig) -> bool:
         if parts[0] == LAYERS:
             paths |= {"/".join(parts[: i + 1]) for i in range(len(parts))}
     return not any(
-        _tells_apart(pattern, path, config.num_layers)
+        _tells_apart(pattern, path, config.num_layers // period)
         for pattern in lora.patterns
         for path in paths
     )
@@ -158,8 +160,16 @@ def unscan(loaded: LoadedModel) -> LoadedModel:
 
 
 def _layer_paths(path: str, count: int) -> list[str]:
-    """Returns the unrolled layers' paths for a path inside the stack."""
-    return [f"layer_{i}{path.removeprefix(LAYERS)}" for i in range(count)]
+    """Returns the unrolled layers' paths for a path inside the stack.
+
+    With a period, ``layers/1_of_4/...`` has the layers 1, 5, 9 and so on.
+    """
+    inside = path.removeprefix(LAYERS)
+    first, period = 0, 1
+    if found := re.match(r"/(\d+)_of_(\d+)", inside):
+        first, period = int(found[1]), int(found[2])
+        inside = inside[found.end() :]
+    return [f"layer_{i * period + first}{inside}" for i in range(count)]
 
 
 def _tells_apart(pattern: Any, path: str, count: int) -> bool:

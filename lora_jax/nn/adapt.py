@@ -16,7 +16,7 @@ import jax
 
 from lora_jax.array_types import PRNGKey, PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.names import FIXED, FROZEN, LORA, PARAMS
 from lora_jax.nn.checks import check_kernels, check_shapes, is_deterministic
 from lora_jax.nn.exactness import check_merged, is_concrete
 from lora_jax.nn.intercept import make_interceptor
@@ -29,12 +29,12 @@ from lora_jax.nn.trace import (
     trace_model,
 )
 from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_params
-from lora_jax.tree.partition import join, partition, upcast_leaves
+from lora_jax.tree.partition import adapter_of, join, partition, upcast_leaves
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child, select_targets
-from lora_jax.tree.uncovered import describe_uncovered
+from lora_jax.tree.uncovered import describe_experts, describe_uncovered
 
-_MAPPED = (FROZEN, LORA, PARAMS)
+_MAPPED = (FROZEN, LORA, PARAMS, FIXED)
 Method = str | Callable[..., Any] | None
 
 
@@ -56,7 +56,8 @@ class Adapted(nn.Module):
 
     Variables: ``frozen`` (the base), ``lora`` (``lora_a``, ``lora_b`` and DoRA's
     ``magnitude`` at the paths of the adapted layers), ``params`` (base leaves that
-    ``config.train`` and ``config.bias`` name).
+    ``config.train`` and ``config.bias`` name), ``fixed`` (what an adapter has and
+    doesn't train, such as ``start_a`` and ``start_b`` of PiSSA).
     """
 
     model: nn.Module
@@ -113,6 +114,24 @@ class Adapted(nn.Module):
         return self._select(self._trace(params))
 
     @nn.nowrap
+    def frozen_notes(self, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Says which weights stay frozen that a reader may take for adapted.
+
+        Args:
+          params: see `targets`.
+
+        Returns:
+          A line on experts that the config doesn't target, and one on what
+          ``"all-linear"`` can't adapt, with how to; empty if there are neither.
+        """
+        found = self._trace(params)
+        lines = (
+            describe_experts(found.sites, self.config),
+            describe_uncovered(found.unsupported, self.config),
+        )
+        return [line for line in lines if line]
+
+    @nn.nowrap
     def attach(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, PyTree]:
         """Adds newly initialised adapters to pretrained parameters.
 
@@ -122,8 +141,10 @@ class Adapted(nn.Module):
           key: PRNG key for the adapters; each layer folds in its path.
 
         Returns:
-          ``{"frozen": ..., "lora": ..., "params": ...}``; until an adapter is trained
-          the output is bitwise equal to the base's. With DoRA it may differ by rounding
+          ``{"frozen": ..., "lora": ..., "params": ...}``, with some methods also
+          ``"fixed"``; until an adapter is trained the output is bitwise equal to the
+          base's (up to rounding, if ``config.init`` starts with B other than 0). With
+          DoRA it may differ by rounding
           (1e-6) where XLA sums a norm in another order than here: inside `nn.scan`, and
           for convolutions.
 
@@ -141,12 +162,9 @@ class Adapted(nn.Module):
         check_kernels(params, targets)
         flat, adapters = flatten(params), {}
         for target in targets:
-            a, b = target.init(key, self.config.init)
-            adapters[child(target.path, LORA_A)] = a
-            adapters[child(target.path, LORA_B)] = b
-            if target.dora:
-                m = target.init_magnitude(flat[target.weight_path])
-                adapters[child(target.path, MAGNITUDE)] = m
+            kernel = flat[target.weight_path]
+            for name, leaf in target.init(key, kernel, self.config.init).items():
+                adapters[child(target.path, name)] = leaf
         return self.upcast_trained(
             partition(join(params, unflatten(adapters)), self.config)
         )
@@ -199,7 +217,7 @@ class Adapted(nn.Module):
         """
         base = nn.meta.unbox(self.detach(variables))
         found = self._trace(base)
-        merged = merge_params(base, variables.get(LORA, {}), self._select(found))
+        merged = merge_params(base, adapter_of(variables), self._select(found))
         if check and jax.process_count() == 1 and is_concrete(merged):
             example = found.example
             check_merged(
@@ -239,8 +257,9 @@ class Adapted(nn.Module):
         """
         base = nn.meta.unbox(self.detach(variables))
         targets = self.targets(base)
-        merged = merge_params(base, variables[LORA], targets)
-        return merge_errors(base, merged, variables[LORA], targets)
+        lora = adapter_of(variables)
+        merged = merge_params(base, lora, targets)
+        return merge_errors(base, merged, lora, targets)
 
     @nn.nowrap
     def _trace(self, params: Mapping[str, Any] | None) -> Trace:

@@ -6,32 +6,19 @@ the public ops.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat
+from lora_jax.array_types import AnyFloat, KeepKey
 from lora_jax.config import LoRAConfig
-from lora_jax.names import BIAS, DROPOUT, FROZEN, PARAMS
+from lora_jax.names import BIAS, DROPOUT, FROZEN, KEEP, PARAMS
 from lora_jax.nn.layer_rules import ATTEND, LayerRule, registered_type, rule_of
 from lora_jax.ops.dora import column_norm
 from lora_jax.ops.embed import dora_query
-from lora_jax.ops.init import init_adapter
-
-
-class Factors(NamedTuple):
-    """The adapter variables of one layer.
-
-    Attributes:
-      lora_a: ``A`` ``[*batch, *in, r]``.
-      lora_b: ``B`` ``[*batch, r, *out]``.
-      magnitude: DoRA's ``m`` ``[*batch, *out]``, or None.
-    """
-
-    lora_a: AnyFloat
-    lora_b: AnyFloat
-    magnitude: AnyFloat | None = None
+from lora_jax.ops.factors import Factors
+from lora_jax.ops.start import init_factors as draw_factors
 
 
 class AlreadyAdaptedError(ValueError):
@@ -102,19 +89,20 @@ def init_factors(
     """
     rule = rule_of(module)
     assert rule is not None, path
-    kernel = base_weight(module, rule.weight)
+    kernel = jnp.asarray(base_weight(module, rule.weight))
     contraction = rule.contraction(module, *inputs)
-    a, b = init_adapter(
+    found = draw_factors(
         module.make_rng(PARAMS),
-        kernel.shape,
+        kernel,
         config.rank_for(path),
-        contraction=contraction,
         init=config.init,
+        scaling=config.scaling_for(path),
+        contraction=contraction,
         one_hot=rule.kind == "embed",
     )
-    return Factors(
-        a, b, column_norm(jnp.asarray(kernel), contraction) if config.dora else None
-    )
+    if config.dora:
+        found = found._replace(magnitude=column_norm(kernel, contraction))
+    return found
 
 
 def adapted_query(
@@ -122,9 +110,9 @@ def adapted_query(
 ) -> AnyFloat:
     """Returns the query ``[*b, d]`` for a tied head, scaled if DoRA is used.
 
-    Both the base's ``attend`` and `apply_adapter` take it.
+    Both the base's ``attend`` and `apply_adapter` take it. The factors are plain.
     """
-    a, b, magnitude = factors
+    a, b, magnitude = factors[:3]
     rule = rule_of(module)
     if magnitude is None or rule is None:
         return query
@@ -150,7 +138,7 @@ def apply_adapter(
       method: the method that was called.
       inputs: its arguments; for ``attend``, from `adapted_query`.
       y: the output of the frozen layer; sets the dtype of the result.
-      factors: the layer's factors.
+      factors: the layer's factors, plain.
       config: determines scaling and dropout rate.
       path: the layer's path, as matched by the config's patterns.
       deterministic: disables dropout, so that no PRNG key is needed.
@@ -158,10 +146,12 @@ def apply_adapter(
     rule = rule_of(module)
     assert rule is not None, path
     options: dict[str, Any] = {"scaling": config.scaling_for(path)}
-    if not deterministic and config.dropout_rate:
-        rate = config.dropout_rate
+    rate, keep = config.dropout_rate, base_weight(module, KEEP)
+    if not deterministic and (rate or keep is not None):
         what = f"dropout_rate={rate} of the adapter at {path!r}"
-        options |= {"dropout_rate": rate, "dropout_key": dropout_key(module, what)}
+        key = dropout_key(module, what)
+        key = key if keep is None else KeepKey(key, keep)
+        options |= {"dropout_rate": rate, "dropout_key": key}
     if factors.magnitude is not None and method != ATTEND:  # `attend` scales the query
         options["magnitude"] = factors.magnitude
         if (bias := base_weight(module, BIAS)) is not None:

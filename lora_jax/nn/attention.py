@@ -12,10 +12,11 @@ from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.attention.dot_product import Implementation, attention, check_attention
 from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, KERNEL
-from lora_jax.nn.apply import Factors, base_weight, dropout_key
+from lora_jax.nn.apply import base_weight, dropout_key
 from lora_jax.nn.base import FrozenLayer, LoRALayer, check_config
 from lora_jax.nn.lora_layers import LoRADenseGeneral
 from lora_jax.ops.einsum import lora_einsum
+from lora_jax.ops.factors import Factors
 from lora_jax.ops.product import check_floating
 from lora_jax.ops.shared import shared_hidden
 

@@ -1,4 +1,9 @@
-"""Mixins for LoRA layers: W0 in ``frozen``, A and B in ``lora``."""
+"""Mixins for LoRA layers: W0 in ``frozen``, A and B in ``lora``.
+
+Methods such as PiSSA also declare variables in ``fixed``; the lifted transforms of a
+model that uses them need it among their ``variable_axes``, like ``frozen`` and
+``lora``.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +14,8 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.names import FIXED, FROZEN, LORA, LORA_A, MAGNITUDE, PARAMS, START_A
 from lora_jax.nn.apply import (
-    Factors,
     adapted_query,
     apply_adapter,
     base_weight,
@@ -19,6 +23,7 @@ from lora_jax.nn.apply import (
 )
 from lora_jax.nn.checks import check_factors_fit
 from lora_jax.nn.layer_rules import CALL, rule_of
+from lora_jax.ops.factors import Factors
 from lora_jax.tree.targets import LINEAR_KINDS, child
 
 
@@ -116,7 +121,7 @@ class LoRALayer(FrozenLayer):
     deterministic: bool | None
 
     def _factors(self, *inputs: Any) -> Factors | None:
-        """Declares the adapter variables, or returns None if not a target."""
+        """Declares the adapter variables; returns plain factors, None if no target."""
         path = self._lora_path()
         if not self._is_target():
             if self.scope.has_variable(LORA, LORA_A):
@@ -126,31 +131,33 @@ class LoRALayer(FrozenLayer):
                     "with."
                 )
             return None
-        if not self.lora.dora and self.scope.has_variable(LORA, MAGNITUDE):
-            raise ValueError(
-                f"variables[{LORA!r}] has {child(path, MAGNITUDE)!r}, but the config "
-                "has dora=False. Use the config the adapter was made with."
-            )
+        leaves = self.lora.leaves
+        for held, name, field in ((LORA, MAGNITUDE, "dora"), (FIXED, START_A, "init")):
+            if name not in leaves and self.scope.has_variable(held, name):
+                raise ValueError(
+                    f"variables[{held!r}] has {child(path, name)!r}, but the config "
+                    f"has {field}={getattr(self.lora, field)!r}. Use the config the "
+                    "adapter was made with."
+                )
         module: Any = self  # a mixin to the checker, but a module
         fresh: list[Factors] = []
 
-        def draw(index: int) -> AnyFloat:
+        def draw(name: str) -> AnyFloat:
             if not fresh:
                 fresh.append(init_factors(module, inputs, self.lora, path))
-            return fresh[0][index]  # pyright: ignore[reportReturnType] - not None
+            return getattr(fresh[0], name)
 
-        names = (LORA_A, LORA_B, MAGNITUDE)[: 3 if self.lora.dora else 2]
-        for name in names:
-            self._require(LORA, name)
+        for name, held in leaves.items():
+            self._require(held, name)
         factors = Factors(
-            *(self.variable(LORA, name, draw, i).value for i, name in enumerate(names))
+            **{n: self.variable(c, n, draw, n).value for n, c in leaves.items()}
         )
         rule = rule_of(module)
         assert rule is not None  # it is a target
         shape = jnp.shape(base_weight(module, rule.weight))
         roles = rule.contraction(module, *inputs)
         check_factors_fit(path, factors, shape, roles, self.lora)
-        return factors
+        return factors.plain(roles)
 
     def _adapted_query(self, query: AnyFloat, factors: Factors | None) -> AnyFloat:
         """Returns the query for a tied head, scaled if DoRA is used."""

@@ -1,7 +1,7 @@
 """Checks of adapters against models, and reading a call's ``deterministic`` flag."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import LORA, LORA_A, LORA_B, MAGNITUDE
-from lora_jax.nn.apply import Factors
+from lora_jax.names import (
+    FIXED,
+    LORA,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    START_A,
+    START_B,
+)
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.dora import magnitude_shape
+from lora_jax.ops.factors import Factors
 from lora_jax.ops.merge import is_finite
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target, child
@@ -58,17 +66,17 @@ MAKE_OR_LOAD = "Make the variables with `attach`, or load them for this config."
 
 
 def check_presence(
-    path: str, factors: Sequence[Any], config: LoRAConfig, is_target: bool
+    path: str, factors: Factors, config: LoRAConfig, is_target: bool
 ) -> None:
     """Raises a ValueError unless exactly the targets have adapters, with all factors.
 
     Args:
       path: the layer's path, as matched by the config's patterns.
-      factors: its A, B and magnitude; None for missing ones.
-      config: determines whether there must be a magnitude.
+      factors: its leaves; None for missing ones.
+      config: determines the leaves that there must be.
       is_target: whether the config adapts the layer.
     """
-    a, b, magnitude = factors
+    a, b, magnitude = factors[:3]
     if not is_target or a is None or b is None:
         raise ValueError(
             f"the collection {LORA!r} must have {child(path, LORA_A)!r} and {LORA_B!r} "
@@ -81,6 +89,13 @@ def check_presence(
             f"the collection {LORA!r} must have {child(path, MAGNITUDE)!r} if and only "
             f"if the config has dora=True; got dora={config.dora}. {MAKE_OR_LOAD}"
         )
+    for name in (START_A, START_B):
+        if (getattr(factors, name) is not None) != (name in config.leaves):
+            raise ValueError(
+                f"the collection {FIXED!r} must have {child(path, name)!r} if and only "
+                f"if the config's init starts from W0; got init={config.init!r}. "
+                f"{MAKE_OR_LOAD}"
+            )
 
 
 def check_factors_fit(
@@ -107,6 +122,13 @@ def check_factors_fit(
             f"lora_a, lora_b of {path!r} must be {a}, {b} for rank {rank} and a kernel "
             f"of shape {kernel_shape}; got {got[0]}, {got[1]}. {MAKE_OR_LOAD}"
         )
+    starts = [
+        f"{name} of {path!r} must be {shape}; got {jnp.shape(start)}"
+        for name, shape in ((START_A, a), (START_B, b))
+        if (start := getattr(factors, name)) is not None and jnp.shape(start) != shape
+    ]
+    if starts:
+        raise ValueError(f"{'; '.join(starts)}. {MAKE_OR_LOAD}")
     wanted = magnitude_shape(kernel_shape, contraction)
     if factors.magnitude is not None and jnp.shape(factors.magnitude) != wanted:
         raise ValueError(

@@ -8,7 +8,7 @@ model is tested when adapters are merged.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.layer_rules import CALL, LayerRule
+from lora_jax.ops.contraction import Contraction
 from lora_jax.ops.merge import delta_kernel
 
 _LINEN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed, nn.Conv)
@@ -26,7 +27,7 @@ _REPLACEABLE = (  # attributes that replace the layer's product with a user's
     *("dot_general", "dot_general_cls"),
     *("conv_general_dilated", "conv_general_dilated_cls"),
 )
-_LARGEST = 2**24  # layers with more elements are checked only when merging
+LARGEST = 2**24  # layers with more elements are checked only when merging
 _TOLERANCE = {"float64": 1e-2, "float32": 2e-2}  # relative to the update; else:
 _COARSE = 6e-2
 
@@ -63,19 +64,14 @@ def is_exact(
     """
     shapes = nn.meta.unbox(dict(module.variables))
     kernel_shape = tuple(jnp.shape(shapes.get(PARAMS, {}).get(rule.weight)))
-    if sum(map(jnp.size, jax.tree.leaves(shapes))) > _LARGEST or not kernel_shape:
+    if sum(map(jnp.size, jax.tree.leaves(shapes))) > LARGEST or not kernel_shape:
         return True
     contraction = rule.contraction(module, *(inputs if method == CALL else ()))
-    a_shape, b_shape = contraction.factor_shapes(kernel_shape, 2)
-    draw = _Drawing()
+    draw = Drawing()
     with jax.ensure_compile_time_eval(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variables = jax.tree.map(draw, shapes)
         arguments = jax.tree.map(draw, inputs)
-        fan_in, _ = contraction.matrix_size(kernel_shape)
-        kernel = draw.normal(kernel_shape) / np.sqrt(fan_in)
-        a, b = draw.normal(a_shape) / np.sqrt(fan_in), draw.normal(b_shape)
-        delta = delta_kernel(a, b, kernel_shape, scaling=1.0, contraction=contraction)
         alone = module.clone(parent=None, name=None)
 
         def call(weight: Any) -> Any:
@@ -83,34 +79,66 @@ def is_exact(
             everything = {**variables, PARAMS: own}
             return alone.apply(everything, *arguments, method=method)
 
-        try:
-            before, after = call(kernel), call(kernel + delta)
-        except Exception:  # the layer can't run outside its model
-            return True
-        try:
-            adapted = rule.apply(
-                alone, method, arguments, before, kernel, a, b, scaling=1.0
-            )
-        except (TypeError, ValueError):
-            return False
-        if jnp.shape(adapted) != jnp.shape(after):
-            return False
-        update = np.asarray(adapted - before, np.float64)
-        error = np.abs(np.asarray(after - adapted, np.float64)).max(initial=0)
-        tolerance = _TOLERANCE.get(jnp.asarray(before).dtype.name, _COARSE)
-        return bool(error <= tolerance * max(np.abs(update).max(initial=0), 1e-6))
+        def adapt(before: Any, kernel: Any, a: Any, b: Any) -> Any:
+            factors = (kernel, a, b)
+            return rule.apply(alone, method, arguments, before, *factors, scaling=1.0)
+
+        return is_update_exact(call, adapt, kernel_shape, contraction, draw)
 
 
-class _Drawing:
+def is_update_exact(
+    call: Callable[[Any], Any],
+    adapt: Callable[[Any, Any, Any, Any], Any],
+    kernel_shape: tuple[int, ...],
+    contraction: Contraction,
+    draw: "Drawing",
+) -> bool:
+    """Tests on random numbers whether a call with W0 + A B equals the adapted call.
+
+    Args:
+      call: ``kernel -> y``, the layer.
+      adapt: ``(y, kernel, lora_a, lora_b) -> y'``, its op.
+      kernel_shape: shape of the kernel.
+      contraction: roles of its axes.
+      draw: makes the numbers.
+
+    Returns:
+      False if the outputs differ or the op refuses; True if not, or if the layer can't
+      be called.
+    """
+    a_shape, b_shape = contraction.factor_shapes(kernel_shape, 2)
+    fan_in, _ = contraction.matrix_size(kernel_shape)
+    kernel = draw.normal(kernel_shape) / np.sqrt(fan_in)
+    a, b = draw.normal(a_shape) / np.sqrt(fan_in), draw.normal(b_shape)
+    delta = delta_kernel(a, b, kernel_shape, scaling=1.0, contraction=contraction)
+    try:
+        before, after = call(kernel), call(kernel + delta)
+    except Exception:  # the layer can't run outside its model
+        return True
+    try:
+        adapted = adapt(before, kernel, a, b)
+    except (TypeError, ValueError):
+        return False
+    if jnp.shape(adapted) != jnp.shape(after):
+        return False
+    update = np.asarray(adapted - before, np.float64)
+    error = np.abs(np.asarray(after - adapted, np.float64)).max(initial=0)
+    tolerance = _TOLERANCE.get(jnp.asarray(before).dtype.name, _COARSE)
+    return bool(error <= tolerance * max(np.abs(update).max(initial=0), 1e-6))
+
+
+class Drawing:
     """Draws deterministic random arrays with given shapes."""
 
     def __init__(self):
         self._generator = np.random.default_rng(0)
 
     def normal(self, shape: tuple[int, ...]) -> jax.Array:
+        """Returns normal values in float32."""
         return jnp.asarray(self._generator.normal(size=shape), jnp.float32)
 
     def __call__(self, leaf: Any) -> Any:
+        """Returns values like ``leaf``; what is not an array as it is."""
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             return leaf
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -154,7 +182,7 @@ def check_merged(
     Warns:
       UserWarning: if the example does not run.
     """
-    draw = _Drawing()
+    draw = Drawing()
     args, kwargs = jax.tree.map(draw, inputs)
     kept = {name: tree for name, tree in others.items() if name != "cache"}
     kept = jax.tree.map(draw, kept)
@@ -169,7 +197,7 @@ def check_merged(
                 rngs={DROPOUT: jax.random.key(0)},
                 **kwargs,
             )
-            return _floats(outputs)
+            return floats(outputs)
 
         return jax.jit(run)
 
@@ -187,6 +215,23 @@ def check_merged(
         return
     types = {x.dtype.name for x in (*wanted, *jax.tree.leaves(base))}
     is_wide = all(t in ("float32", "float64") or "int" in t for t in types)
+    compare_merged(wanted, got, before, is_wide=is_wide)
+
+
+def compare_merged(
+    wanted: Sequence[Any], got: Sequence[Any], before: Sequence[Any], *, is_wide: bool
+) -> None:
+    """Raises if a merged model's outputs are off by far more than rounding.
+
+    Args:
+      wanted: outputs of the adapted model.
+      got: those of the merged one.
+      before: those of the base.
+      is_wide: whether all was computed in float32.
+
+    Raises:
+      ValueError: with the error, and the effect of the adapters.
+    """
     rounding = 1e-3 if is_wide else 5e-2
     for w, g, b in zip(wanted, got, before, strict=True):
         w, g, b = (np.asarray(x, np.float64) for x in (w, g, b))
@@ -198,11 +243,12 @@ def check_merged(
                 f"{effect:.3g}. An adapted weight is also read directly (e.g. a tied "
                 "head written as `x @ embedding.T`) or transformed before use, which a "
                 "merged weight can't reproduce. Use the model unmerged, exclude that "
-                "layer, or pass check=False."
+                "layer, or merge without this check (check=False, or no example)."
             )
 
 
-def _floats(outputs: Any) -> list[jax.Array]:
+def floats(outputs: Any) -> list[jax.Array]:
+    """Returns the floating-point arrays of a tree."""
     return [
         leaf
         for leaf in jax.tree.leaves(outputs)

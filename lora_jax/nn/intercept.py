@@ -7,7 +7,6 @@ from flax.core.scope import Scope
 from lora_jax.config import LoRAConfig
 from lora_jax.names import ADAPTER_LEAVES, LORA_A, MAGNITUDE, PARAMS
 from lora_jax.nn.apply import (
-    Factors,
     adapted_query,
     apply_adapter,
     base_weight,
@@ -18,6 +17,7 @@ from lora_jax.nn.apply import (
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
 from lora_jax.nn.watch import find_contraction, is_flagged
+from lora_jax.ops.factors import Factors
 from lora_jax.ops.fence import fence_gradient, fence_output
 from lora_jax.tree.targets import LINEAR_KINDS
 
@@ -44,9 +44,8 @@ def make_interceptor(
         path = "/".join(scope.path[root:])
         inputs = call_inputs(context.orig_method, args, kwargs)
         if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
-            query = adapted_query(
-                module, inputs[0], stored_factors(scope), config.scaling_for(path)
-            )
+            plain = stored_factors(scope).plain()
+            query = adapted_query(module, inputs[0], plain, config.scaling_for(path))
             inputs, args, kwargs = (query,), (query,), {}
         is_target = config.is_target(path, is_linear=rule.kind in LINEAR_KINDS)
         has_adapter = scope.has_variable(PARAMS, LORA_A)
@@ -73,7 +72,7 @@ def make_interceptor(
             method,
             inputs,
             y,
-            factors,
+            factors.plain(contraction),
             config=config,
             path=path,
             deterministic=deterministic,

@@ -24,7 +24,7 @@ from lora_jax.ops.embed import lora_attend, lora_embed
 from lora_jax.ops.experts import EXPERTS, lora_experts
 
 # Rows of experts: the label of the experts is in the kernel alone.
-_SORTED_ROWS = re.compile(r"(?P<m>\w)(?P<i>\w),\w(?P=i)(?P<o>\w)->(?P=m)(?P=o)")
+_SORTED_ROWS = re.compile(r"(\w)(\w),\w(?:\2(\w)|(\w)\2)->\1(?:\3|\4)")
 EXPERTS_KIND = "experts"
 CALL, ATTEND = "__call__", "attend"
 
@@ -75,12 +75,15 @@ def einsum_rule(
     return LayerRule(kind, weight, (CALL,), contraction, apply)
 
 
-def experts_rule(kind: str, weight: str = KERNEL) -> LayerRule:
+def experts_rule(
+    kind: str, weight: str = KERNEL, *, is_transposed: bool = False
+) -> LayerRule:
     """Makes the `LayerRule` of a module that multiplies rows sorted by expert.
 
     Args:
       kind: name in the table of targets.
       weight: name of the kernel ``[e, i, o]``.
+      is_transposed: whether the kernel is ``[e, o, i]``.
 
     Returns:
       The rule for calls ``(x, sizes)``, as `lora_experts` takes them.
@@ -90,10 +93,14 @@ def experts_rule(kind: str, weight: str = KERNEL) -> LayerRule:
         del method
         options.setdefault("precision", getattr(module, "precision", None))
         x, sizes = inputs[0].astype(y.dtype), inputs[1]
+        kernel = kernel.swapaxes(1, 2) if is_transposed else kernel
         factors = (kernel, lora_a, lora_b)
         return lora_experts(x, *factors, sizes, base_output=y, **options)
 
-    return LayerRule(kind, weight, (CALL,), lambda *_: EXPERTS, apply)
+    roles = EXPERTS
+    if is_transposed:
+        roles = roles._replace(inputs=roles.outputs, outputs=roles.inputs)
+    return LayerRule(kind, weight, (CALL,), lambda *_: roles, apply)
 
 
 def register_layer(
@@ -112,8 +119,9 @@ def register_layer(
         input or output (heads times features, as in T5X), give the equation of the
         reshaped arrays. ``"mi,eio->mo"``, where the experts' label is in the kernel
         alone, is a layer called with rows sorted by expert and the number of each
-        expert's rows, as `lora_experts` takes them. With a label of experts in all
-        three (``"ebi,eio->ebo"``) each expert has its own A and B too.
+        expert's rows, as `lora_experts` takes them; ``"mi,eoi->mo"`` is one whose
+        kernels are stored transposed. With a label of experts in all three
+        (``"ebi,eio->ebo"``) each expert has its own A and B too.
       weight: name of the kernel parameter.
       kind: name in the table of targets; "einsum" by default, or "experts" for sorted
         rows. ``"all-linear"`` covers both; layers of a new kind must be named in the
@@ -134,11 +142,30 @@ def register_layer(
         raise TypeError(
             f"module_type must be a Linen module class; got {module_type!r}."
         )
-    if isinstance(equation, str) and _SORTED_ROWS.fullmatch(equation.replace(" ", "")):
-        _RULES[module_type] = experts_rule(kind or EXPERTS_KIND, weight)
+    if (of_rows := sorted_rows_rule(equation, weight, kind)) is not None:
+        _RULES[module_type] = of_rows
         return
     as_function = equation if callable(equation) else lambda *_: equation
     _RULES[module_type] = einsum_rule(kind or "einsum", as_function, weight)
+
+
+def sorted_rows_rule(
+    equation: str | Callable[..., str], weight: str, kind: str | None
+) -> LayerRule | None:
+    """Returns the rule of a layer of experts; None if it is not ``"mi,eio->mo"``.
+
+    Args:
+      equation: as for `register_layer`.
+      weight: name of the kernel.
+      kind: name in the table of targets; ``"experts"`` by default.
+    """
+    if not isinstance(equation, str):
+        return None
+    parsed = _SORTED_ROWS.fullmatch(equation.replace(" ", ""))
+    if parsed is None:
+        return None
+    is_transposed = parsed[4] is not None
+    return experts_rule(kind or EXPERTS_KIND, weight, is_transposed=is_transposed)
 
 
 def _fold(

@@ -10,10 +10,10 @@ from typing import Any
 import flax.linen as nn
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.tree.merge import merge_params
-from lora_jax.tree.partition import join
+from lora_jax.tree.partition import adapter_of, join
 from lora_jax.tree.targets import Target, target_at
 
 
@@ -91,7 +91,7 @@ def merge_lora_layers(
     """
     targets = lora_layer_targets(model, variables, *example_args, **example_kwargs)
     base = nn.meta.unbox(_base(variables))
-    return merge_params(base, nn.meta.unbox(variables[LORA]), targets)
+    return merge_params(base, nn.meta.unbox(adapter_of(variables)), targets)
 
 
 def _base(variables: Mapping[str, PyTree]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.names import EMBEDDING, FIXED, FROZEN, KERNEL, LORA, PARAMS
 from lora_jax.nn.apply import AlreadyAdaptedError
 from lora_jax.nn.checks import DETERMINISTIC_FLAGS
 from lora_jax.nn.layer_rules import registered_rules
@@ -203,7 +203,7 @@ def _trace_uncached(
             f"or {LORA!r}); use it without `adapt`."
         )
     params, sites = watcher.finish(variables)
-    sown = ("intermediates", FROZEN, LORA, PARAMS)
+    sown = ("intermediates", FROZEN, LORA, PARAMS, FIXED)
     others = {name: tree for name, tree in variables.items() if name not in sown}
     return Trace(
         sites,

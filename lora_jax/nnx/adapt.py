@@ -6,6 +6,8 @@ each targeted layer is an instance of a subclass of its class, with ``lora_a`` a
 W0 is not copied, paths don't change, and the given model stays as it is.
 """
 
+import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +19,25 @@ from lora_jax.config import LoRAConfig
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.checks import check_kernels
 from lora_jax.nnx.factors import add_lora, fresh_values, site_of
-from lora_jax.nnx.find import Found, as_path, find_layers, rebuild, select
+from lora_jax.nnx.find import (
+    Found,
+    as_path,
+    find_layers,
+    rebuild,
+    select,
+    shared_weights,
+)
 from lora_jax.nnx.layers import LoRALayer, layer_rule, lora_class, set_class
 from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import Target, as_target
 
+OF_TARGET = ("alpha", "scaling", "is_plain")  # what a layer keeps of its `Target`
 Trained = nnx.LoRAParam
-"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names."""
+"""The filter of all that is trained: adapters, and what `LoRAConfig.train` names.
+
+Not `flax.nnx.Param`, which selects the base too: an adapted layer raises where the
+gradient of its frozen weight is taken.
+"""
 
 
 class TrainedParam(nnx.LoRAParam):
@@ -79,6 +93,11 @@ def adapt(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
         )
     found = find_layers(model, config, stack_axis)
+    if config.init in ("lora_ga", "eva"):
+        raise ValueError(
+            f"init must not be {config.init!r} for an NNX model: it starts from data, "
+            f"for Linen models only (`lora_jax.{config.init}_init`)."
+        )
     targets = {target.path: target for target in select(found, config)}
     _check_ranks(targets)
     paths = [target.weight_path for target in targets.values()]
@@ -130,6 +149,7 @@ def _put(
     stack_axis: int | None,
 ) -> Any:
     """Returns the model with adapters, and with Variables of its own to train."""
+    _warn_of_ties(model, {target.weight_path for target in targets.values()})
     drops = config.dropout_rate and rngs is not None
     dropout_key = seed_of(rngs, DROPOUT) if drops and rngs is not None else None
     trained = {
@@ -190,8 +210,8 @@ def lora_targets(model: nnx.Module) -> list[Target]:
             for axis in reversed(site.scanned_a):
                 del shape[axis]
             target = as_target(site, lora.config)
-            own = {"rank": shape[-1], "alpha": lora.alpha, "scaling": lora.scaling}
-            targets.append(Target(**{**vars(target), **own}))
+            kept = {name: getattr(lora, name) for name in OF_TARGET}
+            targets.append(dataclasses.replace(target, rank=shape[-1], **kept))
     if not targets:
         raise ValueError(
             f"{type(model).__name__} must have adapted layers; got none. "
@@ -223,6 +243,21 @@ def _check_ranks(targets: dict[str, Target]) -> None:
             "a rank must not exceed the smaller side of its kernel; "
             f"{'; '.join(faults)}. Lower `rank`, or that of a layer by `rank_pattern`."
         )
+
+
+def _warn_of_ties(model: nnx.Module, adapted: set[str]) -> None:
+    """Warns of an adapted array that a module without an adapter holds too."""
+    for group in shared_weights(model):
+        rest = [path for path in group if path not in adapted]
+        if rest and len(rest) < len(group):
+            own = next(path for path in group if path in adapted)
+            warnings.warn(
+                f"{own} is adapted, and {', '.join(rest)}, the same array, is not: "
+                "what reads it there keeps W0, and the adapters can't be merged. Adapt "
+                "both or neither, or share the module (an `nnx.Embed` and its "
+                "`attend`) instead of its array.",
+                stacklevel=4,
+            )
 
 
 def _widen_trained(module: Any) -> None:

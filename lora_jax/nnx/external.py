@@ -5,6 +5,7 @@ PEFT multiplies from the left, ``ΔW = s B A`` of an ``[out, in]`` weight; here
 order. Rotary positions must rotate halves, as Hugging Face's.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,18 +14,19 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import DOWN, GATE_UP
 from lora_jax.interop.external import (
     ExternalAdapter,
     ExternalFactors,
-    most_common,
     report,
 )
 from lora_jax.interop.fused import drop_zero_ranks, fuse_factors, split_factors
 from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.nnx.full import Names, from_full, names_of, trained_modules
 from lora_jax.tree.paths import leaves_by_path, nearest, unflatten
 from lora_jax.tree.targets import Site, Target, child
 
-Names = Mapping[str, str | Sequence[str]]
+_EXPERTS_NAME = re.compile(rf"([^|]*\.)?experts\.({GATE_UP}|{DOWN})")
 AB = (LORA_A, LORA_B)
 Index = tuple[int, ...]  # of a layer in a stack; empty without one
 
@@ -69,16 +71,19 @@ def to_external(
             _unstacked(target, name, leaves.get(child(target.path, name)), place.index)
             for name in (LORA_A, LORA_B, MAGNITUDE)
         )
+        experts, r = _experts(target), target.rank
         factors = ExternalFactors(
             a=np.moveaxis(a, (-1, -2), (0, 1))
             if target.kind == "conv"
-            else a.reshape(-1, target.rank).T,
-            b=b.reshape(target.rank, -1).T,
+            else a.reshape(*experts, -1, r).swapaxes(-1, -2),
+            b=b.reshape(*experts, r, -1).swapaxes(-1, -2),
             scaling=target.scaling,
             alpha=target.alpha,
             magnitude=None if m is None else m.reshape(-1),
             is_embedding=target.kind == "embed",
         )
+        if experts and m is not None:
+            faults.append(f"{target.path} has DoRA of experts, which PEFT has not")
         if len(place.parts) == 1:
             modules[place.parts[0]] = factors
             continue
@@ -93,24 +98,28 @@ def to_external(
 
 
 def from_external(
-    adapter: ExternalAdapter, sites: Sequence[Site], names: Names | None
-) -> tuple[LoRAConfig, PyTree]:
+    adapter: ExternalAdapter,
+    sites: Sequence[Site],
+    weights: Mapping[str, Any],
+    names: Names | None,
+) -> tuple[LoRAConfig, PyTree, dict[str, np.ndarray]]:
     """Returns the config and the arrays of another tool's adapter for a model.
 
     Args:
       adapter: as it was read.
       sites: every layer of the model that can be adapted.
+      weights: its weights, by path.
       names: see `lora_jax.nnx.export_adapter`.
 
     Returns:
-      A config that adapts the layers the file has, and the collection ``lora``.
+      A config that adapts the layers and trains the weights that the file has, the
+      collection ``lora``, and by path what is trained in full.
 
     Raises:
       ValueError: listing everything that doesn't fit.
     """
     by_path = {site.path: site for site in sites}
-    faults = [f"unexpected: {name}, trained in full" for name in adapter.full]
-    faults += [f"unexpected: rows of {name}" for name in adapter.tokens]
+    faults = [f"unexpected: rows of {name}" for name in adapter.tokens]
     layers: dict[str, dict[Index, ExternalFactors]] = {}
     left = dict(adapter.modules)
     spelled = _spelled(sites, names)[0]
@@ -136,7 +145,8 @@ def from_external(
     faults += [
         f"unexpected: a bias of {n}" for n, f in adapter.modules.items() if f.bias
     ]
-    if faults:
+    full, wrong = from_full(adapter, sites, weights, names)
+    if faults := faults + wrong:
         raise report(adapter.origin, faults)
     lora = {}
     for path, stack in layers.items():
@@ -151,8 +161,10 @@ def from_external(
         rslora=adapter.rslora,
         dora=adapter.dora,
         dropout_rate=adapter.dropout_rate,
+        bias=adapter.bias,
+        train=trained_modules(full, adapter.bias),
     )
-    return config, unflatten(lora)
+    return config, unflatten(lora), full
 
 
 def from_tree(
@@ -235,16 +247,9 @@ def config_of_sites(
     ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any
 ) -> LoRAConfig:
     """Returns the config that adapts just these layers, with their own numbers."""
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    exact = "|".join(re.escape(path) for path in sorted(ranks))
-    return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=exact,
-        rank_pattern={re.escape(p): r for p, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(p): a for p, a in alphas.items() if a != alpha},
-        **fields,
-    )
+    exact = "|".join(map(re.escape, sorted(ranks)))  # not the ends of longer paths
+    config = LoRAConfig.for_layers(ranks, alphas, **fields)
+    return dataclasses.replace(config, targets=exact)
 
 
 def _spelled(
@@ -253,12 +258,17 @@ def _spelled(
     """Returns the names of all kernels, and faults for those that have none."""
     spelled, faults = [], []
     for site in sites:
-        found = _names_of(site.path, names)
+        found = names_of(site.path, names)
         stack = tuple(site.kernel_shape[axis] for axis in site.scanned_a)
         if found is None:
             faults.append(f"names has no pattern for {site.path!r}")
-        elif len(site.contraction.batch) > len(stack) or site.contraction.groups > 1:
-            faults.append(f"{site.path} holds several matrices, which PEFT can't name")
+        elif site.contraction.groups > 1:
+            faults.append(f"{site.path}, a grouped convolution, has no form in PEFT")
+        elif _experts(site) and not _EXPERTS_NAME.fullmatch("|".join(found)):
+            faults.append(
+                f"the name of {site.path}, a layer of experts, must end in "
+                f"experts.{GATE_UP} or experts.{DOWN} for PEFT; got {', '.join(found)}"
+            )
         elif stack and not all("{}" in name for name in found):
             faults.append(f"the name of {site.path}, a stack of layers, needs {{}}")
         else:
@@ -268,14 +278,10 @@ def _spelled(
     return spelled, faults
 
 
-def _names_of(path: str, names: Names | None) -> tuple[str, ...] | None:
-    if names is None:
-        return (path.replace("/", "."),)
-    for pattern, given in names.items():
-        if parsed := re.fullmatch(pattern, path):
-            templates = (given,) if isinstance(given, str) else tuple(given)
-            return tuple(parsed.expand(template) for template in templates)
-    return None
+def _experts(site: Site) -> tuple[int, ...]:
+    """Returns the sizes of the batch axes that are not a stack's: experts, or none."""
+    batch = site.contraction.split(site.kernel_shape)[0]
+    return batch[len(site.scanned_a) :]
 
 
 def _axes(site: Site, name: str) -> tuple[int, ...]:
@@ -315,13 +321,15 @@ def _stacked(
         r, ratio = factors.rank, np.float32(factors.scaling / lead.scaling)
         a = (
             np.moveaxis(factors.a, (0, 1), (-1, -2))
-            if factors.a.ndim > 2
-            else factors.a.T
+            if site.kind == "conv"
+            else factors.a.swapaxes(-1, -2)
         )
         own = leaves[LORA_A][index]
         own[..., :r] = a.reshape(*own.shape[:-1], r)
         own = leaves[LORA_B][index]
-        own[:r] = (factors.b * ratio).T.reshape(r, *own.shape[1:])
+        own = np.moveaxis(own, len(_experts(site)), 0)  # the rank first
+        b = np.moveaxis(factors.b * ratio, -1, 0)
+        own[:r] = b.reshape(r, *own.shape[1:])
         if factors.magnitude is not None:
             own = leaves[MAGNITUDE][index]
             own[...] = factors.magnitude.reshape(own.shape)
@@ -337,7 +345,8 @@ def _shape_faults(site: Site, factors: ExternalFactors) -> list[str]:
     i, o = (int(np.prod(sizes)) for sizes in (inputs, outputs))
     window = tuple(inputs[:-1]) if site.kind == "conv" else ()
     a = (factors.rank, inputs[-1], *window) if window else (factors.rank, i)
-    wanted = {"A": (factors.a, a), "B": (factors.b, (o, factors.rank))}
+    a, b = (*_experts(site), *a), (*_experts(site), o, factors.rank)
+    wanted = {"A": (factors.a, a), "B": (factors.b, b)}
     if factors.magnitude is not None:
         wanted["magnitude"] = (factors.magnitude, (o,))
     faults = [

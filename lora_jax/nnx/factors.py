@@ -10,13 +10,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.config import LoRAConfig
-from lora_jax.names import DROPOUT, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.names import DROPOUT, LORA
 from lora_jax.nnx.rules import Rule
 from lora_jax.ops.init import path_key
 from lora_jax.tree.targets import Site, Target
 
 STREAM = "lora_rngs"  # the attribute that holds a layer's dropout stream
 OUT_SHARDING = "out_sharding"  # metadata: a name for each axis
+
+
+class FixedParam(nnx.Param):
+    """A leaf of an adapter that isn't trained; not a `flax.nnx.LoRAParam`."""
 
 
 class LayerLoRA(NamedTuple):
@@ -27,12 +31,14 @@ class LayerLoRA(NamedTuple):
       alpha: numerator of the scaling.
       scaling: the factor before ``A B``.
       stack_axis: position of the layer axis of stacked layers, or None.
+      is_plain: as in `lora_jax.tree.targets.Site`.
     """
 
     config: LoRAConfig
     alpha: float
     scaling: float
     stack_axis: int | None = None
+    is_plain: bool = True
 
 
 def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -> Site:
@@ -79,7 +85,7 @@ def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -
 def fresh_values(
     layer: Any, target: Target, config: LoRAConfig, key: PRNGKey
 ) -> dict[str, AnyFloat]:
-    """Returns new values of ``lora_a``, ``lora_b`` and, with DoRA, ``magnitude``.
+    """Returns new values of the adapter's leaves.
 
     Args:
       layer: the layer, for its weight.
@@ -90,12 +96,7 @@ def fresh_values(
     Returns:
       The arrays by name.
     """
-    a, b = target.init(key, config.init)
-    values = {LORA_A: a, LORA_B: b}
-    if target.dora:
-        weight = getattr(layer, target.weight)
-        values[MAGNITUDE] = target.init_magnitude(weight[...])
-    return values
+    return target.init(key, getattr(layer, target.weight)[...], config.init)
 
 
 def add_lora(
@@ -122,12 +123,14 @@ def add_lora(
     names = metadata.get(OUT_SHARDING)
     axes = target.leaf_axes(tuple(names)) if names else {}
     kept = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
-    places = _placements(weight[...], target)
+    places, held = _placements(weight[...], target), dict(target.leaves)
     for name, value in values.items():
         own = {**kept, OUT_SHARDING: axes[name]} if axes else {}
         value = jax.device_put(value, places[name]) if places else value
-        setattr(layer, name, nnx.LoRAParam(value, **own))
-    layer.lora = LayerLoRA(config, target.alpha, target.scaling, stack_axis)
+        kind = nnx.LoRAParam if held[name] == LORA else FixedParam
+        setattr(layer, name, kind(value, **own))
+    numbers = (target.alpha, target.scaling)
+    layer.lora = LayerLoRA(config, *numbers, stack_axis, target.is_plain)
     if config.dropout_rate:
         layer.deterministic = dropout_key is None
     if config.dropout_rate and dropout_key is not None:

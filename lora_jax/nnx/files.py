@@ -15,14 +15,16 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as folders
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.peft import read_peft, write_peft
-from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.names import BIAS, FROZEN, LORA, PARAMS
 from lora_jax.nnx.adapt import adapt_empty, lora_targets
-from lora_jax.nnx.external import Names, from_external, from_tree, to_external
-from lora_jax.nnx.find import find_layers
+from lora_jax.nnx.external import from_external, from_tree, to_external
+from lora_jax.nnx.find import find_layers, other_sites
+from lora_jax.nnx.full import Names, to_full
 from lora_jax.nnx.functional import functional, update
 from lora_jax.nnx.layers import LoRALayer
 from lora_jax.tree.fingerprint import fingerprint
-from lora_jax.tree.paths import flatten
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.plain import plain_targets, plain_variables
 
 
 def save_adapter(
@@ -108,7 +110,8 @@ def export_adapter(
         pattern is a regular expression for the whole path, and ``\\1`` in the name
         its first group; ``{}`` in the name of stacked layers is the layer's number. A
         layer that Hugging Face has in equal parts (key and value) takes a list of
-        names, by the first axes of its output. Default: the path, with dots.
+        names, by the first axes of its output; experts the parameter's name,
+        ``…experts.down_proj``. Default: the path, with dots.
       base_model: the base that the file names.
       task_type: PEFT's, such as ``"CAUSAL_LM"``.
 
@@ -116,24 +119,42 @@ def export_adapter(
       The folder.
 
     Raises:
-      ValueError: if a layer has no name, can't be written (experts, grouped
-        convolutions, weights trained in full), or is not finite; one error names all.
+      ValueError: if a layer has no name or no form in PEFT (grouped convolutions, DoRA
+        of experts, a weight trained beside its adapter), or is not finite; one error
+        names all.
     """
-    config, variables = config_of(model), functional(model)[1]
-    targets, leaves = lora_targets(model), flatten(variables[LORA])
+    config, targets = config_of(model), lora_targets(model)
+    variables = plain_variables(functional(model)[1], targets)
+    leaves, targets = flatten(variables[LORA]), plain_targets(targets, config)
     modules, faults = to_external(targets, leaves, names, rslora=config.rslora)
-    faults += [
-        f"{path} is trained in full: PEFT's modules_to_save are not written from NNX"
-        for path in sorted(flatten(variables.get(PARAMS, {})))
-    ]
-    if faults:
-        raise ValueError(f"the adapter can't be exported: {'; '.join(faults)}.")
-    adapter = ExternalAdapter(
-        modules, {}, {}, {}, rslora=config.rslora, dropout_rate=config.dropout_rate
+    trained = flatten(variables.get(PARAMS, {}))
+    full, wrong = to_full(
+        [*targets, *other_sites(model)],
+        {**flatten(variables[FROZEN]), **trained},
+        trained,
+        {target.path for target in targets},
+        config,
+        names,
     )
+    if faults := faults + wrong:
+        raise ValueError(f"the adapter can't be exported: {'; '.join(faults)}.")
+    experts = sorted(name for name, factors in modules.items() if factors.is_experts)
+    adapter = ExternalAdapter(
+        modules,
+        full,
+        {},
+        {},
+        rslora=config.rslora,
+        dropout_rate=0.0 if experts else config.dropout_rate,  # PEFT has none there
+        bias=config.bias,
+    )
+    is_beside = config.bias != "none"
+    saved = {n.rpartition(".")[0] for n in full if not (is_beside and n.endswith(BIAS))}
     settings = {
         "base_model_name_or_path": base_model,
-        "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted(saved) or None,
+        "target_modules": sorted({*modules} - {*experts}),
+        **({"target_parameters": experts} if experts else {}),
         "task_type": task_type,
     }
     return write_peft(directory, adapter, settings)
@@ -162,13 +183,15 @@ def load_peft(
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if the folder is damaged, or has modules that the model lacks, of
-        other shapes, or trained in full; one error lists all.
+        other shapes; one error lists all.
     """
     adapter = read_peft(directory)
-    sites = find_layers(model, LoRAConfig(), stack_axis).sites
-    config, lora = from_external(adapter, sites, names)
+    found = find_layers(model, LoRAConfig(), stack_axis)
+    config, lora, full = from_external(adapter, found.sites, found.weights, names)
     adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
-    update(adapted, {LORA: lora})
+    own = flatten(functional(adapted)[1].get(PARAMS, {}))
+    full = {p: x.astype(own[p].dtype) if p in own else x for p, x in full.items()}
+    update(adapted, {LORA: lora, PARAMS: unflatten(full)})
     return adapted
 
 

@@ -1,5 +1,6 @@
 """The layers and weights of an NNX model, by path, and its structure rebuilt."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,8 @@ from flax import nnx
 
 from lora_jax.config import LoRAConfig
 from lora_jax.names import BIAS, SCALE
-from lora_jax.nnx.layers import LoRALayer, check_config, site_of
+from lora_jax.nnx.exactness import checked
+from lora_jax.nnx.layers import LoRALayer, base_class, check_config, site_of
 from lora_jax.nnx.rules import rule_of
 from lora_jax.tree.targets import (
     LINEAR_KINDS,
@@ -80,18 +82,20 @@ def find_layers(
         )
     weights = params_of(model)
     rewritten = {p for p, m in modules.items() if isinstance(m, _REWRITING)}
-    sites, why, linear = {}, {}, set()
+    sites, why, linear, tried = {}, {}, set(), {}
     for path, module in modules.items():
         known = rule_of(type(module), module)
         if known is None or child(path, known[1].weight) not in weights:
             continue
         rule = known[1]
-        linear |= {path} if rule.kind in LINEAR_KINDS else set()
+        is_linear = rule.kind in LINEAR_KINDS and not rule.is_guess
+        linear |= {path} if is_linear else set()
         if any(path.startswith(f"{outer}/" if outer else "") for outer in rewritten):
             why[path] = "a module around it rewrites its weights on each call"
             continue
         try:
-            sites[path] = site_of(path, module, rule, stack_axis)
+            site = site_of(path, module, rule, stack_axis)
+            sites[path] = checked(site, module, rule, tried)
         except ValueError as error:
             why[path] = str(error)
     unsupported = {}
@@ -108,6 +112,18 @@ def find_layers(
     return Found(list(sites.values()), unsupported, weights, first)
 
 
+def other_sites(model: nnx.Module) -> list[Site]:
+    """Returns the layers of an adapted model that have no adapter."""
+    sites = []
+    for parts, module in nnx.iter_modules(model, graph=True):
+        is_adapted = isinstance(module, LoRALayer) and module.lora is not None
+        known = rule_of(base_class(type(module)), module)
+        if known is not None and not is_adapted:
+            with contextlib.suppress(ValueError):  # stacked, in an unknown way
+                sites.append(site_of(as_path(parts), module, known[1]))
+    return sites
+
+
 def params_of(model: nnx.Module) -> dict[str, nnx.Param]:
     """Returns every `flax.nnx.Param`, a shared one under each of its paths."""
     leaves = {
@@ -116,6 +132,12 @@ def params_of(model: nnx.Module) -> dict[str, nnx.Param]:
         if isinstance(leaf, nnx.Param)
     }
     return {path: leaves[first] for path, first in _first_paths(model, leaves).items()}
+
+
+def shared_weights(model: nnx.Module) -> list[list[str]]:
+    """Returns the paths of each `flax.nnx.Param` that several modules hold."""
+    groups = nnx.find_duplicates(model, only=nnx.Param)
+    return [[*map(as_path, group)] for group in groups]
 
 
 def _first_paths(model: nnx.Module, paths: Iterable[str]) -> dict[str, str]:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FROZEN, LORA, PARAMS, TRAINABLE
+from lora_jax.names import FIXED, FROZEN, LORA, PARAMS, SAVED
 from lora_jax.nnx.adapt import TrainedParam
+from lora_jax.nnx.factors import FixedParam
 from lora_jax.nnx.find import as_path
 from lora_jax.ops.init import path_key
 from lora_jax.tree.paths import flatten, unflatten
@@ -136,7 +137,7 @@ def functional(model: nnx.Module) -> tuple[Functional, dict[str, PyTree]]:
 
 
 def update(model: nnx.Module, variables: Mapping[str, PyTree]) -> None:
-    """Writes trained arrays into a model: the collections ``lora`` and ``params``.
+    """Writes trained arrays into a model: ``lora``, ``params`` and ``fixed``.
 
     Args:
       model: the model with adapters that the variables are of.
@@ -146,10 +147,10 @@ def update(model: nnx.Module, variables: Mapping[str, PyTree]) -> None:
       ValueError: listing every array that is missing, unknown or of another shape; then
         nothing is written.
     """
-    given = flatten({name: variables.get(name, {}) for name in TRAINABLE})
+    given = flatten({name: variables.get(name, {}) for name in SAVED})
     own = {}
     for parts, leaf in nnx.iter_graph(model, graph=True):
-        if _is_variable(leaf) and (collection := collection_of(leaf)) in TRAINABLE:
+        if _is_variable(leaf) and (collection := collection_of(leaf)) in SAVED:
             own[f"{collection}/{as_path(parts)}"] = leaf
     faults = [f"{path} is missing" for path in own if path not in given]
     faults += [f"{path} is not in the model" for path in given if path not in own]
@@ -170,6 +171,8 @@ def collection_of(leaf: nnx.Variable) -> str:
         return PARAMS
     if isinstance(leaf, nnx.LoRAParam):
         return LORA
+    if isinstance(leaf, FixedParam):
+        return FIXED
     return FROZEN if isinstance(leaf, nnx.Param) else STATE
 
 

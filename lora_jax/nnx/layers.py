@@ -10,16 +10,21 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
-from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.array_types import AnyFloat, PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
+from lora_jax.nnx.exactness import checked
 from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
 from lora_jax.ops.embed import dora_query
-from lora_jax.tree.targets import LINEAR_KINDS, as_target, child
+from lora_jax.ops.factors import Factors
+from lora_jax.tree.targets import LINEAR_KINDS, as_target
 
 
 class LoRALayer(nnx.Module):
@@ -31,7 +36,8 @@ class LoRALayer(nnx.Module):
         adapter dropout.
 
     Variables: those of the layer, and beside its kernel ``lora_a``, ``lora_b`` and with
-    DoRA ``magnitude`` (`flax.nnx.LoRAParam`).
+    DoRA ``magnitude`` (`flax.nnx.LoRAParam`); what a method doesn't train is a
+    `FixedParam`.
     """
 
     lora: LayerLoRA | None
@@ -69,30 +75,120 @@ def adapted_method(base: type, name: str) -> Any:
     Returns:
       A method for a subclass of `LoRALayer` and ``base``.
     """
-    original: Callable[..., Any] = getattr(base, name)
 
-    @functools.wraps(original)
+    @functools.wraps(getattr(base, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> AnyFloat:
         if self.lora is None:
-            return original(self, *args, **kwargs)
-        rule = layer_rule(self)
-        bound = inspect.signature(original).bind(self, *args, **kwargs)
-        _, *inputs = bound.args
-        kernel = jnp.asarray(getattr(self, rule.weight)[...])
-        a, b, m = (_value(self, leaf) for leaf in ADAPTER_LEAVES)
-        options: dict[str, Any] = {"scaling": self.lora.scaling}
-        if m is not None and name in HEAD_METHODS:
-            inputs[0] = dora_query(jnp.asarray(inputs[0]), kernel, a, b, m, **options)
-        elif m is not None:
-            options["magnitude"] = m
-            if (bias := _value(self, BIAS)) is not None:
-                options["bias"] = bias
-        y = original(self, *inputs, **bound.kwargs)
-        if (rate := self.lora.config.dropout_rate) and not self.deterministic:
-            options |= {"dropout_rate": rate, "dropout_key": _dropout_key(self)}
-        return rule.apply(self, name, tuple(inputs), y, kernel, a, b, **options)
+            return getattr(base, name)(self, *args, **kwargs)
+        return call_adapted(self, base, name, args, kwargs)
 
     return method
+
+
+def call_adapted(
+    layer: Any,
+    base: type,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    hidden: AnyFloat | None = None,
+) -> AnyFloat:
+    """Calls a method of an adapted layer.
+
+    Args:
+      layer: the layer.
+      base: its class before it was adapted.
+      name: name of the method.
+      args: its arguments.
+      kwargs: its keyword arguments.
+      hidden: ``dropout(x) A`` if it was computed for several layers.
+
+    Returns:
+      The method's result, with the update.
+    """
+    original: Callable[..., Any] = getattr(base, name)
+    rule = layer_rule(layer)
+    bound = inspect.signature(original).bind(layer, *args, **kwargs)
+    _, *inputs = bound.args
+    weight = getattr(layer, rule.weight)
+    kernel = jnp.asarray(weight[...])
+    a, b, m = plain_factors(layer)[:3]
+    options: dict[str, Any] = {"scaling": layer.lora.scaling}
+    if m is not None and name in HEAD_METHODS:
+        inputs[0] = dora_query(jnp.asarray(inputs[0]), kernel, a, b, m, **options)
+    elif m is not None:
+        options["magnitude"] = m
+        if (bias := _value(layer, BIAS)) is not None:
+            options["bias"] = bias
+    y = original(layer, *inputs, **bound.kwargs)
+    if not isinstance(weight, nnx.LoRAParam):  # else the config trains it too
+        y = check_frozen(f"{base.__name__}.{rule.weight}", y, kernel)
+    options |= dropout_options(layer) if hidden is None else {"hidden": hidden}
+
+    def update(inputs: list[Any], factors: tuple[Any, ...], options: dict) -> AnyFloat:
+        return rule.apply(layer, name, tuple(inputs), *factors, **options)
+
+    return on_auto_axes(update, y, inputs, (y, kernel, a, b), options)
+
+
+def on_auto_axes(function: Callable[..., Any], like: PyTree, *args: Any) -> Any:
+    """Calls a function that XLA shards inside, also on a mesh of explicit axes.
+
+    Args:
+      function: what to call.
+      like: arrays with the shardings of its result.
+      *args: its arguments, trees of arrays and other values.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return function(*args)
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays: dict[int, jax.Array]) -> Any:
+        own = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return function(*jax.tree.unflatten(treedef, own))
+
+    place = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    return jax.sharding.auto_axes(run, out_sharding=place)(arrays)
+
+
+def plain_factors(layer: Any) -> Factors:
+    """Returns A, B and m of an adapted layer; see `Factors.plain`."""
+    stored = Factors(*(_value(layer, leaf) for leaf in ADAPTER_LEAVES))
+    return stored.plain(layer_rule(layer).contraction(layer))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def check_frozen(name: str, y: AnyFloat, kernel: AnyFloat) -> AnyFloat:
+    """Returns ``y``; raises if a gradient of W0 is taken, which would train the base.
+
+    Args:
+      name: the weight's, for the error.
+      y: the output of the frozen layer.
+      kernel: W0.
+    """
+    del name, kernel
+    return y
+
+
+def _checked(name: str, y: Any, kernel: Any) -> tuple[AnyFloat, None]:
+    if kernel.perturbed:
+        raise ValueError(
+            f"the gradient of {name}, a frozen weight of an adapted layer, must not be "
+            "taken: with `wrt=nnx.Param`, the default of `nnx.grad`, the base would be "
+            "trained. Select what is trained: `nnx.DiffState(0, lora_jax.nnx.Trained)` "
+            "for `nnx.grad`, and `wrt=lora_jax.nnx.Trained` for `nnx.Optimizer`. "
+            "Weights of the base that are to be trained go into `LoRAConfig.train`."
+        )
+    return y.value, None
+
+
+def _pass_on(name: str, residuals: None, dy: Any) -> tuple[Any, None]:
+    del name, residuals
+    return (None if isinstance(dy, SymbolicZero) else dy), None
+
+
+check_frozen.defvjp(_checked, _pass_on, symbolic_zeros=True)
 
 
 class LoRALinear(LoRALayer, nnx.Linear):
@@ -165,33 +261,6 @@ class LoRAConv(LoRALayer, nnx.Conv):
     __call__ = adapted_method(nnx.Conv, "__call__")
 
 
-class LoRAAttention(nnx.MultiHeadAttention):
-    """`flax.nnx.MultiHeadAttention` with LoRA on any of its projections.
-
-    Takes its arguments, ``lora``, a `LoRAConfig`, and ``path``, under which its
-    projections ``query``, ``key``, ``value`` and ``out`` are looked up in the config.
-
-    Example:
-      >>> config = LoRAConfig(rank=2, targets=["query", "value"])
-      >>> layer = LoRAAttention(4, 16, lora=config, decode=False, rngs=nnx.Rngs(0))
-      >>> sorted(nnx.state(layer, nnx.LoRAParam))
-      ['query', 'value']
-
-    References:
-      Hu et al., https://arxiv.org/abs/2106.09685, section 4.2.
-    """
-
-    def __init__(
-        self, *args: Any, lora: LoRAConfig, path: str = "", rngs: nnx.Rngs, **kw: Any
-    ) -> None:
-        check_config(lora)
-        super().__init__(*args, rngs=rngs, **kw)
-        for name in ("query", "key", "value", "out"):
-            projection, where = getattr(self, name), child(path, name)
-            set_class(projection, LoRALinearGeneral)
-            give_lora(projection, lora, where, rngs)
-
-
 _CLASSES: dict[type, type] = {
     cls.__mro__[2]: cls
     for cls in (LoRALinear, LoRALinearGeneral, LoRAEinsum, LoRAEmbed, LoRAConv)
@@ -252,20 +321,24 @@ def give_lora(layer: Any, config: LoRAConfig, path: str, rngs: nnx.Rngs) -> None
     rule = layer_rule(layer)
     layer.lora = None
     if not path or config.is_target(path, is_linear=rule.kind in LINEAR_KINDS):
-        target = as_target(site_of(path, layer, rule), config)
+        site = checked(site_of(path, layer, rule), layer, rule, {})
+        target = as_target(site, config)
         values = fresh_values(layer, target, config, rngs[PARAMS]())
         dropout_key = rngs[DROPOUT]() if config.dropout_rate else None
         add_lora(layer, target, config, values, dropout_key)
 
 
-def _dropout_key(layer: Any) -> PRNGKey:
+def dropout_options(layer: Any) -> dict[str, Any]:
+    """Returns the rate of adapter dropout and a key, empty if it is off."""
+    rate = layer.lora.config.dropout_rate
+    if not rate or layer.deterministic:
+        return {}
     if not hasattr(layer, STREAM):
-        rate = layer.lora.config.dropout_rate
         raise ValueError(
             f"dropout_rate={rate} of the adapter needs a random stream, and it was "
             "loaded without. Load it with `rngs=nnx.Rngs(seed)`."
         )
-    return getattr(layer, STREAM)()
+    return {"dropout_rate": rate, "dropout_key": getattr(layer, STREAM)()}
 
 
 def _value(layer: Any, name: str) -> Any:

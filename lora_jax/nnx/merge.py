@@ -8,18 +8,20 @@ from typing import Any
 
 from flax import nnx
 
+from lora_jax.array_types import PyTree
 from lora_jax.names import ADAPTER_LEAVES
 from lora_jax.nnx.adapt import TrainedParam, lora_targets
+from lora_jax.nnx.exactness import check_merged
 from lora_jax.nnx.factors import STREAM
-from lora_jax.nnx.find import as_path, params_of, rebuild
-from lora_jax.nnx.layers import LoRALayer, base_class, set_class
+from lora_jax.nnx.find import params_of, rebuild, shared_weights
+from lora_jax.nnx.layers import LoRALayer, base_class, on_auto_axes, set_class
 from lora_jax.tree.merge import MergeError, merge_params
 from lora_jax.tree.merge import merge_errors as errors_of
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
 
 
-def merge(model: nnx.Module) -> Any:
+def merge(model: nnx.Module, *example_args: Any, **example_kwargs: Any) -> Any:
     """Returns the plain model with the adapters merged into its kernels.
 
     Each kernel ``W0 + scaling * A B`` is computed in float32 and rounded once to its
@@ -27,6 +29,10 @@ def merge(model: nnx.Module) -> Any:
 
     Args:
       model: a model with adapters; not changed.
+      *example_args: arguments of a call of the model, to compare the merged model with
+        the adapted one. This detects adapted weights that the model also reads
+        directly, such as a tied head written as ``x @ embedding.T``.
+      **example_kwargs: keyword arguments of the call.
 
     Returns:
       A model of the classes that were adapted, with the other Variables of ``model``;
@@ -34,7 +40,8 @@ def merge(model: nnx.Module) -> Any:
 
     Raises:
       ValueError: if there is no adapter, an adapter or a merged kernel is not finite,
-        or an adapted kernel is also another module's.
+        or an adapted kernel is also another module's; or if the merged model's output
+        for the example differs from the adapted model's.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,7 +56,11 @@ def merge(model: nnx.Module) -> Any:
     targets = lora_targets(model)
     weights = params_of(model)
     _check_unshared(model, targets)
-    return _plain(model, weights, _merged(weights, targets))
+    merged = _plain(model, weights, _merged(weights, targets))
+    if example_args or example_kwargs:
+        base, example = unmerge(merged, model), (example_args, example_kwargs)
+        check_merged(model, base, merged, example)
+    return merged
 
 
 def unmerge(merged: nnx.Module, model: nnx.Module) -> Any:
@@ -94,7 +105,12 @@ def _arrays(
 
 
 def _merged(weights: dict[str, nnx.Param], targets: list[Target]) -> dict[str, Any]:
-    return flatten(merge_params(*_arrays(weights, targets), targets))
+    base, adapters = _arrays(weights, targets)
+
+    def merged(base: PyTree, adapters: PyTree) -> PyTree:
+        return merge_params(base, adapters, targets)
+
+    return flatten(on_auto_axes(merged, base, base, adapters))
 
 
 def _plain(
@@ -127,8 +143,8 @@ def _plain(
 def _check_unshared(model: nnx.Module, targets: list[Target]) -> None:
     """Raises if an adapted kernel is another module's too."""
     adapted = {target.weight_path for target in targets}
-    groups = [[*map(as_path, g)] for g in nnx.find_duplicates(model, only=nnx.Param)]
-    if shared := [" and ".join(group) for group in groups if adapted & {*group}]:
+    groups = [group for group in shared_weights(model) if adapted & {*group}]
+    if shared := [" and ".join(group) for group in groups]:
         raise ValueError(
             f"{'; '.join(shared)} are one array, which can't be merged for each of its "
             "modules. Use the model unmerged."

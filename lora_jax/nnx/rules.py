@@ -1,8 +1,8 @@
 """How LoRA applies to each type of NNX layer: the registry for `lora_jax.nnx`.
 
 A flax layer has the rule of its Linen counterpart: the ops, and what is passed to them,
-are the same. Layers of tunix and MaxText are recognised by their attributes, so neither
-library is imported.
+are the same. Layers of tunix, MaxText and Bonsai are recognised by their attributes, so
+none of these libraries is imported.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.array_types import AnyFloat
-from lora_jax.names import KERNEL
+from lora_jax.names import EMBEDDING, KERNEL
 from lora_jax.nn.layer_rules import (
     ATTEND,
     CALL,
@@ -25,6 +25,7 @@ from lora_jax.nn.layer_rules import (
     dense_general_equation,
     einsum_rule,
     registered_rules,
+    sorted_rows_rule,
 )
 from lora_jax.ops.contraction import DENSE, Contraction, Shape
 from lora_jax.ops.einsum import parse_equation
@@ -44,6 +45,8 @@ class Rule(NamedTuple):
       contraction: ``module -> Contraction`` of the weight, without stacked axes.
       apply: as in `lora_jax.nn.layer_rules.LayerRule`.
       shape: ``module ->`` the weight's shape as the module declares it, or None.
+      equation: ``module ->`` the einsum of a call, or None.
+      is_guess: whether it holds only for modules that are seen to compute it.
     """
 
     kind: str
@@ -52,6 +55,8 @@ class Rule(NamedTuple):
     contraction: Callable[[Any], Contraction]
     apply: Callable[..., AnyFloat]
     shape: Callable[[Any], Shape | None] = lambda module: None
+    equation: Callable[[Any], str] | None = None
+    is_guess: bool = False
 
 
 def register_layer(
@@ -59,17 +64,24 @@ def register_layer(
     equation: str | Callable[..., str],
     *,
     weight: str = KERNEL,
-    kind: str = "einsum",
+    kind: str | None = None,
 ) -> None:
     """Makes a custom layer adaptable: any module that computes an einsum with a weight.
+
+    `adapt` refuses a layer whose equation does not reproduce its output.
 
     Args:
       module_type: the NNX class; its subclasses are covered too.
       equation: einsum of its ``__call__``, ``"...i,io->...o"``, or a function
-        ``module -> equation``.
+        ``module -> equation``. ``"mi,eio->mo"``, where the experts' label is in the
+        weight alone, is a layer called with rows sorted by expert and the number of
+        each expert's rows, as `lora_jax.lora_experts` takes them; ``"mi,eoi->mo"`` is
+        one whose weights are stored transposed. With a label of experts in all three
+        (``"ebi,eio->ebo"``) each expert has its own A and B too.
       weight: name of the weight, a `flax.nnx.Param`.
-      kind: name in the table of targets. ``"all-linear"`` covers ``"einsum"``; layers
-        of a new kind must be named in the config.
+      kind: name in the table of targets; "einsum" by default, or "experts" for sorted
+        rows. ``"all-linear"`` covers both; layers of a new kind must be named in the
+        config.
 
     Raises:
       TypeError: if ``module_type`` is not an NNX module class.
@@ -86,8 +98,11 @@ def register_layer(
         raise TypeError(
             f"module_type must be an NNX module class; got {module_type!r}."
         )
+    if (linen := sorted_rows_rule(equation, weight, kind)) is not None:
+        _RULES[module_type] = _from_linen(linen)
+        return
     as_function = equation if callable(equation) else lambda module: equation
-    _RULES[module_type] = _einsum(kind, as_function, weight)
+    _RULES[module_type] = _einsum(kind or "einsum", as_function, weight)
 
 
 def rule_of(cls: type, module: Any) -> tuple[type, Rule] | None:
@@ -98,16 +113,18 @@ def rule_of(cls: type, module: Any) -> tuple[type, Rule] | None:
       module: the module.
 
     Returns:
-      The class and the rule; None if LoRA can't adapt the module, among them
-      subclasses that replace the arithmetic of a method instead of calling ``super``.
+      The class and the rule; None if LoRA can't adapt the module. A subclass that
+      replaces the arithmetic of a method, instead of calling ``super``, has no rule but
+      a guess.
     """
     if isinstance(module, nnx.Conv) and module.mask is not None:
         return None  # a masked kernel differs from the stored one
     for known in cls.__mro__:
         rule = _RULES.get(known)
         if rule is not None:
-            is_same = all(_calls_super(cls, known, name) for name in rule.methods)
-            return (known, rule) if is_same else None
+            if all(_calls_super(cls, known, name) for name in rule.methods):
+                return known, rule
+            break
     rule = next((rule for is_like, rule in _LIKE if is_like(module)), None)
     return None if rule is None else (cls, rule)
 
@@ -122,7 +139,9 @@ def _calls_super(cls: type, known: type, name: str) -> bool:
     return True
 
 
-def _from_linen(linen: LayerRule, shape: Callable[[Any], Shape | None]) -> Rule:
+def _from_linen(
+    linen: LayerRule, shape: Callable[[Any], Shape | None] = lambda module: None
+) -> Rule:
     return Rule(*linen, shape=shape)
 
 
@@ -138,7 +157,7 @@ def _einsum(
         return parse_equation(labels, len(named)).contraction
 
     rule = einsum_rule(kind, lambda module, *_: equation(module), weight)
-    return Rule(kind, weight, (CALL,), contraction, rule.apply, shape)
+    return Rule(kind, weight, (CALL,), contraction, rule.apply, shape, equation)
 
 
 def _general(
@@ -202,7 +221,7 @@ _RULES: dict[type, Rule] = {
     nnx.Conv: _from_linen(_LINEN[nn.Conv], lambda m: tuple(m.kernel_shape)),
 }
 # Layers of other libraries, by their attributes: tunix's Einsum and Embedder, MaxText's
-# DenseGeneral.
+# DenseGeneral, Bonsai's ShardedLinear and ShardedEmbedding.
 _LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
     (
         lambda m: _has("einsum_str", "w")(m) and getattr(m, "w_scale", None) is None,
@@ -221,7 +240,20 @@ _LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
             lambda m: (m.axis, ()),
         ),
     ),
+    (
+        lambda m: _is_matrix(m, KERNEL),
+        _einsum("dense", lambda m: "...i,io->...o", KERNEL)._replace(is_guess=True),
+    ),
+    (
+        lambda m: _is_matrix(m, EMBEDDING) and hasattr(m, ATTEND),
+        _from_linen(_LINEN[nn.Embed])._replace(is_guess=True),
+    ),
 )
+
+
+def _is_matrix(module: Any, name: str) -> bool:
+    weight = getattr(module, name, None)
+    return isinstance(weight, nnx.Param) and len(getattr(weight, "shape", ())) == 2
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat, Bias, PRNGKey
+from lora_jax.array_types import AnyFloat, Bias, DropoutKey
 from lora_jax.ops.contraction import Contraction, check_bias, check_factors
 from lora_jax.ops.dora import dora_scale, rescale
 from lora_jax.ops.product import (
@@ -46,7 +46,7 @@ def lora_conv(
     kernel_dilation: int | Sequence[int] = 1,
     groups: int = 1,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> AnyFloat:
     """Applies a frozen convolution plus its low-rank update.
@@ -140,7 +140,7 @@ def _update(
     scaling: float | jax.Array,
     groups: int,
     dropout_rate: float,
-    dropout_key: PRNGKey | None,
+    dropout_key: DropoutKey | None,
     precision: jax.lax.PrecisionLike,
     **window,
 ) -> AnyFloat:

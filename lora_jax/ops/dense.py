@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from lora_jax.array_types import (
     AnyFloat,
     Bias,
+    DropoutKey,
     Inputs,
     Kernel,
     LoraA,
     LoraB,
     Outputs,
-    PRNGKey,
 )
 from lora_jax.ops.contraction import check_bias, check_factors
 from lora_jax.ops.dora import dora_scale, rescale
@@ -37,7 +37,7 @@ def lora_dense(
     base_output: Outputs | None = None,
     hidden: AnyFloat | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Outputs:
     """Applies a frozen dense layer plus its low-rank update.

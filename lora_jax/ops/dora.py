@@ -20,8 +20,10 @@ import string
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.array_types import AnyFloat
+from lora_jax.names import LINEAR
 from lora_jax.ops.contraction import DENSE, Contraction, Shape, check_factors
 from lora_jax.ops.merge import delta_kernel
 from lora_jax.ops.product import check_floating
@@ -39,6 +41,9 @@ def rescale(y: AnyFloat, scale: AnyFloat, bias: AnyFloat | None = None) -> AnyFl
       scale: ``m / n``, broadcastable to ``y``.
       bias: the bias included in ``y``, broadcastable to ``y``, or None.
     """
+    # A remat policy that saves layers' outputs saves this one too: the gradient of the
+    # scale needs it, and would else compute the layer again.
+    y = checkpoint_name(y, LINEAR)
     return _rescale(y, scale, None if bias is None else bias.astype(y.dtype))
 
 
@@ -87,7 +92,8 @@ def dora_scale(
     frozen = jax.lax.stop_gradient((kernel, lora_a, lora_b))
     norm = adapted_norm(*frozen, scaling=scaling, contraction=contraction)
     # The inner `where` also stops XLA from using `m * rsqrt(n²)`, not 1 for m = n.
-    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    scale = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    return checkpoint_name(scale, LINEAR)  # small, and two reads of W0 to recompute
 
 
 def magnitude_shape(kernel_shape: Shape, contraction: Contraction = DENSE) -> Shape:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.array_types import AnyFloat, DropoutKey
 from lora_jax.ops.contraction import Contraction, check_factors
 from lora_jax.ops.dora import dora_scale, magnitude_shape, rescale
 from lora_jax.ops.product import RANK, check_floating, low_rank_update
@@ -155,7 +155,7 @@ def lora_einsum(
     base_output: AnyFloat | None = None,
     hidden: AnyFloat | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> AnyFloat:
     """Applies a frozen einsum plus its low-rank update.

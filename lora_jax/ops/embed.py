@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import (
     AnyFloat,
+    DropoutKey,
     Embedding,
     EmbeddingA,
     EmbeddingB,
-    PRNGKey,
     TokenIds,
 )
 from lora_jax.ops.contraction import check_factors
@@ -90,7 +90,7 @@ def lora_attend(
     magnitude: AnyFloat | None = None,
     base_output: AnyFloat | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> AnyFloat:
     """Multiplies by the transposed table: the logits of a tied output head.

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.array_types import AnyFloat, DropoutKey
 from lora_jax.names import X_A
 from lora_jax.ops.contraction import Contraction, check_factors
 from lora_jax.ops.dora import dora_scale, rescale
@@ -36,7 +36,7 @@ def lora_experts(
     magnitude: Float[Array, "e o"] | None = None,
     base_output: Float[Array, "*p m o"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*p m o"]:
     """Applies frozen experts plus the low-rank update of each.
@@ -108,7 +108,7 @@ def expert_product(
     x: AnyFloat,
     factor: AnyFloat,
     sizes: Array,
-    key: PRNGKey | None = None,
+    key: DropoutKey | None = None,
 ) -> AnyFloat:
     """Computes ``dropout(x)[j] F[e]`` for rows sorted by expert.
 

@@ -43,12 +43,19 @@ def as_matrices(kernel: Any, contraction: Contraction) -> np.ndarray:
       A float64 array.
     """
     array = np.asarray(jnp.asarray(kernel, jnp.float32), np.float64)
+    return split_axes(array, contraction)
+
+
+def split_axes(array: Any, contraction: Contraction) -> Any:
+    """As `as_matrices`, for an array of NumPy or JAX in its own dtype."""
     batch, inputs, outputs = contraction.split(array.shape)
     order = (*contraction.batch, *contraction.inputs, *contraction.outputs)
     array = array.transpose(order)
     if contraction.groups > 1:  # [*batch, *in, o] -> [*batch, g, *in, o/g]
         array = array.reshape(*array.shape[:-1], contraction.groups, -1)
-        array = np.moveaxis(array, -2, len(contraction.batch))
+        axes = list(range(array.ndim))
+        axes.insert(len(contraction.batch), axes.pop(-2))
+        array = array.transpose(axes)
     i, o = (int(np.prod(sizes)) for sizes in (inputs, outputs))
     return array.reshape(*batch, i, o)
 

@@ -6,7 +6,8 @@ materialises the transpose of the *wide* array (``x`` or ``dy``, one row per tok
 Here it is always the thin operand that is transposed: ``dA = (uᵀ x)ᵀ`` and
 ``dB = hᵀ dy``. The frozen kernel is not involved, so an adapter never produces ``dW0``.
 
-Residuals are the operand and the factor. Dropout saves its key, not its mask, and
+Residuals are the operand and the factor, each only if the other's gradient is wanted:
+LoRA-FA's A, which isn't trained, needs no x. Dropout saves its key, not its mask, and
 regenerates the mask in the backward pass.
 """
 
@@ -18,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from lora_jax.array_types import AnyFloat, PRNGKey
+from lora_jax.array_types import AnyFloat, DropoutKey, KeepKey
 from lora_jax.names import X_A
 from lora_jax.ops.target import target_platform
 
@@ -35,7 +37,7 @@ def factor_product(
     precision: jax.lax.PrecisionLike,
     x: AnyFloat,
     factor: AnyFloat,
-    key: PRNGKey | None = None,
+    key: DropoutKey | None = None,
 ) -> AnyFloat:
     """Computes ``einsum(equation, dropout(x), factor)`` in the dtype of ``x``.
 
@@ -60,23 +62,44 @@ def _product(equation, rate, precision, x, factor, key):
 
 def _forward(equation, rate, precision, x, factor, key=None):
     # Not `factor_product`: forward-over-reverse differentiates this function.
-    y = _product(equation, rate, precision, x, factor, key)
-    return y, (x, factor, key)
+    key = jax.tree.map(lambda leaf: leaf.value, key)  # also of a `KeepKey`, or None
+    y = _product(equation, rate, precision, x.value, factor.value, key)
+    rows = x.value if factor.perturbed else None
+    weights = factor.value if x.perturbed else None
+    # Empty arrays stand for dtypes, and for what the operands vary over.
+    likes = [operand.value.reshape(-1)[:0] for operand in (x, factor)]
+    return y, (rows, weights, likes, key)
 
 
 def _backward(equation, rate, precision, residuals, dy):
-    x, factor, key = residuals
+    x, factor, (x_like, factor_like), key = residuals
+    if isinstance(dy, SymbolicZero):
+        return None, None, None
     operands, out = equation.split("->")
     x_labels, factor_labels = operands.split(",")
-    dx = einsum(
-        f"{out},{factor_labels}->{x_labels}",
-        dy,
-        factor.astype(dy.dtype),
-        precision=precision,
-    )
+    dx = d_factor = None
+    if factor is not None:
+        dx = einsum(
+            f"{out},{factor_labels}->{x_labels}",
+            dy,
+            factor.astype(dy.dtype),
+            precision=precision,
+        )
+        dx = _varying_like(dropout(dx, rate, key), x_like)
+    if x is not None:
+        x, dtype = dropout(x, rate, key), factor_like.dtype
+        labels = (x_labels, factor_labels, out)
+        d_factor = _factor_gradient(labels, precision, x, dy, dtype)
+        d_factor = _varying_like(d_factor, factor_like)
+    return dx, d_factor, None
+
+
+def _factor_gradient(labels, precision, x, dy, dtype):
+    """Returns the gradient of A or B, in ``dtype``."""
+    x_labels, factor_labels, out = labels
     # Thin operand first, rank axis leading: only thin arrays are transposed.
     thin, wide = (out, x_labels) if RANK in out else (x_labels, out)
-    thin_array, wide_array = dy, dropout(x, rate, key)
+    thin_array, wide_array = dy, x
     if thin != out:
         thin_array, wide_array = wide_array, thin_array
     batch = "".join(c for c in factor_labels if c in thin and c in wide)
@@ -93,20 +116,18 @@ def _backward(equation, rate, precision, residuals, dy):
     rows = math.prod(sizes[label] for label in wide if label not in batch + rest)
     is_small = min(rows, columns) < _MIN_FOR_BARRIER
     if is_transposed and is_small:
-        thin_array = thin_array.astype(factor.dtype)
-        wide_array = wide_array.astype(factor.dtype)
+        thin_array = thin_array.astype(dtype)
+        wide_array = wide_array.astype(dtype)
     rank_first = einsum(
         f"{thin},{wide}->{batch}{RANK}{rest}",
         thin_array,
         wide_array,
         precision=precision,
-        preferred_element_type=factor.dtype,
+        preferred_element_type=dtype,
     )
     if is_transposed and not is_small and target_platform() == "cpu":
         rank_first = jax.lax.optimization_barrier(rank_first)
-    rank_first = rank_first.transpose(order)
-    dx = dropout(dx, rate, key)
-    return _varying_like(dx, x), _varying_like(rank_first, factor), None
+    return rank_first.transpose(order)
 
 
 def _varying_like(gradient: AnyFloat, primal: AnyFloat) -> AnyFloat:
@@ -129,7 +150,7 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
 
-factor_product.defvjp(_forward, _backward)
+factor_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
@@ -155,7 +176,7 @@ def low_rank_update(
     *,
     scaling: float | jax.Array,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
     hidden: AnyFloat | None = None,
@@ -198,20 +219,25 @@ def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:
     return (x.astype(wide) * jnp.asarray(scaling, wide)).astype(x.dtype)
 
 
-def dropout(x: AnyFloat, rate: float, key: PRNGKey | None) -> AnyFloat:
+def dropout(x: AnyFloat, rate: float, key: DropoutKey | None) -> AnyFloat:
     """Zeroes elements with probability ``rate``, scaling the rest by ``1/(1-rate)``."""
-    if rate == 1.0:
+    keep: Any = 1.0 - rate
+    if isinstance(key, KeepKey):
+        key, keep = key
+    elif rate == 1.0:
         return jnp.zeros_like(x)
-    if rate == 0.0 or key is None:
+    elif rate == 0.0 or key is None:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    is_kept = jax.random.bernoulli(key, keep, x.shape)
     wide = jnp.promote_types(jnp.float32, x.dtype)  # don't round 1 - rate to bfloat16
-    scaled = x.astype(wide) / jnp.asarray(1.0 - rate, wide)
-    return jnp.where(keep, scaled.astype(x.dtype), 0)
+    scaled = x.astype(wide) / jnp.asarray(keep, wide)
+    return jnp.where(is_kept, scaled.astype(x.dtype), 0)
 
 
-def check_dropout(rate: float, key: PRNGKey | None) -> PRNGKey | None:
+def check_dropout(rate: float, key: DropoutKey | None) -> DropoutKey | None:
     """Raises on an invalid rate or missing key; returns the key if it will be used."""
+    if isinstance(key, KeepKey):  # it has its own rate
+        return key
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1]; got {rate}.")
     if rate > 0.0 and key is None:

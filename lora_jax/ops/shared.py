@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lora_jax.array_types import AnyFloat, Inputs, PRNGKey
+from lora_jax.array_types import AnyFloat, DropoutKey, Inputs
 from lora_jax.ops.product import check_dropout, check_floating, factor_product
 
 _LEADING = "abcdefghjklmnopqstuvwxyz"  # labels of the leading dimensions: not i, R
@@ -21,7 +21,7 @@ def shared_hidden(
     factors: Sequence[AnyFloat],
     *,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKey | None = None,
+    dropout_key: DropoutKey | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> list[AnyFloat]:
     """Computes ``dropout(x) @ A`` for several adapters with the same input.

@@ -5,6 +5,7 @@ the settings, or `make_mesh` in Python, determines what the devices split; the p
 of the sizes is the number of devices, and one size may be -1 for the rest::
 
     mesh: {data: -1, fsdp: 4, tensor: 1}   # the default is data: -1, the others 1
+    mesh: {data: -1, expert: 4}            # a mixture of experts
 
 ====== ======================================== ====================================
 axis   splits                                   communication per layer
@@ -13,6 +14,8 @@ data   the batch; each group has a whole model  all-reduce of adapter gradients
 fsdp   the batch, and every base kernel         all-gather of the kernel when used
 tensor the layers' outputs, and the inputs of   all-reduce of activations
        the layers after them
+expert the experts of a mixture; the rest is    all-reduce of the experts' outputs
+       copied
 ====== ======================================== ====================================
 
 A is sharded like its kernel's input axes, B like its output axes, the optimizer state

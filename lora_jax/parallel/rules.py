@@ -18,7 +18,7 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import EXPERT, FSDP, LAYERS, LORA, TENSOR
+from lora_jax.names import ADAPTER, EXPERT, FSDP, LAYERS, TENSOR
 from lora_jax.ops.contraction import Shape
 from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -27,25 +27,42 @@ from lora_jax.tree.targets import Target, child
 Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
+EXPANDING = "query|key|value|qkv|gate|up|gate_up|gated_up"
 RULES: Rules = (
     ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
     ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
     ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
     ("router/(kernel|bias)|attention/sinks", PartitionSpec()),
-    ("(query|key|value|qkv|gate|up|gate_up)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(query|key|value|qkv|gate|up|gate_up)/bias", PartitionSpec(TENSOR)),
+    (f"({EXPANDING})/kernel", PartitionSpec(FSDP, TENSOR)),
+    (f"({EXPANDING})/bias", PartitionSpec(TENSOR)),
     ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(output|down|gated_down)/bias", PartitionSpec()),
+    ("delta_net/(beta|decay)/kernel", PartitionSpec(FSDP)),
+    ("delta_net/decay_(log|bias)", PartitionSpec()),
+    ("(delta_net|short_conv)/conv/(kernel|bias)", PartitionSpec()),
+    ("short_conv/input/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("short_conv/input/bias", PartitionSpec(TENSOR)),
+    ("shared/opening/kernel", PartitionSpec()),
     ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
     ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
     ("(positions|position|token_type|relative_bias)/embedding", PartitionSpec()),
+    ("distances/embedding", PartitionSpec()),
+    ("conv/conv/kernel", PartitionSpec(None, FSDP, TENSOR)),
+    ("conv/conv/bias", PartitionSpec(TENSOR)),
+    ("distance_(query|key)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("distance_(query|key)/bias", PartitionSpec(TENSOR)),
     ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
+    ("(visual_projection|text_projection)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(text_head|in_proj)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(text_head|in_proj)/bias", PartitionSpec(TENSOR)),
+    ("probe", PartitionSpec()),
+    ("logit_scale|logit_bias", PartitionSpec()),
     ("(head|pooler|embeddings/projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(head|pooler|embeddings/projection)/bias", PartitionSpec(TENSOR)),
-    ("classifier/(kernel|bias)", PartitionSpec()),
+    (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),
     (r"[^/]*norm/(scale|bias)", PartitionSpec()),
-    ("(attention|mlp|layer)_scale", PartitionSpec()),
+    ("(attention|mlp|layer|router|expert)_scale", PartitionSpec()),
 )
 
 
@@ -265,14 +282,14 @@ def shard_variables(
     base = {
         (name, path): leaf
         for name, tree in variables.items()
-        if name != LORA
+        if name not in ADAPTER
         for path, leaf in flatten(tree).items()
     }
     shapes = {path: leaf.shape for (_, path), leaf in base.items()}
     placed = resolve_shardings(shapes, sharding)
-    adapters = flatten(variables.get(LORA, {}))
+    adapters = {name: flatten(variables.get(name, {})) for name in ADAPTER}
     where = adapter_shardings(placed, targets)
-    if stray := sorted(set(adapters) - set(where)):
+    if stray := sorted(set().union(*adapters.values()) - set(where)):
         raise ValueError(
             f"targets must include every adapter; {', '.join(stray)} have none. Pass "
             "`adapted.targets(params)`."
@@ -280,8 +297,9 @@ def shard_variables(
     flat: dict[str, dict[str, Any]] = {name: {} for name in variables}
     for (name, path), leaf in base.items():
         flat[name][path] = put_array(leaf, placed[path])
-    for path, leaf in adapters.items():
-        flat[LORA][path] = put_array(leaf, where[path])
+    for name, leaves in adapters.items():
+        for path, leaf in leaves.items():
+            flat[name][path] = put_array(leaf, where[path])
     return {name: unflatten(leaves) for name, leaves in flat.items()}
 
 

@@ -11,6 +11,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
@@ -46,10 +47,10 @@ def step_flops(
     """Counts the FLOPs of a step's matmuls.
 
     Per token, with ``N`` the elements of the kernels, ``A`` of the adapters (of experts
-    those that a token is sent to), ``H`` of the head, and
-    ``S = 4 Σ_layers n h · (mean number of visible keys)``: LoRA ``4N + 6A + 4H + 3S``,
-    full ``6N + 6H + 3S``; rematerialising blocks adds their forward pass, ``2N + S``
-    (and ``2A``).
+    those that a token is sent to), ``H`` of the head, and ``S`` the sum over layers of
+    ``4 n h · (mean number of visible keys)``, without attention `token_flops`: LoRA
+    ``4N + 6A + 4H + 3S``, full ``6N + 6H + 3S``; rematerialising blocks adds their
+    forward pass, ``2N + S`` (and ``2A``).
 
     Args:
       config: the decoder's config.
@@ -78,7 +79,7 @@ def step_flops(
     head = config.hidden_size * config.vocab_size
     layers = [config.of_layer(i) for i in range(config.num_layers)]
     scores = sum(
-        4 * layer.num_heads * layer.head_dim * _mean_keys(tokens, window)
+        _mixing(layer, tokens, window)
         for layer, window in zip(layers, config.layer_windows, strict=True)
     )
     again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
@@ -89,6 +90,60 @@ def step_flops(
     return StepFlops(
         lora=float(rows * (lora + 4 * head + scores)),
         full=float(rows * (full + 6 * head + scores)),
+    )
+
+
+def pair_step_flops(
+    config: EncoderDecoderConfig,
+    params: Any,
+    targets: Sequence[Target],
+    batch: int,
+    read: int,
+    written: int,
+    remat: str,
+) -> StepFlops:
+    """Counts the FLOPs of a step's matmuls of an encoder–decoder.
+
+    By `step_flops`' formula; the encoder's kernels and the cross-attention's keys and
+    values are counted for the tokens that are read, the others for those written.
+    Every query is multiplied with all keys of its row, those after it too, and the
+    backward pass computes the scores again.
+
+    Args:
+      config: the model's config.
+      params: shapes of the frozen weights.
+      targets: the adapted layers.
+      batch: rows.
+      read: tokens of a source.
+      written: tokens of a target.
+      remat: the rematerialisation policy.
+
+    Returns:
+      FLOPs of both.
+    """
+
+    def rows(path: str) -> int:
+        of_source = "cross_attention/key", "cross_attention/value"
+        is_read = path.startswith("encoder/") or any(end in path for end in of_source)
+        return read if is_read else written
+
+    kernels = sum(
+        math.prod(leaf.shape) * rows(path)
+        for path, leaf in flatten(params).items()
+        if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
+    )
+    adapters = sum(target.trainable * rows(target.path) for target in targets)
+    head = config.hidden_size * config.vocab_size * written
+    pairs = config.num_layers * read * read
+    pairs += config.num_decoder_layers * written * (written + read)
+    scores = 4 * config.num_heads * config.head_dim * pairs
+    again = 1 if remat == "block" else 0
+    lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
+    full = (6 + 2 * again) * kernels
+    scores *= 3.5 + again
+    return StepFlops(
+        lora=float(batch * (lora + 4 * head + scores)),
+        full=float(batch * (full + 6 * head + scores)),
     )
 
 
@@ -119,6 +174,14 @@ def traced_flops(jaxpr: Jaxpr) -> float:
     return total
 
 
+def _mixing(layer: DecoderConfig, tokens: int, window: int | None) -> float:
+    """Returns FLOPs per token of a layer's mixer, without those of its kernels."""
+    if layer.mixer is not None:
+        return layer.mixer.token_flops(tokens)
+    keys = _mean_keys(tokens, window, is_causal=layer.is_causal)
+    return 4 * layer.num_heads * layer.head_dim * keys
+
+
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
     """Yields the jaxprs nested in an equation's parameters."""
     for value in jax.tree.leaves(params):
@@ -132,7 +195,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _mean_keys(tokens: int, window: int | None) -> float:
-    """Returns the mean number of keys visible to a query, causal and windowed."""
+def _mean_keys(tokens: int, window: int | None, *, is_causal: bool) -> float:
+    """Returns the mean number of keys visible to a query, in its window."""
     w = tokens if window is None else min(window, tokens)
-    return (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    before = (w * (w + 1) / 2 + (tokens - w) * w) / tokens
+    return before if is_causal else 2 * before - 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
@@ -24,9 +25,12 @@ from lora_jax.parallel.rules import (
 )
 from lora_jax.plan.flops import StepFlops, step_flops
 from lora_jax.plan.slices import uncached
-from lora_jax.plan.step import StepPlan, price_training
+from lora_jax.plan.step import StepPlan, price_step, price_training
 from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.members import Hyper, Members, member_optimizer
 from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import LossFn
 from lora_jax.tree.paths import flatten
 
 _BATCH = {"input_ids": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
@@ -44,6 +48,7 @@ class DecoderSteps:
       limit: memory of a device in bytes.
       param_dtype: dtype of the frozen weights.
       accumulate: microbatches per step.
+      router_aux_loss_coef: see `make_lm_loss`.
     """
 
     decoder: Decoder
@@ -53,6 +58,7 @@ class DecoderSteps:
     limit: int
     param_dtype: Any = jnp.bfloat16
     accumulate: int = 1
+    router_aux_loss_coef: float = 0.0
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -76,12 +82,8 @@ class DecoderSteps:
           ValueError: if the batch or a weight is not divisible over the mesh, or the
             config names layers that don't exist.
         """
-        mesh, config = self.sharding.mesh, self.decoder.config
-        check_rows({"batch": rows}, mesh, accumulate=self.accumulate)
+        check_rows({"batch": rows}, self.sharding.mesh, accumulate=self.accumulate)
         adapted = self._adapted(remat)
-        loss = make_lm_loss(
-            adapted, is_tied=config.is_tied, softcap=config.final_softcap
-        )
         sizes = {path: leaf.shape for path, leaf in flatten(self.params).items()}
         where = resolve_shardings(sizes, self.sharding)
         where |= adapter_shardings(where, adapted.targets(self.params))
@@ -89,7 +91,7 @@ class DecoderSteps:
         batch = {n: jax.ShapeDtypeStruct(shape, t) for n, t in _BATCH.items()}
         with uncached():
             return price_training(
-                loss,
+                self._loss(adapted),
                 lora_optimizer(1e-4, total_steps=1000),
                 jax.eval_shape(adapted.attach, self.params, jax.random.key(0)),
                 batch,
@@ -100,11 +102,56 @@ class DecoderSteps:
                 remat=adapted.model.remat,
             )
 
+    def price_together(
+        self, count: int, rows: int, remat: str | None = None
+    ) -> StepPlan:
+        """Plans the step of a sweep's runs on one device, which has the whole base.
+
+        Args:
+          count: how many runs are side by side on the device.
+          rows: of each run's batch.
+          remat: overrides the decoder's policy.
+
+        Returns:
+          The plan.
+        """
+        adapted, key = self._adapted(remat), jax.random.key(0)
+        here = SingleDeviceSharding(self.sharding.mesh.devices.flat[0])
+        hyper = Hyper.of(
+            adapted.targets(self.params), learning_rate=1e-4, total_steps=1000
+        )
+        variables = jax.eval_shape(adapted.attach, self.params, key)
+        tx = member_optimizer(hyper)
+        state, hyper = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            (jax.eval_shape(lambda v: TrainState.create(v, tx, key), variables), hyper),
+        )
+        members = Members(self._loss(adapted), self.accumulate, state, hyper, count)
+        shape = (rows, self.tokens)
+        batch = {
+            name: jax.ShapeDtypeStruct((count, *shape), kind, sharding=here)
+            for name, kind in _BATCH.items()
+        }
+        remat = adapted.model.remat
+        with uncached():
+            return price_step(
+                members, members.state, batch, limit=self.limit, remat=remat
+            )
+
     def flops(self, plan: StepPlan) -> StepFlops:
         """Returns the FLOPs of a planned step, by formula."""
         targets = self._adapted().targets(self.params)
         shape = plan.batch, plan.tokens, plan.remat or self.decoder.remat
         return step_flops(self.decoder.config, self.params, targets, *shape)
+
+    def _loss(self, adapted: Adapted) -> LossFn:
+        config = self.decoder.config
+        return make_lm_loss(
+            adapted,
+            is_tied=config.is_tied,
+            softcap=config.final_softcap,
+            router_aux_loss_coef=self.router_aux_loss_coef,
+        )
 
     def _adapted(self, remat: str | None = None) -> Adapted:
         remat = remat or self.decoder.remat

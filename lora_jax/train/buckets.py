@@ -80,6 +80,7 @@ class Schedule(abc.ABC):
       steps_per_epoch: ``ceil(n / batch_size)``.
       seed: seed of the shuffling.
       shuffle: False keeps the order within each bucket, for evaluation.
+      adapters: ``[n]`` number of each row's adapter, if the examples have one.
 
     Args:
       lengths: length of each row in tokens, at least 1.
@@ -92,6 +93,8 @@ class Schedule(abc.ABC):
       ValueError: if there are no rows, one is empty or longer than the last bucket, or
         an argument is out of range.
     """
+
+    adapters: np.ndarray | None = None
 
     def __init__(
         self,
@@ -160,6 +163,11 @@ class Schedule(abc.ABC):
         They are example indices unless packed; the rest of the batch is filler.
         """
         return self._planned(step)[1]
+
+    def adapters_at(self, step: int) -> np.ndarray:
+        """Returns the numbers of the adapters with rows in the batch of a step."""
+        assert self.adapters is not None  # asked only where there are some
+        return np.unique(self.adapters[self.indices_at(step)])
 
     def identity(self) -> dict[str, Any]:
         """Returns everything the batches depend on, as JSON values."""

@@ -6,7 +6,7 @@ loss function of a training step for a decoder, with or without adapters.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
-from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS
+from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS, ROUTED
 from lora_jax.ops.product import check_floating
 from lora_jax.parallel.activation_sharding import (
     gather_kernel,
@@ -23,6 +23,7 @@ from lora_jax.parallel.activation_sharding import (
     target_platform,
 )
 from lora_jax.parallel.device_kind import target_kind
+from lora_jax.train.balance import balance_loss
 from lora_jax.train.losses import (
     as_weights,
     check_rows,
@@ -41,6 +42,8 @@ CHUNK_TOKENS = 128  # but at least this many tokens, to reuse the head enough
 HEAD_REUSE = 8
 LOGITS_SHARE = 32  # but at most this part of its memory for a chunk's logits,
 LOGIT_BYTES = 4 + 2  # in float32, and their gradients in bfloat16
+
+DECODER_INPUTS = ("input_ids", "positions", "segment_ids")
 
 
 def causal_lm(
@@ -291,53 +294,75 @@ def make_lm_loss(
     is_tied: bool,
     softcap: float | None = None,
     chunk: int | None = None,
+    inputs: Sequence[str] = DECODER_INPUTS,
+    router_aux_loss_coef: float = 0.0,
 ) -> LossFn:
-    """Makes the loss function of a decoder's training step.
+    """Makes the loss function of a training step of a decoder or encoder–decoder.
 
     Args:
-      module: a `Decoder`, adapted or not. Its method ``hidden`` is called with
-        ``(input_ids, positions, segment_ids)``; its head is the leaf ``head/kernel`` or
-        the tied ``embed/embedding``. A head with its own adapter is called through
-        ``logits``, which materialises them.
+      module: the model, adapted or not. Its method ``hidden`` is called with
+        ``inputs``; its head is the leaf ``head/kernel`` or the tied
+        ``embed/embedding``. A head with its own adapter is called through ``logits``,
+        which materialises them.
       is_tied: whether the head is the embedding.
       softcap: bound on the logits, or None.
       chunk: number of tokens per chunk, over the whole batch (per shard if the batch is
         sharded); None for `chunk_tokens`.
+      inputs: what the model reads of a batch; `lora_jax.train.pairs.INPUTS` for an
+        `EncoderDecoder`.
+      router_aux_loss_coef: factor of `balance_loss`, which is added to the loss of each
+        target and is the metric ``router_aux_loss``; 0 leaves it out. Padding, where
+        ``segment_ids`` are 0, does not count.
 
     Returns:
-      ``(variables, batch, rngs) -> (loss_sum, weight, {})`` for batches of
+      ``(variables, batch, rngs) -> (loss_sum, weight, metrics)`` for batches of
       ``input_ids``, ``labels`` (already shifted), ``weights`` and optionally
       ``positions`` and ``segment_ids``, all ``[b, t]``; deterministic if ``rngs`` is
-      empty.
+      empty. It raises a ValueError if there is a factor and ``module`` has no experts.
+
+    Raises:
+      ValueError: if the factor is negative or not finite.
     """
     owner, leaf = ("embed", EMBEDDING) if is_tied else ("head", KERNEL)
+    if not 0 <= router_aux_loss_coef < math.inf:
+        raise ValueError(
+            f"router_aux_loss_coef must be at least 0; got {router_aux_loss_coef}."
+        )
+    routed: Any = {"mutable": [ROUTED]} if router_aux_loss_coef else {}
 
     def loss_fn(variables: Mapping[str, Any], batch: Mapping[str, Array], rngs):
-        is_deterministic = DROPOUT not in rngs
-        hidden = module.apply(
+        hidden: Any = module.apply(
             variables,
-            batch["input_ids"],
-            batch.get("positions"),
-            batch.get("segment_ids"),
-            deterministic=is_deterministic,
+            *(batch.get(name) for name in inputs),
+            deterministic=DROPOUT not in rngs,
             method="hidden",
             rngs=rngs,
+            **routed,
         )
+        if not routed:
+            return (*of_hidden(hidden, variables, batch, rngs), {})
+        hidden, kept = hidden
+        loss, weight = of_hidden(hidden, variables, batch, rngs)
+        segments = batch.get("segment_ids")
+        is_token = None if segments is None else segments != 0
+        added = weight * balance_loss(kept.get(ROUTED, {}), is_token)
+        return loss + router_aux_loss_coef * added, weight, {"router_aux_loss": added}
+
+    def of_hidden(hidden: Array, variables: Mapping[str, Any], batch, rngs):
         labels, weights = batch["labels"], batch["weights"]
         if owner in variables.get(LORA, {}):
             logits = module.apply(
                 variables,
                 hidden,
-                deterministic=is_deterministic,
+                deterministic=DROPOUT not in rngs,
                 method="logits",
                 rngs=rngs,
             )
-            loss, weight = softmax_cross_entropy(logits, labels, weights=weights)
-            return loss, weight, {}
+            return softmax_cross_entropy(logits, labels, weights=weights)
         holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
         kernel = variables[holder][owner][leaf]
         at_once = chunk or chunk_tokens(kernel.size // hidden.shape[-1])
-        loss, weight = causal_lm(
+        return causal_lm(
             hidden,
             gather_kernel(kernel.T if is_tied else kernel),
             labels,
@@ -345,6 +370,5 @@ def make_lm_loss(
             chunk=at_once * num_row_shards(),
             softcap=softcap,
         )
-        return loss, weight, {}
 
     return loss_fn

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.names import OWNER
 from lora_jax.train.buckets import Batch, Schedule
 from lora_jax.train.buckets import length_buckets as length_buckets
 from lora_jax.train.examples import encode_labels as encode_labels
@@ -29,7 +30,8 @@ class Batches(Schedule):
     A batch is a dictionary of NumPy arrays: ``input_ids`` and ``attention_mask``
     ``[b, t]`` int32, ``weights`` ``[b]`` float32 (0 for filler rows) and, if the
     examples have a ``label``, ``labels`` ``[b]`` (int32, or float32 for regression).
-    ``b`` is always ``batch_size``, ``t`` one of ``buckets``.
+    ``b`` is always ``batch_size``, ``t`` one of ``buckets``. If the examples have an
+    ``adapter``, so has each row ``[b]``, int32.
 
     Attributes:
       batch_size: rows per batch.
@@ -72,6 +74,7 @@ class Batches(Schedule):
         self.pad_id = pad_id
         self._ids = [_as_ids(i, e) for i, e in enumerate(examples)]
         self._labels = _label_array(examples)
+        self.adapters = _adapter_array(examples)
         lengths = [len(ids) for ids in self._ids]
         super().__init__(lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
 
@@ -80,6 +83,8 @@ class Batches(Schedule):
             digest.update(ids.astype("<i4").tobytes())
         if self._labels is not None:
             digest.update(self._labels.tobytes())
+        if self.adapters is not None:
+            digest.update(self.adapters.tobytes())
 
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
         shape = (count, length)
@@ -94,6 +99,8 @@ class Batches(Schedule):
         if self._labels is not None:
             batch["labels"] = np.zeros(count, self._labels.dtype)
             batch["labels"][: len(members)] = self._labels[members]
+        if self.adapters is not None:
+            batch[OWNER] = _filled(self.adapters[members], count)
         return batch
 
 
@@ -105,6 +112,8 @@ class TextBatches(Schedule):
     ``[b, t]`` float32. Without ``packed_length`` a row is one example, padded to its
     bucket; with it, rows have that length and hold as many examples as fit. The
     grouping of examples into rows is the same in all epochs; the order of rows isn't.
+    If the examples have an ``adapter``, so has each row ``[b]``, int32, and holds
+    examples of that adapter only.
 
     Attributes:
       examples: number of examples; ``len()`` is the number of rows.
@@ -152,12 +161,13 @@ class TextBatches(Schedule):
             )
         self.pad_id, self.packed_length = pad_id, packed_length
         self._examples = [_as_arrays(i, e) for i, e in enumerate(examples)]
-        self.examples = len(self._examples)
+        self.examples, ids = len(self._examples), _adapter_array(examples)
         counts = [len(e["input_ids"]) for e in self._examples]
         self._rows = [[i] for i in range(self.examples)]
         if packed_length is not None:
-            self._rows = plan_rows(counts, packed_length)
+            self._rows = _packed(counts, packed_length, ids)
             buckets = [packed_length]
+        self.adapters = None if ids is None else ids[[row[0] for row in self._rows]]
         lengths = [sum(counts[i] for i in row) for row in self._rows]
         super().__init__(lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
         self.targets = sum(int(e["loss_mask"][1:].sum()) for e in self._examples)
@@ -167,9 +177,14 @@ class TextBatches(Schedule):
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
         rows = [[self._examples[i] for i in self._rows[row]] for row in members]
         rows += [[]] * (count - len(rows))
-        return fill_rows(rows, length, pad_id=self.pad_id)
+        batch = fill_rows(rows, length, pad_id=self.pad_id)
+        if self.adapters is not None:
+            batch[OWNER] = _filled(self.adapters[members], count)
+        return batch
 
     def _add_contents(self, digest: Any) -> None:
+        if self.adapters is not None:
+            digest.update(self.adapters.tobytes())
         for row in self._rows:
             digest.update(np.array([len(row), *row], "<i8").tobytes())
             for i in row:
@@ -195,6 +210,38 @@ def _as_arrays(index: int, example: Example) -> dict[str, np.ndarray]:
             f"{ids.shape} and {mask.shape} at {index}."
         )
     return {"input_ids": ids, "loss_mask": mask}
+
+
+def _adapter_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Returns the number of each example's adapter, or None if they have none."""
+    named = sum(OWNER in example for example in examples)
+    if named not in (0, len(examples)):
+        raise ValueError(
+            f"all examples must have an adapter, or none; got {named} of "
+            f"{len(examples)}."
+        )
+    if not named:
+        return None
+    return np.array([example[OWNER] for example in examples], np.int32)
+
+
+def _packed(
+    counts: Sequence[int], length: int, adapters: np.ndarray | None
+) -> list[list[int]]:
+    """Packs examples into rows, each of one adapter."""
+    if adapters is None:
+        return plan_rows(counts, length)
+    rows = []
+    for adapter in np.unique(adapters):
+        own = np.flatnonzero(adapters == adapter).tolist()
+        found = plan_rows([counts[i] for i in own], length)
+        rows += [[own[i] for i in row] for row in found]
+    return rows
+
+
+def _filled(adapters: np.ndarray, count: int) -> np.ndarray:
+    """Gives filler rows, whose weight is 0, the adapter of the first row."""
+    return np.concatenate([adapters, np.full(count - len(adapters), adapters[0])])
 
 
 def _label_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

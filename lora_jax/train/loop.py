@@ -7,6 +7,7 @@ in the data, so resuming needs only the checkpointed state.
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -81,35 +82,58 @@ def fit(
       >>> fitted.is_stopped
       False
     """
-    return take_steps(fitting(state, **options), step, batch_at)
+    return take_steps(fitting(state, **options), step, batch_at, options["total_steps"])
 
 
 def take_steps(
     steps: Steps[R],
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
     batch_at: Callable[[int], Any],
+    total_steps: int,
 ) -> R:
     """Takes the steps that a loop asks for, until it ends.
+
+    While the device works on a step, the host makes the batch of the next one and
+    sends it there.
 
     Args:
       steps: the loop: `fitting`, or what yields from it.
       step: from `make_train_step`.
       batch_at: returns the batch of a step.
+      total_steps: the number of the last step; no later batch is made.
 
     Returns:
       What the loop returns.
     """
     try:
         number, state = next(steps)
+        batch = _made(batch_at, number)
         while True:
             try:
-                taken = step(state, batch_at(number))
+                taken = step(state, batch.result())
             except BaseException as error:
                 steps.throw(error)  # ends what the loop has open
                 raise
+            following = number + 1
+            if following < total_steps:
+                batch = _made(batch_at, following)
             number, state = steps.send(taken)
     except StopIteration as end:
         return end.value
+
+
+def _made(batch_at: Callable[[int], Any], number: int) -> Future[Any]:
+    """Makes a batch; an error is raised where it is needed, after what is due before.
+
+    Processes that share a mesh place batches themselves (`shard_batch`).
+    """
+    made = Future()
+    try:
+        batch = batch_at(number)
+        made.set_result(batch if jax.process_count() > 1 else jax.device_put(batch))
+    except Exception as error:
+        made.set_exception(error)
+    return made
 
 
 def fitting(

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import LORA, LORA_B, MEMBER
+from lora_jax.names import FROZEN, KEEP, LAYERS, LORA, LORA_B, MEMBER
 from lora_jax.train.optimizer import DECAYS, decay_mask, lora_b_mask
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
@@ -41,6 +41,7 @@ class Hyper(NamedTuple):
       clip_norm: largest global norm; infinite for no clipping.
       lora_b_ratio: learning rate of B divided by that of A.
       scaling: ``alpha / rank`` by the path of each ``lora_b``.
+      keep: 1 minus the dropout rate; None for that of the shared module.
     """
 
     learning_rate: Any
@@ -51,6 +52,7 @@ class Hyper(NamedTuple):
     clip_norm: Any
     lora_b_ratio: Any
     scaling: Mapping[str, Any]
+    keep: Any = None
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class Hyper(NamedTuple):
         clip_norm: float | None = 1.0,
         weight_decay: float = 0.0,
         lora_b_ratio: float = 1.0,
+        dropout_rate: float | None = None,
     ) -> "Hyper":
         """Returns the numbers for `lora_optimizer`'s arguments.
 
@@ -76,6 +79,7 @@ class Hyper(NamedTuple):
           clip_norm: see there.
           weight_decay: see there.
           lora_b_ratio: see there.
+          dropout_rate: the member's own, if members differ in it.
 
         Returns:
           The numbers, float32 and int32.
@@ -89,6 +93,7 @@ class Hyper(NamedTuple):
             clip_norm=np.float32(math.inf if clip_norm is None else clip_norm),
             lora_b_ratio=np.float32(lora_b_ratio),
             scaling={child(t.path, LORA_B): np.float32(t.scaling) for t in targets},
+            keep=None if dropout_rate is None else np.float32(1.0 - dropout_rate),
         )
 
 
@@ -297,7 +302,10 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
         def scaled_loss(variables, batch, rngs):
             lora = flatten(variables[LORA])
             lora |= {path: s * lora[path] for path, s in hyper.scaling.items()}
-            return loss_fn({**variables, LORA: unflatten(lora)}, batch, rngs)
+            own = {**variables, LORA: unflatten(lora)}
+            if hyper.keep is not None:
+                own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, lora))
+            return loss_fn(own, batch, rngs)
 
         one = make_train_step(scaled_loss, member_optimizer(hyper), accumulate)
         new, metrics = one.function(own, frozen, batch)
@@ -315,6 +323,16 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
         return own, [{k: x[i] for k, x in each.items()} for i in range(count)]
 
     return update
+
+
+def _keeps(hyper: Hyper, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the probability that `apply_adapter` finds beside each layer's A."""
+    return {
+        path.removesuffix(LORA_B) + KEEP: jnp.broadcast_to(
+            hyper.keep, lora[path].shape[:1] if LAYERS in path.split("/") else ()
+        )
+        for path in hyper.scaling
+    }
 
 
 def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:

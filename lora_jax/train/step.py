@@ -15,11 +15,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import DROPOUT
+from lora_jax.names import DROPOUT, EXPERTS
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of, whole_over_batch
 from lora_jax.train.state import TrainState
-from lora_jax.tree.paths import leaves_by_path
+from lora_jax.tree.paths import key_path, leaves_by_path
 
 Batch = PyTree
 Metrics = dict[str, jax.Array]
@@ -59,7 +59,9 @@ class TrainStep:
         known = tuple(jax.tree.leaves(shardings))
         if known not in self._sharded:
             scalars = NamedSharding(mesh, PartitionSpec())
-            summed = jax.tree.map(whole_over_batch, shardings["trainable"])
+            summed = jax.tree_util.tree_map_with_path(
+                _summed_as, shardings["trainable"]
+            )
             self._sharded[known] = jax.jit(
                 functools.partial(self.function, summed=summed, mesh=mesh),
                 donate_argnums=0,
@@ -74,6 +76,15 @@ class TrainStep:
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """Lowers without running; see `trace`."""
         return self.trace(state, batch).lower()
+
+
+def _summed_as(path: Any, sharding: NamedSharding) -> NamedSharding:
+    """Returns the sharding in which a gradient is summed over the batch.
+
+    Those of experts are many, and come summed from each layer: they are split at once.
+    """
+    is_of_experts = EXPERTS in key_path(path).split("/")
+    return sharding if is_of_experts else whole_over_batch(sharding)
 
 
 def make_train_step(

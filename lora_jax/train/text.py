@@ -100,6 +100,7 @@ def read_text_examples(
     *,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    ignored: Sequence[str] = (),
 ) -> TextData:
     """Reads a JSONL file for a causal language model, strictly.
 
@@ -115,6 +116,7 @@ def read_text_examples(
       tokenizer: may be None for token ids.
       max_length: maximum tokens per example; longer ones are cut at the end.
       vocab_size: ids must be below it; the tokenizer's if None.
+      ignored: keys that any line may have besides.
 
     Returns:
       The examples, and how many were cut.
@@ -136,6 +138,7 @@ def read_text_examples(
     ends: Counter[int] = Counter()
 
     def check(record: dict[str, Any]) -> str:
+        record = {key: record[key] for key in record if key not in ignored}
         try:
             kind = kind_of(record)
             if kinds and kind not in kinds:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
 from lora_jax.ops.dora import dora_scale, merge_dora, over_kernel
 from lora_jax.ops.merge import add_delta, delta_kernel, is_finite
 from lora_jax.tree.paths import flatten, unflatten
@@ -42,7 +41,8 @@ def merge_params(
 
     Args:
       params: the joined base tree.
-      lora: the adapter tree.
+      lora: the adapter tree; of methods with a collection ``fixed``, joined with it
+        (`lora_jax.tree.partition.adapter_of`).
       targets: the adapted layers.
 
     Returns:
@@ -65,7 +65,7 @@ def merge_params(
     for target in targets:
         merge = merge_dora if target.dora else add_delta
         merged[target.weight_path] = merge(
-            flat[target.weight_path], *_leaves(adapters, target), **_options(target)
+            flat[target.weight_path], *_plain(adapters, target), **_options(target)
         )
     bad = [path for path, kernel in merged.items() if not is_finite(kernel)]
     if bad:
@@ -115,7 +115,7 @@ def merge_errors(
     rows = []
     for target in targets:
         kernel = np.asarray(base[target.weight_path], np.float64)
-        wanted = _wanted(base[target.weight_path], _leaves(adapters, target), target)
+        wanted = _wanted(base[target.weight_path], _plain(adapters, target), target)
         error = np.asarray(new[target.weight_path], np.float64) - wanted
         size = float(np.linalg.norm(wanted - kernel))
         relative = float(np.linalg.norm(error)) / size if size else 0.0
@@ -153,13 +153,10 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
         raise ValueError(f"the adapter does not fit the model: {'; '.join(faults)}.")
 
 
-def _leaves(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
-    """Returns A, B and (with DoRA) m, with the scanned axes first."""
-    a, b = (adapters[child(target.path, name)] for name in (LORA_A, LORA_B))
-    factors = target.batch_first(a, b)
-    if not target.dora:
-        return factors
-    return (*factors, target.magnitude_first(adapters[child(target.path, MAGNITUDE)]))
+def _plain(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:
+    """Returns A, B and (with DoRA) m of the plain adapter, scanned axes first."""
+    factors = target.plain(adapters)
+    return tuple(map(jnp.asarray, factors[: 3 if target.dora else 2]))
 
 
 def _options(target: Target) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Splitting one parameter tree into three collections, and joining them.
 
-``frozen`` holds W0, ``lora`` the adapters, ``params`` the weights trained in full. The
-paths mirror each other, and no leaf is in two collections.
+``frozen`` holds W0, ``lora`` the adapters, ``params`` the weights trained in full and,
+with some methods, ``fixed`` the leaves of adapters that aren't trained. The paths
+mirror each other, and no leaf is in two collections.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +13,16 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import ADAPTER_LEAVES, BIAS, FROZEN, LORA, LORA_A, PARAMS
+from lora_jax.names import (
+    ADAPTER,
+    ADAPTER_LEAVES,
+    BIAS,
+    FIXED,
+    FROZEN,
+    LORA,
+    LORA_A,
+    PARAMS,
+)
 from lora_jax.tree.paths import flatten, unflatten
 
 
@@ -26,8 +36,8 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
         the adapters in the tree, since they identify the adapted layers.
 
     Returns:
-      ``{"frozen": ..., "lora": ..., "params": ...}`` with the same leaves, not copied;
-      empty collections are omitted, except ``lora``.
+      ``{"frozen": ..., "lora": ..., "params": ..., "fixed": ...}`` with the same
+      leaves, not copied; empty collections are omitted, except ``lora``.
 
     Raises:
       ValueError: if the config has ``bias="lora_only"`` and the tree has biases but no
@@ -38,7 +48,9 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
       >>> partition(tree, LoRAConfig(train=["head"]))["params"]
       {'head': {'kernel': 4}}
     """
-    parts: dict[str, dict[str, Any]] = {FROZEN: {}, LORA: {}, PARAMS: {}}
+    parts: dict[str, dict[str, Any]] = {
+        name: {} for name in (FROZEN, LORA, PARAMS, FIXED)
+    }
     flat = flatten(params)
     places = {path: path.rpartition("/") for path in flat}
     adapted = {owner for owner, _, name in places.values() if name == LORA_A}
@@ -53,7 +65,7 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
         owner, _, name = places[path]
         is_adapted = owner in adapted
         if is_adapted and name in ADAPTER_LEAVES:
-            parts[LORA][path] = leaf
+            parts[config.leaves.get(name, LORA)][path] = leaf
         elif config.is_trained(path, is_adapted=is_adapted):
             parts[PARAMS][path] = leaf
         else:
@@ -82,6 +94,11 @@ def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"two collections contain the same leaves: {shared}.")
         joined.update(flat)
     return unflatten(joined)
+
+
+def adapter_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all leaves of the adapters, trained or not, as one tree."""
+    return join(*(variables.get(name, {}) for name in ADAPTER))
 
 
 def upcast_leaves(tree: Mapping[str, Any], owners: Collection[str]) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def test_cached_attention_matches_the_whole_sequence(window):
     junk = jnp.full((2, 5, 2, 6), jnp.nan).at[:].set(1e3)
     cached = jax.jit(functools.partial(cached_attention, **options))(
         query[rows, slots],
-        jnp.concatenate([key, junk], axis=1),
-        jnp.concatenate([value, junk], axis=1),
+        jnp.concatenate([key, junk], axis=1).swapaxes(1, 2),
+        jnp.concatenate([value, junk], axis=1).swapaxes(1, 2),
         slots,
     )
     np.testing.assert_allclose(cached, whole[rows, slots], rtol=1e-5, atol=1e-5)
@@ -143,7 +143,9 @@ def test_sinks_take_a_part_of_each_heads_softmax(window):
         return causal_attention(*arrays[:3], sinks=arrays[3], window=window)
 
     def cached(*arrays):
-        return cached_attention(*arrays[:3], slots, sinks=arrays[3], window=window)
+        query, key, value, sinks = arrays
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        return cached_attention(query, key, value, slots, sinks=sinks, window=window)
 
     wanted = by_hand(*arrays)
     slopes = jax.vjp(by_hand, *arrays)[1](dy)

@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import LoRAConfig, export_adapter, load_model, save_adapter
+from lora_jax import (
+    LoRAConfig,
+    export_adapter,
+    load_adapter,
+    load_bank,
+    load_model,
+    save_adapter,
+)
 from lora_jax.cli.main import main
 from lora_jax.names import FROZEN
 from lora_jax.tree.fingerprint import fingerprint
@@ -106,6 +113,14 @@ def test_conversations_name_their_adapter(place, tmp_path, capsys):
     for name, result in zip(names, mixed, strict=True):
         one = call(capsys, *args, *alone(place, name), "--messages", data)
         assert one["results"][0]["output_ids"] == result["output_ids"]
+
+
+def test_an_adapter_of_another_base_is_refused(place, tmp_path):
+    found = load_adapter(place / "ours")
+    other = tmp_path / "other"
+    save_adapter(other, found.variables, found.config, "another base")
+    with pytest.raises(ValueError, match="another base"):
+        load_bank(str(place / "model"), {"ours": place / "ours", "other": other})
 
 
 @pytest.mark.parametrize(

@@ -30,3 +30,22 @@ def test_an_encoder_is_trained_and_exported(config, model_dir, tmp_path, call):
     factors = [tensor for key, tensor in tensors.items() if end in key]
     assert len(factors) == 1
     assert factors[0].any()
+
+
+def test_a_decoder_encodes_with_a_prompt_and_does_not_score(tmp_path, call):
+    base = GOLDEN / "sentence" / "qwen3_embedding"
+    golden = np.load(base / "reference.npz", allow_pickle=False)
+    data, out = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": str(t)}) + "\n" for t in golden["texts"])
+    )
+    words = ("--model", base, "--data", data, "--out", out)
+    code, shown, _ = call("encode", *words, "--prompt", "query")
+    assert code == 0
+    assert "each an embedding of 20, in" in shown
+    found = [json.loads(line)["embedding"] for line in out.read_text().splitlines()]
+    np.testing.assert_allclose(found, golden["with_prompt"], rtol=1e-5, atol=2e-5)
+    out.unlink()
+    code, _, said = call("score", *words)
+    assert code == 2
+    assert "must predict tokens; it makes embeddings only" in said

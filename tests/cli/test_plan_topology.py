@@ -40,6 +40,20 @@ def test_a_step_is_planned_without_weights_or_data(config, call):
     assert "frozen base" in shown
 
 
+def test_a_sweep_is_planned_with_its_runs_split_over_the_chips(config, call):
+    words = ["plan", config, "--topology", "v5e:2x2", "--json", "--together"]
+    code, out, shown = call(*words, "8")
+    assert code == 0, shown
+    plan = json.loads(out)
+    assert plan["together"]["each"] == 2
+    assert "8 runs of 2 x 16 tokens, 2 on each of v5e:2x2's 4 chips" in shown
+    code, out, _ = call(*words, "4")
+    one = json.loads(out)["together"]
+    assert one["each"] == 1
+    assert plan["together"]["base"] == one["base"]
+    assert plan["together"]["trained"] == 2 * one["trained"]
+
+
 def test_options_that_mean_nothing_alone_and_bad_names_are_refused(config, call):
     code, _, shown = call("plan", config, "--batch", "4")
     assert code == 2

@@ -43,7 +43,7 @@ def stopped(config, tmp_path, monkeypatch, call):
         batch_at = Batches.batch_at
 
         def interrupting(self, number):
-            if self.shuffle and number == 14:
+            if self.shuffle and number == 15:  # while step 15 is taken
                 signal.raise_signal(signal.SIGINT)
             return batch_at(self, number)
 

@@ -129,7 +129,7 @@ def test_every_bad_tensor_is_named_in_one_error(folder):
     for fault in (
         "lora/block/query/lora_b is missing",
         "lora/block/extra/lora_a is unexpected",
-        "frozen/block/query/kernel is outside lora and params",
+        "frozen/block/query/kernel is outside lora, params and fixed",
         "frozen/block/query/kernel is unexpected",
         "lora/block/value/lora_a has shape (40, 4), expected (40, 3)",
         "params/classifier/bias has dtype bfloat16, expected float32",
@@ -198,8 +198,8 @@ def test_an_adapter_of_version_1_has_no_checksum_of_its_config(folder):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("lora", (2, 2), "lora is outside lora and params"),
-        ("k/x", (2, 2), "k/x is outside lora and params"),
+        ("lora", (2, 2), "lora is outside lora, params and fixed"),
+        ("k/x", (2, 2), "k/x is outside lora, params and fixed"),
         ("lora//x", (2, 2), "lora//x is outside"),
         ("params/", (2, 2), "params/ is outside"),
         ("params/classifier", (2, 2), "kernel is inside the tensor params/classifier"),

@@ -87,7 +87,7 @@ def test_ctrl_c_is_an_interrupt_that_says_how_to_resume(
     batch_at = Batches.batch_at
 
     def interrupting(self, number):
-        if self.shuffle and number == 14:
+        if self.shuffle and number == 15:  # while step 15 is taken
             signal.raise_signal(signal.SIGINT)
         return batch_at(self, number)
 

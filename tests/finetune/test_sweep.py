@@ -27,6 +27,7 @@ GRID = {
     "lora.rank": [2, 1, 3, 2],
     "lora.alpha": [3.0, 1.0, 5.0, 7.0],
     "lora.rslora": [False, False, True, False],
+    "lora.dropout_rate": [0.1, 0.0, 0.3, 0.1],
     "train.schedule": ["linear", "constant", "cosine", "constant"],
     "train.seed": [0, 1, 2, 3],
     "train.lora_b_ratio": [1.0, 1.0, 4.0, 1.0],
@@ -150,7 +151,34 @@ def test_a_kill_loses_nothing(done, tree, tmp_path, monkeypatch):
         sweep(again, GRID, zipped=True)
     with pytest.raises(UserError, match=r"other(.|\n)*train.epochs: 3 -> 4"):
         sweep(again, {**GRID, "train.epochs": [4] * 4}, zipped=True, resume=True)
+    check_same(done, sweep(again, GRID, zipped=True, resume=True))
+
+
+def test_a_sweep_that_was_killed_resumes_to_the_same_bits(done, tree, tmp_path):
+    again = {**tree, "output": {"dir": str(tmp_path / "again")}}
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(again))
+    words = [
+        f"{key}={','.join(x if isinstance(x, str) else json.dumps(x) for x in values)}"
+        for key, values in GRID.items()
+    ]
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.cli.at_step", "4s", "SIGKILL", "sweep"),
+            *(str(file), *words, "--zip", "--together", "2"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    record = json.loads((tmp_path / "again" / "sweep.json").read_text())
+    assert record["together"] == {"0": 2}
     resumed = sweep(again, GRID, zipped=True, resume=True)
+    check_same(done, resumed)
+
+
+def check_same(done, resumed):
     for before, after in zip(done.runs, resumed.runs, strict=True):
         assert after["validation"] == before["validation"]
         if before["status"] == "done":
@@ -172,7 +200,7 @@ def test_a_kill_loses_nothing(done, tree, tmp_path, monkeypatch):
         (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
         (["mesh.member=1,2"], "mesh.member can't be swept"),
         (["mesh.member=64"], "mesh.member must be at most the"),
-        (["mesh.fsdp=2"], "mesh.data, fsdp and tensor must be 1 in a sweep"),
+        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor and expert must be 1 in a sweep"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):
@@ -199,6 +227,13 @@ def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
     found, differing = groups(points)
     assert [len(group) for group in found] == [3, 3]
     assert differing == ["lora.targets"]
+
+
+def test_a_run_is_named_by_the_name_of_a_file_not_by_its_path(tree, tmp_path):
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("films", "tweets")]
+    points = expand(tree, {"data.train": files, "train.learning_rate": [1e-3, 1e-2]})
+    assert points[2].name == "002_train=tweets_learning_rate=0.001"
+    assert points[2].values["data.train"] == files[1]
 
 
 def test_the_members_are_split_over_devices(done, tree, tmp_path):
@@ -238,6 +273,8 @@ def test_as_many_run_side_by_side_as_make_it_faster(tree, monkeypatch):
     assert choose(m1=1.0, m10=5.0) == 10
     assert choose(m1=1.0, m10=12.0, m5=4.0) == 5  # two rounds of 4.0 s a step
     assert choose(m1=1.0, m10=12.0, m5=6.0, m2=2.5) == 1  # never slower
+    assert group.choice.startswith("measured here, a step takes: of one run 1,000 ms, ")
+    assert group.choice.endswith("of 10 12,000 ms, of 5 6,000 ms, of 2 2,500 ms")
     assert group.choose(together=4) == 4  # in three rounds: 4, 4 and 2
     assert group.choose(together=9) == 5  # two even rounds
 

@@ -22,6 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.golden import make_models
 from tests.golden.model_families import DECODER, SQUARE, Family, rope, without
+from tests.golden.tower_families import GEMMA4_TEXT
 
 HERE = pathlib.Path(__file__).parent
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -102,6 +103,20 @@ FAMILIES = {
         extra=("parameters",),
         greedy=True,
     ),
+    # As the 26B-A4B: experts beside the MLP, values that are keys.
+    "gemma4_moe": Family(
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4_TEXT,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 7,
+            "experts_implementation": "eager",
+        },
+        ({"top_k_experts": 3}, {"sliding_window": 4}),
+        extra=("parameters",),
+    ),
     "qwen3_moe_mixed": Family(
         "Qwen3MoeForCausalLM",
         {
@@ -145,11 +160,14 @@ def adapted(name: str, family: Family, batch, base: torch.Tensor) -> dict:
         make_models.seed(name, kind)
         folder = HERE / name / f"peft_{kind}"
         config = {**ADAPTERS[kind], "task_type": "CAUSAL_LM"}
+        if name == "gemma4_moe" and kind == "parameters":  # not in the MLP
+            names = config["target_parameters"]
+            config["target_parameters"] = [n.removeprefix("mlp.") for n in names]
         model = cls.from_pretrained(HERE / name, **EAGER)
         make_models.save_adapter(folder, model, name, config)
         file = folder / "adapter_config.json"
         written = json.loads(file.read_text())
-        written["target_parameters"].sort()  # a set's order changes
+        (written["target_parameters"] or []).sort()  # a set's order changes
         file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         model = cls.from_pretrained(HERE / name, **EAGER)
         loaded = peft.PeftModel.from_pretrained(model, folder).eval()

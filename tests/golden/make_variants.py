@@ -19,6 +19,7 @@ import transformers
 from tests.golden.make_exports import inputs
 from tests.golden.make_models import HERE, logits_of
 
+EAGER = {"experts_implementation": "eager"}  # as in make_mixtures.py
 TARGET = HERE / "variants"
 SHORT = 6
 LONGROPE = {
@@ -32,6 +33,7 @@ LONGROPE = {
 CASES = {
     "gpt2_layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE}),
+    "olmoe_clip": ("olmoe", {"clip_qkv": 0.7}),
 }
 
 
@@ -48,8 +50,9 @@ def main():
             settings["original_max_position_embeddings"] = 8
         (TARGET / f"{name}.json").write_text(json.dumps(settings, indent=2) + "\n")
         config = transformers.AutoConfig.for_model(**settings)
+        options = EAGER if "num_experts" in settings else {}
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            HERE / golden, config=config, attn_implementation="eager"
+            HERE / golden, config=config, attn_implementation="eager", **options
         ).eval()
         batch = {key: torch.from_numpy(value) for key, value in inputs(golden).items()}
         arrays[name] = logits_of(model, batch)

@@ -60,6 +60,7 @@ class Family:
         silent: Parameters (a regex) that can't show in the logits.
         old: Config keys as transformers 4 wrote them, in place of the new ones (None).
         greedy: Whether to record greedy decoding.
+        linears: The targets of adapters of all linear layers, if not ``all-linear``.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Family:
     silent: str = "$"
     old: dict | None = None
     greedy: bool = False
+    linears: str = ""
 
 
 # Of the three wavelengths 6, 29 and 135 one is under 64 / 4 and one above 64 / 1.

@@ -54,9 +54,8 @@ def tower(model: str, text: dict, changes: list[dict], **more) -> Family:
         model,
         {"text_config": text, **outer},
         toggles,
-        kinds=("plain", "rslora"),
         silent=TOWER,
-        **more,
+        **{"kinds": ("plain", "rslora"), **more},
     )
 
 

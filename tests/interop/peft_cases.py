@@ -7,7 +7,10 @@ import numpy as np
 
 from tests.models.golden import GOLDEN
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "pixel_values"),
+    "decoder_input_ids",
+)
 CASES = sorted(
     (folder.parent.name, folder.name.removeprefix("peft_"))
     for folder in GOLDEN.glob("*/peft_*/")

@@ -9,8 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
+from lora_jax.interop.experts import join_experts
 from lora_jax.interop.export import export_adapter
+from lora_jax.interop.external import ExternalAdapter, ExternalFactors
+from lora_jax.interop.naming import Names
 from lora_jax.interop.pretrained import load_model
+from lora_jax.models.families import FAMILIES
 from tests.interop.peft_cases import adapter_of, assert_peft, logits_of
 from tests.models.golden import GOLDEN
 
@@ -73,6 +77,9 @@ def test_a_portable_adapter_names_every_expert_and_reads_back(name, ends, tmp_pa
         key = f"base_model.model.model.layers.1.{end}.lora_A.weight"
         assert len(file[key]) == 3
     again = load_model(GOLDEN / name, adapter=out)
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load_model(GOLDEN / "mistral", adapter=out)  # a dense model
+    assert str(error.value).count("is not a module of this model") == 2 * 5 * 3
     rows = {t.path: t.rank for t in again.module.targets()}
     assert rows["layer_0/mlp/experts/gate_up"] == 6  # gate's and up's
     assert_peft(logits_of(again.module, again.variables, name), name, "parameters")
@@ -121,6 +128,26 @@ def test_factors_of_another_number_of_experts_are_an_error(tmp_path):
     save_file(tensors, folder / FILE)
     with pytest.raises(ValueError, match=r"must be \[experts \* 2, in\], .* \[7, 7\]"):
         load_model(GOLDEN / "qwen3_moe", adapter=folder)
+
+
+def test_experts_of_one_layer_must_have_factors_of_one_shape():
+    family = FAMILIES["mixtral"]
+    path = "layer_0/mlp/experts/down"
+    names = Names(family, [path], [])
+    file = "model.layers.0.block_sparse_moe.experts.{}.w2"
+    modules = {
+        file.format(i): ExternalFactors(
+            np.ones((2 + i, 9)), np.ones((20, 2 + i)), 1.5, 3.0
+        )
+        for i in range(2)
+    }
+    adapter = ExternalAdapter(modules, {}, {}, {})
+    _, faults = join_experts(adapter, names, {path: 2})
+    (spelled,) = names.spelling().modules.values()
+    assert faults == [
+        f"{spelled}: the experts of a layer must have factors of one shape and one "
+        "scaling; got A (2, 9) and (3, 9), B (20, 2) and (20, 3), scaling 1.5."
+    ]
 
 
 def test_dora_of_experts_has_no_file(tmp_path):

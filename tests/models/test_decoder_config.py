@@ -200,7 +200,7 @@ def test_all_faults_of_a_config_are_named_at_once():
         ("gpt2", {"scale_attn_weights": False}, "must be True here; got False"),
         ("gpt2", {"n_head": 5}, "n_head must divide n_embd = 768; got 5"),
         ("phi3", {"partial_rotary_factor": 0.35}, "rotary_dim must be even"),
-        ("gemma4_text", {"enable_moe_block": True}, "must be False here; got True"),
+        ("gemma4_text", {"enable_moe_block": True}, "top_k_experts is missing"),
         (
             "gemma4_text",
             {"use_bidirectional_attention": "all"},

@@ -12,8 +12,9 @@ import pytest
 
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.activations import exact_gelu
-from lora_jax.models.encoder import SequenceClassifier, mean_pool
+from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
+from lora_jax.models.pooling import mean_pool
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert"
 TINY = EncoderConfig(

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file, save_file
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import save_adapter
 from lora_jax.interop.pretrained import load_model
+from lora_jax.models.disentangled import log_buckets
 from lora_jax.models.embeddings import cubic_matrix, token_positions
-from lora_jax.models.encoder import relative_buckets
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.load import load_base
+from lora_jax.models.relative import relative_buckets
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
+from lora_jax.plan.flops import traced_flops
 from lora_jax.tree.fingerprint import fingerprint
 from tests.models.golden import GOLDEN
 
@@ -32,6 +34,8 @@ POOLINGS = {
     "electra": "pooler",
     "mpnet": "pooler",
     "modernbert": "pooler",
+    "deberta": "pooler",
+    "deberta_conv": "pooler",
     "distilbert": "pooler",
     "vit": "cls",
     "dinov2": "cls_mean",
@@ -124,12 +128,13 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
         ("xlm-roberta", {"classifier", "pooler"}),
         ("electra", {"classifier", "pooler"}),
         ("mpnet", {"classifier", "pooler"}),
+        ("deberta", {"classifier", "pooler"}),
         ("distilbert", {"classifier", "pooler"}),
         ("modernbert", {"classifier", "pooler", "pooler_norm"}),
     ],
 )
 def test_a_file_without_a_head_gets_all_of_it_anew(name, absent, copy):
-    family = FAMILIES[name]
+    family = load_base(GOLDEN / name).family
 
     def bare(tensors):
         names = {name: family.bare_name(name) for name in tensors}
@@ -145,7 +150,7 @@ def test_a_file_without_a_head_gets_all_of_it_anew(name, absent, copy):
         assert (loaded.params["pooler_norm"]["scale"] == 1).all()
     kernels = [loaded.params[m]["kernel"] for m in ("classifier", "pooler")]
     assert not (kernels[0] == kernels[1]).any()
-    with pytest.raises(ValueError, match=r"missing: ((pre_)?classifier|head).*"):
+    with pytest.raises(ValueError, match=r"missing: ((pre_)?classifier|head|pooler).*"):
         load_base(folder, pooling="pooler")
 
 
@@ -182,6 +187,8 @@ def test_files_with_the_module_names_of_transformers_5_load_the_same(name, copy)
         ("electra", ("generator_lm_head.bias", "generator_predictions.dense.bias")),
         ("mpnet", ("mpnet.pooler.dense.weight", "lm_head.bias")),
         ("modernbert", ("decoder.bias", "decoder.weight")),
+        ("deberta", ("mask_predictions.dense.bias", "lm_predictions.lm_head.bias")),
+        ("deberta", ("deberta.embeddings.position_embeddings.weight",)),
         ("distilbert", ("vocab_transform.weight", "vocab_layer_norm.bias")),
         ("vit", ("vit.pooler.dense.bias",)),
     ],
@@ -234,6 +241,15 @@ def test_distances_fall_into_the_buckets_of_transformers():
     np.testing.assert_array_equal(later, want[1:] + 16)
 
 
+def test_distances_of_deberta_fall_into_the_buckets_of_transformers():
+    golden, distances = np.load(GOLDEN / "deberta" / "buckets.npz"), range(-600, 601)
+    for name, want in golden.items():
+        size, most = map(int, name.split("_")[1:])
+        np.testing.assert_array_equal(
+            log_buckets(np.array(distances), size, most), want
+        )
+
+
 def test_embeddings_average_every_token_of_an_image():
     loaded = load_base(GOLDEN / "vit")
     golden = np.load(GOLDEN / "vit" / "reference.npz", allow_pickle=False)
@@ -256,6 +272,7 @@ def test_all_linears_of_an_encoder_are_adapted_and_merge(name, lora):
     targets = {target.path for target in loaded.module.targets(base.params)}
     layers = {path for path in targets if "layer_" in path}
     each = 4 if loaded.config.is_qkv_fused else 6
+    each += 2 * (name == "deberta_conv")  # layers of distances
     assert len(layers) == each * loaded.config.num_layers
     assert targets - layers <= {"pooler", "encoder/embeddings/projection"}
 
@@ -336,6 +353,23 @@ def test_a_model_without_token_types_or_pooler_refuses_them():
         ),
         ("modernbert", {"global_attn_every_n_layers": 0}, "at least 1; got 0"),
         ("modernbert", {"classifier_pooling": "last"}, "pooler_input must be one of"),
+        (
+            "deberta_conv",
+            {
+                "pos_att_type": ["p2p"],
+                "conv_kernel_size": 4,
+                "conv_groups": 2,
+                "conv_act": "mish",
+                "attention_head_size": 8,
+                "embedding_size": 30,
+            },
+            "embedding_size must be 21 here; got 30; attention_head_size must be 7 .*"
+            r"pos_att_type must be of \('c2p', 'p2c'\); got \['p2p'\]; "
+            "conv_kernel_size must be odd; got 4; conv_groups must divide hidden_size"
+            " = 21; got 2; conv_act must be one of .*'mish'",
+        ),
+        ("deberta", {"relative_attention": False}, "relative_attention must be True"),
+        ("deberta", {"position_buckets": 40}, "under max_relative.* = 18; got 40"),
         ("distilbert", {"dim": "21"}, "DistilBERT encoder: dim must be an integer"),
         ("distilbert", {"n_heads": 4}, "num_heads must divide hidden_size = 21"),
         ("vit", {"image_size": [12]}, r"image_size must be an integer or two; got"),
@@ -346,7 +380,7 @@ def test_a_model_without_token_types_or_pooler_refuses_them():
 def test_a_config_that_does_not_fit_is_named(name, changes, message):
     settings = json.loads((GOLDEN / name / "config.json").read_text()) | changes
     with pytest.raises(ValueError, match=message):
-        FAMILIES[name].read_config(settings)
+        FAMILIES[settings["model_type"]].read_config(settings)
 
 
 def test_absent_keys_have_the_defaults_of_transformers():
@@ -367,3 +401,17 @@ def test_biases_trained_beside_the_files_own_head_come_back(tmp_path):
     assert set(again.params["classifier"]) == {"kernel", "bias"}
     assert set(again.variables["params"]["classifier"]) == {"bias"}
     assert jax.tree.all(jax.tree.map(np.array_equal, again.variables, model.variables))
+
+
+def test_a_plan_counts_the_scores_of_distances_and_the_convolution():
+    loaded, (ids, mask) = load_base(GOLDEN / "deberta_conv"), arguments("deberta_conv")
+    traced = jax.make_jaxpr(loaded.module.apply)(loaded.variables, ids, mask)
+    (b, t), d, f, layers, span = ids.shape, 21, 28, 2, 4
+    rows = 2 * span  # 13 tokens are farther apart than the table's 4
+    block = b * t * (4 * d * d + 2 * d * f)  # linear layers
+    block += 2 * rows * d * d  # keys and queries of distances
+    block += 2 * b * t * t * d  # contents, and what is read
+    block += 2 * b * t * rows * d  # distances
+    conv = 3 * b * t * d * d // 3  # of 3 tokens, in 3 groups
+    head = b * (d * d + 4 * d)
+    assert traced_flops(traced.jaxpr) == 2 * (layers * block + conv + head)

@@ -165,3 +165,26 @@ def test_more_tokens_and_longer_prompts_of_the_same_size_compile_nothing(llama):
         finally:
             jax.monitoring.clear_event_listeners()
     assert count == []
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_token_updates_the_cache_in_place(llama, rows):
+    ids = jnp.ones((rows, 3), jnp.int32)
+    apply = functools.partial(llama.module.apply, llama.variables)
+    cache = jax.eval_shape(lambda: apply(ids, 64, method="prefill"))[1]
+
+    def step(cache):
+        return apply(ids[:, :1], jnp.full((rows, 1), 3), cache, method="decode")
+
+    text = jax.jit(step, donate_argnums=0).lower(cache).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    sizes = "x".join(map(str, sorted(cache.layers[0].keys.shape)))
+    made = [
+        (name, kind)
+        for name, shape, kind in re.findall(
+            r"%(\S+) = f32\[([\d,]+)\]\S* ([\w-]+)\(", entry
+        )
+        if "x".join(map(str, sorted(map(int, shape.split(","))))) == sizes
+    ]
+    written = [name for name, kind in made if kind not in ("parameter", "bitcast")]
+    assert len(written) == 2 * llama.config.num_layers, made

@@ -20,7 +20,7 @@ from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
 UNIFORM = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
-MIXTURES = (*UNIFORM, "qwen3_moe_mixed")
+MIXTURES = (*UNIFORM, "qwen3_moe_mixed", "gemma4_moe")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
@@ -96,6 +96,22 @@ def test_all_linear_covers_the_experts_and_not_the_router(models):
     assert [row.path for row in routers] == ["layers/mlp/router"]
 
 
+def test_experts_that_stay_frozen_are_said_to(models):
+    loaded = models("qwen3_moe_mixed", scan_layers=False)
+
+    def notes(**options):
+        config = LoRAConfig(rank=2, **options)
+        return adapt(loaded.module, config, *loaded.inputs).frozen_notes(loaded.params)
+
+    assert notes() == []
+    assert notes(targets=["query", "experts/gate_up"]) == [
+        "experts: not adapted: layer_1/mlp/experts/down, 700 parameters. They stay "
+        "frozen unless targets name them: experts/down."
+    ]
+    (line,) = notes(exclude=["experts/down", "experts/gate_up"])
+    assert "experts/gate_up, layer_1/mlp/experts/down, 2,100 parameters" in line
+
+
 def adapted_with(models, **changes):
     loaded = models("qwen3_moe", scan_layers=True)
     module = loaded.module.clone(**changes)
@@ -151,6 +167,41 @@ def test_experts_whose_shapes_disagree_are_listed_together(tmp_path):
     assert f"missing: {layer[6:]}.4.gate_proj.weight" in text
     assert f"{layer}.3.up_proj.weight must be [7, 20]; got [6, 20]" in text
     assert f"{layer}.0.down_proj.weight must be [20, 7]; got [7, 20]" in text
+
+
+def as_whole(tensors):
+    """Experts as Qwen3.5's folders have them: one tensor ``[e, out, in]`` a layer."""
+    found = dict(tensors)
+    for i in range(2):
+        layer = f"model.layers.{i}.mlp.experts"
+        gate, up, down = (
+            np.stack([found.pop(f"{layer}.{e}.{part}_proj.weight") for e in range(5)])
+            for part in ("gate", "up", "down")
+        )
+        found[f"{layer}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[f"{layer}.down_proj"] = down
+    return found
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_experts_that_a_file_has_as_one_tensor(scan_layers, models, tmp_path):
+    others = shutil.ignore_patterns("peft_*", "*.npz")
+    folder = shutil.copytree(GOLDEN / "qwen3_moe", tmp_path / "model", ignore=others)
+    whole = as_whole(load_file(folder / "model.safetensors"))
+    save_file(whole, folder / "model.safetensors")
+    loaded = load_base(folder, scan_layers=scan_layers)
+    wanted = flatten(models("qwen3_moe", scan_layers=scan_layers).params)
+    got = flatten(loaded.params)
+    assert got.keys() == wanted.keys()
+    assert all(np.array_equal(got[path], wanted[path]) for path in wanted)
+    save_model(tmp_path / "out", loaded.params, folder)
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == whole.keys()
+    assert all(np.array_equal(again[key], whole[key]) for key in whole)
+    del whole["model.layers.1.mlp.experts.down_proj"]
+    save_file(whole, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: layers.1.mlp.experts.down_proj"):
+        load_base(folder)
 
 
 @pytest.mark.parametrize(

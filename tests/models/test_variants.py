@@ -14,7 +14,8 @@ from tests.models.golden import GOLDEN
 
 VARIANTS = GOLDEN / "variants"
 SHORT = 6
-BASES = {"gpt2_layers": "gpt2", "phi3_longrope": "phi3"}
+GENERATED = ("gpt2_layers", "phi3_longrope")
+BASES = dict(zip(GENERATED, ("gpt2", "phi3"), strict=True)) | {"olmoe_clip": "olmoe"}
 
 
 def folder(name, target):
@@ -37,8 +38,10 @@ def assert_close(found, reference):
     np.testing.assert_allclose(found, reference, rtol=1e-5, atol=6e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    [*((n, scan) for n in GENERATED for scan in (False, True)), ("olmoe_clip", True)],
+)
 def test_logits_are_those_of_transformers(name, scan, tmp_path):
     model = load_model(folder(name, tmp_path / "m"), scan_layers=scan)
     run = jax.jit(model.module.apply)
@@ -59,7 +62,7 @@ def test_longrope_goes_by_the_positions_where_they_are_given(tmp_path):
     assert_close(found[:, SHORT:], wanted(f"{name}_short"))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize(("length", "new"), [(4, 5), (9, 3)], ids=["short", "long"])
 def test_generation_continues_as_the_whole_text_is_read(name, length, new, tmp_path):
     model = load_model(folder(name, tmp_path / "m"))

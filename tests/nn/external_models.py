@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import LoRAConfig
+from lora_jax import LoRAConfig, register_layer
 from tests.nn.external_modules import (
     Albert,
     Boxed,
@@ -24,11 +24,17 @@ from tests.nn.external_modules import (
     Jitted,
     NestedScan,
     Odds,
+    RaggedLinear,
+    RaggedMoE,
     ResNet,
     ScannedDecoder,
+    TransposedLinear,
     ViT,
     VmappedExperts,
 )
+
+register_layer(RaggedLinear, "mi,eio->mo", weight="w")
+register_layer(TransposedLinear, "mi,eoi->mo", weight="w")
 
 
 class External(NamedTuple):
@@ -140,6 +146,13 @@ MODELS = [
         EinsumMoE(),
         (_floats(2, 5, 6),),
         ("router", "up", "down"),
+        rank=3,
+    ),
+    External(
+        "ragged_moe",
+        RaggedMoE(),
+        (_floats(2, 5, 6),),
+        ("router", "wi", "wo"),
         rank=3,
     ),
     External(

@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 
@@ -149,6 +150,42 @@ class EinsumMoE(nn.Module):
             name="down",
         )(nn.relu(x))  # fmt: skip
         return x.sum(1)
+
+
+class RaggedLinear(nn.Module):
+    """As in MaxText: kernels of all experts made by hand, for rows sorted by expert."""
+
+    features: int
+    is_transposed: bool = False
+
+    @nn.compact
+    def __call__(self, inputs, group_sizes):
+        shape = (len(group_sizes), inputs.shape[-1], self.features)
+        shape = (shape[0], *shape[:0:-1]) if self.is_transposed else shape
+        w = self.param("w", nn.initializers.lecun_normal(batch_axis=0), shape)
+        w = w.swapaxes(1, 2) if self.is_transposed else w
+        return jax.lax.ragged_dot(inputs, w.astype(inputs.dtype), group_sizes)
+
+
+class TransposedLinear(RaggedLinear):
+    """The same, as PyTorch stores kernels."""
+
+    is_transposed: bool = True
+
+
+class RaggedMoE(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        b, t, d = x.shape
+        gates = nn.softmax(nn.Dense(3, name="router")(x).reshape(b * t, 3))
+        weights, chosen = jax.lax.top_k(gates, 2)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        rows = x.reshape(b * t, d)[order // 2]
+        sizes = jnp.bincount(chosen.reshape(-1), length=3)
+        rows = nn.relu(RaggedLinear(10, name="wi")(rows, sizes))
+        rows = TransposedLinear(d, name="wo")(rows, group_sizes=sizes)
+        rows = rows[jnp.argsort(order)].reshape(b * t, 2, d)
+        return jnp.einsum("nk,nkd->nd", weights, rows).reshape(b, t, d)
 
 
 class EncoderDecoder(nn.Module):

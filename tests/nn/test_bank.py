@@ -102,17 +102,121 @@ def test_replacing_adding_and_removing_compile_nothing():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("way", ["sort", "mask"])
+def test_every_way_gives_what_gathering_does(way):
+    several = member(1), member(2, rank=3, targets=["up"]), member(3, rank=1)
+    bank = of(*several, capacity={2: 3, 3: 2})
+    names = ["m2", None, "m0", "m1"]
+    wanted = bank.module.apply(bank.variables(names), X)
+    bank.way = way
+    found = bank.module.apply(bank.variables(names), X)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    alone, variables, _ = several[1]
+    np.testing.assert_allclose(
+        found[3], alone.apply(variables, X[3]), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found[1], Net().apply({"params": PARAMS}, X[1]), rtol=1e-5, atol=1e-6
+    )
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.DenseGeneral((2, 3), name="split")(x)
+        mixed = nn.DenseGeneral(4, axis=(-2, -1), name="join")(jnp.tanh(heads))
+        return nn.DenseGeneral(5, axis=1, name="tokens")(mixed)
+
+
+def test_layers_of_heads_are_known_to_every_way_and_others_refused():
+    params = Heads().init(jax.random.key(0), X)["params"]
+    adapted = adapt(Heads(), LoRAConfig(2, 3, targets=["split", "join"]), X)
+    rows = [
+        (trained(adapted.attach(params, jax.random.key(seed)))[LORA],)
+        for seed in (1, 2)
+    ]
+    members = {f"m{i}": (*row, adapted.targets(params)) for i, row in enumerate(rows)}
+    bank = AdapterBank(Heads(), params, members, X)
+    names = ["m1", None, "m0", "m1"]
+    found = []
+    for way in ("gather", "sort", "mask"):
+        bank.way = way
+        found.append(bank.module.apply(bank.variables(names), X))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-6)
+    bank.way = "gather"
+    adapted = adapt(Heads(), LoRAConfig(1, 3, targets=["tokens"]), X)
+    variables = adapted.attach(params, jax.random.key(1))
+    members = {"m": (variables[LORA], adapted.targets(params))}
+    bank = AdapterBank(Heads(), params, members, X)
+    bank.way = "mask"
+    with pytest.raises(ValueError, match="'tokens' is not a layer that the way 'mask'"):
+        bank.module.apply(bank.variables(["m"] * 4), X)
+
+
+@pytest.mark.parametrize("way", ["gather", "sort", "mask"])
+def test_each_token_may_have_its_own_adapter(way):
+    several = member(1), member(2, rank=3)
+    bank = of(*several)
+    bank.way = way
+    names = [["m0", None, "m1", "m1", "m0"], ["m1"] * 5, [None] * 5, ["m0"] * 5]
+    got = bank.module.apply(bank.variables(names), X)
+    every = {None: Net().apply({"params": PARAMS}, X)}
+    for number, (adapted, variables, _) in enumerate(several):
+        every[f"m{number}"] = adapted.apply(variables, X)
+    for row, own in enumerate(names):
+        for token, name in enumerate(own):
+            wanted = every[name][row, token]
+            np.testing.assert_allclose(got[row, token], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fastest_way_is_measured_and_kept():
+    bank = of(member(1), member(2))
+    seconds = bank.choose(["m0", "m1", None, "m0"], X)
+    assert [*seconds] == ["gather", "sort", "mask"]
+    assert bank.way == bank.module.way == min(seconds, key=lambda way: seconds[way])
+    assert [*of(member(1, dora=True)).choose(["m0"] * 4, X)] == ["gather"]
+
+
+def test_an_adapter_goes_to_the_smallest_rank_class_and_compiles_nothing():
+    bank, traces = of(member(1, rank=1), capacity={1: 2, 3: 1}), []
+    for way in ("gather", "mask"):
+        bank.way = way
+
+        @jax.jit
+        def run(variables):
+            traces.append(1)
+            return bank.module.apply(variables, X[:2])
+
+        run(bank.variables(["m0", None]))
+        bank.add("wide", *member(2, rank=3)[2])
+        bank.add("m0", *member(3, rank=1)[2])
+        adapted, variables, _ = member(2, rank=3)
+        got = run(bank.variables(["m0", "wide"]))
+        wanted = adapted.apply(variables, X[1])
+        np.testing.assert_allclose(got[1], wanted, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="is full: capacity = 3, and it holds m0"):
+            bank.add("wider", *member(4, rank=2)[2])
+        bank.add("wide", *member(4, rank=1)[2])  # and leaves its room to another
+        bank.add("wider", *member(4, rank=2)[2])
+        run(bank.variables(["wide", "wider"]))
+        bank.remove("wide")
+        bank.remove("wider")
+    assert len(traces) == 2  # one for each way
+    assert bank.names == ["m0"]
+
+
 def test_gradients_of_a_mixed_batch_are_those_of_each_alone():
     several = member(1), member(2)
     bank = of(*several)
     names = ["m1", "m0", "m1", "m0"]
 
     def mixed(lora):
-        rows = jax.tree.map(lambda leaf: leaf[bank.slots(names)], lora)
+        rows = jax.tree.map(lambda leaf: leaf[bank.slots(names)[0]], lora)
         variables = {"frozen": PARAMS, "lora": rows}
         return jnp.sum(jnp.sin(bank.module.apply(variables, X)))
 
-    got = jax.grad(mixed)(bank._lora)
+    got = jax.grad(mixed)(bank._lora[0])
     for index, rows in ((1, [0, 2]), (0, [1, 3])):
         adapted, variables, _ = several[index]
 
@@ -120,7 +224,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_each_alone():
             y = adapted.apply({"frozen": PARAMS, "lora": lora}, X[jnp.array(rows)])
             return jnp.sum(jnp.sin(y))
 
-        slot = int(bank.slots([f"m{index}"])[0])
+        slot = int(bank.slots([f"m{index}"])[0][0])
         wanted = jax.grad(alone)(variables[LORA])
         for layer, scaling in (("up", 1.5), ("down", 1.5)):
             np.testing.assert_allclose(  # the scaling is in the bank's B
@@ -168,3 +272,15 @@ def test_misuse_is_told():
         of(member(1), member(2, dora=True))
     with pytest.raises(ValueError, match="from 1 to capacity = 1 members; got 2"):
         of(member(1), member(2), capacity=1)
+    with pytest.raises(ValueError, match=r"by rank, both at least 1.*got \{0: 3\}"):
+        of(member(1), capacity={0: 3})
+    with pytest.raises(ValueError, match=r"adapter 'm0': .*rank of at least 2; got 1"):
+        of(member(1), capacity={1: 3})
+    with pytest.raises(ValueError, match="capacity must be one number for DoRA"):
+        of(member(1, dora=True), capacity={2: 3, 4: 1})
+    with pytest.raises(ValueError, match=r"as tokens; got rows of \[1, 2\]"):
+        bank.variables([["m0"], ["m0", "m1"]])
+    with pytest.raises(ValueError, match="way must be one of gather, sort, mask"):
+        bank.way = "slow"
+    with pytest.raises(ValueError, match="way must be 'gather' for DoRA"):
+        of(member(1, dora=True)).way = "mask"

@@ -205,8 +205,11 @@ def test_all_linear_warns_about_unsupported_layers():
     text = str(told[0].message)
     assert "experts (Cell)" in text
     assert "lstm/ii/kernel (DenseParams, and 7 more like it)" in text
+    assert "experts (Cell): 9 weights, 220 parameters, of layer types that" in text
     assert "Register them with `register_layer`" in text
     assert [row.path for row in rows][-1] == "out"
+    config = LoRAConfig(rank=2)
+    assert adapt(Cell(), config, X).frozen_notes() == [text]
     kept = LoRAConfig(rank=2, exclude=[r"experts", *(f"lstm/{g}" for g in _GATES)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

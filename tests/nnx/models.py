@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import lora_jax.nnx as lnnx
+
 
 class Case(NamedTuple):
     """A model, its inputs and the layers that a test adapts."""
@@ -180,6 +182,44 @@ class Containers(nnx.Module):
         return self.experts(jnp.stack([x, y], axis=-2))
 
 
+class Experts(nnx.Module):
+    """Rows sorted by expert, each multiplied by the matrix of its own."""
+
+    def __init__(self, i, o, *, rngs, param_dtype):
+        self.w = nnx.Param(rngs.params.normal((3, i, o), param_dtype))
+
+    def __call__(self, x, sizes):
+        return jax.lax.ragged_dot(x, self.w[...], sizes)
+
+
+lnnx.register_layer(Experts, "mi,eio->mo", weight="w")
+
+
+class TurnedExperts(nnx.Module):
+    """The same, stored transposed."""
+
+    def __init__(self, i, o, *, rngs, param_dtype):
+        self.w = nnx.Param(rngs.params.normal((3, o, i), param_dtype))
+
+    def __call__(self, x, sizes):
+        return jax.lax.ragged_dot(x, self.w[...].swapaxes(1, 2), sizes)
+
+
+lnnx.register_layer(TurnedExperts, "mi,eoi->mo", weight="w")
+
+
+class Mixture(nnx.Module):
+    def __init__(self, kinds):
+        self.router = nnx.Linear(6, 3, **kinds)
+        self.up, self.down = Experts(6, 5, **kinds), TurnedExperts(5, 6, **kinds)
+
+    def __call__(self, x):
+        expert = jnp.argmax(self.router(x), axis=-1)
+        order, sizes = jnp.argsort(expert), jnp.bincount(expert, length=3)
+        y = self.down(nnx.gelu(self.up(x[order], sizes=sizes)), sizes)
+        return x + y[jnp.argsort(order)]
+
+
 class Projections(nnx.Module):
     """One layer of each kind that qwix and gemma.peft adapt, without activations."""
 
@@ -208,6 +248,7 @@ CASES = {
     "batchnorm": Case(BatchNormNet, _normal(2, 7, 3), ["conv", "head"], 2),
     "shared": Case(Shared, _IDS, ["block", "embed"], 2),
     "containers": Case(Containers, _normal(4, 6), _LISTED, 4),
+    "mixture": Case(Mixture, _normal(7, 6), ["up", "down"], 2),
 }
 
 

@@ -11,7 +11,7 @@ import lora_jax
 import lora_jax.nnx as lnnx
 from lora_jax import LoRAConfig
 from lora_jax.tree.paths import flatten
-from tests.nnx.models import build, train_a_little
+from tests.nnx.models import Einsum, Experts, build, train_a_little
 from tests.reference import assert_close
 
 
@@ -190,6 +190,96 @@ def test_a_registered_layer_is_adapted_by_its_equation():
         lnnx.register_layer("Linear", "...i,io->...o")  # pyright: ignore[reportArgumentType] - on purpose
 
 
+class Squared(Einsum):
+    """A duck that doesn't quack: its weight is transformed before use."""
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, jnp.square(self.w[...]))
+
+
+class Square(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((6, 6)))
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def test_an_equation_must_reproduce_its_layer():
+    kinds = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float32}
+    message = "'w', a weight of {}, which can't be adapted: its equation does not repro"
+    with pytest.raises(ValueError, match=message.format("Squared")):
+        adapt(Squared("bi,io->bo", (6, 5), **kinds), targets=".*")
+    lnnx.register_layer(Square, "...i,oi->...o", weight="w")
+    with pytest.raises(ValueError, match=message.format("Square")):
+        lnnx.find_targets(nnx.eval_shape(Square), LoRAConfig(targets=".*"))
+    lnnx.register_layer(Square, "...i,io->...o", weight="w")
+    assert adapt(Square(), targets=".*").lora_a.shape == (6, 2)
+
+
+def rounding_dot(x, kernel, *args, **kwargs):
+    return jax.lax.dot_general(x, jnp.round(4 * kernel) / 4, *args, **kwargs)
+
+
+def test_a_transformed_kernel_is_adapted_but_never_merged():
+    kinds = {"dot_general": rounding_dot, "rngs": nnx.Rngs(0)}
+    base = nnx.Linear(6, 5, **kinds)
+    model = train_a_little(adapt(base, targets=".*"))
+    assert_close(model(X) - base(X), 3 * (X @ model.lora_a[...]) @ model.lora_b[...])
+    own = lnnx.LoRALinear(6, 5, lora=LoRAConfig(rank=2), **kinds)
+    for made in (model, own):
+        with pytest.raises(
+            ValueError, match="can't be merged: their modules transform"
+        ):
+            lnnx.merge(made)
+    with pytest.raises(ValueError, match="dora=True needs the kernel that"):
+        adapt(base, targets=".*", dora=True)
+
+
+class TiedByHand(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(7, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids):
+        return nnx.gelu(self.embed(ids)) @ self.embed.embedding[...].T
+
+
+def test_a_merge_that_would_change_the_output_is_told_by_an_example():
+    ids = jnp.array([[1, 4, 2]])
+    model = train_a_little(adapt(TiedByHand(), targets=["embed"]))
+    with pytest.raises(ValueError, match="merged model differs from the adapted one"):
+        lnnx.merge(model, ids)
+    off = lnnx.merge(model)(ids) - model(ids)
+    assert np.abs(off).max() > 0.1
+    silent = adapt(TiedByHand(), targets=["embed"])
+    np.testing.assert_array_equal(lnnx.merge(silent, ids)(ids), silent(ids))
+    mlp = train_a_little(adapt(Mlp()))
+    assert_close(lnnx.merge(mlp, x=X)(X), mlp(X))
+
+
+def test_each_expert_has_the_adapter_of_the_linen_side():
+    class LinenExperts(nn.Module):
+        @nn.compact
+        def __call__(self, x, sizes):
+            w = self.param("w", nn.initializers.normal(), (3, 6, 5))
+            return jax.lax.ragged_dot(x, w, sizes)
+
+    lora_jax.register_layer(LinenExperts, "mi,eio->mo", weight="w")
+    sizes, config = jnp.array([2, 0, 1]), LoRAConfig(rank=2, alpha=6)
+    base = Experts(6, 5, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    model = lnnx.adapt(base, config, rngs=nnx.Rngs(1))
+    (target,) = lnnx.lora_targets(model)
+    assert target.kind == "experts"
+    assert target.leaf_shapes == {"lora_a": (3, 6, 2), "lora_b": (3, 2, 5)}
+    linen = lora_jax.adapt(LinenExperts(), config, X, sizes)
+    variables = linen.attach({"w": base.w[...]}, jax.random.key(1))
+    np.testing.assert_array_equal(model.lora_a[...], variables["lora"]["lora_a"])
+    model = train_a_little(model)
+    kernel = base.w[...] + 3 * model.lora_a[...] @ model.lora_b[...]
+    wanted = jnp.einsum("mi,mio->mo", X, kernel[jnp.array([0, 0, 2])])
+    assert_close(model(X, sizes), wanted)
+
+
 class DenseGeneral(nnx.Module):
     """As in MaxText: the axes are attributes of their own names."""
 
@@ -211,6 +301,63 @@ def test_a_dense_layer_of_maxtext_is_known_by_its_attributes(inputs, outputs, ax
     model = train_a_little(adapt(DenseGeneral(inputs, outputs, axis)))
     x = X if axis == -1 else X.reshape(3, 2, 3)
     assert_close(lnnx.merge(model)(x), model(x))
+
+
+class ShardedLinear(nnx.Module):
+    """As in Bonsai: the sharding of the output must be given."""
+
+    def __init__(self, inputs, outputs, dtype=jnp.float32):
+        initializer = jax.nn.initializers.lecun_normal()
+        self.kernel = nnx.Param(
+            initializer(jax.random.key(0), (inputs, outputs), dtype)
+        )
+        self.bias = nnx.data(jnp.zeros((outputs,), dtype))
+
+    def __call__(self, x, *, out_sharding):
+        return jnp.matmul(x, self.kernel, out_sharding=out_sharding) + self.bias
+
+
+class ShardedEmbedding(nnx.Embed):
+    """As in Bonsai: flax's arithmetic, written again."""
+
+    def __call__(self, inputs, *, out_sharding):
+        return self.embedding[...].at[inputs].get(out_sharding=out_sharding)
+
+    def attend(self, query, *, out_sharding):
+        return jnp.dot(query, self.embedding[...].T, out_sharding=out_sharding)
+
+
+class Bonsai(nnx.Module):
+    def __init__(self):
+        self.embed = ShardedEmbedding(7, 6, rngs=nnx.Rngs(0))
+        self.proj = ShardedLinear(6, 6)
+        self.odd = SquaredKernel(6, 6)
+
+    def __call__(self, ids):
+        x = self.odd(self.proj(self.embed(ids, out_sharding=None), out_sharding=None))
+        return self.embed.attend(x, out_sharding=None)
+
+
+class SquaredKernel(ShardedLinear):
+    def __call__(self, x):
+        return x @ jnp.square(self.kernel[...])
+
+
+def test_layers_of_bonsai_are_known_by_what_they_compute():
+    base, ids = Bonsai(), jnp.array([[1, 4, 2]])
+    model = adapt(base, targets=["proj", "embed"])
+    np.testing.assert_array_equal(model(ids), base(ids))
+    model = train_a_little(model)
+    assert_close(lnnx.merge(model, ids)(ids), model(ids))
+    with pytest.warns(
+        UserWarning, match=r"does not adapt odd/kernel \(SquaredKernel\)"
+    ):
+        assert [t.path for t in lnnx.find_targets(base, LoRAConfig())] == ["proj"]
+    large = nnx.eval_shape(lambda: ShardedLinear(8192, 8192, jnp.bfloat16))
+    assert len(lnnx.find_targets(large, LoRAConfig(targets=".*"))) == 1
+    wrong = nnx.eval_shape(lambda: SquaredKernel(8192, 4096))
+    with pytest.raises(ValueError, match="its equation does not reproduce its output"):
+        lnnx.find_targets(wrong, LoRAConfig(targets=".*"))
 
 
 def test_stacked_layers_are_told_by_the_shape_that_they_declare():
@@ -290,3 +437,5 @@ def test_an_array_of_two_modules_has_two_adapters_but_no_merged_value():
     assert adapted.twin.lora_a is not adapted.layer_0.lora_a
     with pytest.raises(ValueError, match=r"layer_0/kernel and twin/kernel are one"):
         lnnx.merge(adapted)
+    with pytest.warns(UserWarning, match=r"layer_0/kernel is adapted, and twin/kernel"):
+        adapt(model, targets=["layer_0"])

@@ -1,5 +1,6 @@
 """Files: the Linen side's folders, PEFT's, and the trees of qwix and gemma.peft."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -151,12 +152,86 @@ def test_stacked_layers_have_a_name_each(tmp_path):
         lnnx.export_adapter(tmp_path, model)
 
 
+def both_ways(folder, base, model, names):
+    """The tensors and the config of an export, after a load that changed nothing."""
+    lnnx.export_adapter(folder / "one", model, names)
+    loaded = lnnx.load_peft(folder / "one", base, names)
+    lnnx.export_adapter(folder / "two", loaded, names)
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    for file in files:
+        one, two = ((folder / name / file).read_bytes() for name in ("one", "two"))
+        assert one == two
+    got, wanted = (nnx.state(each, lnnx.Trained) for each in (loaded, model))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    tensors, config = (folder / "one" / file for file in files)
+    cut = len("base_model.model.")
+    named = {name[cut:]: tensor for name, tensor in load_file(tensors).items()}
+    return named, json.loads(config.read_text())
+
+
+def test_modules_trained_in_full_are_saved_whole(tmp_path):
+    base = build("vit")
+    train, targets = ["patches", "out", "norm"], ["query"]
+    config = LoRAConfig(rank=2, alpha=6, targets=targets, train=train)
+    model = train_a_little(lnnx.adapt(base, config, rngs=nnx.Rngs(1)))
+    tensors, settings = both_ways(tmp_path, base, model, None)
+    assert settings["modules_to_save"] == ["attention.out", "norm", "patches"]
+    patches, out = model.patches, model.attention.out
+    moved = np.moveaxis(patches.kernel[...], (-1, -2), (0, 1))
+    np.testing.assert_array_equal(tensors["patches.weight"], moved)
+    np.testing.assert_array_equal(tensors["patches.bias"], patches.bias[...])
+    kernel = out.kernel.reshape(6, 6).T
+    np.testing.assert_array_equal(tensors["attention.out.weight"], kernel)
+    assert {"norm.weight", "norm.bias"} <= tensors.keys()
+
+
+def test_trained_biases_and_layers_of_a_stack_are_saved(tmp_path):
+    base = build("scanned")
+    names = {r"blocks/(\w+)": r"layers.{}.\1"}
+    fields = {"targets": ["up"], "bias": "lora_only", "train": ["down"]}
+    config = LoRAConfig(rank=2, alpha=6, **fields)
+    model = train_a_little(lnnx.adapt(base, config, rngs=nnx.Rngs(1)))
+    tensors, settings = both_ways(tmp_path, base, model, names)
+    assert settings["bias"] == "lora_only"
+    assert settings["modules_to_save"] == [f"layers.{i}.down" for i in range(3)]
+    down = model.blocks.down.kernel[1].T
+    np.testing.assert_array_equal(tensors["layers.1.down.weight"], down)
+    bias = tensors["layers.2.up.base_layer.bias"]
+    np.testing.assert_array_equal(bias, model.blocks.up.bias[2])
+
+
+def test_experts_are_parameters_for_peft(tmp_path):
+    base = build("mixture")
+    names = {"up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+    config = LoRAConfig(rank=2, alpha=6, targets=["up", "down"])
+    model = train_a_little(lnnx.adapt(base, config, rngs=nnx.Rngs(1)))
+    tensors, settings = both_ways(tmp_path, base, model, names)
+    assert settings["target_parameters"] == sorted(names.values())
+    assert settings["target_modules"] == []
+    a = tensors["mlp.experts.base_layer.lora_A.weight"]  # expert by expert
+    np.testing.assert_array_equal(a[2:4], model.up.lora_a[1].T)
+    b = tensors["mlp.experts.lora_B.weight"]  # rank by rank
+    np.testing.assert_array_equal(b[:, 1::3].T, model.down.lora_b[1])
+    dora = lnnx.adapt(base, dataclasses.replace(config, dora=True), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"down has DoRA of experts.*up has DoRA"):
+        lnnx.export_adapter(tmp_path, dora, names)
+    with pytest.raises(ValueError, match=r"of up, .*end in experts.gate_up_proj or"):
+        lnnx.export_adapter(tmp_path, model)
+
+
 def test_what_does_not_fit_is_told_at_once(tmp_path):
-    model = lnnx.adapt(Mlp(), LoRAConfig(train=["head"], rank=2), rngs=nnx.Rngs(1))
+    config = LoRAConfig(train=["head", "up/bias"], rank=2)
+    model = lnnx.adapt(Mlp(), config, rngs=nnx.Rngs(1))
     with pytest.raises(
-        ValueError, match=r"pattern for 'down'.*head/bias is trained in"
+        ValueError,
+        match=r"pattern for 'down'.*head/bias is trained, .*up/bias is trained beside",
     ):
         lnnx.export_adapter(tmp_path, model, {"up": "up"})
+    grouped = lnnx.adapt(
+        build("batchnorm"), LoRAConfig(targets=["conv"], rank=1), rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(ValueError, match="conv, a grouped convolution, has no form in"):
+        lnnx.export_adapter(tmp_path, grouped)
     model = lnnx.adapt(Mlp(), LoRAConfig(rank=2), rngs=nnx.Rngs(1))
     lnnx.export_adapter(tmp_path, model)
     with pytest.raises(
@@ -190,20 +265,27 @@ def test_adapters_of_qwix_and_tunix_are_read():
     assert_close(merged(x), model(x))
 
 
-def test_what_qwix_itself_trained_computes_alike():
-    """Made by tests/golden/make_qwix.py, with the version in its metadata."""
-    found = load_file(GOLDEN / "qwix_nnx.safetensors")
+@pytest.mark.parametrize(("tool", "alpha"), [("qwix_nnx", 6), ("gemma_peft", None)])
+def test_what_another_tool_trained_computes_alike_and_goes_to_peft(
+    tmp_path, tool, alpha
+):
+    """Made by tests/golden/make_*.py, with the versions in the files' metadata."""
+    found = load_file(GOLDEN / f"{tool}.safetensors")
     trees = {name: {} for name in ("base", "lora")}
     for path, array in found.items():
-        if "/" in path:
-            trees[path.partition("/")[0]][path.partition("/")[2]] = jnp.asarray(array)
+        tree, _, leaf = path.partition("/")
+        if tree == "base" and not leaf.startswith("out/"):
+            leaf = leaf.replace("kernel", "w")  # of gemma's einsums
+        if leaf:
+            trees[tree][leaf] = jnp.asarray(array)
     base = Projections()
     graphdef, state = nnx.split(base)
     nnx.replace_by_pure_dict(state, unflatten(trees["base"]))
-    model = lnnx.load_factors(
-        unflatten(trees["lora"]), nnx.merge(graphdef, state), alpha=6
-    )
+    base = nnx.merge(graphdef, state)
+    model = lnnx.load_factors(unflatten(trees["lora"]), base, alpha=alpha)
     assert_close(model(jnp.asarray(found["x"])), found["y"])
+    names = {"each": "mlp.experts.down_proj", r"(\w+)": r"attn.\1"}
+    both_ways(tmp_path, base, model, names)
 
 
 def test_trees_of_gemma_peft_are_read_and_exported(tmp_path):

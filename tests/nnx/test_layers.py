@@ -88,6 +88,49 @@ def test_attention_adapts_its_projections(tmp_path):
         lnnx.load_adapter(tmp_path, other)
 
 
+def test_projections_of_one_input_share_a_product_and_a_mask():
+    kinds = {"lora": LoRAConfig(rank=2, alpha=6, dora=True), "decode": False}
+    layer = lnnx.LoRAAttention(2, 6, rngs=nnx.Rngs(0), **kinds)
+    layer = train_a_little(layer)
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def together(state, *inputs):
+        return nnx.merge(graphdef, state, copy=True)(*inputs)
+
+    @jax.jit
+    def apart(state, *inputs):
+        copy = nnx.merge(graphdef, state, copy=True)
+        return nnx.MultiHeadAttention.__call__(copy, *inputs)
+
+    def products(run, inputs):
+        return str(run.trace(state, *inputs).jaxpr).count("dot_general[")
+
+    for fewer, inputs in ((2, (X,)), (1, (X, X + 1)), (0, (X, X + 1, X + 2))):
+        assert products(together, inputs) == products(apart, inputs) - fewer
+        assert_close(together(state, *inputs), apart(state, *inputs))
+    assert_close(lnnx.merge(layer)(X), layer(X))
+
+
+def test_one_mask_drops_the_input_of_all_projections():
+    targets = ["query", "key", "value"]
+    config = LoRAConfig(rank=2, alpha=6, targets=targets, dropout_rate=0.5)
+    layer = lnnx.LoRAAttention(2, 6, lora=config, decode=False, rngs=nnx.Rngs(0))
+    layer = train_a_little(layer)
+    for name in targets[1:]:
+        for leaf in ("kernel", "lora_a", "lora_b"):
+            source = getattr(layer.query, leaf)[...]
+            getattr(getattr(layer, name), leaf).set_value(source)
+    seen = []
+    layer.attention_fn = lambda *heads, **_: seen.extend(heads) or heads[2]
+    layer(X)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
+    layer.query.lora_rngs()
+    layer(X)
+    assert np.abs(seen[0] - seen[3]).max() > 0
+
+
 def test_layers_made_by_vmap_have_an_adapter_each():
     @nnx.split_rngs(splits=3)
     @nnx.vmap
@@ -121,6 +164,41 @@ def test_an_adapter_is_placed_and_named_as_its_kernel():
         assert leaf[...].sharding.spec == PartitionSpec(*axes)
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(adapted(X), layer(X))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_mesh_of_explicit_axes_computes_and_differentiates_alike(dora):
+    config = LoRAConfig(rank=2, alpha=6, targets=".*", dora=dora)
+    plain = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    wanted = train_a_little(lnnx.adapt(plain, config, rngs=nnx.Rngs(1)))
+    explicit = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=explicit)
+    place = PartitionSpec(None, None, "model")
+    with jax.set_mesh(mesh):
+        names = {"kernel": ("data", "model"), "bias": ("model",)}
+        metadata = {f"{n}_metadata": {"out_sharding": s} for n, s in names.items()}
+        layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0), **metadata)
+        got = lnnx.adapt(layer, config, rngs=nnx.Rngs(1))
+        for name, leaf in nnx.to_flat_state(nnx.state(wanted, lnnx.Trained)):
+            own = getattr(got, name[0])
+            own.set_value(jax.device_put(leaf[...], own[...].sharding))
+
+        def gradient(model, **options):
+            def loss(model):
+                return jnp.sum(jnp.square(model(X, **options)))
+
+            return nnx.grad(loss, argnums=nnx.DiffState(0, lnnx.Trained))(model)
+
+        grads = nnx.jit(lambda model: gradient(model, out_sharding=place))(got)
+        y = got(X, out_sharding=place)
+        assert jax.typeof(y).sharding.spec == place
+        merged = lnnx.merge(got)
+        kernel = PartitionSpec(*names["kernel"])
+        assert jax.typeof(merged.kernel[...]).sharding.spec == kernel
+    assert_close(y, wanted(X))
+    assert_close(merged.kernel[...], lnnx.merge(wanted).kernel[...])
+    expected = nnx.to_pure_dict(gradient(wanted))
+    jax.tree.map(assert_close, nnx.to_pure_dict(grads), expected)
 
 
 def test_a_call_by_keyword_or_another_equation_is_adapted():

@@ -149,6 +149,39 @@ def test_an_optimizer_of_all_params_is_told_that_it_would_train_the_base():
     nnx.Optimizer(Model(), full, wrt=nnx.Param)  # without adapters there is no mistake
 
 
+def test_a_gradient_of_the_base_is_refused_whatever_the_optimizer():
+    x = jnp.ones((4, 6))
+    base = build("scanned")
+    model = lnnx.adapt(base, LoRAConfig(rank=2, alpha=6), rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+    def loss_fn(model):
+        return jnp.sum(jnp.square(model(x)))
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss_fn)(model))  # by default of nnx.Param
+
+    message = r"gradient of Linear.kernel.*the base would be.*wrt=lora_jax.nnx.Trained"
+    with pytest.raises(ValueError, match=message):
+        step(model, optimizer)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    with pytest.raises(ValueError, match=message):
+        jax.grad(lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)))(params)
+    nnx.grad(loss_fn)(base)  # without adapters there is no mistake
+    grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, lnnx.Trained))(model)
+    assert {path[-1] for path, _ in nnx.to_flat_state(grads)} == {"lora_a", "lora_b"}
+
+
+def test_a_kernel_that_is_trained_beside_its_adapter_has_a_gradient():
+    layer, x = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
+    config = LoRAConfig(rank=2, targets=".*", train=["kernel"])
+    model = lnnx.adapt(layer, config, rngs=nnx.Rngs(1))
+    diff = nnx.DiffState(0, lnnx.Trained)
+    grads = nnx.grad(lambda model: model(x).sum(), argnums=diff)(model)
+    np.testing.assert_array_equal(grads["kernel"][...], 2 * jnp.ones((3, 4)))
+
+
 def test_tree_mode_differentiates_the_trained_half():
     model = lnnx.adapt(Model(), CONFIG, rngs=nnx.Rngs(1))
     graphdef, trained, frozen = nnx.split(model, lnnx.Trained, ..., graph=False)

@@ -1,12 +1,15 @@
 """DoRA's arithmetic: factored norms, no change at init, a gradient with constant n."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.names import LINEAR, X_A
 from lora_jax.ops import DENSE, Contraction, column_norm, lora_dense, merge_dora
 from lora_jax.ops.dora import adapted_norm, dora_scale, rescale
 from tests import reference
@@ -245,3 +248,20 @@ def test_a_magnitude_of_the_wrong_shape_is_rejected():
         dora_dense(x, kernel, a, b, jnp.ones(10), scaling=SCALING)
     with pytest.raises(TypeError, match=r"must be floating-point; got magnitude int32"):
         dora_dense(x, kernel, a, b, jnp.ones(8, "int32"), scaling=SCALING)
+
+
+def test_saving_outputs_computes_no_layer_again_in_the_backward_pass():
+    x, w0, a, b, m = (normal(s) for s in [(9, 5), (5, 7), (5, 2), (2, 7), (7,)])
+    policy = jax.checkpoint_policies.save_only_these_names(X_A, LINEAR)
+
+    def loss(factors):
+        a, b, m = factors
+        y = lora_dense(x, w0, a, b, magnitude=m, scaling=1.5)
+        return jnp.sum(jnp.sin(checkpoint_name(y, LINEAR)))
+
+    saving = jax.checkpoint(loss, policy=policy)
+    text = jax.jit(jax.grad(saving)).lower((a, b, m)).compile().as_text()
+    products = re.findall(r"f32\[(\S*)\]\S* dot\(", text)
+    plain = jax.jit(jax.grad(loss)).lower((a, b, m)).compile().as_text()
+    assert products
+    assert products == re.findall(r"f32\[(\S*)\]\S* dot\(", plain)

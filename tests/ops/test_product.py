@@ -232,3 +232,16 @@ def test_batched_gradients_agree_with_and_without_the_barrier(rows, columns, dty
     assert got.dtype == jnp.float32
     scale = jnp.abs(wanted).max()
     np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_a_factor_that_is_not_trained_keeps_no_input():
+    x, w0, a, b = (normal(s) for s in [(32, 10), (10, 8), (10, 3), (3, 8)])
+
+    def of_b(b):
+        return lora_dense(x, w0, a, b, scaling=2.0)
+
+    y, backward = jax.vjp(of_b, b)
+    kept = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.size]
+    assert kept == [(32, 3)]  # x A alone
+    dy = normal(y.shape, seed=1)
+    assert_close(backward(dy)[0], 2.0 * (x @ a).T @ dy)

@@ -1,7 +1,8 @@
 """Gradients of a mixture of experts on meshes of eight devices, against one device.
 
-Run by test_eight_experts.py in a process of its own. Prints, for each mesh, the largest
-relative error, and the shape of the experts' kernel on one device.
+The loss includes that of load balancing. Run by test_eight_experts.py in a process of
+its own. Prints, for each mesh, the largest relative error, and the shape of the
+experts' kernel on one device.
 """
 
 import json
@@ -14,10 +15,12 @@ from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.names import ROUTED
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import make_mesh, shard_batch
 from lora_jax.parallel.rules import make_sharding, shard_variables
+from lora_jax.train.balance import balance_loss
 
 MESHES = {
     "data": {},
@@ -49,8 +52,10 @@ def main():
     variables["lora"] = jax.tree.map(lambda a: a + 0.1, variables["lora"])
 
     def loss(lora, variables, ids):
-        logits = adapted.apply({**variables, "lora": lora}, ids, deterministic=True)
-        return jnp.mean(jnp.sin(logits))
+        logits, kept = adapted.apply(
+            {**variables, "lora": lora}, ids, deterministic=True, mutable=[ROUTED]
+        )
+        return jnp.mean(jnp.sin(logits)) + 0.1 * balance_loss(kept[ROUTED])
 
     gradient = jax.value_and_grad(loss)
     wanted = jax.tree.leaves(jax.jit(gradient)(variables["lora"], variables, ids))

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lora_jax.attention.gated_delta import gated_delta_rule
 from lora_jax.config import LoRAConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.mixer_config import DeltaNetConfig
 from lora_jax.names import FROZEN, PARAMS
 from lora_jax.nn.adapt import adapt
 from lora_jax.parallel.mesh import make_mesh
@@ -140,6 +142,16 @@ def test_the_formula_matches_the_trace(traced):
     step, formula = traced
     assert formula.lora == pytest.approx(traced_flops(step.jaxpr.jaxpr), rel=0.1)
     assert 0.2 < formula.saved < 1 / 3
+
+
+def test_the_state_of_a_delta_net_is_counted_as_it_is_computed():
+    sizes = DeltaNetConfig(
+        num_heads=4, num_key_heads=2, key_dim=3, value_dim=5, conv_size=4
+    )
+    shapes = ((2, 3), (2, 3), (4, 5), (4,), (4,))  # of a token
+    arrays = [jax.ShapeDtypeStruct((2, 128, *own), jnp.float32) for own in shapes]
+    counted = traced_flops(jax.make_jaxpr(gated_delta_rule)(*arrays).jaxpr)
+    assert counted == pytest.approx(2 * 128 * sizes.token_flops(128))
 
 
 def test_of_a_mixture_only_the_experts_that_a_token_meets_are_counted():

@@ -57,6 +57,38 @@ def test_callbacks_run_at_their_periods_and_once_after_the_last():
     assert seen == [("b", 2), ("a", 3), ("b", 4), ("a", 5), ("b", 5)]
 
 
+def test_a_batch_is_made_while_the_device_works_on_the_one_before():
+    made, seen = [], []
+
+    def recorded(step):
+        made.append(step)
+        return batch_at(step)
+
+    fit(
+        start(),
+        STEP,
+        recorded,
+        total_steps=4,
+        every=[(1, lambda state: seen.append((int(state.step), max(made))))],
+    )
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 3)]
+    assert made == [0, 1, 2, 3]
+
+
+def test_a_batch_that_fails_loses_no_callback_of_the_step_before():
+    seen = []
+
+    def broken(step):
+        if step == 2:
+            raise OSError("row 7 is damaged")
+        return batch_at(step)
+
+    saves = [(1, lambda state: seen.append(int(state.step)))]
+    with pytest.raises(OSError, match="row 7"):
+        fit(start(), STEP, broken, total_steps=4, every=saves)
+    assert seen == [1, 2]
+
+
 def test_a_stop_ends_after_the_steps_in_flight_and_due_callbacks():
     seen, asked = [], iter([False, False, False, True])
     fitted = fit(

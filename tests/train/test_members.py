@@ -56,27 +56,34 @@ RUNS = [
 ]
 
 
-def make_members(params, runs, **own):
+def make_members(params, runs, own_rate=None, **own):
     shared, loss_fn = adapted_and_loss(LoRAConfig(rank=4, alpha=4, **own))
     targets = shared.targets(params)
-    hyper = Hyper.of(targets, learning_rate=1.0, **OPTIONS)
+    hyper = Hyper.of(targets, learning_rate=1.0, **OPTIONS, dropout_rate=own_rate)
     variables = shared.attach(params, jax.random.key(9))
     state = TrainState.create(variables, member_optimizer(hyper), jax.random.key(9))
     return Members(loss_fn, 1, state, hyper, len(runs)), targets
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_members_train_as_they_do_alone(params, dora):
-    members, targets = make_members(params, RUNS, dora=dora, dropout_rate=0.25)
+@pytest.mark.parametrize(
+    ("dora", "rates"), [(False, (0.25, 0.0, 0.6)), (True, (0.25, 0.25, 0.25))]
+)
+def test_members_train_as_they_do_alone(params, dora, rates):
+    is_apart = len({*rates}) > 1
+    shared = {"dora": dora, "dropout_rate": 0.0 if is_apart else rates[0]}
+    members, targets = make_members(
+        params, RUNS, own_rate=0.5 if is_apart else None, **shared
+    )
     alone = []
     for slot, (lora, options) in enumerate(RUNS):
         model, loss_fn = adapted_and_loss(
-            LoRAConfig(**lora, dora=dora, dropout_rate=0.25)
+            LoRAConfig(**lora, dora=dora, dropout_rate=rates[slot])
         )
         tx = lora_optimizer(**options, **OPTIONS)
         variables = model.attach(params, jax.random.key(slot))
         state = TrainState.create(variables, tx, jax.random.key(slot))
-        hyper = Hyper.of(model.targets(params), **options, **OPTIONS)
+        own = {"dropout_rate": rates[slot]} if is_apart else {}
+        hyper = Hyper.of(model.targets(params), **options, **OPTIONS, **own)
         members.put(slot, state, hyper)
         alone.append((make_train_step(loss_fn, tx), state, hyper))
     data = batches(M)

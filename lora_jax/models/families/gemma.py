@@ -19,7 +19,6 @@ from lora_jax.models.family import Fields
 
 def _read_common(fields: Fields, max_positions: int) -> dict[str, Any]:
     sizes = read_sizes(fields, max_positions_default=max_positions)
-    fields.only("use_bidirectional_attention", False)
     bias = fields.flag("attention_bias")
     return sizes | {
         "head_dim": fields.integer("head_dim", 256),
@@ -46,6 +45,7 @@ def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a Gemma 2 config: soft-caps, and a window in every other layer."""
     fields = Fields(config, "Gemma 2 decoder")
     common = _read_common(fields, 8192)
+    fields.only("use_bidirectional_attention", False)
     layers = common["num_layers"]
     window = fields.integer("sliding_window", 4096)
     windows = sliding_layers(fields, layers, lambda i: i % 2 == 0, window)
@@ -63,11 +63,16 @@ def read_gemma2(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a Gemma 3 text config: local and global layers with their own RoPE."""
+    """Reads a Gemma 3 text config: local and global layers with their own RoPE.
+
+    EmbeddingGemma's reads both ways; its window is half on either side.
+    """
     fields = Fields(config, "Gemma 3 text decoder")
     common = _read_common(fields, 131072)
     layers = common["num_layers"]
     window = fields.integer("sliding_window", 4096)
+    is_causal = not fields.flag("use_bidirectional_attention")
+    window = window if is_causal else window // 2 + 1
     pattern = max(fields.integer("sliding_window_pattern", 6), 1)
     windows = sliding_layers(fields, layers, lambda i: (i + 1) % pattern != 0, window)
     ropes = read_ropes(
@@ -84,6 +89,7 @@ def read_gemma3(config: Mapping[str, Any]) -> DecoderConfig:
             "ropes": ropes,
             "layer_ropes": tuple(0 if w is None else 1 for w in windows),
             "layer_windows": windows,
+            "is_causal": is_causal,
             "final_softcap": soft_cap(fields, "final_logit_softcapping", None),
         },
     )

@@ -1,7 +1,8 @@
-"""The dense language models of Gemma 4: layers of two shapes, some without own keys.
+"""The language models of Gemma 4: layers of two shapes, some without own keys.
 
-E2B and E4B embed the tokens once more for every layer, and their last layers use the
-keys and values of earlier ones; 31B has values that are the keys before their norm.
+26B-A4B has experts beside the MLP of each layer. E2B and E4B embed the tokens once more
+for every layer, and their last layers use the keys and values of earlier ones; 31B has
+values that are the keys before their norm.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from lora_jax.models.families.llama import (
     read_sizes,
     sliding_layers,
 )
+from lora_jax.models.families.mixtures import read_experts, whole_experts
 from lora_jax.models.families.rope import read_rope
 from lora_jax.models.family import Fields
 
@@ -26,7 +28,6 @@ Changes = list[dict[str, Any]]
 def read_gemma4(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a Gemma 4 text config."""
     fields = Fields(config, "Gemma 4 text decoder")
-    fields.only("enable_moe_block", False)
     if config.get("use_bidirectional_attention") == "all":
         fields.faults.append("use_bidirectional_attention must not be 'all' here")
     sizes = read_sizes(fields, max_positions_default=131072)
@@ -38,9 +39,19 @@ def read_gemma4(config: Mapping[str, Any]) -> DecoderConfig:
     changes = _changes(fields, sizes, windows)
     width = fields.integer("hidden_size_per_layer_input", 256)
     bias = fields.flag("attention_bias")
+    experts: dict[str, Any] = {}
+    if fields.flag("enable_moe_block"):
+        experts = read_experts(
+            fields,
+            chosen=None,
+            key="top_k_experts",
+            size="moe_intermediate_size",
+            is_beside_mlp=True,
+        )
     return finish(
         fields,
         sizes
+        | experts
         | {
             "activation": fields.text("hidden_activation", "gelu_pytorch_tanh"),
             "norm_placement": "both",
@@ -138,7 +149,15 @@ GEMMA4 = decoder_family(
         "layer_{i}/own_up": LAYER + "per_layer_projection",
         "layer_{i}/own_norm": LAYER + "post_per_layer_input_norm",
         "layer_{i}/layer_scale": LAYER + "layer_scalar",
-    },
+        "layer_{i}/mlp_own_norm": LAYER + "post_feedforward_layernorm_1",
+        "layer_{i}/mixture_norm": LAYER + "pre_feedforward_layernorm_2",
+        "layer_{i}/mixture_post_norm": LAYER + "post_feedforward_layernorm_2",
+        "layer_{i}/mixture/router": LAYER + "router.proj",
+        "layer_{i}/mixture/router_scale": LAYER + "router.scale",
+        "layer_{i}/mixture/expert_scale": LAYER + "router.per_expert_scale",
+    }
+    | whole_experts("layer_{i}/mixture/", LAYER),
+    has_outputs_first=True,
     # Layers that use another's keys may have their own in the file.
     unused=(r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\.",),
 )

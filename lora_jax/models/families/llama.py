@@ -17,8 +17,19 @@ from lora_jax.models.family import Family, Fields
 Config = Mapping[str, Any]
 
 
-def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str, Any]:
-    """Reads the `DecoderConfig` arguments that all Llama-like decoders share."""
+def read_sizes(
+    fields: Fields,
+    *,
+    max_positions_default: int = 2048,
+    mlp_size: str = "intermediate_size",
+) -> dict[str, Any]:
+    """Reads the `DecoderConfig` arguments that all Llama-like decoders share.
+
+    Args:
+      fields: the config.
+      max_positions_default: the context if the file has none.
+      mlp_size: the key of the width inside the MLP.
+    """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     return {
@@ -28,7 +39,7 @@ def read_sizes(fields: Fields, *, max_positions_default: int = 2048) -> dict[str
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", hidden // max(heads, 1)),
-        "mlp_size": fields.integer("intermediate_size"),
+        "mlp_size": fields.integer(mlp_size),
         "max_positions": fields.integer(
             "max_position_embeddings", max_positions_default
         ),

@@ -27,14 +27,20 @@ MAX_EXPERTS = 4096  # of a layer; a config.json may ask for anything
 
 
 def read_experts(
-    fields: Fields, *, chosen: int, size: str, **options: Any
+    fields: Fields,
+    *,
+    chosen: int | None,
+    size: str,
+    key: str = "num_experts_per_tok",
+    **options: Any,
 ) -> dict[str, Any]:
     """Reads the sizes of a mixture of experts.
 
     Args:
       fields: the config.
-      chosen: how many a token is sent to, where the file doesn't say.
+      chosen: how many a token is sent to, where the file doesn't say; None if it must.
       size: the key of the width inside an expert.
+      key: that of how many a token is sent to.
       **options: other arguments of `ExpertConfig`.
 
     Returns:
@@ -42,7 +48,7 @@ def read_experts(
     """
     count = next((k for k in COUNTS if fields.config.get(k) is not None), COUNTS[0])
     experts = fields.integer(count)
-    picked = fields.integer("num_experts_per_tok", chosen)
+    picked = fields.integer(key, *(() if chosen is None else (chosen,)))
     width = fields.integer(size)
     if experts > MAX_EXPERTS:
         fields.faults.append(f"{count} must be at most {MAX_EXPERTS}; got {experts}")
@@ -114,7 +120,6 @@ def read_olmoe(config: Config) -> DecoderConfig:
     """Reads an OLMoE config: queries and keys are normalised before they are split."""
     fields = Fields(config, "OLMoE decoder")
     sizes = read_sizes(fields, max_positions_default=4096)
-    fields.only("clip_qkv", None)
     bias = fields.flag("attention_bias")
     return finish(
         fields,
@@ -122,6 +127,7 @@ def read_olmoe(config: Config) -> DecoderConfig:
         | {
             "norm_eps": fields.number("rms_norm_eps", 1e-5),
             "qk_norm": "projection",
+            "qkv_clip": fields.number("clip_qkv", None),
             "has_qkv_bias": bias,
             "has_output_bias": bias,
             "ropes": (read_rope(fields, sizes["head_dim"]),),
@@ -220,16 +226,27 @@ MIXTRAL = mixture_family(
     renames=((r"block_sparse_moe\b", "mlp"),),
 )
 OLMOE = mixture_family(read_olmoe, SHARED | PRE_NORMS)
-_EXPERTS = {
-    f"layer_{{i}}/mlp/experts/{ours}{leaf}": f"{LAYER}mlp.experts.{theirs}{end}"
-    for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj"))
-    for leaf, end in (("", ""), ("/kernel", ""), ("/bias", "_bias"))
-}
+
+
+def whole_experts(here: str, file: str) -> dict[str, str]:
+    """Returns names of experts that a file has as one tensor, for `Family.modules`.
+
+    Args:
+      here: path of the mixture, with a slash.
+      file: name of the module that has ``experts``, with a dot.
+    """
+    return {
+        f"{here}experts/{ours}{leaf}": f"{file}experts.{theirs}{end}"
+        for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj"))
+        for leaf, end in (("", ""), ("/kernel", ""), ("/bias", "_bias"))
+    }
+
+
 GPT_OSS = decoder_family(
     read_gpt_oss,
     SHARED
     | PRE_NORMS
-    | _EXPERTS
+    | whole_experts("layer_{i}/mlp/", LAYER + "mlp.")
     | {
         "layer_{i}/mlp/router": LAYER + "mlp.router",
         "layer_{i}/attention/sinks": LAYER + "self_attn.sinks",

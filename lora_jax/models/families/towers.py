@@ -1,4 +1,4 @@
-"""Language models of multimodal folders: Gemma 3 and 4, Mistral 3, Qwen2.5- and 3-VL.
+"""Language models of multimodal folders: Gemma 3 and 4, Mistral 3, Qwen.
 
 Text in, text out. The config of the language model is ``text_config``, its tensors are
 under ``language_model``; what belongs to images stays on disk. Positions that count
@@ -13,6 +13,7 @@ from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families.dense import MINISTRAL3
 from lora_jax.models.families.gemma import GEMMA3
 from lora_jax.models.families.gemma4 import GEMMA4
+from lora_jax.models.families.hybrids import QWEN3_5, QWEN3_5_MOE
 from lora_jax.models.families.llama import MISTRAL, QWEN2, QWEN3
 from lora_jax.models.family import OTHER_MODALITIES, Family, Fields
 
@@ -105,3 +106,5 @@ QWEN2_VL_TOWER = tower_family(
 QWEN3_VL_TOWER = tower_family(
     {"qwen3_vl_text": QWEN3}, rope_theta=5e5, max_position_embeddings=128000
 )
+QWEN3_5_TOWER = tower_family({"qwen3_5_text": QWEN3_5})
+QWEN3_5_MOE_TOWER = tower_family({"qwen3_5_moe_text": QWEN3_5_MOE})

@@ -43,8 +43,8 @@ def read_dinov2(config: Config) -> ImageEncoderConfig:
 
 def _read_sizes(fields: Fields, *, image: int, patch: int, eps: float) -> dict:
     """Reads the keys that both families share."""
-    image_height, image_width = _read_pair(fields, "image_size", image)
-    patch_height, patch_width = _read_pair(fields, "patch_size", patch)
+    image_height, image_width = read_pair(fields, "image_size", image)
+    patch_height, patch_width = read_pair(fields, "patch_size", patch)
     return {
         "hidden_size": fields.integer("hidden_size", 768),
         "num_layers": fields.layers("num_hidden_layers", 12),
@@ -60,7 +60,7 @@ def _read_sizes(fields: Fields, *, image: int, patch: int, eps: float) -> dict:
     }
 
 
-def _read_pair(fields: Fields, key: str, default: int) -> tuple[int, int]:
+def read_pair(fields: Fields, key: str, default: int) -> tuple[int, int]:
     """Reads a size: one integer for height and width, or a list of the two."""
     if not isinstance(pair := fields.config.get(key), list):
         size = fields.integer(key, default)

@@ -1,0 +1,185 @@
+"""A session of a run that trains several adapters: its examples name theirs.
+
+Everything is as in a run with one adapter, but validated, kept and tested for each:
+``adapters/NAME`` holds the adapter NAME at its own best validation.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.files.adapter import load_adapter, read_adapter_config, save_adapter
+from lora_jax.finetune import report
+from lora_jax.finetune.curves import draw_curves
+from lora_jax.finetune.mixed_evaluation import (
+    EACH,
+    measure_each,
+    mixed_eval_step,
+    weighted_means,
+)
+from lora_jax.finetune.run_folder import ADAPTERS, CURVES
+from lora_jax.finetune.session import Session
+from lora_jax.names import OWNER
+from lora_jax.train.state import TrainState
+
+SHOWN = 12
+
+
+class MixedSession(Session):
+    """See `Session`.
+
+    Attributes:
+      bests: the metrics and step of each adapter's best validation so far.
+      improved: the adapters whose last validation was their best.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.bests: dict[str, dict[str, Any]] = {}
+        self.improved: list[str] = []
+        self._rows_step: Any = None
+
+    def place(self, name: str) -> Path:
+        """Returns the folder of an adapter."""
+        return self.folder / ADAPTERS / name
+
+    def _restore(self, state: TrainState) -> TrainState:
+        state = super()._restore(state)
+        for name, best in [*self.bests.items()]:
+            # Killed between saving an adapter and its checkpoint: the best before is
+            # gone, and the repeated steps will bring the same best again.
+            step = read_adapter_config(self.place(name))["extra"]["step"]
+            if step != best["step"]:
+                del self.bests[name]
+        return state
+
+    def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
+        job = self.job
+        if self._rows_step is None:
+            self._rows_step = mixed_eval_step(job, self.evaluations[name])
+        with self.timed("evaluate"):
+            batches = job.devices.one_epoch(self.evaluations[name])
+            return measure_each(self._rows_step, job, variables, batches)
+
+    def _is_best(self, line: dict[str, Any]) -> bool:
+        before, metric = self.stale, self.job.metric
+        is_over = self.is_out_of_patience()
+        super()._is_best(line)  # of all together, which the checkpoints go by
+        self.improved = []
+        for name, found in line[EACH].items():
+            if any(x is None or not math.isfinite(x) for x in found.values()):
+                continue
+            best = self.bests.get(name)
+            if best is None or self.job.is_better(found[metric], best[metric]):
+                self.bests[name] = {"step": line["step"], **found}
+                self.improved.append(name)
+        if not is_over:
+            self.stale = 0 if self.improved else before + 1
+        return bool(self.improved)
+
+    def _save_adapter(self, state: TrainState) -> None:
+        trained = jax.device_get(state.trainable)
+        for name in self.improved:
+            number = self.job.adapters.index(name)
+            save_adapter(
+                self.place(name),
+                jax.tree.map(lambda leaf, i=number: leaf[i], trained),
+                self.job.lora,
+                self.job.fingerprint,
+                extra={
+                    "model": self.settings.model.path,
+                    "param_dtype": self.settings.model.param_dtype,
+                    **self.job.extra(),
+                    "adapter": name,
+                    "step": int(state.step),
+                },
+            )
+
+    def _finish(
+        self, state: TrainState, baseline: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        job, last = self.job, self.last
+        if not self.bests or last is None:
+            raise self._diverged(state)
+        variables = {**state.frozen, **self._kept(state)}
+        test = self._evaluate("test", variables) if "test" in job.splits else None
+        counts = self._examples()
+        tested = {} if test is None else test[EACH]
+        each = {
+            name: {
+                "validation": self.bests.get(name),
+                "test": tested.get(name) if name in self.bests else None,
+                "examples": {split: counts[split][i] for split in counts},
+                "folder": str(self.place(name)),
+            }
+            for i, name in enumerate(job.adapters)
+        }
+        weights = np.array(counts["validation"])
+        lost = dict.fromkeys(job.metrics, math.nan)
+        known = {name: self.bests.get(name, lost) for name in each}
+        best = {
+            "step": max(own["step"] for own in self.bests.values()),
+            **weighted_means(known, job.metrics, weights),
+        }
+        key = f"validation_{job.metric}"
+        draw_curves(
+            self.folder.metrics(),
+            self.folder / CURVES,
+            title=report.title(self.settings, self.counts),
+            metrics=job.metrics,
+            baseline=(baseline["what"], baseline[key]) if baseline else None,
+        )
+        self.seconds["total"] = self.elapsed()
+        warning = None
+        if missing := [name for name in each if name not in self.bests]:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            warning = (
+                f"{len(missing)} of {len(each)} adapters diverged, and were not kept: "
+                f"{', '.join(missing[:SHOWN])}{more}. Lower train.learning_rate."
+            )
+            self.out.say(f"\n  {warning}", style="yellow")
+        summary = report.summarise(
+            job,
+            self.folder,
+            state,
+            best=best,
+            test=test,
+            baseline=baseline,
+            parameters=self.counts,
+            memory_bytes=self.plan.parts,
+            seconds=self.seconds,
+            warning=warning,
+            adapters=each,
+        )
+        self.folder.summarise(summary)
+        return summary
+
+    def _kept(self, state: TrainState) -> dict[str, Any]:
+        """Returns the trained collections of all adapters, at their best."""
+        # Copies: what is fetched from a device can't be written to.
+        leaves, structure = jax.tree.flatten(state.trainable)
+        leaves = [np.array(leaf) for leaf in leaves]
+        like = jax.tree.unflatten(structure, [leaf[0] for leaf in leaves])
+        for number, name in enumerate(self.job.adapters):
+            if name in self.bests:
+                found = load_adapter(
+                    self.place(name), expected=like, fingerprint=self.job.fingerprint
+                )
+                one = jax.tree.leaves(found.variables)
+                for leaf, value in zip(leaves, one, strict=True):
+                    leaf[number] = value
+        return jax.tree.unflatten(structure, list(map(jnp.asarray, leaves)))
+
+    def _examples(self) -> dict[str, list[int]]:
+        """Counts each adapter's examples in every split."""
+        return {
+            split: np.bincount(
+                [example[OWNER] for example in found.examples],
+                minlength=len(self.job.adapters),
+            ).tolist()
+            for split, found in self.job.splits.items()
+        }

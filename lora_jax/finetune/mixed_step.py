@@ -1,0 +1,114 @@
+"""The step of a run whose examples name their adapter; see `lora_jax.train.mixed`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.finetune import job as jobs
+from lora_jax.finetune.errors import UserError
+from lora_jax.names import EMBED, HEAD, PARAMS
+from lora_jax.nn.adapt import Adapted
+from lora_jax.nn.rows import RowAdapted
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.members import Hyper
+from lora_jax.train.mixed import make_mixed_step, mixed_state
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import TrainStep
+
+SHOWN = 20
+
+
+def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
+    """Returns the optimizers' numbers of all adapters.
+
+    An adapter's schedule spans the steps in which it has examples, as in a run of its
+    own.
+
+    Args:
+      job: the job, with ``adapters``.
+      batches: of its training split.
+      total: steps of the run.
+
+    Returns:
+      Leaves ``[k]``.
+
+    Raises:
+      UserError: if an adapter has examples in no step; or the settings need one model
+        for all adapters.
+    """
+    train = job.settings.train
+    if train.samples:
+        raise UserError(
+            f"train.samples must be empty for {len(job.adapters)} adapters: it doesn't "
+            "say whose continuations it wants."
+        )
+    if job.lora.fixes_leaves:
+        raise UserError(
+            f"lora.init = {job.lora.init!r} is for a run with one adapter, whose start "
+            f"the run folder keeps; the examples name {len(job.adapters)}."
+        )
+    if train.router_aux_loss_coef:
+        raise UserError(
+            "train.router_aux_loss_coef must be 0 where examples name their adapter: "
+            "the balance of experts is one of whole batches."
+        )
+    if shared := {EMBED, HEAD} & {*job.variables.get(PARAMS, {})}:
+        raise UserError(
+            f"lora.train can't name a decoder's {' and '.join(sorted(shared))} where "
+            "examples name their adapter: every adapter would have one of its own."
+        )
+    steps = np.zeros(len(job.adapters), np.int64)
+    for number in range(total):
+        steps[batches.adapters_at(number)] += 1
+    if unused := [name for name, n in zip(job.adapters, steps, strict=True) if not n]:
+        more = len(unused) - SHOWN
+        raise UserError(
+            f"{len(unused)} of {len(job.adapters)} adapters have no example in the "
+            f"{total} steps of the run: {', '.join(unused[:SHOWN])}"
+            + (f" and {more} more" if more > 0 else "")
+            + ". Raise train.max_steps or train.batch_size."
+        )
+    one = Hyper.of([], **jobs.optimizer_options(train, total))
+    every: Any = jax.tree.map(lambda x: np.full(len(steps), x), one)
+    return every._replace(
+        total_steps=steps.astype(np.int32),
+        warmup_steps=np.round(train.warmup * steps).astype(np.int32),
+    )
+
+
+def mixed_shapes(job: jobs.Job, hypers: Hyper) -> TrainState:
+    """Returns the initial state as shapes, of which thousands may not fit.
+
+    Args:
+      job: the job.
+      hypers: from `mixed_hypers`.
+
+    Returns:
+      The frozen base, and shapes with shardings.
+    """
+    key = jax.random.key(job.settings.train.seed)
+    state = jax.eval_shape(
+        lambda variables, key: mixed_state(variables, hypers, key), job.variables, key
+    )
+    here = jax.tree.leaves(job.variables)[0].sharding
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    return jax.tree.map(placed, state)
+
+
+def mixed_step(job: jobs.Job, adapted: Adapted, hypers: Hyper) -> TrainStep:
+    """Makes the step.
+
+    Args:
+      job: the job.
+      adapted: its model, with the remat policy to use.
+      hypers: from `mixed_hypers`.
+
+    Returns:
+      The step, for states of `mixed_state`.
+    """
+    loss_fn = job.loss(RowAdapted(adapted), is_training=True)
+    return make_mixed_step(loss_fn, hypers, job.settings.train.accumulate)

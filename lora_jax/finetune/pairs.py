@@ -1,0 +1,165 @@
+"""The task of an encoder–decoder: prompts that it reads, completions that it writes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.files.messages import Message
+from lora_jax.files.tokenizer import Tokenizer
+from lora_jax.finetune.devices import Devices
+from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.job import (
+    EVAL_ROWS,
+    Facts,
+    Split,
+    attach,
+    data_files,
+    eval_buckets,
+    hold_out,
+    loading,
+    max_tokens,
+    train_buckets,
+)
+from lora_jax.finetune.language import Language, check_no_classes
+from lora_jax.finetune.settings import RunSettings
+from lora_jax.interop.pretrained import load_model
+from lora_jax.models.loaded import LoadedModel
+from lora_jax.parallel.processes import fail_together
+from lora_jax.train.buckets import Schedule
+from lora_jax.train.causal_lm import make_lm_loss
+from lora_jax.train.pairs import (
+    INPUTS,
+    PairBatches,
+    PairData,
+    encode_source,
+    read_pairs,
+)
+from lora_jax.train.step import LossFn
+
+MAX_LENGTH = 512
+
+
+@dataclasses.dataclass
+class Pairs(Language):
+    """See `Job`; as `Language`, but a prompt is the encoder's."""
+
+    @property
+    def max_length(self) -> int:
+        """Maximum tokens of a source and of a target."""
+        return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
+
+    def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
+        """Returns the cross-entropy of the targets' tokens."""
+        del is_training
+        return make_lm_loss(
+            module,
+            is_tied=self.loaded.config.is_tied,
+            inputs=INPUTS,
+            chunk=self.chunk(copies),
+        )
+
+    def batches(self) -> Schedule:
+        """See `Job.batches`."""
+        train, split = self.settings.train, self.splits["train"]
+        return PairBatches(
+            split.examples,
+            train.batch_size,
+            train_buckets(split, self.loaded),
+            start_id=self.loaded.config.start_id,
+            seed=train.seed,
+        )
+
+    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
+        """See `Job.evaluation`."""
+        return PairBatches(
+            split.examples,
+            self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size)),
+            eval_buckets(split, buckets, self.loaded),
+            start_id=self.loaded.config.start_id,
+            shuffle=False,
+        )
+
+    def tokenize_file(self, path: str) -> Split:
+        """See `Job.tokenize_file`."""
+        return Split(*_read(path, self.settings, self.loaded))
+
+    def data_facts(self, batches: Schedule) -> Facts:
+        """See `Job.data_facts`."""
+        assert isinstance(batches, PairBatches)  # from `batches`
+        lengths = [len(e["labels"]) for e in self.splits["train"].examples]
+        sources, mean = batches.lengths, sum(lengths) / len(lengths)
+        _, limit, lowered = max_tokens(self.settings.data, self.loaded, MAX_LENGTH)
+        facts = [
+            ("data", self.sizes),
+            (
+                "prompts",
+                f"mean {sources.mean():.1f} tokens, max {sources.max()}; padded to "
+                f"{', '.join(map(str, batches.buckets))}",
+            ),
+            (
+                "targets",
+                f"mean {mean:.1f} tokens, max {max(lengths)}; {batches.targets:,} "
+                f"({batches.token_fraction:.0%} of all positions are tokens)",
+            ),
+        ]
+        if cut := sum(split.truncated for split in self.splits.values()):
+            facts.append(("truncated", f"{cut:,} examples truncated to {limit}"))
+        return facts + lowered
+
+    def encode_sample(
+        self, prompt: str | Sequence[Message], tokenizer: Tokenizer
+    ) -> list[int]:
+        """See `Language.encode_sample`."""
+        if not isinstance(prompt, str):
+            raise UserError(
+                "train.samples must be texts for an encoder–decoder, which has no "
+                "chats; got messages."
+            )
+        return encode_source(prompt, tokenizer)
+
+
+def open_pairs(
+    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+) -> Pairs:
+    """Builds the job; see `open_job`."""
+    check_no_classes(settings)
+    if settings.data.packing:
+        raise UserError(
+            "data.packing must be false for an encoder–decoder: a packed row has no "
+            "source of its own. Prompts are padded to few lengths instead."
+        )
+    with fail_together():
+        loaded = load_model(
+            settings.model.path,
+            remat=settings.model.first_remat(jax.default_backend()),
+            **loading(settings, devices),
+        )
+        if not loaded.config.predicts:
+            raise UserError(
+                f"{loaded.path} must have a decoder to be trained; it is the encoder "
+                "of one alone. `lora-jax encode` computes its embeddings."
+            )
+        data = {
+            name: _read(file, settings, loaded)
+            for name, file in data_files(settings.data, splits).items()
+        }
+    job = Pairs(splits={}, **attach(settings, devices, loaded, settings.lora))
+    rows = hold_out(
+        {name: [*found.examples] for name, found in data.items()}, settings.data
+    )
+    for name in rows:
+        if name in splits:
+            cut = data[name].truncated if name in data else 0
+            job.splits[name] = Split(rows[name], cut)
+    return job
+
+
+def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> PairData:
+    return read_pairs(
+        path,
+        loaded.tokenizer,
+        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
+        vocab_size=loaded.config.vocab_size,
+    )

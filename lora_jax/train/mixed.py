@@ -1,0 +1,231 @@
+"""Training several adapters at once, on batches that mix their examples.
+
+Each row of a batch has the number of its adapter, under `OWNER`. The gradient of an
+adapter is that of its own rows alone, divided by their weight: what a run of its own
+would compute from these rows. Clipping, Adam and weight decay are each adapter's own.
+
+Only the adapters of a batch are gathered from the state, updated and put back. One
+without rows in it stays as it is, to the bit: its moments don't decay, its weights
+don't, and its count of steps, which drives the learning rate and Adam's correction of
+its bias, stands still. So a step's arithmetic grows with the batch, not with the number
+of adapters.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from lora_jax.array_types import PRNGKey, PyTree
+from lora_jax.names import DROPOUT, OWNER, TRAINABLE
+from lora_jax.train.members import Hyper, member_optimizer
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import Batch, LossFn, TrainStep, check_loss, split_batch
+
+WEIGHTS = "weights"  # of a batch: of a row, or of its tokens
+
+
+def mixed_state(
+    variables: Mapping[str, PyTree], hypers: Hyper, rng: PRNGKey
+) -> TrainState:
+    """Returns the state of adapters that all start alike.
+
+    Args:
+      variables: of one adapter, as for `TrainState.create`.
+      hypers: the numbers of ``k`` adapters; leaves ``[k]``.
+      rng: a PRNG key.
+
+    Returns:
+      A state whose trainable leaves and optimizer state have a leading axis of ``k``.
+    """
+    count = len(hypers.total_steps)
+    stacked = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))),
+        {name: variables[name] for name in TRAINABLE if name in variables},
+    )
+
+    def init(params: PyTree) -> PyTree:
+        return jax.vmap(lambda own, part: member_optimizer(own).init(part))(
+            hypers, params
+        )
+
+    tx = optax.GradientTransformation(init, optax.identity().update)
+    return TrainState.create({**variables, **stacked}, tx, rng)
+
+
+def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> TrainStep:
+    """Builds the step ``(state, batch) -> (state, metrics)`` of several adapters.
+
+    With ``L_j`` and ``w_j`` the summed loss and weight of adapter ``j``'s rows, its
+    gradient is ``∂L_j / ∂p_j / w_j``.
+
+    Args:
+      loss_fn: as for `make_train_step`, of a model whose trainable leaves have a
+        leading axis of rows (`lora_jax.nn.rows.RowAdapted`). Its batch has
+        ``weights``, of rows or of their tokens.
+      hypers: the optimizers' numbers; leaves ``[k]``.
+      accumulate: number of microbatches; see `make_train_step`.
+
+    Returns:
+      The step, for states of `mixed_state` and batches with the row's adapter under
+      ``"adapter"`` ``[b]``, numbers below ``k``. Its metrics: ``loss`` and ``weight``
+      of the whole batch; ``grad_norm``, the mean of its adapters'; ``is_skipped``,
+      whether one of them had a gradient that was not finite and was left as it was.
+    """
+    count = len(hypers.total_steps)
+
+    def gradients(chosen, frozen, batch, place, key):
+        def loss(chosen):
+            rows = jax.tree.map(lambda leaf: leaf[place], chosen)
+            result = loss_fn({**frozen, **rows}, batch, {DROPOUT: key})
+            loss_sum, weight, metrics = check_loss(result)
+            return loss_sum, {"weight": weight, "metrics": metrics}
+
+        (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return grads, {"loss": loss_sum, **sums}
+
+    def accumulated(chosen, frozen, batch, place, key):
+        def body(total, xs):
+            (microbatch, places), index = xs
+            own_key = jax.random.fold_in(key, index)
+            grads, sums = gradients(chosen, frozen, microbatch, places, own_key)
+            return jax.tree.map(jnp.add, total, grads), sums
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen)
+        parts = split_batch((batch, place), accumulate)
+        grads, sums = jax.lax.scan(body, zeros, (parts, jnp.arange(accumulate)))
+        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    def stepped(hyper, grads, opt_state, trainable):
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable)
+        tx = member_optimizer(hyper)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    def update(own, frozen, batch, summed=None, mesh=None):
+        del summed, mesh  # one device
+        batch = dict(batch)
+        ids = batch.pop(OWNER)
+        slots, place = jnp.unique(
+            ids, return_inverse=True, size=min(len(ids), count), fill_value=count
+        )
+        whole = (own["trainable"], own["opt_state"])
+        chosen, hyper = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf).at[slots].get(mode="clip"), (whole, hypers)
+        )
+        trainable, opt_state = chosen
+        key = jax.random.fold_in(own["rng"], own["step"])
+        if accumulate == 1:
+            key = jax.random.fold_in(key, 0)
+            grads, sums = gradients(trainable, frozen, batch, place, key)
+        else:
+            grads, sums = accumulated(trainable, frozen, batch, place, key)
+        weight = jax.ops.segment_sum(_row_weights(batch), place, len(slots))
+        has_rows = weight > 0
+        safe = jnp.where(has_rows, weight, 1)
+        grads = jax.tree.map(lambda g: g / _wide(safe, g), grads)
+        norm = jax.vmap(optax.tree.norm)(grads)
+        is_finite = jnp.isfinite(norm)
+        new = jax.vmap(stepped)(hyper, grads, opt_state, trainable)
+        is_kept = has_rows & is_finite
+        new = jax.tree.map(
+            lambda x, y: jnp.where(_wide(is_kept, x), x, y).astype(y.dtype), new, chosen
+        )
+        trainable, opt_state = jax.tree.map(
+            lambda x, y: x.at[slots].set(y, mode="drop"), whole, new
+        )
+        is_skipped = jnp.any(has_rows & ~is_finite).astype(jnp.int32)
+        total = sums["weight"]
+        metrics = {
+            "loss": sums["loss"] / total,
+            "weight": total,
+            "grad_norm": jnp.sum(jnp.where(has_rows, norm, 0)) / jnp.sum(has_rows),
+            "is_skipped": is_skipped,
+            **{name: value / total for name, value in sums["metrics"].items()},
+        }
+        own = {
+            "step": own["step"] + 1,
+            "trainable": trainable,
+            "opt_state": opt_state,
+            "rng": own["rng"],
+            "skipped": own["skipped"] + is_skipped,
+        }
+        return own, metrics
+
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
+    return TrainStep(update)
+
+
+def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]:
+    """Builds the evaluation ``(trainable, frozen, batch) -> sums`` of each row.
+
+    Args:
+      loss_fn: as for `make_eval_step`, of the model with one adapter.
+
+    Returns:
+      A jitted function of stacked trainable collections, the other collections and a
+      batch with ``"adapter"``; it returns ``loss``, ``weight`` and the metrics of every
+      row ``[b]``.
+    """
+
+    @jax.jit
+    def evaluate(trainable, frozen, batch):
+        batch = dict(batch)
+        ids = batch.pop(OWNER)
+        rows = jax.tree.map(lambda leaf: leaf[ids], trainable)
+
+        def one(own: PyTree, row: Batch) -> dict[str, jax.Array]:
+            alone = jax.tree.map(lambda leaf: leaf[None], row)
+            result = loss_fn({**frozen, **own}, alone, {})
+            loss_sum, weight, metrics = check_loss(result)
+            return {"loss": loss_sum, "weight": weight, **metrics}
+
+        return jax.vmap(one)(rows, batch)
+
+    return evaluate
+
+
+def evaluate_each(
+    step: Callable[..., Mapping[str, jax.Array]],
+    trainable: PyTree,
+    frozen: PyTree,
+    batches: Iterable[Batch],
+    count: int,
+) -> dict[str, np.ndarray]:
+    """Averages an evaluation over batches, for each adapter.
+
+    Args:
+      step: from `make_mixed_eval_step`.
+      trainable: of all adapters; leaves ``[k, ...]``.
+      frozen: the other collections.
+      batches: with the rows' adapters.
+      count: ``k``.
+
+    Returns:
+      The means ``[k]`` of ``loss`` and of each other metric, NaN for an adapter without
+      rows, and the total ``weight`` of each.
+    """
+    total: dict[str, np.ndarray] = {}
+    pending = [(batch[OWNER], step(trainable, frozen, batch)) for batch in batches]
+    for ids, sums in jax.device_get(pending):
+        for name, values in sums.items():
+            own = total.setdefault(name, np.zeros(count))
+            np.add.at(own, ids, values.astype(np.float64))
+    weight = total.pop("weight")
+    divisor = np.where(weight > 0, weight, np.nan)
+    return {**{k: v / divisor for k, v in total.items()}, "weight": weight}
+
+
+def _row_weights(batch: Mapping[str, Array]) -> Float[Array, " b"]:
+    weights = batch[WEIGHTS]
+    return jnp.sum(weights, axis=tuple(range(1, weights.ndim)))
+
+
+def _wide(per_adapter: Float[Array, " u"] | Int[Array, " u"], like: Array) -> Array:
+    """Gives one number for each adapter the axes of its leaf."""
+    return per_adapter.reshape(-1, *[1] * (like.ndim - 1))
