@@ -27,6 +27,8 @@ from lora_jax.names import X_A
 from lora_jax.ops.target import target_platform
 
 _MIN_FOR_BARRIER = 16
+MAX_VECTOR_RANK = 16  # more takes longer than the matmul that it hides behind
+MIN_VECTOR_BYTES = 2**22  # of the update; less has nothing to hide behind
 RANK = "R"  # the label of the rank axis in every product's equation
 
 
@@ -57,7 +59,7 @@ def factor_product(
 
 def _product(equation, rate, precision, x, factor, key):
     x = dropout(x, rate, key)
-    return einsum(equation, x, factor.astype(x.dtype), precision=precision)
+    return _spread_out(equation, x, factor.astype(x.dtype), precision)
 
 
 def _forward(equation, rate, precision, x, factor, key=None):
@@ -92,6 +94,39 @@ def _backward(equation, rate, precision, residuals, dy):
         d_factor = _factor_gradient(labels, precision, x, dy, dtype)
         d_factor = _varying_like(d_factor, factor_like)
     return dx, d_factor, None
+
+
+def _spread_out(equation, x, factor, precision):
+    """Computes ``einsum(equation, x, factor)``, on a TPU without a matmul if thin.
+
+    XLA then adds the update to the base's product as that is written, in the vector
+    unit and behind the matmul. Another matmul has to read and write the wide result
+    again: by the compiler's estimate 4.9 million cycles for 4,096 tokens from 4,096 to
+    14,336 features at rank 8 on v5e, 3.8 like this, and 3.7 without the update.
+    """
+    operands, out = equation.split("->")
+    x_labels, factor_labels = operands.split(",")
+    sizes = dict(zip(x_labels, x.shape, strict=True))
+    sizes |= dict(zip(factor_labels, factor.shape, strict=True))
+    is_large = math.prod(sizes[c] for c in out) * x.dtype.itemsize >= MIN_VECTOR_BYTES
+    is_outer = {c for c in x_labels + factor_labels if c not in out} == {RANK}
+    is_thin = is_outer and sizes[RANK] <= MAX_VECTOR_RANK
+    if target_platform() != "tpu" or not (is_thin and is_large):
+        return einsum(equation, x, factor, precision=precision)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    rows, columns = (
+        _rank_first(array.astype(wide), labels, out)
+        for array, labels in ((x, x_labels), (factor, factor_labels))
+    )
+    y: Any = sum(rows[j] * columns[j] for j in range(sizes[RANK]))
+    return y.astype(x.dtype)
+
+
+def _rank_first(array, labels, out):
+    """Returns ``[r, ...]``, broadcastable to the labels of ``out`` without the rank."""
+    order = [labels.index(c) for c in RANK + out if c in labels]
+    missing = [i for i, c in enumerate(RANK + out) if c not in labels]
+    return jnp.expand_dims(array.transpose(order), missing)
 
 
 def _factor_gradient(labels, precision, x, dy, dtype):

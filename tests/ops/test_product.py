@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.ops import lora_conv, lora_dense, lora_einsum, lora_embed
+from lora_jax.ops import product as ops
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -245,3 +246,34 @@ def test_a_factor_that_is_not_trained_keeps_no_input():
     assert kept == [(32, 3)]  # x A alone
     dy = normal(y.shape, seed=1)
     assert_close(backward(dy)[0], 2.0 * (x @ a).T @ dy)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("btR,Ro->bto", [(2, 3, 4), (4, 5)]),
+        ("exR,eRnh->exnh", [(2, 3, 4), (2, 4, 2, 3)]),
+    ],
+)
+def test_a_tpu_spreads_a_thin_factor_without_a_matmul(monkeypatch, equation, shapes):
+    x, factor = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)
+    )
+
+    def product(x, factor):
+        return factor_product(equation, 0.0, None, x, factor)
+
+    wanted = jax.vjp(product, x, factor)
+    dy = jnp.cos(wanted[0])
+    monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(ops, "MIN_VECTOR_BYTES", 0)
+    got = jax.vjp(product, x, factor)
+    for ours, plain in zip(
+        jax.tree.leaves((got[0], got[1](dy))),
+        jax.tree.leaves((wanted[0], wanted[1](dy))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    assert "dot_general" not in str(jax.make_jaxpr(lambda *a: product(*a))(x, factor))
+    monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 3)
+    assert "dot_general" in str(jax.make_jaxpr(lambda *a: product(*a))(x, factor))
