@@ -55,6 +55,9 @@ def make_interceptor(
         if is_dense:
             args = (fence_gradient(args[0]), *args[1:])
         y = next_fun(*args, **kwargs)
+        is_rescaled = scope.has_variable(PARAMS, MAGNITUDE)
+        if is_dense and is_rescaled:
+            y = fence_output(y)
         if initializing and is_target and not has_adapter:
             fresh = init_factors(module, inputs, config, path)
             for name, value in zip(ADAPTER_LEAVES, fresh, strict=True):
@@ -77,7 +80,7 @@ def make_interceptor(
             path=path,
             deterministic=deterministic,
         )
-        return fence_output(y) if is_dense else y
+        return fence_output(y) if is_dense and not is_rescaled else y
 
     return intercept
 

@@ -59,13 +59,13 @@ def factor_product(
 
 def _product(equation, rate, precision, x, factor, key):
     x = dropout(x, rate, key)
-    return _spread_out(equation, x, factor.astype(x.dtype), precision)
+    return einsum(equation, x, factor.astype(x.dtype), precision=precision)
 
 
-def _forward(equation, rate, precision, x, factor, key=None):
+def _forward(product, equation, rate, precision, x, factor, key=None):
     # Not `factor_product`: forward-over-reverse differentiates this function.
     key = jax.tree.map(lambda leaf: leaf.value, key)  # also of a `KeepKey`, or None
-    y = _product(equation, rate, precision, x.value, factor.value, key)
+    y = product(equation, rate, precision, x.value, factor.value, key)
     rows = x.value if factor.perturbed else None
     weights = factor.value if x.perturbed else None
     # Empty arrays stand for dtypes, and for what the operands vary over.
@@ -96,8 +96,14 @@ def _backward(equation, rate, precision, residuals, dy):
     return dx, d_factor, None
 
 
-def _spread_out(equation, x, factor, precision):
-    """Computes ``einsum(equation, x, factor)``, on a TPU without a matmul if thin.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _added_product(equation, rate, precision, x, factor, key=None):
+    """`factor_product` of what is added to a base's product and goes no other way."""
+    return _spread_out(equation, rate, precision, x, factor, key)
+
+
+def _spread_out(equation, rate, precision, x, factor, key):
+    """Computes `_product`, on a TPU without a matmul if the factor is thin.
 
     XLA then adds the update to the base's product as that is written, in the vector
     unit and behind the matmul. Another matmul has to read and write the wide result
@@ -110,9 +116,10 @@ def _spread_out(equation, x, factor, precision):
     sizes |= dict(zip(factor_labels, factor.shape, strict=True))
     is_large = math.prod(sizes[c] for c in out) * x.dtype.itemsize >= MIN_VECTOR_BYTES
     is_outer = {c for c in x_labels + factor_labels if c not in out} == {RANK}
-    is_thin = is_outer and sizes[RANK] <= MAX_VECTOR_RANK
+    is_thin = is_outer and not rate and sizes[RANK] <= MAX_VECTOR_RANK
     if target_platform() != "tpu" or not (is_thin and is_large):
-        return einsum(equation, x, factor, precision=precision)
+        return _product(equation, rate, precision, x, factor, key)
+    factor = factor.astype(x.dtype)
     wide = jnp.promote_types(jnp.float32, x.dtype)
     rows, columns = (
         _rank_first(array.astype(wide), labels, out)
@@ -185,7 +192,12 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
 
-factor_product.defvjp(_forward, _backward, symbolic_zeros=True)
+factor_product.defvjp(
+    functools.partial(_forward, _product), _backward, symbolic_zeros=True
+)
+_added_product.defvjp(
+    functools.partial(_forward, _spread_out), _backward, symbolic_zeros=True
+)
 
 
 def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
@@ -215,6 +227,7 @@ def low_rank_update(
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
     hidden: AnyFloat | None = None,
+    is_rescaled: bool = False,
 ) -> AnyFloat:
     """Computes ``scaling * (x A) B``, everything that LoRA adds to a layer.
 
@@ -230,6 +243,8 @@ def low_rank_update(
       precision: as in `jax.lax.dot_general`.
       dtype: dtype of the computation and result; default: that of ``x``.
       hidden: ``dropout(x) A`` if already computed, see `lora_jax.ops.shared`.
+      is_rescaled: whether the layer's output is scaled afterwards (DoRA), which is
+        fused with a matmul better than with a sum.
 
     Returns:
       The update, in ``dtype``.
@@ -245,7 +260,8 @@ def low_rank_update(
     if h is None:
         h = factor_product(down, dropout_rate, precision, x, lora_a, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # cheapest here, at rank width
-    return factor_product(up, 0.0, precision, h, lora_b)
+    product = factor_product if is_rescaled else _added_product
+    return product(up, 0.0, precision, h, lora_b)
 
 
 def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:

@@ -248,32 +248,28 @@ def test_a_factor_that_is_not_trained_keeps_no_input():
     assert_close(backward(dy)[0], 2.0 * (x @ a).T @ dy)
 
 
-@pytest.mark.parametrize(
-    ("equation", "shapes"),
-    [
-        ("btR,Ro->bto", [(2, 3, 4), (4, 5)]),
-        ("exR,eRnh->exnh", [(2, 3, 4), (2, 4, 2, 3)]),
-    ],
-)
-def test_a_tpu_spreads_a_thin_factor_without_a_matmul(monkeypatch, equation, shapes):
-    x, factor = (
-        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)
-    )
+def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
+    arrays = normal((2, 3, 4)), normal((4, 2), 1), normal((2, 5, 3), 2)
 
-    def product(x, factor):
-        return factor_product(equation, 0.0, None, x, factor)
+    def update(x, a, b, **options):
+        down, up = "bti,iR->btR", "btR,Rnh->btnh"
+        return low_rank_update(down, up, x, a, b, scaling=1.5, **options)
 
-    wanted = jax.vjp(product, x, factor)
-    dy = jnp.cos(wanted[0])
+    def both(*arrays):
+        y, back = jax.vjp(update, *arrays)
+        return y, *back(jnp.cos(arrays[0][..., :1, None] * jnp.ones((5, 3))))
+
+    def matmuls(**options):
+        jaxpr = jax.make_jaxpr(lambda *arrays: update(*arrays, **options))(*arrays)
+        return str(jaxpr).count("dot_general")
+
+    wanted = both(*arrays)
     monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
+    assert matmuls() == 2  # small
     monkeypatch.setattr(ops, "MIN_VECTOR_BYTES", 0)
-    got = jax.vjp(product, x, factor)
-    for ours, plain in zip(
-        jax.tree.leaves((got[0], got[1](dy))),
-        jax.tree.leaves((wanted[0], wanted[1](dy))),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
-    assert "dot_general" not in str(jax.make_jaxpr(lambda *a: product(*a))(x, factor))
-    monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 3)
-    assert "dot_general" in str(jax.make_jaxpr(lambda *a: product(*a))(x, factor))
+    assert matmuls() == 1
+    assert matmuls(is_rescaled=True) == 2
+    for got, plain in zip(both(*arrays), wanted, strict=True):
+        assert_close(got, plain)
+    monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 1)
+    assert matmuls() == 2
