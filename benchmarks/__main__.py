@@ -32,7 +32,6 @@ COMPARISONS = (
     "sweep",
     "bank",
     "plan_peak",
-    "bfloat16",
     "compiled",
 )
 QUICK = ("contenders", "overhead")

@@ -85,7 +85,7 @@ def main(
         for name, device in devices.items():
             only = None if name == targets[0] or len(targets) == 1 else MAIN
             rows.append(_row(name, make_mesh(devices=[device]), model, only, known))
-    return [row for row in rows if _contenders(row)]
+    return [row for row in rows if _contenders(row) or not known]
 
 
 def _row(
