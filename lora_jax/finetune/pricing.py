@@ -154,7 +154,7 @@ class JobSteps:
 
         A decoder's are computed by formula, because cuDNN's attention can't be traced.
         """
-        if plan.remat is None:
+        if plan.remat is None or not self.job.has_formula:
             return StepFlops(plan.flops, full.flops)
         loaded, counted = self.job.loaded, (plan.batch, plan.tokens)
         common = (loaded.config, loaded.params, self.job.targets)

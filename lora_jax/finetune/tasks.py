@@ -1,4 +1,6 @@
-"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
+"""Selecting the task: `Language`, `Classification` or `Pairs` by the kind of model.
+
+Lines with an anchor and a positive text are the task `Embeddings`, of any model.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -10,15 +12,18 @@ import jax
 
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.embeddings import open_embeddings
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
+from lora_jax.finetune.sections import TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
 from lora_jax.names import OWNER
+from lora_jax.train.text_pairs import has_text_pairs
 
 
 def open_job(
@@ -52,6 +57,9 @@ def open_job(
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
     check_experts(source.config, settings, axis=settings.mesh.expert)
+    if has_text_pairs(settings.data.train):
+        return open_embeddings(settings, devices, splits=splits)
+    _check_no_pairs(settings)
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:
@@ -63,6 +71,21 @@ def open_job(
         return open_pairs(settings, devices, splits=splits)
     adapters = (extra or {}).get("adapters", ())
     return open_language(settings, devices, splits=splits, adapters=adapters)
+
+
+def _check_no_pairs(settings: RunSettings) -> None:
+    """Raises a `UserError` for a setting of embeddings."""
+    data, default = settings.data, TrainSettings.temperature
+    if (
+        settings.train.temperature != default
+        or data.query_prompt
+        or data.document_prompt
+    ):
+        raise UserError(
+            "train.temperature, data.query_prompt and data.document_prompt are for "
+            "pairs of texts: the first line of data.train must have an 'anchor' and a "
+            "'positive'. Remove them, or change the data."
+        )
 
 
 def _one_device(settings: RunSettings) -> Devices:
