@@ -1,6 +1,7 @@
 """Writes ``tests/golden/methods``: what PEFT makes of the golden Llama by method.
 
-Run in an environment with torch, transformers and peft (the extra ``bench``):
+Run at the root, in an environment with torch, transformers and peft (the extra
+``bench``):
 ``python -m tests.golden.make_methods [METHOD ...]``.
 
 ``<method>`` is the adapter as PEFT saves it, of a base that PEFT changed converted to
@@ -32,12 +33,13 @@ CASES = {
     "eva": peft.LoraConfig(
         init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), **COMMON
     ),
+    "vera": peft.VeraConfig(r=5, target_modules=MODULES, projection_prng_key=3),
 }
 
 
 def base():
     return transformers.AutoModelForCausalLM.from_pretrained(
-        HERE / "llama", dtype=torch.float32
+        (HERE / "llama").relative_to(pathlib.Path.cwd()), dtype=torch.float32
     ).eval()
 
 
@@ -45,7 +47,7 @@ def factors_of(model) -> dict[str, np.ndarray]:
     return {
         name.removeprefix("base_model.model."): value.detach().numpy().copy()
         for name, value in model.named_parameters()
-        if "lora_" in name
+        if "lora_" in name or "vera_" in name
     }
 
 
@@ -54,7 +56,7 @@ def change(model) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "vera_" in name:
                 value += 0.1 * torch.randn(value.shape, generator=generator)
 
 
@@ -70,15 +72,25 @@ def make(name: str) -> None:
 
         peft.tuners.lora.loraga.preprocess_loraga(model, CASES[name], step)
     model = peft.get_peft_model(model, CASES[name])
+    versions = f"peft {peft.__version__}, torch {torch.__version__}"
     if name == "eva":
         mask = torch.ones_like(tokens)
         batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
         peft.initialize_lora_eva_weights(model, [batch] * 4, show_progress_bar=False)
         arrays = {f"start/{k}": v for k, v in factors_of(model).items()}
-        versions = f"peft {peft.__version__}, torch {torch.__version__}"
         np.savez_compressed(TARGET / "eva.npz", versions=np.array(versions), **arrays)
         return
     arrays = {f"start/{k}": v for k, v in factors_of(model).items()}
+    if name == "vera":
+        change(model)
+        with torch.no_grad():
+            arrays["logits"] = model(tokens).logits.numpy()
+        model.save_pretrained(TARGET / name)
+        (TARGET / name / "README.md").unlink()
+        np.savez_compressed(
+            TARGET / f"{name}.npz", versions=np.array(versions), **arrays
+        )
+        return
     start = TARGET / "start"
     model.peft_config["default"].init_lora_weights = True  # don't decompose again
     model.save_pretrained(start)
@@ -93,7 +105,6 @@ def make(name: str) -> None:
     for file in (*start.iterdir(), TARGET / name / "README.md"):
         file.unlink()
     start.rmdir()
-    versions = f"peft {peft.__version__}, torch {torch.__version__}"
     np.savez_compressed(TARGET / f"{name}.npz", versions=np.array(versions), **arrays)
 
 
