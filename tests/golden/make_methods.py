@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft.optimizers import lorafa
 
 HERE = pathlib.Path(__file__).parent
 TARGET = HERE / "methods"
@@ -33,6 +34,7 @@ CASES = {
     "eva": peft.LoraConfig(
         init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), **COMMON
     ),
+    "lora_fa": peft.LoraConfig(**COMMON),
     "vera": peft.VeraConfig(r=5, target_modules=MODULES, projection_prng_key=3),
 }
 
@@ -60,6 +62,21 @@ def change(model) -> None:
                 value += 0.1 * torch.randn(value.shape, generator=generator)
 
 
+def step_lora_fa(model, tokens, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps two steps of PEFT's optimizer, in float32, and the gradients it took."""
+    lorafa.is_bf16_available = lambda: False
+    optimizer = lorafa.create_lorafa_optimizer(model, r=2, lora_alpha=3, lr=0.1)
+    for number in range(2):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        for key, value in model.named_parameters():
+            if "lora_B" in key:
+                name = key.removeprefix("base_model.model.")
+                arrays[f"gradient{number}/{name}"] = value.grad.numpy().copy()
+        optimizer.step()
+        arrays |= {f"step{number}/{k}": v for k, v in factors_of(model).items()}
+
+
 def make(name: str) -> None:
     with np.load(HERE / "llama" / "reference.npz") as arrays:
         tokens = torch.tensor(arrays["input_ids"]).long()
@@ -81,6 +98,11 @@ def make(name: str) -> None:
         np.savez_compressed(TARGET / "eva.npz", versions=np.array(versions), **arrays)
         return
     arrays = {f"start/{k}": v for k, v in factors_of(model).items()}
+    if name == "lora_fa":
+        step_lora_fa(model, tokens, arrays)
+        arrays["versions"] = np.array(versions)
+        np.savez_compressed(TARGET / f"{name}.npz", **arrays)
+        return
     if name == "vera":
         change(model)
         with torch.no_grad():

@@ -15,11 +15,13 @@ from lora_jax import (
     eva_init,
     export_adapter,
     load_model,
+    lora_fa_projection,
     lora_ga_init,
 )
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.portable import rewrite_peft
 from lora_jax.ops.merge import delta_kernel
+from lora_jax.tree.partition import adapter_of
 from lora_jax.tree.paths import flatten, unflatten
 from tests.interop.peft_cases import logits_of, reference
 from tests.models.golden import GOLDEN
@@ -51,7 +53,7 @@ def in_our_names(arrays, prefix: str, model) -> dict[str, np.ndarray]:
             continue
         _, _, layer, *module, letter, _, _ = name.split("/", 1)[1].split(".")
         path = f"layer_{layer}/{OURS['.'.join(module)]}/{letter.lower()}"
-        shape = flatten(model.variables["lora"])[path].shape
+        shape = flatten(adapter_of(model.variables))[path].shape
         found[path] = value.T.reshape(shape)
     return found
 
@@ -96,6 +98,35 @@ def test_eva_finds_the_components_and_the_ranks_that_peft_does():
         # PEFT's are of an incremental, randomized SVD.
         np.testing.assert_allclose(abs(np.sum(a.T * theirs, axis=1)), 1, atol=1e-4)
     assert not ranks
+
+
+def test_lora_fa_takes_the_steps_of_b_that_peft_s_optimizer_does():
+    targets = [path.rpartition("/")[2] for path in OURS.values()]
+    config = LoRAConfig(rank=2, alpha=3, targets=targets, lora_fa=True)
+    model = load_model(GOLDEN / "llama", lora=config, key=jax.random.key(0))
+    arrays = golden("lora_fa")
+    parts = {
+        name: {
+            path: leaf
+            for path, leaf in in_our_names(arrays, name, model).items()
+            if path.endswith("lora_b") or name == "start"
+        }
+        for name in ("start", "gradient0", "step0", "gradient1", "step1")
+    }
+    fixed = {p: v for p, v in parts["start"].items() if p.endswith("lora_a")}
+    variables = {"fixed": unflatten(fixed)}
+    rows = model.module.targets(model.params)
+    tx = lora_fa_projection(variables, rows)
+    b, first, second = (dict.fromkeys(parts["gradient0"], 0.0) for _ in range(3))
+    for step in (1, 2):
+        gradients = {"lora": unflatten(parts[f"gradient{step - 1}"])}
+        found = flatten(tx.update(gradients, tx.init(gradients))[0]["lora"])
+        for path, g in found.items():  # PEFT's Adam adds its epsilon before correcting
+            first[path] = 0.9 * first[path] + 0.1 * g
+            second[path] = 0.999 * second[path] + 0.001 * g**2
+            rate = 0.1 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            b[path] -= rate * first[path] / (second[path] ** 0.5 + 1e-6)
+            assert_close(b[path], parts[f"step{step - 1}"][path])
 
 
 def vera_of_peft():
