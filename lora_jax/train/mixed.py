@@ -6,8 +6,8 @@ would compute from these rows. Clipping, Adam and weight decay are each adapter'
 
 Only the adapters of a batch are gathered from the state, updated and put back. One
 without rows in it keeps its bits: neither its moments nor its weights decay, and its
-step count, which drives the learning rate and Adam's bias correction, stands still. So a step's arithmetic grows with the batch, not with the number
-of adapters.
+step count, which drives the learning rate and Adam's bias correction, stands still. So
+a step's arithmetic grows with the batch, not with the number of adapters.
 """
 
 from collections.abc import Callable, Iterable, Mapping
