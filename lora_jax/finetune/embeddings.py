@@ -294,6 +294,8 @@ def _check(settings: RunSettings, config: Any) -> None:
         )
     if settings.lora.init == "eva":
         faults.append("lora.init must not be 'eva', whose inputs are one text a row")
+    if settings.mesh.sequence != 1:
+        faults.append(f"mesh.sequence must be 1; got {settings.mesh.sequence}")
     if names_adapters(data):
         faults.append(f"pairs of texts can't name their {OWNER}")
     if faults:

@@ -23,6 +23,7 @@ from lora_jax.parallel.activation_sharding import (
     target_platform,
 )
 from lora_jax.parallel.device_kind import target_kind
+from lora_jax.parallel.sequence import fold, sequence_shards
 from lora_jax.train.balance import balance_loss
 from lora_jax.train.losses import (
     as_weights,
@@ -363,11 +364,11 @@ def make_lm_loss(
         kernel = variables[holder][owner][leaf]
         at_once = chunk or chunk_tokens(kernel.size // hidden.shape[-1])
         return causal_lm(
-            hidden,
+            fold(hidden),
             gather_kernel(kernel.T if is_tied else kernel),
-            labels,
-            weights,
-            chunk=at_once * num_row_shards(),
+            fold(labels),
+            fold(weights),
+            chunk=at_once * num_row_shards() * sequence_shards(),
             softcap=softcap,
         )
 
