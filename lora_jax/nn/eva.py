@@ -26,6 +26,7 @@ from lora_jax.nn.layer_rules import CALL
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.target import Target, child
+from lora_jax.tree.token_rows import token_rows_of
 
 RHO = 2.0  # of EVA's paper
 
@@ -101,7 +102,8 @@ def eva_init(
         rows = found[target.path].rows[: target.rank]
         own[LORA_A] = jnp.asarray(rows.T.reshape(own[LORA_A].shape), jnp.float32)
         leaves |= {child(target.path, name): leaf for name, leaf in own.items()}
-    return made, partition(join(base, unflatten(leaves)), config)
+    rows = token_rows_of(variables)
+    return made, partition(join(base, unflatten(leaves), rows), config)
 
 
 def principal_components(
