@@ -221,12 +221,9 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def print_targets(
-    out: Reporter, targets: Sequence[Target], tokens: Sequence[TokenRows] = ()
-) -> None:
-    """Prints the table of targets, and of the tables of which rows are trained."""
-    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
-    rows = [
+def token_table(tokens: Sequence[TokenRows]) -> list[tuple[Any, ...]]:
+    """Returns a row like those of `target_rows` for each layer with trained rows."""
+    return [
         (
             each.path,
             1,
@@ -238,7 +235,14 @@ def print_targets(
         )
         for each in tokens
     ]
-    out.table(columns, [*target_rows(targets), *rows])
+
+
+def print_targets(
+    out: Reporter, targets: Sequence[Target], tokens: Sequence[TokenRows] = ()
+) -> None:
+    """Prints the table of targets, and of layers with trained rows of tokens."""
+    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
+    out.table(columns, [*target_rows(targets), *token_table(tokens)])
 
 
 def counts(job: Job) -> dict[str, Any]:

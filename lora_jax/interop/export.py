@@ -228,12 +228,12 @@ def _tokens(
     if EMBED in found:
         check_one_table(names.family)
     is_tied = not names.family.head and source.config.is_tied
-    if is_tied and HEAD in spelled and EMBED in found:
-        if found.get(HEAD, found[EMBED]) == found[EMBED]:
-            raise ValueError(
-                "rows of tokens of an embedding can't be exported with a head of its "
-                "own: PEFT ties both, as the base does. Merge it into its base."
-            )
+    is_alone = EMBED in found and found.get(HEAD, found[EMBED]) == found[EMBED]
+    if is_tied and HEAD in spelled and is_alone:
+        raise ValueError(
+            "rows of tokens of an embedding can't be exported with a head of its own: "
+            "PEFT ties both, as the base does. Merge it into its base."
+        )
     return {
         spelled[path]: (list(found[path]), np.asarray(array, np.float32))
         for path, array in layers.items()
