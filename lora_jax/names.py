@@ -21,7 +21,8 @@ LORA_A = "lora_a"
 LORA_B = "lora_b"
 MAGNITUDE = "magnitude"
 START_A, START_B = "start_a", "start_b"  # A and B where training starts from W0
-ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B)
+VERA_D, VERA_B = "vera_d", "vera_b"  # what VeRA trains: factors of B's rows and columns
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B, VERA_D, VERA_B)
 TOKEN_ROWS = "token_rows"  # in ``params``, beside a table: rows trained in place of its
 
 KERNEL = "kernel"
@@ -43,7 +44,9 @@ POOLER = "pooler"  # BERT's layer below the head, and the pooling that uses it
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"  # mesh axes, see `parallel.mesh`
 MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)  # the axes a batch is sharded over
-EXPERT = "expert"  # a fourth mesh axis, where experts are sharded
+EXPERT = "expert"  # a mesh axis beside these, where experts are sharded
+SEQUENCE = "sequence"  # a mesh axis beside these, where rows of tokens are split
+TOKEN_AXES = (*BATCH_AXES, SEQUENCE)  # all axes that tokens are split over
 
 MEMBER = "member"  # the mesh axis that the runs of a sweep are split over
 

@@ -177,7 +177,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--tokens", type=_count, metavar="T", help="per row; default: data.max_length"
     )
     command.add_argument(
-        "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
+        "--mesh", metavar="AXES", help="data=1,fsdp=4,sequence=2; default: all fsdp"
     )
     command.add_argument(
         "--together",
@@ -348,7 +348,10 @@ def _add_extract(command: argparse.ArgumentParser) -> None:
 def _add_export(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=True)
     command.add_argument(
-        "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
+        "--format",
+        choices=("peft", "mlx", "vera"),
+        default="peft",
+        help="default: peft; vera: PEFT's VeraConfig, of a run with lora.vera",
     )
     _flag(
         command,

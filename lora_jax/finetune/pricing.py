@@ -16,6 +16,7 @@ from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.families import FAMILIES
@@ -23,10 +24,11 @@ from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import name_tokens
-from lora_jax.names import EXPERT, PARAMS
+from lora_jax.names import EXPERT, PARAMS, SEQUENCE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
+from lora_jax.parallel.sequence import check_length
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
@@ -206,12 +208,14 @@ def slice_steps(
         )
     config = read_config(family, config_json, found)
     check_experts(config, settings, axis=mesh.get(EXPERT, 1))
+    check_sequence(family.kind, config, mesh.get(SEQUENCE, 1))
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
+    check_length(tokens, mesh)
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))

@@ -25,7 +25,7 @@ Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
 NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
 Fraction = Annotated[NotNegative, Field(lt=1)]
 Devices = Annotated[int, Field(le=LARGEST)]
-Axis = Literal["data", "fsdp", "tensor", "expert"] | None
+Axis = Literal["data", "fsdp", "tensor", "expert", "sequence"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,8 @@ class MeshSettings:
       tensor: number of devices over which each layer's outputs are sharded.
       expert: number of devices over which the experts of a mixture are split; each has
         a copy of the rest of the model, and the same part of the batch.
+      sequence: number of devices over which the tokens of each row are split, for long
+        rows; each has a copy of the model. Causal decoders only.
       member: number of devices over which the runs of a sweep are split, each with the
         whole model; 1 for a run of its own.
       uneven: what to do if a weight's axis is not divisible: ``"error"``, or
@@ -188,6 +190,7 @@ class MeshSettings:
     fsdp: Devices = 1
     tensor: Devices = 1
     expert: Count = 1
+    sequence: Count = 1
     member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

@@ -104,7 +104,7 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
     configs = [point.settings.lora for point in points]
     if any(lora.fixes_leaves or lora.init == "eva" for lora in configs):
         raise UserError(
-            "lora_fa, and an init that starts from W0 or from data, can't be swept: "
+            "lora_fa, vera, and an init from W0 or from data, can't be swept: "
             "the runs of a sweep share all that isn't trained and their layers, and "
             "here each run has its own. Train such runs with `lora-jax train`."
         )

@@ -16,6 +16,7 @@ from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
 from lora_jax.names import OWNER
@@ -52,6 +53,7 @@ def open_job(
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
     check_experts(source.config, settings, axis=settings.mesh.expert)
+    check_sequence(source.family.kind, source.config, settings.mesh.sequence)
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:
@@ -72,11 +74,11 @@ def _one_device(settings: RunSettings) -> Devices:
       UserError: if the settings, or the processes, ask for more.
     """
     mesh = settings.mesh
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.member)
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence, mesh.member)
     if {*sizes} - {1, -1} or jax.process_count() > 1:
         raise UserError(
-            f"a run whose examples name their {OWNER} takes one device; got mesh "
-            f"sizes {', '.join(map(str, sizes))} (data, fsdp, tensor, member) and "
+            f"a run whose examples name their {OWNER} takes one device; got mesh sizes "
+            f"{', '.join(map(str, sizes))} (data, fsdp, tensor, sequence, member) and "
             f"{jax.process_count()} processes."
         )
     unused = jax.device_count() - 1

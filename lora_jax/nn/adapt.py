@@ -177,7 +177,7 @@ class Adapted(nn.Module):
         flat, adapters = flatten(params), {}
         for target in targets:
             kernel = flat[target.weight_path]
-            for name, leaf in target.init(key, kernel, self.config.init).items():
+            for name, leaf in target.init(key, kernel, self.config.start).items():
                 adapters[child(target.path, name)] = leaf
         rows = init_token_rows(params, self.token_rows(params))
         return self.upcast_trained(

@@ -30,6 +30,7 @@ from lora_jax.parallel.activation_sharding import (
     target_platform,
 )
 from lora_jax.parallel.device_kind import target_kind
+from lora_jax.parallel.sequence import fold, sequence_shards
 from lora_jax.train.balance import balance_loss
 from lora_jax.train.chunked_nll import Options, chunked_nll
 from lora_jax.train.losses import (
@@ -218,11 +219,11 @@ def make_lm_loss(
             deltas = row_deltas(trained[TOKEN_ROWS], kernel.T, tokens)
             rows = {"deltas": deltas, "tokens": tokens}
         return causal_lm(
-            hidden,
+            fold(hidden),
             kernel,
-            labels,
-            weights,
-            chunk=at_once * num_row_shards(),
+            fold(labels),
+            fold(weights),
+            chunk=at_once * num_row_shards() * sequence_shards(),
             softcap=softcap,
             **rows,
         )

@@ -25,6 +25,7 @@ from lora_jax.names import (
     MAGNITUDE,
     SCALE,
     TOKEN_ROWS,
+    VERA_D,
 )
 from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
@@ -275,15 +276,15 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 def decay_mask(tree: PyTree) -> PyTree:
     """Returns a mask of the decayed leaves: ``lora_b``, kernels and embeddings.
 
-    True for 2 or more dimensions, except for ``lora_a``, ``magnitude``, ``token_rows``,
-    ``bias`` and ``scale``.
+    True for 2 or more dimensions, except for ``lora_a``, ``vera_d``, ``magnitude``,
+    ``token_rows``, ``bias`` and ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
 
-    exempt = {LORA_A, MAGNITUDE, TOKEN_ROWS, BIAS, SCALE}
+    exempt = {LORA_A, VERA_D, MAGNITUDE, TOKEN_ROWS, BIAS, SCALE}
 
     def decays(path: Any, leaf: Any) -> bool:
         return jnp.ndim(leaf) >= 2 and exempt.isdisjoint(key_path(path).split("/"))
@@ -328,7 +329,8 @@ def lora_b_mask(tree: PyTree) -> PyTree:
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
-            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters."
+            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters, and "
+            "for VeRA."
         )
     return mask
 

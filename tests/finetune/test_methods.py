@@ -60,7 +60,7 @@ def test_a_run_s_adapter_is_evaluated_loaded_and_inspected(run):
 
 
 def test_a_sweep_says_that_it_does_not_take_them(config):
-    with pytest.raises(UserError, match="from W0 or from data, can't be swept"):
+    with pytest.raises(UserError, match="an init from W0 or from data, can't be swept"):
         expand(config, {"lora.init": ["pissa"], "train.seed": [0, 1]})
 
 
