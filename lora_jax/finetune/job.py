@@ -22,7 +22,7 @@ from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import localize
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
@@ -171,7 +171,7 @@ class Job(abc.ABC):
 
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        lora = translate_names(settings.lora, self.loaded.family, self.loaded.config)
+        lora = localize(settings.lora, self.loaded)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora
@@ -240,7 +240,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = translate_names(lora, loaded.family, loaded.config)
+    lora = localize(lora, loaded)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)

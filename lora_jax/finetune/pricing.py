@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
@@ -22,6 +23,7 @@ from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import name_tokens
 from lora_jax.names import EXPERT, PARAMS, SEQUENCE
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import make_mesh
@@ -218,6 +220,7 @@ def slice_steps(
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
     lora = translate_names(settings.lora, family, config)
+    lora = name_tokens(lora, load_tokenizer(found), config.vocab_size)
     scan = settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)
