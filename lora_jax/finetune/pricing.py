@@ -23,7 +23,7 @@ from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import EXPERT, PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.mesh import batch_sharding, make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
@@ -91,8 +91,12 @@ class JobSteps:
 
     def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
         hypers = mixed_hypers(self.job, self.batches, self.total)
+        mesh = self.job.devices.mesh
+        where = None if mesh is None else batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
+            )
             for name, leaf in self.longest.items()
         }
         return price_step(
