@@ -56,8 +56,9 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
         )
     if shared := {EMBED, HEAD} & {*job.variables.get(PARAMS, {})}:
         raise UserError(
-            f"lora.train can't name a decoder's {' and '.join(sorted(shared))} where "
-            "examples name their adapter: every adapter would have one of its own."
+            f"lora.train and lora.tokens can't name a decoder's "
+            f"{' and '.join(sorted(shared))} where examples name their adapter: every "
+            "adapter would have one of its own."
         )
     steps = np.zeros(len(job.adapters), np.int64)
     for number in range(total):

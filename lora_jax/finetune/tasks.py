@@ -1,4 +1,6 @@
-"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
+"""Selecting the task: `Language`, `Classification` or `Pairs` by the kind of model.
+
+Lines with an anchor and a positive text are the task `Embeddings`, of any model.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -10,15 +12,19 @@ import jax
 
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.embeddings import open_embeddings
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
+from lora_jax.finetune.sections import TrainSettings
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
 from lora_jax.names import OWNER
+from lora_jax.train.text_pairs import has_text_pairs
 
 
 def open_job(
@@ -52,6 +58,10 @@ def open_job(
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
     check_experts(source.config, settings, axis=settings.mesh.expert)
+    if has_text_pairs(settings.data.train):
+        return open_embeddings(settings, devices, splits=splits)
+    _check_no_pairs(settings)
+    check_sequence(source.family.kind, source.config, settings.mesh.sequence)
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:
@@ -65,14 +75,30 @@ def open_job(
     return open_language(settings, devices, splits=splits, adapters=adapters)
 
 
+def _check_no_pairs(settings: RunSettings) -> None:
+    """Raises a `UserError` for a setting of embeddings."""
+    data, default = settings.data, TrainSettings.temperature
+    if (
+        settings.train.temperature != default
+        or data.query_prompt
+        or data.document_prompt
+    ):
+        raise UserError(
+            "train.temperature, data.query_prompt and data.document_prompt are for "
+            "pairs of texts: the first line of data.train must have an 'anchor' and a "
+            "'positive'. Remove them, or change the data."
+        )
+
+
 def _check_mixed(settings: RunSettings) -> None:
     """Raises a `UserError` for what a run whose examples name their adapter can't use.
 
     Its adapters' rows may be anywhere in a batch, so a process must see all of them.
     """
-    if settings.mesh.expert > 1 or jax.process_count() > 1:
+    mesh, count = settings.mesh, jax.process_count()
+    if (mesh.expert, mesh.sequence, count) != (1, 1, 1):
         raise UserError(
             f"a run whose examples name their {OWNER} takes one process, and "
-            f"mesh.expert must be 1; got {jax.process_count()} and "
-            f"{settings.mesh.expert}."
+            f"mesh.expert and mesh.sequence must be 1; got {count}, {mesh.expert} and "
+            f"{mesh.sequence}."
         )

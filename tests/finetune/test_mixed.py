@@ -202,7 +202,7 @@ def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
         (["a"] * 4, ["data.test=FILE"], "must be one that is trained; got 'acme'"),
         (["acme"] * 4 + ["b"], ["data.validation=FILE"], "has none for b"),
         (["a", "b"] * 2, ["train.samples=[w1]"], "train.samples must be empty for 2"),
-        (["a", "b"] * 2, ["mesh.expert=2"], "mesh.expert must be 1; got 1 and 2"),
+        (["a", "b"] * 2, ["mesh.expert=2"], "mesh.sequence must be 1; got 1, 2"),
         (["a"] * 9 + ["b"] * 9, ["train.max_steps=1", "train.batch_size=1"], "1 of 2"),
         (["a", "b"] * 2, ["lora.train=[embed]"], "can't name a decoder's embed"),
     ],

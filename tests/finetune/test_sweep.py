@@ -200,7 +200,7 @@ def check_same(done, resumed):
         (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
         (["mesh.member=1,2"], "mesh.member can't be swept"),
         (["mesh.member=64"], "mesh.member must be at most the"),
-        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor and expert must be 1 in a sweep"),
+        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor, expert and sequence must be 1"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):
