@@ -10,6 +10,7 @@ step count, which drives the learning rate and Adam's bias correction, stands st
 a step's arithmetic grows with the batch, not with the number of adapters.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -68,10 +69,10 @@ def mixed_state(
 
     if mesh is None:
         state = make(trainable, rng)
-        return state.replace(frozen=jax.tree.map(jnp.asarray, frozen))
+        return dataclasses.replace(state, frozen=jax.tree.map(jnp.asarray, frozen))
     places = mixed_places(jax.eval_shape(make, trainable, rng), trainable, mesh)
     state = jax.jit(make, out_shardings=places)(trainable, rng)
-    return state.replace(frozen=on_mesh(frozen, mesh))
+    return dataclasses.replace(state, frozen=on_mesh(frozen, mesh))
 
 
 def mixed_places(
