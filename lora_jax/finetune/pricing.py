@@ -26,7 +26,7 @@ from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import name_tokens
 from lora_jax.names import EXPERT, PARAMS, SEQUENCE
 from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.mesh import batch_sharding, make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.parallel.sequence import check_length
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
@@ -95,8 +95,12 @@ class JobSteps:
 
     def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
         hypers = mixed_hypers(self.job, self.batches, self.total)
+        mesh = self.job.devices.mesh
+        where = None if mesh is None else batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
+            )
             for name, leaf in self.longest.items()
         }
         return price_step(
