@@ -325,6 +325,12 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
     command.add_argument(
+        "--head",
+        metavar="DIR",
+        help="the adapter whose head (and other weights trained in full) to keep; "
+        "default: the sum of their changes, of new heads the weighted mean",
+    )
+    command.add_argument(
         "--model",
         metavar="DIR",
         help="the base; optional if the adapters say which it is",
