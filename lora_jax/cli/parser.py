@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
-    "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
+    "export": "write a run's adapter (or all of them) for PEFT, vLLM and others",
     "inspect": "show what is in an adapter or model folder",
 }
 
