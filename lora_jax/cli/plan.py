@@ -94,6 +94,10 @@ def _plan_local(
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
+        "token_rows": [
+            {"path": rows.path, "tokens": list(rows.tokens), "width": rows.shape[1]}
+            for rows in job.adapted.token_rows(job.loaded.params)
+        ],
         "frozen_notes": job.frozen_notes,
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
