@@ -19,6 +19,7 @@ from benchmarks import compare, harness, report
 COMPARISONS = (
     "contenders",
     "lengths",
+    "long_rows",
     "overhead",
     "generation",
     "input",
