@@ -204,8 +204,8 @@ def _blocks(scale, softcap, query, key, value, tokens: Tokens) -> _Blocks:
     options = Options(scale, is_causal=True, size=_block_size(t), softcap=softcap)
     rows = (group_heads(query, k), key.swapaxes(1, 2), value.swapaxes(1, 2))
     blocks = t // options.size
-    arrays = (_cut(x, blocks) for x in rows)
-    return _Blocks(options, *arrays, _cut_tokens(tokens, blocks))
+    queries, keys, values = (_cut(x, blocks) for x in rows)
+    return _Blocks(options, queries, keys, values, _cut_tokens(tokens, blocks))
 
 
 def _forward(scale, softcap, query, key, value, sinks, tokens: Tokens, window):
