@@ -246,8 +246,8 @@ def open_language(
         if not getattr(loaded.config, "predicts", True):
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
-                "no head, or tokens see later ones). Train it in Python, on "
-                "`lora_jax.embedding_loss`."
+                "no head, or tokens see later ones). Train it on pairs of texts, lines "
+                "with an 'anchor' and a 'positive'."
             )
         files = data_files(settings.data, splits)
         is_mixed = names_adapters(settings.data)

@@ -32,10 +32,9 @@ from lora_jax.names import LORA
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.fit import largest_batch
 from lora_jax.plan.step import StepPlan, price_step
-from lora_jax.train.loop import evaluate
 from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.step import LossFn
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
@@ -91,7 +90,7 @@ class Member(Session):
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(self.evaluations[name])
             padded = {**variables, LORA: lora}
-            return evaluate(self.group.eval_step, padded, stream)
+            return self.job.measure(self.group.eval_step, padded, stream)
 
 
 class _InSlot:
@@ -172,7 +171,7 @@ class Group:
         base = self.job.loaded
         self.adapted: Adapted = adapt(base.module, self.config, *base.inputs)
         self.targets: list[Target] = self.adapted.targets(base.params)
-        self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
+        self.eval_step = self.job.eval_step(self.adapted)
 
     def _shared(
         self, remat: str | None, count: int

@@ -26,6 +26,7 @@ from lora_jax.nn.layer_rules import CALL
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.target import Target, child
+from lora_jax.tree.token_rows import token_rows_of
 
 RHO = 2.0  # of EVA's paper
 
@@ -85,7 +86,8 @@ def eva_init(
     for target in made.targets(base):
         own = start_at(target, flat[target.weight_path], found[target.path])
         leaves |= {child(target.path, name): leaf for name, leaf in own.items()}
-    return made, partition(join(base, unflatten(leaves)), config)
+    rows = token_rows_of(variables)
+    return made, partition(join(base, unflatten(leaves), rows), config)
 
 
 def components_of(
