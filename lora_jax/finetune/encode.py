@@ -119,8 +119,9 @@ def encode(
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
-        if is_dual and config.is_siglip:  # as it was trained
-            longest, pad = config.max_positions, config.padding_id
+        if getattr(config, "is_siglip", False):  # as it was trained
+            longest = config.max_positions
+            pad = config.padding_id if is_dual else config.fill_id
             sequences = [ids + [pad] * (longest - len(ids)) for ids in sequences]
         longest = loaded.config.max_positions
         batches = _text_batches(sequences, records, rows, longest)
