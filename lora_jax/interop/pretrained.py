@@ -20,7 +20,7 @@ from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.tied import needs_own_head
-from lora_jax.models.added_tokens import ADDED
+from lora_jax.models.added_tokens import ADDED, new_tokens
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
@@ -101,7 +101,8 @@ def load_model(
         key), and for fresh adapters.
       add_tokens: of a decoder: new tokens for its tokenizer and its embedding (and
         head), whose rows are the mean of the others. A fresh adapter trains them; an
-        adapter of ours that was trained on some brings them itself.
+        adapter that was trained on some brings them itself (PEFT's, if its folder has
+        the tokenizer).
 
     Returns:
       The module, its variables, config and tokenizer, and where they came from.
@@ -149,6 +150,8 @@ def load_model(
         if external is None:
             loaded = _load_own(path, folder, options)
         else:
+            if (external.tokens or external.full) and not add_tokens:
+                options["add_tokens"] = new_tokens(folder, source)
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
         lora = localize(lora, loaded)

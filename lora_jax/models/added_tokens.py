@@ -149,6 +149,27 @@ def grow_tokenizer(
     return tokenizer
 
 
+def new_tokens(folder: Path, source: Source) -> list[str]:
+    """Returns the tokens that an adapter folder's tokenizer has and the model's lacks.
+
+    Raises:
+      ValueError: if their ids don't follow those of the model's own tokens.
+    """
+    own, theirs = load_tokenizer(source.path), load_tokenizer(folder)
+    if own is None or theirs is None:
+        return []
+    new = {t: theirs.token_id(t) or 0 for t in theirs.added_tokens}
+    new = {t: i for t, i in new.items() if own.token_id(t) is None}
+    tokens = sorted(new, key=lambda token: new[token])
+    own.add_tokens(tokens)
+    if wrong := [t for t in tokens if own.token_id(t) != new[t]]:
+        raise ValueError(
+            f"{theirs.path} must continue the ids of {own.path}; the new tokens "
+            f"{wrong[:20]} have others. Load the base that the adapter was trained on."
+        )
+    return tokens
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
     """Writes a tokenizer with new tokens, for transformers, beside an adapter or model.
 
