@@ -52,8 +52,8 @@ def open_job(
       FileNotFoundError: if a file is missing.
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
-    if devices is None and names_adapters(settings.data):
-        devices = _one_device(settings)
+    if names_adapters(settings.data):
+        _check_mixed(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
@@ -95,19 +95,15 @@ def _check_no_pairs(settings: RunSettings) -> None:
         )
 
 
-def _one_device(settings: RunSettings) -> Devices:
-    """Returns one device, for a run whose examples name their adapter.
+def _check_mixed(settings: RunSettings) -> None:
+    """Raises a `UserError` for what a run whose examples name their adapter can't use.
 
-    Raises:
-      UserError: if the settings, or the processes, ask for more.
+    Its adapters' rows may be anywhere in a batch, so a process must see all of them.
     """
-    mesh = settings.mesh
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence, mesh.member)
-    if {*sizes} - {1, -1} or jax.process_count() > 1:
+    mesh, count = settings.mesh, jax.process_count()
+    if (mesh.expert, mesh.sequence, count) != (1, 1, 1):
         raise UserError(
-            f"a run whose examples name their {OWNER} takes one device; got mesh sizes "
-            f"{', '.join(map(str, sizes))} (data, fsdp, tensor, sequence, member) and "
-            f"{jax.process_count()} processes."
+            f"a run whose examples name their {OWNER} takes one process, and "
+            f"mesh.expert and mesh.sequence must be 1; got {count}, {mesh.expert} and "
+            f"{mesh.sequence}."
         )
-    unused = jax.device_count() - 1
-    return Devices(note=f"1 of {unused + 1} is used" if unused else None)

@@ -8,7 +8,7 @@ import functools
 import json
 from pathlib import Path
 
-from lora_jax.files.gguf_config import ARCHITECTURES
+from lora_jax.files.gguf_names import ARCHITECTURES
 from lora_jax.models.families import FAMILIES
 from tests.interop.peft_cases import CASES
 from tests.models.golden import GOLDEN
