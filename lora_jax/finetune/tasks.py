@@ -58,6 +58,11 @@ def open_job(
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
+    if settings.model.add_tokens and source.family.kind != "decoder":
+        raise UserError(
+            f"model.add_tokens must be empty for {source.path}, an "
+            f"{source.family.kind}: only decoders get new tokens."
+        )
     check_experts(source.config, settings, axis=settings.mesh.expert)
     if has_text_pairs(settings.data.train):
         return open_embeddings(settings, devices, splits=splits)
