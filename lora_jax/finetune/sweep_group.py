@@ -6,7 +6,7 @@ for one take it together. So early stopping, checkpoints, the best adapter, resu
 the summary are those of a run of its own.
 """
 
-import contextlib
+import copy
 import dataclasses
 import functools
 import time
@@ -22,17 +22,16 @@ from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.pricing import JobSteps, too_large
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.run_folder import RunFolder
-from lora_jax.finetune.session import Session
-from lora_jax.finetune.settings import RunSettings
-from lora_jax.finetune.sweep_grid import Point, shared_config
+from lora_jax.finetune.settings import RunSettings, differences
+from lora_jax.finetune.sweep_grid import OWN, Point, shared_config
+from lora_jax.finetune.sweep_member import InSlot, Member
 from lora_jax.finetune.tasks import open_job
 from lora_jax.models.decoder import REMATS
-from lora_jax.names import LORA
+from lora_jax.models.stacking import can_scan
+from lora_jax.names import FIXED
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.fit import largest_batch
 from lora_jax.plan.step import StepPlan, price_step
-from lora_jax.train.loop import evaluate
 from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import LossFn, make_eval_step
@@ -41,67 +40,11 @@ from lora_jax.tree.targets import Target
 MOST = 16  # runs side by side where nobody says how many
 LEAST_GAIN = 0.95  # of the time one by one, to be worth it
 
-OnEnd = Callable[["Member", dict[str, Any] | None, DivergedError | None], None]
+# Settings that nothing depends on of what a job reads, but `can_scan`.
+UNREAD = {f"lora.{name}" for name in ("targets", "exclude", "dora", "lora_fa", "init")}
+UNREAD |= {"train.batch_size", "train.accumulate"}
 
-
-class Member(Session):
-    """One run of a group.
-
-    Attributes:
-      point: its settings in the grid.
-      number: the step it waits for.
-      like: its initial state.
-      hyper: its inputs of the shared step.
-      loop: yields the steps it needs.
-    """
-
-    def __init__(self, point: Point, group: "Group") -> None:
-        super().__init__(
-            point.settings, RunFolder(point.settings.output.dir), group.out
-        )
-        self.point, self.group = point, group
-        self.out = Reporter()  # the group speaks for its runs
-        self.stoppable = lambda out: contextlib.nullcontext(group.should_stop)
-        is_started = self.folder.is_started()
-        self.folder.check(self.settings, resume=is_started, overwrite=False)
-        self.take(group.job.with_settings(self.settings))
-        train = self.settings.train
-        options = jobs.optimizer_options(train, self.total)
-        key = jax.random.key(train.seed)
-        tx = jobs.optimizer(train, self.total)
-        self.state = self.like = TrainState.create(self.job.variables, tx, key)
-        self.hyper = group.hyper_of(self.job.targets, self.settings, options)
-        self.plan = group.plan
-        if not is_started:
-            self.folder.create(self.settings, overwrite=False)
-        self.loop, self.number = self.steps(), 0
-
-    def _baseline(self) -> dict[str, Any] | None:
-        """Takes over what another run has measured of the same base."""
-        lines = self.folder.metrics()
-        is_known = any(line["split"] == "baseline" for line in lines)
-        if self.group.baseline and self.settings.train.baseline and not is_known:
-            self.folder.log(self.group.baseline)
-        found = super()._baseline()
-        self.group.baseline = found or self.group.baseline
-        return found
-
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        lora = shared_adapter(variables[LORA], self.hyper, self.group.targets)
-        with self.timed("evaluate"):
-            stream = self.job.devices.one_epoch(self.evaluations[name])
-            padded = {**variables, LORA: lora}
-            return evaluate(self.group.eval_step, padded, stream)
-
-
-class _InSlot:
-    """The state of a run in a slot, read once it is looked at."""
-
-    def __init__(self, read: Callable[[], TrainState]) -> None:
-        self._read = functools.cache(read)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._read(), name)
+OnEnd = Callable[[Member, dict[str, Any] | None, DivergedError | None], None]
 
 
 class Group:
@@ -138,7 +81,8 @@ class Group:
     ) -> None:
         self.points, self.out, self.mesh = list(points), out, mesh
         self.should_stop = should_stop
-        self.job = job or open_job(points[0].settings, devices=Devices())
+        job = job or open_job(points[0].settings, devices=Devices())
+        self.job = copy.copy(job)  # `_shared` may set its remat
         self.steps = JobSteps(self.job)
         self.batches = self.steps.batches
         self.baseline: dict[str, Any] | None = None
@@ -162,11 +106,12 @@ class Group:
         self._plans: dict[tuple[int, str | None], StepPlan] = {}
 
     def hyper_of(
-        self, targets: Sequence[Target], settings: RunSettings, options: dict[str, Any]
+        self, job: jobs.Job, targets: Sequence[Target], options: dict[str, Any]
     ) -> Hyper:
-        """Returns a run's inputs of the shared step."""
-        rate = settings.lora.dropout_rate if self.drops_apart else None
-        return Hyper.of(targets, **options, dropout_rate=rate)
+        """Returns what is a run's own in the shared step."""
+        rate = job.settings.lora.dropout_rate if self.drops_apart else None
+        hyper = Hyper.of(targets, **options, dropout_rate=rate)
+        return hyper._replace(fixed=job.variables.get(FIXED))
 
     def _adapt(self) -> None:
         base = self.job.loaded
@@ -183,10 +128,11 @@ class Group:
             job.set_remat(remat)
             self._adapt()
         options = jobs.optimizer_options(train, self.steps.total)
-        hyper = self.hyper_of(self.targets, job.settings, options)
-        lora = shared_adapter(job.variables[LORA], hyper, self.targets)
+        hyper = self.hyper_of(job, self.targets, options)
+        own = shared_adapter(job.variables, hyper, self.targets)
+        hyper = hyper._replace(fixed=own.get(FIXED))
         state = TrainState.create(
-            {**job.variables, LORA: lora},
+            {**job.variables, **own},
             member_optimizer(hyper),
             jax.random.key(train.seed),
         )
@@ -368,7 +314,7 @@ class Group:
                     )
                     for slot, member in chosen.items():
                         read = functools.partial(self.slots.get, slot, member.like)
-                        advance(slot, member, (_InSlot(read), metrics[slot]))
+                        advance(slot, member, (InSlot(read), metrics[slot]))
                     done += len(chosen)
                     left = len(queue) + len(running)
                     note = f"{total - left} of {total} runs have ended"
@@ -387,6 +333,31 @@ class Group:
             length = member.batches.length_at(member.number)
             found.setdefault(length, {})[slot] = member
         return max(found.values(), key=lambda group: (len(group), -_behind(group)))
+
+
+def opened(settings: RunSettings, before: jobs.Job | None) -> jobs.Job:
+    """Opens the job of a group, over the base and data of another where they are alike.
+
+    Args:
+      settings: of the group's first run.
+      before: the job of another group, if there is one.
+
+    Returns:
+      The job.
+    """
+    if before is None or not _reads_alike(settings, before):
+        return open_job(settings, devices=Devices())
+    return before.with_settings(settings)
+
+
+def _reads_alike(settings: RunSettings, before: jobs.Job) -> bool:
+    names = {line.split(":")[0] for line in differences(before.settings, settings)}
+    if names - OWN - UNREAD:
+        return False
+    lora, module = before.lora_for(settings), before.loaded.module
+    scans = getattr(module, "scan_layers", None)
+    is_fixed = scans is None or settings.model.scan is not None
+    return is_fixed or scans == can_scan(lora, before.loaded.config)
 
 
 def _behind(group: dict[int, Member]) -> int:

@@ -21,7 +21,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FROZEN, KEEP, LAYERS, LORA, LORA_B, MEMBER
+from lora_jax.names import (
+    ADAPTER,
+    FIXED,
+    FROZEN,
+    KEEP,
+    LAYERS,
+    LORA,
+    LORA_B,
+    MEMBER,
+    START_B,
+)
 from lora_jax.train.optimizer import DECAYS, decay_mask, lora_b_mask
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
@@ -30,7 +40,7 @@ from lora_jax.tree.targets import Target, child
 
 
 class Hyper(NamedTuple):
-    """What a member's settings say, as numbers that the step is given.
+    """What is a member's own and doesn't change: what its settings say, as numbers.
 
     Attributes:
       learning_rate: peak of the schedule.
@@ -40,8 +50,9 @@ class Hyper(NamedTuple):
       weight_decay: decoupled.
       clip_norm: largest global norm; infinite for no clipping.
       lora_b_ratio: learning rate of B divided by that of A.
-      scaling: ``alpha / rank`` by the path of each ``lora_b``.
+      scaling: ``alpha / rank`` by the path of each ``lora_b`` and ``start_b``.
       keep: 1 minus the dropout rate; None for that of the shared module.
+      fixed: the adapter's leaves that aren't trained, if the method has some.
     """
 
     learning_rate: Any
@@ -53,6 +64,7 @@ class Hyper(NamedTuple):
     lora_b_ratio: Any
     scaling: Mapping[str, Any]
     keep: Any = None
+    fixed: PyTree = None
 
     @classmethod
     def of(
@@ -92,7 +104,12 @@ class Hyper(NamedTuple):
             weight_decay=np.float32(weight_decay),
             clip_norm=np.float32(math.inf if clip_norm is None else clip_norm),
             lora_b_ratio=np.float32(lora_b_ratio),
-            scaling={child(t.path, LORA_B): np.float32(t.scaling) for t in targets},
+            scaling={
+                child(t.path, name): np.float32(t.scaling)
+                for t in targets
+                for name, _ in t.leaves
+                if name in (LORA_B, START_B)
+            },
             keep=None if dropout_rate is None else np.float32(1.0 - dropout_rate),
         )
 
@@ -129,29 +146,36 @@ def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
 
 
 def shared_adapter(
-    lora: PyTree, hyper: Hyper, targets: Sequence[Target]
+    variables: Mapping[str, PyTree], hyper: Hyper, targets: Sequence[Target]
 ) -> dict[str, PyTree]:
     """Returns a member's adapter as the shared module takes it.
 
     Args:
-      lora: the adapter.
+      variables: the member's collections; only ``lora`` and ``fixed`` are read.
       hyper: of the member.
       targets: of the shared module.
 
     Returns:
-      The adapter with the shared module's ranks, and its scaling multiplied into B.
+      Those collections with the shared module's ranks, and the member's scaling
+      multiplied into B.
     """
     shapes = {
         child(target.path, name): shape
         for target in targets
         for name, shape in target.leaf_shapes.items()
     }
-    return unflatten(
-        {
-            path: _padded(hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path])
-            for path, leaf in flatten(lora).items()
-        }
-    )
+    return {
+        held: unflatten(
+            {
+                path: _padded(
+                    hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path]
+                )
+                for path, leaf in flatten(variables[held]).items()
+            }
+        )
+        for held in ADAPTER
+        if held in variables
+    }
 
 
 class Members:
@@ -189,10 +213,10 @@ class Members:
             self._split = NamedSharding(mesh, PartitionSpec(MEMBER))
             self._whole = NamedSharding(mesh, PartitionSpec())
         stack = functools.partial(_stack, count=count, sharding=self._split)
-        frozen = state.frozen
+        frozen = {name: x for name, x in state.frozen.items() if name != FIXED}
         if self._whole is not None:
             frozen = jax.device_put(frozen, self._whole)
-        self._template, self._count = state.changing, count
+        self._template, self._count = (state.changing, hyper), count
         self.state = TrainState(frozen=frozen, **stack(state.changing))
         self.hyper = stack(hyper)
         update = members_update(loss_fn, accumulate, count)
@@ -213,16 +237,10 @@ class Members:
           state: its own, with its own ranks and the state of `lora_optimizer`.
           hyper: its numbers.
         """
-        leaves = zip(
-            jax.tree.leaves(self._template),
-            jax.tree.leaves(state.changing),
-            strict=True,
-        )
-        structure = jax.tree.structure(self._template)
-        padded = jax.tree.unflatten(structure, [_padded(y, x.shape) for x, y in leaves])
-        own = self._set(self.state.changing, padded, slot)
+        template, like = self._template
+        own = self._set(self.state.changing, _padded_as(template, state.changing), slot)
         self.state = TrainState(frozen=self.state.frozen, **own)
-        self.hyper = self._set(self.hyper, hyper, slot)
+        self.hyper = self._set(self.hyper, _padded_as(like, hyper), slot)
 
     def get(self, slot: int, like: TrainState) -> TrainState:
         """Returns the state of the run in a slot.
@@ -299,10 +317,14 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     """
 
     def step(own, hyper, is_active, frozen, batch):
+        def scaled(leaves):
+            scaling = hyper.scaling
+            return unflatten({p: scaling.get(p, 1) * x for p, x in leaves.items()})
+
         def scaled_loss(variables, batch, rngs):
-            lora = flatten(variables[LORA])
-            lora |= {path: s * lora[path] for path, s in hyper.scaling.items()}
-            own = {**variables, LORA: unflatten(lora)}
+            own = {**variables, LORA: scaled(lora := flatten(variables[LORA]))}
+            if hyper.fixed is not None:
+                own[FIXED] = scaled(flatten(hyper.fixed))
             if hyper.keep is not None:
                 own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, lora))
             return loss_fn(own, batch, rngs)
@@ -332,6 +354,7 @@ def _keeps(hyper: Hyper, lora: Mapping[str, Any]) -> dict[str, Any]:
             hyper.keep, lora[path].shape[:1] if LAYERS in path.split("/") else ()
         )
         for path in hyper.scaling
+        if path.endswith(LORA_B)
     }
 
 
@@ -349,6 +372,13 @@ def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _padded_as(template: PyTree, tree: PyTree) -> PyTree:
+    """Returns a tree with the template's structure, whose leaves come in that order."""
+    pairs = zip(jax.tree.leaves(template), jax.tree.leaves(tree), strict=True)
+    padded = [_padded(y, x.shape) for x, y in pairs]
+    return jax.tree.unflatten(jax.tree.structure(template), padded)
 
 
 def _padded(leaf: Any, shape: tuple[int, ...]) -> Any:

@@ -111,8 +111,8 @@ def test_members_train_as_they_do_alone(params, dora, rates):
                 ours, theirs = (jax.random.key_data(key) for key in (ours, theirs))
             atol = 1e-5 * float(jnp.abs(theirs.astype(jnp.float32)).max())
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
-        padded = shared_adapter(found.trainable["lora"], hyper, targets)
-        assert padded["up"]["lora_b"].shape == (4, OUT)
+        padded = shared_adapter(found.variables, hyper, targets)
+        assert padded["lora"]["up"]["lora_b"].shape == (4, OUT)
 
 
 @pytest.mark.optimized
