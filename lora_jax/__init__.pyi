@@ -39,6 +39,7 @@ from .tree.targets import Target as Target
 # Training.
 from .train.loop import evaluate as evaluate
 from .train.loop import fit as fit
+from .train.lora_fa import lora_fa_projection as lora_fa_projection
 from .train.optimizer import adapter_labels as adapter_labels
 from .train.optimizer import adapter_mask as adapter_mask
 from .train.optimizer import adapters_only as adapters_only

@@ -15,7 +15,17 @@ from lora_jax.config_errors import LEAST as LEAST
 from lora_jax.config_errors import MAX_RANK as MAX_RANK
 from lora_jax.config_errors import MOST as MOST
 from lora_jax.config_errors import find_errors, report, unknown_fields
-from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, MAGNITUDE, START_A, START_B
+from lora_jax.names import (
+    FIXED,
+    LORA,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    START_A,
+    START_B,
+    VERA_B,
+    VERA_D,
+)
 
 ALL_LINEAR = "all-linear"
 
@@ -51,6 +61,10 @@ class LoRAConfig:
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
       lora_fa: train B alone; A stays as it was drawn, and the layer's input needn't be
         kept for the backward pass.
+      vera: train two vectors alone, ``d`` and ``b`` of ``A diag(d) B diag(b)``; A and B
+        are random and the same in layers of the same size. ``rank`` can be in the
+        hundreds; ``alpha = rank`` is the paper's scaling.
+      vera_seed: seed of VeRA's A and B.
       init: A and B at the start. ``"uniform"``: A is U(±1/√fan_in); ``"gaussian"``:
         N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
         ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
@@ -90,6 +104,8 @@ class LoRAConfig:
     rslora: bool = False
     dora: bool = False
     lora_fa: bool = False
+    vera: bool = False
+    vera_seed: int = 0
     init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -167,11 +183,21 @@ class LoRAConfig:
         return self.init.startswith("pissa") or self.init in ("olora", "lora_ga")
 
     @property
+    def start(self) -> str:
+        """How A and B are made; see `lora_jax.ops.start.init_factors`."""
+        return f"vera_seed_{self.vera_seed}" if self.vera else self.init
+
+    @property
     def leaves(self) -> dict[str, str]:
         """The names of an adapter's leaves, and the collection of each."""
-        found = {LORA_A: FIXED if self.lora_fa else LORA, LORA_B: LORA}
+        found = {
+            LORA_A: FIXED if self.lora_fa or self.vera else LORA,
+            LORA_B: FIXED if self.vera else LORA,
+        }
         if self.dora:
             found[MAGNITUDE] = LORA
+        if self.vera:
+            found |= {VERA_D: LORA, VERA_B: LORA}
         if self.starts_from_base:
             found |= {START_A: FIXED, START_B: FIXED}
         return found

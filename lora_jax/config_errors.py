@@ -53,6 +53,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_seed(value: int) -> bool:
+    return 0 <= value < 1 << 32
+
+
 def find_errors(config: Any) -> tuple[list[str], list[str]]:
     """Returns the type errors and the value errors of a config, in field order."""
     types: list[str] = []
@@ -124,7 +128,7 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
 
     rate = config.dropout_rate
     check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
-    for name in ("rslora", "dora", "lora_fa"):
+    for name in ("rslora", "dora", "lora_fa", "vera"):
         if not isinstance(getattr(config, name), bool):
             got = getattr(config, name)
             types.append(f"{name} must be true or false; got {got!r}")
@@ -139,6 +143,18 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
             for r in dict.fromkeys(ranks)
             if _is_int(r) and r % 2
         )
+    seed = config.vera_seed
+    check("vera_seed", seed, _is_int, "an integer", _is_seed, "from 0 to 2**32 - 1")
+    if config.vera is True:
+        fields = {"init": (init, "uniform"), "lora_fa": (config.lora_fa, False)}
+        values.extend(
+            f"{name} must be {wanted!r} for vera=True, whose A and B are frozen as "
+            f"VeRA draws them; got {got!r}"
+            for name, (got, wanted) in fields.items()
+            if got != wanted
+        )
+    elif seed != 0:
+        values.append(f"vera_seed must be 0 unless vera=True; got {_short(seed)}")
     if config.bias not in BIASES:
         values.append(f"bias must be one of {BIASES}; got {config.bias!r}")
     return types, values

@@ -21,7 +21,8 @@ LORA_A = "lora_a"
 LORA_B = "lora_b"
 MAGNITUDE = "magnitude"
 START_A, START_B = "start_a", "start_b"  # A and B where training starts from W0
-ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B)
+VERA_D, VERA_B = "vera_d", "vera_b"  # what VeRA trains: factors of B's rows and columns
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE, START_A, START_B, VERA_D, VERA_B)
 
 KERNEL = "kernel"
 BIAS = "bias"

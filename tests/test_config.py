@@ -173,6 +173,14 @@ def test_unknown_fields_are_all_named():
             "one of .*'pissa', 'olora'.*, or pissa_niter_N; got 'zeros'",
         ),
         ({"init": 3}, ValueError, "init must be one of .*; got 3"),
+        ({"vera": 1}, TypeError, "vera must be true or false; got 1"),
+        ({"vera_seed": 2}, ValueError, "vera_seed must be 0 unless vera=True; got 2"),
+        ({"vera": True, "vera_seed": -1}, ValueError, r"from 0 to 2\*\*32 - 1; got -1"),
+        (
+            {"vera": True, "lora_fa": True, "init": "pissa"},
+            ValueError,
+            "init must be 'uniform' for vera=True.*'pissa'; lora_fa must be False",
+        ),
         ({"init": "pissa_niter_x"}, ValueError, "got 'pissa_niter_x'"),
         (
             {"init": "orthogonal", "rank": 4, "rank_pattern": {"q": 3}},

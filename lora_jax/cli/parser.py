@@ -348,7 +348,10 @@ def _add_extract(command: argparse.ArgumentParser) -> None:
 def _add_export(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=True)
     command.add_argument(
-        "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
+        "--format",
+        choices=("peft", "mlx", "vera"),
+        default="peft",
+        help="default: peft; vera: PEFT's VeraConfig, of a run with lora.vera",
     )
     _flag(
         command,

@@ -19,7 +19,7 @@ SHORT = {"seed": "train.seed"}
 # What may differ between the members of one step.
 OWN = {
     *(f"lora.{name}" for name in ("rank", "alpha", "rank_pattern", "alpha_pattern")),
-    *("lora.rslora", "lora.dropout_rate", "output.dir"),
+    *("lora.rslora", "lora.dropout_rate", "lora.vera_seed", "output.dir"),
     *(f"train.{name}" for name in ("epochs", "max_steps", "learning_rate", "seed")),
     *(f"train.{name}" for name in ("lora_b_ratio", "schedule", "warmup", "clip_norm")),
     *(f"train.{name}" for name in ("weight_decay", "log_every", "eval_every", "keep")),

@@ -83,6 +83,7 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     joined, faults = join_experts(adapter, names, counts)
     placed, wrong = _place(joined, names, kernels, loaded.config)
     faults += wrong
+    placed = {p: f.narrowed(kernels[p].shape[-2]) for p, f in placed.items()}
     if "peft_type" in adapter.config:
         known = names.modules()
         unknown = [name for name in adapter.modules if known.get(name) not in kernels]

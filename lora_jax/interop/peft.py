@@ -34,6 +34,7 @@ from lora_jax.interop.peft_config import (
     parse_config,
     read_peft_config,
 )
+from lora_jax.interop.vera import LoRATensors
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -70,7 +71,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
             f"{folder} must hold {TENSORS}; it holds {found}. Pickled adapters (.bin) "
             "are not read: load and save them with PEFT to get safetensors."
         )
-    reader = open_tensors(folder / TENSORS)
+    reader: Any = (LoRATensors if config.is_vera else open_tensors)(folder / TENSORS)
     roles, copies, faults = _roles(reader.shapes)
     arrays, bad = read_floats(reader, roles)
     faults += bad
@@ -112,6 +113,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 magnitude=None if m is None else m.reshape(-1),
                 is_embedding=is_embedding,
                 bias=bias,
+                is_wide=config.is_vera,
             )
     faults += [
         f"missing: factors of {end}, which target_parameters names"
@@ -316,8 +318,8 @@ def _tokens(
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
     """Lists the tensors that adapted modules lack."""
     needed = [_A, _B, *[_M] * config.dora, *[_UPDATE_BIAS] * config.lora_bias]
-    words = {_A: "lora_A", _B: "lora_B", _M: "lora_magnitude_vector"}
-    words[_UPDATE_BIAS] = "lora_B.bias"
+    words = {_A: "lora_A", _B: "lora_B", _UPDATE_BIAS: "lora_B.bias"}
+    words[_M] = "lora_magnitude_vector"
     modules = dict.fromkeys(name for name, kind in roles if kind in words)
     return [
         f"{PREFIX}{module}.{words[kind]}"

@@ -102,7 +102,7 @@ class DualEncoder(nn.Module):
     Attributes:
       config: the two encoders.
       num_labels: None; there is no head of classes.
-      pooling: not read; encoders of one input have it.
+      pooling: unused; it is here for the sake of one call for all encoders.
       dtype: dtype of the computation; embeddings are float32.
 
     Raises:

@@ -163,7 +163,7 @@ class Adapted(nn.Module):
         flat, adapters = flatten(params), {}
         for target in targets:
             kernel = flat[target.weight_path]
-            for name, leaf in target.init(key, kernel, self.config.init).items():
+            for name, leaf in target.init(key, kernel, self.config.start).items():
                 adapters[child(target.path, name)] = leaf
         return self.upcast_trained(
             partition(join(params, unflatten(adapters)), self.config)

@@ -10,6 +10,7 @@ multiplied into its B inside the step, so the shared module's own scaling must b
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,10 +33,11 @@ from lora_jax.names import (
     MEMBER,
     START_B,
 )
-from lora_jax.train.optimizer import DECAYS, decay_mask, lora_b_mask
+from lora_jax.train.optimizer import DECAYS, decay_mask
+from lora_jax.train.padding import cut, padded, padded_as
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
-from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.paths import flatten, key_path, unflatten
 from lora_jax.tree.targets import Target, child
 
 
@@ -140,7 +142,7 @@ def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
         optax.clip_by_global_norm(hyper.clip_norm),
         optax.scale_by_adam(),
         optax.add_decayed_weights(hyper.weight_decay, decay_mask),
-        optax.masked(optax.scale(hyper.lora_b_ratio), lora_b_mask),
+        optax.masked(optax.scale(hyper.lora_b_ratio), _b_mask),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -167,7 +169,7 @@ def shared_adapter(
     return {
         held: unflatten(
             {
-                path: _padded(
+                path: padded(
                     hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path]
                 )
                 for path, leaf in flatten(variables[held]).items()
@@ -238,9 +240,9 @@ class Members:
           hyper: its numbers.
         """
         template, like = self._template
-        own = self._set(self.state.changing, _padded_as(template, state.changing), slot)
+        own = self._set(self.state.changing, padded_as(template, state.changing), slot)
         self.state = TrainState(frozen=self.state.frozen, **own)
-        self.hyper = self._set(self.hyper, _padded_as(like, hyper), slot)
+        self.hyper = self._set(self.hyper, padded_as(like, hyper), slot)
 
     def get(self, slot: int, like: TrainState) -> TrainState:
         """Returns the state of the run in a slot.
@@ -254,7 +256,7 @@ class Members:
         """
         own = jax.tree.leaves(self._get(self.state.changing, slot))
         leaves, structure = jax.tree.flatten(like.changing)
-        cut = [_cut(x, y) for x, y in zip(own, leaves, strict=True)]
+        cut = [cut(x, y) for x, y in zip(own, leaves, strict=True)]
         return TrainState(frozen=like.frozen, **jax.tree.unflatten(structure, cut))
 
     def step(self, batches: Mapping[int, Batch]) -> dict[int, Metrics]:
@@ -295,12 +297,12 @@ class Members:
 
     def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of the batches of all members, given those of one."""
-        return {
-            name: jax.ShapeDtypeStruct(
-                (self._count, *leaf.shape), leaf.dtype, sharding=self._split
-            )
-            for name, leaf in batch.items()
-        }
+
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            lead = (self._count, *leaf.shape)
+            return jax.ShapeDtypeStruct(lead, leaf.dtype, sharding=self._split)
+
+        return {name: shape(leaf) for name, leaf in batch.items()}
 
 
 def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
@@ -322,11 +324,11 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
             return unflatten({p: scaling.get(p, 1) * x for p, x in leaves.items()})
 
         def scaled_loss(variables, batch, rngs):
-            own = {**variables, LORA: scaled(lora := flatten(variables[LORA]))}
+            own = {**variables, LORA: scaled(flatten(variables[LORA]))}
             if hyper.fixed is not None:
                 own[FIXED] = scaled(flatten(hyper.fixed))
             if hyper.keep is not None:
-                own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, lora))
+                own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, own))
             return loss_fn(own, batch, rngs)
 
         one = make_train_step(scaled_loss, member_optimizer(hyper), accumulate)
@@ -347,13 +349,21 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     return update
 
 
-def _keeps(hyper: Hyper, lora: Mapping[str, Any]) -> dict[str, Any]:
+def _b_mask(tree: PyTree) -> PyTree:
+    """Returns `lora_b_mask`, but of trees without B (VeRA) too."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: LORA_B in key_path(path).split("/"), tree
+    )
+
+
+def _keeps(hyper: Hyper, variables: Mapping[str, PyTree]) -> dict[str, Any]:
     """Returns the probability that `apply_adapter` finds beside each layer's A."""
+    held = (flatten(variables.get(name, {})) for name in ADAPTER)
     return {
         path.removesuffix(LORA_B) + KEEP: jnp.broadcast_to(
-            hyper.keep, lora[path].shape[:1] if LAYERS in path.split("/") else ()
+            hyper.keep, leaf.shape[:1] if LAYERS in path.split("/") else ()
         )
-        for path in hyper.scaling
+        for path, leaf in itertools.chain(*(leaves.items() for leaves in held))
         if path.endswith(LORA_B)
     }
 
@@ -368,32 +378,3 @@ def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
         return stacked if sharding is None else jax.device_put(stacked, sharding)
 
     return jax.tree.map(stack, tree)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _padded_as(template: PyTree, tree: PyTree) -> PyTree:
-    """Returns a tree with the template's structure, whose leaves come in that order."""
-    pairs = zip(jax.tree.leaves(template), jax.tree.leaves(tree), strict=True)
-    padded = [_padded(y, x.shape) for x, y in pairs]
-    return jax.tree.unflatten(jax.tree.structure(template), padded)
-
-
-def _padded(leaf: Any, shape: tuple[int, ...]) -> Any:
-    """Returns a leaf with zeros up to a shape, on the host."""
-    if _is_key(leaf):
-        return leaf
-    wide = np.zeros(shape, leaf.dtype)
-    wide[tuple(map(slice, leaf.shape))] = leaf
-    return wide
-
-
-def _cut(leaf: Any, like: Any) -> Any:
-    """Undoes `_padded`."""
-    if _is_key(leaf):
-        return jax.device_put(leaf, like.sharding)
-    return jax.device_put(
-        np.asarray(leaf)[tuple(map(slice, like.shape))], like.sharding
-    )

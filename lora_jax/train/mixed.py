@@ -5,10 +5,9 @@ adapter is that of its own rows alone, divided by their weight: what a run of it
 would compute from these rows. Clipping, Adam and weight decay are each adapter's own.
 
 Only the adapters of a batch are gathered from the state, updated and put back. One
-without rows in it stays as it is, to the bit: its moments don't decay, its weights
-don't, and its count of steps, which drives the learning rate and Adam's correction of
-its bias, stands still. So a step's arithmetic grows with the batch, not with the number
-of adapters.
+without rows in it keeps its bits: neither its moments nor its weights decay, and its
+step count, which drives the learning rate and Adam's bias correction, stands still. So
+a step's arithmetic grows with the batch, not with the number of adapters.
 """
 
 from collections.abc import Callable, Iterable, Mapping

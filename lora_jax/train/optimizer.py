@@ -17,7 +17,15 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import Patterns, matches
-from lora_jax.names import ADAPTER_LEAVES, BIAS, LORA_A, LORA_B, MAGNITUDE, SCALE
+from lora_jax.names import (
+    ADAPTER_LEAVES,
+    BIAS,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    SCALE,
+    VERA_D,
+)
 from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
 ADAPTER = "adapter"
@@ -266,15 +274,15 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 def decay_mask(tree: PyTree) -> PyTree:
     """Returns a mask of the decayed leaves: ``lora_b``, kernels and embeddings.
 
-    True for 2 or more dimensions, except for ``lora_a``, ``magnitude``, ``bias`` and
-    ``scale``.
+    True for 2 or more dimensions, except for ``lora_a``, ``vera_d``, ``magnitude``,
+    ``bias`` and ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
 
-    exempt = {LORA_A, MAGNITUDE, BIAS, SCALE}
+    exempt = {LORA_A, VERA_D, MAGNITUDE, BIAS, SCALE}
 
     def decays(path: Any, leaf: Any) -> bool:
         return jnp.ndim(leaf) >= 2 and exempt.isdisjoint(key_path(path).split("/"))
@@ -319,7 +327,8 @@ def lora_b_mask(tree: PyTree) -> PyTree:
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
-            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters."
+            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters, and "
+            "for VeRA."
         )
     return mask
 

@@ -115,6 +115,56 @@ def test_conversations_name_their_adapter(place, tmp_path, capsys):
         assert one["results"][0]["output_ids"] == result["output_ids"]
 
 
+@pytest.fixture(scope="module")
+def headed(model_dir, tmp_path_factory):
+    """Adapters of an encoder, each with a head: two of two classes, one of three."""
+    place = tmp_path_factory.mktemp("headed")
+    for seed, (name, classes) in enumerate({"a": 2, "b": 2, "c": 3}.items()):
+        config = LoRAConfig(rank=1 + seed % 2, alpha=5, train=("classifier",))
+        options = {"num_labels": classes, "key": jax.random.key(seed)}
+        loaded = load_model(str(model_dir), lora=config, **options)
+        variables = trained(loaded.variables)
+        mark = fingerprint(variables[FROZEN])
+        extra = {"model": str(model_dir), "pooling": "mean"}
+        save_adapter(place / name, variables, config, mark, extra=extra)
+    config = LoRAConfig(rank=1, alpha=5)
+    loaded = load_model(str(model_dir), lora=config, key=jax.random.key(3))
+    mark = fingerprint(loaded.variables[FROZEN])
+    save_adapter(place / "bare", loaded.variables, config, mark)
+    return place
+
+
+def test_each_encoded_line_has_the_head_of_its_adapter(headed, tmp_path, capsys):
+    text, names = "the film is lovely", ["b", "a", "b"]
+    rows = [{"text": text, "adapter": name} for name in names]
+    data, out = write(tmp_path / "mixed.jsonl", rows), tmp_path / "out.jsonl"
+    both = [w for name in "ab" for w in ("--adapter", f"{name}={headed / name}")]
+    assert call(capsys, "encode", *both, "--data", data, "--out", out)["has_logits"]
+    got = lines_of(out)
+    one, into = write(tmp_path / "one.jsonl", [{"text": text}]), tmp_path / "o"
+    for name, line in zip(names, got, strict=True):
+        word = ["--adapter", headed / name]
+        call(capsys, "encode", *word, "--data", one, "--out", into)
+        wanted = lines_of(into)[0]
+        for key in ("embedding", "logits"):
+            np.testing.assert_allclose(line[key], wanted[key], rtol=1e-5, atol=1e-6)
+    assert np.abs(np.array(got[0]["logits"]) - got[1]["logits"]).max() > 1e-2
+    data = write(tmp_path / "none.jsonl", [rows[0], {"text": text}])
+    words = ["encode", *both, "--data", str(data), "--out", str(tmp_path / "none")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "lines 2 must name an adapter: the base has no classifier/bias, cl" in said
+
+
+def test_heads_that_differ_in_shape_or_are_missing_are_told(headed, model_dir):
+    with pytest.raises(
+        ValueError, match=r"classifier/kernel is \[16, 2\] of a, \[16, 3\] of c"
+    ):
+        load_bank(None, {name: headed / name for name in "ac"})
+    with pytest.raises(ValueError, match="'bare' must have classifier/bias, classif"):
+        load_bank(str(model_dir), {name: headed / name for name in ("a", "bare")})
+
+
 def test_an_adapter_of_another_base_is_refused(place, tmp_path):
     found = load_adapter(place / "ours")
     other = tmp_path / "other"

@@ -60,7 +60,7 @@ def test_a_run_s_adapter_is_evaluated_loaded_and_inspected(run):
 
 
 def test_a_sweep_says_that_it_does_not_take_eva(config):
-    with pytest.raises(UserError, match="lora.init = eva can't be swept"):
+    with pytest.raises(UserError, match=r"lora\.init = eva can't be swept"):
         expand(config, {"lora.init": ["pissa", "eva"], "train.seed": [0, 1]})
 
 

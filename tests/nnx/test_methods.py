@@ -9,6 +9,7 @@ from flax import nnx
 from lora_jax import LoRAConfig
 from lora_jax.interop.peft import read_peft
 from lora_jax.nnx import (
+    Trained,
     adapt,
     export_adapter,
     functional,
@@ -18,6 +19,7 @@ from lora_jax.nnx import (
     save_adapter,
     update,
 )
+from lora_jax.ops.vera import vera_factors
 from tests.reference import assert_close
 
 
@@ -41,6 +43,26 @@ def test_pissa_starts_silent_merges_and_survives_files(tmp_path):
     (target,) = lora_targets(adapted)
     assert factors.rank == 2 * target.rank
     assert factors.scaling == target.scaling
+
+
+def test_vera_is_that_of_the_linen_side_and_survives_files(tmp_path):
+    model = nnx.Linear(5, 6, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(2), (4, 5))
+    config = LoRAConfig(rank=3, alpha=2, vera=True, vera_seed=4, targets=".*")
+    adapted = adapt(model, config, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(adapted(x), model(x))
+    trained = functional(adapted)[1]
+    drawn = vera_factors((5, 6), 3, seed=4)
+    np.testing.assert_array_equal(trained["fixed"]["lora_b"], drawn.lora_b)
+    assert sorted(trained["lora"]) == ["vera_b", "vera_d"]
+    assert len(jax.tree.leaves(nnx.state(adapted, Trained))) == 2
+    trained["lora"] = jax.tree.map(lambda leaf: leaf + 0.2, trained["lora"])
+    update(adapted, trained)
+    own = 2 / 3 * drawn.lora_a @ (0.3 * drawn.lora_b * 0.2)
+    assert_close(adapted(x), model(x) + x @ own)
+    assert_close(merge(adapted)(x), adapted(x))
+    save_adapter(tmp_path, adapted)
+    np.testing.assert_array_equal(load_adapter(tmp_path, model)(x), adapted(x))
 
 
 def test_lora_ga_is_not_for_nnx():
