@@ -81,7 +81,8 @@ def sweep(
     from lora_jax.finetune.mixed_data import names_adapters
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
-    from lora_jax.finetune.sweep_group import Group, opened
+    from lora_jax.finetune.sweep_group import Group
+    from lora_jax.finetune.sweep_job import opened
 
     out = reporter or Reporter()
     if resume and overwrite:

@@ -22,27 +22,27 @@ from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.pricing import JobSteps, too_large
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.settings import RunSettings, differences
-from lora_jax.finetune.sweep_grid import OWN, Point, shared_config
+from lora_jax.finetune.sweep_grid import Point, shared_config
 from lora_jax.finetune.sweep_member import InSlot, Member
 from lora_jax.finetune.tasks import open_job
 from lora_jax.models.decoder import REMATS
-from lora_jax.models.stacking import can_scan
 from lora_jax.names import FIXED
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.fit import largest_batch
 from lora_jax.plan.step import StepPlan, price_step
-from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
+from lora_jax.train.members import (
+    Hyper,
+    member_optimizer,
+    members_evaluation,
+    shared_adapter,
+)
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import LossFn, make_eval_step
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
 LEAST_GAIN = 0.95  # of the time one by one, to be worth it
-
-# Settings that nothing depends on of what a job reads, but `can_scan`.
-UNREAD = {f"lora.{name}" for name in ("targets", "exclude", "dora", "lora_fa", "init")}
-UNREAD |= {"train.batch_size", "train.accumulate"}
 
 OnEnd = Callable[[Member, dict[str, Any] | None, DivergedError | None], None]
 
@@ -57,6 +57,7 @@ class Group:
       targets: the adapted layers, at the largest ranks, with a scaling of 1.
       steps: prices of the job's steps.
       eval_step: shared by all runs.
+      evaluation: that of all runs at once.
       baseline: the frozen base's metrics, once a run has measured them.
       plan: of the step.
       drops_apart: whether the runs differ in their dropout rate.
@@ -255,6 +256,8 @@ class Group:
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
         self._made = {(count, remat): self.slots}
+        loss_fn = self.job.loss(self.adapted, is_training=False, copies=count)
+        self.evaluation = members_evaluation(loss_fn)
         self.plan = self.price(count, remat)
         return count
 
@@ -279,6 +282,7 @@ class Group:
         Raises:
           KeyboardInterrupt: once all runs under way have saved a checkpoint.
         """
+        keeps_phase = count > 1 and self._keeps_phase()
         queue = deque(point for point in self.points if point in points)
         running: dict[int, Member] = {}
         total, done, estimate = len(queue), 0, self.steps.total * len(queue)
@@ -308,10 +312,12 @@ class Group:
                             advance(slot, member, None)
                     if not running:
                         break
-                    chosen = self._next(running)
+                    chosen = self._next(running, keeps_phase=keeps_phase)
                     metrics = self.slots.step(
                         {s: m.batches.batch_at(m.number) for s, m in chosen.items()}
                     )
+                    if keeps_phase:
+                        self._validate(chosen)
                     for slot, member in chosen.items():
                         read = functools.partial(self.slots.get, slot, member.like)
                         advance(slot, member, (InSlot(read), metrics[slot]))
@@ -326,38 +332,47 @@ class Group:
         if queue or self.should_stop():
             raise KeyboardInterrupt
 
-    def _next(self, running: dict[int, Member]) -> dict[int, Member]:
-        """Chooses the runs that step: most whose batches are of one length."""
+    def _keeps_phase(self) -> bool:
+        """Whether the runs validate at the same steps, and so all at once.
+
+        Those that stop early don't: the next in the slot would have to wait.
+        """
+        trains = [point.settings.train for point in self.points]
+        plans = {(t.eval_every, t.epochs, t.max_steps, t.patience) for t in trains}
+        is_one_length = len(self.batches.buckets) == 1
+        is_one_order = is_one_length or len({t.seed for t in trains}) == 1
+        return len(plans) == 1 and trains[0].patience is None and is_one_order
+
+    def _validate(self, chosen: dict[int, Member]) -> None:
+        """Evaluates the runs that validate after this step, in one program.
+
+        Always in that of all slots, so that a run's bits don't depend on the others.
+        """
+        due = {slot: member for slot, member in chosen.items() if member.is_due}
+        if not due:
+            return
+        first = next(iter(due.values()))
+        with first.timed("evaluate"):
+            stream = self.job.devices.one_epoch(first.evaluations["validation"])
+            found = self.slots.evaluate(self.evaluation, stream, due)
+        for slot, member in due.items():
+            member.validated = found[slot]
+
+    def _next(
+        self, running: dict[int, Member], *, keeps_phase: bool = False
+    ) -> dict[int, Member]:
+        """Chooses the runs that step: most whose batches are of one length.
+
+        Runs that keep their phase wait after a validation until all have had theirs.
+        """
+        if keeps_phase:
+            between = {s: m for s, m in running.items() if m.number % m.eval_every}
+            running = between or running
         found: dict[int, dict[int, Member]] = {}
         for slot, member in running.items():
             length = member.batches.length_at(member.number)
             found.setdefault(length, {})[slot] = member
         return max(found.values(), key=lambda group: (len(group), -_behind(group)))
-
-
-def opened(settings: RunSettings, before: jobs.Job | None) -> jobs.Job:
-    """Opens the job of a group, over the base and data of another where they are alike.
-
-    Args:
-      settings: of the group's first run.
-      before: the job of another group, if there is one.
-
-    Returns:
-      The job.
-    """
-    if before is None or not _reads_alike(settings, before):
-        return open_job(settings, devices=Devices())
-    return before.with_settings(settings)
-
-
-def _reads_alike(settings: RunSettings, before: jobs.Job) -> bool:
-    names = {line.split(":")[0] for line in differences(before.settings, settings)}
-    if names - OWN - UNREAD:
-        return False
-    lora, module = before.lora_for(settings), before.loaded.module
-    scans = getattr(module, "scan_layers", None)
-    is_fixed = scans is None or settings.model.scan is not None
-    return is_fixed or scans == can_scan(lora, before.loaded.config)
 
 
 def _behind(group: dict[int, Member]) -> int:

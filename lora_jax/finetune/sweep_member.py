@@ -30,6 +30,7 @@ class Member(Session):
       like: its initial state.
       hyper: its inputs of the shared step.
       loop: yields the steps it needs.
+      validated: metrics of the step that it is about to validate, if others ran too.
     """
 
     def __init__(self, point: Point, group: "Group") -> None:
@@ -37,6 +38,7 @@ class Member(Session):
             point.settings, RunFolder(point.settings.output.dir), group.out
         )
         self.point, self.group = point, group
+        self.validated: dict[str, float] | None = None
         self.out = Reporter()  # the group speaks for its runs
         self.stoppable = lambda out: contextlib.nullcontext(group.should_stop)
         is_started = self.folder.is_started()
@@ -54,6 +56,12 @@ class Member(Session):
             self.folder.create(self.settings, overwrite=False)
         self.loop, self.number = self.steps(), 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it validates after the step that it waits for."""
+        done = self.number + 1
+        return done % self.eval_every == 0 or done == self.total
+
     def _baseline(self) -> dict[str, Any] | None:
         """Takes over what another run has measured of the same base."""
         lines = self.folder.metrics()
@@ -65,6 +73,9 @@ class Member(Session):
         return found
 
     def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+        if name == "validation" and self.validated is not None:
+            found, self.validated = self.validated, None
+            return found
         own = shared_adapter(variables, self.hyper, self.group.targets)
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(self.evaluations[name])

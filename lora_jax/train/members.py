@@ -9,7 +9,6 @@ of B get zero gradients, and Adam leaves them at zero. A member's ``alpha / rank
 multiplied into its B inside the step, so the shared module's own scaling must be 1.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import (
@@ -30,13 +28,15 @@ from lora_jax.names import (
     LAYERS,
     LORA,
     LORA_B,
-    MEMBER,
     START_B,
 )
 from lora_jax.train.optimizer import DECAYS, decay_mask
-from lora_jax.train.padding import cut, padded, padded_as
-from lora_jax.train.state import TrainState
-from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
+from lora_jax.train.padding import padded
+from lora_jax.train.step import (
+    LossFn,
+    make_eval_step,
+    make_train_step,
+)
 from lora_jax.tree.paths import flatten, key_path, unflatten
 from lora_jax.tree.targets import Target, child
 
@@ -180,131 +180,6 @@ def shared_adapter(
     }
 
 
-class Members:
-    """The states of ``m`` runs, and the compiled step that they share.
-
-    A slot holds one run at a time; another takes its place without a compilation.
-
-    Attributes:
-      state: the states, each leaf with a leading axis of ``m``; the base without.
-      hyper: the numbers of the members, likewise.
-      update: the jitted step, ``(own, hyper, is_active, frozen, batch)`` to the new
-        ``own`` and a list of the members' metrics; compiles once a shape of batch.
-
-    Args:
-      loss_fn: of the shared module, whose scaling is 1, at the largest ranks.
-      accumulate: see `make_train_step`.
-      state: a state with the shared module's shapes and `member_optimizer`'s state;
-        shapes with shardings are enough to `trace`.
-      hyper: of any member.
-      count: ``m``.
-      mesh: whose axis ``member`` the members are split over, or None.
-    """
-
-    def __init__(
-        self,
-        loss_fn: LossFn,
-        accumulate: int,
-        state: TrainState,
-        hyper: Hyper,
-        count: int,
-        mesh: Mesh | None = None,
-    ) -> None:
-        self._split = self._whole = None
-        if mesh is not None:
-            self._split = NamedSharding(mesh, PartitionSpec(MEMBER))
-            self._whole = NamedSharding(mesh, PartitionSpec())
-        stack = functools.partial(_stack, count=count, sharding=self._split)
-        frozen = {name: x for name, x in state.frozen.items() if name != FIXED}
-        if self._whole is not None:
-            frozen = jax.device_put(frozen, self._whole)
-        self._template, self._count = (state.changing, hyper), count
-        self.state = TrainState(frozen=frozen, **stack(state.changing))
-        self.hyper = stack(hyper)
-        update = members_update(loss_fn, accumulate, count)
-        wanted = self._split and (self._split, self._whole)
-        self.update: Any = jax.jit(update, donate_argnums=0, out_shardings=wanted)
-        self._set: Any = jax.jit(
-            lambda tree, new, i: jax.tree.map(lambda x, y: x.at[i].set(y), tree, new),
-            donate_argnums=0,
-            out_shardings=self._split,
-        )
-        self._get: Any = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree))
-
-    def put(self, slot: int, state: TrainState, hyper: Hyper) -> None:
-        """Puts a run into a slot.
-
-        Args:
-          slot: below ``m``.
-          state: its own, with its own ranks and the state of `lora_optimizer`.
-          hyper: its numbers.
-        """
-        template, like = self._template
-        own = self._set(self.state.changing, padded_as(template, state.changing), slot)
-        self.state = TrainState(frozen=self.state.frozen, **own)
-        self.hyper = self._set(self.hyper, padded_as(like, hyper), slot)
-
-    def get(self, slot: int, like: TrainState) -> TrainState:
-        """Returns the state of the run in a slot.
-
-        Args:
-          slot: below ``m``.
-          like: a state of that run: gives structure, ranks and the frozen base.
-
-        Returns:
-          The state, with the run's own ranks, on the devices of ``like``.
-        """
-        own = jax.tree.leaves(self._get(self.state.changing, slot))
-        leaves, structure = jax.tree.flatten(like.changing)
-        cut = [cut(x, y) for x, y in zip(own, leaves, strict=True)]
-        return TrainState(frozen=like.frozen, **jax.tree.unflatten(structure, cut))
-
-    def step(self, batches: Mapping[int, Batch]) -> dict[int, Metrics]:
-        """Takes one step of some of the runs; the others stay as they are.
-
-        Args:
-          batches: the batch of each run that takes a step, by slot; all of one shape.
-
-        Returns:
-          The metrics of each of them.
-        """
-        filler = next(iter(batches.values()))
-        rows = [batches.get(slot, filler) for slot in range(self._count)]
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        is_active = np.array([slot in batches for slot in range(self._count)])
-        if self._split is not None:
-            batch, is_active = jax.device_put((batch, is_active), self._split)
-        own, metrics = self.update(
-            self.state.changing, self.hyper, is_active, self.state.frozen, batch
-        )
-        self.state = TrainState(frozen=self.state.frozen, **own)
-        return {slot: metrics[slot] for slot in batches}
-
-    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """Traces the step; see `TrainStep.trace`.
-
-        Args:
-          state: states or their shapes, as `state`.
-          batch: shapes ``[m, b, ...]``.
-
-        Returns:
-          A ``jax.stages.Traced``.
-        """
-        is_active = jax.ShapeDtypeStruct((self._count,), bool, sharding=self._split)
-        return self.update.trace(
-            state.changing, self.hyper, is_active, state.frozen, batch
-        )
-
-    def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of the batches of all members, given those of one."""
-
-        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-            lead = (self._count, *leaf.shape)
-            return jax.ShapeDtypeStruct(lead, leaf.dtype, sharding=self._split)
-
-        return {name: shape(leaf) for name, leaf in batch.items()}
-
-
 def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     """Returns the pure step of many members; see `Members`.
 
@@ -319,14 +194,8 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     """
 
     def step(own, hyper, is_active, frozen, batch):
-        def scaled(leaves):
-            scaling = hyper.scaling
-            return unflatten({p: scaling.get(p, 1) * x for p, x in leaves.items()})
-
         def scaled_loss(variables, batch, rngs):
-            own = {**variables, LORA: scaled(flatten(variables[LORA]))}
-            if hyper.fixed is not None:
-                own[FIXED] = scaled(flatten(hyper.fixed))
+            own = _scaled(variables, hyper)
             if hyper.keep is not None:
                 own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, own))
             return loss_fn(own, batch, rngs)
@@ -349,6 +218,36 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     return update
 
 
+def _scaled(variables: Mapping[str, PyTree], hyper: Hyper) -> dict[str, PyTree]:
+    """Returns padded collections of a member as the shared module takes them."""
+    own = {LORA: variables[LORA]}
+    if hyper.fixed is not None:
+        own[FIXED] = hyper.fixed
+    scaling = hyper.scaling
+    return dict(variables) | {
+        held: unflatten({p: scaling.get(p, 1) * x for p, x in flatten(tree).items()})
+        for held, tree in own.items()
+    }
+
+
+def members_evaluation(loss_fn: LossFn) -> Any:
+    """Returns the evaluation of many members on one batch; see `Members.evaluate`.
+
+    Args:
+      loss_fn: of the shared module.
+
+    Returns:
+      A jitted function of ``trainable, hyper, frozen, batch``, of which the first two
+      have a leading axis, to the sums of `make_eval_step` with that axis.
+    """
+    one = make_eval_step(loss_fn)
+
+    def sums(trainable, hyper, frozen, batch):
+        return one(_scaled({**frozen, **trainable}, hyper), batch)
+
+    return jax.jit(jax.vmap(sums, in_axes=(0, 0, None, None)))
+
+
 def _b_mask(tree: PyTree) -> PyTree:
     """Returns `lora_b_mask`, but of trees without B (VeRA) too."""
     return jax.tree_util.tree_map_with_path(
@@ -366,15 +265,3 @@ def _keeps(hyper: Hyper, variables: Mapping[str, PyTree]) -> dict[str, Any]:
         for path, leaf in itertools.chain(*(leaves.items() for leaves in held))
         if path.endswith(LORA_B)
     }
-
-
-def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
-    def stack(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            where = leaf.sharding if sharding is None else sharding
-            shape = (count, *leaf.shape)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
-        stacked = jnp.stack([jnp.asarray(leaf)] * count)
-        return stacked if sharding is None else jax.device_put(stacked, sharding)
-
-    return jax.tree.map(stack, tree)

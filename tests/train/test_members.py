@@ -10,8 +10,9 @@ import pytest
 
 from lora_jax.config import LoRAConfig
 from lora_jax.nn.adapt import adapt
-from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
+from lora_jax.train.members import Hyper, member_optimizer, shared_adapter
 from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_train_step
 
