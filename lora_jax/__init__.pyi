@@ -29,7 +29,7 @@ from .nn.merge import twin_targets as twin_targets
 # LoRA on a model that was written without it.
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
-from .nn.adapt import find_targets as find_targets
+from .nn.find_targets import find_targets as find_targets
 from .nn.data_start import lora_ga_init as lora_ga_init
 from .nn.eva import eva_init as eva_init
 from .nn.bank import AdapterBank as AdapterBank

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lora_jax.config_errors import LEAST as LEAST
 from lora_jax.config_errors import MAX_RANK as MAX_RANK
 from lora_jax.config_errors import MOST as MOST
-from lora_jax.config_errors import find_errors, report, unknown_fields
+from lora_jax.config_errors import as_tuples, find_errors, report, unknown_fields
 from lora_jax.names import (
     FIXED,
     LORA,
@@ -31,6 +31,7 @@ ALL_LINEAR = "all-linear"
 
 Patterns = str | Sequence[str]
 PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]
+Tokens = Sequence[int | str] | Mapping[str, Sequence[int | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LoRAConfig:
     A *path* locates a module in the parameter tree, joined by ``/``. ``targets``,
     ``exclude`` and ``train`` take either a list of suffixes (``"query"`` matches
     ``"query"`` and ``"block_0/attn/query"``, not ``"subquery"``) or one regular
-    expression for the full path. ``exclude`` and ``train`` override ``targets``.
+    expression for the full path. ``exclude``, ``train`` and ``tokens`` override
+    ``targets``.
 
     Attributes:
       rank: ``r``, the inner dimension of ``A B``; at least 1.
@@ -76,6 +78,10 @@ class LoRAConfig:
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
         (``"lora_only"``), or ``"all"``.
+      tokens: tokens whose rows of the embedding (and so of a tied head) are trained,
+        and no others: ids, or tokens as the tokenizer has them. ``{layer: tokens}``
+        names the table, such as ``embed``, or ``head`` for the rows of a head that is
+        not tied; `adapt` needs that form, and ids.
 
     Raises:
       ValueError: lists every field that is out of range.
@@ -109,6 +115,7 @@ class LoRAConfig:
     init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
+    tokens: Any = ()  # `Tokens`; with names as pairs
 
     def __new__(cls, *args: Any, **fields: Any) -> "LoRAConfig":
         """Rejects unknown fields, translating PEFT's names in the error."""
@@ -133,6 +140,7 @@ class LoRAConfig:
                     f"got {value!r}."
                 )
             object.__setattr__(self, name, tuple((k, v) for k, v in pairs))
+        object.__setattr__(self, "tokens", as_tuples(self.tokens))
         type_errors, value_errors = find_errors(self)
         if type_errors:
             raise TypeError(report(type_errors + value_errors))
@@ -208,6 +216,18 @@ class LoRAConfig:
         return FIXED in self.leaves.values()
 
     @property
+    def tokens_by_layer(self) -> dict[str, tuple[int | str, ...]]:
+        """The tokens by the name of their layer; by ``""`` if it is not named."""
+        if self.tokens and not isinstance(self.tokens[0], tuple):
+            return {"": self.tokens}
+        return dict(self.tokens)
+
+    def tokens_for(self, path: str) -> tuple[Any, ...]:
+        """Returns the tokens whose rows are trained in the layer at ``path``."""
+        named = self.tokens_by_layer.items()
+        return next((ids for name, ids in named if matches([name], path)), ())
+
+    @property
     def patterns(self) -> tuple[Patterns, ...]:
         """Every pattern of the config, each in the form that `matches` takes."""
         ends = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
@@ -226,13 +246,14 @@ class LoRAConfig:
 
         Returns:
           True if a target pattern matches, its layer index is among ``layers``, and
-          neither ``exclude`` nor ``train`` matches.
+          none of ``exclude``, ``train`` and ``tokens`` matches.
         """
         named = is_linear if self.targets == ALL_LINEAR else matches(self.targets, path)
         return (
             named
             and not matches(self.exclude, path)
             and not self._trains(path)
+            and not self.tokens_for(path)
             and (self.layers is None or layer_index(path) in self.layers)
         )
 
@@ -263,6 +284,8 @@ class LoRAConfig:
         fields = dataclasses.asdict(self)
         for name in ("rank_pattern", "alpha_pattern"):
             fields[name] = dict(fields[name])
+        if (tokens := self.tokens_by_layer) and "" not in tokens:
+            fields["tokens"] = {name: list(ids) for name, ids in tokens.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod

@@ -17,6 +17,7 @@ from lora_jax.tree.combine import Combined, combine_adapters
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten
+from lora_jax.tree.token_rows import token_rows_of
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     )
     if len(loaded) == 1:  # what it trains in full stays
         own = modules[0].config
-        config = dataclasses.replace(combined.config, train=own.train, bias=own.bias)
+        kept = {"train": own.train, "bias": own.bias, "tokens": own.tokens}
+        config = dataclasses.replace(combined.config, **kept)
         combined = combined._replace(config=config)
     extra = dict(loaded[0].extra or {})
     base = args.model or extra.get("model", str(loaded[0].path))
@@ -88,7 +90,8 @@ def save(
       The folder, the ranks, and what the rank cuts off the layers' updates.
     """
     config, errors = combined.config, combined.errors
-    variables = partition(join(base.params, combined.lora), config)
+    rows = token_rows_of(base.variables) if config.tokens else {}
+    variables = partition(join(base.params, combined.lora, rows), config)
     mark = fingerprint(variables.pop(FROZEN))
     written = save_adapter(folder, variables, config, mark, extra=extra)
     worst = max(errors, key=lambda path: errors[path])

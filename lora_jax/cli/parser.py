@@ -177,7 +177,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--tokens", type=_count, metavar="T", help="per row; default: data.max_length"
     )
     command.add_argument(
-        "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
+        "--mesh", metavar="AXES", help="data=1,fsdp=4,sequence=2; default: all fsdp"
     )
     command.add_argument(
         "--together",

@@ -237,6 +237,16 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """The texts of the added tokens, special ones included."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token in added.values()]
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token, exactly as the vocabulary has it, or None."""
+        return self._tokenizer.token_to_id(token)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of token ids, by default without special tokens."""
         with explained(self.path, "a tokenizer"):

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
-from lora_jax.finetune.job import Job, source_of
+from lora_jax.finetune.job import Job, data_files
 from lora_jax.finetune.mixed_evaluation import EACH, measure_each, mixed_eval_step
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
+from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
 from lora_jax.interop.pretrained import adapter_folders
 from lora_jax.names import FROZEN, SAVED, TRAINABLE
-from lora_jax.train.loop import evaluate
-from lora_jax.train.step import make_eval_step
 
 
 class Evaluation(NamedTuple):
@@ -107,15 +106,16 @@ def evaluate_run(
         )
         variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
         variables = job.devices.place(variables, job.targets)
-        step = make_eval_step(job.loss(job.adapted, is_training=False))
+        step = job.eval_step(job.adapted)
         batches = job.evaluation(wanted)
         with out.progress("evaluate", batches.steps_per_epoch) as tick:
-            measured = evaluate(step, variables, job.devices.one_epoch(batches, tick))
+            stream = job.devices.one_epoch(batches, tick)
+            measured = job.measure(step, variables, stream)
         model = f"adapter of step {adapter.extra['step']}"
         metrics = {name: measured[name] for name in job.metrics}
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
-    source = data or source_of(settings.data, split)
+    source = data or _source_of(settings.data, split)
     count, note = len(wanted.examples), job.devices.note
     return Evaluation(metrics, count, source, model, note, each)
 
@@ -132,3 +132,9 @@ def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
     trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
     return {FROZEN: job.variables[FROZEN], **stacked}
+
+
+def _source_of(data: DataSettings, split: str) -> str:
+    """Describes where the examples of a split come from."""
+    files = data_files(data)
+    return files.get(split) or f"{data.train}, {split}"

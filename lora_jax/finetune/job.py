@@ -1,14 +1,10 @@
-"""`Job`, the base class of the tasks: a model with adapters, tokenised splits, a loss.
-
-`tasks.open_job` makes a `Classification` or a `Language` job. Helpers that both use are
-below.
-"""
+"""`Job`, the base class of the tasks that `tasks.open_job` chooses from."""
 
 import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -26,12 +22,13 @@ from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import localize
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
+from lora_jax.train.loop import evaluate
 from lora_jax.train.optimizer import lora_optimizer
-from lora_jax.train.step import LossFn
+from lora_jax.train.step import LossFn, make_eval_step
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.targets import Target
 
@@ -39,6 +36,7 @@ SPLITS = ("train", "validation", "test")
 EVAL_ROWS = 32
 
 Metrics = Mapping[str, float]
+EvalStep = Callable[[PyTree, Any], dict[str, Any]]
 Facts = list[tuple[str, str]]
 
 
@@ -87,6 +85,7 @@ class Job(abc.ABC):
     weight: ClassVar[str]  # the unit the loss is averaged over
     metrics: ClassVar[tuple[str, ...]]  # validation metrics; the last selects the best
     best_mode: ClassVar[str]  # "max" or "min"
+    has_formula: ClassVar[bool] = True  # of its FLOPs, where a decoder's has one
 
     @abc.abstractmethod
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
@@ -98,6 +97,16 @@ class Job(abc.ABC):
           copies: how many of it `jax.vmap` computes at once; they share the memory
             that is set aside for logits.
         """
+
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
+        """Returns the compiled evaluation of ``module``, for `measure`; see `loss`."""
+        return make_eval_step(self.loss(module, is_training=False, copies=copies))
+
+    def measure(
+        self, step: EvalStep, variables: PyTree, batches: Iterable[Any]
+    ) -> dict[str, float]:
+        """Returns the metrics over batches, and their total ``weight``."""
+        return evaluate(step, variables, batches)
 
     @abc.abstractmethod
     def batches(self) -> Schedule:
@@ -162,8 +171,7 @@ class Job(abc.ABC):
 
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        own = self.loaded
-        lora = translate_names(settings.lora, own.family, own.config)
+        lora = localize(settings.lora, self.loaded)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora
@@ -232,7 +240,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = translate_names(lora, loaded.family, loaded.config)
+    lora = localize(lora, loaded)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)
@@ -253,12 +261,6 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
     is_held_out = "validation" in splits and files["validation"] is None
     wanted = {*splits, "train"} if is_held_out else splits
     return {n: file for n, file in files.items() if n in wanted and file is not None}
-
-
-def source_of(data: DataSettings, split: str) -> str:
-    """Describes where the examples of a split come from."""
-    files = data_files(data)
-    return files.get(split) or f"{data.train}, {split}"
 
 
 def hold_out(

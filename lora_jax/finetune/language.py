@@ -39,6 +39,7 @@ from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
+from lora_jax.parallel.sequence import check_length
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
@@ -93,10 +94,12 @@ class Language(Job):
         train = self.settings.train
         split = self.splits["train"]
         packed = self.max_length if self.settings.data.packing else None
+        if packed:
+            check_length(packed, self.devices.sizes)
         return TextBatches(
             split.examples,
             train.batch_size,
-            None if packed else train_buckets(split, self.loaded),
+            None if packed else self._split(train_buckets(split, self.loaded)),
             packed_length=packed,
             seed=train.seed,
         )
@@ -107,10 +110,15 @@ class Language(Job):
         return TextBatches(
             split.examples,
             self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size)),
-            None if packed else eval_buckets(split, buckets, self.loaded),
+            None if packed else self._split(eval_buckets(split, buckets, self.loaded)),
             packed_length=packed,
             shuffle=False,
         )
+
+    def _split(self, buckets: Sequence[int]) -> list[int]:
+        """Returns the lengths to pad to, such that the mesh can split the rows."""
+        unit = self.devices.token_unit
+        return sorted({-(-size // unit) * unit for size in buckets})
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
@@ -238,8 +246,8 @@ def open_language(
         if not getattr(loaded.config, "predicts", True):
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
-                "no head, or tokens see later ones). Train it in Python, on "
-                "`lora_jax.embedding_loss`."
+                "no head, or tokens see later ones). Train it on pairs of texts, lines "
+                "with an 'anchor' and a 'positive'."
             )
         files = data_files(settings.data, splits)
         is_mixed = names_adapters(settings.data)

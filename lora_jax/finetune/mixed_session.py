@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.files.adapter import load_adapter, read_adapter_config, save_adapter
@@ -172,7 +171,12 @@ class MixedSession(Session):
                 one = jax.tree.leaves(found.variables)
                 for leaf, value in zip(leaves, one, strict=True):
                     leaf[number] = value
-        return jax.tree.unflatten(structure, list(map(jnp.asarray, leaves)))
+        found = jax.tree.unflatten(structure, leaves)
+        return jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding),
+            found,
+            state.trainable,
+        )
 
     def _examples(self) -> dict[str, list[int]]:
         """Counts each adapter's examples in every split."""

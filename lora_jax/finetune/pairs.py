@@ -139,7 +139,8 @@ def open_pairs(
         if not loaded.config.predicts:
             raise UserError(
                 f"{loaded.path} must have a decoder to be trained; it is the encoder "
-                "of one alone. `lora-jax encode` computes its embeddings."
+                "of one alone. Train its embeddings on pairs of texts, lines with an "
+                "'anchor' and a 'positive'."
             )
         data = {
             name: _read(file, settings, loaded)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
@@ -15,16 +16,19 @@ from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.decoder import REMATS, Decoder
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
-from lora_jax.names import EXPERT, PARAMS
+from lora_jax.models.tokens import name_tokens
+from lora_jax.names import EXPERT, PARAMS, SEQUENCE
 from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.mesh import batch_sharding, make_mesh
 from lora_jax.parallel.rules import make_sharding
+from lora_jax.parallel.sequence import check_length
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
@@ -91,8 +95,12 @@ class JobSteps:
 
     def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
         hypers = mixed_hypers(self.job, self.batches, self.total)
+        mesh = self.job.devices.mesh
+        where = None if mesh is None else batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
+            )
             for name, leaf in self.longest.items()
         }
         return price_step(
@@ -154,7 +162,7 @@ class JobSteps:
 
         A decoder's are computed by formula, because cuDNN's attention can't be traced.
         """
-        if plan.remat is None:
+        if plan.remat is None or not self.job.has_formula:
             return StepFlops(plan.flops, full.flops)
         loaded, counted = self.job.loaded, (plan.batch, plan.tokens)
         common = (loaded.config, loaded.params, self.job.targets)
@@ -204,16 +212,19 @@ def slice_steps(
         )
     config = read_config(family, config_json, found)
     check_experts(config, settings, axis=mesh.get(EXPERT, 1))
+    check_sequence(family.kind, config, mesh.get(SEQUENCE, 1))
     tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
+    check_length(tokens, mesh)
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
     lora = translate_names(settings.lora, family, config)
+    lora = name_tokens(lora, load_tokenizer(found), config.vocab_size)
     scan = settings.model.scan
     if scan is None:
         scan = can_scan(lora, config)

@@ -24,9 +24,8 @@ from lora_jax.finetune.start import keep_start, with_start
 from lora_jax.finetune.tasks import open_job
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.loop import Fitted, Progress, Steps, evaluate, fitting, take_steps
+from lora_jax.train.loop import Fitted, Progress, Steps, fitting, take_steps
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_eval_step
 
 MARGIN = 4_000_000  # bytes for metrics, curves, summary and file-system blocks
 
@@ -105,7 +104,7 @@ class Session:
         job, train, state = self.job, self.settings.train, self.state
         del self.state  # training consumes it
         keep_start(job, self.folder.path)
-        self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
+        self.eval_step = job.eval_step(job.adapted)
         self.evaluations = {
             name: job.evaluation(split, self.batches.buckets)
             for name, split in job.splits.items()
@@ -322,7 +321,7 @@ class Session:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(batches)
-            return evaluate(self.eval_step, variables, stream)
+            return self.job.measure(self.eval_step, variables, stream)
 
     def _finish(
         self, state: TrainState, baseline: dict[str, Any] | None

@@ -148,11 +148,12 @@ def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
     wanted = own.member
     if own.member == 1 and own.data == -1:
         wanted = min(len(devices), runs)  # what is left, as for a run's data axis
-    others = (own.fsdp, own.tensor, own.expert)
-    if own.data not in (-1, 1) or others != (1, 1, 1):
+    others = (own.fsdp, own.tensor, own.expert, own.sequence)
+    sizes = ", ".join(map(str, (own.data, *others)))
+    if own.data not in (-1, 1) or others != (1, 1, 1, 1):
         raise UserError(
-            "mesh.data, fsdp, tensor and expert must be 1 in a sweep, whose runs are "
-            f"split over mesh.member; got {', '.join(map(str, (own.data, *others)))}."
+            "mesh.data, fsdp, tensor, expert and sequence must be 1 in a sweep, whose "
+            f"runs are split over mesh.member; got {sizes}."
         )
     if wanted > len(devices):
         raise UserError(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from lora_jax.train.members import (
 )
 from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.step import LossFn
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
@@ -118,7 +118,7 @@ class Group:
         base = self.job.loaded
         self.adapted: Adapted = adapt(base.module, self.config, *base.inputs)
         self.targets: list[Target] = self.adapted.targets(base.params)
-        self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
+        self.eval_step = self.job.eval_step(self.adapted)
 
     def _shared(
         self, remat: str | None, count: int
@@ -256,8 +256,8 @@ class Group:
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
         self._made = {(count, remat): self.slots}
-        loss_fn = self.job.loss(self.adapted, is_training=False, copies=count)
-        self.evaluation = members_evaluation(loss_fn)
+        step = self.job.eval_step(self.adapted, copies=count)
+        self.evaluation = members_evaluation(step)
         self.plan = self.price(count, remat)
         return count
 
@@ -354,9 +354,9 @@ class Group:
         first = next(iter(due.values()))
         with first.timed("evaluate"):
             stream = self.job.devices.one_epoch(first.evaluations["validation"])
-            found = self.slots.evaluate(self.evaluation, stream, due)
-        for slot, member in due.items():
-            member.validated = found[slot]
+            sums = self.slots.evaluate(self.evaluation, stream)
+            for slot, member in due.items():
+                member.validated = self.job.measure(_of_slot, slot, sums)
 
     def _next(
         self, running: dict[int, Member], *, keeps_phase: bool = False
@@ -373,6 +373,10 @@ class Group:
             length = member.batches.length_at(member.number)
             found.setdefault(length, {})[slot] = member
         return max(found.values(), key=lambda group: (len(group), -_behind(group)))
+
+
+def _of_slot(slot: int, sums: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: found[slot] for name, found in sums.items()}
 
 
 def _behind(group: dict[int, Member]) -> int:

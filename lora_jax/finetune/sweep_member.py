@@ -13,7 +13,6 @@ from lora_jax.finetune.run_folder import RunFolder
 from lora_jax.finetune.session import Session
 from lora_jax.finetune.start import with_start
 from lora_jax.finetune.sweep_grid import Point
-from lora_jax.train.loop import evaluate
 from lora_jax.train.members import shared_adapter
 from lora_jax.train.state import TrainState
 
@@ -79,7 +78,7 @@ class Member(Session):
         own = shared_adapter(variables, self.hyper, self.group.targets)
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(self.evaluations[name])
-            return evaluate(self.group.eval_step, {**variables, **own}, stream)
+            return self.job.measure(self.group.eval_step, {**variables, **own}, stream)
 
     def _draw(self, *drawn: Any) -> None:
         """Draws nothing: of a sweep's runs only the best is drawn, once they ended."""

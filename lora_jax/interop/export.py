@@ -58,6 +58,7 @@ from lora_jax.tree.partition import adapter_of, join
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.plain import plain_config, plain_targets, plain_variables
 from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.token_rows import full_of, token_rows_of
 
 FORMATS = ("peft", "mlx", "vera")
 
@@ -176,6 +177,8 @@ def _describe(
     skip_head: bool,
 ) -> ExternalAdapter:
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
+    rows = token_rows_of(variables)
+    variables = {**variables, PARAMS: full_of(variables)}
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
     check_exportable(targets)
@@ -218,7 +221,34 @@ def _describe(
         rslora=config.rslora,
         dropout_rate=config.dropout_rate,
         bias=config.bias,
+        tokens=_tokens(rows, config, names, source),
     )
+
+
+def _tokens(
+    trained: Mapping[str, PyTree], config: LoRAConfig, names: Names, source: ModelSource
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Returns tokens and their rows by Hugging Face's name of their layer.
+
+    PEFT ties the rows of a tied head to the embedding's, unless they are of other
+    tokens.
+    """
+    spelled, rows = names.spelling().modules, flatten(trained)
+    layers = {leaf.rpartition("/")[0]: array for leaf, array in rows.items()}
+    found = {path: config.tokens_for(path) for path in layers}
+    if EMBED in found:
+        check_one_table(names.family)
+    is_tied = not names.family.head and source.config.is_tied
+    is_alone = EMBED in found and found.get(HEAD, found[EMBED]) == found[EMBED]
+    if is_tied and HEAD in spelled and is_alone:
+        raise ValueError(
+            "rows of tokens of an embedding can't be exported with a head of its own: "
+            "PEFT ties both, as the base does. Merge it into its base."
+        )
+    return {
+        spelled[path]: (list(found[path]), np.asarray(array, np.float32))
+        for path, array in layers.items()
+    }
 
 
 def _with_biases(

@@ -23,7 +23,7 @@ from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import localize
 from lora_jax.names import (
     CLASSIFIER,
     FIXED,
@@ -74,7 +74,7 @@ def load_model(
         content), or an `ExternalAdapter`, to attach to the model. Adapter dropout is
         off (``module.clone(deterministic=None)`` for training).
       lora: attaches fresh adapters; needs ``key``. Names may be Hugging Face's, such as
-        ``k_proj``, see `translate_names`.
+        ``k_proj``, see `translate_names`; ``tokens`` may be the tokenizer's.
       num_labels: classes of an encoder's head. If the file holds a head with as many
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
@@ -144,7 +144,7 @@ def load_model(
         else:
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
-        lora = translate_names(lora, loaded.family, loaded.config)
+        lora = localize(lora, loaded)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, key)
         loaded = loaded._replace(module=adapted, variables=variables)
@@ -341,6 +341,10 @@ def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
         child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
         for target in adapted.targets(loaded.params)
         for name, shape in target.leaf_shapes.items()
+    }
+    shapes |= {
+        rows.leaf_path: jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+        for rows in adapted.token_rows(loaded.params)
     }
     wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
     return adapted, adapted.upcast_trained(wanted)

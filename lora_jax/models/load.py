@@ -37,6 +37,7 @@ from lora_jax.names import (
     KERNEL,
     PARAMS,
     SCALE,
+    WORD_EMBEDDING,
 )
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
@@ -44,7 +45,6 @@ from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-WORD_EMBEDDING = "encoder/embeddings/word"  # an encoder's token embedding
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 

@@ -10,8 +10,8 @@ from lora_jax.array_types import PyTree
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.models.family import Family
 from lora_jax.models.sentence_config import SentenceConfig
-from lora_jax.names import CLASSIFIER, FROZEN, PARAMS
-from lora_jax.tree.partition import join
+from lora_jax.names import CLASSIFIER
+from lora_jax.tree.token_rows import base_of
 
 
 class LoadedModel(NamedTuple):
@@ -49,7 +49,7 @@ class LoadedModel(NamedTuple):
     @property
     def params(self) -> dict[str, PyTree]:
         """The base's parameters, a plain nested dictionary."""
-        return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
+        return base_of(self.variables)
 
     def unused_text(self) -> str:
         """Lists unused tensors; for a multimodal folder, how many of each part.

@@ -38,11 +38,27 @@ from lora_jax.tree.targets import LINEAR_KINDS, child
 
 
 def check_config(lora: Any) -> None:
-    """Raises `TypeError` unless a module's ``lora`` is a `LoRAConfig`."""
+    """Raises unless a module's ``lora`` is a `LoRAConfig` that LoRA layers can serve.
+
+    Raises:
+      TypeError: if it is something else.
+      ValueError: if it has ``tokens``.
+    """
     if not isinstance(lora, LoRAConfig):
         raise TypeError(
             f"lora must be a LoRAConfig; got {type(lora).__name__}. "
             "LoRAConfig.from_dict makes one from a dictionary."
+        )
+    check_no_tokens(lora)
+
+
+def check_no_tokens(lora: LoRAConfig) -> None:
+    """Raises a `ValueError` if rows of tokens are to be trained."""
+    if lora.tokens:
+        raise ValueError(
+            "tokens must be empty here: rows of tokens are trained in a Linen model "
+            "that `lora_jax.adapt` wraps, not by LoRA layers or NNX; got "
+            f"{lora.tokens}."
         )
 
 

@@ -45,6 +45,7 @@ RULES: Rules = (
     ("shared/opening/kernel", PartitionSpec()),
     ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
+    ("token_rows", PartitionSpec()),
     ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
     ("(positions|position|token_type|relative_bias)/embedding", PartitionSpec()),
     ("distances/embedding", PartitionSpec()),

@@ -104,14 +104,17 @@ def price_training(
     """
     if where is None:
         where = {path: leaf.sharding for path, leaf in flatten(variables).items()}
-    everywhere = by_rows = next(iter(where.values()))
+    everywhere = next(iter(where.values()))
+    mesh: Any = None
     if isinstance(everywhere, NamedSharding):
-        mesh: Any = everywhere.mesh
-        everywhere, by_rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+        mesh = everywhere.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
     state = _state_shapes(variables, tx, where, everywhere)
     shapes = {
         name: jax.ShapeDtypeStruct(
-            (rows, *leaf.shape[1:]), leaf.dtype, sharding=by_rows
+            (rows, *leaf.shape[1:]),
+            leaf.dtype,
+            sharding=batch_sharding(mesh, len(leaf.shape)) if mesh else everywhere,
         )
         for name, leaf in batch.items()
     }

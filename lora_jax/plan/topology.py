@@ -85,7 +85,9 @@ class DecoderSteps:
         """
         check_rows({"batch": rows}, self.sharding.mesh, accumulate=self.accumulate)
         adapted = self._adapted(remat)
-        sizes = {path: leaf.shape for path, leaf in flatten(self.params).items()}
+        variables = jax.eval_shape(adapted.attach, self.params, jax.random.key(0))
+        leaves = flatten(self.params) | flatten(variables.get(PARAMS, {}))
+        sizes = {path: leaf.shape for path, leaf in leaves.items()}
         where = resolve_shardings(sizes, self.sharding)
         where |= adapter_shardings(where, adapted.targets(self.params))
         shape = (1, self.tokens)
@@ -94,7 +96,7 @@ class DecoderSteps:
             return price_training(
                 self._loss(adapted),
                 lora_optimizer(1e-4, total_steps=1000),
-                jax.eval_shape(adapted.attach, self.params, jax.random.key(0)),
+                variables,
                 batch,
                 rows,
                 accumulate=self.accumulate,

@@ -11,7 +11,7 @@ multiplied into its B inside the step, so the shared module's own scaling must b
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,6 @@ from lora_jax.train.optimizer import DECAYS, decay_mask
 from lora_jax.train.padding import padded
 from lora_jax.train.step import (
     LossFn,
-    make_eval_step,
     make_train_step,
 )
 from lora_jax.tree.paths import flatten, key_path, unflatten
@@ -230,22 +229,21 @@ def _scaled(variables: Mapping[str, PyTree], hyper: Hyper) -> dict[str, PyTree]:
     }
 
 
-def members_evaluation(loss_fn: LossFn) -> Any:
+def members_evaluation(step: Callable[[PyTree, PyTree], PyTree]) -> Any:
     """Returns the evaluation of many members on one batch; see `Members.evaluate`.
 
     Args:
-      loss_fn: of the shared module.
+      step: of the shared module, such as from `make_eval_step`.
 
     Returns:
       A jitted function of ``trainable, hyper, frozen, batch``, of which the first two
-      have a leading axis, to the sums of `make_eval_step` with that axis.
+      have a leading axis, to the results of ``step`` with that axis.
     """
-    one = make_eval_step(loss_fn)
 
-    def sums(trainable, hyper, frozen, batch):
-        return one(_scaled({**frozen, **trainable}, hyper), batch)
+    def one(trainable, hyper, frozen, batch):
+        return step(_scaled({**frozen, **trainable}, hyper), batch)
 
-    return jax.jit(jax.vmap(sums, in_axes=(0, 0, None, None)))
+    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
 
 
 def _b_mask(tree: PyTree) -> PyTree:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import FIXED, MEMBER
-from lora_jax.train.loop import evaluate
 from lora_jax.train.members import Hyper, members_update
 from lora_jax.train.padding import cut, padded_as
 from lora_jax.train.state import TrainState
@@ -118,26 +117,18 @@ class Members:
         self.state = TrainState(frozen=self.state.frozen, **own)
         return {slot: metrics[slot] for slot in batches}
 
-    def evaluate(
-        self, evaluation: Any, batches: Iterable[Batch], slots: Iterable[int]
-    ) -> dict[int, dict[str, float]]:
-        """Evaluates runs on the same batches, all in one program.
+    def evaluate(self, evaluation: Any, batches: Iterable[Batch]) -> list[Any]:
+        """Evaluates all runs on the same batches, in one program.
 
         Args:
           evaluation: from `members_evaluation`.
           batches: the batches.
-          slots: those of the runs.
 
         Returns:
-          What `lora_jax.train.loop.evaluate` returns, for each of them.
+          What it gives for each batch, on the host.
         """
         own = (self.state.trainable, self.hyper, self.state.frozen)
-        sums = jax.device_get([evaluation(*own, batch) for batch in batches])
-
-        def of(slot: int, found: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: x[slot] for name, x in found.items()}
-
-        return {slot: evaluate(of, slot, sums) for slot in slots}
+        return jax.device_get([evaluation(*own, batch) for batch in batches])
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """Traces the step; see `TrainStep.trace`.

@@ -29,7 +29,8 @@ def config(tmp_path, monkeypatch):
 
 
 def test_a_step_is_planned_without_weights_or_data(config, call):
-    code, out, shown = call("plan", config, "--topology", "v5e:4x4", "--json")
+    words = ["plan", config, "--topology", "v5e:4x4", "--json", "lora.tokens=[1, 2]"]
+    code, out, shown = call(*words)
     assert code == 0, shown
     plan = json.loads(out)
     assert plan["step"]["batch"] == 2

@@ -8,7 +8,7 @@ import functools
 import json
 from pathlib import Path
 
-from lora_jax.files.gguf_config import ARCHITECTURES
+from lora_jax.files.gguf_names import ARCHITECTURES
 from lora_jax.models.families import FAMILIES
 from tests.interop.peft_cases import CASES
 from tests.models.golden import GOLDEN
@@ -80,7 +80,8 @@ Of a folder of sentence-transformers (`modules.json`), `lora-jax encode` follows
 pooling, the dense layers and the normalisation, and `--prompt` takes a prompt of it; so
 do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an
 encoder. Of CLIP and SigLIP it encodes lines of texts (`"embed"`) or of images
-(`"embed_image"`). `lora_jax.embedding_loss` trains them on pairs.
+(`"embed_image"`). `lora-jax train` adapts the models of texts on lines of `anchor` and
+`positive`, maybe `negative`; `lora_jax.embedding_loss` also images with texts.
 
 """
 
