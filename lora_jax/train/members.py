@@ -32,10 +32,7 @@ from lora_jax.names import (
 )
 from lora_jax.train.optimizer import DECAYS, decay_mask
 from lora_jax.train.padding import padded
-from lora_jax.train.step import (
-    LossFn,
-    make_train_step,
-)
+from lora_jax.train.step import LossFn, make_train_step
 from lora_jax.tree.paths import flatten, key_path, unflatten
 from lora_jax.tree.targets import Target, child
 
