@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
-    "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
+    "export": "write a run's adapter (or all of them) for PEFT, vLLM and others",
     "inspect": "show what is in an adapter or model folder",
 }
 
@@ -324,6 +324,12 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
         help="fraction of each update that TIES and DARE keep (default: 0.5)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
+    command.add_argument(
+        "--head",
+        metavar="DIR",
+        help="the adapter whose head (and other weights trained in full) to keep; "
+        "default: the sum of their changes, of new heads the weighted mean",
+    )
     command.add_argument(
         "--model",
         metavar="DIR",

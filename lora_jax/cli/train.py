@@ -134,6 +134,7 @@ def _print_result(out: Console, done: Run) -> None:
     out.say(f"  lora-jax eval --run {run}{split}")
     if each:
         first = next(name for name, own in each.items() if own["validation"])
+        out.say(f"  lora-jax export --adapter {run} --portable --out {run}-peft")
         folder, run = f"{run}/{RUN_ADAPTERS}/{first}", f"{run}-{first}"
     if done.prompt:
         chat = "--chat " if done.prompt == "chat" else ""

@@ -40,6 +40,17 @@ class Trained:
         absent: Collection[str] = (),
     ) -> None:
         flat, trained = flatten(params), {n: flatten(t) for n, t in members.items()}
+        if lost := {
+            f"{path} of {name}"
+            for name, tree in trained.items()
+            for path in tree
+            if path not in flat
+        }:
+            raise ValueError(
+                "weights that adapters of a bank train in full must be the base's, "
+                f"such as a head; {', '.join(sorted(lost))} is not (rows of tokens "
+                "differ in their tokens)."
+            )
         shapes: dict[str, dict[tuple[int, ...], list[str]]] = {}
         dtypes: dict[str, Any] = {}
         for name, tree in trained.items():

@@ -130,7 +130,8 @@ def headed(model_dir, tmp_path_factory):
     config = LoRAConfig(rank=1, alpha=5)
     loaded = load_model(str(model_dir), lora=config, key=jax.random.key(3))
     mark = fingerprint(loaded.variables[FROZEN])
-    save_adapter(place / "bare", loaded.variables, config, mark)
+    extra = {"model": str(model_dir), "pooling": "mean"}
+    save_adapter(place / "bare", loaded.variables, config, mark, extra=extra)
     return place
 
 
@@ -163,6 +164,53 @@ def test_heads_that_differ_in_shape_or_are_missing_are_told(headed, model_dir):
         load_bank(None, {name: headed / name for name in "ac"})
     with pytest.raises(ValueError, match="'bare' must have classifier/bias, classif"):
         load_bank(str(model_dir), {name: headed / name for name in ("a", "bare")})
+
+
+def test_heads_are_averaged_or_taken_from_one(headed, tmp_path, capsys):
+    a, b, c, bare = (str(headed / name) for name in ("a", "b", "c", "bare"))
+    heads = {
+        name: load_adapter(headed / name).variables["params"]["classifier"]
+        for name in "abc"
+    }
+
+    def combine(name, *words):
+        out = str(tmp_path / name)
+        call(capsys, "combine", *words, "--out", out)
+        found = load_adapter(out)
+        assert load_model(None, out).module.model.num_labels
+        return found.variables["params"]["classifier"], found
+
+    head, found = combine("mean", a, b, bare, "--weights", 3, 1, 2)
+    assert found.config.train == ("classifier",)
+    wanted = 0.75 * heads["a"]["kernel"] + 0.25 * heads["b"]["kernel"]
+    np.testing.assert_allclose(head["kernel"], wanted, rtol=1e-5, atol=1e-7)
+    head, _ = combine("one", a, c, "--head", c, "--method", "svd", "--rank", 2)
+    np.testing.assert_array_equal(head["kernel"], heads["c"]["kernel"])
+    head, _ = combine("same", a)
+    np.testing.assert_array_equal(head["kernel"], heads["a"]["kernel"])
+    for words, said in (
+        ([a, c], r"classifier/kernel has shapes [[16, 2], [16, 3]]"),
+        (
+            [a, b, "--weights", "1", "-1"],
+            "has no classifier/bias, and weights of it",
+        ),
+        ([a, "--head", b], "--head must be one of the adapters"),
+    ):
+        out = str(tmp_path / "bad")
+        assert main(["combine", *words, "--out", out]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+
+
+def test_heads_of_other_classes_are_not_averaged(headed, tmp_path, capsys):
+    found = load_adapter(headed / "b")
+    extra = {**found.extra, "labels": ["x", "y"]}
+    save_adapter(
+        tmp_path / "b", found.variables, found.config, found.fingerprint, extra=extra
+    )
+    words = ["combine", str(headed / "a"), str(tmp_path / "b")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "heads of different classes can't be averaged" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_is_refused(place, tmp_path):

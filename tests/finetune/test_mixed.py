@@ -108,6 +108,24 @@ def test_the_metrics_are_each_adapters_own(done, tree, tmp_path, capsys):
     assert "got 'bold'; did you mean 'bolt'?" in capsys.readouterr().err
 
 
+def test_all_adapters_of_a_run_are_exported_and_served_together(
+    done, tree, tmp_path, capsys
+):
+    out = tmp_path / "peft"
+    words = ["export", "--adapter", str(done.path), "--portable", "--out", str(out)]
+    assert main(words) == 0
+    modules = " ".join(f"{name}={out / name}" for name in NAMES)
+    shown = capsys.readouterr().out
+    assert f"--max-lora-rank 8 --lora-modules {modules}\n" in shown
+    name = NAMES[0]
+    one = load_model(tree["model"]["path"], out / name)
+    ids = np.int32([[41, 10]])
+    own = done.load(name)
+    wanted = own.module.apply(own.variables, ids)
+    got = one.module.apply(one.variables, ids)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_stopped_run_resumes_to_the_same_bits(done, tree, tmp_path, monkeypatch):
     again = {**tree, "output": {"dir": str(tmp_path / "again")}}
     batch_at = TextBatches.batch_at
