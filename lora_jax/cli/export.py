@@ -27,6 +27,7 @@ from lora_jax.interop.pretrained import (
     load_model,
     read_external,
 )
+from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.load import LoadedModel
 from lora_jax.names import EMBED, HEAD
 
@@ -134,9 +135,10 @@ def _read(
     if external is None:
         found = load_adapter(folder)
         changed = {path for tree in found.variables.values() for path in tree}
-        if EMBED not in changed or HEAD in changed:
+        if (EMBED not in changed or HEAD in changed) and not found.extra.get(ADDED):
             return found.variables, found.config, base, found.extra
-        loaded = load_model(base, folder)  # whose head may be the embedding or not
+        # Its head may be the embedding or not, and it may have new tokens.
+        loaded = load_model(base, folder)
         return loaded.variables, found.config, loaded, found.extra
     loaded = load_model(base, folder)
     named = external.config.get("base_model_name_or_path")

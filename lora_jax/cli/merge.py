@@ -29,7 +29,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     errors = adapted.merge_errors(loaded.variables)
     pooling = getattr(adapted.model, "pooling", None)
     record = describe_adapter(folder, base, mark)
-    save_model(target, merged, loaded.path, pooling=pooling, merged=record)
+    save_model(
+        target,
+        merged,
+        loaded.path,
+        pooling=pooling,
+        merged=record,
+        add_tokens=loaded.added,
+    )
     has_head = CLASSIFIER in loaded.params
     layers = layer_count(adapted.targets(loaded.params))
     worst = max(errors, key=lambda error: error.relative)

@@ -280,6 +280,8 @@ def _check(settings: RunSettings, config: Any) -> None:
         faults.append(
             f"the model must read texts only; its config is a {type(config).__name__}"
         )
+    if getattr(config, "is_siglip", False):
+        faults.append("the model must not be SigLIP's, which sees its padding")
     if data.packing or train.samples:
         faults.append("data.packing and train.samples are for decoders of text")
     if train.label_smoothing or train.router_aux_loss_coef:

@@ -22,6 +22,7 @@ from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, Run
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import keep_start, with_start
 from lora_jax.finetune.tasks import open_job
+from lora_jax.models.added_tokens import write_tokenizer
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.loop import Fitted, Progress, Steps, fitting, take_steps
@@ -309,6 +310,9 @@ class Session:
                 "step": int(state.step),
             },
         )
+        loaded = self.job.loaded
+        if loaded.added and loaded.tokenizer and self.folder.is_writer:
+            write_tokenizer(self.folder / ADAPTER, loaded.tokenizer, loaded.path)
 
     def _load_adapter(self, state: TrainState) -> Adapter:
         return load_adapter(

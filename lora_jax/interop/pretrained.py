@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.tied import needs_own_head
+from lora_jax.models.added_tokens import ADDED, new_tokens
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
@@ -61,6 +63,7 @@ def load_model(
     scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a pretrained model, tensor by tensor.
 
@@ -96,6 +99,10 @@ def load_model(
         (see `Decoder`).
       key: PRNG key for a new head, normal with standard deviation 0.02 (zero without a
         key), and for fresh adapters.
+      add_tokens: of a decoder: new tokens for its tokenizer and its embedding (and
+        head), whose rows are the mean of the others. A fresh adapter trains them; an
+        adapter that was trained on some brings them itself (PEFT's, if its folder has
+        the tokenizer).
 
     Returns:
       The module, its variables, config and tokenizer, and where they came from.
@@ -123,6 +130,7 @@ def load_model(
         "scan_layers": scan_layers,
         "remat": remat,
         "key": key,
+        "add_tokens": add_tokens,
     }
     if adapter is None:
         if path is None:
@@ -142,6 +150,8 @@ def load_model(
         if external is None:
             loaded = _load_own(path, folder, options)
         else:
+            if (external.tokens or external.full) and not add_tokens:
+                options["add_tokens"] = new_tokens(folder, source)
             loaded = _load_external(path, external, options)
     if lora is not None and key is not None:
         lora = localize(lora, loaded)
@@ -302,6 +312,7 @@ def _load_own(
                 f"{kept!r}."
             )
         options["param_dtype"] = kept
+    options["add_tokens"] = _added(found, file, options["add_tokens"])
     asked = options["scan_layers"]
     was_scanned = any(LAYERS in tree for tree in found.variables.values())
     if asked and not was_scanned:
@@ -332,6 +343,18 @@ def _load_own(
         adapted = adapt(loaded.module, plain, *loaded.inputs, deterministic=True)
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
+
+
+def _added(found: ours.Adapter, file: Path, given: Sequence[str]) -> list[str]:
+    """Returns the new tokens that an adapter of ours was trained on."""
+    kept = found.extra.get(ADDED, [])
+    is_list = isinstance(kept, list) and all(isinstance(token, str) for token in kept)
+    if not is_list or (given and list(given) != kept):
+        raise ValueError(
+            f"{file}: {ADDED} of extra must be a list of strings, which add_tokens, if "
+            f"it is given, repeats; got {kept!r}, and {list(given)}."
+        )
+    return kept
 
 
 def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
