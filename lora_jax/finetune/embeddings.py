@@ -85,8 +85,9 @@ class Embeddings(Job):
         inner = embedding_loss(module, method=self.method, temperature=temperature)
         return lambda variables, batch, rngs: inner(variables, by_role(batch), rngs)
 
-    def eval_step(self, module: Any) -> EvalStep:
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
         """See `Job.eval_step`; also returns the embeddings, on every device."""
+        del copies
         ways = (self.method, self.method)
         temperature = self.settings.train.temperature
 
