@@ -98,9 +98,9 @@ class Job(abc.ABC):
             that is set aside for logits.
         """
 
-    def eval_step(self, module: Any) -> EvalStep:
-        """Returns the compiled evaluation of ``module``, for `measure`."""
-        return make_eval_step(self.loss(module, is_training=False))
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
+        """Returns the compiled evaluation of ``module``, for `measure`; see `loss`."""
+        return make_eval_step(self.loss(module, is_training=False, copies=copies))
 
     def measure(
         self, step: EvalStep, variables: PyTree, batches: Iterable[Any]

@@ -345,15 +345,7 @@ class Session:
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
         if self.folder.is_writer:
-            key = f"validation_{job.metric}"
-            draw_curves(
-                self.folder.metrics(),
-                self.folder / CURVES,
-                title=report.title(self.settings, self.counts),
-                metrics=job.metrics,
-                baseline=(baseline["what"], baseline[key]) if baseline else None,
-                chosen=best["step"],
-            )
+            self._draw(best, baseline)
         self.seconds["total"] = self.elapsed()
         warning = verdict.warning(job, best=best, last=last, baseline=baseline)
         if warning:
@@ -372,6 +364,17 @@ class Session:
         )
         self.folder.summarise(summary)
         return summary
+
+    def _draw(self, best: dict[str, Any], baseline: dict[str, Any] | None) -> None:
+        key = f"validation_{self.job.metric}"
+        draw_curves(
+            self.folder.metrics(),
+            self.folder / CURVES,
+            title=report.title(self.settings, self.counts),
+            metrics=self.job.metrics,
+            baseline=(baseline["what"], baseline[key]) if baseline else None,
+            chosen=best["step"],
+        )
 
     def elapsed(self) -> float:
         """Returns the seconds since the start."""

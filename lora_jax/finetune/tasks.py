@@ -23,6 +23,7 @@ from lora_jax.finetune.sections import TrainSettings
 from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
+from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
 from lora_jax.train.text_pairs import has_text_pairs
 
@@ -67,6 +68,12 @@ def open_job(
         return open_embeddings(settings, devices, splits=splits)
     _check_no_pairs(settings)
     check_sequence(source.family.kind, source.config, settings.mesh.sequence)
+    if isinstance(source.config, (TextTowerConfig, ImageTowerConfig)):
+        raise UserError(
+            f"{settings.model.path} is an encoder of CLIP or SigLIP: train a CLIP text "
+            "encoder on pairs of texts, lines with an 'anchor' and a 'positive', and "
+            "the others in Python, on `lora_jax.embedding_loss`."
+        )
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:
