@@ -13,6 +13,7 @@ from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
     EVAL_ROWS,
     Facts,
@@ -22,7 +23,6 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     eval_buckets,
-    hold_out,
     loading,
     max_tokens,
     train_buckets,

@@ -10,6 +10,7 @@ from lora_jax.files.messages import Message
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
     EVAL_ROWS,
     Facts,
@@ -17,7 +18,6 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     eval_buckets,
-    hold_out,
     loading,
     max_tokens,
     train_buckets,

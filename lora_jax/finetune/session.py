@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
@@ -297,18 +298,19 @@ class Session:
         return patience is not None and self.stale >= patience
 
     def _save_adapter(self, state: TrainState) -> None:
-        save_adapter(
-            self.folder / ADAPTER,
-            state.variables,
-            self.job.lora,
-            self.job.fingerprint,
-            extra={
-                "model": self.settings.model.path,
-                "param_dtype": self.settings.model.param_dtype,
-                **self.job.extra(),
-                "step": int(state.step),
-            },
-        )
+        self._keep(self.folder / ADAPTER, state.variables, int(state.step))
+
+    def _keep(self, place: Path, variables: Any, step: int, **facts: Any) -> None:
+        """Saves an adapter with what is known of it."""
+        extra = {
+            "model": self.settings.model.path,
+            "param_dtype": self.settings.model.param_dtype,
+            **self.job.extra(),
+            **facts,
+            "step": step,
+        }
+        job = self.job
+        save_adapter(place, variables, job.lora, job.fingerprint, extra=extra)
 
     def _load_adapter(self, state: TrainState) -> Adapter:
         return load_adapter(
@@ -317,7 +319,7 @@ class Session:
             fingerprint=self.job.fingerprint,
         )
 
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+    def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(batches)
@@ -340,6 +342,25 @@ class Session:
         variables = {**state.frozen, **adapter.variables}
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
+        return self._conclude(
+            state,
+            baseline,
+            best=best,
+            test=test,
+            warning=verdict.warning(job, best=best, last=last, baseline=baseline),
+        )
+
+    def _conclude(
+        self,
+        state: TrainState,
+        baseline: dict[str, Any] | None,
+        *,
+        best: dict[str, Any],
+        warning: str | None,
+        **results: Any,
+    ) -> dict[str, Any]:
+        """Writes curves and summary, and returns the latter."""
+        job = self.job
         if self.folder.is_writer:
             key = f"validation_{job.metric}"
             draw_curves(
@@ -348,10 +369,9 @@ class Session:
                 title=report.title(self.settings, self.counts),
                 metrics=job.metrics,
                 baseline=(baseline["what"], baseline[key]) if baseline else None,
-                chosen=best["step"],
+                chosen=None if job.adapters else best["step"],  # else each has its own
             )
         self.seconds["total"] = self.elapsed()
-        warning = verdict.warning(job, best=best, last=last, baseline=baseline)
         if warning:
             self.out.say(f"\n  {warning}", style="yellow")
         summary = report.summarise(
@@ -359,12 +379,12 @@ class Session:
             self.folder,
             state,
             best=best,
-            test=test,
             baseline=baseline,
             parameters=self.counts,
             memory_bytes=self.plan.parts,
             seconds=self.seconds,
             warning=warning,
+            **results,
         )
         self.folder.summarise(summary)
         return summary
