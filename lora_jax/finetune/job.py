@@ -99,12 +99,17 @@ class Job(abc.ABC):
             that is set aside for logits.
         """
 
+    @property
+    def eval_rows(self) -> int:
+        """The rows of a batch of an evaluation."""
+        return self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
+
     def eval_step(self, module: Any) -> EvalStep:
         """Returns the compiled evaluation of ``module``, for `measure`."""
         if not self.adapters:
             return make_eval_step(self.loss(module, is_training=False))
-        rows = self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
-        return make_mixed_eval_step(self.loss(module, is_training=False, copies=rows))
+        loss_fn = self.loss(module, is_training=False, copies=self.eval_rows)
+        return make_mixed_eval_step(loss_fn)
 
     def measure(
         self, step: EvalStep, variables: PyTree, batches: Iterable[Any]
