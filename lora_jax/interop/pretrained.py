@@ -1,7 +1,9 @@
 """`load_model`: pretrained models, with or without adapters."""
 
+import inspect
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +126,54 @@ def load_model(
         "remat": remat,
         "key": key,
     }
+    return _load(path, adapter, lora, options, load_base)
+
+
+def load_each(
+    path: str | os.PathLike[str] | None,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    **options: Any,
+) -> dict[str, LoadedModel]:
+    """Loads a base once, with each of several adapters.
+
+    Args:
+      path: see `load_model`.
+      adapters: folders, by name.
+      **options: of `load_model`.
+
+    Returns:
+      The model with each adapter; they share the base's arrays.
+    """
+    known: dict[str, LoadedModel] = {}
+
+    def load(path: str | os.PathLike[str], **options: Any) -> LoadedModel:
+        asked = f"{path} {sorted(options.items())}"
+        if asked not in known:
+            known[asked] = load_base(path, **options)
+        return known[asked]
+
+    defaults = inspect.getfullargspec(load_model).kwonlydefaults or {}
+    return {
+        name: _load(path, folder, None, {**defaults, **options}, load)
+        for name, folder in adapters.items()
+    }
+
+
+def _load(
+    path: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str] | ExternalAdapter | None,
+    lora: LoRAConfig | None,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
+) -> LoadedModel:
+    """Loads a model for `load_model`; ``load`` is `load_base`, or remembers bases."""
     if adapter is None:
         if path is None:
             raise ValueError("path must name a model unless an adapter does; got None.")
-        loaded = load_base(path, **options)
+        loaded = load(path, **options)
     elif isinstance(adapter, ExternalAdapter):
         path = find_base(adapter) if path is None else path
-        loaded = _load_external(path, adapter, options)
+        loaded = _load_external(path, adapter, options, load)
     else:
         folder = find_adapter(adapter)
         external = read_external(folder)
@@ -140,14 +183,15 @@ def load_model(
         config = {} if external is None else external.config
         check_not_merged(source.settings, source.path, folder, config)
         if external is None:
-            loaded = _load_own(path, folder, options)
+            loaded = _load_own(path, folder, options, load)
         else:
-            loaded = _load_external(path, external, options)
-    if lora is not None and key is not None:
+            loaded = _load_external(path, external, options, load)
+    if lora is not None:
         lora = localize(lora, loaded)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
-        variables = adapted.attach(loaded.params, key)
+        variables = adapted.attach(loaded.params, options["key"])
         loaded = loaded._replace(module=adapted, variables=variables)
+    sharding: Any = options["sharding"]
     if callable(sharding) and isinstance(loaded.module, Adapted):
         targets = loaded.module.targets(loaded.params)
         variables = shard_variables(loaded.variables, sharding, targets)
@@ -265,7 +309,10 @@ def read_external(folder: Path) -> ExternalAdapter | None:
 
 
 def _load_external(
-    path: str | os.PathLike[str], adapter: ExternalAdapter, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    adapter: ExternalAdapter,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
 ) -> LoadedModel:
     """Loads a base, with the adapter's head if it has one, and attaches the adapter."""
     family = open_source(path).family
@@ -276,11 +323,14 @@ def _load_external(
             found = {"num_labels": len(head), "pooling": family.head_pooling}
             options |= {k: found[k] if v is None else v for k, v in given.items()}
     own_head = needs_own_head(adapter, family)
-    return attach_adapter(load_base(path, **options, own_head=own_head), adapter)
+    return attach_adapter(load(path, **options, own_head=own_head), adapter)
 
 
 def _load_own(
-    path: str | os.PathLike[str], folder: Path, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    folder: Path,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
 ) -> LoadedModel:
     """Loads a base and, strictly, an adapter that this library saved."""
     found, file = ours.load_adapter(folder), folder / ADAPTER_CONFIG
@@ -311,12 +361,12 @@ def _load_own(
         )
     options = {**options, "scan_layers": was_scanned}
     has_head = any(HEAD in tree for tree in found.variables.values())
-    loaded = load_base(path, **options, own_head=has_head)
+    loaded = load(path, **options, own_head=has_head)
     adapted, wanted = _fitting(loaded, found)
     is_tied = getattr(loaded.config, "is_tied", False)
     if is_tied and fingerprint(wanted[FROZEN]) != found.fingerprint:
         # It may adapt the lookup alone; then the head has its own kernel.
-        apart = load_base(path, **options, own_head=True)
+        apart = load(path, **options, own_head=True)
         pair = _fitting(apart, found)
         if fingerprint(pair[1][FROZEN]) == found.fingerprint:
             loaded, (adapted, wanted) = apart, pair
