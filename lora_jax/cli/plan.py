@@ -1,7 +1,7 @@
 """`lora-jax plan`: what would be trained, and the cost of a step.
 
-The step is the one `train` would run on this machine, or with ``--topology`` a
-decoder's on a TPU slice that need not exist here, read only from the model's config.
+The step is the one `train` would run on this machine, or with ``--topology`` one on a
+TPU slice that need not exist here, read only from the model's config.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def _plan_local(
 def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
-    """Plans a decoder's step on a TPU slice."""
+    """Plans a step on a TPU slice."""
     topology, mesh = args.topology, read_mesh(args.mesh)
     steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size

@@ -43,7 +43,12 @@ from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule, length_buckets
 from lora_jax.train.embedding import embed_roles, embedding_loss, pair_loss
 from lora_jax.train.step import LossFn
-from lora_jax.train.text_pairs import ARRAYS, TextPairBatches, read_text_pairs
+from lora_jax.train.text_pairs import (
+    ARRAYS,
+    TextPairBatches,
+    by_role,
+    read_text_pairs,
+)
 
 MAX_LENGTH = 256
 CHUNK = 1024  # queries that are compared with all keys at once
@@ -78,16 +83,17 @@ class Embeddings(Job):
         del is_training, copies
         temperature = self.settings.train.temperature
         inner = embedding_loss(module, method=self.method, temperature=temperature)
-        return lambda variables, batch, rngs: inner(variables, _by_role(batch), rngs)
+        return lambda variables, batch, rngs: inner(variables, by_role(batch), rngs)
 
-    def eval_step(self, module: Any) -> EvalStep:
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
         """See `Job.eval_step`; also returns the embeddings, on every device."""
+        del copies
         ways = (self.method, self.method)
         temperature = self.settings.train.temperature
 
         def run(variables, batch, mesh):
             with on_mesh_of(mesh):
-                found = embed_roles(module, variables, _by_role(batch), ways, {})
+                found = embed_roles(module, variables, by_role(batch), ways, {})
                 weights = batch["weights"]
                 loss, weight, _ = pair_loss(found, weights, temperature=temperature)
             return {**found, "loss": loss, "weight": weight, "weights": weights}
@@ -274,6 +280,8 @@ def _check(settings: RunSettings, config: Any) -> None:
         faults.append(
             f"the model must read texts only; its config is a {type(config).__name__}"
         )
+    if getattr(config, "is_siglip", False):
+        faults.append("the model must not be SigLIP's, which sees its padding")
     if data.packing or train.samples:
         faults.append("data.packing and train.samples are for decoders of text")
     if train.label_smoothing or train.router_aux_loss_coef:
@@ -313,13 +321,3 @@ def _prompt(
         return sentence.prompt(name)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _by_role(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a flat batch as `embedding_loss` takes it."""
-    found = {
-        role: (batch[ids], batch[mask])
-        for role, (ids, mask) in ARRAYS.items()
-        if ids in batch
-    }
-    return {**found, "weights": batch["weights"]}

@@ -16,7 +16,7 @@ from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
-from lora_jax.interop.pretrained import adapter_folders
+from lora_jax.interop.adapter_folder import adapter_folders
 from lora_jax.names import FROZEN, SAVED, TRAINABLE
 
 

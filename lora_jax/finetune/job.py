@@ -104,10 +104,10 @@ class Job(abc.ABC):
         """The rows of a batch of an evaluation."""
         return self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
 
-    def eval_step(self, module: Any) -> EvalStep:
-        """Returns the compiled evaluation of ``module``, for `measure`."""
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
+        """Returns the compiled evaluation of ``module``, for `measure`; see `loss`."""
         if not self.adapters:
-            return make_eval_step(self.loss(module, is_training=False))
+            return make_eval_step(self.loss(module, is_training=False, copies=copies))
         loss_fn = self.loss(module, is_training=False, copies=self.eval_rows)
         return make_mixed_eval_step(loss_fn)
 

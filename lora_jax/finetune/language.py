@@ -31,6 +31,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.pretrained import load_model
+from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
@@ -182,7 +183,8 @@ class Language(Job):
 
     def extra(self) -> dict[str, Any]:
         """See `Job.extra`."""
-        return {"max_length": self.max_length}
+        added = list(self.loaded.added)
+        return {"max_length": self.max_length, **({ADDED: added} if added else {})}
 
     @property
     def prompt(self) -> Literal["text", "chat"] | None:
@@ -244,6 +246,7 @@ def open_language(
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
+            add_tokens=settings.model.add_tokens,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )

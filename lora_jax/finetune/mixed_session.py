@@ -105,7 +105,7 @@ class MixedSession(Session):
                 f"{', '.join(missing[:SHOWN])}{more}. Lower train.learning_rate."
             )
         return self._conclude(
-            state, baseline, best=best, test=test, warning=warning, adapters=each
+            state, baseline, best, test=test, warning=warning, adapters=each
         )
 
     def _kept(self, state: TrainState) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
-from lora_jax.files.gguf import SUFFIX, read_metadata
 from lora_jax.files.json_file import read_json
+from lora_jax.interop.adapter_folder import find_adapter
 from lora_jax.interop.attach import attach_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
 from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.tied import needs_own_head
+from lora_jax.models.added_tokens import ADDED, new_tokens
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
@@ -44,9 +45,6 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.plain import plain_config, plain_variables
 from lora_jax.tree.targets import child
 
-RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
-RUN_ADAPTERS = "adapters"  # in that of a run with several
-MOST_SHOWN = 20
 FLOATS = ("float32", "bfloat16", "float16")  # dtypes a base may have been cast to
 
 
@@ -63,6 +61,7 @@ def load_model(
     scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a pretrained model, tensor by tensor.
 
@@ -98,6 +97,10 @@ def load_model(
         (see `Decoder`).
       key: PRNG key for a new head, normal with standard deviation 0.02 (zero without a
         key), and for fresh adapters.
+      add_tokens: of a decoder: new tokens for its tokenizer and its embedding (and
+        head), whose rows are the mean of the others. A fresh adapter trains them; an
+        adapter that was trained on some brings them itself (PEFT's, if its folder has
+        the tokenizer).
 
     Returns:
       The module, its variables, config and tokenizer, and where they came from.
@@ -125,6 +128,7 @@ def load_model(
         "scan_layers": scan_layers,
         "remat": remat,
         "key": key,
+        "add_tokens": add_tokens,
     }
     return _load(path, adapter, lora, options, load_base)
 
@@ -185,6 +189,8 @@ def _load(
         if external is None:
             loaded = _load_own(path, folder, options, load)
         else:
+            if (external.tokens or external.full) and not options["add_tokens"]:
+                options["add_tokens"] = new_tokens(folder, source)
             loaded = _load_external(path, external, options, load)
     if lora is not None:
         lora = localize(lora, loaded)
@@ -197,50 +203,6 @@ def _load(
         variables = shard_variables(loaded.variables, sharding, targets)
         loaded = loaded._replace(variables=variables)
     return loaded
-
-
-def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """Returns the adapter folder that a path stands for: itself, or a run folder's.
-
-    Raises:
-      FileNotFoundError: if it is neither, or a run folder without an adapter yet.
-      ValueError: if it is a file.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} must be a folder; it is {_file_kind(folder)}. Adapters are read "
-            "from folders written by lora_jax, PEFT or mlx-lm: give the one it was "
-            "converted from."
-        )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter at {folder}: there is no such folder.")
-    inside = folder / RUN_ADAPTER
-    for candidate in (folder, inside):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    if several := adapter_folders(folder / RUN_ADAPTERS):
-        more = ", ..." if len(several) > MOST_SHOWN else ""
-        raise ValueError(
-            f"the run in {folder} has {len(several)} adapters; give the folder of one, "
-            f"like {folder / RUN_ADAPTERS / several[0]}. They are "
-            f"{', '.join(several[:MOST_SHOWN])}{more}."
-        )
-    if (folder / RUN_CONFIG).is_file():
-        raise FileNotFoundError(
-            f"the run in {folder} has no adapter yet: it ended before its first "
-            f"validation, which writes it. `lora-jax train {folder} --resume` (in "
-            "Python: fine_tune(folder, resume=True)) resumes it."
-        )
-    raise FileNotFoundError(
-        f"{folder} is neither a run folder nor an adapter folder: it has no "
-        f"{ADAPTER_CONFIG}."
-    )
-
-
-def adapter_folders(folder: Path) -> list[str]:
-    """Returns the names of the adapters in a folder of adapters, sorted."""
-    return sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def find_base(adapter: Path | ExternalAdapter) -> str:
@@ -269,19 +231,6 @@ def find_base(adapter: Path | ExternalAdapter) -> str:
             "model it was trained on. On the command line, add --model."
         )
     return base
-
-
-def _file_kind(file: Path) -> str:
-    """Describes a file that was given in place of an adapter folder."""
-    if file.suffix != SUFFIX:
-        return "a file"
-    try:
-        kind = read_metadata(file).get("general.type")
-    except ValueError:
-        return "a GGUF file"
-    return (
-        f"llama.cpp's GGUF file of a {'LoRA adapter' if kind == 'adapter' else 'model'}"
-    )
 
 
 def read_external(folder: Path) -> ExternalAdapter | None:
@@ -352,6 +301,7 @@ def _load_own(
                 f"{kept!r}."
             )
         options["param_dtype"] = kept
+    options["add_tokens"] = _added(found, file, options["add_tokens"])
     asked = options["scan_layers"]
     was_scanned = any(LAYERS in tree for tree in found.variables.values())
     if asked and not was_scanned:
@@ -382,6 +332,18 @@ def _load_own(
         adapted = adapt(loaded.module, plain, *loaded.inputs, deterministic=True)
     loaded = loaded._replace(module=adapted, variables=variables, extra=found.extra)
     return unscan(loaded) if asked is False else loaded
+
+
+def _added(found: ours.Adapter, file: Path, given: Sequence[str]) -> list[str]:
+    """Returns the new tokens that an adapter of ours was trained on."""
+    kept = found.extra.get(ADDED, [])
+    is_list = isinstance(kept, list) and all(isinstance(token, str) for token in kept)
+    if not is_list or (given and list(given) != kept):
+        raise ValueError(
+            f"{file}: {ADDED} of extra must be a list of strings, which add_tokens, if "
+            f"it is given, repeats; got {kept!r}, and {list(given)}."
+        )
+    return kept
 
 
 def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:

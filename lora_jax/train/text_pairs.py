@@ -147,3 +147,13 @@ class TextPairBatches(Schedule):
             for ids in texts:
                 digest.update(len(ids).to_bytes(8, "little"))
                 digest.update(ids.astype("<i4").tobytes())
+
+
+def by_role(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a batch of `TextPairBatches` as `embedding_loss` takes it."""
+    found = {
+        role: (batch[ids], batch[mask])
+        for role, (ids, mask) in ARRAYS.items()
+        if ids in batch
+    }
+    return {**found, "weights": batch["weights"]}

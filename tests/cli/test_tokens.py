@@ -10,7 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax import fine_tune, load_model
+from lora_jax.files.tokenizer import load_tokenizer
+from lora_jax.finetune.evaluation import evaluate_run
 from lora_jax.finetune.report import token_table
+from lora_jax.finetune.run_folder import open_run
 from tests.cli.test_language import write
 from tests.finetune.test_run import adapter_of
 from tests.tiny_decoder import make_decoder
@@ -123,6 +126,34 @@ def test_generation_with_a_cache_and_scores_are_those_of_the_whole(
     longer = jnp.append(IDS, jnp.array([[first]]), axis=1)
     whole = jax.jit(model.module.apply)(model.variables, longer)
     assert second == whole[0, -1].argmax()
+
+
+def test_new_tokens_are_in_the_adapter_and_all_that_is_made_of_it(
+    run, base, tmp_path, call
+):
+    data = write(tmp_path / "d", [{"text": "<tool> sky </tool> ."}] * 6)
+    words = [f"data.train={data}", "data.packing=false", "lora.tokens=[]"]
+    words += [f"output.dir={tmp_path}/run", "model.add_tokens=[<tool>, </tool>]"]
+    done = fine_tune(run.path / "config.yaml", [*words, "train.samples=[]"])
+    assert done.summary["parameters"]["full"] == 4 * 20
+    ids = [43, 12, 44, 5]
+    for folder in (done.path / "adapter", tmp_path / "p", tmp_path / "m"):
+        if folder.name == "p":
+            command = ("export", "--adapter", done.path, "--format", "peft")
+            assert call(*command, "--out", folder)[0] == 0
+        if folder.name == "m":
+            assert call("merge", "--adapter", done.path, "--out", folder)[0] == 0
+        found = load_tokenizer(folder)
+        assert found.encode_text("<tool> sky </tool> .").ids == ids
+        assert found.special.chat_template
+    model, merged = done.load(), load_model(tmp_path / "m")
+    exported = load_model(base, tmp_path / "p")
+    logits = jax.jit(model.module.apply)(model.variables, jnp.array([ids]))
+    for other in (merged, exported):
+        found = jax.jit(other.module.apply)(other.variables, jnp.array([ids]))
+        np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    loss = evaluate_run(*open_run(done.path), split="validation").metrics["loss"]
+    assert loss == pytest.approx(done.summary["validation"]["loss"], rel=1e-5)
 
 
 def test_unknown_tokens_stop_a_run_before_it_starts(run, tmp_path):
