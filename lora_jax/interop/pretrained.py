@@ -151,6 +151,7 @@ def load_each(
     known: dict[str, LoadedModel] = {}
 
     def load(path: str | os.PathLike[str], **options: Any) -> LoadedModel:
+        options["add_tokens"] = tuple(options["add_tokens"])
         asked = f"{path} {sorted(options.items())}"
         if asked not in known:
             known[asked] = load_base(path, **options)
@@ -197,7 +198,7 @@ def _load(
         adapted = adapt(loaded.module, lora, *loaded.inputs)
         variables = adapted.attach(loaded.params, options["key"])
         loaded = loaded._replace(module=adapted, variables=variables)
-    sharding: Any = options["sharding"]
+    sharding: Sharding = options["sharding"]
     if callable(sharding) and isinstance(loaded.module, Adapted):
         targets = loaded.module.targets(loaded.params)
         variables = shard_variables(loaded.variables, sharding, targets)
