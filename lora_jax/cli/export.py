@@ -15,14 +15,12 @@ from lora_jax.files.adapter import CONFIG, load_adapter
 from lora_jax.files.json_file import read_json
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
+from lora_jax.interop.adapter_folder import RUN_ADAPTERS, adapter_folders, find_adapter
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.portable import rewrite_peft
 from lora_jax.interop.pretrained import (
-    RUN_ADAPTERS,
-    adapter_folders,
-    find_adapter,
     find_base,
     load_model,
     read_external,

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
     EVAL_ROWS,
     EvalStep,
@@ -22,7 +23,6 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     encode_texts,
-    hold_out,
     loading,
 )
 from lora_jax.finetune.mixed_data import names_adapters

@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
@@ -298,30 +299,27 @@ class Session:
         return patience is not None and self.stale >= patience
 
     def _save_adapter(self, state: TrainState) -> None:
-        save_adapter(
-            self.folder / ADAPTER,
-            state.variables,
-            self.job.lora,
-            self.job.fingerprint,
-            extra={
-                "model": self.settings.model.path,
-                "param_dtype": self.settings.model.param_dtype,
-                **self.job.extra(),
-                "step": int(state.step),
-            },
-        )
-        loaded = self.job.loaded
+        self._keep(self.folder / ADAPTER, state.variables, int(state.step))
+
+    def _keep(self, place: Path, variables: Any, step: int, **facts: Any) -> None:
+        """Saves an adapter with what is known of it."""
+        job, loaded = self.job, self.job.loaded
+        extra = {
+            "model": self.settings.model.path,
+            "param_dtype": self.settings.model.param_dtype,
+            **job.extra(),
+            **facts,
+            "step": step,
+        }
+        save_adapter(place, variables, job.lora, job.fingerprint, extra=extra)
         if loaded.added and loaded.tokenizer and self.folder.is_writer:
-            write_tokenizer(self.folder / ADAPTER, loaded.tokenizer, loaded.path)
+            write_tokenizer(place, loaded.tokenizer, loaded.path)
 
     def _load_adapter(self, state: TrainState) -> Adapter:
-        return load_adapter(
-            self.folder / ADAPTER,
-            expected=state.variables,
-            fingerprint=self.job.fingerprint,
-        )
+        place, mark = self.folder / ADAPTER, self.job.fingerprint
+        return load_adapter(place, expected=state.variables, fingerprint=mark)
 
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+    def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(batches)
@@ -336,31 +334,40 @@ class Session:
             raise self._diverged(state)
         adapter = self._load_adapter(state)
         if adapter.extra["step"] != best["step"]:
-            # The process was killed between saving an adapter and its checkpoint, and
-            # the repeated steps had another result, e.g. on another mesh.
+            # Killed between saving an adapter and its checkpoint, and the repeated
+            # steps had another result, e.g. on another mesh.
             assert self.checkpoints is not None  # open while training
             self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
             adapter = self._load_adapter(state)
         variables = {**state.frozen, **adapter.variables}
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
+        warning = verdict.warning(job, best=best, last=last, baseline=baseline)
+        return self._conclude(state, baseline, best, test=test, warning=warning)
+
+    def _conclude(
+        self,
+        state: TrainState,
+        baseline: dict[str, Any] | None,
+        best: dict[str, Any],
+        **results: Any,
+    ) -> dict[str, Any]:
+        """Writes curves and summary, and returns the latter."""
         if self.folder.is_writer:
             self._draw(best, baseline)
         self.seconds["total"] = self.elapsed()
-        warning = verdict.warning(job, best=best, last=last, baseline=baseline)
-        if warning:
-            self.out.say(f"\n  {warning}", style="yellow")
+        if results["warning"]:
+            self.out.say(f"\n  {results['warning']}", style="yellow")
         summary = report.summarise(
-            job,
+            self.job,
             self.folder,
             state,
             best=best,
-            test=test,
             baseline=baseline,
             parameters=self.counts,
             memory_bytes=self.plan.parts,
             seconds=self.seconds,
-            warning=warning,
+            **results,
         )
         self.folder.summarise(summary)
         return summary
@@ -373,7 +380,7 @@ class Session:
             title=report.title(self.settings, self.counts),
             metrics=self.job.metrics,
             baseline=(baseline["what"], baseline[key]) if baseline else None,
-            chosen=best["step"],
+            chosen=None if self.job.adapters else best["step"],  # each has its own
         )
 
     def elapsed(self) -> float:
