@@ -30,6 +30,7 @@ COMPARISONS = (
     "perplexity",
     "slices",
     "sweep",
+    "sweep_compiled",
     "bank",
     "plan_peak",
     "compiled",

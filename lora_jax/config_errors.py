@@ -11,7 +11,7 @@ MAX_RANK = 1 << 20
 LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30
 BIASES = ("none", "lora_only", "all")
 
-_PEFT_NAMES = {
+PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout_rate",
@@ -28,7 +28,7 @@ _PEFT_NAMES = {
 
 def unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Describes unknown fields of a config, translating PEFT's names."""
-    hints = [f"{n} is {_PEFT_NAMES[n]} here" for n in unknown if n in _PEFT_NAMES]
+    hints = [f"{n} is {PEFT_NAMES[n]} here" for n in unknown if n in PEFT_NAMES]
     return (
         f"LoRAConfig has no field {', '.join(unknown)}; its fields are "
         f"{', '.join(known)}.{' ' * bool(hints)}{'; '.join(hints)}" + "." * bool(hints)

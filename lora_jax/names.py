@@ -4,7 +4,8 @@ This library keeps its variables in three collections::
 
     {"frozen": W0 (every base weight),
      "lora":   lora_a, lora_b (and DoRA's magnitude), at the paths of the kernels,
-     "params": ordinary parameters trained in full (a new head, say)}
+     "params": ordinary parameters trained in full (a new head, say, or rows of
+               tokens)}
 
 Some methods add a fourth, ``"fixed"``: leaves of the adapter that aren't trained.
 """

@@ -15,18 +15,17 @@ from lora_jax.files.adapter import CONFIG, load_adapter
 from lora_jax.files.json_file import read_json
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
+from lora_jax.interop.adapter_folder import RUN_ADAPTERS, adapter_folders, find_adapter
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.portable import rewrite_peft
 from lora_jax.interop.pretrained import (
-    RUN_ADAPTERS,
-    adapter_folders,
-    find_adapter,
     find_base,
     load_model,
     read_external,
 )
+from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.load import LoadedModel
 from lora_jax.names import EMBED, HEAD
 
@@ -134,9 +133,10 @@ def _read(
     if external is None:
         found = load_adapter(folder)
         changed = {path for tree in found.variables.values() for path in tree}
-        if EMBED not in changed or HEAD in changed:
+        if (EMBED not in changed or HEAD in changed) and not found.extra.get(ADDED):
             return found.variables, found.config, base, found.extra
-        loaded = load_model(base, folder)  # whose head may be the embedding or not
+        # Its head may be the embedding or not, and it may have new tokens.
+        loaded = load_model(base, folder)
         return loaded.variables, found.config, loaded, found.extra
     loaded = load_model(base, folder)
     named = external.config.get("base_model_name_or_path")

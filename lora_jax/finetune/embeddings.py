@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
     EVAL_ROWS,
     EvalStep,
@@ -22,7 +23,6 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     encode_texts,
-    hold_out,
     loading,
 )
 from lora_jax.finetune.mixed_data import names_adapters
@@ -85,8 +85,9 @@ class Embeddings(Job):
         inner = embedding_loss(module, method=self.method, temperature=temperature)
         return lambda variables, batch, rngs: inner(variables, by_role(batch), rngs)
 
-    def eval_step(self, module: Any) -> EvalStep:
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
         """See `Job.eval_step`; also returns the embeddings, on every device."""
+        del copies
         ways = (self.method, self.method)
         temperature = self.settings.train.temperature
 
@@ -279,6 +280,8 @@ def _check(settings: RunSettings, config: Any) -> None:
         faults.append(
             f"the model must read texts only; its config is a {type(config).__name__}"
         )
+    if getattr(config, "is_siglip", False):
+        faults.append("the model must not be SigLIP's, which sees its padding")
     if data.packing or train.samples:
         faults.append("data.packing and train.samples are for decoders of text")
     if train.label_smoothing or train.router_aux_loss_coef:

@@ -23,6 +23,7 @@ from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
+from lora_jax.models.tower import TextTowerConfig
 from lora_jax.names import CLASSIFIER
 
 
@@ -119,8 +120,11 @@ def encode(
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
-        if is_dual and config.is_siglip:  # as it was trained
-            longest, pad = config.max_positions, config.padding_id
+        has_texts = isinstance(config, (DualConfig, TextTowerConfig))
+        if has_texts and config.is_siglip:  # padded as it was trained
+            longest = config.max_positions
+            own = isinstance(config, TextTowerConfig)
+            pad = config.fill_id if own else config.padding_id
             sequences = [ids + [pad] * (longest - len(ids)) for ids in sequences]
         longest = loaded.config.max_positions
         batches = _text_batches(sequences, records, rows, longest)

@@ -19,8 +19,9 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.safetensors import TensorReader, open_tensors
 from lora_jax.finetune import settings
 from lora_jax.finetune.errors import UserError
+from lora_jax.interop.adapter_folder import find_adapter
 from lora_jax.interop.external import ExternalAdapter
-from lora_jax.interop.pretrained import find_adapter, read_external
+from lora_jax.interop.pretrained import read_external
 from lora_jax.models import source
 from lora_jax.models.stacking import layer_slices
 from lora_jax.names import ADAPTER, ADAPTER_LEAVES, LORA_A, LORA_B, PARAMS

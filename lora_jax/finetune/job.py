@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lora_jax.array_types import PyTree
@@ -17,6 +16,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.mixed_evaluation import measure_each
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
@@ -27,6 +27,7 @@ from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
 from lora_jax.train.loop import evaluate
+from lora_jax.train.mixed import make_mixed_eval_step
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.step import LossFn, make_eval_step
 from lora_jax.tree.fingerprint import fingerprint
@@ -98,14 +99,27 @@ class Job(abc.ABC):
             that is set aside for logits.
         """
 
-    def eval_step(self, module: Any) -> EvalStep:
-        """Returns the compiled evaluation of ``module``, for `measure`."""
-        return make_eval_step(self.loss(module, is_training=False))
+    @property
+    def eval_rows(self) -> int:
+        """The rows of a batch of an evaluation."""
+        return self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
+
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
+        """Returns the compiled evaluation of ``module``, for `measure`; see `loss`."""
+        if not self.adapters:
+            return make_eval_step(self.loss(module, is_training=False, copies=copies))
+        loss_fn = self.loss(module, is_training=False, copies=self.eval_rows)
+        return make_mixed_eval_step(loss_fn)
 
     def measure(
         self, step: EvalStep, variables: PyTree, batches: Iterable[Any]
-    ) -> dict[str, float]:
-        """Returns the metrics over batches, and their total ``weight``."""
+    ) -> dict[str, Any]:
+        """Returns the metrics over batches, and their total ``weight``.
+
+        If the examples name their adapter, `measure_each` does; ``variables`` have all.
+        """
+        if self.adapters:
+            return measure_each(step, variables, batches, self.adapters, self.metrics)
         return evaluate(step, variables, batches)
 
     @abc.abstractmethod
@@ -261,55 +275,6 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
     is_held_out = "validation" in splits and files["validation"] is None
     wanted = {*splits, "train"} if is_held_out else splits
     return {n: file for n, file in files.items() if n in wanted and file is not None}
-
-
-def hold_out(
-    rows: dict[str, list[Any]],
-    data: DataSettings,
-    adapters: Sequence[str] = (),
-    adapter_of: Callable[[Any], int] | None = None,
-) -> dict[str, list[Any]]:
-    """Splits off a validation split from the training examples if it has no file.
-
-    Args:
-      rows: the examples of each split.
-      data: the settings.
-      adapters: names of the adapters; each has its own part held out.
-      adapter_of: returns the number of an example's adapter.
-
-    Returns:
-      The splits, in the order of `SPLITS`.
-
-    Raises:
-      UserError: if no training examples are left.
-    """
-    is_given = data.validation is not None or "validation" in rows
-    if is_given or "train" not in rows:
-        return rows
-    train = rows["train"]
-    parts: list[list[int]] = [[] for _ in adapters or [""]]
-    for place, row in enumerate(train):
-        parts[adapter_of(row) if adapters and adapter_of else 0].append(place)
-    counts = [max(1, round(data.holdout * len(part))) for part in parts]
-    sizes = zip(parts, counts, strict=True)
-    small = [i for i, (part, count) in enumerate(sizes) if count >= len(part)]
-    if small:
-        first = len(parts[small[0]])
-        whose = f" of {', '.join(adapters[i] for i in small[:20])}" if adapters else ""
-        whose += f" and {len(small) - 20} more" if len(small) > 20 else ""
-        raise UserError(
-            f"data.train has {first} examples{whose}, and data.holdout = "
-            f"{data.holdout} leaves none for training; set data.validation to a file."
-        )
-    rng, chosen = np.random.default_rng(data.seed), set()
-    for part, count in zip(parts, counts, strict=True):
-        order = rng.permutation(len(part))
-        chosen |= {part[i] for i in order[:count].tolist()}
-    return {
-        "train": [row for i, row in enumerate(train) if i not in chosen],
-        "validation": [row for i, row in enumerate(train) if i in chosen],
-        **{name: found for name, found in rows.items() if name != "train"},
-    }
 
 
 def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
 from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.added_tokens import grow_tokenizer, train_added
 from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.sentence_config import MODULES, read_sentence
@@ -229,7 +230,15 @@ def slice_steps(
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
     lora = translate_names(settings.lora, family, config)
-    lora = name_tokens(lora, load_tokenizer(found), config.vocab_size)
+    tokenizer, new = load_tokenizer(found), settings.model.add_tokens
+    if new:
+        tokenizer = grow_tokenizer(tokenizer, new, str(found))
+        ids = [tokenizer.token_id(token) or 0 for token in new]
+        size = max(config.vocab_size, *(i + 1 for i in ids))
+        config = dataclasses.replace(config, vocab_size=size)
+        trained = train_added(lora, ids, is_tied=config.is_tied)
+        lora = dataclasses.replace(lora, tokens=trained)
+    lora = name_tokens(lora, tokenizer, config.vocab_size)
     options: dict[str, Any] = {
         "dtype": jnp.dtype(settings.model.dtype),
         "remat": settings.model.first_remat("tpu"),

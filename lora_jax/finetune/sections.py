@@ -39,6 +39,9 @@ class ModelSettings:
         ``"cls"`` token, or BERT's own ``"pooler"``.
       dtype: dtype of the computation.
       param_dtype: dtype of the frozen parameters; null for that of the file.
+      add_tokens: new tokens of a decoder, such as ``<tool>``: they are added to its
+        tokenizer and to its embedding (and head), with rows that start as the mean of
+        the others and are trained.
       scan: whether to compile a decoder's blocks once, as a loop; null for yes if the
         adapters of all blocks are alike. Unrolled blocks take longer to compile but run
         faster on a GPU.
@@ -52,6 +55,7 @@ class ModelSettings:
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] | None = None
+    add_tokens: tuple[str, ...] = ()
     scan: bool | None = None
     remat: Literal["auto", "none", "lora", "block"] = "auto"
 

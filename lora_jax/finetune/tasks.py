@@ -23,6 +23,7 @@ from lora_jax.finetune.sections import TrainSettings
 from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
+from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
 from lora_jax.train.text_pairs import has_text_pairs
 
@@ -57,11 +58,22 @@ def open_job(
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
+    if settings.model.add_tokens and source.family.kind != "decoder":
+        raise UserError(
+            f"model.add_tokens must be empty for {source.path}, an "
+            f"{source.family.kind}: only decoders get new tokens."
+        )
     check_experts(source.config, settings, axis=settings.mesh.expert)
     if has_text_pairs(settings.data.train):
         return open_embeddings(settings, devices, splits=splits)
     _check_no_pairs(settings)
     check_sequence(source.family.kind, source.config, settings.mesh.sequence)
+    if isinstance(source.config, (TextTowerConfig, ImageTowerConfig)):
+        raise UserError(
+            f"{settings.model.path} is an encoder of CLIP or SigLIP: train a CLIP text "
+            "encoder on pairs of texts, lines with an 'anchor' and a 'positive', and "
+            "the others in Python, on `lora_jax.embedding_loss`."
+        )
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.interop.common_base import common_base
-from lora_jax.interop.pretrained import load_model
+from lora_jax.interop.pretrained import load_each
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import LORA, PARAMS
 from lora_jax.nn.bank import AdapterBank, Member
@@ -18,7 +18,7 @@ def load_bank(
     capacity: int | Mapping[int, int] | None = None,
     **options: Any,
 ) -> tuple[LoadedModel, AdapterBank]:
-    """Loads a base, with several adapters.
+    """Loads a base once, with several adapters.
 
     Weights that adapters train in full, such as the head of each customer, may differ
     in value, not in shape.
@@ -41,13 +41,11 @@ def load_bank(
     if not adapters:
         raise ValueError("adapters must name at least one folder; got none.")
     members: dict[str, Member] = {}
-    loaded: dict[str, LoadedModel] = {}
-    for name, folder in adapters.items():
-        one = load_model(path, folder, scan_layers=False, **options)
+    loaded = load_each(path, adapters, scan_layers=False, **options)
+    for name, one in loaded.items():
         module: Any = one.module
         trained = one.variables.get(PARAMS, {})
         members[name] = one.variables[LORA], module.targets(one.params), trained
-        loaded[name] = one
     base = common_base(loaded, path, **options)
     bank = AdapterBank(
         base.module,

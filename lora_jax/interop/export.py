@@ -36,6 +36,7 @@ from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
 from lora_jax.interop.tied import check_one_table, tied_factors
 from lora_jax.interop.vera import find_vectors, write_vera
+from lora_jax.models.added_tokens import write_tokenizer
 from lora_jax.models.family import config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source as ModelSource
@@ -164,7 +165,10 @@ def export_adapter(
     if format == "vera":
         vectors = find_vectors(*given, names)
         return write_vera(directory, vectors, adapter, settings, seed=seed)
-    return write_peft(directory, adapter, settings)
+    folder = write_peft(directory, adapter, settings)
+    if isinstance(source, LoadedModel) and source.added and source.tokenizer:
+        write_tokenizer(folder, source.tokenizer, source.path)
+    return folder
 
 
 def _describe(

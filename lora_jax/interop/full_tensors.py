@@ -75,7 +75,8 @@ def resized(path: str, found: Shape, wanted: Shape) -> str:
     [(theirs, ours)] = differ
     return (
         f": the adapter was made on a vocabulary of {theirs} tokens, resized from the "
-        f"{ours} of this base; load the base whose table was resized"
+        f"{ours} of this base; load the base whose table was resized, or give the new "
+        "tokens (`load_model(..., add_tokens=[...])`)"
     )
 
 
@@ -124,6 +125,8 @@ def place_tokens(
     tables = {EMBED: EMBED_LEAF, HEAD: HEAD_LEAF}
     for name, (ids, rows) in adapter.tokens.items():
         leaf = tables.get(paths.get(name, ""), "")
+        if paths.get(name) == HEAD and HEAD_LEAF not in leaves:
+            continue  # tied; `needs_own_head` has compared it with the embedding's
         if leaf not in leaves or leaf in values or name in adapter.modules:
             faults.append(
                 f"unexpected: trained tokens of {name}, which must be the model's "

@@ -49,6 +49,7 @@ _SUFFIXES = {  # the kind of a tensor by the end of its name, after the module's
     ".lora_magnitude_vector.weight": _M,
     ".lora_B.bias": _UPDATE_BIAS,
     ".token_adapter.trainable_tokens_delta": _TOKENS,
+    ".token_adapter.base_layer.weight": _BASE,
     ".base_layer.weight": _BASE,
     ".base_layer.bias": _BIAS,
 }
@@ -294,8 +295,8 @@ def _tokens(
     for module, kind in arrays:
         if kind != _TOKENS:
             continue
-        named = (n for n in left if n and f".{module}".endswith(f".{n}"))
-        ids = left.pop(next(named, ""), None)
+        named = next((n for n in left if n and f".{module}".endswith(f".{n}")), "")
+        ids = left.pop(named) if named else config.tokens.get("")
         rows = arrays[module, kind]
         if ids is None or rows.ndim != 2 or len(ids) != len(rows):
             faults.append(
@@ -305,7 +306,7 @@ def _tokens(
             )
             continue
         tokens[module] = ids, rows
-    # For tied modules with the same tokens PEFT saves only one.
+    # For tied modules with the same tokens PEFT saves only one, or both alike.
     kept = [ids for ids, _ in tokens.values()]
     faults += [
         f"missing: trainable_tokens_delta of {name or 'the input embedding'}"

@@ -40,6 +40,10 @@ NEUTRAL = {  # anything but one of these values changes the maths
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
 }
+WHY = {
+    "alora_invocation_tokens": " (activated LoRA, whose adapter acts only from those "
+    "tokens on)",
+}
 
 
 class PeftConfig(NamedTuple):
@@ -160,7 +164,7 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         faults.append("target_modules must name the adapted modules; got null")
     faults += [
         f"{key} = {_short(settings[key])} is not supported: it changes what the adapter"
-        " computes"
+        f" computes{WHY.get(key, '')}"
         for key, neutral in NEUTRAL.items()
         if key in settings and not any(_same(settings[key], value) for value in neutral)
     ]

@@ -29,6 +29,7 @@ class LoadedModel(NamedTuple):
       new: paths of parameters that were initialised here, not read (a head).
       extra: what `save_adapter` was asked to store with the adapter; empty for another
         tool's adapter, None without one.
+      added: new tokens of its vocabulary, which the files at ``path`` don't have.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class LoadedModel(NamedTuple):
     unused: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     extra: Mapping[str, Any] | None = None
+    added: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 
 from lora_jax.config import LoRAConfig
 from lora_jax.files.tokenizer import Tokenizer
+from lora_jax.models.added_tokens import train_added
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.target_names import translate_names
 from lora_jax.tree.paths import nearest
@@ -14,12 +15,20 @@ def localize(config: LoRAConfig, loaded: LoadedModel) -> LoRAConfig:
 
     Args:
       config: may use Hugging Face's names, see `translate_names`, and text in
-        ``tokens``, see `name_tokens`.
+        ``tokens``, see `name_tokens`. The rows of the model's new tokens are trained
+        too.
       loaded: the model.
     """
     config = translate_names(config, loaded.family, loaded.config)
     size = getattr(loaded.config, "vocab_size", None)
-    return name_tokens(config, loaded.tokenizer, size)
+    config = name_tokens(config, loaded.tokenizer, size)
+    if loaded.added and loaded.tokenizer is not None:
+        ids = [loaded.tokenizer.token_id(token) or 0 for token in loaded.added]
+        is_tied = loaded.config.is_tied
+        config = dataclasses.replace(
+            config, tokens=train_added(config, ids, is_tied=is_tied)
+        )
+    return config
 
 
 def name_tokens(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.flops import traced_flops
-from lora_jax.train.members import Members
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, TrainStep, make_train_step
 from lora_jax.tree.paths import flatten, key_path

@@ -27,9 +27,10 @@ from lora_jax.plan.slices import uncached
 from lora_jax.plan.step import StepPlan, price_step, price_training
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.embedding import ROLES, embedding_loss
-from lora_jax.train.members import Hyper, Members, member_optimizer
+from lora_jax.train.members import Hyper, member_optimizer
 from lora_jax.train.optimizer import lora_optimizer
 from lora_jax.train.pairs import INPUTS
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import LossFn
 from lora_jax.train.text_pairs import ARRAYS, by_role

@@ -15,8 +15,10 @@ from lora_jax import (
     save_adapter,
 )
 from lora_jax.cli.main import main
+from lora_jax.interop.pretrained import load_each
 from lora_jax.names import FROZEN
 from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.paths import flatten
 from tests.nn.external_models import trained
 from tests.tiny_decoder import make_decoder
 
@@ -211,6 +213,14 @@ def test_heads_of_other_classes_are_not_averaged(headed, tmp_path, capsys):
     words = ["combine", str(headed / "a"), str(tmp_path / "b")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert "heads of different classes can't be averaged" in capsys.readouterr().err
+
+
+def test_adapters_share_the_memory_of_their_base(place):
+    paths = {name: place / name for name in ("ours", "peft")}
+    both = load_each(str(place / "model"), paths, scan_layers=False)
+    kernels = [flatten(one.variables[FROZEN]) for one in both.values()]
+    assert kernels[0].keys() == kernels[1].keys()
+    assert all(kernels[0][path] is kernels[1][path] for path in kernels[0])
 
 
 def test_an_adapter_of_another_base_is_refused(place, tmp_path):

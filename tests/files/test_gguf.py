@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.fetch import FetchError, smollm2
 from lora_jax.files.gguf import GGUFReader, rotate_half_rows
-from lora_jax.interop.pretrained import find_adapter
+from lora_jax.interop.adapter_folder import find_adapter
 
 D, HEADS, KV, F, V = 32, 4, 2, 64, 40
 

@@ -124,6 +124,10 @@ def test_settings_that_embeddings_cannot_have_are_listed(settings):
         open_job(settings(GOLDEN / "llama"))
     with pytest.raises(UserError, match=r"must read texts only; .* is a DualConfig"):
         open_job(settings(GOLDEN / "clip"))
+    with pytest.raises(UserError, match="must not be SigLIP's, which sees its padding"):
+        open_job(settings(GOLDEN / "siglip_text"))
+    with pytest.raises(UserError, match="is an encoder of CLIP or SigLIP: train"):
+        open_job(settings(GOLDEN / "clip_text", [{"text": "a", "label": 1}] * 4))
     with pytest.raises(UserError, match=re.escape("prompt must be one of")):
         open_job(settings(model, words=["data.query_prompt=qurey"]))
     labelled = [{"text": "a", "label": i % 2} for i in range(4)]

@@ -18,6 +18,7 @@ from lora_jax.tree.paths import flatten
 from tests.interop.peft_cases import logits_of
 from tests.interop.test_peft_options import BASES, OPTIONS, assert_peft, edited, load
 from tests.models.golden import GOLDEN
+from tests.nn.tools import key as key_of
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NEW = ("peft_version", "megatron_core", "qalora_group_size", "auto_mapping")
@@ -65,6 +66,29 @@ def test_rows_of_tokens_on_a_model_are_exported_as_such(kind, tmp_path):
     given = given if isinstance(given, dict) else {"embed_tokens": given}
     found = json.loads((out / CONFIG).read_text())["trainable_token_indices"]
     assert {name.rpartition(".")[2]: ids for name, ids in found.items()} == given
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_any_module_that_our_config_trains_is_one_of_modules_to_save(scan, tmp_path):
+    theirs = load("saved_any", scan_layers=scan)
+    modules = ["model.norm", "post_attention_layernorm", "down_proj"]
+    lora = LoRAConfig(rank=2, alpha=3, targets=["q_proj"], train=modules)
+    options = {"lora": lora, "key": key_of(0), "scan_layers": scan}
+    ours = load_model(GOLDEN / "llama", **options)
+    shapes = [jax.tree.map(np.shape, one.variables["params"]) for one in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    variables = {**ours.variables, "params": theirs.variables["params"]}
+    variables["lora"] = theirs.variables["lora"]
+    out = export_adapter(tmp_path / "o", variables, ours.module.config, ours)
+    assert_same(out, OPTIONS / "saved_any", but=["modules_to_save", "task_type"])
+    saved = json.loads((out / CONFIG).read_text())["modules_to_save"]
+    assert saved == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.post_attention_layernorm",
+        "model.norm",
+    ]
 
 
 def test_rows_beside_a_head_that_the_base_ties_are_not_exported(tmp_path):

@@ -119,7 +119,7 @@ def test_unknown_keys_are_kept_and_reported(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alora_invocation_tokens": [1]}, "is not supported: it changes what"),
+        ({"alora_invocation_tokens": [1]}, "computes (activated LoRA, whose"),
         ({"lora_bias": True}, "missing: base_model.model.model.layers.1.mlp.down"),
         ({"lora_bias": 1}, "lora_bias must be true or false; got 1"),
         ({"target_parameters": ["experts"]}, "factors of experts, which target_param"),

@@ -18,6 +18,8 @@ TOWER = "the language model"
 MODELS = {  # what goes by a model_type
     "bert": "BERT, all-MiniLM, BGE",
     "clip": "CLIP, both encoders",
+    "clip_text_model": "CLIP's text encoder, with its projection or without",
+    "clip_vision_model": "CLIP's image encoder, with its projection or without",
     "cohere2": "Command R7B, Command A",
     "deberta-v2": "DeBERTa v2 and v3",
     "dinov2": "DINOv2",
@@ -56,6 +58,8 @@ MODELS = {  # what goes by a model_type
     "qwen3_vl": f"Qwen3-VL; {TOWER}",
     "roberta": "RoBERTa",
     "siglip": "SigLIP, SigLIP 2 of a fixed size; both encoders",
+    "siglip_text_model": "SigLIP's text encoder",
+    "siglip_vision_model": "SigLIP's image encoder",
     "smollm3": "SmolLM3",
     "t5": "T5, T5 1.1, Flan-T5; encoder–decoder, or the encoder alone",
     "umt5": "UMT5",

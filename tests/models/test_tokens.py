@@ -5,7 +5,6 @@ import pytest
 from lora_jax import LoRAConfig, load_model
 from lora_jax.models.tokens import localize, name_tokens
 from tests.models.golden import GOLDEN
-from tests.nn.tools import key
 from tests.tiny_decoder import make_decoder
 
 
@@ -26,10 +25,8 @@ def test_layers_may_have_hugging_face_s_names(loaded):
 
 
 def test_an_encoder_s_list_is_of_its_words():
-    lora = LoRAConfig(targets=["query"], tokens=[3, 4])
-    model = load_model(GOLDEN / "bert", lora=lora, key=key(0))
-    rows = model.variables["params"]["encoder"]["embeddings"]["word"]
-    assert rows["token_rows"].shape[0] == 2
+    config = localize(LoRAConfig(tokens=[3, 4]), load_model(GOLDEN / "bert"))
+    assert config.tokens_by_layer == {"encoder/embeddings/word": (3, 4)}
 
 
 def test_every_fault_is_in_one_error(loaded):

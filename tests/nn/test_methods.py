@@ -157,6 +157,19 @@ def test_the_start_is_sharded_like_a_and_b():
         assert leaf.sharding == twin.sharding
 
 
+def test_vera_s_vectors_are_sharded_like_the_axes_that_they_have():
+    _, adapted, base, *_ = attached("scanned_axis_1", "vera with dora")
+    for target in adapted.targets(base):
+        of_kernel = [f"axis {i}" for i in range(len(target.kernel_shape))]
+        axes, shapes = target.leaf_axes(of_kernel), target.leaf_shapes
+        assert axes["vera_b"] == axes["lora_b"]
+        for name in ("vera_b", "vera_d"):
+            pairs = zip(axes[name], shapes[name], strict=True)
+            assert all(axis is None for axis, size in pairs if size == 1)
+        layers = [of_kernel[axis] for axis in target.contraction.batch]
+        assert [axis for axis in axes["vera_d"] if axis] == layers
+
+
 class Scanned(nn.Module):
     """LoRA layers under `flax.linen.scan`."""
 

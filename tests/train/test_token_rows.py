@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lora_jax import LoRAConfig, load_model
 from lora_jax.ops.token_rows import lookup_rows, row_deltas
@@ -22,63 +21,64 @@ BATCH = {
 }
 
 
-@pytest.mark.parametrize(
-    ("golden", "tokens", "scan_layers"),
-    [
-        ("qwen2", [3, 7, 12], True),
-        ("llama", {"embed_tokens": [7], "lm_head": [12, 3]}, False),
-    ],
-    ids=["tied", "untied"],
-)
-def test_loss_and_gradients_of_packed_rows_are_those_of_the_merged_table(
-    golden, tokens, scan_layers
-):
+def prepared(golden, tokens, **options):
+    """A model with other rows than the table's, and the losses of it and its merge."""
     lora = LoRAConfig(rank=2, targets=["q_proj"], tokens=tokens)
-    options = {"lora": lora, "key": key(0), "scan_layers": scan_layers}
-    model = load_model(GOLDEN / golden, **options)
+    model = load_model(GOLDEN / golden, lora=lora, key=key(0), **options)
     adapted, trained = model.module, model.variables["params"]
     trained = {
         owner: {"token_rows": normal(tree["token_rows"].shape)}
         for owner, tree in trained.items()
     }
     variables = {**model.variables, "params": trained}
-    is_tied = model.config.is_tied
     # Three chunks, of which the last has no weight in the second row.
-    loss = make_lm_loss(adapted, is_tied=is_tied, chunk=4)
-    plain = make_lm_loss(adapted.model, is_tied=is_tied, chunk=4)
+    settings = {"is_tied": model.config.is_tied, "chunk": 4}
+    loss = make_lm_loss(adapted, **settings)
+    plain = make_lm_loss(adapted.model, **settings)
     merged = adapted.merge(variables, check=False)
 
-    @jax.jit
-    @jax.value_and_grad
     def of_rows(trained):
         return loss({**variables, "params": trained}, BATCH, {})[0]
 
-    @jax.jit
-    @jax.value_and_grad
-    def of_all(params):
-        return plain({"params": params}, BATCH, {})[0]
+    def of_tables(tables):
+        return plain({"params": {**merged, **tables}}, BATCH, {})[0]
 
-    (found, rows), (wanted, tables) = of_rows(trained), of_all(merged)
+    return trained, {name: merged[name] for name in trained}, of_rows, of_tables
+
+
+def test_loss_and_gradients_of_packed_rows_are_those_of_the_merged_table():
+    tokens = [3, 7, 12]
+    rows, tables, *losses = prepared("qwen2", tokens, scan_layers=True)
+    of_rows, of_tables = (jax.jit(jax.value_and_grad(loss)) for loss in losses)
+    (found, rows), (wanted, tables) = of_rows(rows), of_tables(tables)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    for owner, tree in rows.items():
-        ids = jnp.array(adapted.config.tokens_for(owner))
-        [table] = tables[owner].values()
-        own = table[ids] if owner == "embed" else table[:, ids].T
-        np.testing.assert_allclose(tree["token_rows"], own, rtol=1e-4, atol=2e-5)
+    own = tables["embed"]["embedding"][jnp.array(tokens)]
+    np.testing.assert_allclose(rows["embed"]["token_rows"], own, rtol=1e-4, atol=2e-5)
+
+
+def test_loss_of_an_untied_head_s_rows_is_that_of_the_merged_kernel():
+    tokens = {"embed_tokens": [7], "lm_head": [12, 3]}
+    rows, tables, of_rows, of_tables = prepared("llama", tokens)
+    found, wanted = jax.jit(of_rows)(rows), jax.jit(of_tables)(tables)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_bfloat16_and_softcap_take_the_deltas_too():
     hidden, table, rows = normal((2, 5, 6)), normal((13, 6), 1), normal((2, 6), 2)
     written = table.at[jnp.array([12, 3])].set(rows)
     options = {"chunk": 3, "softcap": 2.0}
-    deltas = row_deltas(rows, table, [12, 3])
-    found = causal_lm(hidden, table.T, LABELS, deltas=deltas, tokens=[12, 3], **options)
-    assert_close(found[0], causal_lm(hidden, written.T, LABELS, **options)[0])
-    half = causal_lm(
-        *(hidden.astype("bfloat16"), table.T.astype("bfloat16"), LABELS),
-        **{"deltas": deltas, "tokens": (12, 3), **options},
-    )
-    np.testing.assert_allclose(half[0], found[0], rtol=2e-2)
+
+    @jax.jit
+    def losses(hidden, table):
+        more = {"deltas": row_deltas(rows, table, (12, 3)), "tokens": (12, 3)}
+        found = causal_lm(hidden, table.T, LABELS, **more, **options)[0]
+        half = [x.astype("bfloat16") for x in (hidden, table.T)]
+        wanted = causal_lm(hidden, written.T, LABELS, **options)[0]
+        return found, wanted, causal_lm(*half, LABELS, **more, **options)[0]
+
+    found, wanted, half = losses(hidden, table)
+    assert_close(found, wanted)
+    np.testing.assert_allclose(half, found, rtol=2e-2)
 
 
 def test_no_gradient_or_copy_of_the_table_is_made():
