@@ -20,6 +20,7 @@ from benchmarks import compare, harness, report
 COMPARISONS = (
     "contenders",
     "lengths",
+    "long_rows",
     "overhead",
     "generation",
     "input",
@@ -30,6 +31,7 @@ COMPARISONS = (
     "perplexity",
     "slices",
     "sweep",
+    "sweep_compiled",
     "bank",
     "plan_peak",
     "compiled",

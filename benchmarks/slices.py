@@ -167,8 +167,9 @@ def _plan(model: str, topology: str) -> dict[str, Any]:
     settings = json.loads((FOLDER / model / "config.json").read_text())
     config = FAMILIES[settings["model_type"]].read_config(settings)
     mesh = make_mesh(data=1, fsdp=-1, devices=open_slice(topology))
+    can_scan = config.scan_period is not None
     steps = DecoderSteps(
-        Decoder(config, dtype=jnp.bfloat16, scan_layers=config.is_uniform, remat=REMAT),
+        Decoder(config, dtype=jnp.bfloat16, scan_layers=can_scan, remat=REMAT),
         LoRAConfig(rank=RANK, alpha=ALPHA),
         TOKENS,
         make_sharding(mesh),

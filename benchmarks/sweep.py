@@ -1,12 +1,19 @@
-"""A step of m runs over one base, against a step of each of the m runs in turn.
+"""Runs of a sweep side by side, against one after another.
 
-On this machine by the clock; for a TPU v5e by the arithmetic and the memory traffic
-that its compiler counts, where ``libtpu`` is installed: the longer of the two at the
-chip's peaks, for a decoder of d 4096, 4 of 32 layers, in bfloat16.
+First whole runs, as a user has them: `lora-jax sweep` over 8 learning rates against 8
+times `lora-jax train`, each with its start. Then a step alone: of 8 runs or 2 at once
+against a step of each in turn, timed alternately. The last columns are how many runs a
+sweep would take together, the gain from that, and the most that the base's matrix
+products allow: the steps in turn against those products alone, of the rows of 8 runs.
 """
 
-import importlib.util
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, specs
-from benchmarks.harness import alternate, is_on_cpu, measured
+from benchmarks.harness import Contender, alternate, measured
 from benchmarks.rivals import ALPHA, RANK, dtype
+from experiments.fetch import minilm
 from lora_jax import (
     LoRAConfig,
     TrainState,
@@ -25,18 +33,28 @@ from lora_jax import (
     make_lm_loss,
     make_train_step,
 )
+from lora_jax.cli import huge_pages
+from lora_jax.finetune.sweep_group import LEAST_GAIN
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.encoder import SequenceClassifier
-from lora_jax.plan.slices import open_slice, uncached
-from lora_jax.train.members import Hyper, Members, member_optimizer, members_update
+from lora_jax.train.members import Hyper, member_optimizer
+from lora_jax.train.slots import Members
+from lora_jax.tree.targets import Target
 
-TOGETHER, IN_TURN = "side by side", "one after another"
+IN_TURN, PRODUCTS = "one after another", "base products of 8"
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-4, "total_steps": 1000}
-MEMBERS = 8
-TPU_MEMBERS, TPU_SHAPE = 16, (1, 64)
-# A v5e's bfloat16 FLOPs and HBM bytes a second: https://cloud.google.com/tpu/docs/v5e
-PEAK_FLOPS, PEAK_BYTES = 197e12, 819e9
+RUNS, TOGETHER = 8, (8, 2)
+ENCODER, DECODER = "MiniLM-L6", "Llama-shaped, d 512, 8 layers"
+CASES = (
+    (ENCODER, 4, 32),
+    (DECODER, 1, 64),
+    (ENCODER, 1, 16),
+    (DECODER, 1, 16),
+    (ENCODER, 8, 32),
+)
+STEPS = 50  # of each whole run
+WORDS = ("the", "film", "is", "a", "lovely", "and", "quiet", "story", "of", "two")
 Parts = tuple[Any, Any, Any, dict[str, np.ndarray]]  # adapted, loss, params, a batch
 
 
@@ -44,23 +62,76 @@ def main(quick: bool) -> list[dict[str, Any]]:
     """Runs all shapes.
 
     Args:
-      quick: fewer samples, and no TPU.
+      quick: only the first two steps, with fewer samples.
 
     Returns:
-      One row per model and batch.
+      A row for the whole runs, and one per model and batch.
     """
-    made = {
-        "MiniLM-L6, 4 x 32 tokens": _encoder(4, 32),
-        "Llama-shaped, d 512, 8 layers, 1 x 64 tokens": _decoder(1, 64),
-    }
-    rows = []
-    for name, parts in made.items():
+    huge_pages.keep_freed()  # as `lora-jax sweep` does
+    rows = [] if quick else [_whole_runs()]
+    for model, b, t in CASES[: 2 if quick else None]:
+        parts = (_encoder if model == ENCODER else _decoder)(b, t)
         timed = _timed(parts, 3 if quick else 11)
         beside = round(os.getloadavg()[0], 1)  # of other programs too
-        rows.append({"shape": name, "m": MEMBERS, "load": beside, **timed})
-    if importlib.util.find_spec("libtpu") and is_on_cpu() and not quick:
-        rows.append(_on_tpu(*TPU_SHAPE))
+        rows.append({"shape": f"{model}, {b} x {t} tokens", "load": beside, **timed})
     return rows
+
+
+def _whole_runs() -> dict[str, Any]:
+    """Times commands on MiniLM, each way with an empty cache of compiled programs."""
+    rates = [f"{x:g}" for x in np.geomspace(1e-4, 3e-3, RUNS)]
+    rng = np.random.default_rng(0)
+    lines = [
+        {"text": " ".join(rng.choice(WORDS, 30)), "label": i % 2} for i in range(480)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "data.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+        settings = {
+            "model": {"path": str(minilm())},
+            "data": {"train": "data.jsonl", "holdout": 0.1},
+            "lora": {"rank": RANK, "alpha": ALPHA},
+            "train": {"batch_size": 4, "max_steps": STEPS},
+            "output": {"dir": "run"},
+        }
+        (folder / "job.yaml").write_text(json.dumps(settings))  # JSON is YAML
+
+        def command(*words: str, cache: str) -> float:
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "lora_jax.cli.main", *words],
+                cwd=folder,
+                env={**os.environ, "LORA_JAX_CACHE": str(folder / cache)},
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            return time.perf_counter() - start
+
+        sweep = command(
+            "sweep",
+            "job.yaml",
+            f"train.learning_rate={','.join(rates)}",
+            "output.dir=sweep",
+            cache="a",
+        )
+        alone = [
+            command(
+                "train",
+                "job.yaml",
+                f"train.learning_rate={rate}",
+                f"output.dir=run-{rate}",
+                cache="b",
+            )
+            for rate in rates
+        ]
+        record = json.loads((folder / "sweep" / "sweep.json").read_text())
+    return {
+        "shape": f"{ENCODER}, 4 x 32 tokens: whole runs of {STEPS} steps",
+        "load": round(os.getloadavg()[0], 1),
+        "sweep_seconds": round(sweep, 1),
+        "alone_seconds": [round(x, 1) for x in alone],
+        "together": record["together"]["0"],
+    }
 
 
 def _encoder(b: int, t: int) -> Parts:
@@ -100,7 +171,7 @@ def _timed(parts: Parts, rounds: int) -> dict[str, Any]:
     step = make_train_step(loss_fn, tx)
     states = [
         TrainState.create(adapted.attach(params, key), tx, key)
-        for key in jax.random.split(jax.random.key(0), MEMBERS)
+        for key in jax.random.split(jax.random.key(0), RUNS)
     ]
 
     def in_turn() -> Any:
@@ -109,98 +180,91 @@ def _timed(parts: Parts, rounds: int) -> dict[str, Any]:
             states[i], metrics = step(state, batch)
         return metrics
 
-    hyper = Hyper.of(adapted.targets(params), **OPTIONS)
+    targets = adapted.targets(params)
+    hyper = Hyper.of(targets, **OPTIONS)
     variables = adapted.attach(params, jax.random.key(0))
     state = TrainState.create(variables, member_optimizer(hyper), jax.random.key(0))
-    members = Members(loss_fn, 1, state, hyper, MEMBERS)
-    batches = dict.fromkeys(range(MEMBERS), batch)
-    together = members.trace(members.state, members.shapes(batch)).lower()
-    return alternate(
+
+    def together(count: int) -> Contender:
+        members = Members(loss_fn, 1, state, hyper, count)
+        batches = dict.fromkeys(range(count), batch)
+        lowered = members.trace(members.state, members.shapes(batch)).lower()
+
+        def run() -> Any:
+            return [members.step(batches) for _ in range(RUNS // count)]
+
+        return measured(lowered, run)
+
+    products, weights = _products(params, targets, batch["input_ids"].size)
+    timed = alternate(
         {
-            TOGETHER: measured(together, lambda: members.step(batches)),
             IN_TURN: measured(step.lower(states[0], batch), in_turn),
+            PRODUCTS: measured(products.lower(*weights), lambda: products(*weights)),
+            **{f"{count} at once": together(count) for count in TOGETHER},
         },
         rounds,
     )
+    gains = {}
+    for name, found in timed.items():
+        pairs = zip(timed[IN_TURN]["ms"], found["ms"], strict=True)
+        gains[name] = np.percentile([x / y for x, y in pairs], [50, 25, 75])
+    return {**timed, "gains": {k: v.round(3).tolist() for k, v in gains.items()}}
 
 
-def _on_tpu(b: int, t: int) -> dict[str, Any]:
-    """Compiles both for a v5e chip."""
-    model = Decoder(
-        specs.ACCELERATOR_DECODERS[0].config,
-        dtype=jnp.bfloat16,
-        scan_layers=True,
-        remat="lora",
-    )
-    adapted = adapt(model, LoRAConfig(RANK, ALPHA))
-    here = jax.sharding.SingleDeviceSharding(open_slice("v5e:2x2")[0])
+def _products(params: Any, targets: list[Target], tokens: int) -> tuple[Any, Any]:
+    """Returns ``x W0`` and ``dy W0ᵀ`` of the layers for 8 runs' rows; its arguments."""
+    shapes = []
+    for target in targets:
+        *layers, i, o = target.kernel_shape
+        shapes += [(i, o)] * int(np.prod(layers))
+    if "head" in params:
+        shapes.append(params["head"]["kernel"].shape)
+    arrays = {n: jnp.ones((RUNS * tokens, n)) for n in {n for s in shapes for n in s}}
+    kernels = [jnp.ones(shape) for shape in shapes]
 
-    def shaped(tree: Any, *lead: int) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=here),
-            tree,
-        )
+    def run(arrays: dict[int, jax.Array], kernels: list[jax.Array]) -> list[jax.Array]:
+        both = [(arrays[w.shape[0]] @ w, arrays[w.shape[1]] @ w.T) for w in kernels]
+        return [jnp.sum(y) for pair in both for y in pair]
 
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    hyper = Hyper.of(adapted.targets(params), **OPTIONS)
-    variables = jax.eval_shape(adapted.attach, params, jax.random.key(0))
-    loss_fn = make_lm_loss(adapted, is_tied=False)
-    batch = {
-        name: jax.ShapeDtypeStruct((b, t), kind)
-        for name, kind in (("input_ids", jnp.int32), ("labels", jnp.int32))
-    }
-    batch["weights"] = jax.ShapeDtypeStruct((b, t), jnp.float32)
-    row: dict[str, Any] = {
-        "shape": f"v5e, d 4096, 4 layers, {b} x {t} tokens",
-        "m": TPU_MEMBERS,
-    }
-    for name, count in ((IN_TURN, 1), (TOGETHER, TPU_MEMBERS)):
-        tx = member_optimizer(hyper)
-        state = jax.eval_shape(
-            lambda v, k, tx=tx: TrainState.create(v, tx, k),
-            variables,
-            jax.random.key(0),
-        )
-        update = jax.jit(members_update(loss_fn, 1, count), donate_argnums=0)
-        args = (
-            shaped(state.changing, count),
-            shaped(hyper, count),
-            jax.ShapeDtypeStruct((count,), bool, sharding=here),
-            shaped(state.frozen),
-            shaped(batch, count),
-        )
-        with uncached():
-            cost: Any = update.lower(*args).compile().cost_analysis()
-        flops, traffic = cost["flops"], cost["bytes accessed"]
-        seconds = max(flops / PEAK_FLOPS, traffic / PEAK_BYTES)
-        row[name] = {"flops": flops, "bytes": traffic, "seconds": seconds}
-    return row
+    return jax.jit(run), (arrays, kernels)
 
 
-def gain(row: dict[str, Any]) -> float:
-    """Returns how many times faster the runs are side by side."""
-    together, alone = row[TOGETHER], row[IN_TURN]
-    if "median_ms" in together:
-        return alone["median_ms"] / together["median_ms"]
-    return row["m"] * alone["seconds"] / together["seconds"]
+def chosen(row: dict[str, Any]) -> int:
+    """Returns how many runs a sweep trains side by side, by its own rule."""
+    for count in TOGETHER:
+        ms, alone = row[f"{count} at once"]["median_ms"], row[IN_TURN]["median_ms"]
+        if ms < LEAST_GAIN * alone:
+            return count
+    return 1
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
     lines = [
-        "| model and batch of a run | runs | ms side by side | ms one after another | "
-        "gain |",
-        "|---|---|---|---|---|",
+        "| model and batch of a run | ms, 8 steps in turn | gain of 8 at once | "
+        "of 2 | a sweep takes | its gain | most possible |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        together, alone = row[TOGETHER], row[IN_TURN]
-        if "median_ms" in together:
-            shown = [f"{x['median_ms']:,.0f}" for x in (together, alone)]
-        else:
-            times = (together["seconds"], row["m"] * alone["seconds"])
-            shown = [f"{1e3 * x:.1f} (by the compiler's counts)" for x in times]
-        columns = (row["shape"], row["m"], *shown, f"{gain(row):.2f}")
-        lines.append(f"| {' | '.join(map(str, columns))} |")
+        if "sweep_seconds" in row:
+            alone = sum(row["alone_seconds"])
+            gain = alone / row["sweep_seconds"]
+            columns = (
+                f"{1e3 * alone:,.0f}",
+                "",
+                "",
+                "",
+                row["together"],
+                f"{gain:.2f}",
+            )
+            lines.append(f"| {row['shape']} | {' | '.join(map(str, columns))} | |")
+            continue
+        gains, count = row["gains"], chosen(row)
+        shown = [f"{row[IN_TURN]['median_ms']:,.0f}"]
+        for number in TOGETHER:
+            median, low, high = gains[f"{number} at once"]
+            shown.append(f"{median:.2f} ({low:.2f}–{high:.2f})")
+        own = gains[f"{count} at once"][0] if count > 1 else 1.0
+        shown += [str(count), f"{own:.2f}", f"{gains[PRODUCTS][0]:.2f}"]
+        lines.append(f"| {row['shape']} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -4,14 +4,13 @@ The sentiment experiment takes minutes per run. The experiments that compare lea
 rates, ranks, methods and seeds need a hundred runs each, so they share this smaller
 task: a few hundred of VADER's sentences of at most 24 tokens, and adapters on the last
 two of MiniLM's six layers, over the cached outputs of the others (`experiments.trunk`).
-`Runs` records every run in a JSONL file; what is recorded is not run again.
+`Runs` records every run, and `run_short` is the frame of their ``run.py``.
 """
 
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from lora_jax import (
     load_adapter,
     load_model,
     make_eval_step,
-    sweep,
 )
 
 HEAD = "classifier"
@@ -164,108 +162,6 @@ class Task:
         adapted = adapt(self.loaded.module, config, *self.loaded.inputs)
         frozen = {k: v for k, v in self.loaded.params.items() if k != HEAD}
         return adapted.merge({"frozen": frozen, **variables}, check=False)
-
-
-class Runs:
-    """The recorded runs of an experiment, one JSON object per line.
-
-    Attributes:
-      path: the file.
-      work: the folder for run folders.
-    """
-
-    def __init__(self, results: Path, work: Path) -> None:
-        results.mkdir(parents=True, exist_ok=True)
-        self.path, self.work = results / "runs.jsonl", work
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """Returns the recorded runs of a part."""
-        if not self.path.exists():
-            return []
-        lines = map(json.loads, self.path.read_text().splitlines())
-        return [line for line in lines if line["part"] == name]
-
-    def parts(self) -> list[str]:
-        """Returns the names of the recorded parts, in order."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else ()
-        return list(dict.fromkeys(json.loads(line)["part"] for line in lines))
-
-    def once(
-        self, name: str, make: Callable[[], Iterable[Mapping[str, Any]]]
-    ) -> list[dict[str, Any]]:
-        """Records the runs of a part, unless they are recorded.
-
-        Args:
-          name: of the part.
-          make: runs it.
-
-        Returns:
-          The part's runs.
-        """
-        if not (found := self.of(name)):
-            start = time.process_time()
-            rows = [{**row, "part": name} for row in make()]
-            with self.path.open("a") as file:
-                file.writelines(f"{json.dumps(row)}\n" for row in rows)
-            spent = time.process_time() - start
-            print(f"{name}: {len(rows)} runs, {spent:.0f} s of CPU time", flush=True)
-            found = self.of(name)
-        return found
-
-    def sweep(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        grid: Mapping[str, Sequence[Any]],
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """Runs `lora_jax.sweep` once, continuing it if it was stopped.
-
-        Args:
-          name: of the part, and of its folder.
-          config: of all runs.
-          grid: values by setting.
-          **options: of `lora_jax.sweep`.
-
-        Returns:
-          One row per run: what the grid says of it, ``loss`` and ``accuracy`` on the
-          validation sentences (None if it diverged), ``test`` ones if there are any,
-          and the run's ``folder``.
-        """
-
-        def make() -> list[dict[str, Any]]:
-            folder = self.work / name
-            done = sweep(
-                {**config, "output": {"dir": str(folder)}},
-                grid,
-                resume=(folder / "sweep.json").exists(),
-                **options,
-            )
-            lines = sorted(done.runs, key=lambda line: line["name"])
-            # A setting with one value is not in the sweep's lines.
-            alike = {k: v[0] for k, v in grid.items() if len(v) == 1}
-            return [{**alike, **_row(line)} for line in lines]
-
-        return self.once(name, make)
-
-
-def _row(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a sweep's line as a row of the results."""
-    values = {key: _value(text) for key, text in line["values"].items()}
-    scores = {}
-    for prefix, found in (("", line["validation"]), ("test_", line["test"])):
-        for name in ("loss", "accuracy"):
-            if found or not prefix:
-                scores[prefix + name] = found and round(found[name], 5)
-    folder = os.path.relpath(line["folder"])
-    return {**values, **scores, "status": line["status"], "folder": folder}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return Path(text).name  # of a file
 
 
 def encode(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -29,7 +29,7 @@ from .nn.merge import twin_targets as twin_targets
 # LoRA on a model that was written without it.
 from .nn.adapt import Adapted as Adapted
 from .nn.adapt import adapt as adapt
-from .nn.adapt import find_targets as find_targets
+from .nn.find_targets import find_targets as find_targets
 from .nn.data_start import lora_ga_init as lora_ga_init
 from .nn.eva import eva_init as eva_init
 from .nn.bank import AdapterBank as AdapterBank
@@ -39,6 +39,7 @@ from .tree.targets import Target as Target
 # Training.
 from .train.loop import evaluate as evaluate
 from .train.loop import fit as fit
+from .train.lora_fa import lora_fa_projection as lora_fa_projection
 from .train.optimizer import adapter_labels as adapter_labels
 from .train.optimizer import adapter_mask as adapter_mask
 from .train.optimizer import adapters_only as adapters_only

@@ -14,13 +14,24 @@ from typing import Any, Literal
 from lora_jax.config_errors import LEAST as LEAST
 from lora_jax.config_errors import MAX_RANK as MAX_RANK
 from lora_jax.config_errors import MOST as MOST
-from lora_jax.config_errors import find_errors, report, unknown_fields
-from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, MAGNITUDE, START_A, START_B
+from lora_jax.config_errors import as_tuples, find_errors, report, unknown_fields
+from lora_jax.names import (
+    FIXED,
+    LORA,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    START_A,
+    START_B,
+    VERA_B,
+    VERA_D,
+)
 
 ALL_LINEAR = "all-linear"
 
 Patterns = str | Sequence[str]
 PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]
+Tokens = Sequence[int | str] | Mapping[str, Sequence[int | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,8 @@ class LoRAConfig:
     A *path* locates a module in the parameter tree, joined by ``/``. ``targets``,
     ``exclude`` and ``train`` take either a list of suffixes (``"query"`` matches
     ``"query"`` and ``"block_0/attn/query"``, not ``"subquery"``) or one regular
-    expression for the full path. ``exclude`` and ``train`` override ``targets``.
+    expression for the full path. ``exclude``, ``train`` and ``tokens`` override
+    ``targets``.
 
     Attributes:
       rank: ``r``, the inner dimension of ``A B``; at least 1.
@@ -51,6 +63,10 @@ class LoRAConfig:
       dora: also train a magnitude for each output, see `lora_jax.ops.dora`.
       lora_fa: train B alone; A stays as it was drawn, and the layer's input needn't be
         kept for the backward pass.
+      vera: train two vectors alone, ``d`` and ``b`` of ``A diag(d) B diag(b)``; A and B
+        are random and the same in layers of the same size. ``rank`` can be in the
+        hundreds; ``alpha = rank`` is the paper's scaling.
+      vera_seed: seed of VeRA's A and B.
       init: A and B at the start. ``"uniform"``: A is U(±1/√fan_in); ``"gaussian"``:
         N(0, 1/rank²); B is zero (for an embedding A is zero, and B is drawn).
         ``"orthogonal"``: both drawn, with ``A B = 0``. ``"pissa"`` (exact SVD),
@@ -62,6 +78,10 @@ class LoRAConfig:
         collection (a new head, for example).
       bias: biases trained in full: ``"none"``, those of adapted layers
         (``"lora_only"``), or ``"all"``.
+      tokens: tokens whose rows of the embedding (and so of a tied head) are trained,
+        and no others: ids, or tokens as the tokenizer has them. ``{layer: tokens}``
+        names the table, such as ``embed``, or ``head`` for the rows of a head that is
+        not tied; `adapt` needs that form, and ids.
 
     Raises:
       ValueError: lists every field that is out of range.
@@ -90,9 +110,12 @@ class LoRAConfig:
     rslora: bool = False
     dora: bool = False
     lora_fa: bool = False
+    vera: bool = False
+    vera_seed: int = 0
     init: str = "uniform"
     train: Patterns = ()
     bias: Literal["none", "lora_only", "all"] = "none"
+    tokens: Any = ()  # `Tokens`; with names as pairs
 
     def __new__(cls, *args: Any, **fields: Any) -> "LoRAConfig":
         """Rejects unknown fields, translating PEFT's names in the error."""
@@ -117,6 +140,7 @@ class LoRAConfig:
                     f"got {value!r}."
                 )
             object.__setattr__(self, name, tuple((k, v) for k, v in pairs))
+        object.__setattr__(self, "tokens", as_tuples(self.tokens))
         type_errors, value_errors = find_errors(self)
         if type_errors:
             raise TypeError(report(type_errors + value_errors))
@@ -167,11 +191,21 @@ class LoRAConfig:
         return self.init.startswith("pissa") or self.init in ("olora", "lora_ga")
 
     @property
+    def start(self) -> str:
+        """How A and B are made; see `lora_jax.ops.start.init_factors`."""
+        return f"vera_seed_{self.vera_seed}" if self.vera else self.init
+
+    @property
     def leaves(self) -> dict[str, str]:
         """The names of an adapter's leaves, and the collection of each."""
-        found = {LORA_A: FIXED if self.lora_fa else LORA, LORA_B: LORA}
+        found = {
+            LORA_A: FIXED if self.lora_fa or self.vera else LORA,
+            LORA_B: FIXED if self.vera else LORA,
+        }
         if self.dora:
             found[MAGNITUDE] = LORA
+        if self.vera:
+            found |= {VERA_D: LORA, VERA_B: LORA}
         if self.starts_from_base:
             found |= {START_A: FIXED, START_B: FIXED}
         return found
@@ -180,6 +214,18 @@ class LoRAConfig:
     def fixes_leaves(self) -> bool:
         """Whether an adapter has leaves that aren't trained."""
         return FIXED in self.leaves.values()
+
+    @property
+    def tokens_by_layer(self) -> dict[str, tuple[int | str, ...]]:
+        """The tokens by the name of their layer; by ``""`` if it is not named."""
+        if self.tokens and not isinstance(self.tokens[0], tuple):
+            return {"": self.tokens}
+        return dict(self.tokens)
+
+    def tokens_for(self, path: str) -> tuple[Any, ...]:
+        """Returns the tokens whose rows are trained in the layer at ``path``."""
+        named = self.tokens_by_layer.items()
+        return next((ids for name, ids in named if matches([name], path)), ())
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
@@ -200,13 +246,14 @@ class LoRAConfig:
 
         Returns:
           True if a target pattern matches, its layer index is among ``layers``, and
-          neither ``exclude`` nor ``train`` matches.
+          none of ``exclude``, ``train`` and ``tokens`` matches.
         """
         named = is_linear if self.targets == ALL_LINEAR else matches(self.targets, path)
         return (
             named
             and not matches(self.exclude, path)
             and not self._trains(path)
+            and not self.tokens_for(path)
             and (self.layers is None or layer_index(path) in self.layers)
         )
 
@@ -237,6 +284,8 @@ class LoRAConfig:
         fields = dataclasses.asdict(self)
         for name in ("rank_pattern", "alpha_pattern"):
             fields[name] = dict(fields[name])
+        if (tokens := self.tokens_by_layer) and "" not in tokens:
+            fields["tokens"] = {name: list(ids) for name, ids in tokens.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "eva")
@@ -11,7 +11,7 @@ MAX_RANK = 1 << 20
 LEAST, MOST = 1e-30, 1e30  # what float32 computes with; 1 / LEAST is below 1e30
 BIASES = ("none", "lora_only", "all")
 
-_PEFT_NAMES = {
+PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout_rate",
@@ -22,12 +22,13 @@ _PEFT_NAMES = {
     "use_rslora": "rslora",
     "use_dora": "dora",
     "init_lora_weights": "init",
+    "trainable_token_indices": "tokens",
 }
 
 
 def unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Describes unknown fields of a config, translating PEFT's names."""
-    hints = [f"{n} is {_PEFT_NAMES[n]} here" for n in unknown if n in _PEFT_NAMES]
+    hints = [f"{n} is {PEFT_NAMES[n]} here" for n in unknown if n in PEFT_NAMES]
     return (
         f"LoRAConfig has no field {', '.join(unknown)}; its fields are "
         f"{', '.join(known)}.{' ' * bool(hints)}{'; '.join(hints)}" + "." * bool(hints)
@@ -37,6 +38,52 @@ def unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> str:
 def report(errors: list[str]) -> str:
     """Returns the message of an error that lists ``errors``."""
     return "LoRAConfig: " + "; ".join(errors) + "."
+
+
+def as_tuples(tokens: Any) -> Any:
+    """Returns `LoRAConfig.tokens` hashable, a mapping as pairs; else as given."""
+    if isinstance(tokens, Mapping):
+        tokens = tokens.items()
+    elif not isinstance(tokens, (list, tuple)):
+        return tokens
+
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+
+    return tuple(map(freeze, tokens))
+
+
+def _token_errors(tokens: Any) -> tuple[list[str], list[str]]:
+    """Returns the type errors and the value errors of `LoRAConfig.tokens`."""
+    are_pairs = isinstance(tokens, tuple) and all(
+        isinstance(each, tuple)
+        and len(each) == 2
+        and isinstance(each[0], str)
+        and isinstance(each[1], tuple)
+        for each in tokens
+    )
+    groups = dict(tokens) if are_pairs else {"": tokens}
+    types: list[str] = []
+    values: list[str] = []
+    for layer, group in groups.items():
+        where = f"tokens of {layer!r}" if layer else "tokens"
+        if not isinstance(group, tuple) or not all(
+            isinstance(token, str) or _is_int(token) for token in group
+        ):
+            types.append(
+                f"{where} must be a list of ids and strings, or one for each layer; "
+                f"got {_short(group)}"
+            )
+            continue
+        if are_pairs and (not group or not layer):
+            values.append(f"{where} must name a layer and at least one token of it")
+        wrong = [t for t in group if t == "" or (_is_int(t) and not 0 <= t < 1 << 31)]
+        if wrong:
+            values.append(f"{where} must be ids from 0 up, or not empty; got {wrong}")
+        again = [t for t in dict.fromkeys(group) if group.count(t) > 1]
+        if again:
+            values.append(f"{where} must name each token once; got {again} again")
+    return types, values
 
 
 def _short(value: Any) -> str:
@@ -51,6 +98,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_seed(value: int) -> bool:
+    return 0 <= value < 1 << 32
 
 
 def find_errors(config: Any) -> tuple[list[str], list[str]]:
@@ -124,7 +175,7 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
 
     rate = config.dropout_rate
     check("dropout_rate", rate, _is_number, "a number", in_unit, "in [0, 1]")
-    for name in ("rslora", "dora", "lora_fa"):
+    for name in ("rslora", "dora", "lora_fa", "vera"):
         if not isinstance(getattr(config, name), bool):
             got = getattr(config, name)
             types.append(f"{name} must be true or false; got {got!r}")
@@ -139,9 +190,22 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
             for r in dict.fromkeys(ranks)
             if _is_int(r) and r % 2
         )
+    seed = config.vera_seed
+    check("vera_seed", seed, _is_int, "an integer", _is_seed, "from 0 to 2**32 - 1")
+    if config.vera is True:
+        fields = {"init": (init, "uniform"), "lora_fa": (config.lora_fa, False)}
+        values.extend(
+            f"{name} must be {wanted!r} for vera=True, whose A and B are frozen as "
+            f"VeRA draws them; got {got!r}"
+            for name, (got, wanted) in fields.items()
+            if got != wanted
+        )
+    elif seed != 0:
+        values.append(f"vera_seed must be 0 unless vera=True; got {_short(seed)}")
     if config.bias not in BIASES:
         values.append(f"bias must be one of {BIASES}; got {config.bias!r}")
-    return types, values
+    of_types, of_values = _token_errors(config.tokens)
+    return types + of_types, values + of_values
 
 
 def _regex_error(name: str, pattern: Any) -> list[str]:

@@ -15,11 +15,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # are left out, here and in the processes started here, but for tests marked
     # "optimized". JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them everywhere.
     is_quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
-    # XLA's older emitters of machine code take a third of the time to compile. A jaxlib
-    # that doesn't know the flag aborts, so those alone that do are given it.
+    # XLA's older emitters of machine code take a third of the time to compile, and one
+    # LLVM module a program less than many in parallel, as every core has a test anyway.
+    # A jaxlib that doesn't know the flags aborts, so only those that do get them.
     if is_quick and importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
+        quick = "--xla_cpu_use_fusion_emitters=false"
+        quick += " --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 else:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # many share the device
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -47,9 +49,12 @@ def _forget_compilations():
 
 
 def _default_emitters(*args, options_of=compiler.get_compile_options, **kwargs):
-    """Overrides the flag set above for one program; JAX has no public way."""
+    """Overrides the flags set above for one program; JAX has no public way."""
     options = options_of(*args, **kwargs)
-    options.env_option_overrides += [("xla_cpu_use_fusion_emitters", True)]
+    options.env_option_overrides += [
+        ("xla_cpu_use_fusion_emitters", True),
+        ("xla_cpu_parallel_codegen_split_count", 32),  # XLA's default
+    ]
     return options
 
 

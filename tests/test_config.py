@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -173,6 +174,14 @@ def test_unknown_fields_are_all_named():
             "one of .*'pissa', 'olora'.*, or pissa_niter_N; got 'zeros'",
         ),
         ({"init": 3}, ValueError, "init must be one of .*; got 3"),
+        ({"vera": 1}, TypeError, "vera must be true or false; got 1"),
+        ({"vera_seed": 2}, ValueError, "vera_seed must be 0 unless vera=True; got 2"),
+        ({"vera": True, "vera_seed": -1}, ValueError, r"from 0 to 2\*\*32 - 1; got -1"),
+        (
+            {"vera": True, "lora_fa": True, "init": "pissa"},
+            ValueError,
+            "init must be 'uniform' for vera=True.*'pissa'; lora_fa must be False",
+        ),
         ({"init": "pissa_niter_x"}, ValueError, "got 'pissa_niter_x'"),
         (
             {"init": "orthogonal", "rank": 4, "rank_pattern": {"q": 3}},
@@ -243,3 +252,37 @@ def test_the_names_of_peft_are_told_in_ours():
         LoRAConfig.from_dict({"lora_alpha": 16})
     assert copy.deepcopy(LoRAConfig(rank=3)) == LoRAConfig(rank=3)
     assert pickle.loads(pickle.dumps(LoRAConfig(rank=3))) == LoRAConfig(rank=3)
+
+
+def test_tokens_are_a_list_or_one_for_each_layer():
+    for tokens in ([3, "<tool>"], {"embed": [3, "<tool>"], "head": [1]}):
+        config = LoRAConfig(tokens=tokens)
+        assert config.to_dict()["tokens"] == tokens
+        assert LoRAConfig.from_dict(config.to_dict()) == config
+        assert hash(config) == hash(dataclasses.replace(config))
+    assert config.tokens_for("model/head") == (1,)
+    assert not config.is_target("embed", is_linear=True)
+    assert LoRAConfig(tokens=[1]).tokens_for("embed") == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (3, r"tokens must be a list of ids and strings, .* got 3"),
+        ([1.5], r"tokens must be a list of ids and strings, .* got \(1\.5,\)"),
+        ([True], "tokens must be a list of ids"),
+        ({"embed": 3}, "tokens must be a list"),
+        ({"embed": [3, None]}, "tokens of 'embed' must be a list"),
+        ([-1, "", 1 << 31], r"from 0 up, or not empty; got \[-1, '', 2147483648\]"),
+        ({"embed": [3, 3, "a", "a"]}, r"each token once; got \[3, 'a'\] again"),
+        ({"embed": []}, "tokens of 'embed' must name a layer and at least one"),
+    ],
+)
+def test_bad_tokens_are_errors(tokens, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        LoRAConfig(tokens=tokens)
+
+
+def test_peft_s_name_of_tokens_is_told():
+    with pytest.raises(TypeError, match="trainable_token_indices is tokens here"):
+        LoRAConfig(trainable_token_indices=[1])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.drawing import panels, save, table
-from experiments.short import Runs, mean_sd
+from experiments.recorded import Runs
+from experiments.short import mean_sd
 
 OWN = "own"
 NAMES = {

@@ -5,7 +5,6 @@ python -m experiments.domains.run --report   # tables and plot only
 python -m experiments.domains.run --quick    # a try, in runs/
 """
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -15,16 +14,8 @@ import jax
 import numpy as np
 
 from experiments.domains.report import report
-from experiments.short import (
-    HEAD,
-    QUICK,
-    Params,
-    Runs,
-    Size,
-    Task,
-    best,
-    write_rows,
-)
+from experiments.recorded import Runs, run_short
+from experiments.short import HEAD, QUICK, Params, Size, Task, best, write_rows
 from lora_jax import LoRAConfig, adapt, combine_adapters, load_adapter
 
 DOMAINS = ("movie", "amazon", "nyt", "tweets")
@@ -193,21 +184,20 @@ def merge(
     return runs.once("merged", make)
 
 
+def train_and_merge(task: Domains, runs: Runs) -> None:
+    """Runs what is missing."""
+    trained = train(task, runs)
+    each_on_each(task, runs, trained)
+    merge(task, runs, trained)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing, then the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="tables and plot only")
-    parser.add_argument("--quick", action="store_true", help="tiny, in runs/")
-    args = parser.parse_args(argv)
-    work = Path("runs/domains-quick" if args.quick else "runs/domains")
-    results = work / "results" if args.quick else RESULTS
-    runs = Runs(results, work)
-    if not args.report:
-        task = Domains(QUICK if args.quick else SIZE)
-        trained = train(task, runs)
-        each_on_each(task, runs, trained)
-        merge(task, runs, trained)
-    report(runs, results)
+
+    def task(quick: bool) -> Domains:
+        return Domains(QUICK if quick else SIZE)
+
+    run_short(__doc__, RESULTS, task, train_and_merge, report, argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m experiments.low_rank.run --report   # tables and plot only
 python -m experiments.low_rank.run --quick    # a try, in runs/
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from experiments.full import FullTraining
 from experiments.low_rank.report import report
-from experiments.short import HEAD, QUICK, Params, Runs, Size, Task, best
+from experiments.recorded import Runs, run_short
+from experiments.short import HEAD, QUICK, Params, Size, Task, best
 from lora_jax import (
     LoRAConfig,
     Target,
@@ -154,16 +154,11 @@ def train(task: Task, runs: Runs) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing, then the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="tables and plot only")
-    parser.add_argument("--quick", action="store_true", help="tiny, in runs/")
-    args = parser.parse_args(argv)
-    work = Path("runs/low_rank-quick" if args.quick else "runs/low_rank")
-    results = work / "results" if args.quick else RESULTS
-    runs = Runs(results, work)
-    if not args.report:
-        train(Task(QUICK._replace(top=None) if args.quick else SIZE), runs)
-    report(runs, results)
+
+    def task(quick: bool) -> Task:
+        return Task(QUICK._replace(top=None) if quick else SIZE)
+
+    run_short(__doc__, RESULTS, task, train, report, argv)
 
 
 if __name__ == "__main__":

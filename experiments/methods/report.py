@@ -5,10 +5,15 @@ import statistics
 from pathlib import Path
 
 from experiments.drawing import curve, panels, save, table
-from experiments.short import Runs, mean_sd
+from experiments.recorded import Runs
+from experiments.short import mean_sd
 
 RATE = "train.learning_rate"
 PLAIN = "LoRA"
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3f}"
 
 
 def report(runs: Runs, results: Path) -> None:
@@ -22,12 +27,13 @@ def report(runs: Runs, results: Path) -> None:
     tuning = {name: runs.of(f"{name}, tuning") for name in names}
     final = {name: runs.of(f"{name}, seeds") for name in names}
     plain = {row["train.seed"]: row for row in final[PLAIN]}
-    rates = [row[RATE] for row in tuning[PLAIN]]
+    rates = sorted({row[RATE] for name in names for row in tuning[name]})
+    trained = {row["method"]: row["trained"] for row in runs.of("parameters")}
     rows = []
     for name in names:
         losses = {row[RATE]: row["loss"] for row in tuning[name]}
         best = min(losses, key=lambda rate: losses[rate] or math.inf)
-        shown = [f"{losses[r]:.3f}" if losses[r] else "diverged" for r in rates]
+        shown = ["–" if r not in losses else _loss(losses[r]) for r in rates]
         shown[rates.index(best)] = f"**{shown[rates.index(best)]}**"
         differences = [
             100 * (row["test_accuracy"] - plain[row["train.seed"]]["test_accuracy"])
@@ -38,13 +44,14 @@ def report(runs: Runs, results: Path) -> None:
         rows.append(
             [
                 name,
+                f"{trained.get(name, 0):,}",
                 *shown,
                 mean_sd([row["test_loss"] for row in final[name]]),
                 mean_sd([100 * row["test_accuracy"] for row in final[name]], digits=2),
                 "–" if name == PLAIN else f"{mean:+.2f} ± {error:.2f}",
             ]
         )
-    head = ["method", *(f"{rate:g}" for rate in rates)]
+    head = ["method", "trained", *(f"{rate:g}" for rate in rates)]
     head += ["test loss", "test accuracy, %", "- LoRA's, ± standard error"]
     (results / "table.md").write_text(table(head, rows))
     print(table(head, rows))

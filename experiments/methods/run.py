@@ -5,12 +5,14 @@ python -m experiments.methods.run --report   # tables and plot only
 python -m experiments.methods.run --quick    # a try, in runs/
 """
 
-import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
 from experiments.methods.report import report
-from experiments.short import ALPHA, QUICK, Runs, Size, Task, best
+from experiments.recorded import Runs, run_short
+from experiments.short import ALPHA, HEAD, QUICK, Size, Task, best
+from lora_jax import LoRAConfig, find_targets
 
 # A contender is what it changes of the config, by section.
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -19,9 +21,17 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "LoRA+": {"train": {"lora_b_ratio": 16.0}},
     "orthogonal": {"lora": {"init": "orthogonal"}},
     "DoRA": {"lora": {"dora": True}},
+    "VeRA": {"lora": {"vera": True, "rank": 256, "alpha": 256.0}},
+    "PiSSA": {"lora": {"init": "pissa"}},
+    "LoRA-FA": {"lora": {"lora_fa": True, "rank": 16, "alpha": 64.0}},
+    "EVA": {"lora": {"init": "eva"}},
+    "OLoRA": {"lora": {"init": "olora"}},
+    "LoRA-GA": {"lora": {"init": "lora_ga"}},
 }
 RANK = 8
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
+ALONE_RATES = RATES[:3]  # of those that a sweep doesn't take
+OTHER_RATES = {"VeRA": [1e-2, 3e-2, 1e-1]}  # two vectors, not matrices
 TUNING_SEED, SEEDS = 0, [1, 2, 3]
 RATE = "train.learning_rate"
 RESULTS = Path(__file__).parent / "results"
@@ -33,28 +43,43 @@ def train(task: Task, runs: Runs) -> None:
     for name, changes in CONTENDERS.items():
         lora = {"rank": RANK, "alpha": ALPHA, **changes.get("lora", {})}
         sections = {**changes, "lora": lora}
-        grid: dict[str, Any] = {RATE: RATES, "train.seed": [TUNING_SEED]}
-        together = len(SEEDS)
-        config = task.config(**sections)
-        rows = runs.sweep(f"{name}, tuning", config, grid, together=together)
+        options: Any = {"together": len(SEEDS)}
+        record = functools.partial(runs.sweep, **options)
+        rates = RATES
+        if not is_swept(LoRAConfig(**lora)):
+            record, rates = runs.alone, OTHER_RATES.get(name, ALONE_RATES)
+        grid: dict[str, Any] = {RATE: rates, "train.seed": [TUNING_SEED]}
+        rows = record(f"{name}, tuning", task.config(**sections), grid)
         (rate,) = best(rows, RATE)
         grid = {RATE: [rate], "train.seed": SEEDS}
         config = task.config(**sections, data=test)
-        runs.sweep(f"{name}, seeds", config, grid, together=together)
+        record(f"{name}, seeds", config, grid)
+    runs.once("parameters", lambda: parameters(task))
+
+
+def is_swept(config: LoRAConfig) -> bool:
+    """Returns whether a sweep takes a method."""
+    return not config.fixes_leaves and config.init != "eva"
+
+
+def parameters(task: Task) -> list[dict[str, Any]]:
+    """Counts what each contender trains, without the head."""
+    model, rows = task.loaded, []
+    for name, changes in CONTENDERS.items():
+        fields = {"rank": RANK, "alpha": ALPHA, "exclude": [HEAD]}
+        config = LoRAConfig(**(fields | changes.get("lora", {})))
+        found = find_targets(model.module, config, *model.inputs, params=model.params)
+        rows.append({"method": name, "trained": sum(t.trainable for t in found)})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing, then the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="tables and plot only")
-    parser.add_argument("--quick", action="store_true", help="tiny, in runs/")
-    args = parser.parse_args(argv)
-    work = Path("runs/methods-quick" if args.quick else "runs/methods")
-    results = work / "results" if args.quick else RESULTS
-    runs = Runs(results, work)
-    if not args.report:
-        train(Task(QUICK if args.quick else Size()), runs)
-    report(runs, results)
+
+    def task(quick: bool) -> Task:
+        return Task(QUICK if quick else Size())
+
+    run_short(__doc__, RESULTS, task, train, report, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.drawing import curve, panels, save, table
-from experiments.short import Runs, mean_sd
+from experiments.recorded import Runs
+from experiments.short import mean_sd
 
 RATE, RANK = "train.learning_rate", "lora.rank"
 Points = dict[float, list[float]]

@@ -5,13 +5,13 @@ python -m experiments.without_regret.run --report   # tables and plot only
 python -m experiments.without_regret.run --quick    # a try, in runs/
 """
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
 
 from experiments.full import FullTraining
-from experiments.short import ALPHA, QUICK, Runs, Size, Task
+from experiments.recorded import Runs, run_short
+from experiments.short import ALPHA, QUICK, Size, Task
 from experiments.without_regret.report import report
 
 RATES = {  # a decade apart
@@ -62,16 +62,11 @@ def train(task: Task, runs: Runs) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing, then the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="tables and plot only")
-    parser.add_argument("--quick", action="store_true", help="tiny, in runs/")
-    args = parser.parse_args(argv)
-    work = Path("runs/without_regret-quick" if args.quick else "runs/without_regret")
-    results = work / "results" if args.quick else RESULTS
-    runs = Runs(results, work)
-    if not args.report:
-        train(Task(QUICK if args.quick else Size()), runs)
-    report(runs, results)
+
+    def task(quick: bool) -> Task:
+        return Task(QUICK if quick else Size())
+
+    run_short(__doc__, RESULTS, task, train, report, argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lora_jax.parallel.activation_sharding import target_platform
 
 MIN_BLOCK, MAX_BLOCKS = 64, 16
 CACHE_BYTES = 2**19  # size of the scores computed at once on a CPU
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Options(NamedTuple):
@@ -106,10 +106,9 @@ def blockwise_attention(
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
     """
-    b, t, n, h = query.shape
+    b, t, n, _ = query.shape
     k = key.shape[2]
-    rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(b, k, t * (n // k), h)  # query heads of one key head adjacent
+    rows = group_heads(query, k)
     operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2))
     if sinks is not None:
         each = sinks.astype(jnp.float32).reshape(k, n // k)
@@ -121,8 +120,23 @@ def blockwise_attention(
         out: Any = _attend_in_chunks(options, operands, mask_inputs, chunks)
     else:
         out = _attend(options, *operands, mask_inputs)
-    out = out.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4)
-    return out.reshape(query.shape)
+    return ungroup_heads(out, query, k)
+
+
+def group_heads(query: Float[Array, "b t n h"], k: int) -> Float[Array, "b k m h"]:
+    """Returns ``[b, k, t g, h]``: query heads of one key head are adjacent rows."""
+    b, t, n, h = query.shape
+    rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(b, k, t * (n // k), h)
+
+
+def ungroup_heads(
+    rows: Array, query: Float[Array, "b t n h"], k: int
+) -> Float[Array, "b t n h"]:
+    """Undoes `group_heads`; ``rows`` may have their first axes in any shape."""
+    b, t, n, h = query.shape
+    rows = rows.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(query.shape)
 
 
 def _num_chunks(options: Options, heads: int, queries: int, keys: int) -> int:
@@ -177,10 +191,10 @@ def _forward(options: Options, query, key, value, sinks, mask_inputs: MaskInputs
         reach = options.keys_of(start, stop, t)
         q = query[:, :, start * g : stop * g]
         k, v = (x[:, :, slice(*reach)] for x in (key, value))
-        scores = _scores("bkth,bksh->bkts", q, k, options)
+        scores = scaled_scores("bkth,bksh->bkts", q, k, options)
         mask = _mask((start, stop), reach, options, mask_inputs)  # [b or 1, t, s]
         if mask is not None:
-            scores = jnp.where(_for_group(mask, g)[:, None], scores, _LOWEST)
+            scores = jnp.where(_for_group(mask, g)[:, None], scores, LOWEST)
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
             sink = jnp.tile(sinks, stop - start)[..., None]
@@ -189,7 +203,7 @@ def _forward(options: Options, query, key, value, sinks, mask_inputs: MaskInputs
         total = jnp.sum(exps, axis=-1, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sink - top)
-        mixed = _dot("bkts,bksh->bkth", exps.astype(v.dtype), v)
+        mixed = dot("bkts,bksh->bkth", exps.astype(v.dtype), v)
         outs.append((mixed / total).astype(q.dtype))
         totals.append((top + jnp.log(total))[..., 0])
     out, total = (
@@ -211,21 +225,21 @@ def _backward(options: Options, residuals, d_out):
         rows = slice(reach[0] * g, reach[1] * g)
         q, d_o = query[:, :, rows], d_out[:, :, rows]
         k, v = key[:, :, start:stop], value[:, :, start:stop]
-        scores = _scores("bksh,bkth->bkst", k, q, options)
+        scores = scaled_scores("bksh,bkth->bkst", k, q, options)
         log_p = scores - total[:, :, None, rows]
         mask = _mask(reach, (start, stop), options, mask_inputs)
         if mask is not None:
             mask = _for_group(mask, g).swapaxes(1, 2)[:, None]  # [b, 1, s, t g]
             log_p = jnp.where(mask, log_p, -jnp.inf)
         p = jnp.exp(log_p)
-        d_p = _dot("bksh,bkth->bkst", v, d_o)
+        d_p = dot("bksh,bkth->bkst", v, d_o)
         d_s = p * (d_p - inner[:, :, None, rows])
         if options.softcap is not None:
             d_s *= 1 - jnp.square(scores / options.softcap)
         d_s = (d_s * options.scale).astype(q.dtype)
-        d_values.append(_dot("bkst,bkth->bksh", p.astype(v.dtype), d_o))
-        d_keys.append(_dot("bkst,bkth->bksh", d_s, q))
-        d_query = d_query.at[:, :, rows].add(_dot("bkst,bksh->bkth", d_s, k))
+        d_values.append(dot("bkst,bkth->bksh", p.astype(v.dtype), d_o))
+        d_keys.append(dot("bkst,bkth->bksh", d_s, q))
+        d_query = d_query.at[:, :, rows].add(dot("bkst,bksh->bkth", d_s, k))
     d_sinks = None
     if sinks is not None:
         share = jnp.exp(jnp.tile(sinks, t) - total)  # of the softmax
@@ -243,14 +257,15 @@ def _backward(options: Options, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(equation: str, x: Array, y: Array, options: Options) -> Array:
+def scaled_scores(equation: str, x: Array, y: Array, options: Options) -> Array:
     """Returns the scaled and capped scores, in float32."""
-    scores = _dot(equation, x, y) * options.scale
+    scores = dot(equation, x, y) * options.scale
     cap = options.softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _dot(equation: str, x: Array, y: Array) -> Array:
+def dot(equation: str, x: Array, y: Array) -> Array:
+    """Returns an einsum, in float32."""
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 

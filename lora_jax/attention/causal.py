@@ -17,6 +17,7 @@ from lora_jax.attention.blockwise import (
     blockwise_attention,
 )
 from lora_jax.attention.dot_product import attention, choose_implementation
+from lora_jax.attention.ring import ring_attention
 from lora_jax.attention.splash import can_splash, splash_attention
 
 Queries = Float[Array, "b t n h"]
@@ -35,6 +36,7 @@ def causal_attention(
     windows: tuple[int, ...] = (),
     segment_ids: Int[Array, "b t"] | None = None,
     sinks: Float[Array, " n"] | None = None,
+    place: Int[Array, " t"] | None = None,
 ) -> Queries:
     """Attends from each token to itself and to earlier tokens in its segment.
 
@@ -55,6 +57,8 @@ def causal_attention(
       segment_ids: ``[b, t]``, the example each token of a packed row belongs to.
       sinks: a score of each head ``[n]`` that its softmax has besides those of the
         keys, with a value of zero (gpt-oss); or None. They take the blockwise kernel.
+      place: each token's place in its row ``[t]``, where a mesh splits rows; None for
+        ``0 ... t - 1``. See `lora_jax.parallel.sequence`.
 
     Returns:
       ``[b, t, n, h]``, in the dtype of ``query``.
@@ -65,6 +69,18 @@ def causal_attention(
     """
     t, h = query.shape[1], query.shape[3]
     factor: float = h**-0.5 if scale is None else scale
+    if place is not None:
+        return ring_attention(
+            query,
+            key,
+            value,
+            place,
+            scale=factor,
+            softcap=softcap,
+            window=window,
+            segment_ids=segment_ids,
+            sinks=sinks,
+        )
     is_traced = isinstance(window, jax.Array)
     is_plain = sinks is None
     if is_plain and (windows or not is_traced) and can_splash(query, key):

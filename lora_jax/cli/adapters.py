@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.array_types import PyTree
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.lines import Group
+from lora_jax.finetune.lines import Choose
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import OWNER
 from lora_jax.tree.paths import nearest
 
+SHOWN = 20
 Check = Callable[[dict[str, Any]], str]
 
 
@@ -60,7 +62,7 @@ def load_lines(
     records: Sequence[dict[str, Any]],
     load_one: Callable[..., LoadedModel],
     **options: Any,
-) -> tuple[LoadedModel, list[Group] | None]:
+) -> tuple[LoadedModel, Choose | None]:
     """Loads a model for lines that may name their adapters; removes these names.
 
     Args:
@@ -71,16 +73,26 @@ def load_lines(
       **options: of ``load_one``.
 
     Returns:
-      The model, and each adapter's variables with the indices of its lines; None where
-      all lines are the model's own. The variables have the same shapes for all, so
-      they share a compilation.
+      The model, and a function that returns the variables of a batch of lines, each row
+      with its own adapter; None where all lines are the model's own.
+
+    Raises:
+      UserError: listing the lines without an adapter, if only adapters have a head.
     """
-    names = [record.pop(OWNER, None) for record in records]
+    names: list[str | None] = [record.pop(OWNER, None) for record in records]
     if not isinstance(adapters, Mapping):
         return load_one(model, adapters, **options), None
     base, bank = load_bank(model, adapters)
-    groups: dict[str | None, list[int]] = {}
-    for line, name in enumerate(names):
-        groups.setdefault(name, []).append(line)
-    found: list[Group] = [(bank.adapter(name), lines) for name, lines in groups.items()]
-    return base._replace(module=bank.module.adapted, extra={}), found
+    bare = [f"{line}" for line, name in enumerate(names, start=1) if name is None]
+    if base.new and bare:
+        more = f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else ""
+        raise UserError(
+            f"lines {', '.join(bare[:SHOWN])}{more} must name an adapter: the base has "
+            f"no {', '.join(base.new)} of its own."
+        )
+
+    def choose(lines: Sequence[int], rows: int) -> PyTree:
+        chosen = [names[line] for line in lines]
+        return bank.variables(chosen + chosen[:1] * (rows - len(chosen)))
+
+    return base._replace(module=bank.module, extra={}), choose

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from lora_jax.cli.outputs import new_folder
 from lora_jax.cli.pretrained import load
 from lora_jax.files.adapter import save_adapter
 from lora_jax.finetune.errors import UserError
+from lora_jax.interop.common_base import common_base
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import FROZEN, LORA, PARAMS
+from lora_jax.names import FROZEN, LAYERS, LORA, PARAMS
 from lora_jax.tree.combine import Combined, combine_adapters
+from lora_jax.tree.combine_trained import combine_trained
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
-from lora_jax.tree.paths import flatten
+from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.token_rows import token_rows_of
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
 
     Args:
       args: ``adapters``, ``weights``, ``method``, ``rank``, ``density``, ``seed``,
-        ``model``, ``out``.
+        ``head``, ``model``, ``out``.
       out: where to print.
 
     Returns:
@@ -32,16 +36,18 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """
     target = new_folder(args.out)
     weights = args.weights or [1.0] * len(args.adapters)
-    loaded = [load(args.model, adapter) for adapter in args.adapters]
-    modules: list[Any] = [one.module for one in loaded]
-    trained = [sorted(flatten(one.variables.get(PARAMS, {}))) for one in loaded]
-    if len(loaded) > 1 and any(trained):
-        pairs = zip(args.adapters, trained, strict=True)
-        shown = [f"{adapter}: {', '.join(paths)}" for adapter, paths in pairs if paths]
+    if args.head is not None and args.head not in args.adapters:
         raise UserError(
-            "only A and B can be added up, but some adapters also train weights in "
-            f"full ({'; '.join(shown)})."
+            f"--head must be one of the adapters, {', '.join(args.adapters)}; got "
+            f"{args.head}."
         )
+    loaded = [load(args.model, adapter) for adapter in args.adapters]
+    if len({LAYERS in one.params for one in loaded}) > 1:  # some are scanned
+        loaded = [load(args.model, each, scan_layers=False) for each in args.adapters]
+    head = args.adapters[0] if len(loaded) == 1 and weights == [1.0] else args.head
+    named = dict(zip(args.adapters, loaded, strict=True))
+    base = common_base(named, args.model, head=head)
+    modules: list[Any] = [one.module for one in loaded]
     combined = combine_adapters(
         [
             (one.variables[LORA], module.targets(one.params))
@@ -52,20 +58,71 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         rank=args.rank,
         density=args.density,
         seed=args.seed,
-        params=loaded[0].params,
+        params=base.params,
     )
-    if len(loaded) == 1:  # what it trains in full stays
-        own = modules[0].config
-        config = dataclasses.replace(combined.config, train=own.train, bias=own.bias)
-        combined = combined._replace(config=config)
-    extra = dict(loaded[0].extra or {})
-    base = args.model or extra.get("model", str(loaded[0].path))
-    named = dict(zip(map(str, args.adapters), weights, strict=True))
-    extra |= {"model": base, "combined": named}
-    source = ", ".join(f"{weight:g} x {name}" for name, weight in named.items())
+    if head is not None:  # what it trains in full stays
+        lead, extra = named[head], named[head].extra
+        module: Any = lead.module
+        own = module.config
+        kept = {"train": own.train, "bias": own.bias, "tokens": own.tokens}
+    else:
+        lead, extra, kept = _with_trained(named, loaded, weights, base)
+    config = dataclasses.replace(combined.config, **kept)
+    combined = combined._replace(config=config)
+    extra = dict(extra or {})
+    path = args.model or extra.get("model", str(loaded[0].path))
+    shown = dict(zip(map(str, args.adapters), weights, strict=True))
+    extra |= {"model": path, "combined": shown}
+    source = ", ".join(f"{weight:g} x {name}" for name, weight in shown.items())
     out.heading("Combined")
     out.facts([("adapters", source), ("method", args.method)])
-    return save(target, loaded[0], combined, extra, out)
+    return save(target, lead, combined, extra, out)
+
+
+def _with_trained(
+    named: Mapping[str, LoadedModel],
+    loaded: Sequence[LoadedModel],
+    weights: Sequence[float],
+    base: LoadedModel,
+) -> tuple[LoadedModel, Mapping[str, Any] | None, dict[str, Any]]:
+    """Combines what adapters train in full.
+
+    Returns:
+      The base with these weights, what was kept beside the adapter with the head, and
+      the fields of a config that trains them.
+    """
+    modules: dict[str, Any] = {name: one.module for name, one in named.items()}
+    configs = [module.config for module in modules.values()]
+    if rows := [name for name, module in modules.items() if module.config.tokens]:
+        raise UserError(
+            f"rows of tokens can't be added up; {', '.join(rows)} trains some. Take "
+            "those of one adapter: --head DIR."
+        )
+    trained = [one.variables.get(PARAMS, {}) for one in loaded]
+    found = combine_trained(trained, weights, base.params, absent=base.new)
+    owners = [name for name, one in named.items() if _has(one, base.new)] or [*named]
+    labels = {
+        json.dumps((named[name].extra or {}).get("labels")): name for name in owners
+    }
+    if base.new and len(labels) > 1:
+        each = "; ".join(f"{text} of {name}" for text, name in labels.items())
+        raise UserError(
+            f"heads of different classes can't be averaged: {each}. Take that of one "
+            "adapter: --head DIR."
+        )
+    params = {**flatten(base.params), **flatten(found)}
+    biases = ("none", "lora_only", "all")
+    kept = {
+        "train": tuple(dict.fromkeys(each for own in configs for each in own.train)),
+        "bias": max((own.bias for own in configs), key=biases.index),
+    }
+    whole = base._replace(variables={PARAMS: unflatten(params)})
+    return whole, named[owners[0]].extra, kept
+
+
+def _has(loaded: LoadedModel, paths: Collection[str]) -> bool:
+    """Returns whether an adapter trains some weights."""
+    return bool({*paths} & flatten(loaded.variables.get(PARAMS, {})).keys())
 
 
 def save(
@@ -88,7 +145,8 @@ def save(
       The folder, the ranks, and what the rank cuts off the layers' updates.
     """
     config, errors = combined.config, combined.errors
-    variables = partition(join(base.params, combined.lora), config)
+    rows = token_rows_of(base.variables) if config.tokens else {}
+    variables = partition(join(base.params, combined.lora, rows), config)
     mark = fingerprint(variables.pop(FROZEN))
     written = save_adapter(folder, variables, config, mark, extra=extra)
     worst = max(errors, key=lambda path: errors[path])

@@ -19,13 +19,13 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     adapters = parse_adapters(args.adapter)
     check = with_adapter(record_fault, adapters)
     records = read_jsonl(args.data, fields={}, check=check)
-    loaded, groups = load_lines(args.model, adapters, records, load)
+    loaded, choose = load_lines(args.model, adapters, records, load)
     lines, cut = encode(
         loaded,
         records,
         args.data,
         batch_size=args.batch_size,
-        groups=groups,
+        choose=choose,
         max_length=args.max_length or (loaded.extra or {}).get("max_length"),
         prompt=args.prompt,
         reporter=out,

@@ -10,20 +10,22 @@ from lora_jax.array_types import PyTree
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
 from lora_jax.config import LoRAConfig
+from lora_jax.files import atomic
 from lora_jax.files.adapter import CONFIG, load_adapter
 from lora_jax.files.json_file import read_json
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import model_bytes
+from lora_jax.interop.adapter_folder import RUN_ADAPTERS, adapter_folders, find_adapter
 from lora_jax.interop.export import export_adapter
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.identity import base_name
 from lora_jax.interop.portable import rewrite_peft
 from lora_jax.interop.pretrained import (
-    find_adapter,
     find_base,
     load_model,
     read_external,
 )
+from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.load import LoadedModel
 from lora_jax.names import EMBED, HEAD
 
@@ -31,9 +33,54 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-ran
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
-    """Exports an adapter; returns its folder, format and size."""
+    """Exports an adapter, or each of a run with several, to a folder of its name.
+
+    Args:
+      args: ``adapter``, ``model``, ``format``, ``portable``, ``skip_head``, ``out``.
+      out: where to print.
+
+    Returns:
+      The folder, format and size; of a run with several also their ``adapters``.
+    """
     target = new_folder(args.out)
-    folder = find_adapter(args.adapter)
+    names = adapter_folders(Path(args.adapter) / RUN_ADAPTERS)
+    if names:
+        with atomic.new_folder(target) as home:
+            for name in names:
+                _export(args, Path(args.adapter) / RUN_ADAPTERS / name, home / name)
+    else:
+        _export(args, args.adapter, target)
+    folders = [target / name for name in names] or [target]
+    total = sum(model_bytes(folder) for folder in folders)
+    files = sorted({f.name for each in folders for f in each.glob("*.safetensors")})
+    shown = args.format + (", portable" if args.portable else "")
+    each = f"{len(names)} folders, each " if names else ""
+    out.heading("Exported")
+    out.facts(
+        [
+            ("adapters" if names else "adapter", str(args.adapter)),
+            ("format", shown),
+            ("folder", f"{target} ({each}{', '.join(files)}, {size(total)})"),
+        ]
+    )
+    if args.portable:
+        more = "" if names else " (repeat NAME=DIR for more adapters of this base)"
+        out.say(f"To serve {'them' if names else 'it'}{more}:")
+        out.say(vllm_command(*folders))
+    elif args.format == "peft":
+        out.say("For vLLM, export with --portable, which prints how to serve it.")
+    return {
+        "out": str(target),
+        "format": args.format,
+        "portable": args.portable,
+        "adapter_bytes": total,
+        **({"adapters": names} if names else {}),
+    }
+
+
+def _export(args: argparse.Namespace, adapter: str | Path, target: Path) -> None:
+    """Exports one adapter to a folder."""
+    folder = find_adapter(adapter)
     external = read_external(folder)
     model = args.model
     if external is not None and model is None:
@@ -61,36 +108,16 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             skip_head=args.skip_head,
             base_model=base_name(args.model, extra.get("model")),
         )
-    files = sorted(target.glob("*.safetensors"))
-    total = model_bytes(target)
-    shown = args.format + (", portable" if args.portable else "")
-    out.heading("Exported")
-    out.facts(
-        [
-            ("adapter", str(args.adapter)),
-            ("format", shown),
-            ("folder", f"{target} ({', '.join(f.name for f in files)}, {size(total)})"),
-        ]
-    )
-    if args.portable:
-        out.say("To serve it (repeat NAME=DIR for more adapters of this base):")
-        out.say(vllm_command(target))
-    return {
-        "out": str(target),
-        "format": args.format,
-        "portable": args.portable,
-        "adapter_bytes": total,
-    }
 
 
-def vllm_command(folder: Path) -> str:
-    """Returns the command with which vLLM serves a portable adapter on its base."""
-    config = read_json(folder / CONFIG)
-    base = config["base_model_name_or_path"] or "BASE"
-    largest = next((r for r in VLLM_RANKS if r >= config["r"]), config["r"])
-    name = f"{folder.name}={folder}"
-    options = ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules", name]
-    return shlex.join(["vllm", "serve", base, *options])
+def vllm_command(*folders: Path) -> str:
+    """Returns the command with which vLLM serves portable adapters on their base."""
+    configs = [read_json(folder / CONFIG) for folder in folders]
+    base, rank = configs[0]["base_model_name_or_path"], max(c["r"] for c in configs)
+    largest = next((r for r in VLLM_RANKS if r >= rank), rank)
+    options = ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules"]
+    names = [f"{folder.name}={folder}" for folder in folders]
+    return shlex.join(["vllm", "serve", base or "BASE", *options, *names])
 
 
 def _adds_to_base(adapter: ExternalAdapter) -> bool:
@@ -106,9 +133,10 @@ def _read(
     if external is None:
         found = load_adapter(folder)
         changed = {path for tree in found.variables.values() for path in tree}
-        if EMBED not in changed or HEAD in changed:
+        if (EMBED not in changed or HEAD in changed) and not found.extra.get(ADDED):
             return found.variables, found.config, base, found.extra
-        loaded = load_model(base, folder)  # whose head may be the embedding or not
+        # Its head may be the embedding or not, and it may have new tokens.
+        loaded = load_model(base, folder)
         return loaded.variables, found.config, loaded, found.extra
     loaded = load_model(base, folder)
     named = external.config.get("base_model_name_or_path")

@@ -12,7 +12,7 @@ from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.finetune.errors import UserError
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.target_names import translate_names
-from lora_jax.nn.adapt import find_targets
+from lora_jax.nn.find_targets import find_targets
 from lora_jax.tree.combine import extract_adapter
 from lora_jax.tree.paths import flatten
 

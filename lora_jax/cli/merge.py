@@ -8,8 +8,8 @@ from lora_jax.cli.outputs import new_folder
 from lora_jax.cli.pretrained import load
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.report import layer_count, model_bytes
+from lora_jax.interop.adapter_folder import find_adapter
 from lora_jax.interop.identity import base_name, describe_adapter
-from lora_jax.interop.pretrained import find_adapter
 from lora_jax.models.load import as_stored
 from lora_jax.models.save import save_model
 from lora_jax.names import CLASSIFIER, FROZEN
@@ -29,7 +29,14 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     errors = adapted.merge_errors(loaded.variables)
     pooling = getattr(adapted.model, "pooling", None)
     record = describe_adapter(folder, base, mark)
-    save_model(target, merged, loaded.path, pooling=pooling, merged=record)
+    save_model(
+        target,
+        merged,
+        loaded.path,
+        pooling=pooling,
+        merged=record,
+        add_tokens=loaded.added,
+    )
     has_head = CLASSIFIER in loaded.params
     layers = layer_count(adapted.targets(loaded.params))
     worst = max(errors, key=lambda error: error.relative)

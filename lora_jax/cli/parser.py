@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base; writes a plain Hugging Face folder",
     "combine": "add up adapters of one base, or change an adapter's rank",
     "extract": "compute the adapter closest to a full fine-tuning",
-    "export": "write an adapter for PEFT, vLLM and others, or for mlx-lm",
+    "export": "write a run's adapter (or all of them) for PEFT, vLLM and others",
     "inspect": "show what is in an adapter or model folder",
 }
 
@@ -177,7 +177,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--tokens", type=_count, metavar="T", help="per row; default: data.max_length"
     )
     command.add_argument(
-        "--mesh", metavar="AXES", help="data=1,fsdp=8,tensor=2; default: all fsdp"
+        "--mesh", metavar="AXES", help="data=1,fsdp=4,sequence=2; default: all fsdp"
     )
     command.add_argument(
         "--together",
@@ -325,6 +325,12 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
     command.add_argument(
+        "--head",
+        metavar="DIR",
+        help="the adapter whose head (and other weights trained in full) to keep; "
+        "default: the sum of their changes, of new heads the weighted mean",
+    )
+    command.add_argument(
         "--model",
         metavar="DIR",
         help="the base; optional if the adapters say which it is",
@@ -348,7 +354,10 @@ def _add_extract(command: argparse.ArgumentParser) -> None:
 def _add_export(command: argparse.ArgumentParser) -> None:
     _add_model(command, adapter_required=True)
     command.add_argument(
-        "--format", choices=("peft", "mlx"), default="peft", help="default: peft"
+        "--format",
+        choices=("peft", "mlx", "vera"),
+        default="peft",
+        help="default: peft; vera: PEFT's VeraConfig, of a run with lora.vera",
     )
     _flag(
         command,

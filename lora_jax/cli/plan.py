@@ -1,7 +1,7 @@
 """`lora-jax plan`: what would be trained, and the cost of a step.
 
-The step is the one `train` would run on this machine, or with ``--topology`` a
-decoder's on a TPU slice that need not exist here, read only from the model's config.
+The step is the one `train` would run on this machine, or with ``--topology`` one on a
+TPU slice that need not exist here, read only from the model's config.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from lora_jax.finetune.settings import RunSettings, load_settings
 from lora_jax.finetune.sweep_grid import Point
 from lora_jax.finetune.sweep_group import Group
 from lora_jax.finetune.tasks import open_job
-from lora_jax.names import EXPERT, FSDP
-from lora_jax.parallel.mesh import AXES
+from lora_jax.names import FSDP
+from lora_jax.parallel.mesh import AXES, MORE_AXES
 from lora_jax.plan.fit import Price, first_fitting, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops
 from lora_jax.plan.slices import chips_of, slices_like
@@ -94,6 +94,10 @@ def _plan_local(
         "targets": [
             {name: getattr(target, name) for name in TARGET} for target in job.targets
         ],
+        "token_rows": [
+            {"path": rows.path, "tokens": list(rows.tokens), "width": rows.shape[1]}
+            for rows in job.adapted.token_rows(job.loaded.params)
+        ],
         "frozen_notes": job.frozen_notes,
         "parameters": counts,
         "shape": {"batch": rows, "tokens": tokens},
@@ -113,7 +117,7 @@ def _plan_local(
 def _plan_slice(
     settings: RunSettings, args: argparse.Namespace, out: Console
 ) -> dict[str, Any]:
-    """Plans a decoder's step on a TPU slice."""
+    """Plans a step on a TPU slice."""
     topology, mesh = args.topology, read_mesh(args.mesh)
     steps = slice_steps(settings, topology, mesh, args.tokens)
     rows = args.batch or settings.train.batch_size
@@ -221,7 +225,7 @@ def read_mesh(text: str | None) -> dict[str, int]:
     for part in text.split(",") if text else ():
         name, _, number = part.partition("=")
         is_number = number.removeprefix("-").isdecimal()
-        axes = (*AXES, EXPERT)
+        axes = (*AXES, *MORE_AXES)
         if name not in axes or name in sizes or not is_number:
             raise UserError(
                 f"--mesh must be like data=1,fsdp=-1,tensor=2, with each axis of "

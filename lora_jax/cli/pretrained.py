@@ -6,7 +6,8 @@ from typing import Any
 from lora_jax.files.adapter import CONFIG, FORMAT
 from lora_jax.files.json_file import read_json
 from lora_jax.finetune.errors import UserError
-from lora_jax.interop.pretrained import find_adapter, load_model
+from lora_jax.interop.adapter_folder import find_adapter
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import LoadedModel
 
 

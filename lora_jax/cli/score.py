@@ -18,7 +18,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     adapters = parse_adapters(args.adapter)
     check = with_adapter(score_fault, adapters)
     records = read_jsonl(args.data, fields={}, check=check)
-    loaded, groups = load_lines(
+    loaded, choose = load_lines(
         args.model, adapters, records, load_decoder, scan_layers=True
     )
     scores = score(
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         records,
         args.data,
         batch_size=args.batch_size,
-        groups=groups,
+        choose=choose,
         reporter=out,
     )
     lines = [_line(row, records[row.line]) for row in scores]

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from typing import Any
 
+from lora_jax.cli import huge_pages
 from lora_jax.cli.console import Console
 from lora_jax.cli.train import shortest
 from lora_jax.finetune.errors import Interrupted, UserError
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     Returns:
       The runs, the best first.
     """
+    huge_pages.keep_freed()
     words = ["lora-jax", "sweep", args.config, *args.grid, *["--zip"] * args.zip]
     words += ["--together", str(args.together)] if args.together else []
     out.resume = shlex.join([*words, "--resume"])

@@ -10,7 +10,7 @@ from lora_jax.cli.console import Console
 from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.formatting import duration, metric_text, size
 from lora_jax.finetune.run import Run, fine_tune
-from lora_jax.interop.pretrained import RUN_ADAPTERS
+from lora_jax.interop.adapter_folder import RUN_ADAPTERS
 from lora_jax.parallel.processes import is_first, shut_down, start
 
 SHOWN = 20  # adapters, of a run with several
@@ -134,6 +134,7 @@ def _print_result(out: Console, done: Run) -> None:
     out.say(f"  lora-jax eval --run {run}{split}")
     if each:
         first = next(name for name, own in each.items() if own["validation"])
+        out.say(f"  lora-jax export --adapter {run} --portable --out {run}-peft")
         folder, run = f"{run}/{RUN_ADAPTERS}/{first}", f"{run}-{first}"
     if done.prompt:
         chat = "--chat " if done.prompt == "chat" else ""

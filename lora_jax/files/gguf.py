@@ -4,9 +4,10 @@ Names, shapes, row order and config are those of a Hugging Face folder, so one l
 reads both. Tensors are dequantised to float32 one at a time on access: the result is
 the rounded model, not the original one.
 
-Two changes by llama.cpp's converter are undone: it permutes the rows of ``q_proj`` and
-``k_proj`` of the *llama* and *granite* architectures from rotate-half to interleaved
-RoPE, and it adds the 1 of Gemma's ``(1 + weight)`` to its norms.
+Three changes by llama.cpp's converter are undone: it permutes the rows of ``q_proj``
+and ``k_proj`` of the *llama* and *granite* architectures from rotate-half to
+interleaved RoPE, it adds the 1 of Gemma's ``(1 + weight)`` to its norms, and it stacks
+the experts of a layer, which are read one by one.
 """
 
 import os
@@ -17,19 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files.gguf_config import (
-    ARCHITECTURES,
-    ROPE_FACTORS,
-    architecture_of,
-    hugging_face_config,
-    hugging_face_name,
-)
+from lora_jax.files.gguf_config import ROPE_FACTORS, hugging_face_config
 from lora_jax.files.gguf_header import Header, read_header
+from lora_jax.files.gguf_names import ARCHITECTURES, architecture_of, hugging_face_name
 from lora_jax.files.optional import load_optional
 
 SUFFIX = ".gguf"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as named by gguf-split
 MAX_PARTS = 1000
+MAX_EXPERTS = 4096  # of a layer
 
 
 def _gguf() -> Any:
@@ -141,7 +138,13 @@ class GGUFReader:
                 f"{self._architecture!r}; {len(unknown)} of {len(named)} are "
                 f"unknown: {unknown[:8]}. Use the model's Hugging Face folder instead."
             )
-        self._stored = {known: tensors[n] for n, known in named.items() if known}
+        self._stored = {
+            single: (part, data)
+            for n, known in named.items()
+            if known
+            for stored, data in [tensors[n]]
+            for single, part in _single_experts(known, stored, path)
+        }
         self.shapes: dict[str, tuple[int, ...]] = {
             name: stored.shape for name, (stored, _) in self._stored.items()
         }
@@ -192,6 +195,26 @@ class GGUFReader:
                 "such as Q8_0 or Q4_K."
             ) from error
         return np.array(values, np.float32, order="C").reshape(stored.shape)
+
+
+def _single_experts(name: str, stored: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the part of each expert, if a tensor is that of all, or the whole."""
+    if "{e}" not in name:
+        yield name, stored
+        return
+    count, *shape = stored.shape or (0,)
+    if count > MAX_EXPERTS:
+        raise ValueError(
+            f"{name} must be of {MAX_EXPERTS} experts or less; got {count}."
+        )
+    for number in range(count):
+        each = stored.size // count
+        yield (
+            name.format(e=number),
+            stored._replace(
+                shape=tuple(shape), offset=stored.offset + number * each, size=each
+            ),
+        )
 
 
 def rotate_half_rows(tensor: np.ndarray, heads: int) -> np.ndarray:

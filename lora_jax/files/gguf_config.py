@@ -1,4 +1,4 @@
-"""Translating GGUF's names and metadata to Hugging Face's, per architecture.
+"""Translating GGUF's metadata to Hugging Face's config, per architecture.
 
 Constants that are in llama.cpp's code and not in the file (Gemma's window pattern and
 attention scale) are constants here too. Anything else that would change the maths is
@@ -6,17 +6,20 @@ an error.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lora_jax.names import LM_HEAD
+from lora_jax.files.gguf_names import (
+    ARCHITECTURES,
+    EMBED_TENSOR,
+    HEAD_TENSOR,
+    MIXTRAL,
+    architecture_of,
+)
 
-HEAD_TENSOR = f"{LM_HEAD}.weight"
-EMBED_TENSOR = "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 KINDS = ("full_attention", "sliding_attention")  # by whether there is a window
 GEMMA_LOCAL_ROPE = 10_000.0
@@ -25,85 +28,6 @@ GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
-class Architecture(NamedTuple):
-    """How llama.cpp stores one architecture.
-
-    Attributes:
-      model_type: Hugging Face's model type.
-      class_name: Hugging Face's causal language model class.
-      blocks: from a tensor's name within a block to Hugging Face's.
-      permuted: whether the rows of q and k are interleaved.
-      shifted_norms: whether 1 was added to the norms.
-    """
-
-    model_type: str
-    class_name: str
-    blocks: Mapping[str, str]
-    permuted: bool = False
-    shifted_norms: bool = False
-
-
-_TOP = {
-    "token_embd.weight": EMBED_TENSOR,
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD_TENSOR,
-}
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_MLP = {
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_DENSE = _ATTENTION | _MLP | {"ffn_norm": "post_attention_layernorm"}
-_GEMMA = {
-    **_ATTENTION,
-    **_MLP,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_PHI3 = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OLMO2 = {
-    **{key: name for key, name in (_ATTENTION | _MLP).items() if key != "attn_norm"},
-    **_HEAD_NORMS,
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_GLM4 = {
-    **_DENSE,
-    "post_attention_norm": "post_self_attn_layernorm",
-    "post_ffw_norm": "post_mlp_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-}
-del _GLM4["ffn_gate"]
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _DENSE, permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _DENSE),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _DENSE | _HEAD_NORMS),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA, shifted_norms=True),
-    "gemma3": Architecture(
-        "gemma3_text", "Gemma3ForCausalLM", _GEMMA | _HEAD_NORMS, shifted_norms=True
-    ),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI3),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _OLMO2),  # and OLMo 3
-    "granite": Architecture("granite", "GraniteForCausalLM", _DENSE, permuted=True),
-    "glm4": Architecture("glm4", "Glm4ForCausalLM", _GLM4),
-    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM", _ATTENTION | _MLP),
-}
 _FIELDS = {  # Hugging Face's name: (GGUF's, type)
     "num_hidden_layers": ("block_count", int),
     "hidden_size": ("embedding_length", int),
@@ -128,34 +52,6 @@ _NUMBERS = {
 COHERE2_WINDOW_PATTERN = 4  # in llama.cpp's code: every fourth layer has no window
 
 
-def architecture_of(path: Path, metadata: Mapping[str, Any]) -> str:
-    """Returns a file's architecture; raises a ValueError if it is not supported."""
-    found = metadata.get("general.architecture")
-    if not isinstance(found, str) or found not in ARCHITECTURES:
-        got = repr(found)[:80]
-        raise ValueError(
-            f"{path}: general.architecture must be one of {sorted(ARCHITECTURES)}; got "
-            f"{got}. Use the model's Hugging Face folder instead."
-        )
-    return found
-
-
-def hugging_face_name(name: str, architecture: str) -> str | None:
-    """Translates a tensor's GGUF name; None if the architecture has no such tensor.
-
-    Example:
-      >>> hugging_face_name("blk.3.attn_q.weight", "llama")
-      'model.layers.3.self_attn.q_proj.weight'
-    """
-    if name in _TOP:
-        return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in ARCHITECTURES[architecture].blocks:
-        return None
-    block = ARCHITECTURES[architecture].blocks[match[2]]
-    return f"model.layers.{match[1]}.{block}.{match[3]}"
-
-
 def hugging_face_config(
     path: Path,
     metadata: Mapping[str, Any],
@@ -176,8 +72,8 @@ def hugging_face_config(
     Raises:
       ValueError: listing every field that is missing, invalid or not supported.
     """
-    name = metadata["general.architecture"]
-    fields = _Fields(metadata, name)
+    name = architecture_of(path, metadata)
+    fields = _Fields(metadata, metadata["general.architecture"])
     config = _shape(fields, name) | _vocabulary(fields, shapes)
     if ARCHITECTURES[name].shifted_norms:
         config |= _gemma(fields, name, config)
@@ -185,8 +81,10 @@ def hugging_face_config(
     config["rope_scaling"] = _rope_scaling(fields, rope_factors, config)
     if not fields.faults:
         _check_heads(fields, shapes, config)
-    if fields.get("expert_count", int, 0):
-        fields.faults.append("expert_count must be 0: experts are not supported")
+    if ARCHITECTURES[name].experts:
+        config |= _experts(fields, name)
+    elif fields.get("expert_count", int, 0):
+        fields.faults.append(f"expert_count must be 0: a {name} has no experts here")
     if fields.faults:
         raise ValueError(
             f"{path} must contain the metadata of a {name} model; "
@@ -211,7 +109,7 @@ def _shape(fields: "_Fields", name: str) -> dict[str, Any]:
     config["num_key_value_heads"] = kv_heads
     config["rope_theta"] = fields.get("rope.freq_base", float, 10_000.0)
     width = config["hidden_size"] // heads
-    if name == "llama":
+    if name in ("llama", MIXTRAL):
         width = fields.get("rope.dimension_count", int, width)
     config["head_dim"] = fields.get("attention.key_length", int, width)
     rotated = fields.get("rope.dimension_count", int, config["head_dim"])
@@ -355,6 +253,39 @@ def _own_keys(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str
     return extra
 
 
+def _experts(fields: _Fields, name: str) -> dict[str, Any]:
+    """Returns the keys of a mixture of experts, each layer of which is one."""
+    extra: dict[str, Any] = {
+        "num_experts": fields.get("expert_count", int),
+        "num_experts_per_tok": fields.get("expert_used_count", int),
+    }
+    if name == "qwen3moe":
+        extra["moe_intermediate_size"] = fields.get("expert_feed_forward_length", int)
+    if name != MIXTRAL:
+        extra["norm_topk_prob"] = ARCHITECTURES[name].has_normalized_scores
+    if fields.get("expert_shared_count", int, 0):
+        fields.faults.append("expert_shared_count must be 0: no expert is shared here")
+    return extra
+
+
+def _yarn(fields: _Fields) -> dict[str, Any]:
+    """Returns YaRN's scaling; llama.cpp's own numbers are transformers' defaults."""
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if (found := fields.get(f"rope.scaling.{key}", float, 1.0)) != 1:
+            fields.faults.append(f"rope.scaling.{key} must be 1, got {found}")
+    if f"{fields.prefix}.rope.scaling.yarn_log_multiplier" in fields.metadata:
+        fields.faults.append("rope.scaling.yarn_log_multiplier must be absent")
+    return {
+        "rope_type": "yarn",
+        "factor": fields.get("rope.scaling.factor", float),
+        "original_max_position_embeddings": fields.get(
+            "rope.scaling.original_context_length", int
+        ),
+        "beta_fast": fields.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": fields.get("rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+
+
 def _rope_scaling(
     fields: _Fields, factors: np.ndarray | None, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
@@ -367,8 +298,12 @@ def _rope_scaling(
     if kind == "linear":
         factor = fields.get("rope.scaling.factor", float)
         return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return _yarn(fields)
     if kind != "none":
-        fields.faults.append(f"rope.scaling.type must be none or linear, got {kind!r}")
+        fields.faults.append(
+            f"rope.scaling.type must be none, linear or yarn, got {kind!r}"
+        )
     return None
 
 

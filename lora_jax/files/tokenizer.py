@@ -237,6 +237,22 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """The texts of the added tokens, special ones included."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token in added.values()]
+
+    def add_tokens(self, tokens: Sequence[str]) -> None:
+        """Adds tokens, found in a text exactly as they are; they are not special."""
+        make = load_optional("adding tokens", "tokenizers").AddedToken
+        self._tokenizer.add_tokens([make(token, normalized=False) for token in tokens])
+        self.vocab_size = self._tokenizer.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token, exactly as the vocabulary has it, or None."""
+        return self._tokenizer.token_to_id(token)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of token ids, by default without special tokens."""
         with explained(self.path, "a tokenizer"):
@@ -249,8 +265,7 @@ class Tokenizer:
         chat template) and ``generation_config.json`` (stop tokens).
         """
         directory = Path(directory)
-        with new_file(directory / TOKENIZER_FILE) as new:
-            self._tokenizer.save(str(new))
+        self.save_vocabulary(directory)
         settings = self._special_texts()
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if self.special.chat_template is not None:
@@ -259,6 +274,11 @@ class Tokenizer:
         for file, values in ((TOKENIZER_CONFIG, settings), (GENERATION_CONFIG, stops)):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             write_text(directory / file, text)
+
+    def save_vocabulary(self, directory: Path) -> None:
+        """Writes the ``tokenizer.json`` alone."""
+        with new_file(directory / TOKENIZER_FILE) as new:
+            self._tokenizer.save(str(new))
 
     def stream(self) -> "TextStream":
         """Returns a decoder for ids that arrive one by one."""

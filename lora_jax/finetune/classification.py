@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
     EVAL_ROWS,
     SPLITS,
@@ -19,7 +20,6 @@ from lora_jax.finetune.job import (
     data_files,
     encode_texts,
     eval_buckets,
-    hold_out,
     loading,
     max_tokens,
     train_buckets,

@@ -80,10 +80,13 @@ def _shapes(job: jobs.Job, batches: Schedule, total: int) -> list[dict[str, Any]
         if len(found) == len(batches.buckets):
             break
     mesh = job.devices.mesh
-    where = None if mesh is None else batch_sharding(mesh)
     return [
         {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=None if mesh is None else batch_sharding(mesh, leaf.ndim),
+            )
             for name, leaf in batches.shapes_at(found[length]).items()
         }
         for length in sorted(found, reverse=True)

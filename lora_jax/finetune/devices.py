@@ -10,8 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.names import EXPERT
-from lora_jax.parallel.mesh import AXES, BATCH, make_mesh, process_rows, shard_batch
+from lora_jax.names import SEQUENCE
+from lora_jax.parallel.mesh import (
+    AXES,
+    BATCH,
+    MORE_AXES,
+    make_mesh,
+    process_rows,
+    shard_batch,
+)
 from lora_jax.parallel.rules import (
     Rules,
     WeightSharding,
@@ -52,6 +59,12 @@ class Devices:
     def parts(self) -> int:
         """The number of shards of a batch."""
         return math.prod(self.sizes[axis] for axis in BATCH)
+
+    @property
+    def token_unit(self) -> int:
+        """What a row's tokens must be a multiple of; see `parallel.sequence`."""
+        shards = self.sizes.get(SEQUENCE, 1)
+        return 1 if shards == 1 else 2 * shards
 
     def rows(self, wanted: int) -> int:
         """Returns the smallest valid number of rows that is at least ``wanted``."""
@@ -118,7 +131,7 @@ def open_devices(settings: RunSettings, *, is_strict: bool = True) -> Devices:
             f"mesh.member must be 1 for a run of its own; got {own.member}. It splits "
             "the runs of a sweep over devices: `lora-jax sweep`."
         )
-    sizes = {axis: getattr(own, axis) for axis in (*AXES, EXPERT)}
+    sizes = {axis: getattr(own, axis) for axis in (*AXES, *MORE_AXES)}
     try:
         mesh = make_mesh(**sizes)
     except ValueError as error:

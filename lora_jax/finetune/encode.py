@@ -10,7 +10,7 @@ from lora_jax.finetune.images import image_batches, image_fault, is_image
 from lora_jax.finetune.job import encode_texts
 from lora_jax.finetune.lines import (
     Batch,
-    Group,
+    Choose,
     by_length,
     check_faults,
     check_ids,
@@ -23,6 +23,7 @@ from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
+from lora_jax.models.tower import TextTowerConfig
 from lora_jax.names import CLASSIFIER
 
 
@@ -62,7 +63,7 @@ def encode(
     batch_size: int = 32,
     max_length: int | None = None,
     prompt: str | None = None,
-    groups: Sequence[Group] | None = None,
+    choose: Choose | None = None,
     reporter: Reporter | None = None,
 ) -> Encoded:
     """Encodes lines, all of them text (or token ids) or all images.
@@ -76,7 +77,7 @@ def encode(
         sentence-transformers, else the model's context length.
       prompt: name of the folder's prompt to put before each text; None for its
         default one, if it has one.
-      groups: variables and the lines they encode; None for the model's own and all.
+      choose: returns the variables of a batch of lines; None for the model's own.
       reporter: shows the progress.
 
     Returns:
@@ -115,26 +116,18 @@ def encode(
     check_faults("bad lines", faults)
     rows, truncated = min(batch_size, len(records)), 0
     if pixels is not None:
-        if groups is not None:
-            raise UserError(f"{path}: only lines of text can each name an adapter.")
-        images = image_batches(pixels, loaded.path, records, rows, path)
-        batches = ((loaded.variables, *batch) for batch in images)
+        batches = image_batches(pixels, loaded.path, records, rows, path)
     else:
         sequences, truncated = _token_ids(loaded, records, max_length)
         check_ids(sequences, config, path)
-        if is_dual and config.is_siglip:  # as it was trained
-            longest, pad = config.max_positions, config.padding_id
+        has_texts = isinstance(config, (DualConfig, TextTowerConfig))
+        if has_texts and config.is_siglip:  # padded as it was trained
+            longest = config.max_positions
+            own = isinstance(config, TextTowerConfig)
+            pad = config.fill_id if own else config.padding_id
             sequences = [ids + [pad] * (longest - len(ids)) for ids in sequences]
-        batches = (
-            (variables, [chosen[i] for i in members], inputs)
-            for variables, chosen in groups or [(loaded.variables, range(len(records)))]
-            for members, inputs in _text_batches(
-                [sequences[i] for i in chosen],
-                [records[i] for i in chosen],
-                rows,
-                loaded.config.max_positions,
-            )
-        )
+        longest = loaded.config.max_positions
+        batches = _text_batches(sequences, records, rows, longest)
 
     def forward(variables, *inputs):
         apply = loaded.module.apply
@@ -147,7 +140,10 @@ def encode(
     compiled, done = jax.jit(forward), 0
     lines: list[dict[str, list[float]]] = [{}] * len(records)
     with (reporter or Reporter()).progress("encode", len(records)) as tick:
-        for variables, members, inputs in batches:
+        for members, inputs in batches:
+            variables = loaded.variables
+            if choose is not None:
+                variables = choose(members.tolist(), rows)
             embedding, logits = jax.device_get(compiled(variables, *inputs))
             for row, member in enumerate(members):
                 lines[member] = {"embedding": embedding[row].tolist()}

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
-from lora_jax.finetune.job import Job, source_of
-from lora_jax.finetune.mixed_evaluation import EACH, measure_each, mixed_eval_step
+from lora_jax.finetune.job import Job, data_files
+from lora_jax.finetune.mixed_evaluation import EACH
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
+from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
-from lora_jax.interop.pretrained import adapter_folders
+from lora_jax.interop.adapter_folder import adapter_folders
 from lora_jax.names import FROZEN, SAVED, TRAINABLE
-from lora_jax.train.loop import evaluate
-from lora_jax.train.step import make_eval_step
 
 
 class Evaluation(NamedTuple):
@@ -89,33 +88,29 @@ def evaluate_run(
     if is_base:
         found = job.baseline({**job.splits, "test": wanted}, out)
         model, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
-    elif several:
-        variables = _together(folder, job)
-        batches = job.evaluation(wanted)
-        step = mixed_eval_step(job, batches)
+    else:
+        if several:
+            variables = _together(folder, job)
+            model = f"{len(several)} adapters, each on its own examples,"
+        else:
+            if job.lora.init == "eva":
+                adopt(job, adapter.config)
+            expected = {name: job.variables.get(name, {}) for name in SAVED}
+            adapter = load_adapter(
+                folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
+            )
+            variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
+            variables = job.devices.place(variables, job.targets)
+            model = f"adapter of step {adapter.extra['step']}"
+        step, batches = job.eval_step(job.adapted), job.evaluation(wanted)
         with out.progress("evaluate", batches.steps_per_epoch) as tick:
             stream = job.devices.one_epoch(batches, tick)
-            metrics = measure_each(step, job, variables, stream)
-        each = metrics.pop(EACH)
-        model = f"{len(several)} adapters, each on its own examples,"
-    else:
-        if job.lora.init == "eva":
-            adopt(job, adapter.config)
-        expected = {name: job.variables.get(name, {}) for name in SAVED}
-        adapter = load_adapter(
-            folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
-        )
-        variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
-        variables = job.devices.place(variables, job.targets)
-        step = make_eval_step(job.loss(job.adapted, is_training=False))
-        batches = job.evaluation(wanted)
-        with out.progress("evaluate", batches.steps_per_epoch) as tick:
-            measured = evaluate(step, variables, job.devices.one_epoch(batches, tick))
-        model = f"adapter of step {adapter.extra['step']}"
+            measured = job.measure(step, variables, stream)
         metrics = {name: measured[name] for name in job.metrics}
+        each = measured.get(EACH)
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
-    source = data or source_of(settings.data, split)
+    source = data or _source_of(settings.data, split)
     count, note = len(wanted.examples), job.devices.note
     return Evaluation(metrics, count, source, model, note, each)
 
@@ -132,3 +127,9 @@ def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
     trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
     return {FROZEN: job.variables[FROZEN], **stacked}
+
+
+def _source_of(data: DataSettings, split: str) -> str:
+    """Describes where the examples of a split come from."""
+    files = data_files(data)
+    return files.get(split) or f"{data.train}, {split}"

@@ -19,11 +19,13 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.safetensors import TensorReader, open_tensors
 from lora_jax.finetune import settings
 from lora_jax.finetune.errors import UserError
+from lora_jax.interop.adapter_folder import find_adapter
 from lora_jax.interop.external import ExternalAdapter
-from lora_jax.interop.pretrained import find_adapter, read_external
+from lora_jax.interop.pretrained import read_external
 from lora_jax.models import source
 from lora_jax.models.stacking import layer_slices
-from lora_jax.names import FIXED, LORA, LORA_A, LORA_B, PARAMS, START_A, START_B
+from lora_jax.names import ADAPTER, ADAPTER_LEAVES, LORA_A, LORA_B, PARAMS
+from lora_jax.ops.factors import Factors
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -79,15 +81,13 @@ def _inspect_adapter(folder: Path) -> dict[str, Any]:
     meta = ours.read_adapter_config(folder)
     config = LoRAConfig.from_dict(meta["lora"])
     reader = open_tensors(folder / ours.TENSORS)
-    prefix, suffix = f"{LORA}/", f"/{LORA_B}"
-    layers = [
-        row
-        for name in reader.shapes
-        if name.startswith(prefix) and name.endswith(suffix)
-        for row in _layers(
-            reader, name.removeprefix(prefix).removesuffix(suffix), config
-        )
+    parts = [name.partition("/") for name in reader.shapes]
+    paths = [
+        path.removesuffix(f"/{LORA_B}")
+        for held, _, path in parts
+        if held in ADAPTER and path.endswith(f"/{LORA_B}")
     ]
+    layers = [row for path in paths for row in _layers(reader, path, config)]
     shapes = reader.shapes.items()
     return {
         "kind": "adapter",
@@ -110,7 +110,11 @@ def _inspect_external(adapter: ExternalAdapter, folder: Path) -> dict[str, Any]:
             "rank": factors.rank,
             "alpha": factors.alpha,
             "scaling": factors.scaling,
-            **_norms(factors.a.T, factors.b.T, scaling=factors.scaling),
+            **(
+                {"norm": None, "top": None}
+                if factors.is_wide
+                else _norms(factors.a.T, factors.b.T, scaling=factors.scaling)
+            ),
         }
         for name, factors in adapter.modules.items()
     ]
@@ -136,16 +140,17 @@ def _layers(
     reader: TensorReader, path: str, config: LoRAConfig
 ) -> list[dict[str, Any]]:
     """Returns a row for each layer of an adapter's leaves: one, or those of a stack."""
-    b = reader[f"{LORA}/{path}/{LORA_B}"]
-    names = [f"{held}/{path}/{LORA_A}" for held in (LORA, FIXED)]
-    name = next((name for name in names if name in reader.shapes), None)
-    if name is None:
+    leaves = {
+        leaf: reader[name]
+        for leaf in ADAPTER_LEAVES
+        for held in ADAPTER
+        if (name := f"{held}/{path}/{leaf}") in reader.shapes
+    }
+    if LORA_A not in leaves:
         raise UserError(f"the adapter has {path}/{LORA_B} but no {path}/{LORA_A}.")
-    a = reader[name]
-    starts = [f"{FIXED}/{path}/{leaf}" for leaf in (START_A, START_B)]
-    if a.ndim == b.ndim and a.ndim in (2, 3) and {*starts} <= {*reader.shapes}:
-        a = np.concatenate([a, reader[starts[0]]], axis=-1)
-        b = np.concatenate([b, -reader[starts[1]]], axis=-2)
+    a, b = leaves[LORA_A], leaves[LORA_B]
+    if a.ndim == b.ndim and a.ndim in (2, 3):
+        a, b = map(np.asarray, Factors(**leaves).plain()[:2])
     scaling = config.scaling_for(path)
     facts = {
         "rank": config.rank_for(path),

@@ -1,19 +1,14 @@
-"""`Job`, the base class of the tasks: a model with adapters, tokenised splits, a loss.
-
-`tasks.open_job` makes a `Classification` or a `Language` job. Helpers that both use are
-below.
-"""
+"""`Job`, the base class of the tasks that `tasks.open_job` chooses from."""
 
 import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lora_jax.array_types import PyTree
@@ -21,17 +16,20 @@ from lora_jax.config import LoRAConfig
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.mixed_evaluation import measure_each
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import localize
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.train.buckets import Schedule, length_buckets
+from lora_jax.train.loop import evaluate
+from lora_jax.train.mixed import make_mixed_eval_step
 from lora_jax.train.optimizer import lora_optimizer
-from lora_jax.train.step import LossFn
+from lora_jax.train.step import LossFn, make_eval_step
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.targets import Target
 
@@ -39,6 +37,7 @@ SPLITS = ("train", "validation", "test")
 EVAL_ROWS = 32
 
 Metrics = Mapping[str, float]
+EvalStep = Callable[[PyTree, Any], dict[str, Any]]
 Facts = list[tuple[str, str]]
 
 
@@ -87,6 +86,7 @@ class Job(abc.ABC):
     weight: ClassVar[str]  # the unit the loss is averaged over
     metrics: ClassVar[tuple[str, ...]]  # validation metrics; the last selects the best
     best_mode: ClassVar[str]  # "max" or "min"
+    has_formula: ClassVar[bool] = True  # of its FLOPs, where a decoder's has one
 
     @abc.abstractmethod
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
@@ -98,6 +98,29 @@ class Job(abc.ABC):
           copies: how many of it `jax.vmap` computes at once; they share the memory
             that is set aside for logits.
         """
+
+    @property
+    def eval_rows(self) -> int:
+        """The rows of a batch of an evaluation."""
+        return self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size))
+
+    def eval_step(self, module: Any, *, copies: int = 1) -> EvalStep:
+        """Returns the compiled evaluation of ``module``, for `measure`; see `loss`."""
+        if not self.adapters:
+            return make_eval_step(self.loss(module, is_training=False, copies=copies))
+        loss_fn = self.loss(module, is_training=False, copies=self.eval_rows)
+        return make_mixed_eval_step(loss_fn)
+
+    def measure(
+        self, step: EvalStep, variables: PyTree, batches: Iterable[Any]
+    ) -> dict[str, Any]:
+        """Returns the metrics over batches, and their total ``weight``.
+
+        If the examples name their adapter, `measure_each` does; ``variables`` have all.
+        """
+        if self.adapters:
+            return measure_each(step, variables, batches, self.adapters, self.metrics)
+        return evaluate(step, variables, batches)
 
     @abc.abstractmethod
     def batches(self) -> Schedule:
@@ -162,8 +185,7 @@ class Job(abc.ABC):
 
     def lora_for(self, settings: RunSettings) -> LoRAConfig:
         """Returns the adapter config of other settings, resolved for this model."""
-        own = self.loaded
-        lora = translate_names(settings.lora, own.family, own.config)
+        lora = localize(settings.lora, self.loaded)
         if not lora.train:  # of an encoder it is the head
             lora = dataclasses.replace(lora, train=self.lora.train)
         return lora
@@ -232,7 +254,7 @@ def attach(
 ) -> dict[str, Any]:
     """Adds new adapters to a base; returns the corresponding fields of `Job`."""
     _, key = jax.random.split(jax.random.key(settings.train.seed))
-    lora = translate_names(lora, loaded.family, loaded.config)
+    lora = localize(lora, loaded)
     adapted = adapt(loaded.module, lora, *loaded.inputs)
     targets = adapted.targets(loaded.params)
     variables = adapted.attach(loaded.params, key)
@@ -253,61 +275,6 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
     is_held_out = "validation" in splits and files["validation"] is None
     wanted = {*splits, "train"} if is_held_out else splits
     return {n: file for n, file in files.items() if n in wanted and file is not None}
-
-
-def source_of(data: DataSettings, split: str) -> str:
-    """Describes where the examples of a split come from."""
-    files = data_files(data)
-    return files.get(split) or f"{data.train}, {split}"
-
-
-def hold_out(
-    rows: dict[str, list[Any]],
-    data: DataSettings,
-    adapters: Sequence[str] = (),
-    adapter_of: Callable[[Any], int] | None = None,
-) -> dict[str, list[Any]]:
-    """Splits off a validation split from the training examples if it has no file.
-
-    Args:
-      rows: the examples of each split.
-      data: the settings.
-      adapters: names of the adapters; each has its own part held out.
-      adapter_of: returns the number of an example's adapter.
-
-    Returns:
-      The splits, in the order of `SPLITS`.
-
-    Raises:
-      UserError: if no training examples are left.
-    """
-    is_given = data.validation is not None or "validation" in rows
-    if is_given or "train" not in rows:
-        return rows
-    train = rows["train"]
-    parts: list[list[int]] = [[] for _ in adapters or [""]]
-    for place, row in enumerate(train):
-        parts[adapter_of(row) if adapters and adapter_of else 0].append(place)
-    counts = [max(1, round(data.holdout * len(part))) for part in parts]
-    sizes = zip(parts, counts, strict=True)
-    small = [i for i, (part, count) in enumerate(sizes) if count >= len(part)]
-    if small:
-        first = len(parts[small[0]])
-        whose = f" of {', '.join(adapters[i] for i in small[:20])}" if adapters else ""
-        whose += f" and {len(small) - 20} more" if len(small) > 20 else ""
-        raise UserError(
-            f"data.train has {first} examples{whose}, and data.holdout = "
-            f"{data.holdout} leaves none for training; set data.validation to a file."
-        )
-    rng, chosen = np.random.default_rng(data.seed), set()
-    for part, count in zip(parts, counts, strict=True):
-        order = rng.permutation(len(part))
-        chosen |= {part[i] for i in order[:count].tolist()}
-    return {
-        "train": [row for i, row in enumerate(train) if i not in chosen],
-        "validation": [row for i, row in enumerate(train) if i in chosen],
-        **{name: found for name, found in rows.items() if name != "train"},
-    }
 
 
 def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
+from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import (
-    EVAL_ROWS,
     Facts,
     Job,
     Metrics,
@@ -22,7 +22,6 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     eval_buckets,
-    hold_out,
     loading,
     max_tokens,
     train_buckets,
@@ -32,6 +31,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.pretrained import load_model
+from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
@@ -39,6 +39,7 @@ from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
+from lora_jax.parallel.sequence import check_length
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
@@ -65,11 +66,13 @@ class Language(Job):
     weight: ClassVar[str] = "targets"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     best_mode: ClassVar[str] = "min"
+    default_length: ClassVar[int] = MAX_LENGTH  # data.max_length, unless it is given
 
     @property
     def max_length(self) -> int:
-        """Maximum tokens per example."""
-        return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
+        """Maximum tokens per example; of an encoder–decoder, of each of its sides."""
+        data, default = self.settings.data, self.default_length
+        return max_tokens(data, self.loaded, default)[0]
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the next-token cross-entropy; in training, experts' balance too."""
@@ -93,10 +96,12 @@ class Language(Job):
         train = self.settings.train
         split = self.splits["train"]
         packed = self.max_length if self.settings.data.packing else None
+        if packed:
+            check_length(packed, self.devices.sizes)
         return TextBatches(
             split.examples,
             train.batch_size,
-            None if packed else train_buckets(split, self.loaded),
+            None if packed else self._split(train_buckets(split, self.loaded)),
             packed_length=packed,
             seed=train.seed,
         )
@@ -106,11 +111,16 @@ class Language(Job):
         packed = self.max_length if self.settings.data.packing else None
         return TextBatches(
             split.examples,
-            self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size)),
-            None if packed else eval_buckets(split, buckets, self.loaded),
+            self.eval_rows,
+            None if packed else self._split(eval_buckets(split, buckets, self.loaded)),
             packed_length=packed,
             shuffle=False,
         )
+
+    def _split(self, buckets: Sequence[int]) -> list[int]:
+        """Returns the lengths to pad to, such that the mesh can split the rows."""
+        unit = self.devices.token_unit
+        return sorted({-(-size // unit) * unit for size in buckets})
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
@@ -156,21 +166,25 @@ class Language(Job):
             ("tokens", tokens),
             ("targets", f"{batches.targets:,} tokens count ({share:.0%} of train)"),
         ]
-        cut = sum(split.truncated for split in self.splits.values())
-        dropped = sum(split.dropped for split in self.splits.values())
-        _, limit, lowered = max_tokens(self.settings.data, self.loaded, MAX_LENGTH)
-        if cut:
-            note = f"{cut:,} examples truncated to {limit}"
-            if dropped:
-                note += f"; {dropped:,} of them lost all targets and were dropped"
-            facts.append(("truncated", note))
         tokenizer = self.loaded.tokenizer
         endless = endless_turns(tokenizer, self.ends) if tokenizer else ""
-        return facts + lowered + ([("warning", endless)] if endless else [])
+        return facts + self.cut_facts() + ([("warning", endless)] if endless else [])
+
+    def cut_facts(self) -> Facts:
+        """Describes what was truncated, and a lower limit than that asked for."""
+        data, default = self.settings.data, self.default_length
+        _, limit, facts = max_tokens(data, self.loaded, default)
+        if cut := sum(split.truncated for split in self.splits.values()):
+            note = f"{cut:,} examples truncated to {limit}"
+            if dropped := sum(split.dropped for split in self.splits.values()):
+                note += f"; {dropped:,} of them lost all targets and were dropped"
+            return [("truncated", note), *facts]
+        return facts
 
     def extra(self) -> dict[str, Any]:
         """See `Job.extra`."""
-        return {"max_length": self.max_length}
+        added = list(self.loaded.added)
+        return {"max_length": self.max_length, **({ADDED: added} if added else {})}
 
     @property
     def prompt(self) -> Literal["text", "chat"] | None:
@@ -232,14 +246,15 @@ def open_language(
         loaded = load_model(
             settings.model.path,
             scan_layers=scan,
+            add_tokens=settings.model.add_tokens,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),
         )
         if not getattr(loaded.config, "predicts", True):
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
-                "no head, or tokens see later ones). Train it in Python, on "
-                "`lora_jax.embedding_loss`."
+                "no head, or tokens see later ones). Train it on pairs of texts, lines "
+                "with an 'anchor' and a 'positive'."
             )
         files = data_files(settings.data, splits)
         is_mixed = names_adapters(settings.data)
@@ -258,14 +273,32 @@ def open_language(
         adapters=tuple(adapters),
         **attach(settings, devices, loaded, settings.lora),
     )
-    by_line = {name: _by_line(found) for name, found in data.items()}
-    for name, rows in hold_out(
-        by_line, settings.data, adapters, lambda row: row[0][OWNER]
-    ).items():
-        if name in splits:
-            cut = (data[name].truncated, data[name].dropped) if name in data else (0, 0)
-            job.splits[name] = Split([e for row in rows for e in row], *cut)
+    rows = {name: _by_line(found) for name, found in data.items()}
+    cuts = {name: (found.truncated, found.dropped) for name, found in data.items()}
+    fill_splits(job, rows, cuts, splits)
     return job
+
+
+def fill_splits(
+    job: Language,
+    rows: dict[str, list[list[dict[str, Any]]]],
+    cuts: Mapping[str, tuple[int, ...]],
+    splits: Sequence[str],
+) -> None:
+    """Gives a job its splits.
+
+    Args:
+      job: without them.
+      rows: the examples of each line, by file.
+      cuts: how many of a file were truncated, and dropped.
+      splits: the names of the wanted ones.
+    """
+    data, adapters = job.settings.data, job.adapters
+    found = hold_out(rows, data, adapters, lambda row: row[0][OWNER])
+    for name in found:
+        if name in splits:
+            examples = [example for row in found[name] for example in row]
+            job.splits[name] = Split(examples, *cuts.get(name, (0,)))
 
 
 def check_no_classes(settings: RunSettings) -> None:

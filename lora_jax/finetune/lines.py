@@ -1,6 +1,6 @@
 """JSONL lines with text or token ids, for `encode` and `score`: validation, batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from lora_jax.train.buckets import length_buckets
 MAX_FAULTS = 20
 
 Batch = tuple[np.ndarray, tuple[np.ndarray, ...]]  # line indices, model inputs
-Group = tuple[PyTree, Sequence[int]]  # variables, and the lines that they are for
+Choose = Callable[[Sequence[int], int], PyTree]  # variables of lines, padded to rows
 
 
 def is_ints(value: Any) -> bool:

@@ -115,7 +115,7 @@ def _has_field(path: Path) -> bool:
     with path.open("rb") as file:
         for line in file:
             if field in line and len(line) <= MAX_LINE:
-                # What is wrong with the line, its reader tells.
+                # The reader reports what is wrong with the line.
                 with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
                     if isinstance(record, dict) and OWNER in record:

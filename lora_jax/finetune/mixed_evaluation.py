@@ -6,50 +6,40 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.finetune.job import Job
 from lora_jax.names import TRAINABLE
-from lora_jax.train.buckets import Batch, Schedule
-from lora_jax.train.mixed import evaluate_each, make_mixed_eval_step
+from lora_jax.train.buckets import Batch
+from lora_jax.train.mixed import evaluate_each
 
 EACH = "adapters"  # of a line of metrics.jsonl, and of summary.json
 
 
-def mixed_eval_step(job: Job, batches: Schedule) -> Any:
-    """Returns the evaluation of a job's rows.
-
-    Args:
-      job: with ``adapters``.
-      batches: of one of its splits.
-
-    Returns:
-      See `make_mixed_eval_step`.
-    """
-    rows = batches.batch_size
-    return make_mixed_eval_step(job.loss(job.adapted, is_training=False, copies=rows))
-
-
 def measure_each(
-    step: Any, job: Job, variables: Mapping[str, Any], batches: Iterable[Batch]
+    step: Any,
+    variables: Mapping[str, Any],
+    batches: Iterable[Batch],
+    adapters: Sequence[str],
+    metrics: Sequence[str],
 ) -> dict[str, Any]:
     """Measures all adapters.
 
     Args:
-      step: from `mixed_eval_step`.
-      job: with ``adapters``.
+      step: from `make_mixed_eval_step`.
       variables: with all adapters.
       batches: the examples.
+      adapters: their names.
+      metrics: the names of the metrics.
 
     Returns:
-      The job's metrics over all examples, and under `EACH` those of each adapter.
+      The metrics over all examples, and under `EACH` those of each adapter.
     """
     own = {key: variables[key] for key in TRAINABLE if key in variables}
     frozen = {key: tree for key, tree in variables.items() if key not in own}
-    found = evaluate_each(step, own, frozen, batches, len(job.adapters))
+    found = evaluate_each(step, own, frozen, batches, len(adapters))
     each = {
-        name: {key: float(found[key][i]) for key in job.metrics}
-        for i, name in enumerate(job.adapters)
+        name: {key: float(found[key][i]) for key in metrics}
+        for i, name in enumerate(adapters)
     }
-    return {**weighted_means(each, job.metrics, found["weight"]), EACH: each}
+    return {**weighted_means(each, metrics, found["weight"]), EACH: each}
 
 
 def weighted_means(

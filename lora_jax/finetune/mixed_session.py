@@ -9,19 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.files.adapter import load_adapter, read_adapter_config, save_adapter
-from lora_jax.finetune import report
-from lora_jax.finetune.curves import draw_curves
-from lora_jax.finetune.mixed_evaluation import (
-    EACH,
-    measure_each,
-    mixed_eval_step,
-    weighted_means,
-)
-from lora_jax.finetune.run_folder import ADAPTERS, CURVES
+from lora_jax.files.adapter import load_adapter, read_adapter_config
+from lora_jax.finetune.mixed_evaluation import EACH, weighted_means
+from lora_jax.finetune.run_folder import ADAPTERS
 from lora_jax.finetune.session import Session
 from lora_jax.names import OWNER
 from lora_jax.train.state import TrainState
@@ -41,7 +33,6 @@ class MixedSession(Session):
         super().__init__(*args)
         self.bests: dict[str, dict[str, Any]] = {}
         self.improved: list[str] = []
-        self._rows_step: Any = None
 
     def place(self, name: str) -> Path:
         """Returns the folder of an adapter."""
@@ -56,14 +47,6 @@ class MixedSession(Session):
             if step != best["step"]:
                 del self.bests[name]
         return state
-
-    def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
-        job = self.job
-        if self._rows_step is None:
-            self._rows_step = mixed_eval_step(job, self.evaluations[name])
-        with self.timed("evaluate"):
-            batches = job.devices.one_epoch(self.evaluations[name])
-            return measure_each(self._rows_step, job, variables, batches)
 
     def _is_best(self, line: dict[str, Any]) -> bool:
         before, metric = self.stale, self.job.metric
@@ -85,19 +68,8 @@ class MixedSession(Session):
         trained = jax.device_get(state.trainable)
         for name in self.improved:
             number = self.job.adapters.index(name)
-            save_adapter(
-                self.place(name),
-                jax.tree.map(lambda leaf, i=number: leaf[i], trained),
-                self.job.lora,
-                self.job.fingerprint,
-                extra={
-                    "model": self.settings.model.path,
-                    "param_dtype": self.settings.model.param_dtype,
-                    **self.job.extra(),
-                    "adapter": name,
-                    "step": int(state.step),
-                },
-            )
+            one = jax.tree.map(lambda leaf, i=number: leaf[i], trained)
+            self._keep(self.place(name), one, int(state.step), adapter=name)
 
     def _finish(
         self, state: TrainState, baseline: dict[str, Any] | None
@@ -125,15 +97,6 @@ class MixedSession(Session):
             "step": max(own["step"] for own in self.bests.values()),
             **weighted_means(known, job.metrics, weights),
         }
-        key = f"validation_{job.metric}"
-        draw_curves(
-            self.folder.metrics(),
-            self.folder / CURVES,
-            title=report.title(self.settings, self.counts),
-            metrics=job.metrics,
-            baseline=(baseline["what"], baseline[key]) if baseline else None,
-        )
-        self.seconds["total"] = self.elapsed()
         warning = None
         if missing := [name for name in each if name not in self.bests]:
             more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
@@ -141,22 +104,9 @@ class MixedSession(Session):
                 f"{len(missing)} of {len(each)} adapters diverged, and were not kept: "
                 f"{', '.join(missing[:SHOWN])}{more}. Lower train.learning_rate."
             )
-            self.out.say(f"\n  {warning}", style="yellow")
-        summary = report.summarise(
-            job,
-            self.folder,
-            state,
-            best=best,
-            test=test,
-            baseline=baseline,
-            parameters=self.counts,
-            memory_bytes=self.plan.parts,
-            seconds=self.seconds,
-            warning=warning,
-            adapters=each,
+        return self._conclude(
+            state, baseline, best, test=test, warning=warning, adapters=each
         )
-        self.folder.summarise(summary)
-        return summary
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
         """Returns the trained collections of all adapters, at their best."""
@@ -172,7 +122,12 @@ class MixedSession(Session):
                 one = jax.tree.leaves(found.variables)
                 for leaf, value in zip(leaves, one, strict=True):
                     leaf[number] = value
-        return jax.tree.unflatten(structure, list(map(jnp.asarray, leaves)))
+        found = jax.tree.unflatten(structure, leaves)
+        return jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding),
+            found,
+            state.trainable,
+        )
 
     def _examples(self) -> dict[str, list[int]]:
         """Counts each adapter's examples in every split."""

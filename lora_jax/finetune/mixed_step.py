@@ -10,9 +10,10 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.names import EMBED, HEAD, PARAMS
 from lora_jax.nn.adapt import Adapted
 from lora_jax.nn.rows import RowAdapted
+from lora_jax.parallel.mesh import mesh_of
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.members import Hyper
-from lora_jax.train.mixed import make_mixed_step, mixed_state
+from lora_jax.train.mixed import make_mixed_step, mixed_places, mixed_state
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import TrainStep
 
@@ -55,8 +56,9 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
         )
     if shared := {EMBED, HEAD} & {*job.variables.get(PARAMS, {})}:
         raise UserError(
-            f"lora.train can't name a decoder's {' and '.join(sorted(shared))} where "
-            "examples name their adapter: every adapter would have one of its own."
+            f"lora.train and lora.tokens can't name a decoder's "
+            f"{' and '.join(sorted(shared))} where examples name their adapter: every "
+            "adapter would have one of its own."
         )
     steps = np.zeros(len(job.adapters), np.int64)
     for number in range(total):
@@ -91,12 +93,18 @@ def mixed_shapes(job: jobs.Job, hypers: Hyper) -> TrainState:
     state = jax.eval_shape(
         lambda variables, key: mixed_state(variables, hypers, key), job.variables, key
     )
-    here = jax.tree.leaves(job.variables)[0].sharding
+    trainable = {k: tree for k, tree in job.variables.items() if k in state.trainable}
+    if (mesh := mesh_of(job.variables)) is None:
+        here = jax.tree.leaves(job.variables)[0].sharding
+        places = jax.tree.map(lambda leaf: here, state)
+    else:
+        places = mixed_places(state, trainable, mesh)
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+    def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return jax.tree.map(placed, state)
+    frozen = {k: tree for k, tree in job.variables.items() if k not in trainable}
+    return jax.tree.map(placed, state, places).replace(frozen=frozen)
 
 
 def mixed_step(job: jobs.Job, adapted: Adapted, hypers: Hyper) -> TrainStep:

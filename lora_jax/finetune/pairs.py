@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -11,18 +11,16 @@ from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.job import (
-    EVAL_ROWS,
     Facts,
     Split,
     attach,
     data_files,
     eval_buckets,
-    hold_out,
     loading,
     max_tokens,
     train_buckets,
 )
-from lora_jax.finetune.language import Language, check_no_classes
+from lora_jax.finetune.language import Language, check_no_classes, fill_splits
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.loaded import LoadedModel
@@ -45,10 +43,7 @@ MAX_LENGTH = 512
 class Pairs(Language):
     """See `Job`; as `Language`, but a prompt is the encoder's."""
 
-    @property
-    def max_length(self) -> int:
-        """Maximum tokens of a source and of a target."""
-        return max_tokens(self.settings.data, self.loaded, MAX_LENGTH)[0]
+    default_length: ClassVar[int] = MAX_LENGTH
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the cross-entropy of the targets' tokens."""
@@ -75,7 +70,7 @@ class Pairs(Language):
         """See `Job.evaluation`."""
         return PairBatches(
             split.examples,
-            self.devices.rows(min(EVAL_ROWS, self.settings.train.batch_size)),
+            self.eval_rows,
             eval_buckets(split, buckets, self.loaded),
             start_id=self.loaded.config.start_id,
             shuffle=False,
@@ -90,8 +85,7 @@ class Pairs(Language):
         assert isinstance(batches, PairBatches)  # from `batches`
         lengths = [len(e["labels"]) for e in self.splits["train"].examples]
         sources, mean = batches.lengths, sum(lengths) / len(lengths)
-        _, limit, lowered = max_tokens(self.settings.data, self.loaded, MAX_LENGTH)
-        facts = [
+        return [
             ("data", self.sizes),
             (
                 "prompts",
@@ -103,10 +97,8 @@ class Pairs(Language):
                 f"mean {mean:.1f} tokens, max {max(lengths)}; {batches.targets:,} "
                 f"({batches.token_fraction:.0%} of all positions are tokens)",
             ),
+            *self.cut_facts(),
         ]
-        if cut := sum(split.truncated for split in self.splits.values()):
-            facts.append(("truncated", f"{cut:,} examples truncated to {limit}"))
-        return facts + lowered
 
     def encode_sample(
         self, prompt: str | Sequence[Message], tokenizer: Tokenizer
@@ -139,20 +131,17 @@ def open_pairs(
         if not loaded.config.predicts:
             raise UserError(
                 f"{loaded.path} must have a decoder to be trained; it is the encoder "
-                "of one alone. `lora-jax encode` computes its embeddings."
+                "of one alone. Train its embeddings on pairs of texts, lines with an "
+                "'anchor' and a 'positive'."
             )
         data = {
             name: _read(file, settings, loaded)
             for name, file in data_files(settings.data, splits).items()
         }
     job = Pairs(splits={}, **attach(settings, devices, loaded, settings.lora))
-    rows = hold_out(
-        {name: [*found.examples] for name, found in data.items()}, settings.data
-    )
-    for name in rows:
-        if name in splits:
-            cut = data[name].truncated if name in data else 0
-            job.splits[name] = Split(rows[name], cut)
+    rows = {name: [[e] for e in found.examples] for name, found in data.items()}
+    cuts = {name: (found.truncated,) for name, found in data.items()}
+    fill_splits(job, rows, cuts, splits)
     return job
 
 

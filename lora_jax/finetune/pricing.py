@@ -2,34 +2,43 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
+from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import job as jobs
+from lora_jax.finetune import pairs
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.models.decoder import REMATS, Decoder
+from lora_jax.models.added_tokens import grow_tokenizer, train_added
+from lora_jax.models.decoder import REMATS
 from lora_jax.models.families import FAMILIES
+from lora_jax.models.sentence_config import MODULES, read_sentence
 from lora_jax.models.source import check_settings, read_config, read_settings
 from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
-from lora_jax.names import EXPERT, PARAMS
+from lora_jax.models.tokens import name_tokens
+from lora_jax.names import EXPERT, PARAMS, SEQUENCE
 from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.mesh import batch_sharding, make_mesh
 from lora_jax.parallel.rules import make_sharding
+from lora_jax.parallel.sequence import check_length
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
 from lora_jax.plan.step import StepPlan, price_step, price_training
-from lora_jax.plan.topology import DecoderSteps
+from lora_jax.plan.topology import DecoderSteps, PairSteps, TextPairSteps
 from lora_jax.train.buckets import Schedule
 
 
@@ -91,8 +100,12 @@ class JobSteps:
 
     def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
         hypers = mixed_hypers(self.job, self.batches, self.total)
+        mesh = self.job.devices.mesh
+        where = None if mesh is None else batch_sharding(mesh)
         batch = {
-            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
+            )
             for name, leaf in self.longest.items()
         }
         return price_step(
@@ -154,7 +167,7 @@ class JobSteps:
 
         A decoder's are computed by formula, because cuDNN's attention can't be traced.
         """
-        if plan.remat is None:
+        if plan.remat is None or not self.job.has_formula:
             return StepFlops(plan.flops, full.flops)
         loaded, counted = self.job.loaded, (plan.batch, plan.tokens)
         common = (loaded.config, loaded.params, self.job.targets)
@@ -179,7 +192,7 @@ def too_large(plan: StepPlan, device: str, suggestion: str) -> UserError:
 def slice_steps(
     settings: RunSettings, topology: str, mesh: Mapping[str, int], tokens: int | None
 ) -> DecoderSteps:
-    """Returns a decoder's steps on a TPU slice, from the settings and its config only.
+    """Returns a model's steps on a TPU slice, from the settings and its config only.
 
     Args:
       settings: settings of the run.
@@ -188,7 +201,7 @@ def slice_steps(
       tokens: tokens per row; None for ``data.max_length``.
 
     Raises:
-      UserError: if the model is an encoder, or a row exceeds its context.
+      UserError: if the model is an encoder alone, or a row exceeds its context.
       ValueError: if the slice does not exist, or the mesh doesn't divide it.
     """
     limit, found = check_topology(topology).memory, find_model(settings.model.path)
@@ -197,34 +210,53 @@ def slice_steps(
     else:
         config_json = read_settings(found)
     family = FAMILIES[config_json["model_type"]]
-    if family.kind != "decoder":
+    config = read_config(family, config_json, found)
+    if family.kind == "encoder" or not getattr(config, "num_decoder_layers", 1):
         raise UserError(
             f"--topology requires a decoder; {found} is a {config_json['model_type']}, "
-            f"an {family.kind}. Omit --topology to compile its step for this machine."
+            "an encoder. Omit --topology to compile its step for this machine."
         )
-    config = read_config(family, config_json, found)
     check_experts(config, settings, axis=mesh.get(EXPERT, 1))
-    tokens = tokens or min(settings.data.max_length or MAX_LENGTH, config.max_positions)
+    check_sequence(family.kind, config, mesh.get(SEQUENCE, 1))
+    default = pairs.MAX_LENGTH if family.has_source else MAX_LENGTH
+    tokens = tokens or min(settings.data.max_length or default, config.max_positions)
     if tokens > config.max_positions:
         raise UserError(
             f"--tokens must be at most the model's context, {config.max_positions}; "
             f"got {tokens}."
         )
+    check_length(tokens, mesh)
     inner = config_json.get("text_config")  # of a multimodal model
     both = (inner if isinstance(inner, dict) else {}) | config_json
     stored = both.get("dtype", both.get("torch_dtype"))
     lora = translate_names(settings.lora, family, config)
-    scan = settings.model.scan
-    if scan is None:
-        scan = can_scan(lora, config)
+    tokenizer, new = load_tokenizer(found), settings.model.add_tokens
+    if new:
+        tokenizer = grow_tokenizer(tokenizer, new, str(found))
+        ids = [tokenizer.token_id(token) or 0 for token in new]
+        size = max(config.vocab_size, *(i + 1 for i in ids))
+        config = dataclasses.replace(config, vocab_size=size)
+        trained = train_added(lora, ids, is_tied=config.is_tied)
+        lora = dataclasses.replace(lora, tokens=trained)
+    lora = name_tokens(lora, tokenizer, config.vocab_size)
+    options: dict[str, Any] = {
+        "dtype": jnp.dtype(settings.model.dtype),
+        "remat": settings.model.first_remat("tpu"),
+    }
+    make = DecoderSteps
+    if family.has_source:
+        is_tied = config_json.get("tie_word_embeddings", True)  # no file says it here
+        config, make = dataclasses.replace(config, is_tied=bool(is_tied)), PairSteps
+    else:
+        scan = settings.model.scan
+        options["scan_layers"] = can_scan(lora, config) if scan is None else scan
+        options["sentence"] = read_sentence(found) if found.is_dir() else None
+    if options.get("sentence") is not None or not config.predicts:
+        make = _embedding_steps(options, found)
+        config = dataclasses.replace(config, has_head=False)
     devices = make_mesh(**mesh, devices=open_slice(topology))
-    return DecoderSteps(
-        Decoder(
-            config,
-            dtype=jnp.dtype(settings.model.dtype),
-            scan_layers=scan,
-            remat=settings.model.first_remat("tpu"),
-        ),
+    return make(
+        family.module(config, **options),
         lora,
         tokens,
         make_sharding(devices, mesh_rules(settings), uneven=settings.mesh.uneven),
@@ -233,3 +265,13 @@ def slice_steps(
         accumulate=settings.train.accumulate,
         router_aux_loss_coef=settings.train.router_aux_loss_coef,
     )
+
+
+def _embedding_steps(options: Mapping[str, Any], path: Path) -> type[DecoderSteps]:
+    """Returns the steps of a decoder that makes embeddings; raises if none says how."""
+    if options.get("sentence") is None:
+        raise UserError(
+            f"{path} must have a {MODULES}, which says how a model that does not "
+            "predict tokens makes embeddings; it has none."
+        )
+    return TextPairSteps

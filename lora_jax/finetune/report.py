@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ from lora_jax.train.buckets import Schedule
 from lora_jax.train.state import TrainState
 from lora_jax.tree.partition import count
 from lora_jax.tree.targets import Target
+from lora_jax.tree.token_rows import TokenRows
 
 LONG = 12
 
@@ -65,7 +67,7 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     out.heading("Loaded")
     out.facts([*loaded_facts(job), *job.data_facts(batches), *adapter_facts(job)])
     out.heading(f"Adapted layers ({layer_count(job.targets)})")
-    print_targets(out, job.targets)
+    print_targets(out, job.targets, job.adapted.token_rows(job.loaded.params))
     for note in job.frozen_notes:
         out.say(f"  {note}", style="yellow")
 
@@ -219,10 +221,28 @@ def target_rows(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def print_targets(out: Reporter, targets: Sequence[Target]) -> None:
-    """Prints the table of targets."""
+def token_table(tokens: Sequence[TokenRows]) -> list[tuple[Any, ...]]:
+    """Returns a row like those of `target_rows` for each layer with trained rows."""
+    return [
+        (
+            each.path,
+            1,
+            f"rows of {len(each.tokens)} tokens",
+            " x ".join(map(str, each.kernel_shape)),
+            "-",
+            "-",
+            math.prod(each.shape),
+        )
+        for each in tokens
+    ]
+
+
+def print_targets(
+    out: Reporter, targets: Sequence[Target], tokens: Sequence[TokenRows] = ()
+) -> None:
+    """Prints the table of targets, and of layers with trained rows of tokens."""
     columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
-    out.table(columns, target_rows(targets))
+    out.table(columns, [*target_rows(targets), *token_table(tokens)])
 
 
 def counts(job: Job) -> dict[str, Any]:

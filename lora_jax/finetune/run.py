@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.interop.pretrained import RUN_ADAPTERS, load_model
+from lora_jax.interop.adapter_folder import RUN_ADAPTERS
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import LoadedModel
 from lora_jax.parallel.processes import (
     check_same,

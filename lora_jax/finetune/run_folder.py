@@ -25,7 +25,7 @@ from lora_jax.finetune.settings import (
     differences,
     load_settings,
 )
-from lora_jax.interop.pretrained import RUN_ADAPTER, RUN_ADAPTERS, adapter_folders
+from lora_jax.interop.adapter_folder import RUN_ADAPTER, RUN_ADAPTERS, adapter_folders
 
 ADAPTER, ADAPTERS = RUN_ADAPTER, RUN_ADAPTERS
 START = "start"  # the first adapters, of methods that need them later

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.lines import (
-    Group,
+    Choose,
     by_length,
     check_faults,
     check_ids,
@@ -56,7 +57,7 @@ def score(
     path: str,
     *,
     batch_size: int = 8,
-    groups: Sequence[Group] | None = None,
+    choose: Choose | None = None,
     reporter: Reporter | None = None,
 ) -> list[Scored]:
     """Returns ``log p(token | previous tokens)`` of each line's tokens from the second.
@@ -70,7 +71,7 @@ def score(
       records: the lines, valid according to `score_fault`.
       path: their file, for error messages.
       batch_size: lines per batch.
-      groups: variables and the lines they score; None for the model's own and all.
+      choose: returns the variables of a batch of lines; None for the model's own.
       reporter: shows the progress.
 
     Returns:
@@ -89,29 +90,40 @@ def score(
     @jax.jit
     def log_probabilities(variables, labels, *inputs):
         hidden: Any = apply(variables, *inputs, method="hidden")
-        hidden = hidden[:, : labels.shape[1]]
+        b, t = labels.shape
+        size = max(1, min(t, chunk // b))  # so that [b, t, v] is never materialised
+        count = -(-t // size)
+        more = (0, count * size - t)
+        hidden = jnp.pad(hidden[:, :t], ((0, 0), more, (0, 0)))
+        labels = jnp.pad(labels, ((0, 0), more))
 
-        def of_token(pair):  # in chunks, so that [b, t, v] is never materialised
+        def of_chunk(pair):
             h, label = pair
-            logits: Any = apply(variables, h[None, None], method="logits")
-            return jax.nn.log_softmax(logits[0, 0])[label]
+            logits: Any = apply(variables, h, method="logits")
+            scores = jax.nn.log_softmax(logits)
+            return jnp.take_along_axis(scores, label[..., None], axis=-1)[..., 0]
 
-        tokens = (hidden.reshape(labels.size, -1), labels.reshape(-1))
-        found = jax.lax.map(of_token, tokens, batch_size=chunk)
-        return found.reshape(labels.shape)
+        chunks = (
+            jnp.moveaxis(x.reshape(b, count, size, *x.shape[2:]), 1, 0)
+            for x in (hidden, labels)
+        )
+        found = jax.lax.map(of_chunk, tuple(chunks))  # [count, b, size]
+        return jnp.moveaxis(found, 0, 1).reshape(b, -1)[:, :t]
 
     scores: list[np.ndarray] = [np.zeros(0)] * len(encoded)
     rows, done = min(batch_size, len(encoded)), 0
     with (reporter or Reporter()).progress("score", len(encoded)) as tick:
-        for variables, lines in groups or [(loaded.variables, range(len(records)))]:
-            chosen = [i for i, (line, _) in enumerate(encoded) if line in lines]
-            own = [encoded[i][1] for i in chosen]
-            for members, *arrays in _batches(own, rows, config):
-                found = np.asarray(log_probabilities(variables, *arrays))
-                for row, member in enumerate(members):
-                    scores[chosen[member]] = found[row, : len(_counted(own[member]))]
-                done += len(members)
-                tick(done, "lines")
+        own = [each for _, each in encoded]
+        for members, *arrays in _batches(own, rows, config):
+            variables = loaded.variables
+            if choose is not None:
+                lines = [encoded[member][0] for member in members]
+                variables = choose(lines, len(arrays[0]))
+            found = np.asarray(log_probabilities(variables, *arrays))
+            for row, member in enumerate(members):
+                scores[member] = found[row, : len(_counted(own[member]))]
+            done += len(members)
+            tick(done, "lines")
     return [
         Scored(line, len(_written(each)), logprobs, _counted(each))
         for (line, each), logprobs in zip(encoded, scores, strict=True)

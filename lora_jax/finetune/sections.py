@@ -25,7 +25,7 @@ Positive = Annotated[Float, Field(gt=0), AfterValidator(_check_float)]
 NotNegative = Annotated[Float, Field(ge=0), AfterValidator(_check_float)]
 Fraction = Annotated[NotNegative, Field(lt=1)]
 Devices = Annotated[int, Field(le=LARGEST)]
-Axis = Literal["data", "fsdp", "tensor", "expert"] | None
+Axis = Literal["data", "fsdp", "tensor", "expert", "sequence"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,9 @@ class ModelSettings:
         ``"cls"`` token, or BERT's own ``"pooler"``.
       dtype: dtype of the computation.
       param_dtype: dtype of the frozen parameters; null for that of the file.
+      add_tokens: new tokens of a decoder, such as ``<tool>``: they are added to its
+        tokenizer and to its embedding (and head), with rows that start as the mean of
+        the others and are trained.
       scan: whether to compile a decoder's blocks once, as a loop; null for yes if the
         adapters of all blocks are alike. Unrolled blocks take longer to compile but run
         faster on a GPU.
@@ -52,6 +55,7 @@ class ModelSettings:
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] | None = None
+    add_tokens: tuple[str, ...] = ()
     scan: bool | None = None
     remat: Literal["auto", "none", "lora", "block"] = "auto"
 
@@ -71,7 +75,10 @@ class DataSettings:
         encoder; ``{"messages"}``, ``{"prompt", "completion"}``, ``{"text"}`` or
         ``{"input_ids"}`` for a decoder; ``{"prompt", "completion"}`` or ``{"input_ids",
         "labels"}`` for an encoder–decoder. Beside ``messages`` there may be ``tools``;
-        an assistant's message with ``"weight": 0`` is read and not trained on. If the
+        an assistant's message with ``"weight": 0`` is read and not trained on. Lines
+        ``{"anchor", "positive"}``, maybe with a ``"negative"`` (``"query"`` may stand
+        for ``"anchor"``), train the embeddings of an encoder, or of another model with
+        a ``modules.json``, by contrast with the other texts of a batch. If the
         lines of all files also have ``"adapter": NAME`` (not for an encoder–decoder),
         the run trains an adapter for each name, on batches that mix them: each is
         updated by its own lines alone, only in steps that have some of them, and has
@@ -83,10 +90,13 @@ class DataSettings:
       holdout: the fraction of ``train`` held out for validation if there is no file.
       seed: seed for choosing the held-out examples.
       max_length: maximum tokens per example, including special ones; null for 128
-        (encoders), 512 (encoder–decoders: of a prompt and of a completion) or 1,024
-        (decoders).
+        (encoders), 512 (encoder–decoders: of a prompt and of a completion), 1,024
+        (decoders) or 256 (embeddings, or the model's own limit if that is lower).
       packing: whether to pack a decoder's examples into rows of ``max_length`` tokens;
         they don't attend to each other.
+      query_prompt: of pairs of texts, the name of the model's prompt to put before each
+        anchor, such as ``"query"``; null for its default one, if it has one.
+      document_prompt: the same for the positive and negative texts.
     """
 
     train: str
@@ -96,6 +106,8 @@ class DataSettings:
     seed: Index = 0
     max_length: Annotated[int, Field(ge=3, le=LARGEST)] | None = None
     packing: bool = False
+    query_prompt: str | None = None
+    document_prompt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +127,7 @@ class TrainSettings:
       weight_decay: decoupled weight decay of trained weights.
       clip_norm: maximum global norm of the trainable gradient; null for no clipping.
       label_smoothing: probability moved from an encoder's label to all classes.
+      temperature: by which cosines are divided in the loss of embeddings.
       router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts,
         which is added to the training loss; 0 for none.
       seed: seed of A, the head, dropout and the order of the examples.
@@ -141,6 +154,7 @@ class TrainSettings:
     weight_decay: NotNegative = 0.0
     clip_norm: Positive | None = 1.0
     label_smoothing: Fraction = 0.0
+    temperature: Positive = 0.05
     router_aux_loss_coef: NotNegative = 0.0
     seed: Index = 0
     log_every: Count = 10
@@ -176,6 +190,8 @@ class MeshSettings:
       tensor: number of devices over which each layer's outputs are sharded.
       expert: number of devices over which the experts of a mixture are split; each has
         a copy of the rest of the model, and the same part of the batch.
+      sequence: number of devices over which the tokens of each row are split, for long
+        rows; each has a copy of the model. Causal decoders only.
       member: number of devices over which the runs of a sweep are split, each with the
         whole model; 1 for a run of its own.
       uneven: what to do if a weight's axis is not divisible: ``"error"``, or
@@ -188,6 +204,7 @@ class MeshSettings:
     fsdp: Devices = 1
     tensor: Devices = 1
     expert: Count = 1
+    sequence: Count = 1
     member: Count = 1
     uneven: Literal["error", "replicate"] = "error"
     rules: dict[str, tuple[Axis, ...]] = dataclasses.field(default_factory=dict)

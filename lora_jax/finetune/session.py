@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
@@ -22,11 +23,11 @@ from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, Run
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import keep_start, with_start
 from lora_jax.finetune.tasks import open_job
+from lora_jax.models.added_tokens import write_tokenizer
 from lora_jax.parallel.processes import check_same, from_first, is_any, is_job
 from lora_jax.train.buckets import Schedule
-from lora_jax.train.loop import Fitted, Progress, Steps, evaluate, fitting, take_steps
+from lora_jax.train.loop import Fitted, Progress, Steps, fitting, take_steps
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import make_eval_step
 
 MARGIN = 4_000_000  # bytes for metrics, curves, summary and file-system blocks
 
@@ -105,7 +106,7 @@ class Session:
         job, train, state = self.job, self.settings.train, self.state
         del self.state  # training consumes it
         keep_start(job, self.folder.path)
-        self.eval_step = make_eval_step(job.loss(job.adapted, is_training=False))
+        self.eval_step = job.eval_step(job.adapted)
         self.evaluations = {
             name: job.evaluation(split, self.batches.buckets)
             for name, split in job.splits.items()
@@ -298,31 +299,31 @@ class Session:
         return patience is not None and self.stale >= patience
 
     def _save_adapter(self, state: TrainState) -> None:
-        save_adapter(
-            self.folder / ADAPTER,
-            state.variables,
-            self.job.lora,
-            self.job.fingerprint,
-            extra={
-                "model": self.settings.model.path,
-                "param_dtype": self.settings.model.param_dtype,
-                **self.job.extra(),
-                "step": int(state.step),
-            },
-        )
+        self._keep(self.folder / ADAPTER, state.variables, int(state.step))
+
+    def _keep(self, place: Path, variables: Any, step: int, **facts: Any) -> None:
+        """Saves an adapter with what is known of it."""
+        job, loaded = self.job, self.job.loaded
+        extra = {
+            "model": self.settings.model.path,
+            "param_dtype": self.settings.model.param_dtype,
+            **job.extra(),
+            **facts,
+            "step": step,
+        }
+        save_adapter(place, variables, job.lora, job.fingerprint, extra=extra)
+        if loaded.added and loaded.tokenizer and self.folder.is_writer:
+            write_tokenizer(place, loaded.tokenizer, loaded.path)
 
     def _load_adapter(self, state: TrainState) -> Adapter:
-        return load_adapter(
-            self.folder / ADAPTER,
-            expected=state.variables,
-            fingerprint=self.job.fingerprint,
-        )
+        place, mark = self.folder / ADAPTER, self.job.fingerprint
+        return load_adapter(place, expected=state.variables, fingerprint=mark)
 
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
+    def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
             stream = self.job.devices.one_epoch(batches)
-            return evaluate(self.eval_step, variables, stream)
+            return self.job.measure(self.eval_step, variables, stream)
 
     def _finish(
         self, state: TrainState, baseline: dict[str, Any] | None
@@ -333,42 +334,54 @@ class Session:
             raise self._diverged(state)
         adapter = self._load_adapter(state)
         if adapter.extra["step"] != best["step"]:
-            # The process was killed between saving an adapter and its checkpoint, and
-            # the repeated steps had another result, e.g. on another mesh.
+            # Killed between saving an adapter and its checkpoint, and the repeated
+            # steps had another result, e.g. on another mesh.
             assert self.checkpoints is not None  # open while training
             self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
             adapter = self._load_adapter(state)
         variables = {**state.frozen, **adapter.variables}
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None
-        if self.folder.is_writer:
-            key = f"validation_{job.metric}"
-            draw_curves(
-                self.folder.metrics(),
-                self.folder / CURVES,
-                title=report.title(self.settings, self.counts),
-                metrics=job.metrics,
-                baseline=(baseline["what"], baseline[key]) if baseline else None,
-                chosen=best["step"],
-            )
-        self.seconds["total"] = self.elapsed()
         warning = verdict.warning(job, best=best, last=last, baseline=baseline)
-        if warning:
-            self.out.say(f"\n  {warning}", style="yellow")
+        return self._conclude(state, baseline, best, test=test, warning=warning)
+
+    def _conclude(
+        self,
+        state: TrainState,
+        baseline: dict[str, Any] | None,
+        best: dict[str, Any],
+        **results: Any,
+    ) -> dict[str, Any]:
+        """Writes curves and summary, and returns the latter."""
+        if self.folder.is_writer:
+            self._draw(best, baseline)
+        self.seconds["total"] = self.elapsed()
+        if results["warning"]:
+            self.out.say(f"\n  {results['warning']}", style="yellow")
         summary = report.summarise(
-            job,
+            self.job,
             self.folder,
             state,
             best=best,
-            test=test,
             baseline=baseline,
             parameters=self.counts,
             memory_bytes=self.plan.parts,
             seconds=self.seconds,
-            warning=warning,
+            **results,
         )
         self.folder.summarise(summary)
         return summary
+
+    def _draw(self, best: dict[str, Any], baseline: dict[str, Any] | None) -> None:
+        key = f"validation_{self.job.metric}"
+        draw_curves(
+            self.folder.metrics(),
+            self.folder / CURVES,
+            title=report.title(self.settings, self.counts),
+            metrics=self.job.metrics,
+            baseline=(baseline["what"], baseline[key]) if baseline else None,
+            chosen=None if self.job.adapters else best["step"],  # each has its own
+        )
 
     def elapsed(self) -> float:
         """Returns the seconds since the start."""

@@ -20,6 +20,7 @@ import pydantic
 import yaml
 
 from lora_jax.config import LoRAConfig
+from lora_jax.config_errors import PEFT_NAMES
 from lora_jax.finetune.sections import (
     DataSettings,
     MeshSettings,
@@ -160,7 +161,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     if section not in SECTIONS:
         return [f"{name}: no section {section!r}. {_suggest(section, list(SECTIONS))}"]
     if key not in (fields := _fields(section)):
-        return [f"{name}: unknown key. {_suggest(key, fields)}"]
+        return [f"{name}: unknown key. {_suggest(key, fields, section)}"]
     hint = get_type_hints(SECTIONS[section]).get(key)
     is_text = hint is str or (section != "lora" and hint == str | None)
     try:
@@ -173,8 +174,10 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def _suggest(name: str, known: Sequence[str], section: str = "") -> str:
     """Returns a sentence with the closest of ``known``, or all of them."""
+    if section == "lora" and name in PEFT_NAMES:
+        return f"PEFT's {name} is {PEFT_NAMES[name]} here."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
@@ -196,7 +199,7 @@ def _unknown_keys(tree: dict[str, Any]) -> list[str]:
         elif isinstance(values, dict):
             known = _fields(section)
             for key in [key for key in values if key not in known]:
-                hint = _suggest(str(key), known)
+                hint = _suggest(str(key), known, section)
                 faults.append(f"{section}.{key}: unknown key. {hint}")
                 del values[key]
     return faults

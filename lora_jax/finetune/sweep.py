@@ -17,7 +17,7 @@ from lora_jax.names import MEMBER
 
 if TYPE_CHECKING:
     from lora_jax.finetune.settings import RunSettings
-    from lora_jax.finetune.sweep_group import Member
+    from lora_jax.finetune.sweep_member import Member
 
 
 class Sweep(NamedTuple):
@@ -55,7 +55,8 @@ def sweep(
     learning rate and schedule, rank, alpha, dropout, weight decay, seed, order of the
     data, early stopping and best adapter. Each gives what `fine_tune` gives, up to
     the order of float32 sums (1e-5 relative). Runs that differ in what a step is
-    compiled for, such as the batch size or the targets, train after one another.
+    compiled for, such as the batch size or the targets, train after one another. Only
+    the best run's curves are drawn, in ``best/``.
 
     Args:
       config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.
@@ -81,6 +82,7 @@ def sweep(
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
     from lora_jax.finetune.sweep_group import Group
+    from lora_jax.finetune.sweep_job import opened
 
     out = reporter or Reporter()
     if resume and overwrite:
@@ -108,11 +110,13 @@ def sweep(
             )
         stop = stack.enter_context(interruptible(out))
         stack.callback(folder.release)
+        job = None
         for number, group in enumerate(sorted_):
             left = [point for point in group if not folder.ended(point)]
             if not left:
                 continue
-            runs = Group(group, out, mesh, stop)
+            job = opened(group[0].settings, job)
+            runs = Group(group, out, mesh, stop, job)
             count = runs.choose(folder.together.get(str(number), together))
             folder.open(number, count, overwrite=overwrite)
             why = f" ({runs.choice})" * bool(runs.choice)
@@ -144,11 +148,12 @@ def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
     wanted = own.member
     if own.member == 1 and own.data == -1:
         wanted = min(len(devices), runs)  # what is left, as for a run's data axis
-    others = (own.fsdp, own.tensor, own.expert)
-    if own.data not in (-1, 1) or others != (1, 1, 1):
+    others = (own.fsdp, own.tensor, own.expert, own.sequence)
+    sizes = ", ".join(map(str, (own.data, *others)))
+    if own.data not in (-1, 1) or others != (1, 1, 1, 1):
         raise UserError(
-            "mesh.data, fsdp, tensor and expert must be 1 in a sweep, whose runs are "
-            f"split over mesh.member; got {', '.join(map(str, (own.data, *others)))}."
+            "mesh.data, fsdp, tensor, expert and sequence must be 1 in a sweep, whose "
+            f"runs are split over mesh.member; got {sizes}."
         )
     if wanted > len(devices):
         raise UserError(

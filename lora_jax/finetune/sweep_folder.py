@@ -9,9 +9,18 @@ from typing import Any
 
 from lora_jax.files import atomic
 from lora_jax.files.lock import Lock, LockedError
+from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.errors import DivergedError, UserError
 from lora_jax.finetune.formatting import to_json
-from lora_jax.finetune.run_folder import CHECKPOINTS, FREE, LOCK, RunFolder
+from lora_jax.finetune.report import title
+from lora_jax.finetune.run_folder import (
+    CHECKPOINTS,
+    CURVES,
+    FREE,
+    LOCK,
+    SUMMARY,
+    RunFolder,
+)
 from lora_jax.finetune.sections import OutputSettings
 from lora_jax.finetune.settings import CONFIG, differences, load_settings
 from lora_jax.finetune.sweep_grid import Point
@@ -201,4 +210,21 @@ class SweepFolder:
                 own = load_settings(best)
                 own = dataclasses.replace(own, output=output)
                 atomic.write_text(new / CONFIG, own.to_yaml())
+                _draw_run(best, new / CURVES)
         return self.path, lines, metric, self.path / PLOT if is_drawn else None
+
+
+def _draw_run(folder: Path, image: Path) -> None:
+    """Draws the curves of a run that has ended, from its files."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    metrics = [name for name in summary["validation"] if name != "step"]
+    baseline = summary["baseline"]
+    value = baseline and baseline.get(f"validation_{summary['metric']}")
+    draw_curves(
+        RunFolder(folder).metrics(),
+        image,
+        title=title(load_settings(folder), summary["parameters"]),
+        metrics=metrics,
+        baseline=None if value is None else (baseline["what"], value),
+        chosen=summary["validation"]["step"],
+    )

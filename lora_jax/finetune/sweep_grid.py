@@ -19,7 +19,7 @@ SHORT = {"seed": "train.seed"}
 # What may differ between the members of one step.
 OWN = {
     *(f"lora.{name}" for name in ("rank", "alpha", "rank_pattern", "alpha_pattern")),
-    *("lora.rslora", "lora.init", "lora.dropout_rate", "output.dir"),
+    *("lora.rslora", "lora.dropout_rate", "lora.vera_seed", "output.dir"),
     *(f"train.{name}" for name in ("epochs", "max_steps", "learning_rate", "seed")),
     *(f"train.{name}" for name in ("lora_b_ratio", "schedule", "warmup", "clip_norm")),
     *(f"train.{name}" for name in ("weight_decay", "log_every", "eval_every", "keep")),
@@ -101,12 +101,10 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
         points.append(Point(name, varied, settings))
     if found:
         raise ValueError("the grid: faults in the settings\n" + "\n".join(found))
-    configs = [point.settings.lora for point in points]
-    if any(lora.fixes_leaves or lora.init == "eva" for lora in configs):
+    if any(point.settings.lora.init == "eva" for point in points):
         raise UserError(
-            "lora_fa, and an init that starts from W0 or from data, can't be swept: "
-            "the runs of a sweep share all that isn't trained and their layers, and "
-            "here each run has its own. Train such runs with `lora-jax train`."
+            "lora.init = eva can't be swept: the runs of a sweep share their layers, "
+            "and each of these chooses its own. Train such runs with `lora-jax train`."
         )
     for key in lengths:
         why = MESH if key.startswith("mesh.") else FIXED.get(key)
@@ -129,6 +127,8 @@ def groups(points: Sequence[Point]) -> tuple[list[list[Point]], list[str]]:
     for point in points:
         tree = point.settings.to_dict()
         flat = {f"{s}.{k}": v for s, values in tree.items() for k, v in values.items()}
+        # Starts from factors of W0 have leaves that others haven't.
+        flat["lora.init"] = point.settings.lora.starts_from_base
         shared.append({k: v for k, v in flat.items() if k not in OWN})
         found.setdefault(json.dumps(shared[-1]), []).append(point)
     differing = [k for k in shared[0] if any(s[k] != shared[0][k] for s in shared)]
@@ -160,6 +160,7 @@ def shared_config(lora: Any, tables: Sequence[Sequence[Target]]) -> Any:
         rank_pattern=pattern,
         alpha_pattern=pattern,
         rslora=False,
+        init="olora" if lora.starts_from_base else "uniform",  # fits every rank
     )
 
 

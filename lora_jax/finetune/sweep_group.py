@@ -6,12 +6,12 @@ for one take it together. So early stopping, checkpoints, the best adapter, resu
 the summary are those of a run of its own.
 """
 
-import contextlib
+import copy
 import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,86 +22,29 @@ from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.pricing import JobSteps, too_large
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.run_folder import RunFolder
-from lora_jax.finetune.session import Session
-from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.sweep_grid import Point, shared_config
+from lora_jax.finetune.sweep_member import InSlot, Member
 from lora_jax.finetune.tasks import open_job
 from lora_jax.models.decoder import REMATS
-from lora_jax.names import LORA
+from lora_jax.names import FIXED
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.fit import largest_batch
 from lora_jax.plan.step import StepPlan, price_step
-from lora_jax.train.loop import evaluate
-from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
+from lora_jax.train.members import (
+    Hyper,
+    member_optimizer,
+    members_evaluation,
+    shared_adapter,
+)
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.step import LossFn
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
 LEAST_GAIN = 0.95  # of the time one by one, to be worth it
 
-OnEnd = Callable[["Member", dict[str, Any] | None, DivergedError | None], None]
-
-
-class Member(Session):
-    """One run of a group.
-
-    Attributes:
-      point: its settings in the grid.
-      number: the step it waits for.
-      like: its initial state.
-      hyper: its inputs of the shared step.
-      loop: yields the steps it needs.
-    """
-
-    def __init__(self, point: Point, group: "Group") -> None:
-        super().__init__(
-            point.settings, RunFolder(point.settings.output.dir), group.out
-        )
-        self.point, self.group = point, group
-        self.out = Reporter()  # the group speaks for its runs
-        self.stoppable = lambda out: contextlib.nullcontext(group.should_stop)
-        is_started = self.folder.is_started()
-        self.folder.check(self.settings, resume=is_started, overwrite=False)
-        self.take(group.job.with_settings(self.settings))
-        train = self.settings.train
-        options = jobs.optimizer_options(train, self.total)
-        key = jax.random.key(train.seed)
-        tx = jobs.optimizer(train, self.total)
-        self.state = self.like = TrainState.create(self.job.variables, tx, key)
-        self.hyper = group.hyper_of(self.job.targets, self.settings, options)
-        self.plan = group.plan
-        if not is_started:
-            self.folder.create(self.settings, overwrite=False)
-        self.loop, self.number = self.steps(), 0
-
-    def _baseline(self) -> dict[str, Any] | None:
-        """Takes over what another run has measured of the same base."""
-        lines = self.folder.metrics()
-        is_known = any(line["split"] == "baseline" for line in lines)
-        if self.group.baseline and self.settings.train.baseline and not is_known:
-            self.folder.log(self.group.baseline)
-        found = super()._baseline()
-        self.group.baseline = found or self.group.baseline
-        return found
-
-    def _evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        lora = shared_adapter(variables[LORA], self.hyper, self.group.targets)
-        with self.timed("evaluate"):
-            stream = self.job.devices.one_epoch(self.evaluations[name])
-            padded = {**variables, LORA: lora}
-            return evaluate(self.group.eval_step, padded, stream)
-
-
-class _InSlot:
-    """The state of a run in a slot, read once it is looked at."""
-
-    def __init__(self, read: Callable[[], TrainState]) -> None:
-        self._read = functools.cache(read)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._read(), name)
+OnEnd = Callable[[Member, dict[str, Any] | None, DivergedError | None], None]
 
 
 class Group:
@@ -114,6 +57,7 @@ class Group:
       targets: the adapted layers, at the largest ranks, with a scaling of 1.
       steps: prices of the job's steps.
       eval_step: shared by all runs.
+      evaluation: that of all runs at once.
       baseline: the frozen base's metrics, once a run has measured them.
       plan: of the step.
       drops_apart: whether the runs differ in their dropout rate.
@@ -138,7 +82,8 @@ class Group:
     ) -> None:
         self.points, self.out, self.mesh = list(points), out, mesh
         self.should_stop = should_stop
-        self.job = job or open_job(points[0].settings, devices=Devices())
+        job = job or open_job(points[0].settings, devices=Devices())
+        self.job = copy.copy(job)  # `_shared` may set its remat
         self.steps = JobSteps(self.job)
         self.batches = self.steps.batches
         self.baseline: dict[str, Any] | None = None
@@ -162,17 +107,18 @@ class Group:
         self._plans: dict[tuple[int, str | None], StepPlan] = {}
 
     def hyper_of(
-        self, targets: Sequence[Target], settings: RunSettings, options: dict[str, Any]
+        self, job: jobs.Job, targets: Sequence[Target], options: dict[str, Any]
     ) -> Hyper:
-        """Returns a run's inputs of the shared step."""
-        rate = settings.lora.dropout_rate if self.drops_apart else None
-        return Hyper.of(targets, **options, dropout_rate=rate)
+        """Returns what is a run's own in the shared step."""
+        rate = job.settings.lora.dropout_rate if self.drops_apart else None
+        hyper = Hyper.of(targets, **options, dropout_rate=rate)
+        return hyper._replace(fixed=job.variables.get(FIXED))
 
     def _adapt(self) -> None:
         base = self.job.loaded
         self.adapted: Adapted = adapt(base.module, self.config, *base.inputs)
         self.targets: list[Target] = self.adapted.targets(base.params)
-        self.eval_step = make_eval_step(self.job.loss(self.adapted, is_training=False))
+        self.eval_step = self.job.eval_step(self.adapted)
 
     def _shared(
         self, remat: str | None, count: int
@@ -183,10 +129,11 @@ class Group:
             job.set_remat(remat)
             self._adapt()
         options = jobs.optimizer_options(train, self.steps.total)
-        hyper = self.hyper_of(self.targets, job.settings, options)
-        lora = shared_adapter(job.variables[LORA], hyper, self.targets)
+        hyper = self.hyper_of(job, self.targets, options)
+        own = shared_adapter(job.variables, hyper, self.targets)
+        hyper = hyper._replace(fixed=own.get(FIXED))
         state = TrainState.create(
-            {**job.variables, LORA: lora},
+            {**job.variables, **own},
             member_optimizer(hyper),
             jax.random.key(train.seed),
         )
@@ -309,6 +256,8 @@ class Group:
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
         self._made = {(count, remat): self.slots}
+        step = self.job.eval_step(self.adapted, copies=count)
+        self.evaluation = members_evaluation(step)
         self.plan = self.price(count, remat)
         return count
 
@@ -333,6 +282,7 @@ class Group:
         Raises:
           KeyboardInterrupt: once all runs under way have saved a checkpoint.
         """
+        keeps_phase = count > 1 and self._keeps_phase()
         queue = deque(point for point in self.points if point in points)
         running: dict[int, Member] = {}
         total, done, estimate = len(queue), 0, self.steps.total * len(queue)
@@ -362,13 +312,15 @@ class Group:
                             advance(slot, member, None)
                     if not running:
                         break
-                    chosen = self._next(running)
+                    chosen = self._next(running, keeps_phase=keeps_phase)
                     metrics = self.slots.step(
                         {s: m.batches.batch_at(m.number) for s, m in chosen.items()}
                     )
+                    if keeps_phase:
+                        self._validate(chosen)
                     for slot, member in chosen.items():
                         read = functools.partial(self.slots.get, slot, member.like)
-                        advance(slot, member, (_InSlot(read), metrics[slot]))
+                        advance(slot, member, (InSlot(read), metrics[slot]))
                     done += len(chosen)
                     left = len(queue) + len(running)
                     note = f"{total - left} of {total} runs have ended"
@@ -380,13 +332,51 @@ class Group:
         if queue or self.should_stop():
             raise KeyboardInterrupt
 
-    def _next(self, running: dict[int, Member]) -> dict[int, Member]:
-        """Chooses the runs that step: most whose batches are of one length."""
+    def _keeps_phase(self) -> bool:
+        """Whether the runs validate at the same steps, and so all at once.
+
+        Those that stop early don't: the next in the slot would have to wait.
+        """
+        trains = [point.settings.train for point in self.points]
+        plans = {(t.eval_every, t.epochs, t.max_steps, t.patience) for t in trains}
+        is_one_length = len(self.batches.buckets) == 1
+        is_one_order = is_one_length or len({t.seed for t in trains}) == 1
+        return len(plans) == 1 and trains[0].patience is None and is_one_order
+
+    def _validate(self, chosen: dict[int, Member]) -> None:
+        """Evaluates the runs that validate after this step, in one program.
+
+        Always in that of all slots, so that a run's bits don't depend on the others.
+        """
+        due = {slot: member for slot, member in chosen.items() if member.is_due}
+        if not due:
+            return
+        first = next(iter(due.values()))
+        with first.timed("evaluate"):
+            stream = self.job.devices.one_epoch(first.evaluations["validation"])
+            sums = self.slots.evaluate(self.evaluation, stream)
+            for slot, member in due.items():
+                member.validated = self.job.measure(_of_slot, slot, sums)
+
+    def _next(
+        self, running: dict[int, Member], *, keeps_phase: bool = False
+    ) -> dict[int, Member]:
+        """Chooses the runs that step: most whose batches are of one length.
+
+        Runs that keep their phase wait after a validation until all have had theirs.
+        """
+        if keeps_phase:
+            between = {s: m for s, m in running.items() if m.number % m.eval_every}
+            running = between or running
         found: dict[int, dict[int, Member]] = {}
         for slot, member in running.items():
             length = member.batches.length_at(member.number)
             found.setdefault(length, {})[slot] = member
         return max(found.values(), key=lambda group: (len(group), -_behind(group)))
+
+
+def _of_slot(slot: int, sums: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: found[slot] for name, found in sums.items()}
 
 
 def _behind(group: dict[int, Member]) -> int:

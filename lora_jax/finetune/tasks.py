@@ -1,4 +1,6 @@
-"""Selecting the task by the kind of model: `Language`, `Classification` or `Pairs`.
+"""Selecting the task: `Language`, `Classification` or `Pairs` by the kind of model.
+
+Lines with an anchor and a positive text are the task `Embeddings`, of any model.
 
 `train`, `plan` and `eval` all build their jobs here, so they interpret settings alike.
 """
@@ -10,15 +12,20 @@ import jax
 
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
+from lora_jax.finetune.embeddings import open_embeddings
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
+from lora_jax.finetune.sections import TrainSettings
+from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.source import open_source
+from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
+from lora_jax.train.text_pairs import has_text_pairs
 
 
 def open_job(
@@ -46,12 +53,27 @@ def open_job(
       FileNotFoundError: if a file is missing.
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
-    if devices is None and names_adapters(settings.data):
-        devices = _one_device(settings)
+    if names_adapters(settings.data):
+        _check_mixed(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
+    if settings.model.add_tokens and source.family.kind != "decoder":
+        raise UserError(
+            f"model.add_tokens must be empty for {source.path}, an "
+            f"{source.family.kind}: only decoders get new tokens."
+        )
     check_experts(source.config, settings, axis=settings.mesh.expert)
+    if has_text_pairs(settings.data.train):
+        return open_embeddings(settings, devices, splits=splits)
+    _check_no_pairs(settings)
+    check_sequence(source.family.kind, source.config, settings.mesh.sequence)
+    if isinstance(source.config, (TextTowerConfig, ImageTowerConfig)):
+        raise UserError(
+            f"{settings.model.path} is an encoder of CLIP or SigLIP: train a CLIP text "
+            "encoder on pairs of texts, lines with an 'anchor' and a 'positive', and "
+            "the others in Python, on `lora_jax.embedding_loss`."
+        )
     if source.family.kind == "encoder":
         return open_classification(settings, devices, splits=splits, extra=extra or {})
     if source.family.has_source:
@@ -65,19 +87,30 @@ def open_job(
     return open_language(settings, devices, splits=splits, adapters=adapters)
 
 
-def _one_device(settings: RunSettings) -> Devices:
-    """Returns one device, for a run whose examples name their adapter.
-
-    Raises:
-      UserError: if the settings, or the processes, ask for more.
-    """
-    mesh = settings.mesh
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.member)
-    if {*sizes} - {1, -1} or jax.process_count() > 1:
+def _check_no_pairs(settings: RunSettings) -> None:
+    """Raises a `UserError` for a setting of embeddings."""
+    data, default = settings.data, TrainSettings.temperature
+    if (
+        settings.train.temperature != default
+        or data.query_prompt
+        or data.document_prompt
+    ):
         raise UserError(
-            f"a run whose examples name their {OWNER} takes one device; got mesh "
-            f"sizes {', '.join(map(str, sizes))} (data, fsdp, tensor, member) and "
-            f"{jax.process_count()} processes."
+            "train.temperature, data.query_prompt and data.document_prompt are for "
+            "pairs of texts: the first line of data.train must have an 'anchor' and a "
+            "'positive'. Remove them, or change the data."
         )
-    unused = jax.device_count() - 1
-    return Devices(note=f"1 of {unused + 1} is used" if unused else None)
+
+
+def _check_mixed(settings: RunSettings) -> None:
+    """Raises a `UserError` for what a run whose examples name their adapter can't use.
+
+    Its adapters' rows may be anywhere in a batch, so a process must see all of them.
+    """
+    mesh, count = settings.mesh, jax.process_count()
+    if (mesh.expert, mesh.sequence, count) != (1, 1, 1):
+        raise UserError(
+            f"a run whose examples name their {OWNER} takes one process, and "
+            f"mesh.expert and mesh.sequence must be 1; got {count}, {mesh.expert} and "
+            f"{mesh.sequence}."
+        )

@@ -8,6 +8,7 @@ here rotates halves, as Hugging Face's do, and GGUF tensors are reordered when r
 Every module the file has factors for is adapted; the file's config must agree.
 """
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -37,13 +38,14 @@ from lora_jax.interop.tied import place_tied
 from lora_jax.models.family import OTHER_MODALITIES
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
-from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, PARAMS
+from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, TOKEN_ROWS
 from lora_jax.nn.adapt import adapt
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.ops.dora import column_norm
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
 from lora_jax.tree.targets import Site, child
+from lora_jax.tree.token_rows import full_of
 
 Layers = Mapping[int | None, ExternalFactors]  # of one site; None if not stacked
 
@@ -83,6 +85,7 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     joined, faults = join_experts(adapter, names, counts)
     placed, wrong = _place(joined, names, kernels, loaded.config)
     faults += wrong
+    placed = {p: f.narrowed(kernels[p].shape[-2]) for p, f in placed.items()}
     if "peft_type" in adapter.config:
         known = names.modules()
         unknown = [name for name in adapter.modules if known.get(name) not in kernels]
@@ -95,7 +98,8 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
         faults += config_faults(adapter, modules, tensors, unknown=unknown)
     values, wrong = place_full(adapter.full, names, leaves, flat)
     faults += [*wrong, *check_base(adapter.base, names, leaves, flat)]
-    faults += place_tokens(adapter, names, leaves, flat, values)
+    tokens, wrong = place_tokens(adapter, names, leaves, values)
+    faults += wrong
     faults += place_biases(placed, leaves, flat, values)
     for path, factors in placed.items():
         kind = sites[kernels[path].path].kind
@@ -110,9 +114,12 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
         for path, of_site in layers.items()
         for name, leaf in _leaves(sites[path], of_site, flat).items()
     }
+    lora |= {child(path, TOKEN_ROWS): rows for path, (_, rows) in tokens.items()}
     config = _config(layers, adapter, values)
+    ids = {path: ids for path, (ids, _) in tokens.items()}
+    config = dataclasses.replace(config, tokens=ids)
     variables = partition(join(unflatten({**flat, **values}), unflatten(lora)), config)
-    trained = flatten(variables.get(PARAMS, {}))
+    trained = flatten(full_of(variables))
     if set(trained) != set(values):
         missing = [f"missing: values of {p}" for p in trained if p not in values]
         extra = [f"unexpected: values of {p}" for p in values if p not in trained]

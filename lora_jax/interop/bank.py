@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.interop.pretrained import load_model
+from lora_jax.interop.common_base import common_base
+from lora_jax.interop.pretrained import load_each
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import LORA, PARAMS
 from lora_jax.nn.bank import AdapterBank, Member
-from lora_jax.tree.fingerprint import fingerprint
-from lora_jax.tree.paths import flatten
 
 
 def load_bank(
@@ -21,6 +20,9 @@ def load_bank(
 ) -> tuple[LoadedModel, AdapterBank]:
     """Loads a base once, with several adapters.
 
+    Weights that adapters train in full, such as the head of each customer, may differ
+    in value, not in shape.
+
     Args:
       path: the base, see `load_model`; None for the one that the adapters name.
       adapters: folders by name: runs, adapters of ours, of PEFT or of mlx-lm.
@@ -28,32 +30,29 @@ def load_bank(
       **options: of `load_model`, for the base.
 
     Returns:
-      The base without adapters, and the bank.
+      The base without adapters, and the bank. Its ``new`` lists the weights that every
+      adapter brings and the base has not (a head).
 
     Raises:
-      ValueError: if no adapter is given, adapters are of different bases, or some also
-        train weights in full, which can't differ within one base; lists all of these.
+      ValueError: if no adapter is given; adapters are of different bases, or pool
+        differently; weights that they train in full differ in shape; or one lacks a
+        head that others have and the base has not. Lists all of a kind.
     """
     if not adapters:
         raise ValueError("adapters must name at least one folder; got none.")
     members: dict[str, Member] = {}
-    faults, marks, base = [], {}, None
-    for name, folder in adapters.items():
-        one = load_model(path, folder, scan_layers=False, **options)
+    loaded = load_each(path, adapters, scan_layers=False, **options)
+    for name, one in loaded.items():
         module: Any = one.module
-        params = one.params
-        members[name] = one.variables[LORA], module.targets(params)
-        marks[name] = fingerprint(params)
-        if trained := sorted(flatten(one.variables.get(PARAMS, {}))):
-            faults.append(f"{name} also trains {', '.join(trained)} in full")
-        if base is None:
-            bare = {PARAMS: params}
-            base = one._replace(module=module.model, variables=bare, extra=None)
-    if not faults and len(set(marks.values())) > 1:
-        faults.append(f"they are of different bases: {marks}")
-    if faults or base is None:
-        raise ValueError(f"adapters can't share one base: {'; '.join(faults)}.")
+        trained = one.variables.get(PARAMS, {})
+        members[name] = one.variables[LORA], module.targets(one.params), trained
+    base = common_base(loaded, path, **options)
     bank = AdapterBank(
-        base.module, base.params, members, *base.inputs, capacity=capacity
+        base.module,
+        base.params,
+        members,
+        *base.inputs,
+        capacity=capacity,
+        absent=base.new,
     )
     return base, bank

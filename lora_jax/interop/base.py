@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from lora_jax.array_types import PyTree
+from lora_jax.models.added_tokens import open_grown
 from lora_jax.models.family import Family, config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import read_sentence
@@ -65,7 +66,8 @@ def open_base(
     if isinstance(source, LoadedModel):
         module = source.module
         module = module.model if isinstance(module, Adapted) else module
-        found = with_sentence(open_source(source.path), source.sentence)
+        found, _ = open_grown(source.path, source.added)
+        found = with_sentence(found, source.sentence)
         pooling = pooling or getattr(module, "pooling", None)
         return Base(module, found, pooling)
     found = open_source(source)

@@ -35,6 +35,8 @@ from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
 from lora_jax.interop.portable import make_portable
 from lora_jax.interop.tied import check_one_table, tied_factors
+from lora_jax.interop.vera import find_vectors, write_vera
+from lora_jax.models.added_tokens import write_tokenizer
 from lora_jax.models.family import config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source as ModelSource
@@ -53,12 +55,13 @@ from lora_jax.names import (
 )
 from lora_jax.nn.trace import trace_model
 from lora_jax.tree.merge import check_adapters
-from lora_jax.tree.partition import join
+from lora_jax.tree.partition import adapter_of, join
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.plain import plain_config, plain_targets, plain_variables
 from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.token_rows import full_of, token_rows_of
 
-FORMATS = ("peft", "mlx")
+FORMATS = ("peft", "mlx", "vera")
 
 
 def export_adapter(
@@ -67,7 +70,7 @@ def export_adapter(
     config: LoRAConfig,
     source: Source,
     *,
-    format: Literal["peft", "mlx"] = "peft",
+    format: Literal["peft", "mlx", "vera"] = "peft",
     portable: bool = False,
     pooling: str | None = None,
     skip_head: bool = False,
@@ -85,7 +88,8 @@ def export_adapter(
       config: the config the adapter was made with.
       source: the base: a `LoadedModel`, or the path it was loaded from, where the
         config and tensor names are read.
-      format: ``"peft"`` or ``"mlx"``.
+      format: ``"peft"``, ``"mlx"``, or for an adapter with ``vera=True`` ``"vera"``:
+        PEFT's `VeraConfig`, a file of the vectors and of A and B once.
       portable: writes a PEFT folder that every loader (PEFT, vLLM, SGLang, llama.cpp)
         interprets alike: scaling folded into B, one rank, no patterns, and q, k and v
         all present.
@@ -107,13 +111,19 @@ def export_adapter(
         raise ValueError(f"format must be one of {FORMATS}; got {format!r}.")
     if portable and format != "peft":
         raise ValueError(
-            "portable must be False for mlx-lm, whose format has no variants."
+            f"portable must be False for format {format!r}, which has no variants."
+        )
+    if format == "vera" and not config.vera:
+        raise ValueError(
+            "format must be 'peft' or 'mlx' for an adapter without vera=True; got "
+            "'vera'."
         )
     base = open_base(source, variables, pooling)
     found = trace_model(base.module, None, base.example)
     weights, unknown = flatten(found.params), found.unsupported
     kernels = layer_slices({site.path: site.kernel_shape for site in found.sites})
     targets = select_targets(found.sites, config, weights=weights, unsupported=unknown)
+    given, seed = (adapter_of(variables), targets), config.vera_seed
     variables = plain_variables(variables, targets)
     targets, config = plain_targets(targets, config), plain_config(config)
     heads = () if skip_head else base.family.head
@@ -152,7 +162,13 @@ def export_adapter(
         "modules_to_save": _saved(adapter, names) or None,
         "task_type": base.task,
     }
-    return write_peft(directory, adapter, settings)
+    if format == "vera":
+        vectors = find_vectors(*given, names)
+        return write_vera(directory, vectors, adapter, settings, seed=seed)
+    folder = write_peft(directory, adapter, settings)
+    if isinstance(source, LoadedModel) and source.added and source.tokenizer:
+        write_tokenizer(folder, source.tokenizer, source.path)
+    return folder
 
 
 def _describe(
@@ -165,6 +181,8 @@ def _describe(
     skip_head: bool,
 ) -> ExternalAdapter:
     """Returns the adapter in PyTorch's orientation, under Hugging Face's names."""
+    rows = token_rows_of(variables)
+    variables = {**variables, PARAMS: full_of(variables)}
     lora = flatten(variables.get(LORA, {}))
     check_adapters(lora, targets)
     check_exportable(targets)
@@ -207,7 +225,34 @@ def _describe(
         rslora=config.rslora,
         dropout_rate=config.dropout_rate,
         bias=config.bias,
+        tokens=_tokens(rows, config, names, source),
     )
+
+
+def _tokens(
+    trained: Mapping[str, PyTree], config: LoRAConfig, names: Names, source: ModelSource
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Returns tokens and their rows by Hugging Face's name of their layer.
+
+    PEFT ties the rows of a tied head to the embedding's, unless they are of other
+    tokens.
+    """
+    spelled, rows = names.spelling().modules, flatten(trained)
+    layers = {leaf.rpartition("/")[0]: array for leaf, array in rows.items()}
+    found = {path: config.tokens_for(path) for path in layers}
+    if EMBED in found:
+        check_one_table(names.family)
+    is_tied = not names.family.head and source.config.is_tied
+    is_alone = EMBED in found and found.get(HEAD, found[EMBED]) == found[EMBED]
+    if is_tied and HEAD in spelled and is_alone:
+        raise ValueError(
+            "rows of tokens of an embedding can't be exported with a head of its own: "
+            "PEFT ties both, as the base does. Merge it into its base."
+        )
+    return {
+        spelled[path]: (list(found[path]), np.asarray(array, np.float32))
+        for path, array in layers.items()
+    }
 
 
 def _with_biases(

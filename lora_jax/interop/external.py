@@ -35,6 +35,8 @@ class ExternalFactors(NamedTuple):
       is_embedding: whether it was stored as an embedding's; None if the format doesn't
         say.
       bias: ``[out]`` bias of the update ``scaling * (B A x + bias)``, or None.
+      is_wide: whether ``a`` is for the widest module, of which each takes the first
+        inputs (VeRA).
     """
 
     a: np.ndarray
@@ -44,6 +46,12 @@ class ExternalFactors(NamedTuple):
     magnitude: np.ndarray | None = None
     is_embedding: bool | None = False
     bias: np.ndarray | None = None
+    is_wide: bool = False
+
+    def narrowed(self, inputs: int) -> "ExternalFactors":
+        """Returns the factors of a module with ``inputs`` inputs."""
+        a = self.a[:, :inputs] if self.is_wide else self.a
+        return self._replace(a=a, is_wide=False)
 
     @property
     def rank(self) -> int:
@@ -104,7 +112,7 @@ def read_floats(reader: Any, names: Mapping[Any, str]) -> tuple[dict, list[str]]
             faults.append(f"dtype: {name} must be floats; got {array.dtype}")
             continue
         with np.errstate(over="ignore"):  # reported as not finite, below
-            array = array.astype(np.float32)
+            array = array.astype(np.float32, copy=False)
         count = int(array.size - np.isfinite(array).sum())
         if count:
             faults.append(f"not finite: {name}, {count} of {array.size} values")

@@ -14,10 +14,17 @@ import numpy as np
 from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.naming import Names
 from lora_jax.models.family import Shape
-from lora_jax.models.load import WORD_EMBEDDING
 from lora_jax.models.source import Source
 from lora_jax.models.stacking import LayerSlice, layer_slices
-from lora_jax.names import BIAS, EMBED, EMBEDDING, HEAD, KERNEL, LM_HEAD
+from lora_jax.names import (
+    BIAS,
+    EMBED,
+    EMBEDDING,
+    HEAD,
+    KERNEL,
+    LM_HEAD,
+    WORD_EMBEDDING,
+)
 
 ROUNDING = 1e-2  # relative; admits a base rounded to bfloat16 or 8 bits
 EMBED_LEAF, HEAD_LEAF = f"{EMBED}/{EMBEDDING}", f"{HEAD}/{KERNEL}"
@@ -68,7 +75,8 @@ def resized(path: str, found: Shape, wanted: Shape) -> str:
     [(theirs, ours)] = differ
     return (
         f": the adapter was made on a vocabulary of {theirs} tokens, resized from the "
-        f"{ours} of this base; load the base whose table was resized"
+        f"{ours} of this base; load the base whose table was resized, or give the new "
+        "tokens (`load_model(..., add_tokens=[...])`)"
     )
 
 
@@ -110,31 +118,30 @@ def place_tokens(
     adapter: ExternalAdapter,
     names: Names,
     leaves: Mapping[str, LayerSlice],
-    flat: Mapping[str, Any],
-    values: dict[str, Any],
-) -> list[str]:
-    """Puts rows of trained tokens into full tables, which are then trained in full."""
-    faults, paths = [], names.modules()
+    values: Mapping[str, Any],
+) -> tuple[dict[str, tuple[list[int], Any]], list[str]]:
+    """Returns tokens and their rows by the path of their layer, and problems."""
+    found, faults, paths = {}, [], names.modules()
     tables = {EMBED: EMBED_LEAF, HEAD: HEAD_LEAF}
     for name, (ids, rows) in adapter.tokens.items():
         leaf = tables.get(paths.get(name, ""), "")
+        if paths.get(name) == HEAD and HEAD_LEAF not in leaves:
+            continue  # tied; `needs_own_head` has compared it with the embedding's
         if leaf not in leaves or leaf in values or name in adapter.modules:
             faults.append(
                 f"unexpected: trained tokens of {name}, which must be the model's "
                 "embedding or head, with no other adapter"
             )
             continue
-        table = names.family.to_file(leaf, np.asarray(flat[leaf], np.float32))
-        if table.shape[1:] != rows.shape[1:] or max(ids, default=0) >= len(table):
+        table = names.family.file_shape(leaf, leaves[leaf].shape)
+        if table[1:] != rows.shape[1:] or max(ids, default=0) >= table[0]:
             faults.append(
-                f"shape: trained tokens of {name} must be rows of {list(table.shape)};"
+                f"shape: trained tokens of {name} must be rows of {list(table)};"
                 f" got {list(rows.shape)} for tokens up to {max(ids, default=0)}"
             )
             continue
-        table = table.copy()
-        table[ids] = rows
-        values[leaf] = jnp.asarray(names.family.from_file(leaf, table))
-    return faults
+        found[paths[name]] = ids, jnp.asarray(rows)
+    return found, faults
 
 
 def place_biases(

@@ -111,4 +111,5 @@ def fuse_factors(
     a = np.concatenate([part.a for part in there])
     magnitudes = [part.magnitude for part in there if part.magnitude is not None]
     magnitude = np.concatenate(magnitudes) if magnitudes else None
-    return ExternalFactors(a, b, scaling, alpha, magnitude)
+    is_wide = there[0].is_wide
+    return ExternalFactors(a, b, scaling, alpha, magnitude, is_wide=is_wide)

@@ -118,6 +118,7 @@ def write_mlx(
     """
     modules = adapter.modules
     faults = [f"{name} is trained in full" for name in adapter.full]
+    faults += [f"rows of tokens of {name} are trained" for name in adapter.tokens]
     faults += [
         f"the bias of {name} is trained"
         for name, f in modules.items()

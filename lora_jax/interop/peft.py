@@ -34,6 +34,7 @@ from lora_jax.interop.peft_config import (
     parse_config,
     read_peft_config,
 )
+from lora_jax.interop.vera import LoRATensors
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -48,6 +49,7 @@ _SUFFIXES = {  # the kind of a tensor by the end of its name, after the module's
     ".lora_magnitude_vector.weight": _M,
     ".lora_B.bias": _UPDATE_BIAS,
     ".token_adapter.trainable_tokens_delta": _TOKENS,
+    ".token_adapter.base_layer.weight": _BASE,
     ".base_layer.weight": _BASE,
     ".base_layer.bias": _BIAS,
 }
@@ -70,7 +72,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
             f"{folder} must hold {TENSORS}; it holds {found}. Pickled adapters (.bin) "
             "are not read: load and save them with PEFT to get safetensors."
         )
-    reader = open_tensors(folder / TENSORS)
+    reader: Any = (LoRATensors if config.is_vera else open_tensors)(folder / TENSORS)
     roles, copies, faults = _roles(reader.shapes)
     arrays, bad = read_floats(reader, roles)
     faults += bad
@@ -112,6 +114,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
                 magnitude=None if m is None else m.reshape(-1),
                 is_embedding=is_embedding,
                 bias=bias,
+                is_wide=config.is_vera,
             )
     faults += [
         f"missing: factors of {end}, which target_parameters names"
@@ -292,8 +295,8 @@ def _tokens(
     for module, kind in arrays:
         if kind != _TOKENS:
             continue
-        named = (n for n in left if n and f".{module}".endswith(f".{n}"))
-        ids = left.pop(next(named, ""), None)
+        named = next((n for n in left if n and f".{module}".endswith(f".{n}")), "")
+        ids = left.pop(named) if named else config.tokens.get("")
         rows = arrays[module, kind]
         if ids is None or rows.ndim != 2 or len(ids) != len(rows):
             faults.append(
@@ -303,7 +306,7 @@ def _tokens(
             )
             continue
         tokens[module] = ids, rows
-    # For tied modules with the same tokens PEFT saves only one.
+    # For tied modules with the same tokens PEFT saves only one, or both alike.
     kept = [ids for ids, _ in tokens.values()]
     faults += [
         f"missing: trainable_tokens_delta of {name or 'the input embedding'}"
@@ -316,8 +319,8 @@ def _tokens(
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
     """Lists the tensors that adapted modules lack."""
     needed = [_A, _B, *[_M] * config.dora, *[_UPDATE_BIAS] * config.lora_bias]
-    words = {_A: "lora_A", _B: "lora_B", _M: "lora_magnitude_vector"}
-    words[_UPDATE_BIAS] = "lora_B.bias"
+    words = {_A: "lora_A", _B: "lora_B", _UPDATE_BIAS: "lora_B.bias"}
+    words[_M] = "lora_magnitude_vector"
     modules = dict.fromkeys(name for name, kind in roles if kind in words)
     return [
         f"{PREFIX}{module}.{words[kind]}"

@@ -14,6 +14,8 @@ from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK, MOST
 from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
+from lora_jax.interop.vera import KIND as VERA
+from lora_jax.interop.vera import as_lora_config
 
 Check = Callable[[Any], bool]
 Field = tuple[Check, str, Any]  # a key's validity check, its description, its default
@@ -37,6 +39,10 @@ NEUTRAL = {  # anything but one of these values changes the maths
     "monteclora_config": (None,),
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
+}
+WHY = {
+    "alora_invocation_tokens": " (activated LoRA, whose adapter acts only from those "
+    "tokens on)",
 }
 
 
@@ -62,7 +68,9 @@ class PeftConfig(NamedTuple):
       tokens: ids of the tokens whose rows are trained, by the end of a module's name;
         the empty name stands for the input embedding.
       is_tied: whether changes to a tied embedding apply to the head as well.
-      settings: the file's content.
+      is_vera: whether the file holds VeRA's vectors, and the rest is of the LoRA
+        adapter with the same update.
+      settings: the file's content; of VeRA as that of LoRA.
       unknown: unrecognised keys.
     """
 
@@ -83,6 +91,7 @@ class PeftConfig(NamedTuple):
     lora_bias: bool
     tokens: dict[str, list[int]]
     is_tied: bool
+    is_vera: bool
     settings: dict[str, Any]
     unknown: tuple[str, ...]
 
@@ -143,17 +152,19 @@ def read_peft_config(folder: Path) -> PeftConfig:
 def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
     """Parses a config's settings; see `read_peft_config`."""
     kind = settings.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", VERA):
         raise ValueError(
-            f"{origin} must have peft_type 'LORA'; got {kind!r}. Other PEFT methods "
-            "can't be loaded: merge the adapter into its base with PEFT."
+            f"{origin} must have peft_type 'LORA' or {VERA!r}; got {kind!r}. Other "
+            "PEFT methods can't be loaded: merge the adapter into its base with PEFT."
         )
+    if kind == VERA:
+        settings = as_lora_config(settings)
     values, faults = read_fields(settings, _FIELDS)
     if settings.get("target_modules") is None and not values["target_parameters"]:
         faults.append("target_modules must name the adapted modules; got null")
     faults += [
         f"{key} = {_short(settings[key])} is not supported: it changes what the adapter"
-        " computes"
+        f" computes{WHY.get(key, '')}"
         for key, neutral in NEUTRAL.items()
         if key in settings and not any(_same(settings[key], value) for value in neutral)
     ]
@@ -193,6 +204,7 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         lora_bias=values["lora_bias"],
         tokens=tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {},
         is_tied=values["ensure_weight_tying"],
+        is_vera=kind == VERA,
         settings=dict(settings),
         unknown=tuple(sorted(set(settings) - known)),
     )

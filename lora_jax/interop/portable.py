@@ -109,6 +109,8 @@ def rewrite_peft(
     config, why = adapter.config, []
     if "peft_type" not in config:
         why.append("it isn't PEFT's, so its modules' PEFT names are unknown")
+    if any(factors.is_wide for factors in adapter.modules.values()):
+        why.append("it is VeRA's, whose file doesn't say how many inputs a module has")
     settings = {key: config.get(key) for key in KEPT}
     settings |= {key: config[key] for key in KEPT_IF_GIVEN if config.get(key)}
     settings["fan_in_fan_out"] = config.get("fan_in_fan_out") or False

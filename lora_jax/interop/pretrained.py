@@ -1,7 +1,9 @@
 """`load_model`: pretrained models, with or without adapters."""
 
+import inspect
 import os
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,20 @@ import jax.numpy as jnp
 from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.files import adapter as ours
-from lora_jax.files.gguf import SUFFIX, read_metadata
 from lora_jax.files.json_file import read_json
+from lora_jax.interop.adapter_folder import find_adapter
 from lora_jax.interop.attach import attach_adapter
 from lora_jax.interop.external import ADAPTER_CONFIG, ExternalAdapter
 from lora_jax.interop.identity import check_not_merged
 from lora_jax.interop.mlx import read_mlx
 from lora_jax.interop.peft import read_peft
 from lora_jax.interop.tied import needs_own_head
+from lora_jax.models.added_tokens import ADDED, new_tokens
 from lora_jax.models.load import Sharding, load_base
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.models.stacking import unscan
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.tokens import localize
 from lora_jax.names import (
     CLASSIFIER,
     FIXED,
@@ -42,9 +45,6 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.plain import plain_config, plain_variables
 from lora_jax.tree.targets import child
 
-RUN_ADAPTER, RUN_CONFIG = "adapter", "config.yaml"  # in a run folder
-RUN_ADAPTERS = "adapters"  # in that of a run with several
-MOST_SHOWN = 20
 FLOATS = ("float32", "bfloat16", "float16")  # dtypes a base may have been cast to
 
 
@@ -61,6 +61,7 @@ def load_model(
     scan_layers: bool | None = None,
     remat: str = "none",
     key: PRNGKey | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a pretrained model, tensor by tensor.
 
@@ -74,7 +75,7 @@ def load_model(
         content), or an `ExternalAdapter`, to attach to the model. Adapter dropout is
         off (``module.clone(deterministic=None)`` for training).
       lora: attaches fresh adapters; needs ``key``. Names may be Hugging Face's, such as
-        ``k_proj``, see `translate_names`.
+        ``k_proj``, see `translate_names`; ``tokens`` may be the tokenizer's.
       num_labels: classes of an encoder's head. If the file holds a head with as many
         classes for the same pooling, it is loaded; otherwise a new one is made. None:
         the file's head if it has one for this pooling, else no head.
@@ -96,6 +97,10 @@ def load_model(
         (see `Decoder`).
       key: PRNG key for a new head, normal with standard deviation 0.02 (zero without a
         key), and for fresh adapters.
+      add_tokens: of a decoder: new tokens for its tokenizer and its embedding (and
+        head), whose rows are the mean of the others. A fresh adapter trains them; an
+        adapter that was trained on some brings them itself (PEFT's, if its folder has
+        the tokenizer).
 
     Returns:
       The module, its variables, config and tokenizer, and where they came from.
@@ -123,14 +128,57 @@ def load_model(
         "scan_layers": scan_layers,
         "remat": remat,
         "key": key,
+        "add_tokens": add_tokens,
     }
+    return _load(path, adapter, lora, options, load_base)
+
+
+def load_each(
+    path: str | os.PathLike[str] | None,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    **options: Any,
+) -> dict[str, LoadedModel]:
+    """Loads a base once, with each of several adapters.
+
+    Args:
+      path: see `load_model`.
+      adapters: folders, by name.
+      **options: of `load_model`.
+
+    Returns:
+      The model with each adapter; they share the base's arrays.
+    """
+    known: dict[str, LoadedModel] = {}
+
+    def load(path: str | os.PathLike[str], **options: Any) -> LoadedModel:
+        options["add_tokens"] = tuple(options["add_tokens"])
+        asked = f"{path} {sorted(options.items())}"
+        if asked not in known:
+            known[asked] = load_base(path, **options)
+        return known[asked]
+
+    defaults = inspect.getfullargspec(load_model).kwonlydefaults or {}
+    return {
+        name: _load(path, folder, None, {**defaults, **options}, load)
+        for name, folder in adapters.items()
+    }
+
+
+def _load(
+    path: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str] | ExternalAdapter | None,
+    lora: LoRAConfig | None,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
+) -> LoadedModel:
+    """Loads a model for `load_model`; ``load`` is `load_base`, or remembers bases."""
     if adapter is None:
         if path is None:
             raise ValueError("path must name a model unless an adapter does; got None.")
-        loaded = load_base(path, **options)
+        loaded = load(path, **options)
     elif isinstance(adapter, ExternalAdapter):
         path = find_base(adapter) if path is None else path
-        loaded = _load_external(path, adapter, options)
+        loaded = _load_external(path, adapter, options, load)
     else:
         folder = find_adapter(adapter)
         external = read_external(folder)
@@ -140,63 +188,22 @@ def load_model(
         config = {} if external is None else external.config
         check_not_merged(source.settings, source.path, folder, config)
         if external is None:
-            loaded = _load_own(path, folder, options)
+            loaded = _load_own(path, folder, options, load)
         else:
-            loaded = _load_external(path, external, options)
-    if lora is not None and key is not None:
-        lora = translate_names(lora, loaded.family, loaded.config)
+            if (external.tokens or external.full) and not options["add_tokens"]:
+                options["add_tokens"] = new_tokens(folder, source)
+            loaded = _load_external(path, external, options, load)
+    if lora is not None:
+        lora = localize(lora, loaded)
         adapted = adapt(loaded.module, lora, *loaded.inputs)
-        variables = adapted.attach(loaded.params, key)
+        variables = adapted.attach(loaded.params, options["key"])
         loaded = loaded._replace(module=adapted, variables=variables)
+    sharding: Sharding = options["sharding"]
     if callable(sharding) and isinstance(loaded.module, Adapted):
         targets = loaded.module.targets(loaded.params)
         variables = shard_variables(loaded.variables, sharding, targets)
         loaded = loaded._replace(variables=variables)
     return loaded
-
-
-def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """Returns the adapter folder that a path stands for: itself, or a run folder's.
-
-    Raises:
-      FileNotFoundError: if it is neither, or a run folder without an adapter yet.
-      ValueError: if it is a file.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} must be a folder; it is {_file_kind(folder)}. Adapters are read "
-            "from folders written by lora_jax, PEFT or mlx-lm: give the one it was "
-            "converted from."
-        )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter at {folder}: there is no such folder.")
-    inside = folder / RUN_ADAPTER
-    for candidate in (folder, inside):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    if several := adapter_folders(folder / RUN_ADAPTERS):
-        more = ", ..." if len(several) > MOST_SHOWN else ""
-        raise ValueError(
-            f"the run in {folder} has {len(several)} adapters; give the folder of one, "
-            f"like {folder / RUN_ADAPTERS / several[0]}. They are "
-            f"{', '.join(several[:MOST_SHOWN])}{more}."
-        )
-    if (folder / RUN_CONFIG).is_file():
-        raise FileNotFoundError(
-            f"the run in {folder} has no adapter yet: it ended before its first "
-            f"validation, which writes it. `lora-jax train {folder} --resume` (in "
-            "Python: fine_tune(folder, resume=True)) resumes it."
-        )
-    raise FileNotFoundError(
-        f"{folder} is neither a run folder nor an adapter folder: it has no "
-        f"{ADAPTER_CONFIG}."
-    )
-
-
-def adapter_folders(folder: Path) -> list[str]:
-    """Returns the names of the adapters in a folder of adapters, sorted."""
-    return sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def find_base(adapter: Path | ExternalAdapter) -> str:
@@ -227,19 +234,6 @@ def find_base(adapter: Path | ExternalAdapter) -> str:
     return base
 
 
-def _file_kind(file: Path) -> str:
-    """Describes a file that was given in place of an adapter folder."""
-    if file.suffix != SUFFIX:
-        return "a file"
-    try:
-        kind = read_metadata(file).get("general.type")
-    except ValueError:
-        return "a GGUF file"
-    return (
-        f"llama.cpp's GGUF file of a {'LoRA adapter' if kind == 'adapter' else 'model'}"
-    )
-
-
 def read_external(folder: Path) -> ExternalAdapter | None:
     """Reads another tool's adapter folder; returns None if it is one of ours.
 
@@ -265,7 +259,10 @@ def read_external(folder: Path) -> ExternalAdapter | None:
 
 
 def _load_external(
-    path: str | os.PathLike[str], adapter: ExternalAdapter, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    adapter: ExternalAdapter,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
 ) -> LoadedModel:
     """Loads a base, with the adapter's head if it has one, and attaches the adapter."""
     family = open_source(path).family
@@ -276,11 +273,14 @@ def _load_external(
             found = {"num_labels": len(head), "pooling": family.head_pooling}
             options |= {k: found[k] if v is None else v for k, v in given.items()}
     own_head = needs_own_head(adapter, family)
-    return attach_adapter(load_base(path, **options, own_head=own_head), adapter)
+    return attach_adapter(load(path, **options, own_head=own_head), adapter)
 
 
 def _load_own(
-    path: str | os.PathLike[str], folder: Path, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    folder: Path,
+    options: dict[str, Any],
+    load: Callable[..., LoadedModel],
 ) -> LoadedModel:
     """Loads a base and, strictly, an adapter that this library saved."""
     found, file = ours.load_adapter(folder), folder / ADAPTER_CONFIG
@@ -302,6 +302,7 @@ def _load_own(
                 f"{kept!r}."
             )
         options["param_dtype"] = kept
+    options["add_tokens"] = _added(found, file, options["add_tokens"])
     asked = options["scan_layers"]
     was_scanned = any(LAYERS in tree for tree in found.variables.values())
     if asked and not was_scanned:
@@ -311,12 +312,12 @@ def _load_own(
         )
     options = {**options, "scan_layers": was_scanned}
     has_head = any(HEAD in tree for tree in found.variables.values())
-    loaded = load_base(path, **options, own_head=has_head)
+    loaded = load(path, **options, own_head=has_head)
     adapted, wanted = _fitting(loaded, found)
     is_tied = getattr(loaded.config, "is_tied", False)
     if is_tied and fingerprint(wanted[FROZEN]) != found.fingerprint:
         # It may adapt the lookup alone; then the head has its own kernel.
-        apart = load_base(path, **options, own_head=True)
+        apart = load(path, **options, own_head=True)
         pair = _fitting(apart, found)
         if fingerprint(pair[1][FROZEN]) == found.fingerprint:
             loaded, (adapted, wanted) = apart, pair
@@ -334,6 +335,18 @@ def _load_own(
     return unscan(loaded) if asked is False else loaded
 
 
+def _added(found: ours.Adapter, file: Path, given: Sequence[str]) -> list[str]:
+    """Returns the new tokens that an adapter of ours was trained on."""
+    kept = found.extra.get(ADDED, [])
+    is_list = isinstance(kept, list) and all(isinstance(token, str) for token in kept)
+    if not is_list or (given and list(given) != kept):
+        raise ValueError(
+            f"{file}: {ADDED} of extra must be a list of strings, which add_tokens, if "
+            f"it is given, repeats; got {kept!r}, and {list(given)}."
+        )
+    return kept
+
+
 def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
     """Returns an adapter's model, and the shapes that its variables must have."""
     adapted = adapt(loaded.module, found.config, *loaded.inputs, deterministic=True)
@@ -341,6 +354,10 @@ def _fitting(loaded: LoadedModel, found: ours.Adapter) -> tuple[Adapted, dict]:
         child(target.path, name): jax.ShapeDtypeStruct(shape, jnp.float32)
         for target in adapted.targets(loaded.params)
         for name, shape in target.leaf_shapes.items()
+    }
+    shapes |= {
+        rows.leaf_path: jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+        for rows in adapted.token_rows(loaded.params)
     }
     wanted = partition(join(loaded.params, unflatten(shapes)), found.config)
     return adapted, adapted.upcast_trained(wanted)

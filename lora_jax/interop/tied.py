@@ -15,6 +15,8 @@ from lora_jax.models.family import Family
 from lora_jax.models.stacking import LayerSlice
 from lora_jax.names import EMBED, HEAD, LM_HEAD
 
+TokenRows = tuple[list[int], np.ndarray]  # token ids, and a row for each
+
 
 def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
     """Returns whether an adapter changes the two sides of a tied table differently."""
@@ -40,7 +42,15 @@ def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
     factors = (lookup is None) != (head is None) or (
         lookup is not None and not are_tied(lookup, head)
     )
-    return whole or factors or sides(adapter.tokens)[1] is not None
+    lookup, head = sides(adapter.tokens)
+    return whole or factors or (head is not None and not are_same_rows(lookup, head))
+
+
+def are_same_rows(one: TokenRows | None, other: TokenRows) -> bool:
+    """Returns whether the trained rows of two modules are of the same tokens, alike."""
+    if one is None or one[0] != other[0]:
+        return False
+    return np.array_equal(one[1], other[1])
 
 
 def are_tied(embed: ExternalFactors, head: ExternalFactors) -> bool:

@@ -40,7 +40,7 @@ from lora_jax.attention.dot_product import is_fused_attention
 from lora_jax.attention.rope import rope_angles
 from lora_jax.models.cache import Cache
 from lora_jax.models.decoder_block import Block, Period
-from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_config import DecoderConfig, check_split
 from lora_jax.models.decoder_parts import Head, Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.models.sentence import SentenceHead
@@ -48,6 +48,7 @@ from lora_jax.models.sentence_config import SentenceConfig
 from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
 from lora_jax.parallel.activation_sharding import shard_rows, target_platform
 from lora_jax.parallel.mesh import promote_table
+from lora_jax.parallel.sequence import collect, deal, token_order
 
 MAX_UNROLLED = 8  # scanned layers compiled one by one on TPU; more take minutes
 # What the backward pass saves of a block, from most to least memory.
@@ -158,9 +159,16 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> Hidden:
         """Returns the normalised last hidden states ``[b, t, d]``; see `__call__`."""
+        order = token_order(input_ids.shape[1])
+        if order is not None:
+            check_split(self.config)
+            given = (input_ids, positions, segment_ids)
+            input_ids, positions, segment_ids = jax.tree.map(deal, given)
+            if positions is None:
+                positions = jnp.broadcast_to(order, input_ids.shape)
         x, place = self._embed(input_ids, positions, segment_ids)
-        x, _ = self._blocks(x, place, "__call__")
-        return self._last(x)
+        x, _ = self._blocks(x, place._replace(order=order), "__call__")
+        return self._last(x) if order is None else collect(self._last(x))
 
     def prefill(
         self,

@@ -105,6 +105,7 @@ class Attention(DecoderModule):
                 value,
                 windows=tuple(sorted(windows)),
                 segment_ids=place.segment_ids,
+                place=place.order,
             )
         else:
             if cfg.key_source is None:

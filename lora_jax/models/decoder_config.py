@@ -333,3 +333,27 @@ class DecoderConfig:
         if rope.kind in ("llama3", "yarn") and rope.original_max_positions < 1:
             faults.append(f"rope type {rope.kind!r} needs the original context length")
         return faults
+
+
+def check_split(config: DecoderConfig) -> None:
+    """Raises unless rows can be split over the mesh axis ``sequence``.
+
+    Args:
+      config: of the decoder.
+
+    Raises:
+      ValueError: naming the layers that keep a state, or attention that is not causal.
+    """
+    faults = [] if config.is_causal else ["its attention sees later tokens"]
+    mixers = [config.of_layer(i).mixer for i in range(config.num_layers)]
+    if with_state := [i for i, mixer in enumerate(mixers) if mixer is not None]:
+        kinds = {type(mixers[i]).__name__.removesuffix("Config") for i in with_state}
+        faults.append(
+            f"layers {', '.join(map(str, with_state))} ({', '.join(sorted(kinds))}) "
+            "carry a state from token to token"
+        )
+    if faults:
+        raise ValueError(
+            "the mesh axis sequence must be 1: rows can be split only where causal "
+            f"attention alone mixes tokens; of this model {' and '.join(faults)}."
+        )

@@ -21,7 +21,7 @@ class Disentangled:
     """Which scores of distances there are.
 
     Attributes:
-      span: half the rows of the table; farther distances have the last ones.
+      span: half the rows of the table; longer distances share the last ones.
       max_distance: the longest distance that logarithmic buckets tell apart; None: a
         bucket is one distance.
       has_c2p: whether queries meet the keys of distances.

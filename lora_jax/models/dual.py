@@ -102,7 +102,7 @@ class DualEncoder(nn.Module):
     Attributes:
       config: the two encoders.
       num_labels: None; there is no head of classes.
-      pooling: not read; encoders of one input have it.
+      pooling: unused; it is here for the sake of one call for all encoders.
       dtype: dtype of the computation; embeddings are float32.
 
     Raises:
@@ -179,8 +179,7 @@ class DualEncoder(nn.Module):
         hidden = self.text(input_ids, attention_mask)
         if self.config.is_siglip:
             return _unit(self.text_head(hidden[:, -1]))
-        end = self.config.end_id
-        place = jnp.argmax(input_ids if end is None else input_ids == end, axis=1)
+        place = text_end(input_ids, self.config.end_id)
         pooled = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
         return _unit(self.text_projection(pooled))
 
@@ -192,6 +191,11 @@ class DualEncoder(nn.Module):
         if self.config.is_siglip:
             return _unit(self.vision_head(hidden))
         return _unit(self.visual_projection(self.vision_norm(hidden[:, 0])))
+
+
+def text_end(input_ids: TokenIds, end_id: int | None) -> Array:
+    """Returns the place ``[b]`` of the first token that ends each of CLIP's texts."""
+    return jnp.argmax(input_ids if end_id is None else input_ids == end_id, axis=1)
 
 
 def _unit(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """An encoder–decoder as a plain Linen module, without LoRA.
 
-`lora_jax.adapt` adds the adapters from outside, to both stacks: of a decoder's block
-also to the attention that reads the encoder's output.
+`lora_jax.adapt` adds the adapters from outside, to both stacks and to
+cross-attention.
 
 The parameter tree (kernels are ``[i, o]``, as in Flax)::
 

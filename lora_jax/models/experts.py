@@ -23,6 +23,7 @@ from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
 from lora_jax.parallel.activation_sharding import current_mesh, num_row_shards
+from lora_jax.parallel.sequence import fold, sequence_shards, unfold
 
 Hidden = Float[Array, "b t d"]
 
@@ -117,17 +118,17 @@ class Mixture(nn.Module):
             read = read * scale.astype(read.dtype)
         options = {"use_bias": cfg.has_router_bias, "dtype": self.dtype}
         scores = Router(cfg.num_experts, name=ROUTER, **options)(read)
-        weights, chosen = route(scores, cfg)
+        weights, chosen = route(fold(scores), cfg)
         if cfg.is_beside_mlp:
             scale = self.param("expert_scale", ones, (cfg.num_experts,))
             weights = weights * scale.astype(weights.dtype)[chosen]
         self.sow(ROUTED, "scores", scores)
-        self.sow(ROUTED, "chosen", chosen)
+        self.sow(ROUTED, "chosen", unfold(chosen, b))
         order = sort_rows(chosen.reshape(b * t, -1), cfg.num_experts)
-        rows = order.gather(x.reshape(b * t, d))
+        rows = order.gather(fold(x).reshape(b * t, d))
         experts = Experts(cfg, d, self.activation, self.dtype, name=EXPERTS)
         y = order.combine(experts(rows, order.sizes), weights.reshape(b * t, -1))
-        y = y.reshape(b, t, d)
+        y = unfold(y.reshape(*chosen.shape[:2], d), b)
         if cfg.shared_size is not None:
             options = (cfg.shared_size, self.activation, self.dtype)
             y = y + SharedExpert(*options, name="shared")(x)
@@ -230,11 +231,11 @@ def sort_rows(chosen: Int[Array, "n k"], num_experts: int) -> RowOrder:
 
 def _num_shards(tokens: int, num_experts: int) -> tuple[int, int]:
     """Returns the shards of the batch and of the experts on the mesh in use."""
-    mesh = current_mesh()
-    if mesh is None or tokens % num_row_shards():
+    mesh, shards = current_mesh(), num_row_shards() * sequence_shards()
+    if mesh is None or tokens % shards:
         return 1, 1
     groups = mesh.shape.get(EXPERT, 1)
-    return num_row_shards(), 1 if num_experts % groups else groups
+    return shards, 1 if num_experts % groups else groups
 
 
 def _take(rows: Float[Array, "s c m d"], index: Int[Array, "s c m"]) -> AnyFloat:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,11 +22,12 @@ import numpy as np
 from lora_jax.array_types import PRNGKey
 from lora_jax.files.arrays import empty_aligned
 from lora_jax.files.tokenizer import load_tokenizer
+from lora_jax.models.added_tokens import open_grown
 from lora_jax.models.family import Family, Shape, config_of
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import read_sentence
 from lora_jax.models.sentence_files import with_sentence
-from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source, open_source
+from lora_jax.models.source import MODEL_CONFIG, TIED_HEAD, Source
 from lora_jax.models.stacking import file_slices
 from lora_jax.names import (
     CLASSIFIER,
@@ -37,6 +38,7 @@ from lora_jax.names import (
     KERNEL,
     PARAMS,
     SCALE,
+    WORD_EMBEDDING,
 )
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.parallel.mesh import put_array
@@ -44,7 +46,6 @@ from lora_jax.parallel.rules import resolve_shardings
 from lora_jax.tree.paths import flatten, unflatten
 
 OURS = "lora_jax"  # the key of config.json for what Hugging Face has no key for
-WORD_EMBEDDING = "encoder/embeddings/word"  # an encoder's token embedding
 
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
@@ -61,12 +62,13 @@ def load_base(
     remat: str = "none",
     key: PRNGKey | None = None,
     own_head: bool = False,
+    add_tokens: Sequence[str] = (),
 ) -> LoadedModel:
     """Loads a pretrained model without adapters; see `load_model`.
 
     ``own_head`` unties a tied decoder: its head is initialised from the embedding.
     """
-    source = open_source(path)
+    source, tokenizer = open_grown(path, add_tokens)
     config, is_asked = source.config, pooling is not None
     is_tied = not source.family.head and config.is_tied
     if own_head and is_tied and not _tied_faults(source, {}):
@@ -127,11 +129,12 @@ def load_base(
         module=module,
         variables={PARAMS: unflatten(flat)},
         config=config,
-        tokenizer=load_tokenizer(source.path),
+        tokenizer=tokenizer or load_tokenizer(source.path),
         path=source.path,
         family=source.family,
         unused=tuple(unused),
         new=tuple(fresh),
+        added=tuple(add_tokens),
     )
 
 
@@ -160,7 +163,8 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
     parameters are read again, in the file's dtypes. Trained values stay as they are.
     """
     module = getattr(loaded.module, "model", None)
-    source = with_sentence(open_source(loaded.path), loaded.sentence)
+    source, _ = open_grown(loaded.path, loaded.added)
+    source = with_sentence(source, loaded.sentence)
     frozen = flatten(loaded.variables.get(FROZEN, {}))
     own_head = not getattr(loaded.config, "is_tied", True)
     names = (source.with_own_head() if own_head else source).names
@@ -181,6 +185,7 @@ def as_stored(loaded: LoadedModel) -> LoadedModel:
         pooling=None if loaded.sentence else getattr(module, "pooling", None),
         scan_layers=getattr(module, "scan_layers", None),
         own_head=own_head,
+        add_tokens=loaded.added,
     )
     stored = flatten(own.params)
     kept = {p: leaf if p in own.new else stored[p] for p, leaf in frozen.items()}

@@ -10,8 +10,8 @@ from lora_jax.array_types import PyTree
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.models.family import Family
 from lora_jax.models.sentence_config import SentenceConfig
-from lora_jax.names import CLASSIFIER, FROZEN, PARAMS
-from lora_jax.tree.partition import join
+from lora_jax.names import CLASSIFIER
+from lora_jax.tree.token_rows import base_of
 
 
 class LoadedModel(NamedTuple):
@@ -29,6 +29,7 @@ class LoadedModel(NamedTuple):
       new: paths of parameters that were initialised here, not read (a head).
       extra: what `save_adapter` was asked to store with the adapter; empty for another
         tool's adapter, None without one.
+      added: new tokens of its vocabulary, which the files at ``path`` don't have.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class LoadedModel(NamedTuple):
     unused: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     extra: Mapping[str, Any] | None = None
+    added: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -49,7 +51,7 @@ class LoadedModel(NamedTuple):
     @property
     def params(self) -> dict[str, PyTree]:
         """The base's parameters, a plain nested dictionary."""
-        return join(self.variables.get(FROZEN, {}), self.variables.get(PARAMS, {}))
+        return base_of(self.variables)
 
     def unused_text(self) -> str:
         """Lists unused tensors; for a multimodal folder, how many of each part.

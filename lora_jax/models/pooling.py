@@ -8,7 +8,7 @@ from lora_jax.models.embeddings import Hidden, TokenIds
 Pooled = Float[Array, "b d"]
 
 POOLINGS = ("mean", "cls", "pooler", "cls_mean")
-SENTENCE_POOLINGS = (  # by the names of sentence-transformers
+SENTENCE_POOLINGS = (  # as sentence-transformers names them
     *("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"),
 )
 
@@ -65,7 +65,7 @@ def sentence_pool(hidden: Hidden, mask: TokenIds, mode: str) -> Pooled:
 
     Args:
       hidden: hidden states ``[b, t, d]``.
-      mask: ``[b, t]``, 1 for real tokens and 0 for padding; at least one a row.
+      mask: ``[b, t]``, 1 for real tokens and 0 for padding; at least one per row.
       mode: one of `SENTENCE_POOLINGS`.
 
     Returns:

@@ -11,7 +11,7 @@ A bare encoder that was given a head is saved as the class with that head.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from lora_jax.files.atomic import new_folder, write_text
 from lora_jax.files.safetensors import SINGLE, write_tensors
 from lora_jax.files.tokenizer import load_tokenizer
+from lora_jax.models.added_tokens import open_grown, write_tokenizer
 from lora_jax.models.load import OURS
 from lora_jax.models.sentence_config import read_sentence
 from lora_jax.models.sentence_files import HEAD, with_sentence, write_denses
@@ -29,7 +30,6 @@ from lora_jax.models.source import (
     TIED_HEAD,
     Source,
     is_mxfp4,
-    open_source,
 )
 from lora_jax.models.stacking import file_slices
 from lora_jax.names import CLASSIFIER, KERNEL, POOLER
@@ -45,6 +45,7 @@ def save_model(
     *,
     pooling: str | None = None,
     merged: Mapping[str, Any] | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> Path:
     """Writes parameters as a Hugging Face folder.
 
@@ -58,6 +59,8 @@ def save_model(
         family's own ("cls", DINOv2 "cls_mean") or "mean".
       merged: the merged adapter, as `describe_adapter` returns it; kept in
         ``config.json``, so that `load_model` doesn't attach the same one again.
+      add_tokens: the new tokens that the model was loaded with (`LoadedModel.added`),
+        which the folder's tokenizer gets too.
 
     Returns:
       The folder.
@@ -74,7 +77,7 @@ def save_model(
             f"directory must differ from the source {source}; they are the same. The "
             "base is never overwritten."
         )
-    model, sentence = open_source(source), None
+    (model, tokenizer), sentence = open_grown(source, add_tokens), None
     if HEAD in params:
         sentence = read_sentence(source)
         model = with_sentence(model, sentence)
@@ -163,9 +166,11 @@ def save_model(
         write_tensors(new / SINGLE, tensors, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_text(new / MODEL_CONFIG, text)
-        if source.is_file() and (tokenizer := load_tokenizer(source)) is not None:
-            tokenizer.save(new)  # a GGUF file holds it
+        if source.is_file() and (kept := tokenizer or load_tokenizer(source)):
+            kept.save(new)  # a GGUF file holds it
         copy_side_files(source, new, leave_out=directory)
+        if tokenizer is not None:
+            write_tokenizer(new, tokenizer, source)
     return directory
 
 

@@ -42,7 +42,7 @@ class SentenceHead(nn.Module):
 
         Args:
           hidden: hidden states ``[b, t, d]``.
-          mask: ``[b, t]``, 1 for real tokens and 0 for padding; at least one a row.
+          mask: ``[b, t]``, 1 for real tokens and 0 for padding; at least one per row.
 
         Returns:
           Embeddings ``[b, e]`` float32.

@@ -64,8 +64,8 @@ class SentenceConfig:
       steps: applied to that: dense layers, and ``"normalize"`` to length 1.
       max_length: the longest text in tokens, or None.
       is_lower_case: whether texts are put in lower case first.
-      prompts: names of texts to put before a text, and these.
-      default_prompt: the name of the one that is used if none is named, or None.
+      prompts: pairs of a name and the text to put before an input.
+      default_prompt: name of the prompt that is used if none is given, or None.
     """
 
     poolings: tuple[str, ...] = ("mean",)
@@ -104,7 +104,7 @@ def read_sentence(folder: Path) -> SentenceConfig | None:
       folder: a model folder.
 
     Returns:
-      The config; None if the folder has no ``modules.json``, or that no pooling (of a
+      The config; None if the folder has no ``modules.json``, or no pooling in it (a
       model that scores pairs, say).
 
     Raises:

@@ -22,11 +22,12 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.family import Family, Shape
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import BIAS, LAYERS, PARAMS
+from lora_jax.names import BIAS, LAYERS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.nn.trace import Example, trace_model
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target
+from lora_jax.tree.token_rows import full_of
 
 
 class LayerSlice(NamedTuple):
@@ -154,7 +155,7 @@ def unscan(loaded: LoadedModel) -> LoadedModel:
     module = model.clone(scan_layers=False)
     if adapted is not None:
         targets = adapted.targets(loaded.params)
-        config = _by_layer(adapted.config, targets, variables.get(PARAMS, {}))
+        config = _by_layer(adapted.config, targets, full_of(variables))
         module = adapt(module, config, *loaded.inputs, deterministic=True)
     return loaded._replace(module=module, variables=variables)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.models.family import Family
-from lora_jax.names import BIAS, EXPERTS, KERNEL, ROUTER
+from lora_jax.names import BIAS, EMBED, EXPERTS, KERNEL, ROUTER, WORD_EMBEDDING
 
 _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 _OF_EXPERTS = re.compile(rf"/({EXPERTS}/|{ROUTER}$)")
@@ -27,7 +27,8 @@ def translate_names(
 
     Args:
       config: lists of names, and patterns that are plain names, may use either's names;
-        regular expressions stay as they are.
+        regular expressions stay as they are. A list of ``tokens`` is that of the
+        embedding.
       family: the model's.
       model: the model's own config, which tells what it has of the family's modules;
         None for all of them.
@@ -50,8 +51,12 @@ def translate_names(
                 found.setdefault(path, value)
         return found
 
+    tokens = config.tokens_by_layer
+    if "" in tokens:  # a list: of the embedding, and of a head that is tied to it
+        tokens = {WORD_EMBEDDING if family.head else EMBED: tokens[""]}
     return dataclasses.replace(
         config,
+        tokens=of_patterns([*tokens.items()]),
         **{name: of_list(getattr(config, name)) for name in _LISTS},
         **{name: of_patterns(getattr(config, name)) for name in _PATTERNS},
     )

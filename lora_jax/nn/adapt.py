@@ -32,6 +32,14 @@ from lora_jax.tree.merge import MergeError, merge_errors, merge_params, unmerge_
 from lora_jax.tree.partition import adapter_of, join, partition, upcast_leaves
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.token_rows import (
+    TokenRows,
+    base_of,
+    init_token_rows,
+    merge_token_rows,
+    select_token_rows,
+    token_rows_of,
+)
 from lora_jax.tree.uncovered import describe_experts, describe_uncovered
 
 _MAPPED = (FROZEN, LORA, PARAMS, FIXED)
@@ -56,8 +64,9 @@ class Adapted(nn.Module):
 
     Variables: ``frozen`` (the base), ``lora`` (``lora_a``, ``lora_b`` and DoRA's
     ``magnitude`` at the paths of the adapted layers), ``params`` (base leaves that
-    ``config.train`` and ``config.bias`` name), ``fixed`` (what an adapter has and
-    doesn't train, such as ``start_a`` and ``start_b`` of PiSSA).
+    ``config.train`` and ``config.bias`` name, and the ``token_rows`` of
+    ``config.tokens``), ``fixed`` (what an adapter has and doesn't train, such as
+    ``start_a`` and ``start_b`` of PiSSA).
     """
 
     model: nn.Module
@@ -114,6 +123,11 @@ class Adapted(nn.Module):
         return self._select(self._trace(params))
 
     @nn.nowrap
+    def token_rows(self, params: Mapping[str, Any] | None = None) -> list[TokenRows]:
+        """Returns the rows of tokens that ``config.tokens`` trains; see `targets`."""
+        return select_token_rows(self._trace(params).sites, self.config)
+
+    @nn.nowrap
     def frozen_notes(self, params: Mapping[str, Any] | None = None) -> list[str]:
         """Says which weights stay frozen that a reader may take for adapted.
 
@@ -163,10 +177,11 @@ class Adapted(nn.Module):
         flat, adapters = flatten(params), {}
         for target in targets:
             kernel = flat[target.weight_path]
-            for name, leaf in target.init(key, kernel, self.config.init).items():
+            for name, leaf in target.init(key, kernel, self.config.start).items():
                 adapters[child(target.path, name)] = leaf
+        rows = init_token_rows(params, self.token_rows(params))
         return self.upcast_trained(
-            partition(join(params, unflatten(adapters)), self.config)
+            partition(join(params, unflatten(adapters), rows), self.config)
         )
 
     @nn.nowrap
@@ -192,7 +207,7 @@ class Adapted(nn.Module):
     @nn.nowrap
     def detach(self, variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns only the base, as a plain tree: undoes `attach` except upcasting."""
-        return join(variables[FROZEN], variables.get(PARAMS, {}))
+        return base_of(variables)
 
     @nn.nowrap
     def merge(
@@ -218,6 +233,8 @@ class Adapted(nn.Module):
         base = nn.meta.unbox(self.detach(variables))
         found = self._trace(base)
         merged = merge_params(base, adapter_of(variables), self._select(found))
+        every = select_token_rows(found.sites, self.config)
+        merged = merge_token_rows(merged, token_rows_of(variables), every)
         if check and jax.process_count() == 1 and is_concrete(merged):
             example = found.example
             check_merged(
@@ -243,7 +260,8 @@ class Adapted(nn.Module):
           A plain tree with the base's kernels.
         """
         base = nn.meta.unbox(self.detach(variables))
-        return unmerge_params(merged, base, self.targets(base))
+        every = [*self.targets(base), *self.token_rows(base)]
+        return unmerge_params(merged, base, every)
 
     @nn.nowrap
     def merge_errors(self, variables: Mapping[str, PyTree]) -> list[MergeError]:
@@ -363,33 +381,6 @@ def adapt(
     if example_args or example_kwargs:
         example = Example.of(*example_args, method=example_method, **example_kwargs)
     return Adapted(model, config, example, deterministic)
-
-
-def find_targets(
-    model: nn.Module,
-    config: LoRAConfig,
-    *example_args: Any,
-    params: Mapping[str, Any] | None = None,
-    **example_kwargs: Any,
-) -> list[Target]:
-    """Returns the layers that ``config`` adapts in ``model``.
-
-    Args:
-      model: any Linen module.
-      config: the adapter config.
-      *example_args: example inputs, as in `adapt`.
-      params: the model's parameter tree, arrays or shapes; not needed if example inputs
-        are given.
-      **example_kwargs: example keyword arguments.
-
-    Returns:
-      One `Target` per layer: path, kind, kernel shape, rank, alpha, scaling, trainable.
-
-    Raises:
-      ValueError: listing every pattern without a match and every target that can't be
-        adapted.
-    """
-    return adapt(model, config, *example_args, **example_kwargs).targets(params)
 
 
 def _on_model(method: Method) -> Callable[..., Any]:

@@ -95,7 +95,7 @@ def init_factors(
         module.make_rng(PARAMS),
         kernel,
         config.rank_for(path),
-        init=config.init,
+        init=config.start,
         scaling=config.scaling_for(path),
         contraction=contraction,
         one_hot=rule.kind == "embed",

@@ -2,12 +2,13 @@
 
 ``y[b] = x[b] W0 + s (x[b] A[id[b]]) B[id[b]]``. The model is mapped over rows, see
 `RowAdapted`. Adapters are padded to the rank of their class, with their scaling in B: a
-change of adapters compiles nothing.
+change of adapters compiles nothing. Weights that adapters train in full, such as a
+head, are an array for each adapter, of which every row takes its own.
 """
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +18,24 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, MAGNITUDE
+from lora_jax.names import FROZEN, LORA, PARAMS
 from lora_jax.nn.adapt import adapt
+from lora_jax.nn.bank_arrays import (
+    Trained,
+    classes,
+    gathered,
+    is_within,
+    neutral,
+    placed,
+)
 from lora_jax.nn.rows import SLOTS, RowAdapted
-from lora_jax.ops.banked import WAYS, Way
+from lora_jax.ops.banked import AUTO, WAYS, Way, best_way
 from lora_jax.tree.arithmetic import fit_adapter
-from lora_jax.tree.paths import flatten, nearest, unflatten
-from lora_jax.tree.targets import Target, child
+from lora_jax.tree.paths import nearest
+from lora_jax.tree.targets import Target
 
-Member = tuple[Mapping[str, Any], Sequence[Target]]  # an adapter tree and its targets
+# An adapter tree, its targets and, if it trains weights in full, the tree of these.
+Member = tuple[Any, ...]
 Names = Sequence[str | None] | Sequence[Sequence[str | None]]  # of rows, or of tokens
 ROUNDS = 5
 
@@ -36,22 +46,27 @@ class AdapterBank:
     Args:
       model: the base, a Linen module.
       params: its parameters.
-      members: adapters by name, each a tree and its targets.
+      members: adapters by name, each a tree and its targets; with the tree of the
+        weights that it trains in full (``variables["params"]``), if it does.
       *example_args: example inputs, as for `adapt`.
       capacity: the largest number of adapters; None for as many as ``members``. Or by
         rank, ``{8: 100, 64: 4}``: room for 100 adapters of a rank up to 8 and 4 of up
         to 64, of which an adapter gets the smallest that it fits.
       ranks: the largest rank to allow, by path, where those of ``members`` are smaller
         and ``capacity`` names none.
+      absent: paths of ``params`` that the base has not of its own, a new head: every
+        adapter must bring them, and a row without an adapter has NaN there.
 
     Attributes:
       module: applies the adapters; ``module.apply(bank.variables(names), inputs)``.
-      way: how, one of `lora_jax.ops.banked.WAYS`; set it, or let `choose` measure.
+      way: how: ``"auto"``, the one that `lora_jax.ops.banked.best_way` names for each
+        batch, or one of `lora_jax.ops.banked.WAYS`; set it, or let `choose` measure.
       names: names of the adapters.
 
     Raises:
       ValueError: if there is no member, more of them than ``capacity``, some are DoRA
-        and some are not, or one doesn't fit the base; see `add`.
+        and some are not, weights that they train in full differ in shape, or one
+        doesn't fit the base; see `add`.
 
     Example:
       >>> model, x = nn.Dense(2, name="up"), jnp.ones((2, 3))
@@ -71,11 +86,12 @@ class AdapterBank:
         *example_args: Any,
         capacity: int | Mapping[int, int] | None = None,
         ranks: Mapping[str, int] | None = None,
+        absent: Collection[str] = (),
     ) -> None:
-        rows = [row for _, targets in members.values() for row in targets]
+        rows = [row for _, targets, *_ in members.values() for row in targets]
         kinds = {row.dora for row in rows}
         if len(kinds) > 1:
-            named = [n for n, (_, rows) in members.items() if any(r.dora for r in rows)]
+            named = [n for n, one in members.items() if any(r.dora for r in one[1])]
             raise ValueError(
                 f"adapters of a bank must all be DoRA or none; {named} are. "
                 "`combine_adapters` with method 'svd' makes LoRA of them."
@@ -83,29 +99,32 @@ class AdapterBank:
         largest = dict(ranks or {})
         for row in rows:
             largest[row.path] = max(row.rank, largest.get(row.path, 0))
-        classes = _classes(capacity, largest, len(members))
-        if len(classes) > 1 and True in kinds:
+        kept = classes(capacity, largest, len(members))
+        if len(kept) > 1 and True in kinds:
             raise ValueError(
                 "capacity must be one number for DoRA, whose magnitudes can't be added "
                 f"up over ranks; got {capacity}."
             )
         adapted, self._targets = None, []
-        for own, _ in classes:
+        for own, _ in kept:
             alphas = {path: float(rank) for path, rank in own.items()}  # scaling 1
             config = LoRAConfig.for_layers(own, alphas, dora=True in kinds)
             adapted = adapt(model, config, *example_args, deterministic=True)
             self._targets.append(adapted.targets(params))
         assert adapted is not None  # of the largest ranks
-        self.params, self._adapted = params, adapted
-        self._none = [_neutral(params, targets) for targets in self._targets]
+        self._adapted = adapted
+        full = {name: one[2] for name, one in members.items() if len(one) > 2}
+        self._trained = Trained(params, full, [size for _, size in kept], absent)
+        self.params = self._trained.shared
+        self._none = [neutral(params, targets) for targets in self._targets]
         self._lora = [
             jax.tree.map(lambda leaf, n=n: jnp.repeat(leaf[None], n + 1, axis=0), none)
-            for none, (_, n) in zip(self._none, classes, strict=True)
+            for none, (_, n) in zip(self._none, kept, strict=True)
         ]
         self._places: dict[str, tuple[int, int]] = {}  # class and slot
-        self._way: Way = "gather"
-        for name, (lora, targets) in members.items():
-            self.add(name, lora, targets)
+        self._way: Way = AUTO
+        for name, member in members.items():
+            self.add(name, *member)
 
     @property
     def names(self) -> list[str]:
@@ -130,9 +149,11 @@ class AdapterBank:
     @way.setter
     def way(self, way: Way) -> None:
         """Sets how the adapters are applied from now on."""
-        if way not in WAYS:
-            raise ValueError(f"way must be one of {', '.join(WAYS)}; got {way!r}.")
-        if way != "gather" and (others := self._needing_gather()):
+        if way not in (AUTO, *WAYS):
+            raise ValueError(
+                f"way must be one of {AUTO}, {', '.join(WAYS)}; got {way!r}."
+            )
+        if way not in (AUTO, "gather") and (others := self._needing_gather()):
             raise ValueError(
                 f"way must be 'gather' for DoRA, scanned layers and layers that are "
                 f"not dense; got {way!r} for {', '.join(others[:5])}."
@@ -177,7 +198,11 @@ class AdapterBank:
         return seconds
 
     def add(
-        self, name: str, lora: Mapping[str, Any], targets: Sequence[Target]
+        self,
+        name: str,
+        lora: Mapping[str, Any],
+        targets: Sequence[Target],
+        trained: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of that name, without recompiling.
 
@@ -185,15 +210,19 @@ class AdapterBank:
           name: its name.
           lora: the adapter tree.
           targets: its targets.
+          trained: the weights that it trains in full. For others that members of the
+            bank train it has the base's.
 
         Raises:
           ValueError: if the bank is full, or the adapter has layers that the bank
-            lacks, larger ranks, or another ``dora``; see `fit_adapter`.
+            lacks, larger ranks, or another ``dora``; see `fit_adapter`. Or if it trains
+            weights that no member did, or of other shapes.
         """
+        full = self._trained.checked(name, trained or {})
         fitting = [
             number
             for number, rows in enumerate(self._targets)
-            if _is_within(targets, rows)
+            if is_within(targets, rows)
         ]
         number = (fitting or [len(self._targets) - 1])[0]
         try:
@@ -213,7 +242,8 @@ class AdapterBank:
             fitted = fit_adapter(lora, targets, self._targets[number])
         if before is not None and before[0] != number:
             self.remove(name)
-        self._lora[number] = _placed(self._lora[number], slot, fitted)
+        self._lora[number] = placed(self._lora[number], slot, fitted)
+        self._trained.put(full, number, slot)
         self._places[name] = number, slot
 
     def _free(self, number: int, before: tuple[int, int] | None) -> int | None:
@@ -235,7 +265,7 @@ class AdapterBank:
         """
         self.slots([name])  # raises if it is unknown
         number, slot = self._places.pop(name)
-        self._lora[number] = _placed(self._lora[number], slot, self._none[number])
+        self._lora[number] = placed(self._lora[number], slot, self._none[number])
 
     def slots(self, names: Names) -> tuple[jax.Array, ...]:
         """Returns the place of each row's adapter among those of each rank class.
@@ -282,17 +312,31 @@ class AdapterBank:
 
         Returns:
           For `RowAdapted.apply`: ``{"frozen": base, "lora": leaves [b, ...]}`` of the
-          rows' adapters, or all adapters of the bank and the rows' ``slots``.
+          rows' adapters, or all adapters of the bank and the rows' ``slots``; with
+          ``params`` ``[b, ...]`` if adapters train weights in full.
+
+        Raises:
+          ValueError: for adapters of tokens that need their rows' own weights.
         """
         slots = self.slots(names)
-        if self._way != "gather" or slots[0].ndim > 1:
-            if others := self._needing_gather():
-                raise ValueError(
-                    "names must be one for each row: tokens' adapters need dense "
-                    f"layers that are not scanned, without DoRA; got {others[0]}."
-                )
-            return {FROZEN: self.params, LORA: list(self._lora), SLOTS: list(slots)}
-        return {FROZEN: self.params, LORA: _gathered(self._lora, slots)}
+        is_of_rows, others = slots[0].ndim == 1, self._needing_gather()
+        if not is_of_rows and (others := [*others, *self._trained.paths]):
+            raise ValueError(
+                "names must be one for each row: tokens' adapters need dense layers "
+                f"that are not scanned, without DoRA or weights trained in full; got "
+                f"{others[0]}."
+            )
+        variables = {FROZEN: self.params}
+        if self._trained.paths:
+            variables[PARAMS] = self._trained.of_rows(slots)
+        if is_of_rows and (others or self._way_of(len(slots[0])) == "gather"):
+            return {**variables, LORA: gathered(self._lora, slots)}
+        return {**variables, LORA: list(self._lora), SLOTS: list(slots)}
+
+    def _way_of(self, rows: int) -> Way:
+        """Returns the way for rows of a token, which long generation consists of."""
+        auto = self._way == AUTO
+        return best_way(rows, 1, self.capacity) if auto else self._way
 
     def adapter(self, name: str | None) -> dict[str, PyTree]:
         """Returns the variables of one adapter, for ``bank.module.adapted.apply``.
@@ -301,67 +345,11 @@ class AdapterBank:
           name: of the adapter, None for the base alone.
 
         Returns:
-          ``{"frozen": base, "lora": adapter}``.
+          ``{"frozen": base, "lora": adapter}``, and its ``params``.
         """
-        one = _gathered(self._lora, self.slots([name]))
-        return {FROZEN: self.params, LORA: jax.tree.map(lambda leaf: leaf[0], one)}
-
-
-def _classes(
-    capacity: int | Mapping[int, int] | None, largest: Mapping[str, int], count: int
-) -> list[tuple[dict[str, int], int]]:
-    """Returns the rank of every layer, and the number of adapters, of each class."""
-    if not isinstance(capacity, Mapping):
-        size = count if capacity is None else capacity
-        if not 0 < count <= size:
-            raise ValueError(
-                f"a bank must have from 1 to capacity = {size} members; got {count}."
-            )
-        return [(dict(largest), size)]
-    wrong = [f"{rank}: {n}" for rank, n in capacity.items() if rank < 1 or n < 1]
-    if wrong or not count or not capacity:
-        raise ValueError(
-            f"capacity must be numbers of adapters by rank, both at least 1, for at "
-            f"least 1 member; got {dict(capacity)} for {count}."
-        )
-    return [(dict.fromkeys(largest, rank), n) for rank, n in sorted(capacity.items())]
-
-
-def _is_within(targets: Sequence[Target], rows: Sequence[Target]) -> bool:
-    """Returns whether an adapter's ranks are at most those of a class."""
-    ranks = {row.path: row.rank for row in rows}
-    return all(row.rank <= ranks.get(row.path, 0) for row in targets)
-
-
-def _neutral(params: Mapping[str, Any], targets: Sequence[Target]) -> PyTree:
-    """Returns the adapter that changes nothing."""
-    flat, leaves = flatten(params), {}
-    for row in targets:
-        for leaf, shape in zip((LORA_A, LORA_B), row.factor_shapes, strict=True):
-            leaves[child(row.path, leaf)] = jnp.zeros(shape)
-        if row.dora:
-            m = row.init_magnitude(flat[row.weight_path])
-            leaves[child(row.path, MAGNITUDE)] = m
-    return unflatten(leaves)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _placed(lora: PyTree, slot: int, one: PyTree) -> PyTree:
-    return jax.tree.map(lambda all_, new: all_.at[slot].set(new), lora, one)
-
-
-@jax.jit
-def _gathered(banks: Sequence[PyTree], slots: Sequence[jax.Array]) -> PyTree:
-    """Takes the adapter of each row, from the one class that has it."""
-    *others, largest = (
-        jax.tree.map(lambda leaf, own=own: leaf[own], bank)
-        for bank, own in zip(banks, slots, strict=True)
-    )
-
-    def add(wide: jax.Array, narrow: jax.Array) -> jax.Array:
-        # Of all classes but one it is zero.
-        return wide.at[tuple(map(slice, narrow.shape))].add(narrow)
-
-    for other in others:
-        largest = jax.tree.map(add, largest, other)
-    return largest
+        slots = self.slots([name])
+        found = {LORA: gathered(self._lora, slots)}
+        if self._trained.paths:
+            found[PARAMS] = self._trained.of_rows(slots)
+        one = jax.tree.map(lambda leaf: leaf[0], found)
+        return {FROZEN: self.params, **one}

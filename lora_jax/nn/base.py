@@ -14,7 +14,17 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.config import LoRAConfig
-from lora_jax.names import FIXED, FROZEN, LORA, LORA_A, MAGNITUDE, PARAMS, START_A
+from lora_jax.names import (
+    ADAPTER,
+    FIXED,
+    FROZEN,
+    LORA,
+    LORA_A,
+    MAGNITUDE,
+    PARAMS,
+    START_A,
+    VERA_D,
+)
 from lora_jax.nn.apply import (
     adapted_query,
     apply_adapter,
@@ -28,11 +38,27 @@ from lora_jax.tree.targets import LINEAR_KINDS, child
 
 
 def check_config(lora: Any) -> None:
-    """Raises `TypeError` unless a module's ``lora`` is a `LoRAConfig`."""
+    """Raises unless a module's ``lora`` is a `LoRAConfig` that LoRA layers can serve.
+
+    Raises:
+      TypeError: if it is something else.
+      ValueError: if it has ``tokens``.
+    """
     if not isinstance(lora, LoRAConfig):
         raise TypeError(
             f"lora must be a LoRAConfig; got {type(lora).__name__}. "
             "LoRAConfig.from_dict makes one from a dictionary."
+        )
+    check_no_tokens(lora)
+
+
+def check_no_tokens(lora: LoRAConfig) -> None:
+    """Raises a `ValueError` if rows of tokens are to be trained."""
+    if lora.tokens:
+        raise ValueError(
+            "tokens must be empty here: rows of tokens are trained in a Linen model "
+            "that `lora_jax.adapt` wraps, not by LoRA layers or NNX; got "
+            f"{lora.tokens}."
         )
 
 
@@ -124,15 +150,19 @@ class LoRALayer(FrozenLayer):
         """Declares the adapter variables; returns plain factors, None if no target."""
         path = self._lora_path()
         if not self._is_target():
-            if self.scope.has_variable(LORA, LORA_A):
+            held = next(
+                (c for c in ADAPTER if self.scope.has_variable(c, LORA_A)), None
+            )
+            if held is not None:
                 raise ValueError(
-                    f"variables[{LORA!r}] has {child(path, LORA_A)!r}, but the config "
+                    f"variables[{held!r}] has {child(path, LORA_A)!r}, but the config "
                     f"does not target {path!r}. Use the config the adapter was made "
                     "with."
                 )
             return None
         leaves = self.lora.leaves
-        for held, name, field in ((LORA, MAGNITUDE, "dora"), (FIXED, START_A, "init")):
+        of_fields = (LORA, MAGNITUDE, "dora"), (LORA, VERA_D, "vera")
+        for held, name, field in (*of_fields, (FIXED, START_A, "init")):
             if name not in leaves and self.scope.has_variable(held, name):
                 raise ValueError(
                     f"variables[{held!r}] has {child(path, name)!r}, but the config "

@@ -18,11 +18,14 @@ from lora_jax.names import (
     MAGNITUDE,
     START_A,
     START_B,
+    VERA_B,
+    VERA_D,
 )
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.dora import magnitude_shape
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.merge import is_finite
+from lora_jax.ops.vera import vera_shapes
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target, child
 
@@ -89,12 +92,15 @@ def check_presence(
             f"the collection {LORA!r} must have {child(path, MAGNITUDE)!r} if and only "
             f"if the config has dora=True; got dora={config.dora}. {MAKE_OR_LOAD}"
         )
-    for name in (START_A, START_B):
+    for name in (START_A, START_B, VERA_D, VERA_B):
         if (getattr(factors, name) is not None) != (name in config.leaves):
+            held, why = (FIXED, "init starts from W0")
+            if name in (VERA_D, VERA_B):
+                held, why = (LORA, "vera is True")
             raise ValueError(
-                f"the collection {FIXED!r} must have {child(path, name)!r} if and only "
-                f"if the config's init starts from W0; got init={config.init!r}. "
-                f"{MAKE_OR_LOAD}"
+                f"the collection {held!r} must have {child(path, name)!r} if and only "
+                f"if the config's {why}; got init={config.init!r}, "
+                f"vera={config.vera}. {MAKE_OR_LOAD}"
             )
 
 
@@ -122,13 +128,14 @@ def check_factors_fit(
             f"lora_a, lora_b of {path!r} must be {a}, {b} for rank {rank} and a kernel "
             f"of shape {kernel_shape}; got {got[0]}, {got[1]}. {MAKE_OR_LOAD}"
         )
-    starts = [
-        f"{name} of {path!r} must be {shape}; got {jnp.shape(start)}"
-        for name, shape in ((START_A, a), (START_B, b))
-        if (start := getattr(factors, name)) is not None and jnp.shape(start) != shape
+    others = {START_A: a, START_B: b, **vera_shapes(b, contraction)}
+    faults = [
+        f"{name} of {path!r} must be {shape}; got {jnp.shape(leaf)}"
+        for name, shape in others.items()
+        if (leaf := getattr(factors, name)) is not None and jnp.shape(leaf) != shape
     ]
-    if starts:
-        raise ValueError(f"{'; '.join(starts)}. {MAKE_OR_LOAD}")
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}. {MAKE_OR_LOAD}")
     wanted = magnitude_shape(kernel_shape, contraction)
     if factors.magnitude is not None and jnp.shape(factors.magnitude) != wanted:
         raise ValueError(

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.array_types import PyTree
+from lora_jax.config import LoRAConfig
 from lora_jax.names import FROZEN, LORA_A, LORA_B, START_A, START_B
 from lora_jax.nn.adapt import Adapted
 from lora_jax.ops.start import GAMMA, gradient_factors
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.target import child
+from lora_jax.tree.target import Target, child
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]]
 
@@ -52,30 +53,59 @@ def lora_ga_init(
     References:
       Wang, Yu and Li, https://arxiv.org/abs/2407.05000, section 3.3.
     """
-    if adapted.config.init != "lora_ga":
-        raise ValueError(
-            "adapted must have a config with init='lora_ga'; got "
-            f"init={adapted.config.init!r}."
-        )
+    check_lora_ga(adapted.config)
     targets = adapted.targets(adapted.detach(variables))
     frozen = flatten(nn.meta.unbox(variables[FROZEN]))
     kernels = {t.weight_path: frozen[t.weight_path] for t in targets}
 
+    def loss(kernels, others, batch):
+        whole = {**others, FROZEN: unflatten({**flatten(others[FROZEN]), **kernels})}
+        return loss_fn(whole, batch, {})[0]
+
+    total = sum_gradients(loss, kernels, variables, batches)
+    leaves = {name: flatten(tree) for name, tree in variables.items()}
+    for target in targets:
+        values = start_along(target, total[target.weight_path], gamma)
+        for name, held in target.leaves:
+            if name in values:
+                leaves[held][child(target.path, name)] = values[name]
+    return {name: unflatten(tree) for name, tree in leaves.items()}
+
+
+def check_lora_ga(config: LoRAConfig) -> None:
+    """Raises a `ValueError` unless a config has ``init="lora_ga"``."""
+    if config.init != "lora_ga":
+        raise ValueError(
+            f"adapted must have a config with init='lora_ga'; got init={config.init!r}."
+        )
+
+
+def sum_gradients(
+    loss: Callable[..., jax.Array],
+    kernels: Mapping[str, Any],
+    others: PyTree,
+    batches: Iterable[Any],
+) -> dict[str, jax.Array]:
+    """Sums the gradients of a loss over batches, in float32.
+
+    Args:
+      loss: ``loss(kernels, others, batch)``, a scalar.
+      kernels: what it is differentiated by, by path.
+      others: the rest of its arrays.
+      batches: of the training data.
+
+    Raises:
+      ValueError: if there are no batches, or a gradient is not finite.
+    """
+
     @jax.jit
     def gradient(kernels, others, batch):
-        def loss(kernels):
-            whole = {
-                **others,
-                FROZEN: unflatten({**flatten(others[FROZEN]), **kernels}),
-            }
-            return loss_fn(whole, batch, {})[0]
-
-        found = jax.grad(loss)(kernels)
+        found = jax.grad(loss)(kernels, others, batch)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
 
     total = None
     for batch in batches:
-        found = gradient(kernels, variables, batch)
+        found = gradient(dict(kernels), others, batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("batches must have at least one batch; got none.")
@@ -85,18 +115,18 @@ def lora_ga_init(
             f"the gradients of W0 must be finite; {', '.join(wrong)} have NaN or "
             "infinity. Check the data and the loss."
         )
-    leaves = {name: flatten(tree) for name, tree in variables.items()}
-    for target in targets:
-        a, b = target.as_stored(
-            *gradient_factors(
-                total[target.weight_path],
-                target.rank,
-                contraction=target.contraction,
-                gamma=gamma,
-            )
-        )
-        values = {LORA_A: a, LORA_B: b, START_A: a, START_B: b}
-        for name, held in target.leaves:
-            if name in values:
-                leaves[held][child(target.path, name)] = values[name]
-    return {name: unflatten(tree) for name, tree in leaves.items()}
+    return total
+
+
+def start_along(target: Target, gradient: Any, gamma: float) -> dict[str, Any]:
+    """Returns A and B, and what they start from, along a gradient of W0.
+
+    Args:
+      target: the layer.
+      gradient: of its ``W0``.
+      gamma: see `lora_ga_init`.
+    """
+    roles = target.contraction
+    found = gradient_factors(gradient, target.rank, contraction=roles, gamma=gamma)
+    a, b = target.as_stored(*found)
+    return {LORA_A: a, LORA_B: b, START_A: a, START_B: b}

@@ -26,6 +26,7 @@ from lora_jax.nn.layer_rules import CALL
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.target import Target, child
+from lora_jax.tree.token_rows import token_rows_of
 
 RHO = 2.0  # of EVA's paper
 
@@ -74,34 +75,53 @@ def eva_init(
     References:
       Paischer et al., https://arxiv.org/abs/2410.07170, section 3.
     """
-    if adapted.config.init != "eva" or rho < 1:
-        raise ValueError(
-            "adapted must have a config with init='eva', and rho be at least 1; got "
-            f"init={adapted.config.init!r}, rho={rho}."
-        )
     base = adapted.detach(variables)
     targets = adapted.targets(base)
-    _check(targets)
+    check_eva(adapted.config, targets, rho)
     moments = _moments(targets, variables, loss_fn, batches, mask)
-    found = {}
-    for target in targets:
-        inputs, outputs = target.contraction.matrix_size(target.kernel_shape)
-        most = min(round(rho * target.rank), inputs, outputs)
-        found[target.path] = principal_components(*moments[target.path], most)
-    ranks = redistribute(
-        {path: each.ratios for path, each in found.items()},
-        sum(target.rank for target in targets),
-    )
-    config = _with_ranks(adapted.config, targets, ranks)
+    found = components_of(targets, moments, rho)
+    config = with_ranks(adapted.config, targets, found)
     made = adapted.clone(config=config)
     flat, leaves = flatten(base), {}
     for target in made.targets(base):
-        kernel = flat[target.weight_path]
-        own = target.init(jax.random.key(0), kernel)
-        rows = found[target.path].rows[: target.rank]
-        own[LORA_A] = jnp.asarray(rows.T.reshape(own[LORA_A].shape), jnp.float32)
+        own = start_at(target, flat[target.weight_path], found[target.path])
         leaves |= {child(target.path, name): leaf for name, leaf in own.items()}
-    return made, partition(join(base, unflatten(leaves)), config)
+    rows = token_rows_of(variables)
+    return made, partition(join(base, unflatten(leaves), rows), config)
+
+
+def components_of(
+    targets: Sequence[Target],
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray, float]],
+    rho: float,
+) -> dict[str, Components]:
+    """Returns the components of each layer's inputs, as many as it may get.
+
+    Args:
+      targets: the adapted layers, of the config's ranks.
+      moments: `sum_moments`'s, by path.
+      rho: see `eva_init`.
+    """
+    found = {}
+    for target in targets:
+        sides = target.contraction.matrix_size(target.kernel_shape)
+        most = min(round(rho * target.rank), *sides)
+        found[target.path] = principal_components(*moments[target.path], most)
+    return found
+
+
+def start_at(target: Target, kernel: Any, components: Components) -> dict[str, Any]:
+    """Returns a layer's leaves, with A from the components of its inputs.
+
+    Args:
+      target: the layer, of its new rank.
+      kernel: ``W0``.
+      components: of its inputs.
+    """
+    own = target.init(jax.random.key(0), kernel)
+    rows = components.rows[: target.rank]
+    own[LORA_A] = jnp.asarray(rows.T.reshape(own[LORA_A].shape), jnp.float32)
+    return own
 
 
 def principal_components(
@@ -149,7 +169,18 @@ def redistribute(ratios: Mapping[str, np.ndarray], budget: int) -> dict[str, int
     return ranks
 
 
-def _check(targets: Sequence[Target]) -> None:
+def check_eva(config: LoRAConfig, targets: Sequence[Target], rho: float) -> None:
+    """Raises unless EVA can start these layers.
+
+    Raises:
+      ValueError: if the config has another ``init``, ``rho`` is below 1, or a target is
+        stacked or isn't a linear layer; lists these.
+    """
+    if config.init != "eva" or rho < 1:
+        raise ValueError(
+            "adapted must have a config with init='eva', and rho be at least 1; got "
+            f"init={config.init!r}, rho={rho}."
+        )
     faults = [
         f"{t.path} is {'stacked' if t.contraction.batch else f'of kind {t.kind!r}'}"
         for t in targets
@@ -182,7 +213,7 @@ def _moments(
             path = "/".join(context.module.path)
             if path in by_path and rule_of_call(context) is not None:
                 x = call_inputs(context.orig_method, args, kwargs)[0]
-                new = _of_rows(x, by_path[path], weights)
+                new = moments_of(x, by_path[path], weights)
                 old = found.get(path)
                 found[path] = new if old is None else jax.tree.map(jnp.add, old, new)
             return next_fun(*args, **kwargs)
@@ -191,17 +222,37 @@ def _moments(
             loss_fn(variables, batch, {})
         return found
 
+    def observe_batch(batch: Any) -> dict[str, Any]:
+        return observed(variables, batch, mask(batch))
+
+    return sum_moments(observe_batch, by_path, batches)
+
+
+def sum_moments(
+    observed: Callable[[Any], Mapping[str, Any]],
+    paths: Iterable[str],
+    batches: Iterable[Any],
+) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    """Sums the moments of layers' inputs over batches, in float64.
+
+    Args:
+      observed: gives a batch's moments by path, each of `moments_of`.
+      paths: of the layers that there must be.
+      batches: of the training data.
+
+    Raises:
+      ValueError: if there are no batches, a layer got no input, or one isn't finite.
+    """
     total: dict[str, Any] | None = None
     with _explained():
         for batch in batches:
             new = jax.tree.map(
-                lambda leaf: np.asarray(leaf, np.float64),
-                observed(variables, batch, mask(batch)),
+                lambda leaf: np.asarray(leaf, np.float64), dict(observed(batch))
             )
             total = new if total is None else jax.tree.map(np.add, total, new)
     if total is None:
         raise ValueError("batches must have at least one batch; got none.")
-    faults = [f"{path} got no input" for path in by_path if path not in total]
+    faults = [f"{path} got no input" for path in paths if path not in total]
     faults += [
         f"{path} has NaN or infinity"
         for path, own in total.items()
@@ -218,12 +269,20 @@ def _explained():
         yield
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
-            "init='eva' observes the inputs of layers, which nn.remat hides. Pass a "
-            "loss of the model without it, such as `model.clone(remat='none')`."
+            "init='eva' observes the inputs of layers, which nn.remat and nnx.remat "
+            "hide, and scans too. Pass a loss of the model without them, such as "
+            "`model.clone(remat='none')`."
         ) from error
 
 
-def _of_rows(x: jax.Array, target: Target, weights: Any) -> tuple[Any, ...]:
+def moments_of(x: jax.Array, target: Target, weights: Any) -> tuple[Any, ...]:
+    """Returns ``Σ x xᵀ``, ``Σ x`` and the number of the rows of one layer's input.
+
+    Args:
+      x: the input.
+      target: the layer.
+      weights: the mask of its rows, or None.
+    """
     roles = target.contraction
     sizes = tuple(target.kernel_shape[axis] for axis in roles.inputs)
     if x.shape[x.ndim - len(sizes) :] != sizes:
@@ -243,10 +302,18 @@ def _of_rows(x: jax.Array, target: Target, weights: Any) -> tuple[Any, ...]:
     return second, kept.sum(0), counted.sum()
 
 
-def _with_ranks(
-    config: LoRAConfig, targets: Sequence[Target], ranks: Mapping[str, int]
+def with_ranks(
+    config: LoRAConfig, targets: Sequence[Target], found: Mapping[str, Components]
 ) -> LoRAConfig:
-    """Returns the config of these ranks, at the scalings that the layers have."""
+    """Returns the config of EVA's ranks, at the scalings that the layers have.
+
+    Args:
+      config: given, whose ranks sum to the budget.
+      targets: its layers.
+      found: the components of their inputs.
+    """
+    ratios = {path: each.ratios for path, each in found.items()}
+    ranks = redistribute(ratios, sum(target.rank for target in targets))
     kept = {target.path: target for target in targets if ranks[target.path]}
 
     def alpha(target: Target) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 from flax.core.scope import Scope
 
 from lora_jax.config import LoRAConfig
-from lora_jax.names import ADAPTER_LEAVES, LORA_A, MAGNITUDE, PARAMS
+from lora_jax.names import ADAPTER_LEAVES, LORA_A, MAGNITUDE, PARAMS, TOKEN_ROWS
 from lora_jax.nn.apply import (
     adapted_query,
     apply_adapter,
@@ -16,10 +16,12 @@ from lora_jax.nn.apply import (
 )
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
+from lora_jax.nn.token_rows import apply_token_rows
 from lora_jax.nn.watch import find_contraction, is_flagged
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.fence import fence_gradient, fence_output
 from lora_jax.tree.targets import LINEAR_KINDS
+from lora_jax.tree.token_rows import TokenRows
 
 
 def make_interceptor(
@@ -32,7 +34,15 @@ def make_interceptor(
       root: depth of the model's scope; paths start below it.
       deterministic: disables adapter dropout.
       initializing: whether to initialise missing adapters.
+
+    Raises:
+      ValueError: if the config's tokens are not named by layer.
     """
+    if "" in config.tokens_by_layer:
+        raise ValueError(
+            f"tokens must be given by layer here, {{'embed': {list(config.tokens)}}}; "
+            "got a list."
+        )
 
     def intercept(next_fun, args, kwargs, context):
         module, scope = context.module, context.module.scope
@@ -43,6 +53,15 @@ def make_interceptor(
             return next_fun(*args, **kwargs)
         path = "/".join(scope.path[root:])
         inputs = call_inputs(context.orig_method, args, kwargs)
+        if config.tokens_for(path):
+            y = next_fun(*args, **kwargs)
+            if initializing and not scope.has_variable(PARAMS, TOKEN_ROWS):
+                weight = base_weight(module, rule.weight)
+                tokens = config.tokens_for(path)
+                rows = TokenRows(path, rule.weight, weight.shape, tokens)
+                scope.put_variable(PARAMS, TOKEN_ROWS, rows.init(weight))
+            options = {"config": config, "path": path}
+            return apply_token_rows(module, rule, method, inputs, y, **options)
         if method == ATTEND and scope.has_variable(PARAMS, MAGNITUDE):
             plain = stored_factors(scope).plain()
             query = adapted_query(module, inputs[0], plain, config.scaling_for(path))

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from lora_jax.array_types import PyTree
 from lora_jax.names import FROZEN, LORA, LORA_A, LORA_B, PARAMS, TRAINABLE
 from lora_jax.nn.adapt import Adapted
-from lora_jax.nn.apply import base_weight, call_inputs, rule_of_call
-from lora_jax.ops.banked import Way, row_update
+from lora_jax.nn.apply import apply_adapter, base_weight, call_inputs, rule_of_call
+from lora_jax.ops.banked import AUTO, Way, row_update
+from lora_jax.ops.factors import Factors
+from lora_jax.tree.partition import join
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import child
 
@@ -34,7 +36,7 @@ class RowAdapted:
     """
 
     adapted: Adapted
-    way: Way = "gather"
+    way: Way = AUTO
 
     @property
     def model(self) -> nn.Module:
@@ -53,9 +55,8 @@ class RowAdapted:
 
         Args:
           variables: ``{"frozen": base, "lora": leaves [b, ...]}``, and ``params``
-            likewise if weights are trained in full. Or ``{"frozen": base, "lora":
-            [leaves [m, ...], ...], "slots": [ids [b], ...]}``, from
-            `AdapterBank.variables`.
+            likewise if weights are trained in full. Or, from `AdapterBank.variables`,
+            ``"lora": [leaves [m, ...], ...], "slots": [ids [b], ...]``.
           *args: as for the model; the first axis of every array is the rows.
           method: of the model.
           rngs: keys; each row has its own from them.
@@ -65,7 +66,8 @@ class RowAdapted:
           What the model returns; its arrays have the rows as their first axis.
         """
         if SLOTS in variables:
-            own, call = variables[SLOTS], _banked(self, variables, method)
+            own = (variables[SLOTS], variables.get(PARAMS, {}))
+            call = _banked(self, variables, method)
         else:
             own = {name: variables[name] for name in TRAINABLE if name in variables}
             shared = {name: variables[name] for name in variables if name not in own}
@@ -105,10 +107,13 @@ def _mapped(
 def _banked(module: RowAdapted, variables: Mapping[str, Any], method: Any) -> Any:
     """Returns a call of the model whose adapters are those of a whole bank."""
     banks = [flatten(leaves) for leaves in variables[LORA]]
-    others = {k: v for k, v in variables.items() if k not in (FROZEN, LORA, SLOTS)}
-    whole = {PARAMS: variables[FROZEN], **others}
+    ours = (FROZEN, LORA, SLOTS, PARAMS)
+    others = {k: v for k, v in variables.items() if k not in ours}
 
-    def call(ids: Sequence[jax.Array], keys: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def call(own: PyTree, keys: PyTree, *args: Any, **kwargs: Any) -> Any:
+        ids, trained = own
+        whole = {PARAMS: join(variables[FROZEN], trained), **others}
+
         def intercept(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             rule, layer = rule_of_call(context), context.module
@@ -118,6 +123,22 @@ def _banked(module: RowAdapted, variables: Mapping[str, Any], method: Any) -> An
             inputs = call_inputs(context.orig_method, args, kwargs)
             shape = jnp.shape(base_weight(layer, rule.weight))
             sides = trailing_axes(layer, inputs[0], shape)
+            if sides is None and module.way == AUTO:
+                for bank, slot in zip(banks, ids, strict=True):
+                    leaves = (
+                        bank[child(path, leaf)][slot] for leaf in (LORA_A, LORA_B)
+                    )
+                    y = apply_adapter(
+                        layer,
+                        context.method_name,
+                        inputs,
+                        y,
+                        Factors(*leaves),
+                        config=module.adapted.config,
+                        path=path,
+                        deterministic=True,
+                    )
+                return y
             if sides is None:
                 raise ValueError(
                     f"{path!r} is not a layer that the way {module.way!r} knows, a "
@@ -127,16 +148,16 @@ def _banked(module: RowAdapted, variables: Mapping[str, Any], method: Any) -> An
             x = x.reshape(*x.shape[: x.ndim - sides[0]], -1)
             precision = getattr(layer, "precision", None)
             update = row_update(module.way, precision)
-            for bank, own in zip(banks, ids, strict=True):
-                if own.ndim and own.shape != x.shape[1:-1]:
+            for bank, slot in zip(banks, ids, strict=True):
+                if slot.ndim and slot.shape != x.shape[1:-1]:
                     raise ValueError(
-                        f"ids of tokens {own.shape} need layers whose inputs are the "
+                        f"ids of tokens {slot.shape} need layers whose inputs are the "
                         f"tokens; {path!r} has {x.shape[1:-1]}. Give a row's id."
                     )
                 a, b = (bank[child(path, leaf)] for leaf in (LORA_A, LORA_B))
                 a = a.reshape(len(a), x.shape[-1], -1)
                 b = b.reshape(len(b), a.shape[-1], -1)
-                y = y + update(x, a, b, own).reshape(y.shape).astype(y.dtype)
+                y = y + update(x, a, b, slot).reshape(y.shape).astype(y.dtype)
             return y
 
         with nn.intercept_methods(intercept):

@@ -31,6 +31,7 @@ from lora_jax.nnx.adapt import (
     lora_targets,
 )
 from lora_jax.nnx.attention import LoRAAttention
+from lora_jax.nnx.data_start import eva_init, lora_ga_init
 from lora_jax.nnx.files import (
     export_adapter,
     load_adapter,
@@ -60,12 +61,14 @@ __all__ = [
     "Trained",
     "TrainedParam",
     "adapt",
+    "eva_init",
     "export_adapter",
     "find_targets",
     "functional",
     "load_adapter",
     "load_factors",
     "load_peft",
+    "lora_ga_init",
     "lora_targets",
     "merge",
     "merge_errors",

@@ -27,7 +27,13 @@ from lora_jax.nnx.find import (
     select,
     shared_weights,
 )
-from lora_jax.nnx.layers import LoRALayer, layer_rule, lora_class, set_class
+from lora_jax.nnx.layers import (
+    LoRALayer,
+    check_config,
+    layer_rule,
+    lora_class,
+    set_class,
+)
 from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import Target, as_target
 
@@ -88,16 +94,42 @@ def adapt(
     References:
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.
     """
+    check_config(config)
+    if config.init in ("lora_ga", "eva"):
+        raise ValueError(
+            f"init must not be {config.init!r} for `adapt`, which has no data; use "
+            f"`lora_jax.nnx.{config.init}_init` in its place."
+        )
+
+    def values_of(layer: Any, target: Target, key: PRNGKey) -> dict[str, Any]:
+        return fresh_values(layer, target, config, key)
+
+    return adapt_with(values_of, model, config, rngs=rngs, stack_axis=stack_axis)
+
+
+def adapt_with(
+    values_of: Callable[[Any, Target, PRNGKey], dict[str, Any]],
+    model: nnx.Module,
+    config: LoRAConfig,
+    *,
+    rngs: nnx.Rngs,
+    stack_axis: int | None = None,
+) -> Any:
+    """Adds LoRA as `adapt`, with values from elsewhere.
+
+    Args:
+      values_of: gives a layer's leaves by name, from the layer, its `Target` and the
+        key of the model.
+      model: as for `adapt`, as are the others.
+      config: of the adapters.
+      rngs: their streams.
+      stack_axis: position of the layer axis of stacked layers.
+    """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
             f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
         )
     found = find_layers(model, config, stack_axis)
-    if config.init in ("lora_ga", "eva"):
-        raise ValueError(
-            f"init must not be {config.init!r} for an NNX model: it starts from data, "
-            f"for Linen models only (`lora_jax.{config.init}_init`)."
-        )
     targets = {target.path: target for target in select(found, config)}
     _check_ranks(targets)
     paths = [target.weight_path for target in targets.values()]
@@ -105,10 +137,10 @@ def adapt(
     check_kernels(kernels, list(targets.values()))
     key = seed_of(rngs, PARAMS)
 
-    def values_of(layer: Any, target: Target) -> dict[str, Any]:
-        return fresh_values(layer, target, config, key)
+    def with_key(layer: Any, target: Target) -> dict[str, Any]:
+        return values_of(layer, target, key)
 
-    return _put(model, config, found, targets, values_of, rngs, stack_axis)
+    return _put(model, config, found, targets, with_key, rngs, stack_axis)
 
 
 def adapt_empty(

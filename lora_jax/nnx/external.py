@@ -133,6 +133,7 @@ def from_external(
             out = site.contraction.matrix_size(site.kernel_shape)[1] // len(parts)
             factors = fuse_factors(parts, [out] * len(parts), rslora=adapter.rslora)
         assert factors is not None
+        factors = factors.narrowed(site.contraction.matrix_size(site.kernel_shape)[0])
         faults += _shape_faults(site, factors)
         layers.setdefault(place.path, {})[place.index] = factors
     known = [name.replace(".", "/") for place in spelled for name in place.parts]

@@ -96,7 +96,7 @@ def fresh_values(
     Returns:
       The arrays by name.
     """
-    return target.init(key, getattr(layer, target.weight)[...], config.init)
+    return target.init(key, getattr(layer, target.weight)[...], config.start)
 
 
 def add_lora(

@@ -102,9 +102,20 @@ class Functional:
 
         Returns:
           The method's result.
+
+        Raises:
+          ValueError: if it is given Linen's ``mutable``, as `make_lm_loss` does with
+            a ``router_aux_loss_coef``.
         """
         model = self.bind(variables, rngs=rngs, deterministic=deterministic)
         function = getattr(model, method)
+        if "mutable" in kwargs and not _takes(function, "mutable"):
+            raise ValueError(
+                f"mutable must not be given for an NNX model, which sows into its own "
+                f"Variables; got mutable={kwargs['mutable']!r}. For a load-balancing "
+                "loss set router_aux_loss_coef=0, and add `lora_jax.balance_loss` of "
+                "the routers' scores in a loss of your own."
+            )
         if deterministic is not None and _takes(function, "deterministic"):
             kwargs["deterministic"] = deterministic
         return function(*args, **kwargs)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from lora_jax.array_types import AnyFloat, PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
+from lora_jax.nn.base import check_no_tokens
 from lora_jax.nnx.exactness import checked
 from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
@@ -311,9 +312,10 @@ def layer_rule(layer: Any) -> Rule:
 
 
 def check_config(lora: Any) -> None:
-    """Raises `TypeError` unless ``lora`` is a `LoRAConfig`."""
+    """Raises unless ``lora`` is a `LoRAConfig`, without tokens."""
     if not isinstance(lora, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig; got {type(lora).__name__}.")
+    check_no_tokens(lora)
 
 
 def give_lora(layer: Any, config: LoRAConfig, path: str, rngs: nnx.Rngs) -> None:

@@ -9,8 +9,11 @@
 - ``mask``: all A side by side are one wide matrix, ``x [A1 | A2 | ...]``; a mask keeps
   each token's own part, which ``[B1; B2; ...]`` then takes. Two plain products, with
   ``m`` times the arithmetic: for few adapters of a small rank.
+
+`best_way` says which is fastest where, by ``python -m benchmarks bank``.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -20,9 +23,41 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from lora_jax.ops.grouped import grouped_dot
+from lora_jax.ops.target import target_platform
 
-Way = Literal["gather", "sort", "mask"]
+Way = Literal["auto", "gather", "sort", "mask"]
+AUTO: Way = "auto"  # that of `best_way`
 WAYS: tuple[Way, ...] = ("gather", "sort", "mask")
+
+
+def best_way(rows: int, tokens: int, adapters: int, *, of_tokens: bool = False) -> Way:
+    """Returns the way that the benchmark found fastest, on the target's platform.
+
+    A row's own factors are read for all of its tokens, so ``"gather"`` is the fastest
+    but where rows of a single token outnumber the adapters: then ``"mask"``, which
+    reads every adapter once, reads less. Tokens' own factors are too many to gather:
+    a CPU masks few adapters and sorts by more; on a TPU (by its compiler's estimate,
+    and so on a GPU, where nothing was measured) `jax.lax.ragged_dot` takes longer than
+    the mask's arithmetic.
+
+    Args:
+      rows: of the batch.
+      tokens: of a row.
+      adapters: that the bank has room for.
+      of_tokens: whether every token has its own adapter, not every row.
+
+    Returns:
+      One of `WAYS`.
+
+    Example:
+      >>> best_way(8, 128, 4), best_way(64, 1, 4)
+      ('gather', 'mask')
+    """
+    platform = target_platform()
+    if of_tokens:
+        return "sort" if platform == "cpu" and adapters > 8 else "mask"
+    outnumber = rows * {"cpu": 1 / 4, "tpu": 2}.get(platform, 1)  # a GPU's by bytes
+    return "mask" if tokens == 1 and adapters <= outnumber else "gather"
 
 
 def banked_update(
@@ -31,7 +66,7 @@ def banked_update(
     lora_b: Float[Array, "m _ _"],
     ids: Int[Array, "..."],
     *,
-    way: str = "gather",
+    way: str = AUTO,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*b o"]:
     """Computes ``(x[j] A[id[j]]) B[id[j]]``; the scaling is in B.
@@ -42,7 +77,7 @@ def banked_update(
       lora_b: B of them.
       ids: of the rows ``[b]``, or of their tokens ``[b, *t]``; 0 to ``m - 1``, 0 for
         none. A traced id out of range can't be refused and gives NaN.
-      way: how it is computed; see the module.
+      way: how it is computed: one of `WAYS`, or ``"auto"`` for `best_way`.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
@@ -69,8 +104,12 @@ def banked_update(
             f"lora_a, lora_b must be [m, in, rank], [m, rank, out] with in = "
             f"{x.shape[-1]}; got {lora_a.shape}, {lora_b.shape}."
         )
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {', '.join(WAYS)}; got {way!r}.")
+    if way not in (AUTO, *WAYS):
+        raise ValueError(f"way must be one of {AUTO}, {', '.join(WAYS)}; got {way!r}.")
+    if way == AUTO:
+        tokens = math.prod(rows[1:])
+        of_tokens = ids.ndim > 1 and tokens > 1
+        way = best_way(rows[0], tokens, m - 1, of_tokens=of_tokens)
     if not isinstance(ids, Tracer) and jnp.any((ids < 0) | (ids >= m)):
         raise ValueError(
             f"ids must be from 0 to m - 1 = {m - 1}; got {jnp.min(ids)} to "

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lora_jax.names import BATCH_AXES, EXPERT
+from lora_jax.names import BATCH_AXES, EXPERT, TOKEN_AXES
 from lora_jax.ops.product import varying_axes
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
@@ -108,7 +108,7 @@ def grouped_outer(
 
         def own(x, y, sizes):
             made = product(x[0, 0], y[0, 0], sizes[0, 0])
-            return jax.lax.psum(made, BATCH_AXES)
+            return jax.lax.psum(made, _token_axes())
 
         return _on_shards(own, (rows, rows, rows), groups)(x, y, sizes)
     made = [
@@ -129,11 +129,17 @@ def _shards(sizes: Array) -> tuple[PartitionSpec, PartitionSpec] | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.shape) or mesh.size == 1:
         return None
-    batch, groups = (mesh.shape[a] for a in BATCH_AXES), mesh.shape.get(EXPERT, 1)
-    if sizes.shape[:2] != (math.prod(batch), groups):
+    axes, groups = _token_axes(), mesh.shape.get(EXPERT, 1)
+    if sizes.shape[:2] != (math.prod(mesh.shape[a] for a in axes), groups):
         return None
     expert = EXPERT if EXPERT in mesh.shape else None
-    return PartitionSpec(BATCH_AXES, expert), PartitionSpec(expert)
+    return PartitionSpec(axes, expert), PartitionSpec(expert)
+
+
+def _token_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh that tokens are split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in TOKEN_AXES if axis in mesh.shape)
 
 
 def _on_shards(function: Callable[..., Array], inputs, output) -> Callable[..., Array]:
@@ -142,7 +148,7 @@ def _on_shards(function: Callable[..., Array], inputs, output) -> Callable[..., 
         function,
         in_specs=inputs,
         out_specs=output,
-        axis_names={*BATCH_AXES, EXPERT} & set(jax.sharding.get_abstract_mesh().shape),
+        axis_names={*TOKEN_AXES, EXPERT} & set(jax.sharding.get_abstract_mesh().shape),
         check_vma=False,
     )
 

@@ -24,6 +24,7 @@ from lora_jax.ops.contraction import DENSE, Contraction, Shape
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.init import init_adapter
 from lora_jax.ops.low_rank import OVERSAMPLING, split_axes
+from lora_jax.ops.vera import vera_factors
 
 GAMMA = 16.0  # of LoRA-GA's paper and of PEFT
 
@@ -44,13 +45,14 @@ def init_factors(
       key: PRNG key; see `lora_jax.ops.init.path_key`.
       kernel: ``W0``.
       rank: ``r``.
-      init: see `LoRAConfig`.
+      init: see `LoRAConfig.init`; with VeRA ``"vera_seed_7"``, by `LoRAConfig.start`.
       scaling: the factor before ``A B``.
       contraction: the kernel's axes.
       one_hot: whether the input is one-hot (an embedding).
 
     Returns:
-      A and B, and where they start from W0 their copies ``start_a`` and ``start_b``.
+      A and B; where they start from W0 their copies ``start_a`` and ``start_b``; of
+      VeRA its vectors.
 
     Raises:
       ValueError: if the rank doesn't suit the kernel or ``init`` the layer.
@@ -63,6 +65,8 @@ def init_factors(
             )
         return Factors(*orthogonal_factors(key, kernel.shape, rank, contraction))
     options: dict[str, Any] = {"contraction": contraction}
+    if found := re.fullmatch(r"vera_seed_(\d+)", init):
+        return vera_factors(kernel.shape, rank, seed=int(found[1]), **options)
     if init == "lora_ga":  # until `lora_ga_init` has seen data
         a, b = init_adapter(key, kernel.shape, rank, **options)
         return Factors(a, b, start_a=a, start_b=b)

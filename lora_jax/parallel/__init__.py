@@ -6,22 +6,32 @@ of the sizes is the number of devices, and one size may be -1 for the rest::
 
     mesh: {data: -1, fsdp: 4, tensor: 1}   # the default is data: -1, the others 1
     mesh: {data: -1, expert: 4}            # a mixture of experts
+    mesh: {fsdp: -1, sequence: 4}          # long rows
 
-====== ======================================== ====================================
-axis   splits                                   communication per layer
-====== ======================================== ====================================
-data   the batch; each group has a whole model  all-reduce of adapter gradients
-fsdp   the batch, and every base kernel         all-gather of the kernel when used
-tensor the layers' outputs, and the inputs of   all-reduce of activations
-       the layers after them
-expert the experts of a mixture; the rest is    all-reduce of the experts' outputs
-       copied
-====== ======================================== ====================================
+======== ======================================== ====================================
+axis     splits                                   communication per layer
+======== ======================================== ====================================
+data     the batch; each group has a whole model  all-reduce of adapter gradients
+fsdp     the batch, and every base kernel         all-gather of the kernel when used
+tensor   the layers' outputs, and the inputs of   all-reduce of activations
+         the layers after them
+expert   the experts of a mixture; the rest is    all-reduce of the experts' outputs
+         copied
+sequence the tokens of each row; each device has  keys and values are passed around
+         a whole model                            a ring of devices
+======== ======================================== ====================================
 
 A is sharded like its kernel's input axes, B like its output axes, the optimizer state
 like both. A weight axis that is not divisible is an error, or is replicated with
 ``uneven: replicate``; ``rules: {"mlp/up/kernel": [fsdp, null]}`` overrides the built-in
 rules. ``train.batch_size`` must be divisible by data x fsdp x ``train.accumulate``.
+
+**Long rows.** ``sequence`` is context parallelism: with 4 devices each has a quarter of
+a row's tokens, activations and logits, and attention (`lora_jax.attention.ring`) is
+exact, also for packed rows, windows and grouped heads. A row's length (with packing
+``data.max_length``) must be divisible by 2 x sequence. Causal decoders only: layers
+that carry a state from token to token (Gated DeltaNet, short convolutions), encoders
+and encoder-decoders are refused. Adapter dropout draws another mask than on one device.
 
 **Several processes** run the same command, on one host or many:
 

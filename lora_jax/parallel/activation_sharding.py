@@ -1,4 +1,4 @@
-"""Sharding constraints that keep activations sharded by rows on a mesh.
+"""Sharding constraints that keep activations sharded by rows and tokens on a mesh.
 
 XLA chooses the sharding of unconstrained arrays. If kernels are sharded over the same
 axis as the batch, it may shard activations by features and replicate their rows. So a
@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.array_types import AnyFloat
-from lora_jax.names import BATCH_AXES, TENSOR
+from lora_jax.names import BATCH_AXES, SEQUENCE, TENSOR
 from lora_jax.ops.target import current_mesh as current_mesh
 from lora_jax.ops.target import target_platform as target_platform
 
@@ -32,9 +32,17 @@ def num_row_shards() -> int:
 
 
 def shard_rows(x: AnyFloat) -> AnyFloat:
-    """Constrains activations ``[b, ...]`` to be sharded by rows, like the batch."""
-    parts = num_row_shards()
-    if parts == 1 or x.shape[0] % parts:
+    """Constrains activations ``[b, t, ...]`` to be sharded like the batch.
+
+    That is by rows, and by tokens on a mesh with ``sequence``.
+    """
+    mesh, parts = current_mesh(), num_row_shards()
+    if mesh is None or x.shape[0] % parts:
+        return x
+    pieces = mesh.shape.get(SEQUENCE, 1)
+    if pieces > 1 and x.ndim > 2 and x.shape[1] % pieces == 0:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, SEQUENCE))
+    if parts == 1:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 

@@ -2,7 +2,8 @@
 
 A mesh has three axes, each possibly of size 1. ``data`` and ``fsdp`` both split the
 batch; ``fsdp`` also splits every frozen kernel, gathered by each layer when used;
-``tensor`` splits the outputs of layers and the inputs of the layers after them.
+``tensor`` splits the outputs of layers and the inputs of the layers after them. Two
+more are there if above 1: ``expert`` splits experts, ``sequence`` the rows of tokens.
 """
 
 import math
@@ -16,11 +17,21 @@ from flax.linen.dtypes import promote_dtype
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import BATCH_AXES, DATA, EXPERT, FSDP, MESH_AXES, TENSOR
+from lora_jax.names import (
+    BATCH_AXES,
+    DATA,
+    EXPERT,
+    FSDP,
+    MESH_AXES,
+    SEQUENCE,
+    TENSOR,
+)
 from lora_jax.parallel.activation_sharding import current_mesh
+from lora_jax.parallel.sequence import check_length
 from lora_jax.tree.paths import leaves_by_path
 
 AXES, BATCH = MESH_AXES, BATCH_AXES
+MORE_AXES = (EXPERT, SEQUENCE)  # only of a mesh where they are above 1
 
 
 def make_mesh(
@@ -29,6 +40,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    sequence: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Makes a device mesh.
@@ -41,29 +53,35 @@ def make_mesh(
         may be -1 for the remaining devices.
       expert: number of devices that share the experts of a mixture; the rest of the
         model is copied to each of them.
+      sequence: number of devices that share the tokens of each row; see
+        `lora_jax.parallel.sequence`.
       devices: the devices; all devices of all processes if None.
 
     Returns:
-      A mesh with axes ``data``, ``fsdp``, ``tensor``, and ``expert`` if it is above 1.
+      A mesh with axes ``data``, ``fsdp``, ``tensor``, and ``expert`` and ``sequence``
+      where they are above 1.
 
     Raises:
-      ValueError: if a size is neither positive nor -1, two are -1, ``expert`` does not
-        divide the devices, or the product is not their number; suggests the nearest
-        valid sizes.
+      ValueError: if a size is neither positive nor -1, two are -1, ``expert`` or
+        ``sequence`` does not divide the devices, or the product is not their number;
+        suggests the nearest valid sizes.
 
     Example:
       >>> dict(make_mesh(tensor=1, devices=jax.devices()[:1]).shape)
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
-    if type(expert) is not int or expert < 1 or len(devices) % expert:
-        raise ValueError(
-            f"expert must divide the {len(devices)} devices; got {expert!r}."
-        )
-    sizes = _sizes({DATA: data, FSDP: fsdp, TENSOR: tensor}, len(devices) // expert)
-    axes = AXES
-    if expert > 1:
-        sizes, axes = (*sizes, expert), (*AXES, EXPERT)
+    more, rest = {EXPERT: expert, SEQUENCE: sequence}, len(devices)
+    for name, size in more.items():
+        if type(size) is not int or size < 1 or rest % size:
+            raise ValueError(
+                f"{name} must divide the {rest} devices"
+                f"{' that expert leaves' if rest < len(devices) else ''}; got {size!r}."
+            )
+        rest //= size
+    sizes = _sizes({DATA: data, FSDP: fsdp, TENSOR: tensor}, rest)
+    used = {name: size for name, size in more.items() if size > 1}
+    sizes, axes = (*sizes, *used.values()), (*AXES, *used)
     return jax.make_mesh(
         sizes, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
     )
@@ -122,8 +140,15 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows over ``data`` and ``fsdp``."""
+def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
+    """Returns the sharding of a batch's leaf: rows over ``data`` and ``fsdp``.
+
+    Args:
+      mesh: from `make_mesh`.
+      ndim: axes of the leaf; the second is split over ``sequence``, if there is one.
+    """
+    if ndim > 1 and SEQUENCE in mesh.shape:
+        return NamedSharding(mesh, PartitionSpec(BATCH, SEQUENCE))
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
@@ -157,7 +182,7 @@ def process_rows(rows: int, mesh: Mesh) -> np.ndarray:
 
 
 def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
-    """Shards the rows of a batch over the devices of a mesh.
+    """Shards a batch over the devices of a mesh: its rows, and their tokens.
 
     Args:
       batch: leaves ``[b, ...]`` on the host: the same global batch on every process, of
@@ -167,18 +192,18 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
         `process_rows`.
 
     Returns:
-      The global batch, sharded by rows.
+      The global batch, sharded by rows; on a mesh with ``sequence`` the second axis of
+      every leaf that has one is split too.
 
     Raises:
-      ValueError: if the rows are not divisible by ``data * fsdp``; lists the leaves and
-        suggests the nearest number of rows.
+      ValueError: if the rows are not divisible by ``data * fsdp``, or the tokens by
+        ``2 * sequence``; suggests the nearest number.
 
     Example:
       >>> mesh = make_mesh(devices=jax.devices()[:1])
       >>> tuple(shard_batch({"x": np.ones((4, 2))}, mesh)["x"].sharding.spec)
       (('data', 'fsdp'),)
     """
-    sharding = batch_sharding(mesh)
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     own = len(process_rows(parts, mesh)) if is_local else parts
 
@@ -188,15 +213,20 @@ def shard_batch(batch: PyTree, mesh: Mesh, *, is_local: bool = False) -> PyTree:
     leaves = leaves_by_path(batch)
     rows = {path or "batch": whole(leaf) for path, leaf in leaves.items()}
     check_rows(rows, mesh)
+    for leaf in leaves.values():
+        if np.ndim(leaf) > 1:
+            check_length(np.shape(leaf)[1], mesh.shape)
 
     def put(leaf: Any) -> jax.Array:
+        sharding = batch_sharding(mesh, np.ndim(leaf))
         if not is_local:
             return put_array(leaf, sharding)
         mine = process_rows(whole(leaf), mesh)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(whole(leaf))
-            return leaf[np.searchsorted(mine, start) :][: stop - start]
+            rows = leaf[np.searchsorted(mine, start) :][: stop - start]
+            return rows[:, *index[1:]]
 
         shape = (whole(leaf), *np.shape(leaf)[1:])
         return jax.make_array_from_callback(shape, sharding, part)

@@ -18,7 +18,7 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import ADAPTER, EXPERT, FSDP, LAYERS, TENSOR
+from lora_jax.names import ADAPTER, EXPERT, EXPERTS, FSDP, LAYERS, TENSOR
 from lora_jax.ops.contraction import Shape
 from lora_jax.parallel.mesh import put_array
 from lora_jax.tree.paths import flatten, nearest, unflatten
@@ -45,6 +45,7 @@ RULES: Rules = (
     ("shared/opening/kernel", PartitionSpec()),
     ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
+    ("token_rows", PartitionSpec()),
     ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
     ("(positions|position|token_type|relative_bias)/embedding", PartitionSpec()),
     ("distances/embedding", PartitionSpec()),
@@ -53,13 +54,13 @@ RULES: Rules = (
     ("distance_(query|key)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("distance_(query|key)/bias", PartitionSpec(TENSOR)),
     ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
-    ("(visual_projection|text_projection)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(visual_|text_)?projection/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(text_head|in_proj)/kernel", PartitionSpec(FSDP, TENSOR)),
     ("(text_head|in_proj)/bias", PartitionSpec(TENSOR)),
     ("probe", PartitionSpec()),
     ("logit_scale|logit_bias", PartitionSpec()),
-    ("(head|pooler|embeddings/projection)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(head|pooler|embeddings/projection)/bias", PartitionSpec(TENSOR)),
+    ("(head|pooler)/kernel", PartitionSpec(FSDP, TENSOR)),
+    ("(head|pooler|projection)/bias", PartitionSpec(TENSOR)),
     (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),
     (r"[^/]*norm/(scale|bias)", PartitionSpec()),
     ("(attention|mlp|layer|router|expert)_scale", PartitionSpec()),
@@ -308,6 +309,8 @@ def adapter_shardings(
 ) -> dict[str, Sharding]:
     """Returns adapter shardings by path: A like W0's inputs, B and m like its outputs.
 
+    Those of experts are also split over ``fsdp`` where that is the kernel's other axis.
+
     Args:
       base: sharding of each weight by path; an adapter gets the same sharding if it has
         no named axes (a single device).
@@ -318,12 +321,31 @@ def adapter_shardings(
         kernel = base[target.weight_path]
         spec = kernel.spec if isinstance(kernel, NamedSharding) else ()
         whole = (None,) * (len(target.kernel_shape) - len(spec))
+        shapes = target.leaf_shapes
         for name, axes in target.leaf_axes((*spec, *whole)).items():
             own = kernel
             if isinstance(kernel, NamedSharding):
+                if target.kind == EXPERTS:
+                    axes = _over_fsdp(axes, shapes[name], kernel.mesh.shape)
                 own = NamedSharding(kernel.mesh, PartitionSpec(*axes))
             found[child(target.path, name)] = own
     return found
+
+
+def _over_fsdp(
+    axes: tuple[Any, ...], shape: Shape, sizes: Mapping[str, int]
+) -> tuple[Any, ...]:
+    """Splits an expert's B of gate and up, or A of down, over ``fsdp`` too.
+
+    Their kernels have ``fsdp`` on the other axis. Of a layer that is one matmul the two
+    are small; of all experts they are most of what is trained.
+    """
+    if FSDP in _mesh_axes(axes) or TENSOR not in axes:
+        return axes
+    place = axes.index(TENSOR)
+    if shape[place] % (sizes.get(TENSOR, 1) * sizes.get(FSDP, 1)):
+        return axes
+    return (*axes[:place], (TENSOR, FSDP), *axes[place + 1 :])
 
 
 def _mesh_axes(entries: Iterable[Any]) -> list[str]:

@@ -32,8 +32,8 @@ class StepFlops(NamedTuple):
 
     @property
     def saved(self) -> float:
-        """The fraction of FLOPs that LoRA saves."""
-        return 1 - self.lora / self.full
+        """The fraction of FLOPs that LoRA saves; 0 if ``full`` is not known."""
+        return 1 - self.lora / self.full if self.full else 0.0
 
 
 def step_flops(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.flops import traced_flops
-from lora_jax.train.members import Members
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, TrainStep, make_train_step
 from lora_jax.tree.paths import flatten, key_path
@@ -104,14 +104,17 @@ def price_training(
     """
     if where is None:
         where = {path: leaf.sharding for path, leaf in flatten(variables).items()}
-    everywhere = by_rows = next(iter(where.values()))
+    everywhere = next(iter(where.values()))
+    mesh: Any = None
     if isinstance(everywhere, NamedSharding):
-        mesh: Any = everywhere.mesh
-        everywhere, by_rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+        mesh = everywhere.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
     state = _state_shapes(variables, tx, where, everywhere)
     shapes = {
         name: jax.ShapeDtypeStruct(
-            (rows, *leaf.shape[1:]), leaf.dtype, sharding=by_rows
+            (rows, *leaf.shape[1:]),
+            leaf.dtype,
+            sharding=batch_sharding(mesh, len(leaf.shape)) if mesh else everywhere,
         )
         for name, leaf in batch.items()
     }

@@ -1,6 +1,6 @@
-"""Plans for a decoder's training steps on devices that may be absent.
+"""Plans for training steps on devices that may be absent.
 
-Lowers the actual step, `make_train_step` over `make_lm_loss`, for abstract arrays with
+Lowers the actual step, `make_train_step` over the task's loss, for abstract arrays with
 shardings. No weights are allocated.
 """
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from lora_jax.config import LoRAConfig
-from lora_jax.models.decoder import Decoder
 from lora_jax.names import PARAMS
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.parallel.mesh import BATCH, check_rows
@@ -23,14 +22,18 @@ from lora_jax.parallel.rules import (
     adapter_shardings,
     resolve_shardings,
 )
-from lora_jax.plan.flops import StepFlops, step_flops
+from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import uncached
 from lora_jax.plan.step import StepPlan, price_step, price_training
 from lora_jax.train.causal_lm import make_lm_loss
-from lora_jax.train.members import Hyper, Members, member_optimizer
+from lora_jax.train.embedding import ROLES, embedding_loss
+from lora_jax.train.members import Hyper, member_optimizer
 from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.pairs import INPUTS
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import LossFn
+from lora_jax.train.text_pairs import ARRAYS, by_role
 from lora_jax.tree.paths import flatten
 
 _BATCH = {"input_ids": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
@@ -41,7 +44,8 @@ class DecoderSteps:
     """Training steps of a decoder with adapters.
 
     Attributes:
-      decoder: the model, including its ``remat`` policy.
+      decoder: the model, a decoder or (`PairSteps`) an encoder–decoder, including its
+        ``remat`` policy.
       lora: the adapter config.
       tokens: tokens per row, ``t``.
       sharding: sharding of the weights, from `make_sharding`.
@@ -51,7 +55,7 @@ class DecoderSteps:
       router_aux_loss_coef: see `make_lm_loss`.
     """
 
-    decoder: Decoder
+    decoder: Any
     lora: LoRAConfig
     tokens: int
     sharding: WeightSharding
@@ -60,11 +64,21 @@ class DecoderSteps:
     accumulate: int = 1
     router_aux_loss_coef: float = 0.0
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Shapes of the model's inputs."""
+        return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """The arrays of a batch: the shape of a row, and the dtype."""
+        return {name: ((self.tokens,), kind) for name, kind in _BATCH.items()}
+
     @functools.cached_property
     def params(self) -> dict[str, Any]:
         """Shapes of the frozen weights."""
-        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(self.decoder.init, jax.random.key(0), ids)[PARAMS]
+        key, examples = jax.random.key(0), self.inputs
+        shapes = jax.eval_shape(self.decoder.init, key, *examples)[PARAMS]
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.param_dtype), shapes
         )
@@ -84,16 +98,20 @@ class DecoderSteps:
         """
         check_rows({"batch": rows}, self.sharding.mesh, accumulate=self.accumulate)
         adapted = self._adapted(remat)
-        sizes = {path: leaf.shape for path, leaf in flatten(self.params).items()}
+        variables = jax.eval_shape(adapted.attach, self.params, jax.random.key(0))
+        leaves = flatten(self.params) | flatten(variables.get(PARAMS, {}))
+        sizes = {path: leaf.shape for path, leaf in leaves.items()}
         where = resolve_shardings(sizes, self.sharding)
         where |= adapter_shardings(where, adapted.targets(self.params))
-        shape = (1, self.tokens)
-        batch = {n: jax.ShapeDtypeStruct(shape, t) for n, t in _BATCH.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct((1, *row), kind)
+            for name, (row, kind) in self.arrays.items()
+        }
         with uncached():
             return price_training(
                 self._loss(adapted),
                 lora_optimizer(1e-4, total_steps=1000),
-                jax.eval_shape(adapted.attach, self.params, jax.random.key(0)),
+                variables,
                 batch,
                 rows,
                 accumulate=self.accumulate,
@@ -127,10 +145,9 @@ class DecoderSteps:
             (jax.eval_shape(lambda v: TrainState.create(v, tx, key), variables), hyper),
         )
         members = Members(self._loss(adapted), self.accumulate, state, hyper, count)
-        shape = (rows, self.tokens)
         batch = {
-            name: jax.ShapeDtypeStruct((count, *shape), kind, sharding=here)
-            for name, kind in _BATCH.items()
+            name: jax.ShapeDtypeStruct((count, rows, *row), kind, sharding=here)
+            for name, (row, kind) in self.arrays.items()
         }
         remat = adapted.model.remat
         with uncached():
@@ -155,4 +172,48 @@ class DecoderSteps:
 
     def _adapted(self, remat: str | None = None) -> Adapted:
         remat = remat or self.decoder.remat
-        return adapt(self.decoder.clone(remat=remat), self.lora)
+        return adapt(self.decoder.clone(remat=remat), self.lora, *self.inputs)
+
+
+class PairSteps(DecoderSteps):
+    """The same of an encoder–decoder: ``tokens`` are those of a source and a target."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """See `DecoderSteps`."""
+        return (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * len(INPUTS)
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """See `DecoderSteps`."""
+        names = dict.fromkeys(INPUTS, jnp.int32) | _BATCH
+        return {name: ((self.tokens,), kind) for name, kind in names.items()}
+
+    def flops(self, plan: StepPlan) -> StepFlops:
+        """See `DecoderSteps`."""
+        common = self.decoder.config, self.params, self._adapted().targets(self.params)
+        sizes = plan.batch, plan.tokens, plan.tokens
+        return pair_step_flops(*common, *sizes, plan.remat or self.decoder.remat)
+
+    def _loss(self, adapted: Adapted) -> LossFn:
+        is_tied = self.decoder.config.is_tied
+        return make_lm_loss(adapted, is_tied=is_tied, inputs=INPUTS)
+
+
+class TextPairSteps(DecoderSteps):
+    """The same of a decoder's embeddings, of pairs of texts."""
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """See `DecoderSteps`."""
+        names = [name for role in ROLES[:2] for name in ARRAYS[role]]
+        found = {name: ((self.tokens,), jnp.int32) for name in names}
+        return {**found, "weights": ((), jnp.float32)}
+
+    def flops(self, plan: StepPlan) -> StepFlops:
+        """Returns the FLOPs as traced; those of full fine-tuning are not known."""
+        return StepFlops(plan.flops, 0.0)
+
+    def _loss(self, adapted: Adapted) -> LossFn:
+        inner = embedding_loss(adapted, method="encode")
+        return lambda variables, batch, rngs: inner(variables, by_role(batch), rngs)

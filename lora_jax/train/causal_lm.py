@@ -4,31 +4,39 @@
 loss function of a training step for a decoder, with or without adapters.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.array_types import Scalar
-from lora_jax.names import DROPOUT, EMBEDDING, FROZEN, KERNEL, LORA, PARAMS, ROUTED
+from lora_jax.names import (
+    DROPOUT,
+    EMBEDDING,
+    FROZEN,
+    KERNEL,
+    LORA,
+    PARAMS,
+    ROUTED,
+    TOKEN_ROWS,
+)
 from lora_jax.ops.product import check_floating
+from lora_jax.ops.token_rows import row_deltas
 from lora_jax.parallel.activation_sharding import (
     gather_kernel,
     num_row_shards,
     target_platform,
 )
 from lora_jax.parallel.device_kind import target_kind
+from lora_jax.parallel.sequence import fold, sequence_shards
 from lora_jax.train.balance import balance_loss
+from lora_jax.train.chunked_nll import Options, chunked_nll
 from lora_jax.train.losses import (
     as_weights,
     check_rows,
     clip_masked,
-    pick,
     softmax_cross_entropy,
 )
 from lora_jax.train.step import LossFn
@@ -57,6 +65,8 @@ def causal_lm(
     *,
     chunk: int = 1024,
     softcap: float | None = None,
+    deltas: Float[Array, "n d"] | None = None,
+    tokens: Sequence[int] = (),
 ) -> tuple[Scalar, Scalar]:
     """Next-token cross-entropy that never materialises the ``[b, t, v]`` logits.
 
@@ -75,6 +85,9 @@ def causal_lm(
       chunk: number of tokens whose logits are in memory at once, ``chunk * v`` floats;
         at least one of each row.
       softcap: ``c`` of logits capped as ``c tanh(logits / c)``, or None.
+      deltas: what is added to the head's columns of some tokens, from
+        `lora_jax.ops.token_rows.row_deltas`; None for nothing.
+      tokens: these ``n`` tokens.
 
     Returns:
       The summed loss and the summed weight, float32 scalars.
@@ -103,7 +116,8 @@ def causal_lm(
         raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
     weights = as_weights(weights, labels.shape)
     labels = clip_masked(labels, weights, head_kernel.shape[1])
-    loss: Array = _chunked_nll(chunk, softcap, hidden, head_kernel, labels, weights)
+    options = Options(chunk, softcap, tuple(tokens))
+    loss: Array = chunked_nll(options, hidden, head_kernel, labels, weights, deltas)
     return loss, jnp.sum(weights)
 
 
@@ -127,169 +141,6 @@ def chunk_tokens(vocab_size: int) -> int:
     room = device.memory // (LOGITS_SHARE * LOGIT_BYTES * vocab_size)
     tokens = max(device.intensity, min(room, reuse * device.intensity))
     return 2 ** round(math.log2(tokens))  # which divides most batches
-
-
-class _Chunk(NamedTuple):
-    """A chunk's loss, and the gradients of its weighted sum (None if not needed)."""
-
-    nll: Array  # [b, c]
-    d_hidden: Array | None = None  # [b, c, d]
-    d_kernel: Array | None = None  # [d, v] float32
-
-
-def _chunk(
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    weights: Array,
-    softcap: float | None,
-    wrt_hidden: bool = False,
-    wrt_kernel: bool = False,
-) -> _Chunk:
-    """Computes one chunk: ``hidden [b, c, d]``, ``labels, weights [b, c]``."""
-    kernel = kernel.astype(hidden.dtype)
-    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    slope: Array | float = 1.0
-    if softcap is not None:
-        bounded = jnp.tanh(logits / softcap)
-        logits, slope = softcap * bounded, 1 - bounded * bounded
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exps = jnp.exp(logits - top)
-    total = jnp.sum(exps, axis=-1, keepdims=True)
-    nll = (jnp.log(total) + top)[..., 0] - pick(logits, labels)
-    if not (wrt_hidden or wrt_kernel):
-        return _Chunk(nll)
-    w = weights[..., None]
-    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
-    d_logits = (exps * (w / total) - jnp.where(is_label, w, 0.0)) * slope
-    d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = d_kernel = None
-    if wrt_hidden:
-        d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, kernel)
-    if wrt_kernel:
-        d_kernel = jnp.einsum(
-            "bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32
-        )
-    return _Chunk(nll, d_hidden, d_kernel)
-
-
-def _split(array: Array, size: int) -> Array:
-    """Splits ``[b, t, ...]`` into ``[n, b, size, ...]``, zero-padded along ``t``."""
-    b, t = array.shape[:2]
-    count = -(-t // size)
-    rest = [(0, 0)] * (array.ndim - 2)
-    array = jnp.pad(array, [(0, 0), (0, count * size - t), *rest])
-    return array.reshape(b, count, size, *array.shape[2:]).swapaxes(0, 1)
-
-
-def _join(chunks: Array, t: int) -> Array:
-    """Undoes `_split`."""
-    n, b, size, *rest = chunks.shape
-    return chunks.swapaxes(0, 1).reshape(b, n * size, *rest)[:, :t]
-
-
-def _scan_chunks(
-    chunk: int,
-    softcap: float | None,
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    weights: Array,
-    skips: bool = True,
-    **wrt: bool,
-) -> tuple[Array, _Chunk]:
-    """Runs `_chunk` along ``t``; returns the loss and the results for all tokens.
-
-    Tokens with weight are sorted to the front of each row, so that chunks of only
-    prompt and padding tokens, which contribute zero, are skipped.
-    """
-    b, t = labels.shape
-    size = -(-t // -(-b * t // chunk))  # chunks of equal size, with little padding
-    make = functools.partial(_chunk, softcap=softcap, **wrt)
-
-    def weighted(nll: Array, w: Array) -> Array:
-        return jnp.sum(jnp.where(w != 0, w * nll, 0.0))
-
-    if size == t:  # one chunk: nothing to sort or to skip
-        found = make(hidden, kernel, labels, weights)
-        return weighted(found.nll, weights), found
-    order = jnp.argsort(weights == 0, axis=1, stable=True)  # [b, t]
-
-    def sort(array: Array, by: Array) -> Array:
-        by = by.reshape(*by.shape, *[1] * (array.ndim - 2))
-        return jnp.take_along_axis(array, by, axis=1)
-
-    def body(carry, xs):
-        total, d_kernel = carry
-        h, y, w = xs
-
-        def skip(h, kernel, y, w):
-            made = jax.eval_shape(make, h, kernel, y, w)
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
-
-        counts = jnp.any(w != 0) if skips else True
-        found = jax.lax.cond(counts, make, skip, h, kernel, y, w)
-        if d_kernel is not None:
-            d_kernel += found.d_kernel
-        total += weighted(found.nll, w)
-        return (total, d_kernel), found._replace(d_kernel=None)
-
-    xs = tuple(_split(sort(array, order), size) for array in (hidden, labels, weights))
-    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wrt.get("wrt_kernel") else None
-    (total, d_kernel), found = jax.lax.scan(body, (jnp.float32(0), d_kernel), xs)
-    back = jnp.argsort(order, axis=1)
-    found = jax.tree.map(lambda array: sort(_join(array, t), back), found)
-    return total, found._replace(d_kernel=d_kernel)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked_nll(
-    chunk: int,
-    softcap: float | None,
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    weights: Array,
-) -> Array:
-    """Sums the weighted loss over all tokens, ``chunk`` at a time."""
-    return _scan_chunks(chunk, softcap, hidden, kernel, labels, weights)[0]
-
-
-def _chunked_nll_fwd(
-    chunk: int,
-    softcap: float | None,
-    hidden: CustomVJPPrimal,
-    kernel: CustomVJPPrimal,
-    labels: CustomVJPPrimal,
-    weights: CustomVJPPrimal,
-):
-    """Computes the loss and its gradients, chunk by chunk.
-
-    ``perturbed`` tells which arguments are differentiated: a frozen head costs nothing.
-    """
-    arrays = (hidden.value, kernel.value, labels.value, weights.value)
-    wrt = {"wrt_hidden": hidden.perturbed, "wrt_kernel": kernel.perturbed}
-    skips = not weights.perturbed  # a weight's gradient is its token's loss, never 0
-    total, found = _scan_chunks(chunk, softcap, *arrays, skips, **wrt)
-    d_kernel = found.d_kernel
-    if d_kernel is not None:
-        d_kernel = d_kernel.astype(kernel.value.dtype)
-    return total, (found.d_hidden, d_kernel, found.nll if weights.perturbed else None)
-
-
-def _chunked_nll_bwd(chunk, softcap, residuals, g: Array | SymbolicZero):
-    del chunk, softcap
-    if isinstance(g, SymbolicZero):
-        return None, None, None, None
-    d_hidden, d_kernel, nll = residuals
-
-    def scale(x: Array | None) -> Array | None:
-        return None if x is None else (g * x).astype(x.dtype)
-
-    return scale(d_hidden), scale(d_kernel), None, scale(nll)
-
-
-_chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd, symbolic_zeros=True)
 
 
 def make_lm_loss(
@@ -363,16 +214,22 @@ def make_lm_loss(
                 rngs=rngs,
             )
             return softmax_cross_entropy(logits, labels, weights=weights)
-        holder = PARAMS if owner in variables.get(PARAMS, {}) else FROZEN
-        kernel = variables[holder][owner][leaf]
+        trained = variables.get(PARAMS, {}).get(owner, {})
+        kernel = (trained if leaf in trained else variables[FROZEN][owner])[leaf]
         at_once = chunk or chunk_tokens(kernel.size // hidden.shape[-1])
+        kernel, rows = gather_kernel(kernel.T if is_tied else kernel), {}
+        if TOKEN_ROWS in trained:
+            tokens = module.config.tokens_for(owner)
+            deltas = row_deltas(trained[TOKEN_ROWS], kernel.T, tokens)
+            rows = {"deltas": deltas, "tokens": tokens}
         return causal_lm(
-            hidden,
-            gather_kernel(kernel.T if is_tied else kernel),
-            labels,
-            weights,
-            chunk=at_once * num_row_shards(),
+            fold(hidden),
+            kernel,
+            fold(labels),
+            fold(weights),
+            chunk=at_once * num_row_shards() * sequence_shards(),
             softcap=softcap,
+            **rows,
         )
 
     return loss_fn

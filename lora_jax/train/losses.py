@@ -139,17 +139,20 @@ def contrastive(
     queries: Float[Array, "b d"],
     keys: Float[Array, "b d"],
     *,
+    negatives: Float[Array, "b d"] | None = None,
     weights: Shaped[Array, " b"] | None = None,
     temperature: float = 0.05,
 ) -> tuple[Scalar, Scalar]:
     """Symmetric contrastive loss with in-batch negatives.
 
-    Computes ``Σ_i w_i ½ (CE(S[i, :], i) + CE(S[:, i], i))`` and ``Σ w_i``, with
-    ``S = cos(queries, keysᵀ) / temperature``. Rows of weight 0 are not negatives.
+    Computes ``Σ_i w_i ½ (CE([S N][i, :], i) + CE(S[:, i], i))`` and ``Σ w_i``, with
+    ``S = cos(queries, keysᵀ) / temperature`` and ``N`` the same of ``negatives``, if
+    there are any. Rows of weight 0 are not negatives.
 
     Args:
       queries: ``[b, d]``; need not be normalised.
       keys: ``[b, d]``; ``keys[i]`` belongs to ``queries[i]``.
+      negatives: ``[b, d]``, keys that belong to no query; each counts for all of them.
       weights: ``[b]`` weight or mask of each pair; all 1 if None.
       temperature: softmax temperature, above 0.
 
@@ -180,14 +183,23 @@ def contrastive(
     b = queries.shape[0]
     if weights is not None and weights.shape != (b,):
         raise ValueError(f"weights must be [b] = [{b}]; got {weights.shape}.")
+    if negatives is not None and negatives.shape != queries.shape:
+        raise ValueError(
+            f"negatives must be [b, d] = {queries.shape}; got {negatives.shape}."
+        )
     weights = as_weights(weights, (b,))
     scores = _unit(queries) @ _unit(keys).T / temperature  # [b, b]
     is_negative = (weights != 0) & ~jnp.eye(b, dtype=bool)
     is_seen = is_negative | jnp.eye(b, dtype=bool)
-    diagonal = jnp.diagonal(scores)
+    diagonal, rows, is_seen_in_rows = jnp.diagonal(scores), scores, is_seen
+    if negatives is not None:
+        others = _unit(queries) @ _unit(negatives).T / temperature
+        rows = jnp.concatenate([scores, others], axis=1)  # [b, 2 b]
+        is_real = jnp.broadcast_to(weights != 0, (b, b))
+        is_seen_in_rows = jnp.concatenate([is_seen, is_real], axis=1)
     loss = sum(
-        jax.nn.logsumexp(s, axis=-1, where=is_seen) - diagonal
-        for s in (scores, scores.T)
+        jax.nn.logsumexp(s, axis=-1, where=where) - diagonal
+        for s, where in ((rows, is_seen_in_rows), (scores.T, is_seen))
     )
     return jnp.sum(weights * loss) / 2, jnp.sum(weights)
 

@@ -9,28 +9,36 @@ of B get zero gradients, and Adam leaves them at zero. A member's ``alpha / rank
 multiplied into its B inside the step, so the shared module's own scaling must be 1.
 """
 
-import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.array_types import PyTree
-from lora_jax.names import FROZEN, KEEP, LAYERS, LORA, LORA_B, MEMBER
-from lora_jax.train.optimizer import DECAYS, decay_mask, lora_b_mask
-from lora_jax.train.state import TrainState
-from lora_jax.train.step import Batch, LossFn, Metrics, make_train_step
-from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.names import (
+    ADAPTER,
+    FIXED,
+    FROZEN,
+    KEEP,
+    LAYERS,
+    LORA,
+    LORA_B,
+    START_B,
+)
+from lora_jax.train.optimizer import DECAYS, decay_mask
+from lora_jax.train.padding import padded
+from lora_jax.train.step import LossFn, make_train_step
+from lora_jax.tree.paths import flatten, key_path, unflatten
 from lora_jax.tree.targets import Target, child
 
 
 class Hyper(NamedTuple):
-    """What a member's settings say, as numbers that the step is given.
+    """What is a member's own and doesn't change: what its settings say, as numbers.
 
     Attributes:
       learning_rate: peak of the schedule.
@@ -40,8 +48,9 @@ class Hyper(NamedTuple):
       weight_decay: decoupled.
       clip_norm: largest global norm; infinite for no clipping.
       lora_b_ratio: learning rate of B divided by that of A.
-      scaling: ``alpha / rank`` by the path of each ``lora_b``.
+      scaling: ``alpha / rank`` by the path of each ``lora_b`` and ``start_b``.
       keep: 1 minus the dropout rate; None for that of the shared module.
+      fixed: the adapter's leaves that aren't trained, if the method has some.
     """
 
     learning_rate: Any
@@ -53,6 +62,7 @@ class Hyper(NamedTuple):
     lora_b_ratio: Any
     scaling: Mapping[str, Any]
     keep: Any = None
+    fixed: PyTree = None
 
     @classmethod
     def of(
@@ -92,7 +102,12 @@ class Hyper(NamedTuple):
             weight_decay=np.float32(weight_decay),
             clip_norm=np.float32(math.inf if clip_norm is None else clip_norm),
             lora_b_ratio=np.float32(lora_b_ratio),
-            scaling={child(t.path, LORA_B): np.float32(t.scaling) for t in targets},
+            scaling={
+                child(t.path, name): np.float32(t.scaling)
+                for t in targets
+                for name, _ in t.leaves
+                if name in (LORA_B, START_B)
+            },
             keep=None if dropout_rate is None else np.float32(1.0 - dropout_rate),
         )
 
@@ -123,166 +138,42 @@ def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
         optax.clip_by_global_norm(hyper.clip_norm),
         optax.scale_by_adam(),
         optax.add_decayed_weights(hyper.weight_decay, decay_mask),
-        optax.masked(optax.scale(hyper.lora_b_ratio), lora_b_mask),
+        optax.masked(optax.scale(hyper.lora_b_ratio), _b_mask),
         optax.scale_by_learning_rate(rate),
     )
 
 
 def shared_adapter(
-    lora: PyTree, hyper: Hyper, targets: Sequence[Target]
+    variables: Mapping[str, PyTree], hyper: Hyper, targets: Sequence[Target]
 ) -> dict[str, PyTree]:
     """Returns a member's adapter as the shared module takes it.
 
     Args:
-      lora: the adapter.
+      variables: the member's collections; only ``lora`` and ``fixed`` are read.
       hyper: of the member.
       targets: of the shared module.
 
     Returns:
-      The adapter with the shared module's ranks, and its scaling multiplied into B.
+      Those collections with the shared module's ranks, and the member's scaling
+      multiplied into B.
     """
     shapes = {
         child(target.path, name): shape
         for target in targets
         for name, shape in target.leaf_shapes.items()
     }
-    return unflatten(
-        {
-            path: _padded(hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path])
-            for path, leaf in flatten(lora).items()
-        }
-    )
-
-
-class Members:
-    """The states of ``m`` runs, and the compiled step that they share.
-
-    A slot holds one run at a time; another takes its place without a compilation.
-
-    Attributes:
-      state: the states, each leaf with a leading axis of ``m``; the base without.
-      hyper: the numbers of the members, likewise.
-      update: the jitted step, ``(own, hyper, is_active, frozen, batch)`` to the new
-        ``own`` and a list of the members' metrics; compiles once a shape of batch.
-
-    Args:
-      loss_fn: of the shared module, whose scaling is 1, at the largest ranks.
-      accumulate: see `make_train_step`.
-      state: a state with the shared module's shapes and `member_optimizer`'s state;
-        shapes with shardings are enough to `trace`.
-      hyper: of any member.
-      count: ``m``.
-      mesh: whose axis ``member`` the members are split over, or None.
-    """
-
-    def __init__(
-        self,
-        loss_fn: LossFn,
-        accumulate: int,
-        state: TrainState,
-        hyper: Hyper,
-        count: int,
-        mesh: Mesh | None = None,
-    ) -> None:
-        self._split = self._whole = None
-        if mesh is not None:
-            self._split = NamedSharding(mesh, PartitionSpec(MEMBER))
-            self._whole = NamedSharding(mesh, PartitionSpec())
-        stack = functools.partial(_stack, count=count, sharding=self._split)
-        frozen = state.frozen
-        if self._whole is not None:
-            frozen = jax.device_put(frozen, self._whole)
-        self._template, self._count = state.changing, count
-        self.state = TrainState(frozen=frozen, **stack(state.changing))
-        self.hyper = stack(hyper)
-        update = members_update(loss_fn, accumulate, count)
-        wanted = self._split and (self._split, self._whole)
-        self.update: Any = jax.jit(update, donate_argnums=0, out_shardings=wanted)
-        self._set: Any = jax.jit(
-            lambda tree, new, i: jax.tree.map(lambda x, y: x.at[i].set(y), tree, new),
-            donate_argnums=0,
-            out_shardings=self._split,
+    return {
+        held: unflatten(
+            {
+                path: padded(
+                    hyper.scaling.get(path, 1) * np.asarray(leaf), shapes[path]
+                )
+                for path, leaf in flatten(variables[held]).items()
+            }
         )
-        self._get: Any = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree))
-
-    def put(self, slot: int, state: TrainState, hyper: Hyper) -> None:
-        """Puts a run into a slot.
-
-        Args:
-          slot: below ``m``.
-          state: its own, with its own ranks and the state of `lora_optimizer`.
-          hyper: its numbers.
-        """
-        leaves = zip(
-            jax.tree.leaves(self._template),
-            jax.tree.leaves(state.changing),
-            strict=True,
-        )
-        structure = jax.tree.structure(self._template)
-        padded = jax.tree.unflatten(structure, [_padded(y, x.shape) for x, y in leaves])
-        own = self._set(self.state.changing, padded, slot)
-        self.state = TrainState(frozen=self.state.frozen, **own)
-        self.hyper = self._set(self.hyper, hyper, slot)
-
-    def get(self, slot: int, like: TrainState) -> TrainState:
-        """Returns the state of the run in a slot.
-
-        Args:
-          slot: below ``m``.
-          like: a state of that run: gives structure, ranks and the frozen base.
-
-        Returns:
-          The state, with the run's own ranks, on the devices of ``like``.
-        """
-        own = jax.tree.leaves(self._get(self.state.changing, slot))
-        leaves, structure = jax.tree.flatten(like.changing)
-        cut = [_cut(x, y) for x, y in zip(own, leaves, strict=True)]
-        return TrainState(frozen=like.frozen, **jax.tree.unflatten(structure, cut))
-
-    def step(self, batches: Mapping[int, Batch]) -> dict[int, Metrics]:
-        """Takes one step of some of the runs; the others stay as they are.
-
-        Args:
-          batches: the batch of each run that takes a step, by slot; all of one shape.
-
-        Returns:
-          The metrics of each of them.
-        """
-        filler = next(iter(batches.values()))
-        rows = [batches.get(slot, filler) for slot in range(self._count)]
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        is_active = np.array([slot in batches for slot in range(self._count)])
-        if self._split is not None:
-            batch, is_active = jax.device_put((batch, is_active), self._split)
-        own, metrics = self.update(
-            self.state.changing, self.hyper, is_active, self.state.frozen, batch
-        )
-        self.state = TrainState(frozen=self.state.frozen, **own)
-        return {slot: metrics[slot] for slot in batches}
-
-    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """Traces the step; see `TrainStep.trace`.
-
-        Args:
-          state: states or their shapes, as `state`.
-          batch: shapes ``[m, b, ...]``.
-
-        Returns:
-          A ``jax.stages.Traced``.
-        """
-        is_active = jax.ShapeDtypeStruct((self._count,), bool, sharding=self._split)
-        return self.update.trace(
-            state.changing, self.hyper, is_active, state.frozen, batch
-        )
-
-    def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of the batches of all members, given those of one."""
-        return {
-            name: jax.ShapeDtypeStruct(
-                (self._count, *leaf.shape), leaf.dtype, sharding=self._split
-            )
-            for name, leaf in batch.items()
-        }
+        for held in ADAPTER
+        if held in variables
+    }
 
 
 def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
@@ -300,11 +191,9 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
 
     def step(own, hyper, is_active, frozen, batch):
         def scaled_loss(variables, batch, rngs):
-            lora = flatten(variables[LORA])
-            lora |= {path: s * lora[path] for path, s in hyper.scaling.items()}
-            own = {**variables, LORA: unflatten(lora)}
+            own = _scaled(variables, hyper)
             if hyper.keep is not None:
-                own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, lora))
+                own[FROZEN] = unflatten(flatten(own[FROZEN]) | _keeps(hyper, own))
             return loss_fn(own, batch, rngs)
 
         one = make_train_step(scaled_loss, member_optimizer(hyper), accumulate)
@@ -325,45 +214,49 @@ def members_update(loss_fn: LossFn, accumulate: int, count: int) -> Any:
     return update
 
 
-def _keeps(hyper: Hyper, lora: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the probability that `apply_adapter` finds beside each layer's A."""
-    return {
-        path.removesuffix(LORA_B) + KEEP: jnp.broadcast_to(
-            hyper.keep, lora[path].shape[:1] if LAYERS in path.split("/") else ()
-        )
-        for path in hyper.scaling
+def _scaled(variables: Mapping[str, PyTree], hyper: Hyper) -> dict[str, PyTree]:
+    """Returns padded collections of a member as the shared module takes them."""
+    own = {LORA: variables[LORA]}
+    if hyper.fixed is not None:
+        own[FIXED] = hyper.fixed
+    scaling = hyper.scaling
+    return dict(variables) | {
+        held: unflatten({p: scaling.get(p, 1) * x for p, x in flatten(tree).items()})
+        for held, tree in own.items()
     }
 
 
-def _stack(tree: PyTree, *, count: int, sharding: Any) -> PyTree:
-    def stack(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            where = leaf.sharding if sharding is None else sharding
-            shape = (count, *leaf.shape)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
-        stacked = jnp.stack([jnp.asarray(leaf)] * count)
-        return stacked if sharding is None else jax.device_put(stacked, sharding)
+def members_evaluation(step: Callable[[PyTree, PyTree], PyTree]) -> Any:
+    """Returns the evaluation of many members on one batch; see `Members.evaluate`.
 
-    return jax.tree.map(stack, tree)
+    Args:
+      step: of the shared module, such as from `make_eval_step`.
 
+    Returns:
+      A jitted function of ``trainable, hyper, frozen, batch``, of which the first two
+      have a leading axis, to the results of ``step`` with that axis.
+    """
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    def one(trainable, hyper, frozen, batch):
+        return step(_scaled({**frozen, **trainable}, hyper), batch)
 
-
-def _padded(leaf: Any, shape: tuple[int, ...]) -> Any:
-    """Returns a leaf with zeros up to a shape, on the host."""
-    if _is_key(leaf):
-        return leaf
-    wide = np.zeros(shape, leaf.dtype)
-    wide[tuple(map(slice, leaf.shape))] = leaf
-    return wide
+    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
 
 
-def _cut(leaf: Any, like: Any) -> Any:
-    """Undoes `_padded`."""
-    if _is_key(leaf):
-        return jax.device_put(leaf, like.sharding)
-    return jax.device_put(
-        np.asarray(leaf)[tuple(map(slice, like.shape))], like.sharding
+def _b_mask(tree: PyTree) -> PyTree:
+    """Returns `lora_b_mask`, but of trees without B (VeRA) too."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: LORA_B in key_path(path).split("/"), tree
     )
+
+
+def _keeps(hyper: Hyper, variables: Mapping[str, PyTree]) -> dict[str, Any]:
+    """Returns the probability that `apply_adapter` finds beside each layer's A."""
+    held = (flatten(variables.get(name, {})) for name in ADAPTER)
+    return {
+        path.removesuffix(LORA_B) + KEEP: jnp.broadcast_to(
+            hyper.keep, leaf.shape[:1] if LAYERS in path.split("/") else ()
+        )
+        for path, leaf in itertools.chain(*(leaves.items() for leaves in held))
+        if path.endswith(LORA_B)
+    }

@@ -5,25 +5,35 @@ adapter is that of its own rows alone, divided by their weight: what a run of it
 would compute from these rows. Clipping, Adam and weight decay are each adapter's own.
 
 Only the adapters of a batch are gathered from the state, updated and put back. One
-without rows in it stays as it is, to the bit: its moments don't decay, its weights
-don't, and its count of steps, which drives the learning rate and Adam's correction of
-its bias, stands still. So a step's arithmetic grows with the batch, not with the number
-of adapters.
+without rows in it keeps its bits: neither its moments nor its weights decay, and its
+step count, which drives the learning rate and Adam's bias correction, stands still. So
+a step's arithmetic grows with the batch, not with the number of adapters.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import PRNGKey, PyTree
-from lora_jax.names import DROPOUT, OWNER, TRAINABLE
+from lora_jax.names import BATCH_AXES, DROPOUT, OWNER, TRAINABLE
+from lora_jax.parallel.activation_sharding import (
+    num_row_shards,
+    on_mesh_of,
+    shard_rows,
+)
+from lora_jax.parallel.mesh import mesh_of, on_mesh, whole_over_batch
 from lora_jax.train.members import Hyper, member_optimizer
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import Batch, LossFn, TrainStep, check_loss, split_batch
+from lora_jax.tree.paths import key_path, leaves_by_path
 
 WEIGHTS = "weights"  # of a batch: of a row, or of its tokens
 
@@ -41,19 +51,58 @@ def mixed_state(
     Returns:
       A state whose trainable leaves and optimizer state have a leading axis of ``k``.
     """
-    count = len(hypers.total_steps)
-    stacked = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))),
-        {name: variables[name] for name in TRAINABLE if name in variables},
-    )
+    trainable = {name: variables[name] for name in TRAINABLE if name in variables}
+    frozen = {name: variables[name] for name in variables if name not in trainable}
+    count, mesh = len(hypers.total_steps), mesh_of(variables)
+
+    def make(trainable: PyTree, rng: PRNGKey) -> TrainState:
+        stacked = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), trainable
+        )
+        tx = optax.GradientTransformation(init, optax.identity().update)
+        return TrainState.create(stacked, tx, rng)
 
     def init(params: PyTree) -> PyTree:
         return jax.vmap(lambda own, part: member_optimizer(own).init(part))(
             hypers, params
         )
 
-    tx = optax.GradientTransformation(init, optax.identity().update)
-    return TrainState.create({**variables, **stacked}, tx, rng)
+    if mesh is None:
+        state = make(trainable, rng)
+        return dataclasses.replace(state, frozen=jax.tree.map(jnp.asarray, frozen))
+    places = mixed_places(jax.eval_shape(make, trainable, rng), trainable, mesh)
+    state = jax.jit(make, out_shardings=places)(trainable, rng)
+    return dataclasses.replace(state, frozen=on_mesh(frozen, mesh))
+
+
+def mixed_places(
+    shapes: TrainState, trainable: Mapping[str, PyTree], mesh: Mesh
+) -> TrainState:
+    """Returns the shardings of a state of several adapters.
+
+    Args:
+      shapes: of the state.
+      trainable: of one adapter, sharded over the mesh.
+      mesh: the mesh.
+
+    Returns:
+      Of a trained leaf, and of what the optimizer keeps for it, the sharding of the
+      leaf of one adapter, not split over adapters; all else is replicated.
+    """
+    alone = {
+        path: NamedSharding(mesh, PartitionSpec(None, *leaf.sharding.spec))
+        for path, leaf in leaves_by_path(trainable).items()
+        if isinstance(leaf.sharding, NamedSharding)
+    }
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        del leaf
+        name = f"/{key_path(path)}"
+        own = (place for end, place in alone.items() if name.endswith(f"/{end}"))
+        return next(own, everywhere)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> TrainStep:
@@ -77,22 +126,24 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
     """
     count = len(hypers.total_steps)
 
-    def gradients(chosen, frozen, batch, place, key):
+    def gradients(chosen, frozen, batch, place, key, summed):
         def loss(chosen):
-            rows = jax.tree.map(lambda leaf: leaf[place], chosen)
+            rows = _of_rows(chosen, place, summed)
             result = loss_fn({**frozen, **rows}, batch, {DROPOUT: key})
             loss_sum, weight, metrics = check_loss(result)
             return loss_sum, {"weight": weight, "metrics": metrics}
 
         (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if summed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, summed)
         return grads, {"loss": loss_sum, **sums}
 
-    def accumulated(chosen, frozen, batch, place, key):
+    def accumulated(chosen, frozen, batch, place, key, summed):
         def body(total, xs):
             (microbatch, places), index = xs
             own_key = jax.random.fold_in(key, index)
-            grads, sums = gradients(chosen, frozen, microbatch, places, own_key)
+            grads, sums = gradients(chosen, frozen, microbatch, places, own_key, summed)
             return jax.tree.map(jnp.add, total, grads), sums
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen)
@@ -107,7 +158,10 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
         return optax.apply_updates(trainable, updates), opt_state
 
     def update(own, frozen, batch, summed=None, mesh=None):
-        del summed, mesh  # one device
+        with on_mesh_of(mesh):
+            return updated(own, frozen, batch, summed)
+
+    def updated(own, frozen, batch, summed):
         batch = dict(batch)
         ids = batch.pop(OWNER)
         slots, place = jnp.unique(
@@ -121,9 +175,9 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
         key = jax.random.fold_in(own["rng"], own["step"])
         if accumulate == 1:
             key = jax.random.fold_in(key, 0)
-            grads, sums = gradients(trainable, frozen, batch, place, key)
+            grads, sums = gradients(trainable, frozen, batch, place, key, summed)
         else:
-            grads, sums = accumulated(trainable, frozen, batch, place, key)
+            grads, sums = accumulated(trainable, frozen, batch, place, key, summed)
         weight = jax.ops.segment_sum(_row_weights(batch), place, len(slots))
         has_rows = weight > 0
         safe = jnp.where(has_rows, weight, 1)
@@ -173,11 +227,15 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
       row ``[b]``.
     """
 
-    @jax.jit
-    def evaluate(trainable, frozen, batch):
+    @functools.partial(jax.jit, static_argnums=3)
+    def evaluate(trainable, frozen, batch, mesh):
+        with on_mesh_of(mesh):
+            return evaluated(trainable, frozen, batch)
+
+    def evaluated(trainable, frozen, batch):
         batch = dict(batch)
         ids = batch.pop(OWNER)
-        rows = jax.tree.map(lambda leaf: leaf[ids], trainable)
+        rows = jax.tree.map(lambda leaf: _split_rows(leaf[ids]), trainable)
 
         def one(own: PyTree, row: Batch) -> dict[str, jax.Array]:
             alone = jax.tree.map(lambda leaf: leaf[None], row)
@@ -187,7 +245,9 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
 
         return jax.vmap(one)(rows, batch)
 
-    return evaluate
+    return lambda trainable, frozen, batch: evaluate(
+        trainable, frozen, batch, mesh_of(frozen)
+    )
 
 
 def evaluate_each(
@@ -219,6 +279,28 @@ def evaluate_each(
     weight = total.pop("weight")
     divisor = np.where(weight > 0, weight, np.nan)
     return {**{k: v / divisor for k, v in total.items()}, "weight": weight}
+
+
+def _of_rows(chosen: PyTree, place: Int[Array, " b"], summed: PyTree | None) -> PyTree:
+    """Returns each row's adapter; on a mesh that which its device has the row of."""
+    if summed is None:
+        return jax.tree.map(lambda leaf: leaf[place], chosen)
+
+    def split(leaf: Array, whole: NamedSharding) -> Array:
+        # Gathered as few adapters, not as many rows.
+        whole = whole_over_batch(whole)
+        leaf = jax.lax.with_sharding_constraint(leaf, whole)[place]
+        spec = PartitionSpec(BATCH_AXES, *whole.spec[1:])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(whole.mesh, spec))
+
+    return jax.tree.map(split, chosen, summed)
+
+
+def _split_rows(rows: Array) -> Array:
+    """Splits the rows' adapters over a mesh, if there is one."""
+    if num_row_shards() > 1:
+        rows = jax.lax.with_sharding_constraint(rows, PartitionSpec())
+    return shard_rows(rows)
 
 
 def _row_weights(batch: Mapping[str, Array]) -> Float[Array, " b"]:

@@ -17,7 +17,16 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import Patterns, matches
-from lora_jax.names import ADAPTER_LEAVES, BIAS, LORA_A, LORA_B, MAGNITUDE, SCALE
+from lora_jax.names import (
+    ADAPTER_LEAVES,
+    BIAS,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    SCALE,
+    TOKEN_ROWS,
+    VERA_D,
+)
 from lora_jax.tree.paths import key_path, leaves_by_path, nearest
 
 ADAPTER = "adapter"
@@ -49,10 +58,11 @@ def lora_optimizer(
     ``ratio`` is ``lora_b_ratio`` for ``lora_b`` and 1 otherwise.
 
     Weight decay applies to ``lora_b`` and other arrays with at least 2 dimensions, but
-    not to ``lora_a``, DoRA's ``magnitude``, any ``bias`` or ``scale`` (which have 2
-    dimensions if scanned), or arrays with fewer dimensions. Decaying B is enough to
-    shrink ``A B``, and decaying A while B is near zero only shrinks the first
-    gradients; a magnitude's neutral value is W0's norm, not zero.
+    not to ``lora_a``, DoRA's ``magnitude``, ``token_rows``, any ``bias`` or ``scale``
+    (which have 2 dimensions if scanned), or arrays with fewer dimensions. Decaying B is
+    enough to shrink ``A B``, and decaying A while B is near zero only shrinks the first
+    gradients; the neutral values of a magnitude and of a token's row are W0's, not
+    zero.
 
     Args:
       learning_rate: peak learning rate.
@@ -266,15 +276,15 @@ def adapter_labels(tree: PyTree, *, train: Patterns = ()) -> PyTree:
 def decay_mask(tree: PyTree) -> PyTree:
     """Returns a mask of the decayed leaves: ``lora_b``, kernels and embeddings.
 
-    True for 2 or more dimensions, except for ``lora_a``, ``magnitude``, ``bias`` and
-    ``scale``.
+    True for 2 or more dimensions, except for ``lora_a``, ``vera_d``, ``magnitude``,
+    ``token_rows``, ``bias`` and ``scale``.
 
     Example:
       >>> decay_mask({"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))})
       {'lora_a': False, 'lora_b': True}
     """
 
-    exempt = {LORA_A, MAGNITUDE, BIAS, SCALE}
+    exempt = {LORA_A, VERA_D, MAGNITUDE, TOKEN_ROWS, BIAS, SCALE}
 
     def decays(path: Any, leaf: Any) -> bool:
         return jnp.ndim(leaf) >= 2 and exempt.isdisjoint(key_path(path).split("/"))
@@ -319,7 +329,8 @@ def lora_b_mask(tree: PyTree) -> PyTree:
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
-            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters."
+            f"{len(jax.tree.leaves(mask))} leaves. Set it to 1 without adapters, and "
+            "for VeRA."
         )
     return mask
 

@@ -22,6 +22,7 @@ from lora_jax.names import (
     LORA,
     LORA_A,
     PARAMS,
+    TOKEN_ROWS,
 )
 from lora_jax.tree.paths import flatten, unflatten
 
@@ -66,7 +67,7 @@ def partition(params: Mapping[str, Any], config: LoRAConfig) -> dict[str, PyTree
         is_adapted = owner in adapted
         if is_adapted and name in ADAPTER_LEAVES:
             parts[config.leaves.get(name, LORA)][path] = leaf
-        elif config.is_trained(path, is_adapted=is_adapted):
+        elif name == TOKEN_ROWS or config.is_trained(path, is_adapted=is_adapted):
             parts[PARAMS][path] = leaf
         else:
             parts[FROZEN][path] = leaf

@@ -26,7 +26,7 @@ def plain_config(config: LoRAConfig) -> LoRAConfig:
     """
     if not config.fixes_leaves:
         return config
-    config = dataclasses.replace(config, lora_fa=False)
+    config = dataclasses.replace(config, lora_fa=False, vera=False, vera_seed=0)
     if not config.starts_from_base:
         return config
     growth = _growth(config)

@@ -16,12 +16,15 @@ from lora_jax.names import (
     MAGNITUDE,
     START_A,
     START_B,
+    VERA_B,
+    VERA_D,
 )
 from lora_jax.ops.contraction import Contraction, Shape
 from lora_jax.ops.dora import column_norm, magnitude_shape
 from lora_jax.ops.factors import Factors
 from lora_jax.ops.init import path_key
 from lora_jax.ops.start import init_factors
+from lora_jax.ops.vera import vera_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,9 @@ class Target(Site):
         m = magnitude_shape(self.kernel_shape, self.contraction)
         m = _stacked_at(m, self.scanned_m)
         shapes = {LORA_A: a, LORA_B: b, MAGNITUDE: m, START_A: a, START_B: b}
+        _, whole = self.contraction.factor_shapes(self.kernel_shape, self.rank)
+        for name, shape in vera_shapes(whole, self.contraction).items():
+            shapes[name] = _stacked_at(shape, self.scanned_b)
         return {name: shapes[name] for name, _ in self.leaves}
 
     def leaf_axes(self, of_kernel: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
@@ -141,6 +147,8 @@ class Target(Site):
         stored = batch[:-1] if roles.groups > 1 else batch
         m = _stacked_at((*stored, *outputs), self.scanned_m)
         axes = {LORA_A: a, LORA_B: b, MAGNITUDE: m, START_A: a, START_B: b}
+        none = (None,) * (1 + len(outputs))
+        axes |= {VERA_B: b, VERA_D: _stacked_at((*batch, *none), self.scanned_b)}
         return {name: axes[name] for name, _ in self.leaves}
 
     def init(
@@ -151,7 +159,7 @@ class Target(Site):
         Args:
           key: PRNG key of the whole tree; the path is folded in.
           kernel: ``W0``.
-          init: see `LoRAConfig`.
+          init: see `LoRAConfig.start`.
 
         Returns:
           The leaves by name, in the layout of the parameter tree.
@@ -169,14 +177,11 @@ class Target(Site):
             found = found._replace(
                 magnitude=column_norm(jnp.asarray(kernel), self.contraction)
             )
-        a, b = self.as_stored(found.lora_a, found.lora_b)
-        leaves = {LORA_A: a, LORA_B: b, START_A: a, START_B: b}
-        if found.magnitude is not None:
-            m = found.magnitude
-            leaves[MAGNITUDE] = jnp.moveaxis(
-                m, range(len(self.scanned_m)), self.scanned_m
-            )
-        return {name: leaves[name] for name, _ in self.leaves}
+        places, leaves = self._places, found._asdict()
+        return {
+            name: jnp.moveaxis(leaves[name], range(len(places[name])), places[name])
+            for name, _ in self.leaves
+        }
 
     def plain(self, leaves: Mapping[str, AnyFloat]) -> Factors:
         """Returns the LoRA or DoRA adapter that the tree's leaves amount to.
@@ -188,14 +193,20 @@ class Target(Site):
           A, B and m with the scanned axes first, as the ops expect; see
           `Factors.plain`.
         """
-        places = {LORA_A: self.scanned_a, START_A: self.scanned_a}
-        places |= {LORA_B: self.scanned_b, START_B: self.scanned_b}
-        places |= {MAGNITUDE: self.scanned_m}
         found = {
-            name: _first(leaves[child(self.path, name)], places[name])
+            name: _first(leaves[child(self.path, name)], self._places[name])
             for name, _ in self.leaves
         }
         return Factors(**found).plain(self.contraction)
+
+    @property
+    def _places(self) -> dict[str, tuple[int, ...]]:
+        """Positions of the scanned axes in the tree's leaves, by name."""
+        return {
+            **dict.fromkeys((LORA_A, START_A), self.scanned_a),
+            **dict.fromkeys((LORA_B, START_B, VERA_D, VERA_B), self.scanned_b),
+            MAGNITUDE: self.scanned_m,
+        }
 
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
         """Returns DoRA's m, the column norms of ``W0``, in the tree's layout."""

@@ -21,6 +21,7 @@ _UNFIT_FOR_EMBEDDINGS = {
     "init='lora_ga'": "the gradient of its table is of the tokens in a few batches",
     "init='eva'": "its input is one-hot",
     "lora_fa=True": "its A is zero at the start, and would stay so",
+    "vera=True": "its A would be a frozen random row for each token",
 }
 LINEAR_KINDS = ("dense", "einsum", "experts")  # what "all-linear" covers
 
@@ -79,7 +80,12 @@ def select_targets(
         f"{field} can't adapt {site.path!r}, an embedding: {why}. Exclude it, or set "
         "another method."
         for field, why in _UNFIT_FOR_EMBEDDINGS.items()
-        if field in (f"init={config.init!r}", f"lora_fa={config.lora_fa}")
+        if field
+        in (
+            f"init={config.init!r}",
+            f"lora_fa={config.lora_fa}",
+            f"vera={config.vera}",
+        )
         for site in sites
         if site.kind == "embed" and _is_chosen(site, config)
     ]

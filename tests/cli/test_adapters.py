@@ -15,8 +15,10 @@ from lora_jax import (
     save_adapter,
 )
 from lora_jax.cli.main import main
+from lora_jax.interop.pretrained import load_each
 from lora_jax.names import FROZEN
 from lora_jax.tree.fingerprint import fingerprint
+from lora_jax.tree.paths import flatten
 from tests.nn.external_models import trained
 from tests.tiny_decoder import make_decoder
 
@@ -113,6 +115,112 @@ def test_conversations_name_their_adapter(place, tmp_path, capsys):
     for name, result in zip(names, mixed, strict=True):
         one = call(capsys, *args, *alone(place, name), "--messages", data)
         assert one["results"][0]["output_ids"] == result["output_ids"]
+
+
+@pytest.fixture(scope="module")
+def headed(model_dir, tmp_path_factory):
+    """Adapters of an encoder, each with a head: two of two classes, one of three."""
+    place = tmp_path_factory.mktemp("headed")
+    for seed, (name, classes) in enumerate({"a": 2, "b": 2, "c": 3}.items()):
+        config = LoRAConfig(rank=1 + seed % 2, alpha=5, train=("classifier",))
+        options = {"num_labels": classes, "key": jax.random.key(seed)}
+        loaded = load_model(str(model_dir), lora=config, **options)
+        variables = trained(loaded.variables)
+        mark = fingerprint(variables[FROZEN])
+        extra = {"model": str(model_dir), "pooling": "mean"}
+        save_adapter(place / name, variables, config, mark, extra=extra)
+    config = LoRAConfig(rank=1, alpha=5)
+    loaded = load_model(str(model_dir), lora=config, key=jax.random.key(3))
+    mark = fingerprint(loaded.variables[FROZEN])
+    extra = {"model": str(model_dir), "pooling": "mean"}
+    save_adapter(place / "bare", loaded.variables, config, mark, extra=extra)
+    return place
+
+
+def test_each_encoded_line_has_the_head_of_its_adapter(headed, tmp_path, capsys):
+    text, names = "the film is lovely", ["b", "a", "b"]
+    rows = [{"text": text, "adapter": name} for name in names]
+    data, out = write(tmp_path / "mixed.jsonl", rows), tmp_path / "out.jsonl"
+    both = [w for name in "ab" for w in ("--adapter", f"{name}={headed / name}")]
+    assert call(capsys, "encode", *both, "--data", data, "--out", out)["has_logits"]
+    got = lines_of(out)
+    one, into = write(tmp_path / "one.jsonl", [{"text": text}]), tmp_path / "o"
+    for name, line in zip(names, got, strict=True):
+        word = ["--adapter", headed / name]
+        call(capsys, "encode", *word, "--data", one, "--out", into)
+        wanted = lines_of(into)[0]
+        for key in ("embedding", "logits"):
+            np.testing.assert_allclose(line[key], wanted[key], rtol=1e-5, atol=1e-6)
+    assert np.abs(np.array(got[0]["logits"]) - got[1]["logits"]).max() > 1e-2
+    data = write(tmp_path / "none.jsonl", [rows[0], {"text": text}])
+    words = ["encode", *both, "--data", str(data), "--out", str(tmp_path / "none")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "lines 2 must name an adapter: the base has no classifier/bias, cl" in said
+
+
+def test_heads_that_differ_in_shape_or_are_missing_are_told(headed, model_dir):
+    with pytest.raises(
+        ValueError, match=r"classifier/kernel is \[16, 2\] of a, \[16, 3\] of c"
+    ):
+        load_bank(None, {name: headed / name for name in "ac"})
+    with pytest.raises(ValueError, match="'bare' must have classifier/bias, classif"):
+        load_bank(str(model_dir), {name: headed / name for name in ("a", "bare")})
+
+
+def test_heads_are_averaged_or_taken_from_one(headed, tmp_path, capsys):
+    a, b, c, bare = (str(headed / name) for name in ("a", "b", "c", "bare"))
+    heads = {
+        name: load_adapter(headed / name).variables["params"]["classifier"]
+        for name in "abc"
+    }
+
+    def combine(name, *words):
+        out = str(tmp_path / name)
+        call(capsys, "combine", *words, "--out", out)
+        found = load_adapter(out)
+        assert load_model(None, out).module.model.num_labels
+        return found.variables["params"]["classifier"], found
+
+    head, found = combine("mean", a, b, bare, "--weights", 3, 1, 2)
+    assert found.config.train == ("classifier",)
+    wanted = 0.75 * heads["a"]["kernel"] + 0.25 * heads["b"]["kernel"]
+    np.testing.assert_allclose(head["kernel"], wanted, rtol=1e-5, atol=1e-7)
+    head, _ = combine("one", a, c, "--head", c, "--method", "svd", "--rank", 2)
+    np.testing.assert_array_equal(head["kernel"], heads["c"]["kernel"])
+    head, _ = combine("same", a)
+    np.testing.assert_array_equal(head["kernel"], heads["a"]["kernel"])
+    for words, said in (
+        ([a, c], r"classifier/kernel has shapes [[16, 2], [16, 3]]"),
+        (
+            [a, b, "--weights", "1", "-1"],
+            "has no classifier/bias, and weights of it",
+        ),
+        ([a, "--head", b], "--head must be one of the adapters"),
+    ):
+        out = str(tmp_path / "bad")
+        assert main(["combine", *words, "--out", out]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+
+
+def test_heads_of_other_classes_are_not_averaged(headed, tmp_path, capsys):
+    found = load_adapter(headed / "b")
+    extra = {**found.extra, "labels": ["x", "y"]}
+    save_adapter(
+        tmp_path / "b", found.variables, found.config, found.fingerprint, extra=extra
+    )
+    words = ["combine", str(headed / "a"), str(tmp_path / "b")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "heads of different classes can't be averaged" in capsys.readouterr().err
+
+
+def test_adapters_share_the_memory_of_their_base(place):
+    paths = {name: place / name for name in ("ours", "peft")}
+    both = load_each(str(place / "model"), paths, scan_layers=False)
+    kernels = [flatten(one.variables[FROZEN]) for one in both.values()]
+    assert kernels[0].keys() == kernels[1].keys()
+    assert all(kernels[0][path] is kernels[1][path] for path in kernels[0])
 
 
 def test_an_adapter_of_another_base_is_refused(place, tmp_path):

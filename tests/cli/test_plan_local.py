@@ -67,9 +67,13 @@ def test_steps_are_priced_from_shapes_alone_whatever_the_settings(
 
     monkeypatch.setattr(TrainState, "create", traced)
     words = ["train.lora_b_ratio=16", "mesh.fsdp=2"]  # no B in a full step; one device
+    words += ["lora.tokens=[4, superb]"]
     code, out, shown = call("plan", config, *words, "--json")
     assert code == 0, shown
     assert json.loads(out)["step"]["full"]["total"] > 0
+    [rows] = json.loads(out)["token_rows"]
+    assert rows == {"path": "encoder/embeddings/word", "tokens": [4, 5], "width": 16}
+    assert "rows of 2 tokens" in shown
     assert "one of 1; the run used" in shown
 
 

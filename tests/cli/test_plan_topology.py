@@ -8,7 +8,11 @@ import pytest
 from lora_jax.cli.plan import read_mesh
 from lora_jax.finetune import pricing
 from lora_jax.finetune.settings import load_settings
-from lora_jax.plan import slices
+from lora_jax.models.load import load_base
+from lora_jax.plan import slices, topology
+from lora_jax.plan.flops import pair_step_flops
+from lora_jax.plan.step import StepPlan
+from lora_jax.tree.paths import flatten
 from tests.models.golden import GOLDEN
 
 
@@ -29,7 +33,8 @@ def config(tmp_path, monkeypatch):
 
 
 def test_a_step_is_planned_without_weights_or_data(config, call):
-    code, out, shown = call("plan", config, "--topology", "v5e:4x4", "--json")
+    words = ["plan", config, "--topology", "v5e:4x4", "--json", "lora.tokens=[1, 2]"]
+    code, out, shown = call(*words)
     assert code == 0, shown
     plan = json.loads(out)
     assert plan["step"]["batch"] == 2
@@ -38,6 +43,46 @@ def test_a_step_is_planned_without_weights_or_data(config, call):
     assert plan["step"]["total"] < 2**30
     assert plan["remat"] == "none"  # the first that fits
     assert "frozen base" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("t5", "PairSteps"), ("sentence/embeddinggemma", "TextPairSteps")],
+)
+def test_other_models_are_planned_by_their_own_loss(name, steps, config, monkeypatch):
+    folder, model = GOLDEN / name, config.parent / "model"
+    for file in folder.rglob("*.json"):
+        if "peft" not in str(file) and file.name != "tokenizer.json":
+            place = model / file.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(file.read_text())
+    made = pricing.slice_steps(load_settings(config), "v5e:4x4", read_mesh(None), None)
+    assert type(made).__name__ == steps
+    is_decoder = steps == "TextPairSteps"
+    loaded = load_base(folder, scan_layers=True if is_decoder else None)
+    wanted = {path: leaf.shape for path, leaf in flatten(loaded.params).items()}
+    assert {p: leaf.shape for p, leaf in flatten(made.params).items()} == wanted
+
+    def traced(loss_fn, tx, variables, batch, rows, **options):
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in batch.items()
+        }
+        loss, weight, _ = jax.eval_shape(loss_fn, variables, batch, {})
+        assert loss.shape == weight.shape == ()
+        assert {leaf.shape[:2] for leaf in batch.values()} <= {(4, 16), (4,)}
+        return "a plan"
+
+    monkeypatch.setattr(topology, "price_training", traced)
+    assert made.price(4) == "a plan"
+    plan = StepPlan(1, 4, 16, "none", 0, 0, 0, 0, 0, 0, True, 9e9, 0)
+    flops = made.flops(plan)
+    if not is_decoder:
+        targets = made._adapted().targets(made.params)
+        shape = (4, 16, 16, "none")
+        assert flops == pair_step_flops(loaded.config, made.params, targets, *shape)
+    else:
+        assert flops == (9e9, 0)
 
 
 def test_a_sweep_is_planned_with_its_runs_split_over_the_chips(config, call):

@@ -15,7 +15,8 @@ from lora_jax.cli.main import main
 from lora_jax.files.adapter import _digest
 from lora_jax.finetune import pricing, session, verdict
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.job import Job, hold_out
+from lora_jax.finetune.held_out import hold_out
+from lora_jax.finetune.job import Job
 from lora_jax.finetune.run_folder import RunFolder
 from lora_jax.finetune.settings import load_settings
 from lora_jax.finetune.tasks import open_job

@@ -80,7 +80,7 @@ FEW = {
         "RANKS": [1, 8],
         "ATTENTION_RANK": 4,
     },
-    "methods": {"RATES": [1e-2], "SEEDS": [1, 2]},
+    "methods": {"RATES": [1e-2], "ALONE_RATES": [1e-2], "SEEDS": [1, 2]},
 }
 
 
@@ -90,7 +90,7 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     for constant, value in FEW[name].items():
         monkeypatch.setattr(module, constant, value)
     if name == "methods":
-        few = {k: module.CONTENDERS[k] for k in ("LoRA", "LoRA+")}
+        few = {k: module.CONTENDERS[k] for k in ("LoRA", "PiSSA")}
         monkeypatch.setattr(module, "CONTENDERS", few)
     quick = short.Size(1, 32, 16, 16, (3, 8))
     monkeypatch.setattr(module, "QUICK", quick)

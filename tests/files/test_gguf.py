@@ -1,5 +1,7 @@
 """GGUF files read as a Hugging Face model: names, rows, config, and nothing hostile."""
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.fetch import FetchError, smollm2
 from lora_jax.files.gguf import GGUFReader, rotate_half_rows
-from lora_jax.interop.pretrained import find_adapter
+from lora_jax.interop.adapter_folder import find_adapter
 
 D, HEADS, KV, F, V = 32, 4, 2, 64, 40
 
@@ -340,20 +342,79 @@ def test_what_is_not_known_is_an_error_that_lists_it(tmp_path):
 def test_all_faults_of_the_metadata_are_told_at_once(tmp_path):
     def add(writer):
         writer.add_expert_count(8)
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
 
     wrong = {"embedding_length": None, "head_count_kv": 3, "rope_freq_base": -1.0}
-    path = write(tmp_path / "m.gguf", add=add, **wrong)
-    with pytest.raises(ValueError, match=r"of a llama model; 5 faults") as error:
+    path = write(tmp_path / "m.gguf", "qwen2", add=add, **wrong)
+    with pytest.raises(ValueError, match=r"of a qwen2 model; 5 faults") as error:
         GGUFReader(path)
     for fault in (
         "embedding_length is missing",
         "freq_base must be a positive float, got -1.0",
         "4 heads must be a multiple of 3",
-        "none or linear, got 'yarn'",
-        "expert_count must be 0",
+        "none, linear or yarn, got 'longrope'",
+        "expert_count must be 0: a qwen2 has no experts here",
     ):
         assert fault in str(error.value)
+
+
+def mixture(count=3):
+    """The tensors of a Qwen3-MoE's layer, its experts in Q8_0."""
+    stored = {n: t for n, t in tensors().items() if "ffn_" not in n or "norm" in n}
+    rng = np.random.default_rng(1)
+    stored["blk.0.ffn_gate_inp.weight"] = np.ones((count, D), np.float32)
+    for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+        experts = rng.normal(size=(count, *shape)).astype(np.float32)
+        stored[f"blk.0.ffn_{name}_exps.weight"] = experts
+    return stored
+
+
+def test_the_experts_of_a_quantised_tensor_are_its_parts(tmp_path):
+    kind, path = gguf.GGMLQuantizationType.Q8_0, tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(str(path), "qwen3moe")
+    fields(writer, expert_count=3, expert_used_count=2, expert_feed_forward_length=F)
+    wanted = {}
+    for name, tensor in mixture().items():
+        if "exps" in name:
+            rows = gguf.quantize(tensor, kind)
+            wanted[name.split("_")[1]] = gguf.dequantize(rows, kind)
+            writer.add_tensor(name, rows, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = GGUFReader(path)
+    for i, name in itertools.product(range(3), ("gate", "up", "down")):
+        found = reader[f"model.layers.0.mlp.experts.{i}.{name}_proj.weight"]
+        np.testing.assert_array_equal(found, wanted[name][i])
+
+
+def test_experts_and_yarn_that_are_not_read_are_errors(tmp_path):
+    def add(writer):
+        writer.add_expert_shared_count(1)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_yarn_attn_factor(0.5)
+        writer.add_rope_scaling_yarn_log_mul(0.1)
+
+    path = tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match=r"of a qwen3moe model; 7 faults") as error:
+        GGUFReader(write(path, "qwen3moe", mixture(), add))
+    for fault in (
+        "expert_count is missing",
+        "expert_used_count is missing",
+        "expert_feed_forward_length is missing",
+        "expert_shared_count must be 0",
+        "yarn_attn_factor must be 1, got 0.5",
+        "yarn_log_multiplier must be absent",
+        "original_context_length is missing",
+    ):
+        assert fault in str(error.value)
+    many = mixture() | {"blk.0.ffn_up_exps.weight": np.ones((5000, 1), np.float32)}
+    with pytest.raises(ValueError, match=r"must be of 4096 experts or less; got 5000"):
+        GGUFReader(write(path, "qwen3moe", many))
 
 
 def test_heads_that_the_tensors_have_not_are_an_error(tmp_path):

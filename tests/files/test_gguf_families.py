@@ -25,6 +25,19 @@ CASES = {
     "granite": (ARCH.GRANITE, {}),
     "glm4": (ARCH.GLM4, {}),
     "cohere2": (ARCH.COHERE2, {"layer_types": ["sliding_attention"] * 3}),
+    "qwen3_moe": (
+        ARCH.QWEN3MOE,
+        {  # stretched as in the model card
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mixtral": (ARCH.LLAMA, {"sliding_window": None}),
+    "olmoe": (ARCH.OLMOE, {}),
     "gemma3": (  # as 4B and larger: full layers are stretched
         ARCH.GEMMA3,
         {
@@ -47,6 +60,24 @@ def permuted(weight, heads):
     """What the converter does to queries and keys of a Llama."""
     pairs = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def stacked(tensors):
+    """Puts the experts of a layer in one tensor, as the converter does."""
+    found = {}
+    for name, tensor in tensors.items():
+        part = re.sub(r"(\.experts)\.\d+", r"\1", name)
+        found.setdefault(part, []).append((name, tensor))
+    order = {part: sorted(each, key=_expert) for part, each in found.items()}
+    return {
+        part: each[0][1] if part == each[0][0] else np.stack([t for _, t in each])
+        for part, each in order.items()
+    }
+
+
+def _expert(item):
+    number = re.search(r"\.experts\.(\d+)", item[0])
+    return int(number[1]) if number else 0
 
 
 def convert(folder, arch, path, add=lambda writer: None):
@@ -85,6 +116,16 @@ def convert(folder, arch, path, add=lambda writer: None):
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    count = config.get("num_local_experts") or config.get("num_experts")
+    if count:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
         if arch == ARCH.OLMO2:
@@ -92,8 +133,10 @@ def convert(folder, arch, path, add=lambda writer: None):
             writer.add_sliding_window_pattern([k == "sliding_attention" for k in kinds])
     add(writer)
     names = gguf.get_tensor_name_map(arch, layers)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if arch == ARCH.GRANITE and (found := re.search(r"\.([qk])_proj\.", name)):
+    for name, tensor in stacked(load_file(folder / "model.safetensors")).items():
+        if arch in (ARCH.GRANITE, ARCH.LLAMA) and (
+            found := re.search(r"\.([qk])_proj\.", name)
+        ):
             tensor = permuted(tensor, heads if found[1] == "q" else kv)
         if arch == ARCH.GEMMA3 and name.endswith("norm.weight"):
             tensor = tensor + 1

@@ -59,9 +59,9 @@ def test_a_run_s_adapter_is_evaluated_loaded_and_inspected(run):
     assert row["norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_a_sweep_says_that_it_does_not_take_them(config):
-    with pytest.raises(UserError, match="from W0 or from data, can't be swept"):
-        expand(config, {"lora.init": ["pissa"], "train.seed": [0, 1]})
+def test_a_sweep_says_that_it_does_not_take_eva(config):
+    with pytest.raises(UserError, match=r"lora\.init = eva can't be swept"):
+        expand(config, {"lora.init": ["pissa", "eva"], "train.seed": [0, 1]})
 
 
 def test_eva_s_ranks_are_those_of_the_run(config, tmp_path):

@@ -18,6 +18,7 @@ from lora_jax.finetune.settings import load_settings
 from lora_jax.train.data import TextBatches
 from lora_jax.tree.paths import flatten
 from tests.cli.conftest import BAD, GOOD, PLAIN
+from tests.cli.test_mesh import eight_devices
 from tests.tiny_decoder import make_decoder
 
 NAMES = ("acme", "bolt", "cern")
@@ -107,6 +108,24 @@ def test_the_metrics_are_each_adapters_own(done, tree, tmp_path, capsys):
     assert "got 'bold'; did you mean 'bolt'?" in capsys.readouterr().err
 
 
+def test_all_adapters_of_a_run_are_exported_and_served_together(
+    done, tree, tmp_path, capsys
+):
+    out = tmp_path / "peft"
+    words = ["export", "--adapter", str(done.path), "--portable", "--out", str(out)]
+    assert main(words) == 0
+    modules = " ".join(f"{name}={out / name}" for name in NAMES)
+    shown = capsys.readouterr().out
+    assert f"--max-lora-rank 8 --lora-modules {modules}\n" in shown
+    name = NAMES[0]
+    one = load_model(tree["model"]["path"], out / name)
+    ids = np.int32([[41, 10]])
+    own = done.load(name)
+    wanted = own.module.apply(own.variables, ids)
+    got = one.module.apply(one.variables, ids)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_stopped_run_resumes_to_the_same_bits(done, tree, tmp_path, monkeypatch):
     again = {**tree, "output": {"dir": str(tmp_path / "again")}}
     batch_at = TextBatches.batch_at
@@ -135,6 +154,30 @@ def test_a_stopped_run_resumes_to_the_same_bits(done, tree, tmp_path, monkeypatc
         for name in NAMES
         for path in before[name]
     )
+
+
+@pytest.mark.slow
+def test_eight_devices_train_what_one_does(done, tree, tmp_path):
+    file, out = tmp_path / "mixed.yaml", tmp_path / "run"
+    file.write_text(json.dumps(tree))
+    words = ["train", file, f"output.dir={out}", "mesh.uneven=replicate"]
+    words += ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    ran = eight_devices(*words, "--and", *words, "--resume", step=5)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "The checkpoint of step 6 is saved." in ran.stderr
+    assert "data 2 x fsdp 2 x tensor 2" in ran.stdout
+    assert "rematerialization" not in ran.stderr  # of whole arrays, by the partitioner
+    many = json.loads((out / "summary.json").read_text())["adapters"]
+    for name, one in done.summary["adapters"].items():
+        for split in ("validation", "test"):
+            loss = (one[split] or {}).get("loss")
+            if loss is None or np.isnan(loss):
+                continue
+            assert many[name][split]["loss"] == pytest.approx(loss, rel=1e-4)
+    here, there = adapters_of(done.path), adapters_of(out)
+    for name, leaves in here.items():
+        for path, leaf in leaves.items():
+            np.testing.assert_allclose(there[name][path], leaf, rtol=1e-3, atol=2e-5)
 
 
 def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
@@ -177,7 +220,7 @@ def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
         (["a"] * 4, ["data.test=FILE"], "must be one that is trained; got 'acme'"),
         (["acme"] * 4 + ["b"], ["data.validation=FILE"], "has none for b"),
         (["a", "b"] * 2, ["train.samples=[w1]"], "train.samples must be empty for 2"),
-        (["a", "b"] * 2, ["mesh.fsdp=2"], "takes one device; got mesh sizes -1, 2"),
+        (["a", "b"] * 2, ["mesh.expert=2"], "mesh.sequence must be 1; got 1, 2"),
         (["a"] * 9 + ["b"] * 9, ["train.max_steps=1", "train.batch_size=1"], "1 of 2"),
         (["a", "b"] * 2, ["lora.train=[embed]"], "can't name a decoder's embed"),
     ],

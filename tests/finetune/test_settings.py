@@ -258,3 +258,18 @@ def test_the_faults_of_a_dictionary_are_named():
     with pytest.raises(ValueError, match=r"config: 3 faults .*\n.*Did you mean 'data'"):
         load_settings(tree)
     assert "dta" in tree
+
+
+def test_peft_s_names_are_told_in_a_file_and_in_an_override():
+    lora = {"modules_to_save": ["head"], "r": 2}
+    tree = {**parse_yaml(MINIMAL.encode(), "x"), "lora": lora}
+    with pytest.raises(ValueError, match=r"lora\.r: unknown key") as error:
+        load_settings(tree, ["lora.trainable_token_indices=[1]"])
+    for name, own in (
+        ("modules_to_save", "train"),
+        ("r", "rank"),
+        ("trainable_token_indices", "tokens"),
+    ):
+        assert f"lora.{name}: unknown key. PEFT's {name} is {own} here." in str(
+            error.value
+        )

@@ -12,13 +12,14 @@ import pytest
 
 from lora_jax import sweep
 from lora_jax.files.adapter import load_adapter
-from lora_jax.finetune import sweep_group
+from lora_jax.finetune import sweep_group, sweep_job
 from lora_jax.finetune.errors import Interrupted, UserError
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run import fine_tune
 from lora_jax.finetune.run_folder import open_run
 from lora_jax.finetune.sweep_grid import expand, groups
 from lora_jax.train.data import TextBatches
+from lora_jax.train.slots import Members
 from lora_jax.tree.paths import flatten
 from tests.tiny_decoder import make_decoder
 
@@ -129,6 +130,9 @@ def test_the_runs_are_sorted_drawn_and_the_best_is_a_run_folder(done):
     assert settings.output.dir == str(done.path / "best")
     best = done.path / done.runs[0]["name"]
     assert adapter_of(folder.path).keys() == adapter_of(best).keys()
+    # Drawing takes as long as a short run, so only the best is drawn.
+    assert not list(done.path.glob("0*/curves.png"))
+    assert (folder / "curves.png").exists() == (done.plot is not None)
     assert done.plot is None or done.plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,6 +182,54 @@ def test_a_sweep_that_was_killed_resumes_to_the_same_bits(done, tree, tmp_path):
     check_same(done, resumed)
 
 
+def test_methods_share_steps_and_evaluations(tree, tmp_path, monkeypatch):
+    together, evaluated = Members.evaluate, []
+
+    def counting(self, evaluation, batches):
+        evaluated.append(self)
+        return together(self, evaluation, batches)
+
+    monkeypatch.setattr(Members, "evaluate", counting)
+    own = {**tree, "output": {"dir": str(tmp_path / "methods")}}
+    own["lora"] = {**tree["lora"], "lora_fa": True}
+    own["train"] = {**tree["train"], "max_steps": 3, "eval_every": 2, "baseline": False}
+    grid = {
+        "lora.init": ["pissa", "lora_ga", "olora"],
+        "lora.rank": [3, 2, 2],
+        "lora.alpha": [5, 3, 2],
+    }
+    done = sweep(own, grid, zipped=True, together=2)
+    record = json.loads((done.path / "sweep.json").read_text())
+    assert record["together"] == {"0": 2}  # one group
+    assert len(evaluated) == 4  # after steps 2 and 3, of the first two and of the last
+    line = next(x for x in done.runs if x["values"]["lora.init"] == "lora_ga")
+    alone = fine_tune(line["folder"], [f"output.dir={tmp_path}/own"])
+    assert line["validation"] == pytest.approx(alone.summary["validation"], 1e-5)
+    ours, theirs = (adapter_of(Path(x)) for x in (line["folder"], alone.path))
+    assert {"fixed", "lora"} == {name.split("/")[0] for name in ours}
+    for name, value in theirs.items():
+        atol = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=atol)
+
+
+def test_groups_share_the_base_and_the_data_that_were_read(tree, monkeypatch):
+    points = expand(tree, ["lora.targets=[query],[down]", "lora.init=uniform,pissa"])
+    found, _ = groups(points)
+    assert len(found) == 4
+    first = sweep_job.opened(points[0].settings, None)
+    monkeypatch.setattr(sweep_job, "open_job", lambda *_, **__: "read anew")
+    for point in points[1:]:
+        again = sweep_job.opened(point.settings, first)
+        pair = (flatten(job.loaded.params) for job in (again, first))
+        assert all(x is y for x, y in zip(*map(dict.values, pair), strict=True))
+        assert again.splits is first.splits
+        assert again.lora == point.settings.lora
+    one_layer = expand(tree, ["lora.targets=[layer_0/attention/query]"])
+    longer = expand(tree, ["data.max_length=9"])
+    for other in (one_layer, longer):
+        assert sweep_job.opened(other[0].settings, first) == "read anew"
+
+
 def check_same(done, resumed):
     for before, after in zip(done.runs, resumed.runs, strict=True):
         assert after["validation"] == before["validation"]
@@ -200,7 +252,7 @@ def check_same(done, resumed):
         (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
         (["mesh.member=1,2"], "mesh.member can't be swept"),
         (["mesh.member=64"], "mesh.member must be at most the"),
-        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor and expert must be 1 in a sweep"),
+        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor, expert and sequence must be 1"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):

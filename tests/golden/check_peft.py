@@ -48,9 +48,12 @@ def own_adapters(family: str, model):
     if family == "qwen2":
         yield "own_tied", LoRAConfig(rank=2, alpha=3, targets=["embed", "query"])
         yield "own_biases", LoRAConfig(rank=2, targets=["query"], bias="lora_only")
+        yield "own_tokens", LoRAConfig(rank=2, targets=["query"], tokens=[3, 7, 12])
     if family == "llama":
         targets = ["embed", "key"]
         yield "own_dora_embed", LoRAConfig(rank=2, targets=targets, dora=True)
+        tokens = {"embed": [12, 3], "head": [7]}
+        yield "own_tokens", LoRAConfig(rank=2, targets=["query"], tokens=tokens)
     if family == "vit":
         targets = ["embeddings/patch", "query"]
         yield "own_dora_conv", LoRAConfig(rank=2, targets=targets, dora=True)

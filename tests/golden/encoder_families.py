@@ -37,7 +37,7 @@ WORDS = {
     "eos_token_id": 37,
 }
 SIGLIP = {"vision_config": VISION, "text_config": {**WORDS, "projection_size": 21}}
-LAYERS = r".*layers\.\d+\..*"
+LAYERS = r".*layers\.\d+\..*(_proj|fc\d)"
 ENCODERS = {
     "clip": Family(
         "CLIPModel",
@@ -61,6 +61,38 @@ ENCODERS = {
         mlp="mlp.fc2",
         kinds=("plain", "rslora"),
         silent=r".*\.k_proj\.bias$",
+    ),
+    "clip_text": Family(
+        "CLIPTextModelWithProjection",
+        {**WORDS, "projection_dim": 17},
+        ({"hidden_act": "relu"}, {"eos_token_id": 2}),
+        kinds=("plain",),
+        silent=r".*\.k_proj\.bias$",
+        linears=LAYERS,
+    ),
+    "clip_vision": Family(
+        "CLIPVisionModel",
+        VISION,
+        ({"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}),
+        kinds=("plain",),
+        silent=r".*\.k_proj\.bias$",
+        linears=LAYERS,
+    ),
+    "siglip_text": Family(
+        "SiglipTextModel",
+        {**WORDS, "projection_size": 21},
+        ({"hidden_act": "relu"},),
+        kinds=("plain",),
+        silent=r".*\.k_proj\.bias$",
+        linears=LAYERS,
+    ),
+    "siglip_vision": Family(
+        "SiglipVisionModel",
+        VISION,
+        ({"hidden_act": "relu"},),
+        kinds=("plain",),
+        silent=r".*\.k_proj\.bias$",
+        linears=LAYERS,
     ),
     "deberta": Family(  # as v3
         "DebertaV2ForSequenceClassification",

@@ -48,7 +48,7 @@ DENSE_HYBRIDS = {
         "Qwen3_5ForCausalLM",
         QWEN,
         (FULL_ROPE, OTHER_EPS),
-        kinds=("plain",),
+        kinds=("plain", "dora"),
         greedy=True,
     ),
     "qwen3_5": tower(

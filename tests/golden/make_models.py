@@ -41,6 +41,7 @@ LAYERS = r".*layers\.\d+\..*(_proj|fc\d)"  # of both encoders
 TEXT_LINEARS = r".*language_model\..*{}_proj"
 WITH_IMAGES = "with_images"  # an adapter of which a language model takes a part
 SHOWS = 1e-2  # What leaving something out must change in the logits, at least.
+TEXT_TOWERS = ("CLIPTextModelWithProjection", "SiglipTextModel")
 HEAD = r"(.*\.)?(pre_)?classifier(\..*)?"
 
 
@@ -154,6 +155,12 @@ def make_batch(name: str, family: Family) -> dict[str, torch.Tensor]:
     mask[1, 8:] = 0
     mask[2, 2:] = 0
     pad = family.config.get("pad_token_id", 0)
+    if family.model in TEXT_TOWERS:
+        ids[(ids == family.config["eos_token_id"]) | (ids == pad)] = 3
+        ids[0, 12] = ids[1, 7] = ids[2, 1] = ids[2, 5] = family.config["eos_token_id"]
+        if family.model == "SiglipTextModel":  # it sees its padding
+            mask[:] = 1
+        return {"input_ids": ids, "attention_mask": mask}
     ids[mask == 0] = pad
     ids[0, 4] = pad
     return {"input_ids": ids, "attention_mask": mask}
@@ -185,8 +192,14 @@ def in_double(model, batch) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def output_of(found) -> torch.Tensor:
-    """A model's logits; of images with texts, a row for each image."""
-    return found.logits if "logits" in found else found.logits_per_image
+    """A model's logits; of images with texts, a row for each image.
+
+    Of an encoder of CLIP or SigLIP alone, its embeddings.
+    """
+    for name in ("logits", "logits_per_image", "text_embeds", "image_embeds"):
+        if name in found:
+            return found[name]
+    return found.pooler_output
 
 
 @torch.no_grad()

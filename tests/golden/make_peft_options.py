@@ -80,6 +80,13 @@ CASES = {  # name: the golden model, and arguments of `peft.LoraConfig`
             "fan_in_fan_out": True,
         },
     ),
+    "saved_any": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["model.norm", "post_attention_layernorm", "down_proj"],
+        },
+    ),
     "bare_bert": ("bert", {"target_modules": "all-linear"}),
 }
 

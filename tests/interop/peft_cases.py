@@ -16,6 +16,10 @@ CASES = sorted(
     for folder in GOLDEN.glob("*/peft_*/")
 )
 
+# transformers keeps the recurrent state in float32, and here a rounded one grows: each
+# is up to 9e-5 from what both compute in float64, where they differ by 4e-7.
+ROUNDED = {("qwen3_5_text", "dora"): 2e-4}
+
 
 def adapter_of(family: str, kind: str):
     return GOLDEN / family / f"peft_{kind}"
@@ -47,4 +51,5 @@ def merged_logits_of(module, variables, family: str):
 def assert_peft(logits, family: str, kind: str):
     wanted = reference(family)[f"logits_{kind}"]
     assert logits.shape == wanted.shape
-    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=6e-5)
+    atol = ROUNDED.get((family, kind), 6e-5)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=atol)

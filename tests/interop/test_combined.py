@@ -74,9 +74,15 @@ def test_a_merged_model_gives_its_adapter_back(tmp_path, capsys):
     np.testing.assert_allclose(logits(out), logits(RSLORA), rtol=1e-4, atol=6e-5)
 
 
-def test_weights_trained_in_full_are_not_added_up(tmp_path, capsys):
-    saved = str(adapter_of("llama", "saved"))
-    args = ["combine", PLAIN, saved, "--model", MODEL, "--out", str(tmp_path / "both")]
-    assert main(args) == 2
-    assert "only A and B can be added up" in capsys.readouterr().err
-    assert not (tmp_path / "both").exists()
+def test_weights_of_one_adapter_in_full_stay_beside_the_sum(tmp_path, capsys):
+    saved, out = str(adapter_of("llama", "saved")), str(tmp_path / "both")
+    combine(capsys, PLAIN, saved, "--weights", "0", "1", "--out", out)
+    np.testing.assert_allclose(logits(out), logits(saved), rtol=1e-5, atol=1e-5)
+    none = str(tmp_path / "none")
+    combine(capsys, saved, saved, "--weights", "1", "-1", "--out", none)
+    base = load_model(MODEL)
+    wanted = logits_of(base.module, base.variables, "llama")
+    np.testing.assert_allclose(logits(none), wanted, rtol=1e-5, atol=1e-5)
+    peft = str(tmp_path / "peft")
+    assert main(["export", "--adapter", out, "--out", peft]) == 0
+    np.testing.assert_allclose(logits(peft), logits(saved), rtol=1e-5, atol=1e-5)

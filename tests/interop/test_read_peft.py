@@ -119,7 +119,7 @@ def test_unknown_keys_are_kept_and_reported(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alora_invocation_tokens": [1]}, "is not supported: it changes what"),
+        ({"alora_invocation_tokens": [1]}, "computes (activated LoRA, whose"),
         ({"lora_bias": True}, "missing: base_model.model.model.layers.1.mlp.down"),
         ({"lora_bias": 1}, "lora_bias must be true or false; got 1"),
         ({"target_parameters": ["experts"]}, "factors of experts, which target_param"),
@@ -132,7 +132,7 @@ def test_unknown_keys_are_kept_and_reported(folder):
             "init_lora_weights = 'pissa' changes the base",
         ),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
-        ({"peft_type": "LOHA"}, "peft_type 'LORA'; got 'LOHA'"),
+        ({"peft_type": "LOHA"}, "peft_type 'LORA' or 'VERA'; got 'LOHA'"),
         ({"r": 0}, "r must be an integer of at least 1; got 0"),
         ({"r": True}, "r must be an integer of at least 1; got True"),
         ({"r": "8"}, "r must be an integer"),
@@ -217,7 +217,7 @@ def test_magnitudes_must_be_there_if_and_only_if_dora_is_on(folder):
         ("[]", "must be a JSON object; got list"),
         ("{", "must be JSON; it can't be read"),
         ("[" * 100_000, "must be JSON; it can't be read"),
-        ('{"peft_type": 3}', "must have peft_type 'LORA'; got 3"),
+        ('{"peft_type": 3}', "must have peft_type 'LORA' or 'VERA'; got 3"),
     ],
     ids=["list", "cut", "deep", "type"],
 )

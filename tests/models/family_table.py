@@ -8,7 +8,7 @@ import functools
 import json
 from pathlib import Path
 
-from lora_jax.files.gguf_config import ARCHITECTURES
+from lora_jax.files.gguf_names import ARCHITECTURES
 from lora_jax.models.families import FAMILIES
 from tests.interop.peft_cases import CASES
 from tests.models.golden import GOLDEN
@@ -18,6 +18,8 @@ TOWER = "the language model"
 MODELS = {  # what goes by a model_type
     "bert": "BERT, all-MiniLM, BGE",
     "clip": "CLIP, both encoders",
+    "clip_text_model": "CLIP's text encoder, with its projection or without",
+    "clip_vision_model": "CLIP's image encoder, with its projection or without",
     "cohere2": "Command R7B, Command A",
     "deberta-v2": "DeBERTa v2 and v3",
     "dinov2": "DINOv2",
@@ -56,6 +58,8 @@ MODELS = {  # what goes by a model_type
     "qwen3_vl": f"Qwen3-VL; {TOWER}",
     "roberta": "RoBERTa",
     "siglip": "SigLIP, SigLIP 2 of a fixed size; both encoders",
+    "siglip_text_model": "SigLIP's text encoder",
+    "siglip_vision_model": "SigLIP's image encoder",
     "smollm3": "SmolLM3",
     "t5": "T5, T5 1.1, Flan-T5; encoder–decoder, or the encoder alone",
     "umt5": "UMT5",
@@ -80,7 +84,8 @@ Of a folder of sentence-transformers (`modules.json`), `lora-jax encode` follows
 pooling, the dense layers and the normalisation, and `--prompt` takes a prompt of it; so
 do `apply(variables, ids, mask, method="encode")` of a decoder and `"embed"` of an
 encoder. Of CLIP and SigLIP it encodes lines of texts (`"embed"`) or of images
-(`"embed_image"`). `lora_jax.embedding_loss` trains them on pairs.
+(`"embed_image"`). `lora-jax train` adapts the models of texts on lines of `anchor` and
+`positive`, maybe `negative`; `lora_jax.embedding_loss` also images with texts.
 
 """
 

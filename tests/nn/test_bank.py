@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import pytest
 
 from lora_jax import AdapterBank, LoRAConfig, adapt, generate, load_model
 from lora_jax.names import LORA
+from lora_jax.nn.rows import SLOTS
 from tests.interop.peft_cases import adapter_of, inputs
 from tests.models.golden import GOLDEN
 from tests.nn.external_models import trained
@@ -25,6 +28,17 @@ def member(seed, **fields):
     adapted = adapt(Net(), LoRAConfig(**{"rank": 2, "alpha": 3, **fields}), X)
     variables = trained(adapted.attach(PARAMS, jax.random.key(seed)))
     return adapted, variables, (variables[LORA], adapted.targets(PARAMS))
+
+
+def heads(seed, **fields):
+    """A member with a head of its own, trained in full."""
+    config = LoRAConfig(**{"rank": 2, "alpha": 3, "targets": ["up"], **fields})
+    adapted = adapt(Net(), dataclasses.replace(config, train=("down",)), X)
+    variables = trained(adapted.attach(PARAMS, jax.random.key(seed)))
+    own = jax.tree.map(lambda leaf: seed * (leaf + 0.1), variables["params"])
+    variables = {**variables, "params": own}
+    member = variables[LORA], adapted.targets(PARAMS), own
+    return adapted, variables, member
 
 
 def of(*members, **options):
@@ -120,6 +134,55 @@ def test_every_way_gives_what_gathering_does(way):
     )
 
 
+@pytest.mark.parametrize("way", ["auto", "gather", "sort", "mask"])
+def test_each_row_has_the_head_of_its_adapter(way):
+    several = heads(1), heads(2, rank=3), member(3, targets=["up"])
+    bank, traces = of(*several, capacity={2: 3, 3: 2}), []
+    bank.way = way
+    several = {f"m{number}": one[:2] for number, one in enumerate(several)}
+    several[None] = Net(), {"params": PARAMS}
+
+    @jax.jit
+    def run(variables):
+        traces.append(1)
+        return bank.module.apply(variables, X)
+
+    def check(names):
+        got = run(bank.variables(names))
+        for row, name in enumerate(names):
+            module, variables = several[name]
+            wanted = module.apply(variables, X[row])
+            np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
+
+    check(["m1", None, "m2", "m0"])
+    one = bank.module.adapted.apply(bank.adapter("m1"), X[0])
+    np.testing.assert_allclose(
+        one, several["m1"][0].apply(several["m1"][1], X[0]), rtol=1e-5, atol=1e-6
+    )
+    for name, one in (("m0", heads(4)), ("m3", member(5, targets=["up"]))):
+        bank.add(name, *one[2])
+        several[name] = one[:2]
+    bank.remove("m2")
+    check(["m1", "m3", None, "m0"])
+    assert len(traces) == 1
+
+
+def test_rows_of_one_token_that_outnumber_the_adapters_take_the_mask():
+    several, x = [member(1), member(2)], X.reshape(20, 6)
+    bank = of(*several)
+    names = ["m0", None, "m1", "m0"] * 5
+    variables = bank.variables(names)
+    assert SLOTS in variables
+    assert SLOTS not in bank.variables(names[:4])
+    got = jax.jit(bank.module.apply)(variables, x)
+    for number, (adapted, own, _) in enumerate(several):
+        rows = [row for row, name in enumerate(names) if name == f"m{number}"]
+        wanted = jax.jit(adapted.apply)(own, x)
+        np.testing.assert_allclose(
+            got[np.array(rows)], wanted[np.array(rows)], rtol=1e-5, atol=1e-6
+        )
+
+
 class Heads(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -141,7 +204,7 @@ def test_layers_of_heads_are_known_to_every_way_and_others_refused():
     found = []
     for way in ("gather", "sort", "mask"):
         bank.way = way
-        found.append(bank.module.apply(bank.variables(names), X))
+        found.append(jax.jit(bank.module.apply)(bank.variables(names), X))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-6)
     bank.way = "gather"
@@ -149,9 +212,16 @@ def test_layers_of_heads_are_known_to_every_way_and_others_refused():
     variables = adapted.attach(params, jax.random.key(1))
     members = {"m": (variables[LORA], adapted.targets(params))}
     bank = AdapterBank(Heads(), params, members, X)
-    bank.way = "mask"
+    wanted = jax.jit(adapted.apply)(variables, X)
+    for way in ("auto", "mask"):
+        bank.way = way
+        shared = {**bank.variables(["m"] * 4), LORA: bank._lora}
+        shared[SLOTS] = list(bank.slots(["m"] * 4))
+        if way == "auto":  # which gathers where it must
+            got = jax.jit(bank.module.apply)(shared, X)
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="'tokens' is not a layer that the way 'mask'"):
-        bank.module.apply(bank.variables(["m"] * 4), X)
+        bank.module.apply(shared, X)
 
 
 @pytest.mark.parametrize("way", ["gather", "sort", "mask"])
@@ -260,6 +330,55 @@ def test_a_mixed_batch_of_a_decoder_generates_what_each_adapter_does():
         assert text == alone[0]
 
 
+def test_experts_have_their_rows_adapter_too():
+    base = load_model(str(GOLDEN / "qwen3_moe_mixed"))
+    config = LoRAConfig(rank=2, alpha=5, targets=["query", "gate_up", "down"])
+    adapted = adapt(base.module, config, *base.inputs)
+    one = trained(adapted.attach(base.params, jax.random.key(0)))
+    lora, rows = one[LORA], adapted.targets(base.params)
+    assert {row.kind for row in rows} == {"dense", "experts"}
+    alone = {"a": lora, "b": jax.tree.map(lambda x: -1.5 * x, lora)}
+    members = {name: (tree, rows) for name, tree in alone.items()}
+    bank = AdapterBank(base.module, base.params, members, *base.inputs)
+    alone[None] = jax.tree.map(jnp.zeros_like, lora)
+    ids, names = np.int32([[3, 4, 5], [5, 6, 7], [3, 4, 5]]), ["a", "b", None]
+    got = jax.jit(bank.module.apply)(bank.variables(names), ids)
+    apply = jax.jit(adapted.apply)
+    for row, name in enumerate(names):
+        wanted = apply({**one, LORA: alone[name]}, ids[row : row + 1])[0]
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(got[0] - got[2]).max() > 0.01
+    with pytest.raises(ValueError, match=r"not dense; got 'sort' for .*gate_up"):
+        bank.way = "sort"
+
+
+def test_weights_in_full_that_do_not_fit_are_told():
+    lora, rows, full = heads(1)[2]
+    wide = {"down": {"kernel": jnp.ones((7, 4)), "bias": jnp.ones(3)}}
+    named = {"a": (lora, rows, full), "b": (lora, rows, wide)}
+    said = r"down/kernel is \[7, 3\] of the base and a, \[7, 4\] of b. Make a bank for"
+    with pytest.raises(ValueError, match=said):
+        AdapterBank(Net(), PARAMS, named, X)
+    absent = ["down/kernel", "down/bias"]
+    bank = AdapterBank(Net(), PARAMS, {"a": named["a"]}, X, capacity=2, absent=absent)
+    with pytest.raises(
+        ValueError, match=r"'b' trains down/kernel \[7, 4\], not \[7, 3"
+    ):
+        bank.add("b", *named["b"])
+    with pytest.raises(ValueError, match="'c' must have down/bias, down/kernel, which"):
+        bank.add("c", lora, rows)
+    with pytest.raises(ValueError, match="'d' trains up/bias, which no adapter did"):
+        bank.add("d", lora, rows, {"up": {"bias": jnp.ones(7)}})
+    with pytest.raises(
+        ValueError, match="without DoRA or weights trained in full; got"
+    ):
+        bank.variables([["a"] * 5] * 4)
+    assert bank.names == ["a"]
+    got = bank.module.apply(bank.variables(["a", None]), X[:2])
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[0]).all()
+
+
 def test_misuse_is_told():
     bank = of(member(1), member(2))
     with pytest.raises(ValueError, match=r"has no adapter 'm3'.*did you mean 'm"):
@@ -280,7 +399,7 @@ def test_misuse_is_told():
         of(member(1, dora=True), capacity={2: 3, 4: 1})
     with pytest.raises(ValueError, match=r"as tokens; got rows of \[1, 2\]"):
         bank.variables([["m0"], ["m0", "m1"]])
-    with pytest.raises(ValueError, match="way must be one of gather, sort, mask"):
+    with pytest.raises(ValueError, match="way must be one of auto, gather, sort, mask"):
         bank.way = "slow"
     with pytest.raises(ValueError, match="way must be 'gather' for DoRA"):
         of(member(1, dora=True)).way = "mask"

@@ -40,6 +40,8 @@ CASES = {case.name: case for case in MODELS}
 METHODS = {"pissa": {"init": "pissa"}, "olora": {"init": "olora", "rslora": True}}
 METHODS["lora_fa"] = {"lora_fa": True}
 METHODS["pissa with dora"] = {"init": "pissa_niter_4", "dora": True}
+METHODS["vera"] = {"vera": True, "vera_seed": 5}
+METHODS["vera with dora"] = {"vera": True, "dora": True}
 
 
 @functools.cache
@@ -60,7 +62,13 @@ def moved(variables):
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("scanned_axis_1", "pissa with dora"), ("odds", "olora")]
+    ("name", "method"),
+    [
+        ("scanned_axis_1", "pissa with dora"),
+        ("odds", "olora"),
+        ("scanned_axis_1", "vera with dora"),
+        ("odds", "vera"),
+    ],
 )
 def test_a_method_is_silent_merges_and_is_plain_lora(name, method):
     case, adapted, base, fresh, trained = attached(name, method)
@@ -87,7 +95,8 @@ def test_a_method_is_silent_merges_and_is_plain_lora(name, method):
         assert found.scaling == pytest.approx(row.scaling)
         numbers = {"alpha": row.alpha, "scaling": row.scaling}
         assert dataclasses.replace(found, **numbers) == row
-    assert rows[0].rank == 2 * targets[0].rank
+    times = 2 if config.starts_from_base else 1
+    assert rows[0].rank == times * targets[0].rank
     assert rows[0].scaling == pytest.approx(targets[0].scaling)
     jax.tree.map(assert_close, got, output(plain, plain_variables(trained, targets)))
 
@@ -146,6 +155,19 @@ def test_the_start_is_sharded_like_a_and_b():
     for path, leaf in flat["fixed"].items():
         twin = flat["lora"][path.replace("start_", "lora_")]
         assert leaf.sharding == twin.sharding
+
+
+def test_vera_s_vectors_are_sharded_like_the_axes_that_they_have():
+    _, adapted, base, *_ = attached("scanned_axis_1", "vera with dora")
+    for target in adapted.targets(base):
+        of_kernel = [f"axis {i}" for i in range(len(target.kernel_shape))]
+        axes, shapes = target.leaf_axes(of_kernel), target.leaf_shapes
+        assert axes["vera_b"] == axes["lora_b"]
+        for name in ("vera_b", "vera_d"):
+            pairs = zip(axes[name], shapes[name], strict=True)
+            assert all(axis is None for axis, size in pairs if size == 1)
+        layers = [of_kernel[axis] for axis in target.contraction.batch]
+        assert [axis for axis in axes["vera_d"] if axis] == layers
 
 
 class Scanned(nn.Module):
@@ -235,8 +257,42 @@ def test_lora_fa_trains_b_alone():
     assert [row.trainable for row in rows] == [12]
 
 
+def test_vera_trains_two_vectors_and_its_layers_share_a_and_b():
+    config = LoRAConfig(rank=3, alpha=2, vera=True, targets=".*")
+    x, layer = normal((4, 5)), LoRADense(6, use_bias=False, lora=config)
+    variables = layer.init(key(0), x)
+    assert sorted(variables["lora"]) == ["vera_b", "vera_d"]
+    d, b = normal((3, 1)), normal((1, 6), seed=1)
+    trained = {**variables, "lora": {"vera_d": d, "vera_b": b}}
+    lora_a, lora_b = (variables["fixed"][f"lora_{c}"] for c in "ab")
+    wanted = x @ (variables["frozen"]["kernel"] + 2 / 3 * (lora_a @ (d * lora_b * b)))
+    assert_close(layer.apply(trained, x), wanted)
+    assert_same_tree(layer.init(key(1), x)["fixed"], variables["fixed"])
+    model = nn.Sequential([nn.Dense(5), nn.Dense(5), nn.Dense(4)])
+    adapted = adapt(model, dataclasses.replace(config, vera_seed=7), x)
+    rows = adapted.targets()
+    assert [row.trainable for row in rows] == [3 + 5, 3 + 5, 3 + 4]
+    fixed = adapted.init(key(0), x)["fixed"]
+    assert_same_tree(fixed["layers_0"], fixed["layers_1"])
+    assert_same_tree(fixed["layers_0"]["lora_b"][:, :4], fixed["layers_2"]["lora_b"])
+    assert abs(fixed["layers_0"]["lora_a"] - lora_a).max() > 0.1
+    for other, why in (
+        (LoRAConfig(rank=3, targets=".*"), r"'lora'\] has 'vera_d'.*vera=False"),
+        (LoRAConfig(rank=3, targets=["other"]), r"'fixed'\] has 'lora_a'.*not target"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            layer.clone(lora=other).apply(trained, x)
+    wrong = {**trained, "lora": {"vera_d": d[:2], "vera_b": b}}
+    with pytest.raises(ValueError, match=r"vera_d of '' must be \(3, 1\); got \(2, 1"):
+        layer.apply(wrong, x)
+    lora = LoRAConfig(rank=3, alpha=2, targets=".*")
+    with pytest.raises(ValueError, match=r"'vera_d' if and only.*vera is True; got"):
+        adapt(nn.Dense(6), lora, x).apply({**trained, "params": {"bias": b[0]}}, x)
+
+
 def test_methods_that_do_not_suit_an_embedding_are_refused():
     for fields, why in (
+        ({"vera": True}, "vera=True can't adapt 'layers_0', an embedding: its A"),
         ({"init": "orthogonal"}, r"init='orthogonal' can't adapt 'layers_0', an emb"),
         (
             {"lora_fa": True},

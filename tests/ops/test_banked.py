@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops.banked import WAYS, banked_update, row_update
+from lora_jax.ops import banked
+from lora_jax.ops.banked import WAYS, banked_update, best_way, row_update
 
 M, IN, RANK, OUT = 4, 6, 2, 5
 RNG = np.random.default_rng(0)
@@ -59,6 +60,46 @@ def test_a_mapped_row_sees_the_whole_batch(way):
         jax.vmap(update, in_axes=(None, 0, None, None))(x[:1], a[None], b, ids[0])
 
 
+@pytest.mark.parametrize(
+    ("platform", "sizes", "of_tokens", "wanted"),
+    [
+        ("cpu", (8, 1, 8), False, "gather"),
+        ("cpu", (32, 1, 8), False, "mask"),
+        ("tpu", (8, 1, 16), False, "mask"),
+        ("gpu", (8, 1, 9), False, "gather"),
+        ("tpu", (8, 16, 2), False, "gather"),
+        ("cpu", (8, 16, 8), True, "mask"),
+        ("cpu", (8, 16, 9), True, "sort"),
+        ("tpu", (8, 16, 128), True, "mask"),
+    ],
+)
+def test_the_way_goes_by_rows_tokens_and_adapters(
+    platform, sizes, of_tokens, wanted, monkeypatch
+):
+    monkeypatch.setattr(banked, "target_platform", lambda: platform)
+    assert best_way(*sizes, of_tokens=of_tokens) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "wanted"),
+    [((8, 1), 3, "gather"), ((8, 1), 2, "mask"), ((2, 4), 9, "sort")],
+)
+def test_auto_is_the_way_of_the_call(shape, count, wanted):
+    x, ids = jnp.ones((*shape, 3)), jnp.zeros(shape, int)
+    ids = ids if shape[1] > 1 else ids[:, 0]
+    a, b = jnp.ones((count + 1, 3, 2)), jnp.ones((count + 1, 2, 4))
+    made = [
+        str(
+            jax.make_jaxpr(lambda *args, way=way: banked_update(*args, way=way))(
+                *arrays
+            )
+        )
+        for arrays in [(x, a, b, ids)]
+        for way in ("auto", wanted)
+    ]
+    assert made[0] == made[1]
+
+
 def test_ids_out_of_range_and_shapes_are_told():
     x, a, b = jnp.ones((2, 3, IN)), jnp.float32(A), jnp.float32(B)
     for ids in ([4, 0], [0, -1]):
@@ -72,5 +113,5 @@ def test_ids_out_of_range_and_shapes_are_told():
         banked_update(x, a, b, jnp.zeros(3, int))
     with pytest.raises(ValueError, match=r"with in = 6; got \(4, 6, 2\), \(4, 3, 5\)"):
         banked_update(x, a, jnp.ones((M, 3, OUT)), jnp.zeros(2, int))
-    with pytest.raises(ValueError, match="way must be one of gather, sort, mask"):
+    with pytest.raises(ValueError, match="way must be one of auto, gather, sort, mask"):
         banked_update(x, a, b, jnp.zeros(2, int), way="slow")

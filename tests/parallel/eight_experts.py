@@ -78,7 +78,12 @@ def main():
         ]
         experts = placed["frozen"]["layers"]["mlp"]["experts"]
         kernel = experts["gate_up"]["kernel"].addressable_shards[0].data
-        report[name] = [float(max(errors)), kernel.shape]
+        lora = placed["lora"]["layers"]["mlp"]["experts"]
+        parts = [
+            lora[module][leaf].addressable_shards[0].data.shape
+            for module, leaf in (("gate_up", "lora_b"), ("down", "lora_a"))
+        ]
+        report[name] = [float(max(errors)), kernel.shape, parts]
     print(json.dumps(report))  # noqa: T201 - read by the test
 
 

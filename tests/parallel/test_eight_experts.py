@@ -29,10 +29,13 @@ def test_gradients_are_those_of_one_device_on_every_mesh():
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout)
     assert len(report) == 4
-    assert max(error for error, _ in report.values()) < 1e-5
+    assert max(error for error, *_ in report.values()) < 1e-5
     assert report["data"][1] == [2, 8, 16, 16]
     assert report["data, expert"][1] == [2, 2, 16, 16]
     assert report["fsdp, tensor, expert"][1] == [2, 4, 8, 8]
+    # B of gate and up [2, 8, 2, 16] and A of down [2, 8, 8, 2], over fsdp and tensor
+    assert report["fsdp, tensor, expert"][2] == [[2, 4, 2, 4], [2, 4, 2, 2]]
+    assert report["data, fsdp, tensor"][2] == [[2, 8, 2, 4], [2, 8, 2, 2]]
 
 
 def test_experts_must_divide_the_devices():

@@ -102,6 +102,29 @@ def test_contrastive_is_symmetric_and_masks_its_negatives():
     )
 
 
+def test_contrastive_with_negatives_is_its_definition():
+    rng = np.random.default_rng(3)
+    q, k, n = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    w = np.array([1, 1, 0, 1], np.float32)
+    units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k, n)]
+    scores, others = (units[0] @ x.T / 0.1 for x in units[1:])
+    real = w != 0
+    want = sum(
+        np.log(np.exp(scores[i, real]).sum() + np.exp(others[i, real]).sum())
+        + np.log(np.exp(scores[real, i]).sum())
+        - 2 * scores[i, i]
+        for i in np.flatnonzero(real)
+    )
+    q, k, n = map(jnp.asarray, (q, k, n))
+    loss, weight = contrastive(
+        q, k, negatives=n, weights=jnp.asarray(w), temperature=0.1
+    )
+    np.testing.assert_allclose(loss, want / 2, rtol=1e-5)
+    assert weight == 3
+    with pytest.raises(ValueError, match=r"negatives must be .* = \(4, 5\); got \(3"):
+        contrastive(q, k, negatives=n[:3])
+
+
 def test_contrastive_gradient_is_finite_for_zero_rows():
     q, k = jnp.zeros((3, 4)), jnp.ones((3, 4))
     grad = jax.grad(lambda q: contrastive(q, k, weights=jnp.array([1, 1, 0]))[0])(q)

@@ -10,8 +10,9 @@ import pytest
 
 from lora_jax.config import LoRAConfig
 from lora_jax.nn.adapt import adapt
-from lora_jax.train.members import Hyper, Members, member_optimizer, shared_adapter
+from lora_jax.train.members import Hyper, member_optimizer, shared_adapter
 from lora_jax.train.optimizer import lora_optimizer
+from lora_jax.train.slots import Members
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import make_train_step
 
@@ -59,31 +60,41 @@ RUNS = [
 def make_members(params, runs, own_rate=None, **own):
     shared, loss_fn = adapted_and_loss(LoRAConfig(rank=4, alpha=4, **own))
     targets = shared.targets(params)
-    hyper = Hyper.of(targets, learning_rate=1.0, **OPTIONS, dropout_rate=own_rate)
     variables = shared.attach(params, jax.random.key(9))
+    hyper = Hyper.of(targets, learning_rate=1.0, **OPTIONS, dropout_rate=own_rate)
+    hyper = hyper._replace(fixed=variables.get("fixed"))
     state = TrainState.create(variables, member_optimizer(hyper), jax.random.key(9))
     return Members(loss_fn, 1, state, hyper, len(runs)), targets
 
 
 @pytest.mark.parametrize(
-    ("dora", "rates"), [(False, (0.25, 0.0, 0.6)), (True, (0.25, 0.25, 0.25))]
+    ("method", "rates"),
+    [
+        ({}, (0.25, 0.0, 0.6)),
+        ({"dora": True}, (0.25, 0.25, 0.25)),
+        ({"vera": True}, (0.25, 0.0, 0.6)),
+    ],
+    ids=["lora", "dora", "vera"],
 )
-def test_members_train_as_they_do_alone(params, dora, rates):
+def test_members_train_as_they_do_alone(params, method, rates):
     is_apart = len({*rates}) > 1
-    shared = {"dora": dora, "dropout_rate": 0.0 if is_apart else rates[0]}
+    shared = {**method, "dropout_rate": 0.0 if is_apart else rates[0]}
     members, targets = make_members(
         params, RUNS, own_rate=0.5 if is_apart else None, **shared
     )
     alone = []
     for slot, (lora, options) in enumerate(RUNS):
+        if "vera" in method:
+            options = {k: v for k, v in options.items() if k != "lora_b_ratio"}
         model, loss_fn = adapted_and_loss(
-            LoRAConfig(**lora, dora=dora, dropout_rate=rates[slot])
+            LoRAConfig(**lora, **method, dropout_rate=rates[slot])
         )
         tx = lora_optimizer(**options, **OPTIONS)
         variables = model.attach(params, jax.random.key(slot))
         state = TrainState.create(variables, tx, jax.random.key(slot))
         own = {"dropout_rate": rates[slot]} if is_apart else {}
         hyper = Hyper.of(model.targets(params), **options, **OPTIONS, **own)
+        hyper = hyper._replace(fixed=variables.get("fixed"))
         members.put(slot, state, hyper)
         alone.append((make_train_step(loss_fn, tx), state, hyper))
     data = batches(M)
@@ -111,8 +122,9 @@ def test_members_train_as_they_do_alone(params, dora, rates):
                 ours, theirs = (jax.random.key_data(key) for key in (ours, theirs))
             atol = 1e-5 * float(jnp.abs(theirs.astype(jnp.float32)).max())
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
-        padded = shared_adapter(found.trainable["lora"], hyper, targets)
-        assert padded["up"]["lora_b"].shape == (4, OUT)
+        padded = shared_adapter(found.variables, hyper, targets)
+        held = "fixed" if "vera" in method else "lora"
+        assert padded[held]["up"]["lora_b"].shape == (4, OUT)
 
 
 @pytest.mark.optimized

@@ -50,50 +50,58 @@ def _read(config: Config, *, is_siglip: bool) -> DualConfig:
             )
     else:
         width_out = whole.integer("projection_dim", 512)
+    text, end, padding = read_text(words, is_siglip=is_siglip)
+    vision = read_images(images, is_siglip=is_siglip)
+    whole.check()
+    return DualConfig(
+        vision=ImageEncoderConfig(**vision),
+        text=EncoderConfig(**text),
+        width=width_out,
+        is_siglip=is_siglip,
+        end_id=end,
+        padding_id=padding,
+    )
+
+
+def read_text(
+    words: Fields, *, is_siglip: bool
+) -> tuple[dict[str, Any], int | None, int]:
+    """Reads a text encoder: its `EncoderConfig`, and its tokens of end and padding."""
     end = words.integer("eos_token_id", 49407)
     own = (12, 3072) if is_siglip else (8, 2048)  # heads, MLP
-    text = _sizes(words, width, *own, is_siglip=is_siglip)
-    text |= {
+    width = words.integer("hidden_size", 768 if is_siglip else 512)
+    text = _sizes(words, width, *own, is_siglip=is_siglip) | {
         "vocab_size": words.integer("vocab_size", 32000 if is_siglip else 49408),
         "max_positions": words.integer(
             "max_position_embeddings", 64 if is_siglip else 77
         ),
         "num_token_types": None,
         "pooler_activation": None,
+        "norm_placement": "pre",
+        "has_embedding_norm": False,
+        "is_causal": not is_siglip,
     }
+    padding = words.integer("pad_token_id", 1)
+    return text, None if end == OLD_END else end, padding
+
+
+def read_images(images: Fields, *, is_siglip: bool) -> dict[str, Any]:
+    """Reads an image encoder's `ImageEncoderConfig`."""
     height, across = read_pair(images, "image_size", 224)
     tall, wide = read_pair(images, "patch_size", 16 if is_siglip else 32)
     own = (images.integer("hidden_size", 768), 12, 3072)
-    vision = _sizes(images, *own, is_siglip=is_siglip)
-    vision |= {
+    return _sizes(images, *own, is_siglip=is_siglip) | {
         "image_height": height,
         "image_width": across,
         "patch_height": tall,
         "patch_width": wide,
         "num_channels": images.integer("num_channels", 3),
+        "is_flat": True,
+        "has_class_token": not is_siglip,
+        "has_patch_bias": is_siglip,
+        "has_embedding_norm": not is_siglip,
+        "has_final_norm": is_siglip,
     }
-    padding = words.integer("pad_token_id", 1)
-    whole.check()
-    return DualConfig(
-        vision=ImageEncoderConfig(
-            **vision,
-            is_flat=True,
-            has_class_token=not is_siglip,
-            has_patch_bias=is_siglip,
-            has_embedding_norm=not is_siglip,
-            has_final_norm=is_siglip,
-        ),
-        text=EncoderConfig(
-            **text,
-            norm_placement="pre",
-            has_embedding_norm=False,
-            is_causal=not is_siglip,
-        ),
-        width=width_out,
-        is_siglip=is_siglip,
-        end_id=None if end == OLD_END else end,
-        padding_id=padding,
-    )
 
 
 def _sizes(
@@ -118,7 +126,7 @@ def dual_inputs(config: DualConfig) -> tuple[Any, ...]:
     return (ids, ids, *image_inputs(config.vision))
 
 
-def _tower(ours: str, theirs: str, final: str) -> dict[str, str]:
+def tower_names(ours: str, theirs: str, final: str) -> dict[str, str]:
     """Names an encoder's modules."""
     layer = theirs + "encoder.layers.{i}."
     pairs = {
@@ -138,8 +146,8 @@ def _tower(ours: str, theirs: str, final: str) -> dict[str, str]:
 
 IMAGES, TEXTS, HEAD = "vision_model.", "text_model.", "vision_model.head."
 SHARED = (
-    _tower("vision/", IMAGES, "post_layernorm")
-    | _tower("text/", TEXTS, "final_layer_norm")
+    tower_names("vision/", IMAGES, "post_layernorm")
+    | tower_names("text/", TEXTS, "final_layer_norm")
     | {
         "vision/embeddings/patch": IMAGES + "embeddings.patch_embedding",
         "vision/embeddings/position": IMAGES + "embeddings.position_embedding",
