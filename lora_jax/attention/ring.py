@@ -33,7 +33,7 @@ from lora_jax.attention.blockwise import (
     scaled_scores,
     ungroup_heads,
 )
-from lora_jax.names import ATTENDED, BATCH_AXES, SEQUENCE, TENSOR
+from lora_jax.names import ATTENDED, BATCH_AXES, SEQUENCE, TENSOR, TOKEN_AXES
 from lora_jax.parallel.activation_sharding import current_mesh
 
 BLOCK = 512  # tokens; the divisor of a device's tokens nearest to it is used
@@ -90,49 +90,90 @@ def ring_attention(
             "ring_attention needs a mesh with an axis 'sequence'; got "
             f"{'none' if mesh is None else tuple(mesh.shape)}. Use causal_attention."
         )
-    is_split = key.shape[2] % mesh.shape[TENSOR] == 0
-    heads = TENSOR if is_split else None
-    by_head = PartitionSpec(BATCH_AXES, SEQUENCE, heads)
-    by_token, whole = PartitionSpec(BATCH_AXES, SEQUENCE), PartitionSpec()
-    attend = jax.shard_map(
-        functools.partial(_on_device, scale, softcap),
-        in_specs=(
-            by_head,
-            by_head,
-            by_head,
-            PartitionSpec(SEQUENCE),
-            by_token,
-            whole,
-            PartitionSpec(heads),
-        ),
-        out_specs=by_head,
-        check_vma=False,  # the loops' first carries vary over no axis
-    )
+    tokens = Tokens(place, segment_ids)
     window = None if window is None else jnp.asarray(window)
-    return attend(query, key, value, place, segment_ids, window, sinks)
+    return _attend((scale, softcap), query, key, value, sinks, tokens, window)
 
 
-def _on_device(
-    scale: float,
-    softcap: float | None,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    factors: tuple[float, float | None],
     query: Array,
     key: Array,
     value: Array,
-    place: Array,
-    segment_ids: Array | None,
-    window: Array | None,
     sinks: Array | None,
+    tokens: Tokens,
+    window: Array | None,
 ) -> Array:
-    """Attends from one device's queries."""
-    b, t, k, _ = key.shape
-    rows = group_heads(query, k)
-    if sinks is not None:
-        each = sinks.astype(jnp.float32).reshape(k, -1)
-        sinks = jnp.broadcast_to(each, (b, *each.shape))
-    options = Options(scale, is_causal=True, size=_block_size(t), softcap=softcap)
-    operands = (rows, key.swapaxes(1, 2), value.swapaxes(1, 2), sinks)
-    tokens = Tokens(place, segment_ids)
-    return ungroup_heads(_attend(options, *operands, tokens, window), query, k)
+    return _attend_forward(factors, query, key, value, sinks, tokens, window)[0]
+
+
+def _attend_forward(factors, *operands):
+    operands = _tied(operands)
+    specs = _specs(operands[1])
+    run = jax.shard_map(
+        functools.partial(_forward, *factors),
+        in_specs=specs.operands,
+        out_specs=(specs.heads, specs.totals),
+        check_vma=False,  # the loops' first carries vary over no axis
+    )
+    out, total = (checkpoint_name(x, ATTENDED) for x in run(*operands))
+    return out, (operands, out, total)
+
+
+def _attend_backward(factors, residuals, d_out):
+    operands, out, total = residuals
+    operands = _tied(operands)
+    specs = _specs(operands[1])
+    run = jax.shard_map(
+        functools.partial(_backward, *factors),
+        in_specs=(specs.operands, specs.heads, specs.totals, specs.heads),
+        out_specs=specs.operands[:4],
+        check_vma=False,
+    )
+    return (*run(operands, out, total, d_out), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _tied(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Makes the places depend on the queries.
+
+    They are the same in all layers, so JAX would compute the masks of all blocks before
+    the loop over scanned layers, and keep them.
+    """
+    query, key, value, sinks, tokens, window = operands
+    query, tokens = jax.lax.optimization_barrier((query, tokens))
+    return query, key, value, sinks, tokens, window
+
+
+class _Specs(NamedTuple):
+    """How arrays are split over the mesh.
+
+    Attributes:
+      heads: ``[b, t, n, h]``.
+      totals: ``[blocks, b, k, m]``.
+      operands: the arguments of `_attend`.
+    """
+
+    heads: PartitionSpec
+    totals: PartitionSpec
+    operands: tuple[Any, ...]
+
+
+def _specs(key: Array) -> _Specs:
+    mesh = current_mesh()
+    is_split = mesh is not None and key.shape[2] % mesh.shape[TENSOR] == 0
+    head = TENSOR if is_split else None
+    heads = PartitionSpec(BATCH_AXES, SEQUENCE, head)
+    places: Any = (PartitionSpec(SEQUENCE), PartitionSpec(BATCH_AXES, SEQUENCE))
+    of_sinks, whole = PartitionSpec(head), PartitionSpec()
+    return _Specs(
+        heads,
+        PartitionSpec(SEQUENCE, BATCH_AXES, head),
+        (heads, heads, heads, of_sinks, Tokens(*places), whole),
+    )
 
 
 def _block_size(t: int) -> int:
@@ -140,22 +181,43 @@ def _block_size(t: int) -> int:
     return min(divisors, key=lambda d: abs(math.log(d / BLOCK)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    options: Options, query, key, value, sinks, tokens: Tokens, window: Array | None
-) -> Array:
-    """``query [b, k, t g, h]``, ``key, value [b, k, t, h]``, ``sinks [b, k, g]``."""
-    return _forward(options, query, key, value, sinks, tokens, window)[0]
+class _Blocks(NamedTuple):
+    """What one device has, cut into blocks.
+
+    Attributes:
+      options: static options; ``size`` is that of a block.
+      queries: ``[blocks, b, k, size g, h]``.
+      keys: ``[blocks, b, k, size, h]``.
+      values: ``[blocks, b, k, size, h]``.
+      places: the tokens of each block.
+    """
+
+    options: Options
+    queries: Array
+    keys: Array
+    values: Array
+    places: Tokens
 
 
-def _forward(options: Options, query, key, value, sinks, tokens: Tokens, window):
-    blocks = key.shape[2] // options.size
-    queries, keys, values = (_cut(x, blocks) for x in (query, key, value))
-    places = _cut_tokens(tokens, blocks)
+def _blocks(scale, softcap, query, key, value, tokens: Tokens) -> _Blocks:
+    t, k = key.shape[1:3]
+    options = Options(scale, is_causal=True, size=_block_size(t), softcap=softcap)
+    rows = (group_heads(query, k), key.swapaxes(1, 2), value.swapaxes(1, 2))
+    blocks = t // options.size
+    queries, keys, values = (_cut(x, blocks) for x in rows)
+    return _Blocks(options, queries, keys, values, _cut_tokens(tokens, blocks))
+
+
+def _forward(scale, softcap, query, key, value, sinks, tokens: Tokens, window):
+    """Attends from one device's queries; returns the result and ``log Σ exp``."""
+    options, queries, keys, values, places = _blocks(
+        scale, softcap, query, key, value, tokens
+    )
+    blocks, k = len(keys), key.shape[2]
     top = jnp.full(queries.shape[:-1], LOWEST)
     total, mixed = jnp.zeros_like(top), jnp.zeros(queries.shape, jnp.float32)
     if sinks is not None:
-        top = jnp.broadcast_to(jnp.tile(sinks, options.size), top.shape)
+        top = jnp.broadcast_to(_of_rows(sinks, k, options), top.shape)
         total = jnp.ones_like(top)
 
     def turn(_, carry):
@@ -188,20 +250,19 @@ def _forward(options: Options, query, key, value, sinks, tokens: Tokens, window)
 
     held, state = (keys, values, places), (mixed, top, total)
     _, (mixed, top, total) = jax.lax.fori_loop(0, _size(), turn, (held, state))
-    out = checkpoint_name(_join(mixed / total[..., None]).astype(query.dtype), ATTENDED)
-    total = checkpoint_name(top + jnp.log(total), ATTENDED)
-    return out, (query, key, value, sinks, tokens, window, out, total)
+    out = _join(mixed / total[..., None]).astype(query.dtype)
+    return ungroup_heads(out, query, k), top + jnp.log(total)
 
 
-def _backward(options: Options, residuals, d_out):
-    query, key, value, sinks, tokens, window, out, total = residuals
-    blocks = key.shape[2] // options.size
-    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    inner = _cut(inner[..., None], blocks)[..., 0]  # [blocks, b, k, size g]
-    queries, keys, values, d_outs = (
-        _cut(x, blocks) for x in (query, key, value, d_out)
+def _backward(scale, softcap, operands, out, total, d_out):
+    """Returns the gradients of one device's operands."""
+    query, key, value, sinks, tokens, window = operands
+    options, queries, keys, values, places = _blocks(
+        scale, softcap, query, key, value, tokens
     )
-    places = _cut_tokens(tokens, blocks)
+    blocks, k = len(keys), key.shape[2]
+    outs, d_outs = (_cut(group_heads(x, k), blocks) for x in (out, d_out))
+    inner = jnp.sum(d_outs.astype(jnp.float32) * outs.astype(jnp.float32), axis=-1)
 
     def zeros(x: Array) -> Array:
         return jnp.zeros(x.shape, jnp.float32)
@@ -244,23 +305,18 @@ def _backward(options: Options, residuals, d_out):
     _, gradients, d_queries = jax.lax.fori_loop(0, _size(), turn, start)
     d_sinks = None
     if sinks is not None:
-        share = jnp.exp(jnp.tile(sinks, options.size) - total)  # of the softmax
-        d_sinks = -jnp.sum(
-            (share * inner).reshape(blocks, *sinks.shape[:2], options.size, -1),
-            axis=(0, 3),
-        )
-    d_key, d_value = (_join(x) for x in gradients)
-    return (
-        _join(d_queries).astype(query.dtype),
-        d_key.astype(key.dtype),
-        d_value.astype(value.dtype),
-        d_sinks,
-        None,
-        None,
-    )
+        share = jnp.exp(_of_rows(sinks, k, options) - total) * inner  # of the softmax
+        share = share.reshape(*share.shape[:3], options.size, -1)
+        d_sinks = -jnp.sum(share, axis=(0, 1, 3)).reshape(sinks.shape)
+        d_sinks = jax.lax.psum(d_sinks, TOKEN_AXES).astype(sinks.dtype)
+    d_query = ungroup_heads(_join(d_queries).astype(query.dtype), query, k)
+    d_key, d_value = (_join(x).swapaxes(1, 2).astype(key.dtype) for x in gradients)
+    return d_query, d_key, d_value, d_sinks
 
 
-_attend.defvjp(_forward, _backward)
+def _of_rows(sinks: Array, k: int, options: Options) -> Array:
+    """Returns the sinks ``[k, size g]`` of a block's queries."""
+    return jnp.tile(sinks.astype(jnp.float32).reshape(k, -1), options.size)
 
 
 def _size() -> int:

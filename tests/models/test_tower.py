@@ -25,16 +25,9 @@ def read(name):
     return dict(np.load(GOLDEN / name / "reference.npz", allow_pickle=False))
 
 
-def inputs(golden):
-    names = ("input_ids", "attention_mask", "pixel_values")
-    return [golden[name] for name in names if name in golden]
-
-
 @by_name
-def test_embeddings_are_those_of_transformers_and_of_lines(name):
+def test_lines_have_the_embeddings_of_transformers(name):
     loaded, golden = load_base(GOLDEN / name), read(name)
-    found = jax.jit(loaded.module.apply)(loaded.variables, *inputs(golden))
-    np.testing.assert_allclose(found, golden["logits"], **TOLERANCE)
     if "vision" in name:
         lines = [{"pixel_values": x.tolist()} for x in golden["pixel_values"]]
     else:

@@ -35,7 +35,9 @@ def heads(seed, **fields):
     config = LoRAConfig(**{"rank": 2, "alpha": 3, "targets": ["up"], **fields})
     adapted = adapt(Net(), dataclasses.replace(config, train=("down",)), X)
     variables = trained(adapted.attach(PARAMS, jax.random.key(seed)))
-    member = variables[LORA], adapted.targets(PARAMS), variables["params"]
+    own = jax.tree.map(lambda leaf: seed * (leaf + 0.1), variables["params"])
+    variables = {**variables, "params": own}
+    member = variables[LORA], adapted.targets(PARAMS), own
     return adapted, variables, member
 
 

@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
-from lora_jax.attention.ring import ring_attention
 from lora_jax.models.decoder_config import check_split
 from lora_jax.models.mixer_config import DeltaNetConfig
 from lora_jax.parallel.mesh import make_mesh
@@ -76,9 +74,3 @@ def test_the_axis_must_divide_the_devices():
     with pytest.raises(ValueError, match=r"sequence must divide the 1 devices; got 2"):
         make_mesh(sequence=2)
     assert "sequence" not in make_mesh().shape
-
-
-def test_a_ring_needs_a_mesh():
-    x = jnp.ones((1, 4, 1, 2))
-    with pytest.raises(ValueError, match="a mesh with an axis 'sequence'; got none"):
-        ring_attention(x, x, x, jnp.arange(4), scale=1.0)
