@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # By default JAX preallocates most of a GPU's memory, leaving none for torch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -54,6 +55,11 @@ def main() -> None:
         help="of 'compiled' and 'slices': a TPU slice or GPU to compile for, like "
         "v5e:2x2; may be repeated",
     )
+    parser.add_argument(
+        "--known",
+        action="store_true",
+        help="of 'compiled': compile nothing, report what earlier runs compiled",
+    )
     args = parser.parse_args()
     if args.names[:1] == ["compare"]:
         if len(args.names) != 3:
@@ -63,6 +69,8 @@ def main() -> None:
         parser.error(f"unknown benchmark {unknown}; use {COMPARISONS} or 'report'")
     if args.target and args.names not in (["compiled"], ["slices"]):
         parser.error("--target is an option of 'compiled' and 'slices' alone")
+    if args.known and args.names != ["compiled"]:
+        parser.error("--known is an option of 'compiled' alone")
     names = args.names or (QUICK if args.quick else ())
     if not names:
         for name in COMPARISONS:
@@ -75,7 +83,9 @@ def main() -> None:
             report.main()
             continue
         module = importlib.import_module(f"benchmarks.{name}")
-        options = {"targets": args.target} if args.target else {}
+        options: dict[str, Any] = {"targets": args.target} if args.target else {}
+        if args.known:
+            options["known"] = True
         rows = module.main(args.quick, **options)
         path = harness.save(name, rows, args.quick)
         print(module.table(rows))

@@ -6,7 +6,8 @@ libtpu's own estimates, summed by `benchmarks.schedule`, which says what they le
 of a GPU there are none, only the kernels that a step launches (`benchmarks.targets`).
 
 A compilation takes minutes, so each result is appended to ``results/compiled.jsonl``,
-and a second run continues from there; delete the file to start over.
+and a second run continues from there; delete the file to start over. ``--known`` makes
+the results file of what has been compiled so far.
 """
 
 import dataclasses
@@ -46,12 +47,15 @@ MAIN = (OURS, PLAIN, CHUNKED, QWIX, NNX)  # of the decoder, for targets after th
 Model = tuple[str, Task, float | None, dict[str, Make]]  # name, task, FLOPs, contenders
 
 
-def main(quick: bool, targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
+def main(
+    quick: bool, targets: Sequence[str] = TARGETS, known: bool = False
+) -> list[dict[str, Any]]:
     """Compiles all contenders for one chip of each target.
 
     Args:
       quick: only the single layers, for the first target.
       targets: TPU slices, as `lora-jax plan --topology` takes them, and ``"h100"``.
+      known: compile nothing, and leave out what earlier runs didn't.
 
     Returns:
       One row per target and model.
@@ -80,12 +84,16 @@ def main(quick: bool, targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
     for model in models:
         for name, device in devices.items():
             only = None if name == targets[0] or len(targets) == 1 else MAIN
-            rows.append(_row(name, make_mesh(devices=[device]), model, only))
-    return rows
+            rows.append(_row(name, make_mesh(devices=[device]), model, only, known))
+    return [row for row in rows if _contenders(row) or not known]
 
 
 def _row(
-    target: str, mesh: Mesh, build: Callable[[], Model], only: Sequence[str] | None
+    target: str,
+    mesh: Mesh,
+    build: Callable[[], Model],
+    only: Sequence[str] | None,
+    known: bool,
 ) -> dict[str, Any]:
     """Compiles the contenders of one model for one device."""
     with on_mesh_of(mesh):  # what it is built for
@@ -95,17 +103,18 @@ def _row(
     for name, make in makers.items():
         if only is not None and name not in only:
             continue
+        find = None if known else functools.partial(price, make, task, mesh)
         try:
-            row[name] = once(
-                shape, target, name, functools.partial(price, make, task, mesh)
-            )
+            row[name] = once(shape, target, name, find)
         except ModuleNotFoundError as error:
             missing.append(f"{name} ({error.name} is not installed)")
+        except KeyError:
+            missing.append(f"{name} (not compiled yet)")
     return {**row, "missing": missing}
 
 
 def once(
-    shape: str, target: str, name: str, find: Callable[[], dict[str, Any]]
+    shape: str, target: str, name: str, find: Callable[[], dict[str, Any]] | None
 ) -> dict[str, Any]:
     """Returns the result of a previous run from `DONE`, or finds and adds it.
 
@@ -113,10 +122,13 @@ def once(
       shape: name of the model.
       target: what it is compiled for.
       name: the contender.
-      find: compiles it.
+      find: compiles it; None to compile nothing.
 
     Returns:
       What ``find`` returned, and the commit it was compiled at.
+
+    Raises:
+      KeyError: if there is neither a result nor ``find``.
     """
     compiler = "libtpu" if target != "h100" else "jax-cuda12-pjrt"
     versions = {each: importlib.metadata.version(each) for each in ("jax", compiler)}
@@ -125,6 +137,8 @@ def once(
         row = json.loads(line)
         if asked.items() <= row.items():
             return row["found"]
+    if find is None:
+        raise KeyError(f"{name} has not been compiled for {target}.")
     found = {**find(), "commit": commit()}
     with DONE.open("a") as file:
         file.write(json.dumps({**asked, "found": found}) + "\n")

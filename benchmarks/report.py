@@ -21,7 +21,7 @@ def main() -> None:
 
     Also updates the tables in the READMEs.
     """
-    from benchmarks import plots  # matplotlib is in the extra `experiments`
+    from benchmarks import headline, plots  # matplotlib: the extra `experiments`
 
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem.endswith(QUICK):
@@ -37,6 +37,7 @@ def main() -> None:
         path.with_suffix(".md").write_text(text)
         plots.draw(record["comparison"], record["rows"], path.with_suffix(".png"))
         print(text)
+    headline.main()
     for page in PAGES:
         page.write_text(MARKS.sub(_table, page.read_text()))
 

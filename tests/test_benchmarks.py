@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, harness, lengths, plots
+from benchmarks import compare, harness, headline, lengths, plots
 
 
 def record(path, **medians):
@@ -90,3 +90,11 @@ def test_flops_are_not_told_where_xla_does_not_count_them_all(monkeypatch):
     assert harness.measured(lowered, lambda: step(x)).flops >= 2 * 4**3
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert harness.measured(lowered, lambda: step(x)).flops is None
+
+
+def test_the_readmes_table_is_that_of_the_results_files(tmp_path, monkeypatch):
+    wanted = headline.PAGE.read_text()
+    monkeypatch.setattr(headline, "PAGE", tmp_path / "headline.md")
+    headline.main()
+    assert headline.PAGE.read_text() == wanted
+    assert headline._ratios({"ms": 3, "temp_bytes": 1}, None, "ms") == "–"

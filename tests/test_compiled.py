@@ -143,6 +143,9 @@ def test_a_result_is_found_once(tmp_path, monkeypatch):
     for target in ("v5e:2x2", "v5e:2x2", "h100"):
         assert compiled.once("a layer", target, "ours", find)["cycles"] == 3
     assert len(calls) == 2
+    assert compiled.once("a layer", "h100", "ours", None)["cycles"] == 3
+    with pytest.raises(KeyError, match="ours has not been compiled for v5p"):
+        compiled.once("a layer", "v5p:2x2x1", "ours", None)
     lines = (tmp_path / "compiled.jsonl").read_text().splitlines()
     assert [json.loads(line)["versions"] for line in lines] == [
         {"jax": "jax 1", "libtpu": "libtpu 1"},

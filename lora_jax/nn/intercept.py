@@ -70,10 +70,13 @@ def make_interceptor(
         has_adapter = scope.has_variable(PARAMS, LORA_A)
         if not is_target and not has_adapter:
             return next_fun(*args, **kwargs)
-        if rule.kind == "dense" and args:
-            y = fence_output(next_fun(fence_gradient(args[0]), *args[1:], **kwargs))
-        else:
-            y = next_fun(*args, **kwargs)
+        is_dense = rule.kind == "dense" and bool(args)
+        if is_dense:
+            args = (fence_gradient(args[0]), *args[1:])
+        y = next_fun(*args, **kwargs)
+        is_rescaled = scope.has_variable(PARAMS, MAGNITUDE)
+        if is_dense and is_rescaled:
+            y = fence_output(y)
         if initializing and is_target and not has_adapter:
             fresh = init_factors(module, inputs, config, path)
             for name, value in zip(ADAPTER_LEAVES, fresh, strict=True):
@@ -86,7 +89,7 @@ def make_interceptor(
         check_presence(path, factors, config, is_target)
         shape = base_weight(module, rule.weight).shape
         check_factors_fit(path, factors, shape, contraction, config)
-        return apply_adapter(
+        y = apply_adapter(
             module,
             method,
             inputs,
@@ -96,6 +99,7 @@ def make_interceptor(
             path=path,
             deterministic=deterministic,
         )
+        return fence_output(y) if is_dense and not is_rescaled else y
 
     return intercept
 

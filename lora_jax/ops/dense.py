@@ -113,6 +113,7 @@ def lora_dense(
         dropout_key=dropout_key,
         precision=precision,
         dtype=y.dtype,
+        is_rescaled=magnitude is not None,
     )
     if magnitude is None:
         return y

@@ -232,6 +232,7 @@ def lora_einsum(
         dropout_key=dropout_key,
         precision=precision,
         dtype=y.dtype,
+        is_rescaled=magnitude is not None,
     )
     if magnitude is None:
         return y

@@ -27,6 +27,8 @@ from lora_jax.names import X_A
 from lora_jax.ops.target import target_platform
 
 _MIN_FOR_BARRIER = 16
+MAX_VECTOR_RANK = 16  # more takes longer than the matmul that it hides behind
+MIN_VECTOR_BYTES = 2**22  # of the update; less has nothing to hide behind
 RANK = "R"  # the label of the rank axis in every product's equation
 
 
@@ -60,10 +62,10 @@ def _product(equation, rate, precision, x, factor, key):
     return einsum(equation, x, factor.astype(x.dtype), precision=precision)
 
 
-def _forward(equation, rate, precision, x, factor, key=None):
+def _forward(product, equation, rate, precision, x, factor, key=None):
     # Not `factor_product`: forward-over-reverse differentiates this function.
     key = jax.tree.map(lambda leaf: leaf.value, key)  # also of a `KeepKey`, or None
-    y = _product(equation, rate, precision, x.value, factor.value, key)
+    y = product(equation, rate, precision, x.value, factor.value, key)
     rows = x.value if factor.perturbed else None
     weights = factor.value if x.perturbed else None
     # Empty arrays stand for dtypes, and for what the operands vary over.
@@ -92,6 +94,46 @@ def _backward(equation, rate, precision, residuals, dy):
         d_factor = _factor_gradient(labels, precision, x, dy, dtype)
         d_factor = _varying_like(d_factor, factor_like)
     return dx, d_factor, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _added_product(equation, rate, precision, x, factor, key=None):
+    """`factor_product` of what is added to a base's product and goes no other way."""
+    return _spread_out(equation, rate, precision, x, factor, key)
+
+
+def _spread_out(equation, rate, precision, x, factor, key):
+    """Computes `_product`, on a TPU without a matmul if the factor is thin.
+
+    XLA then adds the update to the base's product as that is written, in the vector
+    unit and behind the matmul. Another matmul has to read and write the wide result
+    again: by the compiler's estimate 4.9 million cycles for 4,096 tokens from 4,096 to
+    14,336 features at rank 8 on v5e, 3.8 like this, and 3.7 without the update.
+    """
+    operands, out = equation.split("->")
+    x_labels, factor_labels = operands.split(",")
+    sizes = dict(zip(x_labels, x.shape, strict=True))
+    sizes |= dict(zip(factor_labels, factor.shape, strict=True))
+    is_large = math.prod(sizes[c] for c in out) * x.dtype.itemsize >= MIN_VECTOR_BYTES
+    is_outer = {c for c in x_labels + factor_labels if c not in out} == {RANK}
+    is_thin = is_outer and not rate and sizes[RANK] <= MAX_VECTOR_RANK
+    if target_platform() != "tpu" or not (is_thin and is_large):
+        return _product(equation, rate, precision, x, factor, key)
+    factor = factor.astype(x.dtype)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    rows, columns = (
+        _rank_first(array.astype(wide), labels, out)
+        for array, labels in ((x, x_labels), (factor, factor_labels))
+    )
+    y: Any = sum(rows[j] * columns[j] for j in range(sizes[RANK]))
+    return y.astype(x.dtype)
+
+
+def _rank_first(array, labels, out):
+    """Returns ``[r, ...]``, broadcastable to the labels of ``out`` without the rank."""
+    order = [labels.index(c) for c in RANK + out if c in labels]
+    missing = [i for i, c in enumerate(RANK + out) if c not in labels]
+    return jnp.expand_dims(array.transpose(order), missing)
 
 
 def _factor_gradient(labels, precision, x, dy, dtype):
@@ -150,7 +192,12 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
 
-factor_product.defvjp(_forward, _backward, symbolic_zeros=True)
+factor_product.defvjp(
+    functools.partial(_forward, _product), _backward, symbolic_zeros=True
+)
+_added_product.defvjp(
+    functools.partial(_forward, _spread_out), _backward, symbolic_zeros=True
+)
 
 
 def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
@@ -180,6 +227,7 @@ def low_rank_update(
     precision: jax.lax.PrecisionLike = None,
     dtype: DTypeLike | None = None,
     hidden: AnyFloat | None = None,
+    is_rescaled: bool = False,
 ) -> AnyFloat:
     """Computes ``scaling * (x A) B``, everything that LoRA adds to a layer.
 
@@ -195,6 +243,8 @@ def low_rank_update(
       precision: as in `jax.lax.dot_general`.
       dtype: dtype of the computation and result; default: that of ``x``.
       hidden: ``dropout(x) A`` if already computed, see `lora_jax.ops.shared`.
+      is_rescaled: whether the layer's output is scaled afterwards (DoRA), which is
+        fused with a matmul better than with a sum.
 
     Returns:
       The update, in ``dtype``.
@@ -210,7 +260,8 @@ def low_rank_update(
     if h is None:
         h = factor_product(down, dropout_rate, precision, x, lora_a, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # cheapest here, at rank width
-    return factor_product(up, 0.0, precision, h, lora_b)
+    product = factor_product if is_rescaled else _added_product
+    return product(up, 0.0, precision, h, lora_b)
 
 
 def scale(x: AnyFloat, scaling: float | jax.Array) -> AnyFloat:

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.attention import rope
 from lora_jax.attention.rope import apply_rope, pairs_to_halves, rope_angles
+from tests.reference import assert_close
 
 FREQUENCIES = jnp.array([1.0, 0.1, 0.01])
 
@@ -22,6 +24,20 @@ def test_pairs_rotate_like_complex_numbers_and_the_rest_is_unchanged():
     np.testing.assert_allclose(y[..., :3], z.real, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[..., 3:6], z.imag, rtol=1e-5, atol=1e-6)
     assert (y[..., 6:] == x[..., 6:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpus_matmul_rotates_as_slices_do(monkeypatch, dtype):
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8), dtype)
+
+    def both(x):
+        y, back = jax.vjp(lambda x: rotated(x, 7), x)
+        return y, *back(jnp.cos(x))
+
+    wanted = jax.jit(lambda x: both(x))(x)
+    monkeypatch.setattr(rope, "target_platform", lambda: "tpu")
+    for got, plain in zip(jax.jit(lambda x: both(x))(x), wanted, strict=True):
+        assert_close(got, plain, dtype)
 
 
 def test_reordered_heads_rotate_neighbouring_dimensions():

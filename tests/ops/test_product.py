@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.ops import lora_conv, lora_dense, lora_einsum, lora_embed
+from lora_jax.ops import product as ops
 from lora_jax.ops.product import (
     check_dropout,
     check_floating,
@@ -245,3 +246,30 @@ def test_a_factor_that_is_not_trained_keeps_no_input():
     assert kept == [(32, 3)]  # x A alone
     dy = normal(y.shape, seed=1)
     assert_close(backward(dy)[0], 2.0 * (x @ a).T @ dy)
+
+
+def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
+    arrays = normal((2, 3, 4)), normal((4, 2), 1), normal((2, 5, 3), 2)
+
+    def update(x, a, b, **options):
+        down, up = "bti,iR->btR", "btR,Rnh->btnh"
+        return low_rank_update(down, up, x, a, b, scaling=1.5, **options)
+
+    def both(*arrays):
+        y, back = jax.vjp(update, *arrays)
+        return y, *back(jnp.cos(arrays[0][..., :1, None] * jnp.ones((5, 3))))
+
+    def matmuls(**options):
+        jaxpr = jax.make_jaxpr(lambda *arrays: update(*arrays, **options))(*arrays)
+        return str(jaxpr).count("dot_general")
+
+    wanted = both(*arrays)
+    monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
+    assert matmuls() == 2  # small
+    monkeypatch.setattr(ops, "MIN_VECTOR_BYTES", 0)
+    assert matmuls() == 1
+    assert matmuls(is_rescaled=True) == 2
+    for got, plain in zip(both(*arrays), wanted, strict=True):
+        assert_close(got, plain)
+    monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 1)
+    assert matmuls() == 2

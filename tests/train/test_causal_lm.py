@@ -142,14 +142,15 @@ def test_chunks_without_weight_are_skipped_and_change_nothing(chunk):
 @pytest.mark.parametrize(
     ("kind", "tokens"),
     [
-        ("TPU v5 lite", (512, 2048)),
-        ("TPU v5", (1024, 1024)),
+        ("TPU v5 lite", (512, 512)),
+        ("TPU v5", (256, 256)),
         ("NVIDIA H100 80GB HBM3", (2048, 2048)),
         ("not listed", (512, 2048)),
     ],
 )
 def test_an_accelerators_chunks_hide_the_heads_bytes(monkeypatch, kind, tokens):
-    monkeypatch.setattr(lm, "target_platform", lambda: "tpu")
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    monkeypatch.setattr(lm, "target_platform", lambda: platform)
     monkeypatch.setattr(lm, "target_kind", lambda: kind_named(kind))
     assert (chunk_tokens(128_256), chunk_tokens(32_000)) == tokens
     for count in tokens:  # arithmetic on a chunk against reading the head
