@@ -32,6 +32,8 @@ exact, also for packed rows, windows and grouped heads. A row's length (with pac
 ``data.max_length``) must be divisible by 2 x sequence. Causal decoders only: layers
 that carry a state from token to token (Gated DeltaNet, short convolutions), encoders
 and encoder-decoders are refused. Adapter dropout draws another mask than on one device.
+The ring consists of JAX's own loops and collectives: no fused kernel takes part yet, so
+use it for rows that don't fit otherwise. It has run on forced host devices only.
 
 **Several processes** run the same command, on one host or many:
 
