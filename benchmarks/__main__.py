@@ -34,6 +34,7 @@ COMPARISONS = (
     "sweep_compiled",
     "bank",
     "plan_peak",
+    "bfloat16",
     "compiled",
 )
 QUICK = ("contenders", "overhead")

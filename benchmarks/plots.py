@@ -166,9 +166,21 @@ def _compiled(rows: Rows) -> Any:
     return figure
 
 
+def _bfloat16(rows: Rows) -> Any:
+    """Draws the loss of each step in both dtypes."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for row, color in zip(rows, (BLUE, ORANGE), strict=True):
+        steps = range(1, len(row["losses"]) + 1)
+        axis.plot(steps, row["losses"], color=color, lw=1, label=row["dtype"])
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
 PICTURES: dict[str, Callable[[Rows], Any]] = {
     "contenders": _contenders,
     "lengths": _lengths,
     "overhead": _overhead,
     "compiled": _compiled,
+    "bfloat16": _bfloat16,
 }
