@@ -26,6 +26,7 @@ COMPARISONS = (
     "input",
     "startup",
     "huge_pages",
+    "cpu_ideas",
     "lora_vs_full",
     "loading",
     "perplexity",

@@ -4,7 +4,7 @@ Each device keeps its queries, and the keys and values of all devices pass by, o
 device's at a time: after each turn a device hands what it has to the next one. The
 softmax is built up as they come, so that no device ever has more than two devices' keys
 and values. The backward pass sends them around again, together with their gradients,
-which are complete when they are home.
+which are complete once back at their device.
 
 On each device the work is done in blocks. Which token sees which is told by the places
 of both in their row, so that the tokens may be in any order; pairs of blocks that don't

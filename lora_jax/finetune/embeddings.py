@@ -1,4 +1,4 @@
-"""The task of a model of embeddings: texts that belong together, told from all others.
+"""The task of an embedding model: to tell texts that belong together from all others.
 
 It is chosen by the training file: lines with an ``anchor`` and a ``positive``.
 """
@@ -213,7 +213,7 @@ def share_nearest(
 
     Args:
       queries: ``[n, e]``.
-      keys: ``[n, e]``; ``keys[i]`` belongs to ``queries[i]``. Equal keys are one.
+      keys: ``[n, e]``; ``keys[i]`` belongs to ``queries[i]``. Equal keys count as one.
       negatives: keys of no query ``[m, e]``, or None.
 
     Example:
@@ -258,7 +258,7 @@ def open_embeddings(
             raise UserError(
                 f"{loaded.path} must have a {MODULES}, which says how a decoder makes "
                 "embeddings; it has none. Train it on prompts and completions, or take "
-                "a model of embeddings."
+                "an embedding model."
             )
         files = data_files(settings.data, splits)
         rows = {name: read_text_pairs(file) for name, file in files.items()}
@@ -291,7 +291,7 @@ def _check(settings: RunSettings, config: Any) -> None:
         )
     if settings.model.pooling != "mean":
         faults.append(
-            "model.pooling must be 'mean': the folder's modules.json says any other; "
+            "model.pooling must be 'mean': any other is modules.json's to say; "
             f"got {settings.model.pooling!r}"
         )
     if train.batch_size // train.accumulate < 2:

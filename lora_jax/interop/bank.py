@@ -31,12 +31,12 @@ def load_bank(
 
     Returns:
       The base without adapters, and the bank. Its ``new`` lists the weights that every
-      adapter brings and the base has not (a head).
+      adapter brings and the base lacks (a head).
 
     Raises:
       ValueError: if no adapter is given; adapters are of different bases, or pool
         differently; weights that they train in full differ in shape; or one lacks a
-        head that others have and the base has not. Lists all of a kind.
+        head that others have and the base lacks. Lists all of a kind.
     """
     if not adapters:
         raise ValueError("adapters must name at least one folder; got none.")

@@ -156,7 +156,7 @@ class DecoderConfig:
       embed_scale: factor of the embedding's output.
       logit_scale: factor of the last hidden states, and so of the logits.
       is_tied: whether the head is the embedding.
-      has_head: whether there is a head at all; a model of embeddings may have none.
+      has_head: whether there is a head at all; an embedding model may have none.
       experts: the mixture of experts in place of MLPs, or None.
       qkv_clip: bound of queries, keys and values before they are rotated, or None.
       has_sinks: whether each head's softmax has one more score, a parameter.

@@ -54,7 +54,7 @@ class AdapterBank:
         to 64, of which an adapter gets the smallest that it fits.
       ranks: the largest rank to allow, by path, where those of ``members`` are smaller
         and ``capacity`` names none.
-      absent: paths of ``params`` that the base has not of its own, a new head: every
+      absent: paths of ``params`` that the base lacks, such as a new head: every
         adapter must bring them, and a row without an adapter has NaN there.
 
     Attributes:

@@ -97,14 +97,16 @@ class Trained:
           tree: what it trains.
 
         Raises:
-          ValueError: listing every weight that the bank has not, or with another shape,
+          ValueError: listing every weight that the bank lacks, or has in another shape,
             and those of which neither the adapter nor the base has any.
         """
         own = flatten(tree)
         faults = []
         for path, leaf in own.items():
             if path not in self._base:
-                faults.append(f"{path}, which no adapter did that the bank began with")
+                faults.append(
+                    f"{path}, which no adapter that the bank was made with does"
+                )
             elif jnp.shape(leaf) != self._base[path].shape:
                 wanted = list(self._base[path].shape)
                 faults.append(f"{path} {list(jnp.shape(leaf))}, not {wanted}")
@@ -113,7 +115,7 @@ class Trained:
         if lost := [path for path in self.absent if path not in own]:
             raise ValueError(
                 f"adapter {name!r} must have {', '.join(lost)}, which others train and "
-                "the base has not."
+                "the base lacks."
             )
         return {**self._base, **own}
 

@@ -83,7 +83,7 @@ def to_external(
             is_embedding=target.kind == "embed",
         )
         if experts and m is not None:
-            faults.append(f"{target.path} has DoRA of experts, which PEFT has not")
+            faults.append(f"{target.path} has DoRA of experts, which PEFT lacks")
         if len(place.parts) == 1:
             modules[place.parts[0]] = factors
             continue

@@ -27,7 +27,7 @@ def combine_trained(
       trees: the weights that each adapter trains in full.
       weights: ``w_k``, one for each adapter.
       base: the base's parameters, with (any) values for ``absent`` too.
-      absent: the paths that the base has not of its own.
+      absent: the paths that the base lacks.
 
     Returns:
       The tree of all weights that an adapter trains.

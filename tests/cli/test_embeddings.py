@@ -1,4 +1,4 @@
-"""A model of embeddings through the commands: trained on pairs, resumed, used."""
+"""An embedding model through the commands: trained on pairs, resumed, used."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The task of a model of embeddings: its lines, its settings and its accuracy."""
+"""The task of an embedding model: its lines, its settings and its accuracy."""
 
 import json
 import re
