@@ -159,10 +159,12 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> Hidden:
         """Returns the normalised last hidden states ``[b, t, d]``; see `__call__`."""
+        given = (input_ids, positions, segment_ids)
+        others = {"positions": positions, "segment_ids": segment_ids}
+        check_tokens(self.config.max_positions, input_ids, **others)
         order = token_order(input_ids.shape[1])
         if order is not None:
             check_split(self.config)
-            given = (input_ids, positions, segment_ids)
             input_ids, positions, segment_ids = jax.tree.map(deal, given)
             if positions is None:
                 positions = jnp.broadcast_to(order, input_ids.shape)

@@ -13,7 +13,7 @@ from experiments.fetch import FetchError
 from experiments.sentiment.train import arguments
 from lora_jax.cli.main import main
 from lora_jax.files.adapter import _digest
-from lora_jax.finetune import pricing, session, verdict
+from lora_jax.finetune import job, pricing, session, verdict
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.held_out import hold_out
 from lora_jax.finetune.job import Job
@@ -364,14 +364,14 @@ def test_a_folder_of_something_else_is_no_run(config, tmp_path, call):
 def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_good(
     config, tmp_path, call, monkeypatch
 ):
-    folder, evaluate = tmp_path / "run", session.evaluate
+    folder, evaluate = tmp_path / "run", job.evaluate
     results = []
 
     def diverging(*args):
         results.append(evaluate(*args))
         return results[-1] | ({"loss": math.nan} if len(results) > 1 else {})
 
-    monkeypatch.setattr(session, "evaluate", diverging)
+    monkeypatch.setattr(job, "evaluate", diverging)
     words = [f"output.dir={folder}", "train.baseline=false"]
     code, out, shown = call("train", config, *words)
     assert code == 1
