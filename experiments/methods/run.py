@@ -58,7 +58,7 @@ def train(task: Task, runs: Runs) -> None:
 
 
 def is_swept(config: LoRAConfig) -> bool:
-    """Returns whether a sweep takes a method."""
+    """Returns whether a method's runs are trained side by side, in a sweep."""
     return not config.fixes_leaves and config.init != "eva"
 
 
