@@ -20,3 +20,10 @@ def target_platform() -> str:
     mesh = current_mesh()
     device = None if mesh is None else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def target_device() -> str:
+    """Returns JAX's ``device_kind`` to compile for, such as ``"TPU v5 lite"``."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind

@@ -2,9 +2,7 @@
 
 from typing import NamedTuple
 
-import jax
-
-from lora_jax.parallel.activation_sharding import current_mesh
+from lora_jax.ops.target import target_device
 
 GIB = 2**30
 
@@ -53,10 +51,7 @@ def target_kind() -> DeviceKind:
     Returns:
       The entry of `KINDS`, or `UNKNOWN`.
     """
-    mesh = current_mesh()
-    device = None if mesh is None else mesh.abstract_device
-    name = jax.devices()[0].device_kind if device is None else device.device_kind
-    return kind_named(name)
+    return kind_named(target_device())
 
 
 def kind_named(name: str) -> DeviceKind:

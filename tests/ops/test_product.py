@@ -271,5 +271,8 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
     assert matmuls(is_rescaled=True) == 2
     for got, plain in zip(both(*arrays), wanted, strict=True):
         assert_close(got, plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "target_device", lambda: "TPU v6 lite")
+        assert matmuls() == 2
     monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 1)
     assert matmuls() == 2
