@@ -28,6 +28,10 @@ class Runs:
         results.mkdir(parents=True, exist_ok=True)
         self.path, self.work = results / "runs.jsonl", work
 
+    def part(self, name: str) -> "Runs":
+        """Returns the runs of a second setting, recorded in a folder of their own."""
+        return Runs(self.path.parent / name, self.work / name)
+
     def of(self, name: str) -> list[dict[str, Any]]:
         """Returns the recorded runs of a part."""
         if not self.path.exists():
@@ -170,9 +174,11 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: _value(text) for key, text in line["values"].items()}
     scores = {}
     for prefix, found in (("", line["validation"]), ("test_", line["test"])):
+        if found is None and not prefix:
+            scores["loss"] = None
         for name in ("loss", "accuracy"):
-            if found or not prefix:
-                scores[prefix + name] = found and round(found[name], 5)
+            if found and name in found:
+                scores[prefix + name] = round(found[name], 5)
     folder = os.path.relpath(line["folder"])
     return {**values, **scores, "status": line["status"], "folder": folder}
 

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from experiments.methods import language
 from experiments.methods.report import report
 from experiments.recorded import Runs, run_short
 from experiments.short import ALPHA, HEAD, QUICK, Size, Task, best
@@ -55,6 +56,7 @@ def train(task: Task, runs: Runs) -> None:
         config = task.config(**sections, data=test)
         record(f"{name}, seeds", config, grid)
     runs.once("parameters", lambda: parameters(task))
+    language.train(runs.part("language"), quick=task.size == QUICK)
 
 
 def is_swept(config: LoRAConfig) -> bool:
