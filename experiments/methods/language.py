@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import fetch
 from experiments.e2e.run import read_tables
-from experiments.fetch import smollm2
 from experiments.recorded import Runs
 from experiments.short import best, write_rows
 
@@ -79,7 +79,7 @@ def train(runs: Runs, *, quick: bool = False) -> None:
     test = files.pop("test")
     for name, (changes, middle) in CONTENDERS.items():
         config: dict[str, Any] = {
-            "model": {"path": str(smollm2())},
+            "model": {"path": str(fetch.smollm2())},
             "data": files,
             "lora": {"rank": 8, "alpha": 16, **changes.get("lora", {})},
             "train": {

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from experiments import fetch, short, trunk, vader
+from experiments.methods import language
 from experiments.without_regret.report import optimum
 from lora_jax import load_model
 from lora_jax.files.safetensors import open_tensors, write_tensors
 from tests.cli.conftest import BAD, GOOD, PLAIN, compilation_cache, model_dir
+from tests.tiny_decoder import make_decoder
 
 __all__ = ["compilation_cache", "model_dir"]
 
@@ -92,6 +94,11 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     if name == "methods":
         few = {k: module.CONTENDERS[k] for k in ("LoRA", "PiSSA")}
         monkeypatch.setattr(module, "CONTENDERS", few)
+        decoder = make_decoder(tiny.parent / "decoder")
+        monkeypatch.setattr(fetch, "smollm2", lambda: decoder)
+        monkeypatch.setattr(language, "CONTENDERS", {"LoRA": ({}, 1e-2)})
+        monkeypatch.setattr(language, "RATES", [3e-3, 1e-2, 3e-2])
+        monkeypatch.setattr(language, "QUICK", language.Size(8, 2, 2))
     quick = short.Size(1, 32, 16, 16, (3, 8))
     monkeypatch.setattr(module, "QUICK", quick)
     module.main(["--quick"])
@@ -100,15 +107,15 @@ def test_an_experiment_runs_once(name, tiny, monkeypatch, capsys):
     for row in map(json.loads, lines.splitlines()):
         scores = [row[k] for k in ("loss", "accuracy", "test_loss") if k in row]
         assert np.isfinite(np.array(scores, float)).all()
-    tables = {path.name: path.read_text() for path in results.glob("*.md")}
-    assert tables
+    tables = {path: path.read_text() for path in results.rglob("*.md")}
+    assert len(tables) >= 1 + (name == "methods")
     assert list(results.glob("*.png"))
     first = capsys.readouterr().out
     module.main(["--quick"])
     assert (results / "runs.jsonl").read_text() == lines
     assert "CPU time" in first
     assert "CPU time" not in capsys.readouterr().out
-    assert {p.name: p.read_text() for p in results.glob("*.md")} == tables
+    assert {path: path.read_text() for path in results.rglob("*.md")} == tables
 
 
 def test_the_best_rate_lies_between_those_tried():
@@ -125,3 +132,18 @@ def test_the_lowest_mean_wins_and_a_diverged_run_never_does():
         for rate, loss in [(1, 0.5), (1, 0.7), (2, 0.1), (2, None), (3, 0.65)]
     ]
     assert short.best(runs, "rate") == (1,)
+
+
+def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):
+    tried = []
+
+    class Runs:
+        def alone(self, name, config, grid):
+            ((rate,), (seed,)) = grid.values()
+            tried.append(rate)
+            loss = None if rate > 0.5 else (np.log10(rate) + 1.4) ** 2
+            return [{language.RATE: rate, "train.seed": seed, "loss": loss}]
+
+    monkeypatch.setattr(language, "RATES", [1e-3, 1e-2, 1e-1, 1])
+    assert language.tune(Runs(), "LoRA", {}, 1) == 1e-1
+    assert tried == [1e-3, 1e-2, 1e-1, 1]
