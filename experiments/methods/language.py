@@ -19,7 +19,6 @@ CONTENDERS: dict[str, tuple[dict[str, Any], float]] = {
     "DoRA": ({"lora": {"dora": True}}, 3e-3),
     "LoRA+": ({"train": {"lora_b_ratio": 16.0}}, 1e-3),
     "PiSSA": ({"lora": {"init": "pissa"}}, 1e-3),
-    "EVA": ({"lora": {"init": "eva"}}, 1e-3),
 }
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 TUNING_SEED, SEEDS = 0, [1, 2, 3]
