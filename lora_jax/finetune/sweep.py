@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Sweep(NamedTuple):
 
 def sweep(
     config: "str | os.PathLike[str] | Mapping[str, Any] | RunSettings",
-    grid: Mapping[str, Sequence[Any]] | Sequence[str],
+    grid: Mapping[str, Iterable[Any]] | Sequence[str],
     *,
     zipped: bool = False,
     together: int | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax.config_errors import PEFT_NAMES
 from lora_jax.finetune.settings import SECTIONS
 
-Grid = Mapping[str, Sequence[Any]] | Sequence[str]
+Grid = Mapping[str, Iterable[Any]] | Sequence[str]
 
 SHORT = {"seed": "train.seed"}
 MOST_RUNS = 10_000
