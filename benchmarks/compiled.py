@@ -180,12 +180,15 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
         module = module.clone(remat=remat)
         return lambda task: contenders.lm_step(module, task.params[layout], batch)
 
-    def share(target: Target) -> float:
-        is_expert = experts is not None and f"/{EXPERTS}/" in target.path
-        return experts.active_share if is_expert else 1.0
+    labels, experts, d = batch["labels"], config.experts, config.hidden_size
+    chosen, met, router = 0, 1.0, 0
+    if experts is not None:
+        chosen, met = experts.num_chosen, experts.active_share
+        router = config.num_layers * d * experts.num_experts
 
-    labels, experts = batch["labels"], config.experts
-    chosen = 0 if experts is None else experts.num_chosen
+    def share(target: Target) -> float:
+        return met if f"/{EXPERTS}/" in target.path else 1.0
+
     first = ModelSettings(spec.name).first_remat(target_platform())  # it fits
     other = "lora" if first == "none" else "none"
     makers: dict[str, Make] = {
@@ -209,13 +212,10 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
     targets = adapt(model, LoRAConfig(RANK, ALPHA), *inputs).targets(params)
     kernels = sum(math.prod(target.kernel_shape) * share(target) for target in targets)
     adapters = sum(target.trainable * share(target) for target in targets)
-    head = config.hidden_size * config.vocab_size
     if experts is not None:
         del makers[QWIX], makers[NNX]
-        kernels += (
-            config.num_layers * config.hidden_size * experts.num_experts
-        )  # router
-    formula = labels.size * (4 * kernels + 6 * adapters + 4 * head)
+    kernels += router + d * config.vocab_size
+    formula = labels.size * (4 * kernels + 6 * adapters)
     shape = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return shape, task, float(formula), makers
 

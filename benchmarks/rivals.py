@@ -175,13 +175,11 @@ def matmuls(params: Any, tokens: int, chosen: int = 0) -> Contender:
             rows[own] = (rows[own] @ kernel) @ kernel.mT
         return rows
 
-    def number(experts: tuple[int, ...]) -> int:
-        return tokens * chosen // experts[0] if experts else tokens
-
     key, rows = jax.random.key(0), {}
-    for *experts, i in {kernel.shape[:-1] for kernel in kernels}:
-        shape = (*experts, number(experts), i)
-        rows[*experts, i] = jax.random.normal(key, shape, dtype())
+    for own in {kernel.shape[:-1] for kernel in kernels}:
+        number = tokens if len(own) == 1 else tokens * chosen // own[0]
+        shape = (*own[:-1], number, own[-1])
+        rows[own] = jax.random.normal(key, shape, dtype())
     return repeater(run, kernels, rows, trained=0)
 
 
