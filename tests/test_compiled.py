@@ -92,6 +92,13 @@ def test_a_contender_is_compiled_from_shapes(mesh):
     }
 
 
+@pytest.mark.parametrize("name", [compiled.OURS, compiled.PLAIN])
+def test_a_contenders_inputs_are_arguments(mesh, name):
+    task, _, _ = contenders.layer_task(specs.DenseSpec("tiny", 16, 8, 4))
+    traced = targets.trace(compiled._own()[name], task, mesh)
+    assert (4, 16) in [each.aval.shape for each in traced.jaxpr.jaxpr.invars]
+
+
 def test_a_step_that_does_not_fit_says_what_it_needs(mesh, monkeypatch):
     class Program:
         jaxpr = jax.make_jaxpr(lambda x: x)(1.0)
