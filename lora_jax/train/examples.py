@@ -148,6 +148,40 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+def check_keys(
+    record: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    """Raises a `ValueError` unless a line has the needed keys, and no unknown ones."""
+    keys, known = sorted(record), (*needed, *optional)
+    for key in needed:
+        if key not in record:
+            raise ValueError(f"has no {key!r}; its keys are {keys}"[:300])
+    for key in keys:
+        if key not in known:
+            hint = nearest(key, known)
+            raise ValueError(f"has an unknown key, {key[:40]!r}; {hint}")
+
+
+def string_of(
+    record: Mapping[str, Any], key: str, *, may_be_empty: bool = False
+) -> str:
+    """Returns a text of a line, or raises."""
+    value = record[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key!r} must be str; got {value!r}"[:200])
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"{key!r} must not be empty")
+    return value
+
+
+def integers_of(record: Mapping[str, Any], key: str) -> list[int]:
+    """Returns the integers of a line, or raises."""
+    value = record[key]
+    if not isinstance(value, list) or any(type(i) is not int for i in value):
+        raise TypeError(f"{key!r} must be a list of integers; got {value!r}"[:200])
+    return [*value]
+
+
 def _parse(line: bytes) -> tuple[Any, str]:
     """Returns a line's value, and what is wrong with it."""
     if len(line) > MAX_LINE:

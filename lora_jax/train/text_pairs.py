@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.train.buckets import Batch, Schedule
+from lora_jax.train.buckets import Batch, Schedule, pad_ids, row_weights
 from lora_jax.train.examples import MAX_LINE, nearest, read_jsonl
 
 ANCHORS = ("anchor", "query")
@@ -129,17 +129,11 @@ class TextPairBatches(Schedule):
         super().__init__(lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
 
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
-        batch: Batch = {"weights": np.zeros(count, np.float32)}
-        batch["weights"][: len(members)] = 1
+        batch: Batch = {"weights": row_weights(len(members), count)}
         kinds = list(ARRAYS.values())[: len(self._texts[0])]
-        for place, (name, mask) in enumerate(kinds):
-            batch[name] = np.zeros((count, length), np.int32)
-            batch[mask] = np.zeros((count, length), np.int32)
-            batch[mask][len(members) :, 0] = 1  # filler attends to one token
-            for row, member in enumerate(members):
-                ids = self._texts[member][place]
-                batch[name][row, : len(ids)] = ids
-                batch[mask][row, : len(ids)] = 1
+        for place, names in enumerate(kinds):
+            texts = [self._texts[member][place] for member in members]
+            batch |= zip(names, pad_ids(texts, length, count), strict=True)
         return batch
 
     def _add_contents(self, digest: Any) -> None:
