@@ -120,7 +120,8 @@ def encode_pair(
         )
     check_keys(record, fields)
     if fields == FIELDS[0]:
-        pair = _from_texts(*(string_of(record, key) for key in fields), tokenizer)
+        source, target = (string_of(record, key) for key in fields)
+        pair = _from_texts(source, target, tokenizer)
     else:
         pair = Pair(*(integers_of(record, key) for key in fields))
         while pair.target and pair.target[-1] == IGNORED:  # Hugging Face's padding

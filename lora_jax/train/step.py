@@ -141,11 +141,11 @@ def make_train_step(
     def updated(own, frozen, batch, summed):
         trainable, opt_state = own["trainable"], own["opt_state"]
 
-        def loss(trainable, batch, key):
+        def loss_of(trainable, batch, key):
             return loss_fn({**frozen, **trainable}, batch, {DROPOUT: key})
 
         key = jax.random.fold_in(own["rng"], own["step"])
-        grads, sums = sum_gradients(loss, trainable, batch, key, accumulate, summed)
+        grads, sums = sum_gradients(loss_of, trainable, batch, key, accumulate, summed)
         weight = sums["weight"]
 
         def mean(x: jax.Array) -> jax.Array:
