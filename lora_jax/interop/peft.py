@@ -34,10 +34,8 @@ from lora_jax.interop.peft_config import (
     parse_config,
     read_peft_config,
 )
-from lora_jax.interop.vera import LoRATensors
+from lora_jax.interop.vera import PREFIX, TENSORS, LoRATensors
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _A, _B, _M, _BASE, _BIAS = "a", "b", "m", "base", "base bias"
 _UPDATE_BIAS, _TOKENS, _FULL = "update bias", "tokens", "full"
 _SUFFIXES = {  # the kind of a tensor by the end of its name, after the module's
@@ -239,11 +237,8 @@ def write_peft(
         f"{name.removesuffix('.weight')}.base_layer.weight": array
         for name, array in adapter.base.items()
     }
-    if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
-        raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
-    ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
     config = _config(adapter) | dict(settings)
-    return write_folder(directory, TENSORS, ordered, config, kind="pt")
+    return write_folder(directory, TENSORS, tensors, config, kind="pt", prefix=PREFIX)
 
 
 Role = tuple[str, str]  # the module (or tensor), and the kind of tensor
