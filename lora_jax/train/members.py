@@ -78,21 +78,10 @@ class Hyper(NamedTuple):
         lora_b_ratio: float = 1.0,
         dropout_rate: float | None = None,
     ) -> "Hyper":
-        """Returns the numbers for `lora_optimizer`'s arguments.
+        """Returns the numbers of `lora_optimizer`'s arguments, float32 and int32.
 
-        Args:
-          targets: the member's adapted layers.
-          learning_rate: this and the others are those of `lora_optimizer`.
-          total_steps: see there.
-          warmup_steps: see there.
-          schedule: see there.
-          clip_norm: see there.
-          weight_decay: see there.
-          lora_b_ratio: see there.
-          dropout_rate: the member's own, if members differ in it.
-
-        Returns:
-          The numbers, float32 and int32.
+        ``targets`` are the member's adapted layers, and ``dropout_rate`` is its own, if
+        members differ in it.
         """
         return cls(
             learning_rate=np.float32(learning_rate),

@@ -202,13 +202,8 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
 
     @functools.partial(jax.jit, static_argnums=3)
     def evaluate(trainable, frozen, batch, mesh):
-        with on_mesh_of(mesh):
-            return evaluated(trainable, frozen, batch)
-
-    def evaluated(trainable, frozen, batch):
         batch = dict(batch)
         ids = batch.pop(OWNER)
-        rows = jax.tree.map(lambda leaf: _split_rows(leaf[ids]), trainable)
 
         def one(own: PyTree, row: Batch) -> dict[str, jax.Array]:
             alone = jax.tree.map(lambda leaf: leaf[None], row)
@@ -216,7 +211,9 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
             loss_sum, weight, metrics = check_loss(result)
             return {"loss": loss_sum, "weight": weight, **metrics}
 
-        return jax.vmap(one)(rows, batch)
+        with on_mesh_of(mesh):
+            rows = jax.tree.map(lambda leaf: _split_rows(leaf[ids]), trainable)
+            return jax.vmap(one)(rows, batch)
 
     return lambda trainable, frozen, batch: evaluate(
         trainable, frozen, batch, mesh_of(frozen)
