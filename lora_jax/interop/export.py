@@ -206,8 +206,6 @@ def _describe(
     return ExternalAdapter(
         modules=modules,
         full=_full(variables, config, names, skip_head, adapted=modules),
-        base={},
-        config={},
         rslora=config.rslora,
         dropout_rate=config.dropout_rate,
         bias=config.bias,

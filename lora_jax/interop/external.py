@@ -83,9 +83,9 @@ class ExternalAdapter(NamedTuple):
     """
 
     modules: dict[str, ExternalFactors]
-    full: dict[str, np.ndarray]
-    base: dict[str, np.ndarray]
-    config: Mapping[str, Any]
+    full: Mapping[str, np.ndarray] = MappingProxyType({})
+    base: Mapping[str, np.ndarray] = MappingProxyType({})
+    config: Mapping[str, Any] = MappingProxyType({})
     rslora: bool = False
     dropout_rate: float = 0.0
     bias: str = "none"

@@ -141,8 +141,6 @@ def export_adapter(
     adapter = ExternalAdapter(
         modules,
         full,
-        {},
-        {},
         rslora=config.rslora,
         dropout_rate=0.0 if experts else config.dropout_rate,  # PEFT has none there
         bias=config.bias,
