@@ -181,13 +181,7 @@ def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
         part: {n: v for n, v in getattr(adapter, part).items() if not _is_other(n)}
         for part in ("modules", "full", "base")
     }
-    left = [
-        n
-        for part in ("modules", "full")
-        for n in getattr(adapter, part)
-        if n not in kept[part]
-    ]
-    if left:
+    if left := [n for n in (*adapter.modules, *adapter.full) if _is_other(n)]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         warnings.warn(
             f"{adapter.origin}: its adapters for images or sound ({left[0]}{more}) are "

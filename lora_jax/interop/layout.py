@@ -33,9 +33,8 @@ def to_factors(
     """
 
     def own(name: str) -> Any:
-        axes = target.places[name]
         leaf = np.asarray(leaves[child(target.path, name)], np.float32)
-        return np.moveaxis(leaf, axes, range(len(axes)))[index]
+        return target.first(name, leaf)[index]
 
     a, b, batch, r = own(LORA_A), own(LORA_B), experts_of(target), target.rank
     is_conv = target.kind == "conv"  # [*k, in, r] is [r, in, *k] there

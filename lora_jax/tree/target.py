@@ -70,15 +70,14 @@ class Site:
         }
 
     def stored(self, name: str, leaf: Any) -> Any:
-        """Returns a leaf of the ops with the scanned axes at their places in the tree.
-
-        Args:
-          name: of the leaf.
-          leaf: the array, NumPy's or JAX's, with the scanned axes first.
-        """
+        """Returns a leaf of the ops with the scanned axes at their places, as stored."""
         places = self.places[name]
-        move = np.moveaxis if isinstance(leaf, np.ndarray) else jnp.moveaxis
-        return move(leaf, range(len(places)), places) if places else leaf
+        return _moved(leaf, range(len(places)), places)
+
+    def first(self, name: str, leaf: Any) -> Any:
+        """Returns a leaf of the tree with the scanned axes first, as the ops expect."""
+        places = self.places[name]
+        return _moved(leaf, places, range(len(places)))
 
     def is_same_layer(self, other: "Site") -> bool:
         """Returns whether path, kernel shape and layout equal those of ``other``."""
@@ -212,7 +211,7 @@ class Target(Site):
           `Factors.plain`.
         """
         found = {
-            name: _first(leaves[child(self.path, name)], self.places[name])
+            name: self.first(name, leaves[child(self.path, name)])
             for name, _ in self.leaves
         }
         return Factors(**found).plain(self.contraction)
@@ -222,17 +221,13 @@ class Target(Site):
         m = column_norm(jnp.asarray(kernel), self.contraction)
         return self.stored(MAGNITUDE, m)
 
-    def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
-        """Returns the tree's m with the scanned axes first, as the ops expect."""
-        return _first(magnitude, self.scanned_m)
-
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes at their positions in the tree."""
         return self.stored(LORA_A, a), self.stored(LORA_B, b)
 
     def batch_first(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns the tree's A and B with the scanned axes first, as the ops expect."""
-        return _first(a, self.scanned_a), _first(b, self.scanned_b)
+        return self.first(LORA_A, a), self.first(LORA_B, b)
 
 
 def child(path: str, name: str) -> str:
@@ -260,6 +255,7 @@ def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ..
     return tuple(stacked)
 
 
-def _first(leaf: Any, axes: tuple[int, ...]) -> Any:
-    """Moves an array's ``axes`` to the front."""
-    return jnp.moveaxis(leaf, axes, range(len(axes))) if axes else leaf
+def _moved(leaf: Any, source: Sequence[int], target: Sequence[int]) -> Any:
+    """Moves axes of an array, NumPy's or JAX's."""
+    move = np.moveaxis if isinstance(leaf, np.ndarray) else jnp.moveaxis
+    return move(leaf, source, target) if source else leaf
