@@ -18,7 +18,7 @@ def read_jsonl(
     path: str | os.PathLike[str],
     *,
     fields: Mapping[str, tuple[type, ...]] | None = None,
-    check: Callable[[dict[str, Any]], str] | None = None,
+    check: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Reads a JSONL file, strictly.
 
@@ -27,7 +27,7 @@ def read_jsonl(
       fields: the keys each object must have and the types of their values;
         ``{"text": (str,), "label": (str, int)}`` if None. Strings must not be blank;
         booleans don't count as integers.
-      check: returns what else is wrong with an object, or an empty string.
+      check: returns what else is wrong with an object, or raises it.
 
     Returns:
       The objects, including other keys.
@@ -48,7 +48,10 @@ def read_jsonl(
             continue
         record, fault = _parse(line)
         fault = fault or _record_fault(record, fields)
-        fault = fault or (check(record) if check else "")
+        try:
+            fault = fault or (check and check(record))
+        except (ValueError, TypeError) as error:
+            fault = str(error)
         records.append(record)
         if fault:
             bad += 1

@@ -83,12 +83,8 @@ def read_pairs(
         raise ValueError(f"max_length must be at least 2; got {max_length}.")
     pairs: list[Pair] = []
 
-    def check(record: dict[str, Any]) -> str:
-        try:
-            pairs.append(encode_pair(record, tokenizer, vocab_size=vocab_size))
-        except (ValueError, TypeError) as error:
-            return str(error)
-        return ""
+    def check(record: dict[str, Any]) -> None:
+        pairs.append(encode_pair(record, tokenizer, vocab_size=vocab_size))
 
     read_jsonl(path, fields={}, check=check)
     limit = max_length or max(len(ids) for pair in pairs for ids in pair)

@@ -142,17 +142,14 @@ def read_text_examples(
     lines: list[int] = []
     ends: Counter[int] = Counter()
 
-    def check(record: dict[str, Any]) -> str:
+    def check(record: dict[str, Any]) -> None:
         record = {key: record[key] for key in record if key not in ignored}
-        try:
-            kind = kind_of(record)
-            if kinds and kind not in kinds:
-                before = next(iter(kinds))
-                raise ValueError(f"is {kind}, but the lines before are {before}")
-            kinds.add(kind)
-            found = encode_record(record, tokenizer, vocab_size=vocab_size)
-        except (ValueError, TypeError) as error:
-            return str(error)
+        kind = kind_of(record)
+        if kinds and kind not in kinds:
+            before = next(iter(kinds))
+            raise ValueError(f"is {kind}, but the lines before are {before}")
+        kinds.add(kind)
+        found = encode_record(record, tokenizer, vocab_size=vocab_size)
         number = lines[-1] + 1 if lines else 0
         for ids, mask, each in found:
             lines.append(number)
@@ -163,7 +160,6 @@ def read_text_examples(
                     "loss_mask": np.asarray(mask, np.uint8),
                 }
             )
-        return ""
 
     read_jsonl(path, fields={}, check=check)
     limit = max(len(e["input_ids"]) for e in examples)

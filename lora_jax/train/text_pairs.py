@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.train.buckets import Batch, Schedule, pad_ids, row_weights
-from lora_jax.train.examples import MAX_LINE, nearest, read_jsonl
+from lora_jax.train.examples import MAX_LINE, check_keys, read_jsonl
 
 ANCHORS = ("anchor", "query")
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -60,10 +60,8 @@ def read_text_pairs(path: str | os.PathLike[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
 
     def check(record: Mapping[str, Any]) -> str:
+        check_keys(record, (), FIELDS)
         keys = sorted(record)
-        if unknown := [key for key in keys if key not in FIELDS]:
-            hint = nearest(unknown[0], FIELDS)
-            return f"has an unknown key, {unknown[0][:40]!r}; {hint}"
         given = [key for key in ANCHORS if key in record]
         if len(given) != 1 or POSITIVE not in record:
             return f"must have 'anchor' or 'query', and 'positive'; its keys are {keys}"
@@ -72,10 +70,10 @@ def read_text_pairs(path: str | os.PathLike[str]) -> list[tuple[str, ...]]:
                 return f"{key!r} must be a text that is not empty; got {record[key]!r}"[
                     :200
                 ]
-        names = (given[0], POSITIVE, NEGATIVE) if NEGATIVE in record else None
-        row = tuple(record[key] for key in names or (given[0], POSITIVE))
+        wanted = (given[0], POSITIVE, NEGATIVE)
+        row = tuple(record[key] for key in wanted if key in record)
         if rows and len(row) != len(rows[0]):
-            first = "a" if len(rows[0]) == len(FIELDS) - 1 else "no"
+            first = "a" if len(rows[0]) == len(wanted) else "no"
             return f"must have {first} 'negative', as the lines before"
         rows.append(row)
         return ""

@@ -70,7 +70,7 @@ class Site:
         }
 
     def stored(self, name: str, leaf: Any) -> Any:
-        """Returns a leaf of the ops with the scanned axes at their places, as stored."""
+        """Returns a leaf of the ops with scanned axes at their places in the tree."""
         places = self.places[name]
         return _moved(leaf, range(len(places)), places)
 
