@@ -5,6 +5,7 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -43,8 +44,8 @@ class Family:
         ``{i}`` for the layer number.
       prefix: of names in files saved from a model with a head, and in adapters.
       prefixes: other prefixes that names in files and adapters may have.
-      is_tower: whether it is the language model of a multimodal folder, whose other
-        tensors are ignored.
+      is_multimodal: whether it is the language model of a multimodal folder, whose
+        other tensors are ignored.
       has_source: whether an encoder reads a source text and a decoder writes another.
       copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
@@ -73,7 +74,7 @@ class Family:
     modules: Mapping[str, str]
     prefix: str
     prefixes: tuple[str, ...] = ()
-    is_tower: bool = False
+    is_multimodal: bool = False
     has_source: bool = False
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class Family:
     @property
     def file_prefixes(self) -> tuple[str, ...]:
         """Prefixes that names in a model's files may have, the longest first."""
-        known = (self.prefix, *(self.prefixes if self.is_tower else ()))
+        known = (self.prefix, *(self.prefixes if self.is_multimodal else ()))
         return tuple(sorted(known, key=len, reverse=True))
 
     def is_unused(self, name: str) -> bool:
@@ -266,17 +267,60 @@ def is_extreme(value: Any) -> bool:
     )
 
 
+def config_reader(make: Callable[..., Any], what: str, **defaults: Any) -> Any:
+    """Makes `Family.read_config` of a function from `Fields` to the config's arguments.
+
+    Args:
+      make: the config's class.
+      what: kind of model, for the error.
+      **defaults: what absent keys mean.
+
+    Returns:
+      A decorator; what it makes raises a ValueError with every fault of the file.
+    """
+
+    def decorate(read: Callable[["Fields"], dict[str, Any]]) -> Any:
+        @functools.wraps(read)
+        def read_config(config: Mapping[str, Any]) -> Any:
+            fields = Fields(config, what, defaults)
+            arguments = read(fields)
+            fields.check()
+            return make(**arguments)
+
+        return read_config
+
+    return decorate
+
+
 class Fields:
     """Reads a ``config.json``, collecting wrong types and missing keys in ``faults``.
 
     Args:
       config: the parsed file.
       what: kind of model, for the error.
+      defaults: what absent keys mean; before the defaults given to methods.
     """
 
-    def __init__(self, config: Mapping[str, Any], what: str):
-        self.config, self.what = config, what
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        what: str,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.what, self.defaults = config, what, defaults or {}
         self.faults: list[str] = []
+
+    def nested(
+        self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> "Fields":
+        """Reads a part of the file, or another file; the faults are one list."""
+        own = Fields(config, self.what, defaults)
+        own.faults = self.faults
+        return own
+
+    def is_null(self, key: str) -> bool:
+        """Whether the file has ``null``, where that isn't the default."""
+        return key in self.config and self.config[key] is None
 
     def integer(self, key: str, default: Any = _MISSING) -> Any:
         """A bounded integer; the default if the key is absent or null."""
@@ -338,7 +382,7 @@ class Fields:
         return value
 
     def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
-        value = self.config.get(key)
+        value, default = self.config.get(key), self.defaults.get(key, default)
         if value is None:
             if default is _MISSING:
                 self.faults.append(f"{key} is missing")

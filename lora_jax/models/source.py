@@ -52,7 +52,7 @@ class Source(NamedTuple):
         config = read_config(self.family, self.settings, self.path)
         # Config keys may disagree; like transformers, go by the file.
         has_head, is_pair = TIED_HEAD in self.names, self.family.has_source
-        if is_pair or (self.family.is_tower and not has_head):
+        if is_pair or (self.family.is_multimodal and not has_head):
             return dataclasses.replace(config, is_tied=not has_head)
         return config
 
