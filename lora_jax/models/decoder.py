@@ -62,6 +62,12 @@ REMATS: dict[str, Any] = {
 }
 
 
+def check_remat(remat: str) -> None:
+    """Raises a `ValueError` unless a model's ``remat`` is known."""
+    if remat not in REMATS:
+        raise ValueError(f"remat must be one of {tuple(REMATS)}; got {remat!r}.")
+
+
 class Decoder(nn.Module):
     """A causal language model: token ids to logits.
 
@@ -88,10 +94,7 @@ class Decoder(nn.Module):
     sentence: SentenceConfig | None = None
 
     def __post_init__(self):
-        if self.remat not in REMATS:
-            raise ValueError(
-                f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
-            )
+        check_remat(self.remat)
         if self.scan_layers and self.config.scan_period is None:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
