@@ -216,35 +216,25 @@ class Family:
 
         Arrays that are not kernels stay as they are.
         """
-        if not self._is_transposed(path):
-            return array
         return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """Inverts `from_file`."""
-        if not self._is_transposed(path):
-            return array
         return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """Returns the shape that a file has for a leaf of ``shape``."""
-        if not self._is_transposed(path):
-            return shape
-        axes = np.argsort(self._axes(path, len(shape)))
-        return tuple(shape[axis] for axis in axes)
+        return tuple(shape[axis] for axis in np.argsort(self._axes(path, len(shape))))
 
-    def _is_transposed(self, path: str) -> bool:
-        if f"/{EXPERTS}/" in path and _template(path) in self.modules:
-            return self.has_outputs_first and path.endswith(f"/{KERNEL}")
-        is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
-        return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
-
-    @staticmethod
-    def _axes(path: str, ndim: int) -> tuple[int, ...]:
-        """Returns the order of a PyTorch kernel's axes in Flax: spatial, in, out."""
-        if f"/{EXPERTS}/" in path and ndim == 3:
-            return (0, 2, 1)
-        return (*range(2, ndim), 1, 0)
+    def _axes(self, path: str, ndim: int) -> tuple[int, ...]:
+        """Returns the order of a file's axes here: a kernel's spatial ones, in, out."""
+        is_kernel, is_expert = path.rpartition("/")[2] == KERNEL, f"/{EXPERTS}/" in path
+        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
+        if is_expert and _template(path) in self.modules:
+            is_turned = self.has_outputs_first
+        if not (is_kernel and is_turned):
+            return tuple(range(ndim))
+        return (0, 2, 1) if is_expert and ndim == 3 else (*range(2, ndim), 1, 0)
 
 
 def _template(path: str) -> str:
