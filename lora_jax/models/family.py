@@ -243,6 +243,13 @@ def _template(path: str) -> str:
     return re.sub(r"expert_\d+", "expert_{e}", path)
 
 
+def architecture(settings: Mapping[str, Any]) -> str:
+    """Returns the class that a ``config.json`` names; empty if it doesn't."""
+    names = settings.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return first if isinstance(first, str) else ""
+
+
 def config_of(module: Any) -> Any:
     """Returns the config of a family's model, with adapters or without."""
     return getattr(module, "model", module).config

@@ -16,7 +16,7 @@ from lora_jax.files.mxfp4 import Mxfp4Reader
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.family import Family
+from lora_jax.models.family import Family, architecture
 from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
 from lora_jax.tree.paths import nearest
 
@@ -59,9 +59,7 @@ class Source(NamedTuple):
     @property
     def architecture(self) -> str:
         """The transformers class that ``config.json`` names; empty if it doesn't."""
-        names = self.settings.get("architectures")
-        first = names[0] if isinstance(names, list) and names else ""
-        return first if isinstance(first, str) else ""
+        return architecture(self.settings)
 
     @property
     def is_bare(self) -> bool:

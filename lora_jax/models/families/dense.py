@@ -10,6 +10,7 @@ from lora_jax.models.families.llama import (
     attention_biases,
     decoder_family,
     decoder_reader,
+    every,
     one_rope,
     sliding_layers,
     two_ropes,
@@ -33,12 +34,8 @@ MINISTRAL3_ROPE = {
 @decoder_reader("OLMo 3", rms_norm_eps=1e-5, sliding_window=4096, rope_theta=5e5)
 def read_olmo3(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads an OLMo 3 config: an OLMo 2 with windows, whose RoPE isn't stretched."""
-    windows = sliding_layers(
-        fields,
-        sizes["num_layers"],
-        lambda i: (i + 1) % 4 != 0,
-        window_or_none(fields),
-    )
+    window = window_or_none(fields)
+    windows = sliding_layers(fields, sizes["num_layers"], every(4), window)
     theta = fields.number("rope_theta")
     ropes = read_ropes(fields, sizes["head_dim"], theta=theta, local_theta=theta)
     return {
@@ -110,12 +107,8 @@ def read_cohere2(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Cohere 2 config: parallel blocks; layers with a window are rotated."""
     head_dim = sizes["hidden_size"] // max(sizes["num_heads"], 1)  # not the file's
     pattern = max(fields.integer("sliding_window_pattern", 4), 1)
-    windows = sliding_layers(
-        fields,
-        sizes["num_layers"],
-        lambda i: (i + 1) % pattern != 0,
-        window_or_none(fields),
-    )
+    window = window_or_none(fields)
+    windows = sliding_layers(fields, sizes["num_layers"], every(pattern), window)
     return {
         **attention_biases(fields),
         **one_rope(fields, sizes, head_dim),

@@ -14,7 +14,7 @@ from lora_jax.models.dual import (
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.families.bert import text_inputs
 from lora_jax.models.families.vision import image_inputs, read_image
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family, Fields, architecture, config_reader
 
 Arguments = dict[str, Any]
 TEXT, VISION = "text_config", "vision_config"
@@ -169,9 +169,7 @@ def _siglip_width(words: Fields, text: Arguments) -> int:
 
 def _projection(fields: Fields) -> int | None:
     """Returns the width of CLIP's projection, if the class named has one."""
-    classes = fields.config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes else ""
-    is_projected = isinstance(first, str) and first.endswith("WithProjection")
+    is_projected = architecture(fields.config).endswith("WithProjection")
     return fields.integer("projection_dim", 512) if is_projected else None
 
 

@@ -8,6 +8,7 @@ from lora_jax.models.families.llama import (
     attention_biases,
     decoder_family,
     decoder_reader,
+    every,
     sliding_layers,
     two_ropes,
 )
@@ -42,10 +43,9 @@ def read_gemma2(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Gemma 2 config: soft-caps, and a window in every other layer."""
     fields.only("use_bidirectional_attention", False)
     window = fields.integer("sliding_window", 4096)
+    windows = sliding_layers(fields, sizes["num_layers"], every(2), window)
     return _common(fields, sizes) | {
-        "layer_windows": sliding_layers(
-            fields, sizes["num_layers"], lambda i: i % 2 == 0, window
-        ),
+        "layer_windows": windows,
         "attention_softcap": soft_cap(fields, "attn_logit_softcapping", 50.0),
         "final_softcap": soft_cap(fields, "final_logit_softcapping", 30.0),
     }
@@ -61,9 +61,7 @@ def read_gemma3(fields: Fields, sizes: Sizes) -> Sizes:
     is_causal = not fields.flag("use_bidirectional_attention")
     window = window if is_causal else window // 2 + 1
     pattern = max(fields.integer("sliding_window_pattern", 6), 1)
-    windows = sliding_layers(
-        fields, sizes["num_layers"], lambda i: (i + 1) % pattern != 0, window
-    )
+    windows = sliding_layers(fields, sizes["num_layers"], every(pattern), window)
     ropes = read_ropes(
         fields,
         sizes["head_dim"],

@@ -15,6 +15,7 @@ from lora_jax.models.families.llama import (
     attention_biases,
     decoder_family,
     decoder_reader,
+    every,
     sliding_layers,
     two_ropes,
 )
@@ -37,9 +38,7 @@ def read_gemma4(fields: Fields, sizes: Sizes) -> Sizes:
     if fields.config.get("use_bidirectional_attention") == "all":
         fields.faults.append("use_bidirectional_attention must not be 'all' here")
     window = fields.integer("sliding_window", 512)
-    windows = sliding_layers(
-        fields, sizes["num_layers"], lambda i: (i + 1) % 6 != 0, window
-    )
+    windows = sliding_layers(fields, sizes["num_layers"], every(6), window)
     windows = (*windows[:-1], None)  # as transformers has it
     changes = _changes(fields, sizes, windows)
     width = fields.integer("hidden_size_per_layer_input", 256)

@@ -15,6 +15,8 @@ from lora_jax.models.families.llama import (
     attention_biases,
     decoder_family,
     decoder_reader,
+    every,
+    full_layers,
     one_rope,
 )
 from lora_jax.models.families.mixtures import mixture_family, read_experts
@@ -22,7 +24,7 @@ from lora_jax.models.families.rope import rotated_dim
 from lora_jax.models.family import Fields
 from lora_jax.models.mixer_config import DeltaNetConfig, MixerConfig, ShortConvConfig
 
-FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+LINEAR, CONV = "linear_attention", "conv"
 
 
 def read_mixers(
@@ -45,13 +47,9 @@ def read_mixers(
       ``{"layer_changes": ...}`` for `DecoderConfig`, or ``{"mixer": ...}`` if all
       layers are alike.
     """
-    kinds = fields.sequence("layer_types", layers)
-    if kinds is None:
-        kinds = [FULL if has_attention(i) else kind for i in range(layers)]
-    if wrong := sorted({str(k) for k in kinds if k not in (FULL, kind)}):
-        fields.faults.append(f"layer_types must be of {(FULL, kind)}; got {wrong}")
+    found = full_layers(fields, layers, kind, has_attention)
     try:
-        mixers = [None if k == FULL else make() for k in kinds]
+        mixers = [None if has_own else make() for has_own in found]
     except ValueError as error:
         fields.faults.append(str(error).rstrip("."))
         return {}
@@ -84,10 +82,7 @@ def _qwen(fields: Fields, sizes: Sizes) -> Sizes:
     return {
         **attention_biases(fields),
         **one_rope(fields, sizes, rotated_dim(fields, sizes["head_dim"], 0.25)),
-        **read_mixers(
-            *(fields, sizes["num_layers"]),
-            *(lambda i: (i + 1) % interval == 0, LINEAR, make),
-        ),
+        **read_mixers(fields, sizes["num_layers"], every(interval), LINEAR, make),
         "norm_offset": 1.0,
         "qk_norm": "head",
         "has_output_gate": True,

@@ -73,17 +73,35 @@ def attention_biases(fields: Fields) -> dict[str, Any]:
     return {"has_qkv_bias": bias, "has_output_bias": bias}
 
 
+def full_layers(
+    fields: Fields, layers: int, other: str, is_full: Callable[[int], bool]
+) -> list[bool]:
+    """Returns which layers have full attention, ``other`` being the other kind.
+
+    ``layer_types`` says so, or else ``is_full`` of a layer's number.
+    """
+    kinds, known = fields.sequence("layer_types", layers), ("full_attention", other)
+    if kinds is None:
+        return [is_full(i) for i in range(layers)]
+    if wrong := sorted({str(kind) for kind in kinds if kind not in known}):
+        fields.faults.append(f"layer_types must be of {known}; got {wrong}")
+    return [kind == known[0] for kind in kinds]
+
+
 def sliding_layers(
-    fields: Fields, layers: int, slides: Any, window: int | None
+    fields: Fields,
+    layers: int,
+    is_full: Callable[[int], bool],
+    window: int | None,
 ) -> tuple[int | None, ...]:
-    """Returns each layer's window: by ``layer_types`` if given, else ``slides(i)``."""
-    kinds = fields.sequence("layer_types", layers)
-    if kinds is not None:
-        known = ("full_attention", "sliding_attention")
-        if wrong := sorted({str(kind) for kind in kinds if kind not in known}):
-            fields.faults.append(f"layer_types must be of {known}; got {wrong}")
-        return tuple(window if kind == known[1] else None for kind in kinds)
-    return tuple(window if slides(i) else None for i in range(layers))
+    """Returns each layer's window, None with full attention; see `full_layers`."""
+    found = full_layers(fields, layers, "sliding_attention", is_full)
+    return tuple(None if full else window for full in found)
+
+
+def every(period: int) -> Callable[[int], bool]:
+    """Returns whether a layer is the last of a period."""
+    return lambda i: (i + 1) % period == 0
 
 
 def window_or_none(fields: Fields) -> int | None:
@@ -138,7 +156,7 @@ def read_mistral(fields: Fields, sizes: Sizes) -> Sizes:
 def _qwen_windows(fields: Fields, sizes: Sizes) -> tuple[int | None, ...]:
     window = window_if_used(fields)
     first = fields.integer("max_window_layers", 28)
-    return sliding_layers(fields, sizes["num_layers"], lambda i: i >= first, window)
+    return sliding_layers(fields, sizes["num_layers"], lambda i: i < first, window)
 
 
 @decoder_reader("Qwen2", max_position_embeddings=32768)
@@ -165,15 +183,13 @@ def read_smollm3(fields: Fields, sizes: Sizes) -> Sizes:
     interval = max(fields.integer("no_rope_layer_interval", 4), 1)
     rotates = fields.sequence("no_rope_layers", layers)
     if rotates is None:
-        rotates = [(i + 1) % interval != 0 for i in range(layers)]
+        rotates = [not every(interval)(i) for i in range(layers)]
     window = window_if_used(fields)
     return {
         **attention_biases(fields),
         **one_rope(fields, sizes),
         "layer_ropes": tuple(0 if rotated else None for rotated in rotates),
-        "layer_windows": sliding_layers(
-            fields, layers, lambda i: not rotates[i], window
-        ),
+        "layer_windows": sliding_layers(fields, layers, rotates.__getitem__, window),
         "has_mlp_bias": fields.flag("mlp_bias"),
     }
 

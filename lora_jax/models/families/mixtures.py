@@ -16,6 +16,7 @@ from lora_jax.models.families.llama import (
     attention_biases,
     decoder_family,
     decoder_reader,
+    every,
     sliding_layers,
     window_if_used,
 )
@@ -71,7 +72,7 @@ def read_qwen3_moe(fields: Fields, sizes: Sizes) -> Sizes:
         **attention_biases(fields),
         **experts,
         "qk_norm": "head",
-        "layer_windows": sliding_layers(fields, layers, lambda _: True, window),
+        "layer_windows": sliding_layers(fields, layers, lambda _: False, window),
     }
 
 
@@ -118,6 +119,7 @@ def read_olmoe(fields: Fields, sizes: Sizes) -> Sizes:
 def read_gpt_oss(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a gpt-oss config: attention sinks, biases, a bounded gate."""
     window = fields.integer("sliding_window", 128)
+    windows = sliding_layers(fields, sizes["num_layers"], every(2), window)
     experts = read_experts(
         fields,
         "intermediate_size",
@@ -131,9 +133,7 @@ def read_gpt_oss(fields: Fields, sizes: Sizes) -> Sizes:
         **attention_biases(fields),
         **experts,
         "has_sinks": True,
-        "layer_windows": sliding_layers(
-            fields, sizes["num_layers"], lambda i: i % 2 == 0, window
-        ),
+        "layer_windows": windows,
     }
 
 

@@ -44,7 +44,7 @@ def read_modernbert(fields: Fields) -> dict[str, Any]:
         if value < least:
             fields.faults.append(f"{name} must be at least {least}; got {value}")
     windows = sliding_layers(
-        fields, layers, lambda i: i % max(period, 1) != 0, both_sides // 2 + 1
+        fields, layers, lambda i: i % max(period, 1) == 0, both_sides // 2 + 1
     )
     return {
         "vocab_size": fields.integer("vocab_size", 50368),

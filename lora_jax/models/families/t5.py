@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.encoder_decoder import EncoderDecoder
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family, Fields, architecture, config_reader
 
 Arguments = dict[str, Any]
 
@@ -29,8 +29,7 @@ def _read(fields: Fields) -> Arguments:
         )
     is_scaled = fields.flag("tie_word_embeddings", True)  # of old configs
     is_scaled = fields.flag("scale_decoder_outputs", is_scaled)
-    classes = fields.config.get("architectures")
-    is_bare = isinstance(classes, list) and str(classes[:1]).endswith("EncoderModel']")
+    is_bare = architecture(fields.config).endswith("EncoderModel")
     decoders = fields.layers("num_decoder_layers", layers)
     return {
         "vocab_size": fields.integer("vocab_size"),
