@@ -208,6 +208,7 @@ class Decoder(nn.Module):
                 f"the cache must have a slot for each of the {input_ids.shape[1]} "
                 f"tokens of the prompt; got size = {size}."
             )
+        check_tokens(self.config.max_positions, input_ids)
         if is_long is None:
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
@@ -235,6 +236,7 @@ class Decoder(nn.Module):
         Returns:
           Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
+        check_tokens(self.config.max_positions, input_ids, positions=positions)
         if is_long is None:
             is_long = self._exceeds(cache.size)
         x, place = self._embed(input_ids, positions, None, is_long)
@@ -335,8 +337,6 @@ class Decoder(nn.Module):
         transformers: by the positions if given, else by the row length.
         """
         cfg, original = self.config, self.config.original_positions
-        others = {"positions": positions, "segment_ids": segment_ids}
-        check_tokens(cfg.max_positions, input_ids, **others)
         longer: Any = is_long
         if longer is None and original is not None and positions is not None:
             longer = jnp.max(positions) >= original
