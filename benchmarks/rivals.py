@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.tree_util import keystr
 
 from benchmarks.harness import Contender, is_on_cpu, measured
 from lora_jax import LoRAConfig, adapt, count
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.experts import ExpertDense
+from lora_jax.names import EXPERTS
 from lora_jax.plan.flops import traced_flops
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+TARGETS = ("query", "key", "value", "output", "gate", "up", "gate_up", "down")
 
 
 class Task(NamedTuple):
@@ -91,6 +94,8 @@ def plain(
 ) -> Contender:
     """``x W + s (x A) B`` written directly, differentiated by JAX.
 
+    Of experts every product is a `jax.lax.ragged_dot`.
+
     ``call`` maps parameters to what ``task.loss`` takes; None for the model's outputs.
     """
 
@@ -104,15 +109,20 @@ def plain(
 
     def forward(adapters, params):
         def intercept(next_fun, args, kwargs, context):
-            y, node = next_fun(*args, **kwargs), adapters
-            if not isinstance(context.module, nn.Dense):
-                return y
-            for name in context.module.path:
+            module, node = context.module, adapters
+            if not isinstance(module, nn.Dense | ExpertDense):
+                return next_fun(*args, **kwargs)
+            for name in module.path:
                 node = node.get(name, {})
             if not node:
-                return y
-            a, b = (node[name].astype(y.dtype) for name in ("lora_a", "lora_b"))
-            return y + ALPHA / RANK * (args[0] @ a) @ b
+                return next_fun(*args, **kwargs)
+            a, b = (node[name].astype(dtype()) for name in ("lora_a", "lora_b"))
+            if isinstance(module, ExpertDense):
+                x, sizes = args[0][0, 0], args[1][0, 0]  # of one device
+                dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+                y = dot(x, module.get_variable("params", "kernel"))
+                return (y + ALPHA / RANK * dot(dot(x, a), b))[None, None]
+            return next_fun(*args, **kwargs) + ALPHA / RANK * (args[0] @ a) @ b
 
         with nn.intercept_methods(intercept):
             return call(params)
@@ -146,10 +156,13 @@ def plain_chunked(task: Task, labels: jax.Array, chunk: int) -> Contender:
     return plain(task._replace(loss=loss), call)
 
 
-def matmuls(params: Any, tokens: int) -> Contender:
-    """A lower bound for any step: ``x W`` and ``dy Wᵀ`` of every linear layer."""
+def matmuls(params: Any, tokens: int, chosen: int = 0) -> Contender:
+    """A lower bound for any step: ``x W`` and ``dy Wᵀ`` of every linear layer.
+
+    Of experts each has the same part of ``tokens * chosen`` rows.
+    """
     kernels = [
-        leaf.reshape(leaf.shape[0], -1)
+        leaf if f"['{EXPERTS}']" in keystr(path) else leaf.reshape(leaf.shape[0], -1)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if path[-1].key == "kernel" and path[-2].key in (*TARGETS, "head")
     ]
@@ -158,13 +171,15 @@ def matmuls(params: Any, tokens: int) -> Contender:
     def run(kernels, rows):
         rows = dict(rows)  # by width; each product feeds the next
         for kernel in kernels:
-            x = rows[kernel.shape[0]]
-            rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
+            own = kernel.shape[:-1]
+            rows[own] = (rows[own] @ kernel) @ kernel.mT
         return rows
 
-    widths = {kernel.shape[0] for kernel in kernels}
-    key = jax.random.key(0)
-    rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
+    key, rows = jax.random.key(0), {}
+    for own in {kernel.shape[:-1] for kernel in kernels}:
+        number = tokens if len(own) == 1 else tokens * chosen // own[0]
+        shape = (*own[:-1], number, own[-1])
+        rows[own] = jax.random.normal(key, shape, dtype())
     return repeater(run, kernels, rows, trained=0)
 
 
@@ -185,7 +200,7 @@ def qwix_lora(task: Task) -> Contender:
     lora_model = qwix.apply_lora_to_model(task.model, provider)
     fresh = jax.jit(lora_model.init)(jax.random.key(1), *task.inputs)["params"]
     is_adapter = jax.tree_util.tree_map_with_path(
-        lambda path, _: "lora" in jax.tree_util.keystr(path), fresh
+        lambda path, _: "lora" in keystr(path), fresh
     )
     leaves, treedef = jax.tree.flatten(fresh)
     flags = jax.tree.leaves(is_adapter)
