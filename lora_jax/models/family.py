@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
@@ -248,6 +250,11 @@ def architecture(settings: Mapping[str, Any]) -> str:
     names = settings.get("architectures")
     first = names[0] if isinstance(names, list) and names else ""
     return first if isinstance(first, str) else ""
+
+
+def token_inputs(count: int) -> tuple[Any, ...]:
+    """Returns the shapes of ``count`` arrays of token ids, for `Family.inputs`."""
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * count
 
 
 def config_of(module: Any) -> Any:
