@@ -5,7 +5,8 @@ from typing import Any
 
 from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.family import Family, Fields, config_reader, token_inputs
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 MPNET_BUCKETS, MPNET_PADDING = 32, 1
 

@@ -13,13 +13,8 @@ from lora_jax.models.dual import (
 )
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.families.vision import image_inputs, read_image
-from lora_jax.models.family import (
-    Family,
-    Fields,
-    architecture,
-    config_reader,
-    token_inputs,
-)
+from lora_jax.models.family import Family, architecture, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Arguments = dict[str, Any]
 TEXT, VISION = "text_config", "vision_config"

@@ -10,7 +10,8 @@ from typing import Any
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.families.rope import read_rope, rotated_dim
-from lora_jax.models.family import Family, Fields, config_reader, token_inputs
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Sizes = dict[str, Any]  # arguments of `DecoderConfig`
 

@@ -6,7 +6,8 @@ from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.families.llama import attention_biases, sliding_layers
 from lora_jax.models.families.rope import read_ropes
-from lora_jax.models.family import Family, Fields, config_reader, token_inputs
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 
 @config_reader(EncoderConfig, "ModernBERT encoder")

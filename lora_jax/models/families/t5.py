@@ -9,13 +9,8 @@ from typing import Any
 
 from lora_jax.models.encoder_decoder import EncoderDecoder
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from lora_jax.models.family import (
-    Family,
-    Fields,
-    architecture,
-    config_reader,
-    token_inputs,
-)
+from lora_jax.models.family import Family, architecture, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Arguments = dict[str, Any]
 
