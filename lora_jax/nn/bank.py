@@ -213,12 +213,10 @@ class AdapterBank:
             if it trains weights that no member did, or of other shapes.
         """
         full = self._trained.checked(name, trained or {})
-        fitting = [
-            number
-            for number, rows in enumerate(self._targets)
-            if is_within(targets, rows)
-        ]
-        number = (fitting or [len(self._targets) - 1])[0]
+        before, last = self._places.get(name), len(self._targets) - 1
+        fitting = [n for n in range(last + 1) if is_within(targets, self._targets[n])]
+        free = {n: self._free(n, before) for n in fitting or [last]}
+        number = next((n for n, slot in free.items() if slot is not None), last)
         try:
             if self._dora:
                 lora, targets = with_magnitudes(
@@ -227,17 +225,11 @@ class AdapterBank:
             fitted = fit_adapter(lora, targets, self._targets[number])
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
-        before = self._places.get(name)
-        for number in fitting:
-            if (slot := self._free(number, before)) is not None:
-                break
-        else:
+        if (slot := free[number]) is None:
             raise ValueError(
                 f"the bank is full: capacity = {self.capacity}, and it holds "
                 f"{', '.join(self._places)}. Remove one, or make a larger bank."
             )
-        if number != fitting[0]:
-            fitted = fit_adapter(lora, targets, self._targets[number])
         if before is not None and before[0] != number:
             self.remove(name)
         self._lora[number] = placed(self._lora[number], slot, fitted)
