@@ -19,10 +19,8 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     encode_texts,
-    eval_buckets,
     loading,
     max_tokens,
-    train_buckets,
 )
 from lora_jax.finetune.mixed_data import names_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
@@ -52,6 +50,7 @@ class Classification(Job):
     weight: ClassVar[str] = "examples"
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     best_mode: ClassVar[str] = "max"
+    default_length: ClassVar[int] = MAX_LENGTH
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the cross-entropy loss, label-smoothed in training."""
@@ -59,18 +58,16 @@ class Classification(Job):
         smoothing = self.settings.train.label_smoothing if is_training else 0.0
         return classification_loss(module, label_smoothing=smoothing)
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train = self.settings.train
-        split = self.splits["train"]
-        buckets = train_buckets(split, self.loaded)
-        return Batches(split.examples, train.batch_size, buckets, seed=train.seed)
+    @property
+    def eval_rows(self) -> int:
+        """See `Job.eval_rows`; without a backward pass there is room for more."""
+        return self.devices.rows(EVAL_ROWS)
 
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        buckets = eval_buckets(split, buckets, self.loaded)
-        rows = self.devices.rows(EVAL_ROWS)
-        return Batches(split.examples, rows, buckets, shuffle=False)
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        return Batches(split.examples, rows, buckets, **order)
 
     def tokenize(self, rows: Rows, source: str) -> Split:
         """Tokenises rows and encodes labels; ``source`` names them in errors."""

@@ -4,7 +4,7 @@ It is chosen by the training file: lines with an ``anchor`` and a ``positive``.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -24,9 +24,9 @@ from lora_jax.finetune.job import (
     data_files,
     encode_texts,
     loading,
+    scans_layers,
 )
 from lora_jax.finetune.mixed_data import names_adapters
-from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.dual import DualConfig
@@ -34,13 +34,11 @@ from lora_jax.models.encoder_config import ImageEncoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
 from lora_jax.models.source import open_source
-from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import translate_names
 from lora_jax.names import OWNER
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of
 from lora_jax.parallel.processes import fail_together
-from lora_jax.train.buckets import Schedule, length_buckets
+from lora_jax.train.buckets import Schedule
 from lora_jax.train.embedding import embed_roles, embedding_loss, pair_loss
 from lora_jax.train.step import LossFn
 from lora_jax.train.text_pairs import (
@@ -118,25 +116,20 @@ class Embeddings(Job):
         hits = share_nearest(**together)
         return {"loss": loss / weight, "accuracy": hits, "weight": weight}
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train, split = self.settings.train, self.splits["train"]
-        buckets = self._buckets(split)
-        return TextPairBatches(
-            split.examples, train.batch_size, buckets, seed=train.seed
-        )
+    @property
+    def eval_rows(self) -> int:
+        """See `Job.eval_rows`; a pair alone would have no negatives."""
+        return self.devices.rows(max(2, min(EVAL_ROWS, self.settings.train.batch_size)))
 
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        own = self._buckets(split)
-        if buckets:
-            own = [*buckets, *(own[-1:] if own[-1] > buckets[-1] else ())]
-        rows = self.devices.rows(max(2, min(EVAL_ROWS, self.settings.train.batch_size)))
-        return TextPairBatches(split.examples, rows, own, shuffle=False)
+    def lengths(self, split: Split) -> list[int]:
+        """See `Job.lengths`; a pair's texts are padded to one length."""
+        return [max(map(len, example["texts"])) for example in split.examples]
 
-    def _buckets(self, split: Split) -> list[int]:
-        lengths = [max(map(len, example["texts"])) for example in split.examples]
-        return length_buckets(lengths, longest=self.loaded.config.max_positions)
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        return TextPairBatches(split.examples, rows, buckets, **order)
 
     def tokenize(self, rows: Rows) -> Split:
         """Tokenises texts, with the prompts of the settings before them."""
@@ -158,20 +151,6 @@ class Embeddings(Job):
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
         return self.tokenize(read_text_pairs(path))
-
-    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the frozen base."""
-        step, variables = self.eval_step(self.loaded.module), self.loaded.variables
-        measured = {name: s for name, s in splits.items() if name != "train"}
-        found = {
-            name: self.measure(step, variables, stream)["accuracy"]
-            for name, _, stream in self.streams(measured, "base", out)
-        }
-        return {
-            "validation_accuracy": found.get("validation"),
-            "test_accuracy": found.get("test"),
-            "what": "frozen base",
-        }
 
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
@@ -246,11 +225,7 @@ def open_embeddings(
         if source.family.kind != "encoder":
             options["remat"] = settings.model.first_remat(jax.default_backend())
         if source.family.kind == "decoder":
-            scan, lora = settings.model.scan, settings.lora
-            if scan is None:
-                lora = translate_names(lora, source.family, source.config)
-                scan = can_scan(lora, source.config)
-            options["scan_layers"] = scan
+            options["scan_layers"] = scans_layers(settings, source)
         loaded = load_model(
             settings.model.path, **options, **loading(settings, devices)
         )

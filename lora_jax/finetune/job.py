@@ -22,6 +22,9 @@ from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.source import Source
+from lora_jax.models.stacking import can_scan
+from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import localize
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
@@ -86,6 +89,7 @@ class Job(abc.ABC):
     weight: ClassVar[str]  # the unit the loss is averaged over
     metrics: ClassVar[tuple[str, ...]]  # validation metrics; the last selects the best
     best_mode: ClassVar[str]  # "max" or "min"
+    default_length: ClassVar[int]  # data.max_length, unless it is given
     has_formula: ClassVar[bool] = True  # of its FLOPs, where a decoder's has one
 
     @abc.abstractmethod
@@ -122,11 +126,35 @@ class Job(abc.ABC):
             return measure_each(step, variables, batches, self.adapters, self.metrics)
         return evaluate(step, variables, batches)
 
-    @abc.abstractmethod
-    def batches(self) -> Schedule:
-        """Returns the shuffled batches of the training split."""
+    @property
+    def max_length(self) -> int:
+        """Maximum tokens per example; of an encoder–decoder, of each of its sides."""
+        return max_tokens(self.settings.data, self.loaded, self.default_length)[0]
+
+    def lengths(self, split: Split) -> list[int]:
+        """Returns the tokens of each example that buckets are chosen for."""
+        return [len(example["input_ids"]) for example in split.examples]
+
+    def buckets(self, split: Split, known: Sequence[int] = ()) -> list[int] | None:
+        """Returns lengths to pad a split to: ``known`` and one more if needed."""
+        lengths = self.lengths(split)
+        own = length_buckets(lengths, longest=self.loaded.config.max_positions)
+        if not known:
+            return own
+        return [*known, own[-1]] if max(lengths) > known[-1] else [*known]
 
     @abc.abstractmethod
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """Returns batches of ``rows`` examples; ``order`` is a seed or no shuffling."""
+
+    def batches(self) -> Schedule:
+        """Returns the shuffled batches of the training split."""
+        train, split = self.settings.train, self.splits["train"]
+        buckets = self.buckets(split)
+        return self.schedule(split, train.batch_size, buckets, seed=train.seed)
+
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
         """Returns batches of a split in order; epoch 0 contains each example once.
 
@@ -135,12 +163,13 @@ class Job(abc.ABC):
           buckets: lengths to pad to, e.g. those of training, so that splits share
             compilations; one more is added if an example is longer.
         """
+        own = self.buckets(split, buckets)
+        return self.schedule(split, self.eval_rows, own, shuffle=False)
 
     @abc.abstractmethod
     def tokenize_file(self, path: str) -> Split:
         """Reads and tokenises a file of examples."""
 
-    @abc.abstractmethod
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Evaluates the frozen base on ``validation`` and, if present, ``test``.
 
@@ -148,6 +177,15 @@ class Job(abc.ABC):
           ``validation_<metric>``, ``test_<metric>`` (None without a test split) of the
           metric that selects the best step, and any further facts.
         """
+        one = dataclasses.replace(self, adapters=())  # there is only one base
+        step, variables = one.eval_step(self.loaded.module), self.loaded.variables
+        measured = {name: s for name, s in splits.items() if name != "train"}
+        found = {
+            name: one.measure(step, variables, stream)[self.metric]
+            for name, _, stream in self.streams(measured, "base", out)
+        }
+        results = {f"{k}_{self.metric}": found.get(k) for k in SPLITS[1:]}
+        return {**results, "what": "frozen base"}
 
     @abc.abstractmethod
     def data_facts(self, batches: Schedule) -> Facts:
@@ -319,24 +357,12 @@ def encode_texts(
     )
 
 
-def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
-    """Returns lengths to pad a split to, within the model's context length."""
-    return length_buckets(_lengths(split), longest=loaded.config.max_positions)
-
-
-def eval_buckets(
-    split: Split, buckets: Sequence[int], loaded: LoadedModel
-) -> list[int]:
-    """Returns lengths to pad an evaluation to: ``buckets`` and one more if needed."""
-    own = train_buckets(split, loaded)
-    if not buckets:
-        return own
-    is_longer = max(_lengths(split)) > buckets[-1]
-    return [*buckets, *own[-1:]] if is_longer else list(buckets)
-
-
-def _lengths(split: Split) -> list[int]:
-    return [len(example["input_ids"]) for example in split.examples]
+def scans_layers(settings: RunSettings, source: Source) -> bool:
+    """Returns whether to compile a decoder's blocks once; see ``model.scan``."""
+    if settings.model.scan is not None:
+        return settings.model.scan
+    config = source.config
+    return can_scan(translate_names(settings.lora, source.family, config), config)
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:

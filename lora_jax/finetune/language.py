@@ -21,13 +21,11 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    eval_buckets,
     loading,
     max_tokens,
-    train_buckets,
+    scans_layers,
 )
 from lora_jax.finetune.mixed_data import names_adapters, read_adapters
-from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.pretrained import load_model
@@ -35,16 +33,13 @@ from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
 from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
-from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import translate_names
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.parallel.sequence import check_length
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
-from lora_jax.train.loop import evaluate
-from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.step import LossFn
 from lora_jax.train.text import MESSAGES, TextData, read_text_examples
 
 MAX_LENGTH = 1024
@@ -66,13 +61,7 @@ class Language(Job):
     weight: ClassVar[str] = "targets"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     best_mode: ClassVar[str] = "min"
-    default_length: ClassVar[int] = MAX_LENGTH  # data.max_length, unless it is given
-
-    @property
-    def max_length(self) -> int:
-        """Maximum tokens per example; of an encoder–decoder, of each of its sides."""
-        data, default = self.settings.data, self.default_length
-        return max_tokens(data, self.loaded, default)[0]
+    default_length: ClassVar[int] = MAX_LENGTH
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the next-token cross-entropy; in training, experts' balance too."""
@@ -91,36 +80,23 @@ class Language(Job):
             return None  # as many as `make_lm_loss` finds best
         return max(1, chunk_tokens(self.loaded.config.vocab_size) // copies)
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train = self.settings.train
-        split = self.splits["train"]
+    def buckets(self, split: Split, known: Sequence[int] = ()) -> list[int] | None:
+        """See `Job.buckets`; None for packed rows, which have one length."""
+        if self.settings.data.packing:
+            return None
+        unit = self.devices.token_unit  # the mesh may split the rows
+        sizes = super().buckets(split, known) or ()
+        return sorted({-(-size // unit) * unit for size in sizes})
+
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
         packed = self.max_length if self.settings.data.packing else None
         if packed:
             check_length(packed, self.devices.sizes)
-        return TextBatches(
-            split.examples,
-            train.batch_size,
-            None if packed else self._split(train_buckets(split, self.loaded)),
-            packed_length=packed,
-            seed=train.seed,
-        )
-
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`; packed like the training split."""
-        packed = self.max_length if self.settings.data.packing else None
-        return TextBatches(
-            split.examples,
-            self.eval_rows,
-            None if packed else self._split(eval_buckets(split, buckets, self.loaded)),
-            packed_length=packed,
-            shuffle=False,
-        )
-
-    def _split(self, buckets: Sequence[int]) -> list[int]:
-        """Returns the lengths to pad to, such that the mesh can split the rows."""
-        unit = self.devices.token_unit
-        return sorted({-(-size // unit) * unit for size in buckets})
+        examples = split.examples
+        return TextBatches(examples, rows, buckets, packed_length=packed, **order)
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
@@ -129,21 +105,6 @@ class Language(Job):
             found = read_adapters({path: path}, self.adapters)
             _number(data, found.lines[path])
         return Split(list(data.examples), data.truncated, data.dropped)
-
-    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the loss of the frozen base."""
-        step = make_eval_step(self.loss(self.loaded.module, is_training=False))
-        variables = {"params": self.loaded.params}
-        measured = {name: s for name, s in splits.items() if name != "train"}
-        found = {
-            name: evaluate(step, variables, stream)["loss"]
-            for name, _, stream in self.streams(measured, "base", out)
-        }
-        return {
-            "validation_loss": found.get("validation"),
-            "test_loss": found.get("test"),
-            "what": "frozen base",
-        }
 
     def describe(self, metrics: Metrics) -> str:
         """Formats the loss and its perplexity."""
@@ -237,15 +198,9 @@ def open_language(
     """Builds the job; see `open_job`. ``adapters`` are a trained run's."""
     check_no_classes(settings)
     with fail_together():
-        scan = settings.model.scan
-        if scan is None:
-            source = open_source(settings.model.path)
-            config = source.config
-            lora = translate_names(settings.lora, source.family, config)
-            scan = can_scan(lora, config)
         loaded = load_model(
             settings.model.path,
-            scan_layers=scan,
+            scan_layers=scans_layers(settings, open_source(settings.model.path)),
             add_tokens=settings.model.add_tokens,
             remat=settings.model.first_remat(jax.default_backend()),
             **loading(settings, devices),

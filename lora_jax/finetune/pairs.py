@@ -15,10 +15,8 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    eval_buckets,
     loading,
     max_tokens,
-    train_buckets,
 )
 from lora_jax.finetune.language import Language, check_no_classes, fill_splits
 from lora_jax.finetune.settings import RunSettings
@@ -55,26 +53,12 @@ class Pairs(Language):
             chunk=self.chunk(copies),
         )
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train, split = self.settings.train, self.splits["train"]
-        return PairBatches(
-            split.examples,
-            train.batch_size,
-            train_buckets(split, self.loaded),
-            start_id=self.loaded.config.start_id,
-            seed=train.seed,
-        )
-
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        return PairBatches(
-            split.examples,
-            self.eval_rows,
-            eval_buckets(split, buckets, self.loaded),
-            start_id=self.loaded.config.start_id,
-            shuffle=False,
-        )
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        start = self.loaded.config.start_id
+        return PairBatches(split.examples, rows, buckets, start_id=start, **order)
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
