@@ -6,13 +6,13 @@ from typing import Any
 
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.finetune.lines import Choose
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import OWNER
 from lora_jax.tree.paths import nearest
 
-SHOWN = 20
 Check = Callable[[dict[str, Any]], str]
 
 
@@ -85,10 +85,9 @@ def load_lines(
     base, bank = load_bank(model, adapters)
     bare = [f"{line}" for line, name in enumerate(names, start=1) if name is None]
     if base.new and bare:
-        more = f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else ""
         raise UserError(
-            f"lines {', '.join(bare[:SHOWN])}{more} must name an adapter: the base has "
-            f"no {', '.join(base.new)} of its own."
+            f"lines {listed(bare)} must name an adapter: the base has no "
+            f"{', '.join(base.new)} of its own."
         )
 
     def choose(lines: Sequence[int], rows: int) -> PyTree:
