@@ -5,15 +5,14 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.finetune import job as jobs
-from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
+from lora_jax.finetune.mixed_step import mixed_shapes
 from lora_jax.finetune.pricing import JobSteps
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.parallel.mesh import batch_sharding
-from lora_jax.plan.step import StepPlan, price_step
+from lora_jax.plan.step import StepPlan, batch_shapes, price_step
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.mixed import mixed_state
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import TrainStep, make_train_step
+from lora_jax.train.step import TrainStep
 
 
 class Compiled(NamedTuple):
@@ -41,13 +40,11 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
     Raises:
       UserError: if the step doesn't fit the device; suggests what does.
     """
-    train, steps = job.settings.train, JobSteps(job, batches)
-    key, tx = jax.random.key(train.seed), jobs.optimizer(train, steps.total)
+    steps, key = JobSteps(job, batches), jax.random.key(job.settings.train.seed)
     if job.adapters:
-        hypers = mixed_hypers(job, batches, steps.total)
-        state = mixed_shapes(job, hypers)
+        state = mixed_shapes(job, steps.hypers)
     else:
-        hypers, state = None, TrainState.create(job.variables, tx, key)
+        state = TrainState.create(job.variables, steps.optimizer, key)
     longest, *others = _shapes(job, batches, steps.total)
     made: list[TrainStep] = []
 
@@ -55,11 +52,7 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
         del rows  # given by the shape
         if remat is not None:
             job.set_remat(remat)
-        if hypers is None:
-            loss_fn = job.loss(job.adapted, is_training=True)
-            made.append(make_train_step(loss_fn, tx, train.accumulate))
-        else:
-            made.append(mixed_step(job, job.adapted, hypers))
+        made.append(steps.make(job.adapted))
         return price_step(made[-1], state, longest, limit=steps.limit, remat=remat)
 
     with out.progress("compile", 1 + len(others)) as tick:
@@ -67,8 +60,8 @@ def compile_step(job: jobs.Job, batches: Schedule, out: Reporter) -> Compiled:
         tick(1, f"{plan.tokens} tokens")
         for number, shape in enumerate(others, start=2):
             tick(number, f"{price_step(made[-1], state, shape).tokens} tokens")
-    if hypers is not None:
-        state = mixed_state(job.variables, hypers, key)
+    if job.adapters:
+        state = mixed_state(job.variables, steps.hypers, key)
     return Compiled(made[-1], state, plan)
 
 
@@ -79,15 +72,8 @@ def _shapes(job: jobs.Job, batches: Schedule, total: int) -> list[dict[str, Any]
         found.setdefault(batches.length_at(number), number)
         if len(found) == len(batches.buckets):
             break
-    mesh = job.devices.mesh
+    rows, mesh = batches.batch_size, job.devices.mesh
     return [
-        {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape,
-                leaf.dtype,
-                sharding=None if mesh is None else batch_sharding(mesh, leaf.ndim),
-            )
-            for name, leaf in batches.shapes_at(found[length]).items()
-        }
+        batch_shapes(batches.shapes_at(found[length]), rows, mesh)
         for length in sorted(found, reverse=True)
     ]

@@ -1,12 +1,14 @@
 """Pricing the training steps of a run's settings before running any."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
@@ -18,7 +20,7 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
-from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
+from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes
 from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.added_tokens import grow_tokenizer, train_added
@@ -30,16 +32,20 @@ from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import name_tokens
 from lora_jax.names import EXPERT, PARAMS, SEQUENCE
-from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import batch_sharding, make_mesh
+from lora_jax.nn.adapt import adapt
+from lora_jax.nn.rows import RowAdapted
+from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.parallel.sequence import check_length
 from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
-from lora_jax.plan.step import StepPlan, price_step, price_training
+from lora_jax.plan.step import StepPlan, batch_shapes, price_step, price_training
 from lora_jax.plan.topology import DecoderSteps, PairSteps, TextPairSteps
 from lora_jax.train.buckets import Schedule
+from lora_jax.train.members import Hyper
+from lora_jax.train.mixed import make_mixed_step
+from lora_jax.train.step import TrainStep, make_train_step
 
 
 class JobSteps:
@@ -65,6 +71,25 @@ class JobSteps:
         self.remat = first if has_remat else None
         self.limit = device_memory(jax.local_devices()[0])
 
+    @functools.cached_property
+    def hypers(self) -> Hyper:
+        """The optimizers' numbers of a job with several adapters."""
+        return mixed_hypers(self.job, self.batches, self.total)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of a job with one adapter."""
+        return jobs.optimizer(self.job.settings.train, self.total)
+
+    def make(self, adapted: Any) -> TrainStep:
+        """Makes the step of the job's model, with the remat policy to use."""
+        job, accumulate = self.job, self.job.settings.train.accumulate
+        if job.adapters:
+            loss_fn = job.loss(RowAdapted(adapted), is_training=True)
+            return make_mixed_step(loss_fn, self.hypers, accumulate)
+        loss_fn = job.loss(adapted, is_training=True)
+        return make_train_step(loss_fn, self.optimizer, accumulate)
+
     def price(
         self, rows: int, remat: str | None, *, trains_all: bool = False
     ) -> StepPlan:
@@ -79,13 +104,16 @@ class JobSteps:
         job, loaded, train = self.job, self.job.loaded, self.job.settings.train
         module = loaded.module if remat is None else loaded.module.clone(remat=remat)
         variables = {PARAMS: loaded.params}
-        if job.adapters and not trains_all:
-            return self._price_mixed(rows, remat, adapt(module, job.lora))
         if trains_all:
             train = dataclasses.replace(train, lora_b_ratio=1.0)  # there is no B
         else:
             module = adapt(module, job.lora, *loaded.inputs)
             variables = job.variables
+        options: dict[str, Any] = {"limit": self.limit, "remat": remat}
+        if job.adapters and not trains_all:
+            batch = batch_shapes(self.longest, rows, job.devices.mesh)
+            state = mixed_shapes(job, self.hypers)
+            return price_step(self.make(module), state, batch, **options)
         return price_training(
             job.loss(module, is_training=True),
             jobs.optimizer(train, self.total),
@@ -93,27 +121,8 @@ class JobSteps:
             self.longest,
             rows,
             accumulate=train.accumulate,
-            limit=self.limit,
-            remat=remat,
             even_if_too_large=trains_all,
-        )
-
-    def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
-        hypers = mixed_hypers(self.job, self.batches, self.total)
-        mesh = self.job.devices.mesh
-        where = None if mesh is None else batch_sharding(mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
-            )
-            for name, leaf in self.longest.items()
-        }
-        return price_step(
-            mixed_step(self.job, adapted, hypers),
-            mixed_shapes(self.job, hypers),
-            batch,
-            limit=self.limit,
-            remat=remat,
+            **options,
         )
 
     def choose(self, price: Price) -> StepPlan:
