@@ -18,14 +18,13 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    encode_texts,
     loading,
-    max_tokens,
 )
-from lora_jax.finetune.mixed_data import names_adapters, read_adapters
+from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import encode_texts, max_tokens
 from lora_jax.interop.pretrained import load_model
 from lora_jax.names import CLASSIFIER, OWNER, PARAMS
 from lora_jax.parallel.processes import fail_together
@@ -72,11 +71,8 @@ class Classification(Job):
     def tokenize(self, rows: Rows, source: str) -> Split:
         """Tokenises rows and encodes labels; ``source`` names them in errors."""
         labels = encode_labels([r["label"] for r in rows], self.labels, source=source)
-        encoded = encode_texts(
-            self.loaded,
-            [row["text"] for row in rows],
-            max_length=self.settings.data.max_length or MAX_LENGTH,
-        )
+        texts = [row["text"] for row in rows]
+        encoded = encode_texts(self.loaded, texts, max_length=self.max_length)
         examples = [
             {"input_ids": ids, "label": int(label)}
             for ids, label in zip(encoded.ids, labels, strict=True)
@@ -173,18 +169,13 @@ def open_classification(
     key, _ = jax.random.split(jax.random.key(settings.train.seed))
     with fail_together():
         known = extra.get("labels")
-        rows = read_rows(settings.data, splits if known else SPLITS)
+        wanted = splits if known else SPLITS
+        rows = read_rows(settings.data, wanted)
         labels = known or class_names(rows)
-        adapters = extra.get("adapters", ())
-        if names_adapters(settings.data):
-            found = read_adapters(
-                {name: data_files(settings.data)[name] for name in rows},
-                adapters or None,
-            )
-            adapters = found.names
-            for name, lines in found.lines.items():
-                _number(rows[name], lines)
-        rows = hold_out(rows, settings.data, adapters, lambda row: row[OWNER])
+        found = line_adapters(settings.data, wanted, extra.get("adapters", ()))
+        for name in rows.keys() & found.lines.keys():
+            _number(rows[name], found.lines[name])
+        rows = hold_out(rows, settings.data, found.names, lambda row: row[OWNER])
         loaded = load_model(
             settings.model.path,
             num_labels=len(labels),
@@ -201,7 +192,7 @@ def open_classification(
             f"lora.train must include the head, {CLASSIFIER!r}: without training, a "
             f"new head is random; got {list(lora.train)}."
         )
-    job = Classification(labels=labels, splits={}, adapters=tuple(adapters), **attached)
+    job = Classification(labels=labels, splits={}, adapters=found.names, **attached)
     wanted = [name for name in rows if name in splits]
     job.splits = {name: job.tokenize(rows[name], name) for name in wanted}
     return job

@@ -22,17 +22,16 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    encode_texts,
     loading,
     scans_layers,
 )
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import encode_texts, prompt_of, with_prompt
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import ImageEncoderConfig
-from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.sentence_config import MODULES, SentenceConfig
+from lora_jax.models.sentence_config import MODULES
 from lora_jax.models.source import open_source
 from lora_jax.names import OWNER
 from lora_jax.parallel.activation_sharding import on_mesh_of
@@ -133,15 +132,12 @@ class Embeddings(Job):
 
     def tokenize(self, rows: Rows) -> Split:
         """Tokenises texts, with the prompts of the settings before them."""
-        data, sentence = self.settings.data, self.loaded.sentence
+        data = self.settings.data
         examples: list[dict[str, Any]] = [{"texts": []} for _ in rows]
         cut = 0
         for place in range(len(rows[0])):
             name = data.document_prompt if place else data.query_prompt
-            before = _prompt(sentence, name, self.loaded)
-            texts = [before + row[place] for row in rows]
-            if sentence is not None and sentence.is_lower_case:
-                texts = [text.lower() for text in texts]
+            texts = with_prompt(self.loaded, [row[place] for row in rows], name)
             found = encode_texts(self.loaded, texts, max_length=self.max_length)
             cut += found.truncated
             for example, ids in zip(examples, found.ids, strict=True):
@@ -163,8 +159,7 @@ class Embeddings(Job):
             tokens += f"; {cut:,} texts truncated to {self.max_length}"
         prompts = {"query": data.query_prompt, "document": data.document_prompt}
         shown = [
-            f"{kind} {_prompt(self.loaded.sentence, name, self.loaded)!r}"
-            for kind, name in prompts.items()
+            f"{kind} {prompt_of(self.loaded, name)!r}" for kind, name in prompts.items()
         ]
         way = "as modules.json says" if self.loaded.sentence else "mean of the tokens"
         return [
@@ -283,16 +278,3 @@ def _check(settings: RunSettings, config: Any) -> None:
         faults.append(f"pairs of texts can't name their {OWNER}")
     if faults:
         raise UserError("embeddings are trained on pairs: " + "; ".join(faults) + ".")
-
-
-def _prompt(
-    sentence: SentenceConfig | None, name: str | None, loaded: LoadedModel
-) -> str:
-    if sentence is None:
-        if name is not None:
-            raise UserError(f"{loaded.path} has no prompts; got {name!r}.")
-        return ""
-    try:
-        return sentence.prompt(name)
-    except ValueError as error:
-        raise UserError(str(error)) from error

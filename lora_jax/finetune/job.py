@@ -14,12 +14,12 @@ import optax
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
 from lora_jax.finetune.devices import Devices
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import metric_text
 from lora_jax.finetune.mixed_evaluation import measure_each
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import max_tokens
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source
@@ -323,38 +323,6 @@ def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
         "dtype": jnp.dtype(settings.model.dtype),
         "param_dtype": None if kept is None else jnp.dtype(kept),
     }
-
-
-def max_tokens(
-    data: DataSettings, loaded: LoadedModel, default: int
-) -> tuple[int, str, Facts]:
-    """Returns the maximum tokens per example, a description of it, and remarks.
-
-    It is ``data.max_length`` or ``default``, but at most the model's context length.
-    """
-    longest = loaded.config.max_positions
-    asked = default if data.max_length is None else data.max_length
-    if asked <= longest:
-        return asked, f"data.max_length = {asked}", []
-    name = f"{longest} tokens, the model's context"
-    if data.max_length is None:
-        return longest, name, []
-    note = f"{name}; data.max_length = {asked} is more"
-    return longest, name, [("max length", note)]
-
-
-def encode_texts(
-    loaded: LoadedModel, texts: list[str], *, max_length: int | None
-) -> Any:
-    """Returns token ids of texts, truncated to the model's and settings' limits."""
-    if loaded.tokenizer is None:
-        raise UserError(
-            f"{loaded.path} must contain a tokenizer.json to read text; it has none."
-        )
-    longest = loaded.config.max_positions
-    return loaded.tokenizer.encode(
-        texts, max_length=min(max_length or longest, longest)
-    )
 
 
 def scans_layers(settings: RunSettings, source: Source) -> bool:

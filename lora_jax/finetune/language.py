@@ -22,16 +22,15 @@ from lora_jax.finetune.job import (
     attach,
     data_files,
     loading,
-    max_tokens,
     scans_layers,
 )
-from lora_jax.finetune.mixed_data import names_adapters, read_adapters
+from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import max_tokens
 from lora_jax.finetune.turns import endless_turns
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
-from lora_jax.models.load import LoadedModel
 from lora_jax.models.source import open_source
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
@@ -100,11 +99,47 @@ class Language(Job):
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        data = _read(path, self.settings, self.loaded, bool(self.adapters))
+        owners = None
         if self.adapters:
-            found = read_adapters({path: path}, self.adapters)
-            _number(data, found.lines[path])
+            owners = read_adapters({path: path}, self.adapters).lines[path]
+        data = self.read(path, owners)
         return Split(list(data.examples), data.truncated, data.dropped)
+
+    def read(self, path: str, owners: Sequence[int] | None = None) -> TextData:
+        """Reads a file; ``owners`` are the numbers of its lines' adapters, if any."""
+        data = read_text_examples(
+            path,
+            self.loaded.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.loaded.config.vocab_size,
+            ignored=() if owners is None else (OWNER,),
+        )
+        if owners is not None:
+            for line, example in zip(data.lines, data.examples, strict=True):
+                example[OWNER] = np.array(owners[line])
+        return data
+
+    def read_splits(
+        self, splits: Sequence[str], owners: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Reads the examples, and holds out those of the same line together.
+
+        Args:
+          splits: the names of the wanted ones.
+          owners: the numbers of the lines' adapters, if any, by split.
+        """
+        files = data_files(self.settings.data, splits)
+        with fail_together():
+            data = {name: self.read(f, owners.get(name)) for name, f in files.items()}
+        self.is_chat = any(found.kind == MESSAGES for found in data.values())
+        self.ends = data["train"].ends if "train" in data else {}
+        rows = {name: _by_line(found) for name, found in data.items()}
+        settings, owner_of = self.settings.data, lambda row: row[0][OWNER]
+        for name, lines in hold_out(rows, settings, self.adapters, owner_of).items():
+            if name in splits:
+                found = data.get(name)  # None of a part that is held out
+                cut = (found.truncated, found.dropped) if found else (0,)
+                self.splits[name] = Split([e for line in lines for e in line], *cut)
 
     def describe(self, metrics: Metrics) -> str:
         """Formats the loss and its perplexity."""
@@ -211,49 +246,11 @@ def open_language(
                 "no head, or tokens see later ones). Train it on pairs of texts, lines "
                 "with an 'anchor' and a 'positive'."
             )
-        files = data_files(settings.data, splits)
-        is_mixed = names_adapters(settings.data)
-        data = {n: _read(file, settings, loaded, is_mixed) for n, file in files.items()}
-        if is_mixed:
-            if not adapters:
-                files = {"train": settings.data.train, **files}
-            found = read_adapters(files, adapters or None)
-            adapters = found.names
-            for name, read in data.items():
-                _number(read, found.lines[name])
-    job = Language(
-        splits={},
-        is_chat=any(found.kind == MESSAGES for found in data.values()),
-        ends=data["train"].ends if "train" in data else {},
-        adapters=tuple(adapters),
-        **attach(settings, devices, loaded, settings.lora),
-    )
-    rows = {name: _by_line(found) for name, found in data.items()}
-    cuts = {name: (found.truncated, found.dropped) for name, found in data.items()}
-    fill_splits(job, rows, cuts, splits)
+        owners = line_adapters(settings.data, splits, adapters)
+    attached = attach(settings, devices, loaded, settings.lora)
+    job = Language(splits={}, adapters=owners.names, **attached)
+    job.read_splits(splits, owners.lines)
     return job
-
-
-def fill_splits(
-    job: Language,
-    rows: dict[str, list[list[dict[str, Any]]]],
-    cuts: Mapping[str, tuple[int, ...]],
-    splits: Sequence[str],
-) -> None:
-    """Gives a job its splits.
-
-    Args:
-      job: without them.
-      rows: the examples of each line, by file.
-      cuts: how many of a file were truncated, and dropped.
-      splits: the names of the wanted ones.
-    """
-    data, adapters = job.settings.data, job.adapters
-    found = hold_out(rows, data, adapters, lambda row: row[0][OWNER])
-    for name in found:
-        if name in splits:
-            examples = [example for row in found[name] for example in row]
-            job.splits[name] = Split(examples, *cuts.get(name, (0,)))
 
 
 def check_no_classes(settings: RunSettings) -> None:
@@ -271,21 +268,3 @@ def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
     for line, example in zip(data.lines, data.examples, strict=True):
         rows.setdefault(line, []).append(dict(example))
     return [*rows.values()]
-
-
-def _number(data: TextData, adapters: Sequence[int]) -> None:
-    """Adds the number of its adapter to each example."""
-    for line, example in zip(data.lines, data.examples, strict=True):
-        example[OWNER] = np.array(adapters[line])
-
-
-def _read(
-    path: str, settings: RunSettings, loaded: LoadedModel, is_mixed: bool
-) -> TextData:
-    return read_text_examples(
-        path,
-        loaded.tokenizer,
-        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
-        vocab_size=loaded.config.vocab_size,
-        ignored=(OWNER,) if is_mixed else (),
-    )

@@ -14,25 +14,22 @@ from lora_jax.finetune.job import (
     Facts,
     Split,
     attach,
-    data_files,
     loading,
-    max_tokens,
 )
-from lora_jax.finetune.language import Language, check_no_classes, fill_splits
+from lora_jax.finetune.language import Language, check_no_classes
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.interop.pretrained import load_model
-from lora_jax.models.loaded import LoadedModel
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.pairs import (
     INPUTS,
     PairBatches,
-    PairData,
     encode_source,
     read_pairs,
 )
 from lora_jax.train.step import LossFn
+from lora_jax.train.text import TextData
 
 MAX_LENGTH = 512
 
@@ -60,9 +57,17 @@ class Pairs(Language):
         start = self.loaded.config.start_id
         return PairBatches(split.examples, rows, buckets, start_id=start, **order)
 
-    def tokenize_file(self, path: str) -> Split:
-        """See `Job.tokenize_file`."""
-        return Split(*_read(path, self.settings, self.loaded))
+    def read(self, path: str, owners: Sequence[int] | None = None) -> TextData:
+        """See `Language.read`; each line is an example."""
+        del owners
+        data = read_pairs(
+            path,
+            self.loaded.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.loaded.config.vocab_size,
+        )
+        lines = [*range(len(data.examples))]
+        return TextData(data.examples, lines, data.truncated, 0, 0, "pairs", {})
 
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
@@ -118,21 +123,6 @@ def open_pairs(
                 "of one alone. Train its embeddings on pairs of texts, lines with an "
                 "'anchor' and a 'positive'."
             )
-        data = {
-            name: _read(file, settings, loaded)
-            for name, file in data_files(settings.data, splits).items()
-        }
     job = Pairs(splits={}, **attach(settings, devices, loaded, settings.lora))
-    rows = {name: [[e] for e in found.examples] for name, found in data.items()}
-    cuts = {name: (found.truncated,) for name, found in data.items()}
-    fill_splits(job, rows, cuts, splits)
+    job.read_splits(splits, {})
     return job
-
-
-def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> PairData:
-    return read_pairs(
-        path,
-        loaded.tokenizer,
-        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
-        vocab_size=loaded.config.vocab_size,
-    )
