@@ -15,13 +15,12 @@ from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune import pairs
+from lora_jax.finetune.checks import check_experts, check_sequence
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes
-from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.added_tokens import grow_tokenizer, train_added
 from lora_jax.models.decoder import REMATS
