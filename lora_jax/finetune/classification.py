@@ -18,14 +18,14 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    loading,
+    load,
 )
 from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.texts import encode_texts, max_tokens
-from lora_jax.interop.pretrained import load_model
+from lora_jax.models.source import Source
 from lora_jax.names import CLASSIFIER, OWNER, PARAMS
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
@@ -156,6 +156,7 @@ class Classification(Job):
 def open_classification(
     settings: RunSettings,
     devices: Devices,
+    source: Source,
     *,
     splits: Sequence[str],
     extra: Mapping[str, Any],
@@ -176,13 +177,9 @@ def open_classification(
         for name in rows.keys() & found.lines.keys():
             _number(rows[name], found.lines[name])
         rows = hold_out(rows, settings.data, found.names, lambda row: row[OWNER])
-        loaded = load_model(
-            settings.model.path,
-            num_labels=len(labels),
-            pooling=settings.model.pooling,
-            key=key,
-            **loading(settings, devices),
-        )
+        pooling = settings.model.pooling
+        options = {"num_labels": len(labels), "pooling": pooling, "key": key}
+        loaded = load(settings, devices, source, **options)
     lora = settings.lora
     if not lora.train:
         lora = dataclasses.replace(lora, train=(CLASSIFIER,))

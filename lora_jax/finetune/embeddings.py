@@ -22,17 +22,15 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    loading,
-    scans_layers,
+    load,
 )
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.texts import encode_texts, prompt_of, with_prompt
-from lora_jax.interop.pretrained import load_model
 from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import ImageEncoderConfig
 from lora_jax.models.sentence_config import MODULES
-from lora_jax.models.source import open_source
+from lora_jax.models.source import Source
 from lora_jax.names import OWNER
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of
@@ -210,20 +208,12 @@ def share_nearest(
 
 
 def open_embeddings(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings, devices: Devices, source: Source, *, splits: Sequence[str]
 ) -> Embeddings:
     """Builds the job; see `open_job`."""
-    source = open_source(settings.model.path)
     _check(settings, source.config)
     with fail_together():
-        options: dict[str, Any] = {}
-        if source.family.kind != "encoder":
-            options["remat"] = settings.model.first_remat(jax.default_backend())
-        if source.family.kind == "decoder":
-            options["scan_layers"] = scans_layers(settings, source)
-        loaded = load_model(
-            settings.model.path, **options, **loading(settings, devices)
-        )
+        loaded = load(settings, devices, source)
         if source.family.kind == "decoder" and loaded.sentence is None:
             raise UserError(
                 f"{loaded.path} must have a {MODULES}, which says how a decoder makes "

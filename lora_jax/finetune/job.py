@@ -20,6 +20,7 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.texts import max_tokens
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.source import Source
@@ -315,22 +316,31 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
     return {n: file for n, file in files.items() if n in wanted and file is not None}
 
 
-def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
-    """Returns `load_model`'s keyword arguments for dtypes and sharding."""
-    kept = settings.model.param_dtype
-    return {
-        "sharding": devices.sharding,
-        "dtype": jnp.dtype(settings.model.dtype),
-        "param_dtype": None if kept is None else jnp.dtype(kept),
-    }
+def load(
+    settings: RunSettings, devices: Devices, source: Source, **options: Any
+) -> LoadedModel:
+    """Loads a run's base in the dtypes of its settings, sharded over its devices.
 
-
-def scans_layers(settings: RunSettings, source: Source) -> bool:
-    """Returns whether to compile a decoder's blocks once; see ``model.scan``."""
-    if settings.model.scan is not None:
-        return settings.model.scan
-    config = source.config
-    return can_scan(translate_names(settings.lora, source.family, config), config)
+    Args:
+      settings: settings of the run.
+      devices: its devices.
+      source: the model on disk.
+      **options: further ones of `load_model`.
+    """
+    model, kept = settings.model, settings.model.param_dtype
+    if source.family.kind != "encoder":
+        options["remat"] = model.first_remat(jax.default_backend())
+    if source.family.kind == "decoder":
+        lora = translate_names(settings.lora, source.family, source.config)
+        scan = can_scan(lora, source.config) if model.scan is None else model.scan
+        options["scan_layers"] = scan
+    return load_model(
+        model.path,
+        sharding=devices.sharding,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=None if kept is None else jnp.dtype(kept),
+        **options,
+    )
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:

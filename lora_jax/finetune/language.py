@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import jax
 import numpy as np
 
 from lora_jax.array_types import PyTree
@@ -21,17 +20,15 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    loading,
-    scans_layers,
+    load,
 )
 from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.texts import max_tokens
 from lora_jax.finetune.turns import endless_turns
-from lora_jax.interop.pretrained import load_model
 from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
-from lora_jax.models.source import open_source
+from lora_jax.models.source import Source
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.parallel.sequence import check_length
@@ -226,6 +223,7 @@ class Language(Job):
 def open_language(
     settings: RunSettings,
     devices: Devices,
+    source: Source,
     *,
     splits: Sequence[str],
     adapters: Sequence[str] = (),
@@ -233,13 +231,8 @@ def open_language(
     """Builds the job; see `open_job`. ``adapters`` are a trained run's."""
     check_no_classes(settings)
     with fail_together():
-        loaded = load_model(
-            settings.model.path,
-            scan_layers=scans_layers(settings, open_source(settings.model.path)),
-            add_tokens=settings.model.add_tokens,
-            remat=settings.model.first_remat(jax.default_backend()),
-            **loading(settings, devices),
-        )
+        new = settings.model.add_tokens
+        loaded = load(settings, devices, source, add_tokens=new)
         if not getattr(loaded.config, "predicts", True):
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
-
 from lora_jax.files.messages import Message
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
@@ -14,11 +12,11 @@ from lora_jax.finetune.job import (
     Facts,
     Split,
     attach,
-    loading,
+    load,
 )
 from lora_jax.finetune.language import Language, check_no_classes
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.interop.pretrained import load_model
+from lora_jax.models.source import Source
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
@@ -102,7 +100,7 @@ class Pairs(Language):
 
 
 def open_pairs(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings, devices: Devices, source: Source, *, splits: Sequence[str]
 ) -> Pairs:
     """Builds the job; see `open_job`."""
     check_no_classes(settings)
@@ -112,11 +110,7 @@ def open_pairs(
             "source of its own. Prompts are padded to few lengths instead."
         )
     with fail_together():
-        loaded = load_model(
-            settings.model.path,
-            remat=settings.model.first_remat(jax.default_backend()),
-            **loading(settings, devices),
-        )
+        loaded = load(settings, devices, source)
         if not loaded.config.predicts:
             raise UserError(
                 f"{loaded.path} must have a decoder to be trained; it is the encoder "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ from lora_jax.nn.rows import RowAdapted
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.parallel.sequence import check_length
-from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
+from lora_jax.plan.fit import (
+    Price,
+    device_memory,
+    first_fitting,
+    largest_batch,
+    remats_from,
+)
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
 from lora_jax.plan.step import StepPlan, batch_shapes, price_step, price_training
@@ -124,6 +130,12 @@ class JobSteps:
             **options,
         )
 
+    @property
+    def policies(self) -> Sequence[str | None]:
+        """The remat policies to choose from, the fastest first."""
+        is_free = self.job.settings.model.remat == "auto"
+        return remats_from(self.remat) if is_free else [self.remat]
+
     def choose(self, price: Price) -> StepPlan:
         """Returns the plan of the first remat policy that fits, using ``price``.
 
@@ -132,10 +144,8 @@ class JobSteps:
             any policy if that is "auto"; suggests what would.
         """
         rows, _ = self.longest["input_ids"].shape
-        if self.job.settings.model.remat == "auto":
-            plan = fitting_remat(price, rows, self.remat)[-1]
-        else:
-            plan = price(rows, self.remat)
+        _, tried = first_fitting(lambda remat: price(rows, remat), self.policies)
+        *_, plan = tried.values()
         if not plan.fits:
             raise too_large(plan, "this machine", self.suggestion(plan))
         return plan

@@ -66,7 +66,7 @@ def open_job(
         )
     check_experts(source.config, settings, axis=settings.mesh.expert)
     if has_text_pairs(settings.data.train):
-        return open_embeddings(settings, devices, splits=splits)
+        return open_embeddings(settings, devices, source, splits=splits)
     check_no_pairs(settings)
     check_sequence(source.family.kind, source.config, settings.mesh.sequence)
     if isinstance(source.config, (TextTowerConfig, ImageTowerConfig)):
@@ -76,13 +76,15 @@ def open_job(
             "the others in Python, on `lora_jax.embedding_loss`."
         )
     if source.family.kind == "encoder":
-        return open_classification(settings, devices, splits=splits, extra=extra or {})
+        return open_classification(
+            settings, devices, source, splits=splits, extra=extra or {}
+        )
     if source.family.has_source:
         if names_adapters(settings.data):
             raise UserError(
                 f"examples of an encoder-decoder can't name their {OWNER}; train one "
                 "run for each."
             )
-        return open_pairs(settings, devices, splits=splits)
+        return open_pairs(settings, devices, source, splits=splits)
     adapters = (extra or {}).get("adapters", ())
-    return open_language(settings, devices, splits=splits, adapters=adapters)
+    return open_language(settings, devices, source, splits=splits, adapters=adapters)
