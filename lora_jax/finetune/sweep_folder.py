@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_jax.files import atomic
-from lora_jax.finetune.curves import draw_curves
+from lora_jax.finetune.curves import draw_curves, draw_sweep
 from lora_jax.finetune.errors import DivergedError, UserError
 from lora_jax.finetune.formatting import to_json
 from lora_jax.finetune.report import title
@@ -24,10 +24,10 @@ from lora_jax.finetune.run_folder import (
 from lora_jax.finetune.sections import OutputSettings
 from lora_jax.finetune.settings import CONFIG, load_settings
 from lora_jax.finetune.sweep_grid import Point
-from lora_jax.finetune.sweep_plot import PLOT, draw_sweep
 
 RECORD = "sweep.json"  # the runs, and how those ended that have
 BEST = "best"
+PLOT = "sweep.png"
 OPTIONS = "--resume (in Python: resume=True)"
 
 
