@@ -1,10 +1,10 @@
-"""Pricing the training steps of a run's settings before running any."""
+"""Pricing and compiling the training steps of a run's settings before running any."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
 from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.added_tokens import grow_tokenizer, train_added
 from lora_jax.models.decoder import REMATS
@@ -49,8 +50,23 @@ from lora_jax.plan.step import StepPlan, batch_shapes, price_step, price_trainin
 from lora_jax.plan.topology import DecoderSteps, PairSteps, TextPairSteps
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.members import Hyper
-from lora_jax.train.mixed import make_mixed_step
+from lora_jax.train.mixed import make_mixed_step, mixed_state
+from lora_jax.train.state import TrainState
 from lora_jax.train.step import TrainStep, make_train_step
+
+
+class Compiled(NamedTuple):
+    """A run's compiled step.
+
+    Attributes:
+      step: the step, compiled for every shape of the run.
+      state: the initial state.
+      plan: the plan of the longest shape.
+    """
+
+    step: TrainStep
+    state: TrainState
+    plan: StepPlan
 
 
 class JobSteps:
@@ -149,6 +165,55 @@ class JobSteps:
         if not plan.fits:
             raise too_large(plan, "this machine", self.suggestion(plan))
         return plan
+
+    def compile(self, out: Reporter) -> Compiled:
+        """Compiles the step for every shape of the run, the longest first.
+
+        It is compiled from shapes, and rejected before it fills the memory. A decoder's
+        ``remat`` is set to the policy that fits.
+
+        Args:
+          out: where to show progress.
+
+        Raises:
+          UserError: if the step doesn't fit the device; suggests what does.
+        """
+        job, key = self.job, jax.random.key(self.job.settings.train.seed)
+        if job.adapters:
+            state = mixed_shapes(job, self.hypers)
+        else:
+            state = TrainState.create(job.variables, self.optimizer, key)
+        longest, *others = self._shapes()
+        made: list[TrainStep] = []
+
+        def price(rows: int, remat: str | None) -> StepPlan:
+            del rows  # given by the shape
+            if remat is not None:
+                job.set_remat(remat)
+            made.append(self.make(job.adapted))
+            return price_step(made[-1], state, longest, limit=self.limit, remat=remat)
+
+        with out.progress("compile", 1 + len(others)) as tick:
+            plan = self.choose(price)
+            tick(1, f"{plan.tokens} tokens")
+            for number, shape in enumerate(others, start=2):
+                tick(number, f"{price_step(made[-1], state, shape).tokens} tokens")
+        if job.adapters:
+            state = mixed_state(job.variables, self.hypers, key)
+        return Compiled(made[-1], state, plan)
+
+    def _shapes(self) -> list[dict[str, Any]]:
+        """Returns the batch shapes of the run, longest first."""
+        batches, found = self.batches, dict[int, int]()
+        for number in range(min(self.total, batches.steps_per_epoch)):
+            found.setdefault(batches.length_at(number), number)
+            if len(found) == len(batches.buckets):
+                break
+        rows, mesh = batches.batch_size, self.job.devices.mesh
+        return [
+            batch_shapes(batches.shapes_at(found[length]), rows, mesh)
+            for length in sorted(found, reverse=True)
+        ]
 
     def suggestion(self, plan: StepPlan, price: Price | None = None) -> str:
         """Suggests what would fit instead of a step, using ``price`` or `price`."""

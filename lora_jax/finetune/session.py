@@ -12,12 +12,12 @@ from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
 from lora_jax.files.checkpoint import Checkpoints
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune import report, verdict
-from lora_jax.finetune.compile import compile_step
 from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.formatting import duration, metric_text
 from lora_jax.finetune.interrupt import Clock, Relay, interruptible
+from lora_jax.finetune.pricing import JobSteps
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.finetune.settings import RunSettings
@@ -81,7 +81,7 @@ class Session:
         check_same("the base and the data", data)
         report.print_loaded(self.out, self.job, self.batches)
         with self.timed("compile"):
-            found = compile_step(self.job, self.batches, self.out)
+            found = JobSteps(self.job, self.batches).compile(self.out)
         self.step, self.state, self.plan = found
         steps = f"{self.total} of {self.settings.train.batch_size} {self.job.unit}"
         steps += f"; validation every {self.eval_every}"
