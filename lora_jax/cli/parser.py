@@ -71,7 +71,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["init"].add_argument(
         "file", nargs="?", default="config.yaml", help="default: config.yaml"
     )
-    _add_train(commands["train"])
+    train = commands["train"]
+    _add_again(train, "resume from the run's last checkpoint", "the run folder")
+    _add_processes(train)
     _add_sweep(commands["sweep"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
@@ -106,11 +108,6 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="settings to change",
     )
-
-
-def _add_train(command: argparse.ArgumentParser) -> None:
-    _add_again(command, "resume from the run's last checkpoint", "the run folder")
-    _add_processes(command)
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:

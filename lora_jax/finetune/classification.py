@@ -22,7 +22,6 @@ from lora_jax.finetune.job import (
 )
 from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.texts import encode_texts, max_tokens
 from lora_jax.models.source import Source
@@ -171,7 +170,8 @@ def open_classification(
     with fail_together():
         known = extra.get("labels")
         wanted = splits if known else SPLITS
-        rows = read_rows(settings.data, wanted)
+        files = data_files(settings.data, wanted)
+        rows = {name: read_jsonl(file) for name, file in files.items()}
         labels = known or class_names(rows)
         found = line_adapters(settings.data, wanted, extra.get("adapters", ()))
         for name in rows.keys() & found.lines.keys():
@@ -199,11 +199,6 @@ def _number(rows: Rows, adapters: Sequence[int]) -> None:
     """Replaces the name of each line's adapter by its number."""
     for row, number in zip(rows, adapters, strict=True):
         row[OWNER] = number
-
-
-def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
-    """Reads ``{"train": [{"text", "label"}, ...], ...}`` of the splits with a file."""
-    return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 
 def class_names(splits: Mapping[str, Rows]) -> list[str | int]:

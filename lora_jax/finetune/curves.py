@@ -15,9 +15,9 @@ def draw_curves(
     path: Path,
     *,
     title: str,
-    metrics: Sequence[str] = ("loss", "accuracy"),
-    baseline: tuple[str, float] | None = None,
-    chosen: int | None = None,
+    metrics: Sequence[str],
+    baseline: tuple[str, float] | None,
+    chosen: int | None,
 ) -> bool:
     """Plots the metrics in metrics.jsonl: each one's training and validation curve.
 

@@ -12,7 +12,6 @@ from lora_jax.finetune.job import Job, data_files
 from lora_jax.finetune.mixed_evaluation import EACH
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
-from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
@@ -110,7 +109,8 @@ def evaluate_run(
         each = measured.get(EACH)
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
-    source = data or _source_of(settings.data, split)
+    files = data_files(settings.data)
+    source = data or files.get(split) or f"{settings.data.train}, {split}"
     count, note = len(wanted.examples), job.devices.note
     return Evaluation(metrics, count, source, model, note, each)
 
@@ -127,9 +127,3 @@ def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
     trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
     return {FROZEN: job.variables[FROZEN], **stacked}
-
-
-def _source_of(data: DataSettings, split: str) -> str:
-    """Describes where the examples of a split come from."""
-    files = data_files(data)
-    return files.get(split) or f"{data.train}, {split}"

@@ -1,4 +1,4 @@
-"""The step of a run whose examples name their adapter; see `lora_jax.train.mixed`."""
+"""The optimizers and state of a run whose examples name their adapter."""
 
 from typing import Any
 

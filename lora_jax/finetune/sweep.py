@@ -112,7 +112,7 @@ def sweep(
         stack.callback(folder.release)
         job = None
         for number, group in enumerate(sorted_):
-            left = [point for point in group if not folder.ended(point)]
+            left = [point for point in group if point.name not in folder.lines]
             if not left:
                 continue
             job = opened(group[0].settings, job)

@@ -128,10 +128,6 @@ class SweepFolder(OutputFolder):
         }
         atomic.write_text(self / RECORD, to_json(record, indent=1) + "\n")
 
-    def ended(self, point: Point) -> bool:
-        """Says whether a run has ended."""
-        return point.name in self.lines
-
     def add(
         self,
         point: Point,
