@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.files.adapter import Adapter, load_adapter
 from lora_jax.finetune.devices import Devices
 from lora_jax.finetune.formatting import metric_text
 from lora_jax.finetune.mixed_evaluation import measure_each
@@ -200,6 +202,11 @@ class Job(abc.ABC):
     def fingerprint(self) -> str:
         """The frozen base's fingerprint; if sharded, all processes must call this."""
         return fingerprint(self.variables[FROZEN])
+
+    def load_adapter(self, folder: Path) -> Adapter:
+        """Loads an adapter; raises unless it is one of this base and these layers."""
+        mark = self.fingerprint
+        return load_adapter(folder, expected=self.variables, fingerprint=mark)
 
     def with_settings(self, settings: RunSettings) -> "Job":
         """Returns the job that ``settings`` describe, over the base of this one.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.files.adapter import load_adapter, read_adapter_config
+from lora_jax.files.adapter import read_adapter_config
 from lora_jax.finetune.formatting import listed
 from lora_jax.finetune.mixed_evaluation import EACH, weighted_means
 from lora_jax.finetune.run_folder import ADAPTERS
@@ -108,12 +108,9 @@ class MixedSession(Session):
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
         """Returns the trained collections of all adapters, at their best."""
-        each, mark = self._each(state), self.job.fingerprint
+        each = self._each(state)
         for name in self.bests:
-            found = load_adapter(
-                self.place(name), expected=each[name], fingerprint=mark
-            )
-            each[name] = found.variables
+            each[name] = self.job.load_adapter(self.place(name)).variables
         return jax.tree.map(
             lambda like, *own: jax.device_put(np.stack(own), like.sharding),
             state.trainable,

@@ -39,9 +39,7 @@ def with_start(job: Job, folder: Path) -> Job:
     if (kept / CONFIG).is_file() and _is_kept(job):
         if job.lora.init == "eva":
             adopt(job, load_adapter(kept, fingerprint=job.fingerprint).config)
-        found = load_adapter(
-            kept, expected=job.variables, fingerprint=job.fingerprint
-        ).variables
+        found = job.load_adapter(kept).variables
     elif job.lora.init == "lora_ga":
         loss = job.loss(job.adapted, is_training=False)
         found = lora_ga_init(job.adapted, job.variables, loss, _first(job))
