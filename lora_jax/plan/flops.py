@@ -16,7 +16,8 @@ from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
 
-GROUPED = ("grouped_dot", "grouped_outer")  # the primitives of `ops.grouped`
+# The primitives of `ops.grouped`, and what JAX computes them with.
+GROUPED = ("grouped_dot", "grouped_outer", "ragged_dot_general")
 
 
 class StepFlops(NamedTuple):
