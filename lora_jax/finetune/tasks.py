@@ -23,8 +23,8 @@ from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.dual import ImageTowerConfig, TextTowerConfig
 from lora_jax.models.source import open_source
-from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
 from lora_jax.train.text_pairs import has_text_pairs
 

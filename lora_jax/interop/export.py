@@ -346,7 +346,7 @@ def _write_mlx(
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too
     prefix = base.family.prefix
-    outer = "language_model." if base.family.is_tower else ""
+    outer = "language_model." if base.family.is_multimodal else ""
 
     def own(name: str) -> str:
         inner = name if name == LM_HEAD else "model." + name.removeprefix(prefix)

@@ -5,6 +5,7 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -43,8 +44,8 @@ class Family:
         ``{i}`` for the layer number.
       prefix: of names in files saved from a model with a head, and in adapters.
       prefixes: other prefixes that names in files and adapters may have.
-      is_tower: whether it is the language model of a multimodal folder, whose other
-        tensors are ignored.
+      is_multimodal: whether it is the language model of a multimodal folder, whose
+        other tensors are ignored.
       has_source: whether an encoder reads a source text and a decoder writes another.
       copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
@@ -73,7 +74,7 @@ class Family:
     modules: Mapping[str, str]
     prefix: str
     prefixes: tuple[str, ...] = ()
-    is_tower: bool = False
+    is_multimodal: bool = False
     has_source: bool = False
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class Family:
     @property
     def file_prefixes(self) -> tuple[str, ...]:
         """Prefixes that names in a model's files may have, the longest first."""
-        known = (self.prefix, *(self.prefixes if self.is_tower else ()))
+        known = (self.prefix, *(self.prefixes if self.is_multimodal else ()))
         return tuple(sorted(known, key=len, reverse=True))
 
     def is_unused(self, name: str) -> bool:
@@ -215,41 +216,38 @@ class Family:
 
         Arrays that are not kernels stay as they are.
         """
-        if not self._is_transposed(path):
-            return array
         return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """Inverts `from_file`."""
-        if not self._is_transposed(path):
-            return array
         return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """Returns the shape that a file has for a leaf of ``shape``."""
-        if not self._is_transposed(path):
-            return shape
-        axes = np.argsort(self._axes(path, len(shape)))
-        return tuple(shape[axis] for axis in axes)
+        return tuple(shape[axis] for axis in np.argsort(self._axes(path, len(shape))))
 
-    def _is_transposed(self, path: str) -> bool:
-        if f"/{EXPERTS}/" in path and _template(path) in self.modules:
-            return self.has_outputs_first and path.endswith(f"/{KERNEL}")
-        is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
-        return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
-
-    @staticmethod
-    def _axes(path: str, ndim: int) -> tuple[int, ...]:
-        """Returns the order of a PyTorch kernel's axes in Flax: spatial, in, out."""
-        if f"/{EXPERTS}/" in path and ndim == 3:
-            return (0, 2, 1)
-        return (*range(2, ndim), 1, 0)
+    def _axes(self, path: str, ndim: int) -> tuple[int, ...]:
+        """Returns the order of a file's axes here: a kernel's spatial ones, in, out."""
+        is_kernel, is_expert = path.rpartition("/")[2] == KERNEL, f"/{EXPERTS}/" in path
+        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
+        if is_expert and _template(path) in self.modules:
+            is_turned = self.has_outputs_first
+        if not (is_kernel and is_turned):
+            return tuple(range(ndim))
+        return (0, 2, 1) if is_expert and ndim == 3 else (*range(2, ndim), 1, 0)
 
 
 def _template(path: str) -> str:
     """Returns a path with ``{i}`` and ``{e}`` for the numbers of layer and expert."""
     path = re.sub(r"layer_\d+", "layer_{i}", path)
     return re.sub(r"expert_\d+", "expert_{e}", path)
+
+
+def architecture(settings: Mapping[str, Any]) -> str:
+    """Returns the class that a ``config.json`` names; empty if it doesn't."""
+    names = settings.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return first if isinstance(first, str) else ""
 
 
 def config_of(module: Any) -> Any:
@@ -266,17 +264,60 @@ def is_extreme(value: Any) -> bool:
     )
 
 
+def config_reader(make: Callable[..., Any], what: str, **defaults: Any) -> Any:
+    """Makes `Family.read_config` of a function from `Fields` to the config's arguments.
+
+    Args:
+      make: the config's class.
+      what: kind of model, for the error.
+      **defaults: what absent keys mean.
+
+    Returns:
+      A decorator; what it makes raises a ValueError with every fault of the file.
+    """
+
+    def decorate(read: Callable[["Fields"], dict[str, Any]]) -> Any:
+        @functools.wraps(read)
+        def read_config(config: Mapping[str, Any]) -> Any:
+            fields = Fields(config, what, defaults)
+            arguments = read(fields)
+            fields.check()
+            return make(**arguments)
+
+        return read_config
+
+    return decorate
+
+
 class Fields:
     """Reads a ``config.json``, collecting wrong types and missing keys in ``faults``.
 
     Args:
       config: the parsed file.
       what: kind of model, for the error.
+      defaults: what absent keys mean; before the defaults given to methods.
     """
 
-    def __init__(self, config: Mapping[str, Any], what: str):
-        self.config, self.what = config, what
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        what: str,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.what, self.defaults = config, what, defaults or {}
         self.faults: list[str] = []
+
+    def nested(
+        self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> "Fields":
+        """Reads a part of the file, or another file; the faults are one list."""
+        own = Fields(config, self.what, defaults)
+        own.faults = self.faults
+        return own
+
+    def is_null(self, key: str) -> bool:
+        """Whether the file has ``null``, where that isn't the default."""
+        return key in self.config and self.config[key] is None
 
     def integer(self, key: str, default: Any = _MISSING) -> Any:
         """A bounded integer; the default if the key is absent or null."""
@@ -338,7 +379,7 @@ class Fields:
         return value
 
     def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
-        value = self.config.get(key)
+        value, default = self.config.get(key), self.defaults.get(key, default)
         if value is None:
             if default is _MISSING:
                 self.faults.append(f"{key} is missing")

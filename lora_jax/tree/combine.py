@@ -90,6 +90,8 @@ def combine_adapters(
     trees = [flatten(lora) for lora, _ in adapters]
     tables = [{row.path: row for row in targets} for _, targets in adapters]
     faults = _option_faults(len(adapters), weights, method, rank, density)
+    if seed < 0:
+        faults.append(f"seed must be at least 0; got {seed}")
     layers = {row.path: row for table in tables for row in table.values()}
     for path, row in layers.items():
         same = [table[path] for table in tables if path in table]
