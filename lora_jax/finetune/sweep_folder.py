@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_jax.files import atomic
+from lora_jax.files.json_file import read_json
 from lora_jax.finetune.curves import draw_curves, draw_sweep
 from lora_jax.finetune.errors import DivergedError, UserError
 from lora_jax.finetune.formatting import to_json
@@ -26,6 +27,7 @@ from lora_jax.finetune.settings import CONFIG, load_settings
 from lora_jax.finetune.sweep_grid import Point
 
 RECORD = "sweep.json"  # the runs, and how those ended that have
+KEYS = ("runs", "together", "ended")  # of the record
 BEST = "best"
 PLOT = "sweep.png"
 OPTIONS = "--resume (in Python: resume=True)"
@@ -75,7 +77,12 @@ class SweepFolder(OutputFolder):
                 "output.dir."
             )
         self.lock()
-        record = json.loads((self / RECORD).read_text(encoding="utf-8"))
+        record = read_json(self / RECORD)
+        if not all(isinstance(record.get(key), dict) for key in KEYS):
+            raise UserError(
+                f"{self / RECORD} must have {', '.join(KEYS)}: it is not a "
+                "sweep's, or was changed."
+            )
         if resume:
             self._check_same(record["runs"])
             self.lines, self.together = record["ended"], record["together"]

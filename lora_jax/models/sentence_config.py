@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files.json_file import parse_json, read_json, read_text
-from lora_jax.models.family import MAX_SIZE, Fields
+from lora_jax.models.fields import MAX_SIZE, Fields
 from lora_jax.models.pooling import SENTENCE_POOLINGS
 
 MODULES = "modules.json"

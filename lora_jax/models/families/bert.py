@@ -3,12 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 MPNET_BUCKETS, MPNET_PADDING = 32, 1
 
@@ -109,13 +107,6 @@ def read_distilbert(fields: Fields) -> dict[str, Any]:
     }
 
 
-def text_inputs(config: Any) -> tuple[Any, ...]:
-    """Returns the shapes of one batch of token ids and its mask."""
-    del config
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return ids, ids
-
-
 def text_family(
     read: Callable[[Mapping[str, Any]], EncoderConfig],
     modules: Mapping[str, str],
@@ -128,7 +119,7 @@ def text_family(
     return Family(
         read_config=read,
         module=SequenceClassifier,
-        inputs=text_inputs,
+        inputs=lambda _: token_inputs(2),
         modules={
             "encoder/embeddings/word": "embeddings.word_embeddings",
             "encoder/embeddings/position": "embeddings.position_embeddings",

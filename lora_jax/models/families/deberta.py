@@ -5,7 +5,7 @@ from typing import Any
 from lora_jax.models.disentangled import Disentangled
 from lora_jax.models.encoder_config import POOLERS, ConvConfig, EncoderConfig
 from lora_jax.models.families.bert import LAYER, SHARED, text_family
-from lora_jax.models.family import MAX_SIZE, Fields, config_reader
+from lora_jax.models.fields import MAX_SIZE, Fields, config_reader
 
 TYPES = ("c2p", "p2c")
 

@@ -17,7 +17,7 @@ from lora_jax.models.families.llama import (
     window_or_none,
 )
 from lora_jax.models.families.rope import read_rope, read_ropes, rotated_dim
-from lora_jax.models.family import Fields
+from lora_jax.models.fields import Fields
 
 # Ministral 3's defaults if its config has no rope_parameters.
 MINISTRAL3_ROPE = {

@@ -12,9 +12,9 @@ from lora_jax.models.dual import (
     TextTowerConfig,
 )
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
-from lora_jax.models.families.bert import text_inputs
 from lora_jax.models.families.vision import image_inputs, read_image
-from lora_jax.models.family import Family, Fields, architecture, config_reader
+from lora_jax.models.family import Family, architecture, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Arguments = dict[str, Any]
 TEXT, VISION = "text_config", "vision_config"
@@ -173,11 +173,6 @@ def _projection(fields: Fields) -> int | None:
     return fields.integer("projection_dim", 512) if is_projected else None
 
 
-def dual_inputs(config: DualConfig) -> tuple[Any, ...]:
-    """Returns the shapes of one text, its mask and one image."""
-    return (*text_inputs(config), *image_inputs(config.vision))
-
-
 LAYER = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -253,7 +248,7 @@ BOTH = encoder_names("vision/", IMAGES, PATCHES) | encoder_names("text/", TEXTS,
 CLIP = clip_family(
     read_clip,
     DualEncoder,
-    dual_inputs,
+    lambda config: (*token_inputs(2), *image_inputs(config.vision)),
     BOTH
     | names("vision/", IMAGES, CLASS_TOKEN)
     | {
@@ -267,7 +262,7 @@ CLIP = clip_family(
 SIGLIP = clip_family(
     read_siglip,
     DualEncoder,
-    dual_inputs,
+    lambda config: (*token_inputs(2), *image_inputs(config.vision)),
     BOTH
     | names("vision_head/", IMAGES + "head.", POOL)
     | {
@@ -280,14 +275,14 @@ SIGLIP = clip_family(
 CLIP_TEXT = clip_family(
     read_clip_text,
     TextTower,
-    text_inputs,
+    lambda _: token_inputs(2),
     encoder_names("encoder/", "", WORDS) | {"projection": "text_projection"},
     prefix=TEXTS,
 )
 SIGLIP_TEXT = clip_family(
     read_siglip_text,
     TextTower,
-    text_inputs,
+    lambda _: token_inputs(2),
     encoder_names("encoder/", "", WORDS) | {"projection": "head"},
     prefix=TEXTS,
 )

@@ -13,7 +13,7 @@ from lora_jax.models.families.llama import (
     two_ropes,
 )
 from lora_jax.models.families.rope import read_ropes
-from lora_jax.models.family import Fields
+from lora_jax.models.fields import Fields
 
 GEMMA = {
     "head_dim": 256,

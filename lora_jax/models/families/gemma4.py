@@ -21,7 +21,7 @@ from lora_jax.models.families.llama import (
 )
 from lora_jax.models.families.mixtures import read_experts, whole_experts
 from lora_jax.models.families.rope import read_rope
-from lora_jax.models.family import Fields
+from lora_jax.models.fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Changes = list[dict[str, Any]]

@@ -5,7 +5,7 @@ Its ``Conv1D`` kernels are stored ``[in, out]``, as in Flax.
 
 from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families.llama import Sizes, decoder_family
-from lora_jax.models.family import Fields, config_reader
+from lora_jax.models.fields import Fields, config_reader
 
 
 @config_reader(DecoderConfig, "GPT-2 decoder")

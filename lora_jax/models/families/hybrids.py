@@ -21,7 +21,7 @@ from lora_jax.models.families.llama import (
 )
 from lora_jax.models.families.mixtures import mixture_family, read_experts
 from lora_jax.models.families.rope import rotated_dim
-from lora_jax.models.family import Fields
+from lora_jax.models.fields import Fields
 from lora_jax.models.mixer_config import DeltaNetConfig, MixerConfig, ShortConvConfig
 
 LINEAR, CONV = "linear_attention", "conv"

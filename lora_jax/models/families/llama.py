@@ -7,13 +7,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.families.rope import read_rope, rotated_dim
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Sizes = dict[str, Any]  # arguments of `DecoderConfig`
 
@@ -216,12 +214,6 @@ def read_olmo2(fields: Fields, sizes: Sizes) -> Sizes:
     }
 
 
-def token_inputs(config: Any) -> tuple[Any, ...]:
-    """Returns the shape of one batch of token ids."""
-    del config
-    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
-
-
 def decoder_family(
     read_config: Any,
     modules: Mapping[str, str],
@@ -234,7 +226,7 @@ def decoder_family(
     return Family(
         read_config=read_config,
         module=Decoder,
-        inputs=token_inputs,
+        inputs=lambda _: token_inputs(1),
         modules=modules,
         prefix=prefix,
         prefixes=("model.language_model.", "language_model.model."),  # of a tower

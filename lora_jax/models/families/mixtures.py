@@ -20,7 +20,8 @@ from lora_jax.models.families.llama import (
     sliding_layers,
     window_if_used,
 )
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family
+from lora_jax.models.fields import Fields
 
 COUNTS = ("num_local_experts", "num_experts")  # keys of the number of experts
 MAX_EXPERTS = 4096  # of a layer; a config.json may ask for anything

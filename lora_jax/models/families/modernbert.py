@@ -4,10 +4,10 @@ from typing import Any
 
 from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.families.bert import text_inputs
 from lora_jax.models.families.llama import attention_biases, sliding_layers
 from lora_jax.models.families.rope import read_ropes
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 
 @config_reader(EncoderConfig, "ModernBERT encoder")
@@ -78,7 +78,7 @@ LAYER = "layers.{i}."
 MODERNBERT = Family(
     read_config=read_modernbert,
     module=SequenceClassifier,
-    inputs=text_inputs,
+    inputs=lambda _: token_inputs(2),
     modules={
         "encoder/embeddings/word": "embeddings.tok_embeddings",
         "encoder/embeddings/norm": "embeddings.norm",

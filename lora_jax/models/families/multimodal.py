@@ -15,7 +15,8 @@ from lora_jax.models.families.gemma import GEMMA3
 from lora_jax.models.families.gemma4 import GEMMA4
 from lora_jax.models.families.hybrids import QWEN3_5, QWEN3_5_MOE
 from lora_jax.models.families.llama import MISTRAL, QWEN2, QWEN3
-from lora_jax.models.family import OTHER_MODALITIES, Family, Fields
+from lora_jax.models.family import OTHER_MODALITIES, Family
+from lora_jax.models.fields import Fields
 
 Config = Mapping[str, Any]
 TEXT, KIND, TIED = "text_config", "model_type", "tie_word_embeddings"

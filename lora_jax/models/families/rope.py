@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.decoder_config import KINDS, Rope
-from lora_jax.models.family import LEAST, MOST, Fields, is_extreme
+from lora_jax.models.fields import LEAST, MOST, Fields, is_extreme
 
 POSITIONS = "original_max_position_embeddings"
 _RANGE = f"from {LEAST:g} to {MOST:g}"

@@ -7,12 +7,10 @@ UMT5, whether the decoder's last hidden states are scaled by ``d ** -0.5``.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.models.encoder_decoder import EncoderDecoder
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from lora_jax.models.family import Family, Fields, architecture, config_reader
+from lora_jax.models.family import Family, architecture, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 Arguments = dict[str, Any]
 
@@ -73,12 +71,6 @@ def read_umt5(fields: Fields) -> Arguments:
     return _read(fields) | {"has_layer_biases": True}
 
 
-def pair_inputs(config: EncoderDecoderConfig) -> tuple[Any, ...]:
-    """Returns the shapes of a batch: source ids, their mask, and the target's ids."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return (ids,) * (3 if config.predicts else 2)
-
-
 def t5_family(read_config: Any) -> Family:
     """Makes a family of `EncoderDecoder`."""
     modules = {"embed": "shared", "head": "lm_head"}
@@ -101,7 +93,7 @@ def t5_family(read_config: Any) -> Family:
     return Family(
         read_config=read_config,
         module=EncoderDecoder,
-        inputs=pair_inputs,
+        inputs=lambda config: token_inputs(3 if config.predicts else 2),
         modules=modules,
         prefix="",
         has_source=True,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from lora_jax.models.encoder import ImageClassifier
 from lora_jax.models.encoder_config import ImageEncoderConfig
-from lora_jax.models.family import Family, Fields, config_reader
+from lora_jax.models.family import Family
+from lora_jax.models.fields import Fields, config_reader
 
 
 @config_reader(ImageEncoderConfig, "ViT encoder", patch_size=16, layer_norm_eps=1e-12)
