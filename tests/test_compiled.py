@@ -26,7 +26,7 @@ HloModule jit_step, is_scheduled=true
 
 %body (x: s32[]) -> s32[] {
   %a = f32[] fusion(), backend_config={"estimated_cycles":"7"}
-  %g = f32[] fusion(), kind=kCustom, calls=%fused, metadata={op_name="f/ragged_dot_general"}, backend_config={"estimated_cycles":"18446744073709551615"}
+  %g = f32[] fusion(), kind=kCustom, calls=%fused, metadata={op_name="f/ragged_dot_general"}, backend_config={"estimated_cycles":"800"}
   ROOT %k = f32[] custom-call(), custom_call_target="tpu_custom_call"
 }
 
@@ -71,6 +71,8 @@ ENTRY %main (x: f32[]) -> f32[] {
 
 def test_cycles_count_a_loop_as_often_as_it_runs_and_the_slowest_branch():
     assert sum_cycles(TPU) == Cycles(total=5 * 7 + 100 + 20, unknown=5 * 2)
+    limit = Cycles(total=5 * (7 + 800) + 100 + 20, unknown=5)
+    assert sum_cycles(TPU, by_groups=True) == limit
 
 
 def test_a_program_without_estimates_is_refused():
