@@ -32,7 +32,7 @@ _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
 _NO_BATCH = ((), ())
 
 Matrices = Float[Array, "e i o"]
-Sizes = Int[Array, "*p e"]
+Sizes = Int[Array, "*p _"]  # of all groups, or of the shards of groups
 
 
 def grouped_dot(
