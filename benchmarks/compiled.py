@@ -234,10 +234,8 @@ def _mixture(spec: specs.DecoderSpec) -> Model:
     def loss(y: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
-    makers = _own()
-    makers[FLOOR] = lambda task: rivals.matmuls(task.params, tokens, experts.num_chosen)
     shape = f"{name}'s {experts.num_experts} experts, {tokens:,} tokens, alone"
-    return shape, Task(model, _params(model, x), (x,), loss), None, makers
+    return shape, Task(model, _params(model, x), (x,), loss), None, _own()
 
 
 def _encoder(spec: specs.EncoderSpec) -> Model:
