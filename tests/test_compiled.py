@@ -111,7 +111,8 @@ def test_plain_autodiff_of_experts_computes_what_ours_does(monkeypatch):
     params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     monkeypatch.setattr(rivals, "_by_autodiff", lambda *found: found)
     task: Any = rivals.Task(model, params, (x,), jnp.sum)
-    plain, lora, frozen, _ = rivals.plain(task)
+    found: Any = rivals.plain(task)
+    plain, lora, frozen, _ = found
     draw = functools.partial(jax.random.normal, jax.random.key(2))
     lora = jax.tree.map(lambda leaf: 0.1 * draw(leaf.shape), lora)
     adapted = adapt(model, LoRAConfig(rivals.RANK, rivals.ALPHA), x)
@@ -128,14 +129,14 @@ def test_plain_autodiff_of_experts_computes_what_ours_does(monkeypatch):
         base = model.apply({"params": frozen}, x)
         return ours(lora, frozen), plain(lora, frozen), base
 
-    wanted, found, base = map(np.asarray, outputs(lora, frozen))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    wanted, got, base = map(np.asarray, outputs(lora, frozen))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     assert abs(wanted - base).max() > 0.1
     assert flops(ours) == flops(plain)
 
 
 def test_a_token_is_counted_with_the_experts_it_is_sent_to(mesh):
-    whole = specs.qwen_moe(num_layers=1, vocab_size=11)
+    whole: Any = specs.qwen_moe(num_layers=1, vocab_size=11)
     assert (whole.experts.num_experts, whole.experts.num_chosen) == (128, 8)
     config = dataclasses.replace(
         whole,
