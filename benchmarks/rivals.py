@@ -73,41 +73,48 @@ def _traced(traced: jax.stages.Traced, run: Callable[[], Any], **facts: Any) -> 
 def _by_autodiff(
     forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
 ) -> Contender:
-    """Adam on the adapters of ``forward(adapters, frozen) -> outputs``, by autodiff."""
+    """Adam on the adapters of ``forward(adapters, frozen, *inputs)``, by autodiff.
+
+    The inputs are arguments, as in training: XLA drops a constant mask of ones.
+    """
     tx = optax.adam(RATE)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, frozen):
+    def step(state, frozen, inputs):
         adapters, opt_state = state
-        value, gradient = jax.value_and_grad(lambda a: task.loss(forward(a, frozen)))(
-            adapters
-        )
+
+        def loss(adapters):
+            return task.loss(forward(adapters, frozen, *inputs))
+
+        value, gradient = jax.value_and_grad(loss)(adapters)
         updates, opt_state = tx.update(gradient, opt_state, adapters)
         return (optax.apply_updates(adapters, updates), opt_state), value
 
     state = (adapters, tx.init(adapters))
-    return stepper(step, state, frozen, trained=count(adapters), **options)
+    rest = (frozen, task.inputs)
+    return stepper(step, state, *rest, trained=count(adapters), **options)
 
 
 def plain(
-    task: Task, call: Callable[[Any], Any] | None = None, **options: Any
+    task: Task, call: Callable[..., Any] | None = None, **options: Any
 ) -> Contender:
     """``x W + s (x A) B`` written directly, differentiated by JAX.
 
     Of experts every product is a `jax.lax.ragged_dot`.
 
-    ``call`` maps parameters to what ``task.loss`` takes; None for the model's outputs.
+    ``call`` maps parameters and inputs to what ``task.loss`` takes; None for the
+    model's outputs.
     """
 
-    def outputs(params: Any) -> Any:
-        return task.model.apply({"params": params}, *task.inputs)
+    def outputs(params: Any, *inputs: jax.Array) -> Any:
+        return task.model.apply({"params": params}, *inputs)
 
     call = call or outputs
     config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
     adapted = adapt(task.model, config, *task.inputs)
     adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
 
-    def forward(adapters, params):
+    def forward(adapters, params, *inputs):
         def intercept(next_fun, args, kwargs, context):
             module, node = context.module, adapters
             if not isinstance(module, nn.Dense | ExpertDense):
@@ -125,7 +132,7 @@ def plain(
             return next_fun(*args, **kwargs) + ALPHA / RANK * (args[0] @ a) @ b
 
         with nn.intercept_methods(intercept):
-            return call(params)
+            return call(params, *inputs)
 
     return _by_autodiff(forward, adapters, task.params, task, **options)
 
@@ -136,9 +143,9 @@ def plain_chunked(task: Task, labels: jax.Array, chunk: int) -> Contender:
     The head and the loss run under ``jax.checkpoint``, ``chunk`` tokens at a time.
     """
 
-    def call(params: Any) -> Any:
+    def call(params: Any, *inputs: jax.Array) -> Any:
         variables = {"params": params}
-        hidden = task.model.apply(variables, *task.inputs, method="hidden")
+        hidden = task.model.apply(variables, *inputs, method="hidden")
         return hidden, params["head"]["kernel"]
 
     def loss(outputs: Any) -> jax.Array:
@@ -209,10 +216,10 @@ def qwix_lora(task: Task) -> Contender:
         x.astype(dtype()) for x, flag in zip(leaves, flags, strict=True) if not flag
     ]
 
-    def forward(adapters, frozen):
+    def forward(adapters, frozen, *inputs):
         moving, still = iter(adapters), iter(frozen)
         joined = [next(moving) if flag else next(still) for flag in flags]
-        return lora_model.apply({"params": treedef.unflatten(joined)}, *task.inputs)
+        return lora_model.apply({"params": treedef.unflatten(joined)}, *inputs)
 
     return _by_autodiff(forward, adapters, frozen, task)
 
@@ -270,7 +277,7 @@ def _split_nnx(model: Any, task: Task) -> Contender:
 
     graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
-    def forward(adapters, frozen):
-        return nnx.merge(graph, adapters, frozen)(*task.inputs)
+    def forward(adapters, frozen, *inputs):
+        return nnx.merge(graph, adapters, frozen)(*inputs)
 
     return _by_autodiff(forward, adapters, frozen, task)

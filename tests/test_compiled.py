@@ -103,6 +103,13 @@ def test_a_contender_is_compiled_from_shapes(mesh):
     }
 
 
+@pytest.mark.parametrize("name", [compiled.OURS, compiled.PLAIN])
+def test_a_contenders_inputs_are_arguments(mesh, name):
+    task, _, _ = contenders.layer_task(specs.DenseSpec("tiny", 16, 8, 4))
+    traced = targets.trace(compiled._own()[name], task, mesh)
+    assert (4, 16) in [each.aval.shape for each in traced.jaxpr.jaxpr.invars]
+
+
 EXPERTS = ExpertConfig(num_experts=5, num_chosen=2, size=9)
 
 
@@ -112,10 +119,13 @@ def test_plain_autodiff_of_experts_computes_what_ours_does(monkeypatch):
     monkeypatch.setattr(rivals, "_by_autodiff", lambda *found: found)
     task: Any = rivals.Task(model, params, (x,), jnp.sum)
     found: Any = rivals.plain(task)
-    plain, lora, frozen, _ = found
+    forward, lora, frozen, _ = found
     draw = functools.partial(jax.random.normal, jax.random.key(2))
     lora = jax.tree.map(lambda leaf: 0.1 * draw(leaf.shape), lora)
     adapted = adapt(model, LoRAConfig(rivals.RANK, rivals.ALPHA), x)
+
+    def plain(lora, frozen):
+        return forward(lora, frozen, x)
 
     def ours(lora, frozen):
         return adapted.apply({"frozen": frozen, "lora": lora}, x)

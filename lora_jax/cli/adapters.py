@@ -27,7 +27,7 @@ def parse_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
     if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
         return given[0]
     pairs = [text.partition("=") for text in given]
-    if bad := ["=".join(filter(None, p)) for p in pairs if not (p[0] and p[2])]:
+    if bad := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise UserError(
             f"several adapters need names: --adapter NAME=DIR; got {', '.join(bad)}."
         )

@@ -41,6 +41,16 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"--head must be one of the adapters, {', '.join(args.adapters)}; got "
             f"{args.head}."
         )
+    unused = {
+        "--density": args.density is not None and args.method in ("cat", "svd"),
+        "--seed": args.seed is not None and not args.method.startswith("dare"),
+    }
+    if any(unused.values()):
+        shown = " and ".join(name for name, is_unused in unused.items() if is_unused)
+        raise UserError(
+            f"--method {args.method} has no {shown}: --density is of ties, dare and "
+            "dare_ties, --seed of dare and dare_ties."
+        )
     loaded = [load(args.model, adapter) for adapter in args.adapters]
     if len({LAYERS in one.params for one in loaded}) > 1:  # some are scanned
         loaded = [load(args.model, each, scan_layers=False) for each in args.adapters]
@@ -56,8 +66,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         weights,
         method=args.method,
         rank=args.rank,
-        density=args.density,
-        seed=args.seed,
+        density=0.5 if args.density is None else args.density,
+        seed=args.seed or 0,
         params=base.params,
     )
     if head is not None:  # what it trains in full stays
@@ -71,9 +81,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     combined = combined._replace(config=config)
     extra = dict(extra or {})
     path = args.model or extra.get("model", str(loaded[0].path))
-    shown = dict(zip(map(str, args.adapters), weights, strict=True))
-    extra |= {"model": path, "combined": shown}
-    source = ", ".join(f"{weight:g} x {name}" for name, weight in shown.items())
+    # Pairs: an adapter may be there twice.
+    added = [[str(name), w] for name, w in zip(args.adapters, weights, strict=True)]
+    extra |= {"model": path, "combined": added}
+    source = ", ".join(f"{weight:g} x {name}" for name, weight in added)
     out.heading("Combined")
     out.facts([("adapters", source), ("method", args.method)])
     return save(target, lead, combined, extra, out)

@@ -319,11 +319,10 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--density",
         type=float,
-        default=0.5,
         metavar="P",
         help="fraction of each update that TIES and DARE keep (default: 0.5)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
+    command.add_argument("--seed", type=int, metavar="S", help="of DARE (default: 0)")
     command.add_argument(
         "--head",
         metavar="DIR",

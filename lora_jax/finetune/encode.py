@@ -18,12 +18,11 @@ from lora_jax.finetune.lines import (
     text_fault,
 )
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.models.dual import DualConfig
+from lora_jax.models.dual import DualConfig, TextTowerConfig
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.sentence_config import MODULES, SentenceConfig
-from lora_jax.models.tower import TextTowerConfig
 from lora_jax.names import CLASSIFIER
 
 

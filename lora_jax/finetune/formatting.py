@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sized
 from typing import Any
 
 
@@ -35,6 +36,11 @@ def metric_text(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return format(value, {"accuracy": ".1%", "perplexity": ".3f"}.get(name, ".4f"))
+
+
+def count_of(runs: Sized) -> str:
+    """Says how many runs there are: ``1 run``, ``2 runs``."""
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
 
 
 def size(count: float) -> str:

@@ -187,7 +187,10 @@ class SweepFolder:
           What a `Sweep` holds.
         """
         points = self.points
-        lines = [self.lines[point.name] for point in points]
+        lines = [  # the folder may have been moved since
+            {**self.lines[point.name], "folder": point.settings.output.dir}
+            for point in points
+        ]
         metric = lines[0]["metric"]
         settings = [point.settings for point in points]
         is_drawn = draw_sweep(settings, lines, self.path / PLOT, metric)

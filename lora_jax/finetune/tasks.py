@@ -22,8 +22,8 @@ from lora_jax.finetune.pairs import open_pairs
 from lora_jax.finetune.sections import TrainSettings
 from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.dual import ImageTowerConfig, TextTowerConfig
 from lora_jax.models.source import open_source
-from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
 from lora_jax.train.text_pairs import has_text_pairs
 
