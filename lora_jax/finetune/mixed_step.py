@@ -45,8 +45,11 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
             "say whose continuations it wants."
         )
     if job.lora.fixes_leaves:
+        own = job.lora
+        is_set = {"vera": own.vera, "lora_fa": own.lora_fa}
+        named = next((k for k in is_set if is_set[k]), f"init = {own.init!r}")
         raise UserError(
-            f"lora.init = {job.lora.init!r} is for a run with one adapter, whose start "
+            f"lora.{named} is for a run with one adapter, whose start "
             f"the run folder keeps; the examples name {len(job.adapters)}."
         )
     if train.router_aux_loss_coef:

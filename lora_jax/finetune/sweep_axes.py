@@ -14,7 +14,7 @@ from lora_jax.finetune.settings import SECTIONS
 Grid = Mapping[str, Iterable[Any]] | Sequence[str]
 
 SHORT = {"seed": "train.seed"}
-MOST_RUNS = 10_000
+MOST_RUNS = 2_000  # so that the record of a sweep stays small
 KNOWN = [
     f"{section}.{field.name}"
     for section, cls in SECTIONS.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files import atomic
+from lora_jax.files.json_file import read_json
 from lora_jax.files.lock import Lock, LockedError
 from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.errors import DivergedError, UserError
@@ -27,6 +28,7 @@ from lora_jax.finetune.sweep_grid import Point
 from lora_jax.finetune.sweep_plot import PLOT, draw_sweep
 
 RECORD = "sweep.json"  # the runs, and how those ended that have
+KEYS = ("runs", "together", "ended")  # of the record
 BEST = "best"
 OPTIONS = "--resume (in Python: resume=True)"
 
@@ -78,7 +80,12 @@ class SweepFolder:
                 "output.dir."
             )
         self._take()
-        record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(self.path / RECORD)
+        if not all(isinstance(record.get(key), dict) for key in KEYS):
+            raise UserError(
+                f"{self.path / RECORD} must have {', '.join(KEYS)}: it is not a "
+                "sweep's, or was changed."
+            )
         if resume:
             self._check_same(record["runs"])
             self.lines, self.together = record["ended"], record["together"]

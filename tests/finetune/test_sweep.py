@@ -268,9 +268,9 @@ def check_same(done, resumed):
         (["lora.rank=8,010"], r"differ in a setting; got 000_rank=8 and 001_rank=010"),
         (["lora.rank=1,,2"], "lora.rank: a value is missing between commas; got 1,,2"),
         (["seed=0.."], r"seed: a range is FIRST\.\.LAST, like 0\.\.2; got 0\.\."),
-        (["seed=2..0"], "must have from 1 to 10,000 values; got 2"),
-        (["seed=0..9999999999"], "must have from 1 to 10,000 values; got 0"),
-        (["seed=0..999", "lora.rank=1..20"], "at most 10,000 runs; got 20,000"),
+        (["seed=2..0"], "must have from 1 to 2,000 values; got 2"),
+        (["seed=0..9999999999"], "must have from 1 to 2,000 values; got 0"),
+        (["seed=0..999", "lora.rank=1..20"], "at most 2,000 runs; got 20,000"),
         (["lora.r=1,2"], "PEFT's r is lora.rank here"),
         (["train.lr=1,2"], r"Known: (.|\n)*train.learning_rate"),
         ({"model.path": "llama"}, "model.path: its values must be a list; got 'llama'"),
@@ -306,6 +306,19 @@ def test_ranges_arrays_and_nested_lists_are_values(tree):
     assert points[1].settings.train.learning_rate == pytest.approx(2e-3)
     words = ["train.samples=[],[[{role: user, content: hi}, {role: user, content: a}]]"]
     assert len(expand(tree, words)[1].settings.train.samples[0]) == 2
+
+
+def test_a_damaged_record_is_named(tree, tmp_path):
+    file = tmp_path / "sweep.json"
+    own = {**tree, "output": {"dir": str(tmp_path)}}
+    for text, said in (
+        ('{"runs": {', "sweep.json"),
+        ('{"runs": {}}', "must have runs"),
+    ):
+        file.write_text(text)
+        with pytest.raises((ValueError, UserError), match=said):
+            sweep(own, ["seed=0..1"], resume=True)
+    assert file.read_text() == text
 
 
 def test_zipped_values_must_be_as_many(tree):
