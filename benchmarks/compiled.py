@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,6 +31,7 @@ from benchmarks.targets import Make, open_target, price
 from lora_jax import LoRAConfig, adapt
 from lora_jax.finetune.sections import ModelSettings
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.experts import Mixture
 from lora_jax.names import EXPERTS
 from lora_jax.parallel.activation_sharding import on_mesh_of, target_platform
 from lora_jax.parallel.mesh import make_mesh
@@ -88,7 +90,8 @@ def main(
     if not quick:
         encoders = [functools.partial(_encoder, spec) for spec in specs.ENCODERS]
         decoders = [functools.partial(_decoder, spec) for spec in (DECODER, MOE)]
-        models = [*decoders, *encoders, *models]
+        mixture = functools.partial(_mixture, MOE)
+        models = [*decoders, mixture, *encoders, *models]
     rows = []
     for model in models:
         for name, device in devices.items():
@@ -218,6 +221,21 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
     formula = labels.size * (4 * kernels + 6 * adapters)
     shape = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return shape, task, float(formula), makers
+
+
+def _mixture(spec: specs.DecoderSpec) -> Model:
+    """The experts of one layer; its input needs no gradient."""
+    config, name = spec.config, spec.name.split("'s")[0]
+    experts: Any = config.experts
+    tokens = spec.batch * spec.length
+    model = Mixture(experts, config.activation, rivals.dtype())
+    x = jnp.ones((spec.batch, spec.length, config.hidden_size), rivals.dtype())
+
+    def loss(y: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    shape = f"{name}'s {experts.num_experts} experts, {tokens:,} tokens, alone"
+    return shape, Task(model, _params(model, x), (x,), loss), None, _own()
 
 
 def _encoder(spec: specs.EncoderSpec) -> Model:

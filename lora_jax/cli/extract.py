@@ -10,6 +10,7 @@ from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.target_names import translate_names
 from lora_jax.nn.find_targets import find_targets
@@ -52,9 +53,6 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.facts([("base", args.model), ("tuned", args.tuned)])
     result = save(target, base, combined, {"model": args.model}, out)
     if left:
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        out.say(
-            f"Changed, and not in the adapter: {', '.join(left[:SHOWN])}{more}.",
-            style="yellow",
-        )
+        shown = listed(left, SHOWN)
+        out.say(f"Changed, and not in the adapter: {shown}.", style="yellow")
     return {**result, "left": left}

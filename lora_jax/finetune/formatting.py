@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 
@@ -29,6 +29,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Lists the first names, and how many more there are: ``a, b and 3 more``."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def metric_text(name: str, value: float | None) -> str:

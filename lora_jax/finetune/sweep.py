@@ -102,7 +102,7 @@ def sweep(
     folder = SweepFolder(points[0].settings.output.dir, points)
     with contextlib.ExitStack() as stack:
         folder.check(resume=resume, overwrite=overwrite)
-        open_points = [point for point in points if not folder.ended(point)]
+        open_points = [point for point in points if point.name not in folder.lines]
         check_sources(open_points)
         out.heading(f"A sweep of {count_of(points)}")
         if differing:
@@ -114,7 +114,7 @@ def sweep(
         stack.callback(folder.release)
         job = None
         for number, group in enumerate(sorted_):
-            left = [point for point in group if not folder.ended(point)]
+            left = [point for point in group if point.name not in folder.lines]
             if not left:
                 continue
             is_first, job = job is None, opened(group[0].settings, job)
