@@ -14,12 +14,13 @@ from lora_jax.files.adapter import save_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.interop.common_base import common_base
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import FROZEN, LAYERS, LORA, PARAMS
+from lora_jax.names import FROZEN, LAYERS, LORA, LORA_B, PARAMS
 from lora_jax.tree.combine import Combined, combine_adapters
 from lora_jax.tree.combine_trained import combine_trained
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import child
 from lora_jax.tree.token_rows import token_rows_of
 
 
@@ -153,30 +154,42 @@ def save(
       out: where to print.
 
     Returns:
-      The folder, the ranks, and what the rank cuts off the layers' updates.
+      The folder, the ranks, and what the rank cuts off the layers' updates: the norm
+      of the rest over the update's, and the energy kept, 1 minus its square.
     """
-    config, errors = combined.config, combined.errors
+    config, leaves = combined.config, flatten(combined.lora)
+    # An update of zero is kept whole at any rank, and says nothing about this one.
+    changed = {
+        p: e for p, e in combined.errors.items() if leaves[child(p, LORA_B)].any()
+    }
+    errors = changed or combined.errors
     rows = token_rows_of(base.variables) if config.tokens else {}
     variables = partition(join(base.params, combined.lora, rows), config)
     mark = fingerprint(variables.pop(FROZEN))
     written = save_adapter(folder, variables, config, mark, extra=extra)
     worst = max(errors, key=lambda path: errors[path])
     mean = sum(errors.values()) / len(errors)
-    ranks = sorted({config.rank_for(path) for path in errors})
+    energies = [1 - error**2 for error in errors.values()]
+    energy, least = sum(energies) / len(energies), min(energies)
+    ranks = sorted({config.rank_for(path) for path in combined.errors})
     cut = f"{mean:.2%} of a layer's update on average, {errors[worst]:.2%} at most"
     out.facts(
         [
-            ("layers", str(len(errors))),
+            ("layers", f"{len(combined.errors)}, {len(changed)} of them changed"),
             ("rank", ", ".join(map(str, ranks))),
             ("cut off", f"{cut} ({worst})" if errors[worst] > 0 else "nothing"),
+            ("energy kept", f"{energy:.2%} on average, {least:.2%} at least"),
             ("folder", f"{folder} ({written:,} bytes)"),
         ]
     )
     return {
         "out": str(folder),
-        "layers": len(errors),
+        "layers": len(combined.errors),
+        "changed": len(changed),
         "ranks": ranks,
         "mean_error": mean,
         "largest_error": errors[worst],
         "largest_error_layer": worst,
+        "mean_energy_kept": energy,
+        "least_energy_kept": least,
     }

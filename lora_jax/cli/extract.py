@@ -1,6 +1,7 @@
 """`lora-jax extract`: the LoRA adapter closest to a full fine-tuning."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """
     target = new_folder(args.out)
     base, tuned = load_model(args.model), load_model(args.tuned)
-    if base.config != tuned.config:
+    if faults := _differences(base.config, tuned.config):
         raise UserError(
             f"{args.tuned} must be a fine-tuned {args.model}; their configs differ: "
-            f"{tuned.config} and {base.config}."
+            f"{'; '.join(faults)}."
         )
     chosen = args.targets or ALL_LINEAR
     config = LoRAConfig(rank=args.rank, targets=chosen)
@@ -56,3 +57,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         shown = listed(left, SHOWN)
         out.say(f"Changed, and not in the adapter: {shown}.", style="yellow")
     return {**result, "left": left}
+
+
+def _differences(base: Any, tuned: Any) -> list[str]:
+    """Lists what a model's config says otherwise than its base's."""
+    if type(base) is not type(tuned):
+        return [f"{type(tuned).__name__}, not {type(base).__name__}"]
+    fields = [field.name for field in dataclasses.fields(base)]
+    values = [(name, getattr(tuned, name), getattr(base, name)) for name in fields]
+    return [f"{name} = {new}, not {old}" for name, new, old in values if new != old]
