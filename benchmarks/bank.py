@@ -102,7 +102,7 @@ def _compiled(b: int, t: int, of_tokens: bool, m: int) -> dict[str, Any]:
             lowered = jax.jit(function).lower(*args)
             with uncached():
                 text = lowered.compile().as_text() or ""
-            found[name] = {"cycles": sum_cycles(text).total}
+            found[name] = {"cycles": sum_cycles(text, by_groups=True).total}
         chosen = best_way(b, t, m, of_tokens=of_tokens)
     facts = {"d": WIDTH, "rows": b, "tokens": t, "of_tokens": of_tokens, "adapters": m}
     return {"device": TPU, **facts, CHOSEN: chosen, **found}

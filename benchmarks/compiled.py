@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,14 +31,23 @@ from benchmarks.targets import Make, open_target, price
 from lora_jax import LoRAConfig, adapt
 from lora_jax.finetune.sections import ModelSettings
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.experts import Mixture
+from lora_jax.names import EXPERTS
 from lora_jax.parallel.activation_sharding import on_mesh_of, target_platform
 from lora_jax.parallel.mesh import make_mesh
+from lora_jax.tree.targets import Target
 
 DONE = RESULTS / "compiled.jsonl"
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100")  # one chip of each
 DECODER = specs.DecoderSpec(
     "Llama-3.1-8B's shape, 4 of 32 layers, vocabulary 32,000",
     dataclasses.replace(specs.ACCELERATOR_DECODERS[0].config, vocab_size=32_000),
+    2,
+    2048,
+)
+MOE = specs.DecoderSpec(
+    "Qwen3-30B-A3B's shape, 2 of 48 layers of 128 experts, vocabulary 32,000",
+    specs.qwen_moe(num_layers=2, vocab_size=32_000),
     2,
     2048,
 )
@@ -79,7 +89,9 @@ def main(
     models = [functools.partial(_layer, spec) for spec in specs.DENSE[1:]]
     if not quick:
         encoders = [functools.partial(_encoder, spec) for spec in specs.ENCODERS]
-        models = [functools.partial(_decoder, DECODER), *encoders, *models]
+        decoders = [functools.partial(_decoder, spec) for spec in (DECODER, MOE)]
+        mixture = functools.partial(_mixture, MOE)
+        models = [*decoders, mixture, *encoders, *models]
     rows = []
     for model in models:
         for name, device in devices.items():
@@ -147,7 +159,10 @@ def once(
 
 
 def _decoder(spec: specs.DecoderSpec) -> Model:
-    """Next-token prediction; its adapters' and kernels' FLOPs without the scores."""
+    """Next-token prediction; FLOPs of kernels and adapters, without the scores.
+
+    qwix and nnx.LoRA have no adapters for experts.
+    """
     config = spec.config
     ids = np.random.default_rng(0).integers(
         0, config.vocab_size, (spec.batch, spec.length + 1)
@@ -168,7 +183,15 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
         module = module.clone(remat=remat)
         return lambda task: contenders.lm_step(module, task.params[layout], batch)
 
-    labels = batch["labels"]
+    labels, experts, d = batch["labels"], config.experts, config.hidden_size
+    chosen, met, router = 0, 1.0, 0
+    if experts is not None:
+        chosen, met = experts.num_chosen, experts.active_share
+        router = config.num_layers * d * experts.num_experts
+
+    def share(target: Target) -> float:
+        return met if f"/{EXPERTS}/" in target.path else 1.0
+
     first = ModelSettings(spec.name).first_remat(target_platform())  # it fits
     other = "lora" if first == "none" else "none"
     makers: dict[str, Make] = {
@@ -187,15 +210,32 @@ def _decoder(spec: specs.DecoderSpec) -> Model:
         "full fine-tuning": lambda task: contenders.full_step(
             scanned.clone(remat="lora"), task.params["stack"], batch
         ),
-        FLOOR: lambda task: rivals.matmuls(task.params["apart"], labels.size),
+        FLOOR: lambda task: rivals.matmuls(task.params["apart"], labels.size, chosen),
     }
     targets = adapt(model, LoRAConfig(RANK, ALPHA), *inputs).targets(params)
-    kernels = sum(math.prod(target.kernel_shape) for target in targets)
-    adapters = sum(target.trainable for target in targets)
-    head = config.hidden_size * config.vocab_size
-    formula = labels.size * (4 * kernels + 6 * adapters + 4 * head)
+    kernels = sum(math.prod(target.kernel_shape) * share(target) for target in targets)
+    adapters = sum(target.trainable * share(target) for target in targets)
+    if experts is not None:
+        del makers[QWIX], makers[NNX]
+    kernels += router + d * config.vocab_size
+    formula = labels.size * (4 * kernels + 6 * adapters)
     shape = f"{spec.name}, {spec.batch} x {spec.length:,} tokens"
     return shape, task, float(formula), makers
+
+
+def _mixture(spec: specs.DecoderSpec) -> Model:
+    """The experts of one layer; its input needs no gradient."""
+    config, name = spec.config, spec.name.split("'s")[0]
+    experts: Any = config.experts
+    tokens = spec.batch * spec.length
+    model = Mixture(experts, config.activation, rivals.dtype())
+    x = jnp.ones((spec.batch, spec.length, config.hidden_size), rivals.dtype())
+
+    def loss(y: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    shape = f"{name}'s {experts.num_experts} experts, {tokens:,} tokens, alone"
+    return shape, Task(model, _params(model, x), (x,), loss), None, _own()
 
 
 def _encoder(spec: specs.EncoderSpec) -> Model:

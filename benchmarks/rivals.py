@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.tree_util import keystr
 
 from benchmarks.harness import Contender, is_on_cpu, measured
 from lora_jax import LoRAConfig, adapt, count
 from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.experts import ExpertDense
+from lora_jax.names import EXPERTS
 from lora_jax.plan.flops import traced_flops
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+TARGETS = ("query", "key", "value", "output", "gate", "up", "gate_up", "down")
 
 
 class Task(NamedTuple):
@@ -70,52 +73,66 @@ def _traced(traced: jax.stages.Traced, run: Callable[[], Any], **facts: Any) -> 
 def _by_autodiff(
     forward: Callable, adapters: Any, frozen: Any, task: Task, **options: Any
 ) -> Contender:
-    """Adam on the adapters of ``forward(adapters, frozen) -> outputs``, by autodiff."""
+    """Adam on the adapters of ``forward(adapters, frozen, *inputs)``, by autodiff.
+
+    The inputs are arguments, as in training: XLA drops a constant mask of ones.
+    """
     tx = optax.adam(RATE)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, frozen):
+    def step(state, frozen, inputs):
         adapters, opt_state = state
-        value, gradient = jax.value_and_grad(lambda a: task.loss(forward(a, frozen)))(
-            adapters
-        )
+
+        def loss(adapters):
+            return task.loss(forward(adapters, frozen, *inputs))
+
+        value, gradient = jax.value_and_grad(loss)(adapters)
         updates, opt_state = tx.update(gradient, opt_state, adapters)
         return (optax.apply_updates(adapters, updates), opt_state), value
 
     state = (adapters, tx.init(adapters))
-    return stepper(step, state, frozen, trained=count(adapters), **options)
+    rest = (frozen, task.inputs)
+    return stepper(step, state, *rest, trained=count(adapters), **options)
 
 
 def plain(
-    task: Task, call: Callable[[Any], Any] | None = None, **options: Any
+    task: Task, call: Callable[..., Any] | None = None, **options: Any
 ) -> Contender:
     """``x W + s (x A) B`` written directly, differentiated by JAX.
 
-    ``call`` maps parameters to what ``task.loss`` takes; None for the model's outputs.
+    Of experts every product is a `jax.lax.ragged_dot`.
+
+    ``call`` maps parameters and inputs to what ``task.loss`` takes; None for the
+    model's outputs.
     """
 
-    def outputs(params: Any) -> Any:
-        return task.model.apply({"params": params}, *task.inputs)
+    def outputs(params: Any, *inputs: jax.Array) -> Any:
+        return task.model.apply({"params": params}, *inputs)
 
     call = call or outputs
     config = LoRAConfig(RANK, ALPHA, targets=_linears(task.params))
     adapted = adapt(task.model, config, *task.inputs)
     adapters = adapted.attach(task.params, jax.random.key(1))["lora"]
 
-    def forward(adapters, params):
+    def forward(adapters, params, *inputs):
         def intercept(next_fun, args, kwargs, context):
-            y, node = next_fun(*args, **kwargs), adapters
-            if not isinstance(context.module, nn.Dense):
-                return y
-            for name in context.module.path:
+            module, node = context.module, adapters
+            if not isinstance(module, nn.Dense | ExpertDense):
+                return next_fun(*args, **kwargs)
+            for name in module.path:
                 node = node.get(name, {})
             if not node:
-                return y
-            a, b = (node[name].astype(y.dtype) for name in ("lora_a", "lora_b"))
-            return y + ALPHA / RANK * (args[0] @ a) @ b
+                return next_fun(*args, **kwargs)
+            a, b = (node[name].astype(dtype()) for name in ("lora_a", "lora_b"))
+            if isinstance(module, ExpertDense):
+                x, sizes = args[0][0, 0], args[1][0, 0]  # of one device
+                dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+                y = dot(x, module.get_variable("params", "kernel"))
+                return (y + ALPHA / RANK * dot(dot(x, a), b))[None, None]
+            return next_fun(*args, **kwargs) + ALPHA / RANK * (args[0] @ a) @ b
 
         with nn.intercept_methods(intercept):
-            return call(params)
+            return call(params, *inputs)
 
     return _by_autodiff(forward, adapters, task.params, task, **options)
 
@@ -126,9 +143,9 @@ def plain_chunked(task: Task, labels: jax.Array, chunk: int) -> Contender:
     The head and the loss run under ``jax.checkpoint``, ``chunk`` tokens at a time.
     """
 
-    def call(params: Any) -> Any:
+    def call(params: Any, *inputs: jax.Array) -> Any:
         variables = {"params": params}
-        hidden = task.model.apply(variables, *task.inputs, method="hidden")
+        hidden = task.model.apply(variables, *inputs, method="hidden")
         return hidden, params["head"]["kernel"]
 
     def loss(outputs: Any) -> jax.Array:
@@ -146,10 +163,13 @@ def plain_chunked(task: Task, labels: jax.Array, chunk: int) -> Contender:
     return plain(task._replace(loss=loss), call)
 
 
-def matmuls(params: Any, tokens: int) -> Contender:
-    """A lower bound for any step: ``x W`` and ``dy Wᵀ`` of every linear layer."""
+def matmuls(params: Any, tokens: int, chosen: int = 0) -> Contender:
+    """A lower bound for any step: ``x W`` and ``dy Wᵀ`` of every linear layer.
+
+    Of experts each has the same part of ``tokens * chosen`` rows.
+    """
     kernels = [
-        leaf.reshape(leaf.shape[0], -1)
+        leaf if f"['{EXPERTS}']" in keystr(path) else leaf.reshape(leaf.shape[0], -1)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if path[-1].key == "kernel" and path[-2].key in (*TARGETS, "head")
     ]
@@ -158,13 +178,15 @@ def matmuls(params: Any, tokens: int) -> Contender:
     def run(kernels, rows):
         rows = dict(rows)  # by width; each product feeds the next
         for kernel in kernels:
-            x = rows[kernel.shape[0]]
-            rows[kernel.shape[0]] = (x @ kernel) @ kernel.T
+            own = kernel.shape[:-1]
+            rows[own] = (rows[own] @ kernel) @ kernel.mT
         return rows
 
-    widths = {kernel.shape[0] for kernel in kernels}
-    key = jax.random.key(0)
-    rows = {i: jax.random.normal(key, (tokens, i), dtype()) for i in widths}
+    key, rows = jax.random.key(0), {}
+    for own in {kernel.shape[:-1] for kernel in kernels}:
+        number = tokens if len(own) == 1 else tokens * chosen // own[0]
+        shape = (*own[:-1], number, own[-1])
+        rows[own] = jax.random.normal(key, shape, dtype())
     return repeater(run, kernels, rows, trained=0)
 
 
@@ -185,7 +207,7 @@ def qwix_lora(task: Task) -> Contender:
     lora_model = qwix.apply_lora_to_model(task.model, provider)
     fresh = jax.jit(lora_model.init)(jax.random.key(1), *task.inputs)["params"]
     is_adapter = jax.tree_util.tree_map_with_path(
-        lambda path, _: "lora" in jax.tree_util.keystr(path), fresh
+        lambda path, _: "lora" in keystr(path), fresh
     )
     leaves, treedef = jax.tree.flatten(fresh)
     flags = jax.tree.leaves(is_adapter)
@@ -194,10 +216,10 @@ def qwix_lora(task: Task) -> Contender:
         x.astype(dtype()) for x, flag in zip(leaves, flags, strict=True) if not flag
     ]
 
-    def forward(adapters, frozen):
+    def forward(adapters, frozen, *inputs):
         moving, still = iter(adapters), iter(frozen)
         joined = [next(moving) if flag else next(still) for flag in flags]
-        return lora_model.apply({"params": treedef.unflatten(joined)}, *task.inputs)
+        return lora_model.apply({"params": treedef.unflatten(joined)}, *inputs)
 
     return _by_autodiff(forward, adapters, frozen, task)
 
@@ -255,7 +277,7 @@ def _split_nnx(model: Any, task: Task) -> Contender:
 
     graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
-    def forward(adapters, frozen):
-        return nnx.merge(graph, adapters, frozen)(*task.inputs)
+    def forward(adapters, frozen, *inputs):
+        return nnx.merge(graph, adapters, frozen)(*inputs)
 
     return _by_autodiff(forward, adapters, frozen, task)

@@ -3,9 +3,13 @@
 A loop's body counts as often as it runs, a conditional as its slowest branch.
 
 libtpu writes ``estimated_cycles`` on the instructions of the schedule. Their sum leaves
-out: Pallas kernels that state no cost of their own, waiting for asynchronous copies,
-which the compiler expects to overlap with other work, and all that happens at run time
-(the launch, the batch's transfer, contention for memory).
+out: Pallas kernels that state no cost of their own, products of rows with the matrix of
+their group, waiting for asynchronous copies, which the compiler expects to overlap with
+other work, and all that happens at run time (the launch, the batch's transfer,
+contention for memory).
+
+A product by groups, `jax.lax.ragged_dot`, carries an estimate, but one that grows with
+the number of groups, which a row's product does not: an upper limit.
 """
 
 import re
@@ -26,6 +30,7 @@ _LAUNCH = re.compile(
     r" = \S+(?: \S+)* (?:fusion|custom-call|copy|sort|dot|convolution|reduce|scatter)\("
 )
 _CUSTOM = ' custom_call_target="tpu_custom_call"'
+_RAGGED = re.compile(r' kind=kCustom, .*op_name="[^"]*ragged_dot_general"')
 _NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -34,18 +39,19 @@ class Cycles(NamedTuple):
 
     Attributes:
       total: cycles of the instructions that carry an estimate.
-      unknown: calls of Pallas kernels that carry none.
+      unknown: calls of Pallas kernels that carry none, and products by groups.
     """
 
     total: int
     unknown: int
 
 
-def sum_cycles(text: str) -> Cycles:
+def sum_cycles(text: str, *, by_groups: bool = False) -> Cycles:
     """Sums the estimates over the schedule of a compiled program.
 
     Args:
       text: the scheduled HLO, ``compiled.as_text()``.
+      by_groups: whether to add the upper limits of products by groups.
 
     Returns:
       The sum, and how many kernels it leaves out.
@@ -58,18 +64,19 @@ def sum_cycles(text: str) -> Cycles:
             "the program must carry `estimated_cycles`, which libtpu writes; found "
             "none. Compile it for a TPU topology."
         )
-    found = by_operation(text)
+    found = by_operation(text, by_groups=by_groups)
     return Cycles(
         sum(cycles for cycles, _ in found.values()),
         sum(unknown for _, unknown in found.values()),
     )
 
 
-def by_operation(text: str) -> dict[str, tuple[int, int]]:
+def by_operation(text: str, *, by_groups: bool = False) -> dict[str, tuple[int, int]]:
     """Returns cycles and kernels by the name of the JAX operation, for a profile.
 
     Args:
       text: as for `sum_cycles`.
+      by_groups: as for `sum_cycles`.
 
     Returns:
       For each ``op_name`` of the HLO its cycles, and its kernels without an estimate.
@@ -80,8 +87,9 @@ def by_operation(text: str) -> dict[str, tuple[int, int]]:
         for line in computations[name]:
             if _is_control(line):
                 continue
-            cycles = _CYCLES.search(line)
-            if cycles is None and _CUSTOM not in line:
+            is_unknown = not by_groups and bool(_RAGGED.search(line))
+            cycles = None if is_unknown else _CYCLES.search(line)
+            if cycles is None and not is_unknown and _CUSTOM not in line:
                 continue
             named = _NAME.search(line)
             key = named[1] if named else ""

@@ -1,10 +1,13 @@
 """Named shapes of real models, for reproducible measurements."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.encoder_config import EncoderConfig
+from lora_jax.models.families import FAMILIES
 
 
 class DenseSpec(NamedTuple):
@@ -115,3 +118,11 @@ ACCELERATOR_DECODERS = (
     DecoderSpec("Llama-3.1-8B's shape, 4 of 32 layers, d 4096", _D_4096, 2, 2048),
     DecoderSpec("Llama-3.2-1B's shape, d 2048, 16 layers", LLAMA_1B, 8, 1024),
 )
+
+
+def qwen_moe(num_layers: int, vocab_size: int) -> DecoderConfig:
+    """Returns Qwen3-30B-A3B's config with fewer layers and a smaller vocabulary."""
+    path = Path(__file__).parent / "models" / "qwen3-30b-a3b" / "config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"num_hidden_layers": num_layers, "vocab_size": vocab_size}
+    return FAMILIES[settings["model_type"]].read_config(settings)

@@ -1,23 +1,32 @@
 """The benchmark that compiles for chips that are not here."""
 
+import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import compiled, contenders, specs, targets
+from benchmarks import compiled, contenders, rivals, specs, targets
 from benchmarks.schedule import Cycles, count_launches, sum_cycles
+from lora_jax import LoRAConfig, adapt
+from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.experts import Mixture
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import make_mesh
+from lora_jax.plan.flops import traced_flops
 
 TPU = """\
 HloModule jit_step, is_scheduled=true
 
 %body (x: s32[]) -> s32[] {
   %a = f32[] fusion(), backend_config={"estimated_cycles":"7"}
+  %g = f32[] fusion(), kind=kCustom, calls=%fused, metadata={op_name="f/ragged_dot_general"}, backend_config={"estimated_cycles":"800"}
   ROOT %k = f32[] custom-call(), custom_call_target="tpu_custom_call"
 }
 
@@ -43,7 +52,7 @@ ENTRY %main (x: f32[]) -> f32[] {
   %b = f32[] conditional(%x), branch_computations={%small, %large}
   ROOT %f = f32[] fusion(%b), calls=%fused, backend_config={"estimated_cycles":"20"}
 }
-"""
+"""  # noqa: E501 - lines as the compiler prints them
 GPU = """\
 HloModule jit_step, is_scheduled=true
 
@@ -61,7 +70,9 @@ ENTRY %main (x: f32[]) -> f32[] {
 
 
 def test_cycles_count_a_loop_as_often_as_it_runs_and_the_slowest_branch():
-    assert sum_cycles(TPU) == Cycles(total=5 * 7 + 100 + 20, unknown=5)
+    assert sum_cycles(TPU) == Cycles(total=5 * 7 + 100 + 20, unknown=5 * 2)
+    limit = Cycles(total=5 * (7 + 800) + 100 + 20, unknown=5)
+    assert sum_cycles(TPU, by_groups=True) == limit
 
 
 def test_a_program_without_estimates_is_refused():
@@ -90,6 +101,70 @@ def test_a_contender_is_compiled_from_shapes(mesh):
     assert found.keys() == {
         *("flops", "temp_bytes", "argument_bytes", "output_bytes", "compile_seconds")
     }
+
+
+@pytest.mark.parametrize("name", [compiled.OURS, compiled.PLAIN])
+def test_a_contenders_inputs_are_arguments(mesh, name):
+    task, _, _ = contenders.layer_task(specs.DenseSpec("tiny", 16, 8, 4))
+    traced = targets.trace(compiled._own()[name], task, mesh)
+    assert (4, 16) in [each.aval.shape for each in traced.jaxpr.jaxpr.invars]
+
+
+EXPERTS = ExpertConfig(num_experts=5, num_chosen=2, size=9)
+
+
+def test_plain_autodiff_of_experts_computes_what_ours_does(monkeypatch):
+    model, x = Mixture(EXPERTS, "silu"), jax.random.normal(jax.random.key(0), (2, 3, 8))
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
+    monkeypatch.setattr(rivals, "_by_autodiff", lambda *found: found)
+    task: Any = rivals.Task(model, params, (x,), jnp.sum)
+    found: Any = rivals.plain(task)
+    forward, lora, frozen, _ = found
+    draw = functools.partial(jax.random.normal, jax.random.key(2))
+    lora = jax.tree.map(lambda leaf: 0.1 * draw(leaf.shape), lora)
+    adapted = adapt(model, LoRAConfig(rivals.RANK, rivals.ALPHA), x)
+
+    def plain(lora, frozen):
+        return forward(lora, frozen, x)
+
+    def ours(lora, frozen):
+        return adapted.apply({"frozen": frozen, "lora": lora}, x)
+
+    def flops(step):
+        gradient = jax.grad(lambda lora: step(lora, frozen).sum())
+        return traced_flops(jax.make_jaxpr(gradient)(lora).jaxpr)
+
+    @jax.jit
+    def outputs(lora, frozen):
+        base = model.apply({"params": frozen}, x)
+        return ours(lora, frozen), plain(lora, frozen), base
+
+    wanted, got, base = map(np.asarray, outputs(lora, frozen))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert abs(wanted - base).max() > 0.1
+    assert flops(ours) == flops(plain)
+
+
+def test_a_token_is_counted_with_the_experts_it_is_sent_to(mesh):
+    whole: Any = specs.qwen_moe(num_layers=1, vocab_size=11)
+    assert (whole.experts.num_experts, whole.experts.num_chosen) == (128, 8)
+    config = dataclasses.replace(
+        whole,
+        **{"hidden_size": 12, "num_heads": 3, "num_kv_heads": 1, "head_dim": 8},
+        ropes=(dataclasses.replace(whole.ropes[0], rotary_dim=8),),
+        experts=EXPERTS,
+    )
+    with on_mesh_of(mesh):
+        spec = specs.DecoderSpec("tiny", config, 2, 5)
+        _, task, formula, makers = compiled._decoder(spec)
+    attention, head = 12 * (24 + 2 * 8 + 24), 12 * 11
+    experts, router = 2 * 12 * 3 * 9, 12 * 5
+    adapters = 8 * (36 + 20 + 20 + 36 + 2 * (30 + 21))
+    kernels = attention + head + experts + router
+    assert formula == 10 * (4 * kernels + 6 * adapters)
+    assert not {compiled.QWIX, compiled.NNX} & makers.keys()
+    floor = targets.trace(makers[compiled.FLOOR], task, mesh)
+    assert traced_flops(floor.jaxpr.jaxpr) == 10 * 4 * (kernels - router)
 
 
 def test_a_step_that_does_not_fit_says_what_it_needs(mesh, monkeypatch):

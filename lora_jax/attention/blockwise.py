@@ -5,7 +5,8 @@ it (if causal, those up to the block's end). The residuals are the operands, the
 and one number per query, ``log Σ exp(score)``. The backward pass processes the keys
 block by block, each against the queries that see it, and recomputes the probabilities
 from ``K Qᵀ``: the compiler can't recognise the forward pass's ``Q Kᵀ`` in it, so it
-stores neither. On a CPU both passes loop over a few heads at a time for long rows.
+stores neither. On a TPU both are ``K Qᵀ``, with a barrier between them; on a CPU both
+passes loop over a few heads at a time for long rows.
 
 References:
   Dao et al., https://arxiv.org/abs/2205.14135, algorithms 1 and 4.
@@ -187,25 +188,33 @@ def _forward(options: Options, query, key, value, sinks, mask_inputs: MaskInputs
     t = key.shape[2]
     g = query.shape[2] // t
     outs, totals = [], []
+    is_turned = _puts_keys_first()
+    axis = 2 if is_turned else 3  # of the keys
     for start, stop in options.blocks(t):
         reach = options.keys_of(start, stop, t)
         q = query[:, :, start * g : stop * g]
         k, v = (x[:, :, slice(*reach)] for x in (key, value))
-        scores = scaled_scores("bkth,bksh->bkts", q, k, options)
+        if is_turned:
+            scores = scaled_scores("bksh,bkth->bkst", k, q, options)
+        else:
+            scores = scaled_scores("bkth,bksh->bkts", q, k, options)
         mask = _mask((start, stop), reach, options, mask_inputs)  # [b or 1, t, s]
         if mask is not None:
-            scores = jnp.where(_for_group(mask, g)[:, None], scores, LOWEST)
-        top = jnp.max(scores, axis=-1, keepdims=True)
+            mask = _for_group(mask, g)[:, None]
+            mask = mask.swapaxes(2, 3) if is_turned else mask
+            scores = jnp.where(mask, scores, LOWEST)
+        top = jnp.max(scores, axis=axis, keepdims=True)
         if sinks is not None:
-            sink = jnp.tile(sinks, stop - start)[..., None]
+            sink = jnp.expand_dims(jnp.tile(sinks, stop - start), axis)
             top = jnp.maximum(top, sink)
         exps = jnp.exp(scores - top)
-        total = jnp.sum(exps, axis=-1, keepdims=True)
+        total = jnp.sum(exps, axis=axis, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sink - top)
-        mixed = dot("bkts,bksh->bkth", exps.astype(v.dtype), v)
-        outs.append((mixed / total).astype(q.dtype))
-        totals.append((top + jnp.log(total))[..., 0])
+        equation = "bkst,bksh->bkth" if is_turned else "bkts,bksh->bkth"
+        mixed = dot(equation, exps.astype(v.dtype), v)
+        outs.append((mixed / total.squeeze(axis)[..., None]).astype(q.dtype))
+        totals.append((top + jnp.log(total)).squeeze(axis))
     out, total = (
         checkpoint_name(jnp.concatenate(blocks, axis=2), ATTENDED)
         for blocks in (outs, totals)
@@ -215,6 +224,8 @@ def _forward(options: Options, query, key, value, sinks, mask_inputs: MaskInputs
 
 def _backward(options: Options, residuals, d_out):
     query, key, value, sinks, mask_inputs, out, total = residuals
+    if _puts_keys_first():  # or the compiler would keep the forward pass's scores
+        query, key = jax.lax.optimization_barrier((query, key))
     t = key.shape[2]
     g = query.shape[2] // t
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -255,6 +266,16 @@ def _backward(options: Options, residuals, d_out):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _puts_keys_first() -> bool:
+    """Returns whether the forward pass's scores are ``K Qᵀ``, as the backward's are.
+
+    On a TPU they are: a query's largest score and their sum then lie along the lanes,
+    and sums over keys add up vectors. By the compiler's estimate a step of MiniLM with
+    two layers and 32 x 32 tokens takes 0.75 million cycles on v6e, 0.82 otherwise.
+    """
+    return target_platform() == "tpu"
 
 
 def scaled_scores(equation: str, x: Array, y: Array, options: Options) -> Array:

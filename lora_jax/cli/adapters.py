@@ -1,18 +1,20 @@
 """`--adapter NAME=DIR ...`: several adapters, chosen line by line."""
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.array_types import PyTree
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.finetune.lines import Choose
 from lora_jax.interop.bank import load_bank
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.names import OWNER
+from lora_jax.train.data import read_jsonl
 from lora_jax.tree.paths import nearest
 
-SHOWN = 20
 Check = Callable[[dict[str, Any]], str]
 
 
@@ -27,7 +29,7 @@ def parse_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
     if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
         return given[0]
     pairs = [text.partition("=") for text in given]
-    if bad := ["=".join(filter(None, p)) for p in pairs if not (p[0] and p[2])]:
+    if bad := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise UserError(
             f"several adapters need names: --adapter NAME=DIR; got {', '.join(bad)}."
         )
@@ -57,42 +59,43 @@ def with_adapter(check: Check, adapters: str | Mapping[str, str] | None) -> Chec
 
 
 def load_lines(
-    model: str | None,
-    adapters: str | Mapping[str, str] | None,
-    records: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    check: Check,
     load_one: Callable[..., LoadedModel],
     **options: Any,
-) -> tuple[LoadedModel, Choose | None]:
-    """Loads a model for lines that may name their adapters; removes these names.
+) -> tuple[list[dict[str, Any]], LoadedModel, Choose | None]:
+    """Reads lines that may name their adapters, and loads the model for them.
 
     Args:
-      model: as `--model`.
-      adapters: as `parse_adapters` returned them.
-      records: the lines; they lose their `OWNER`.
+      args: ``data``, ``model``, ``adapter``.
+      check: says what is wrong with a line.
       load_one: loads a model with one adapter or none.
       **options: of ``load_one``.
 
     Returns:
-      The model, and a function that returns the variables of a batch of lines, each row
-      with its own adapter; None where all lines are the model's own.
+      The lines, without these names; the model; and a function that returns the
+      variables of a batch of lines, each row with its own adapter; None where all lines
+      are the model's own.
 
     Raises:
       UserError: listing the lines without an adapter, if only adapters have a head.
     """
+    adapters = parse_adapters(args.adapter)
+    check = with_adapter(check, adapters)
+    records = read_jsonl(args.data, fields={}, check=check)
     names: list[str | None] = [record.pop(OWNER, None) for record in records]
     if not isinstance(adapters, Mapping):
-        return load_one(model, adapters, **options), None
-    base, bank = load_bank(model, adapters)
+        return records, load_one(args.model, adapters, **options), None
+    base, bank = load_bank(args.model, adapters)
     bare = [f"{line}" for line, name in enumerate(names, start=1) if name is None]
     if base.new and bare:
-        more = f" and {len(bare) - SHOWN} more" if len(bare) > SHOWN else ""
         raise UserError(
-            f"lines {', '.join(bare[:SHOWN])}{more} must name an adapter: the base has "
-            f"no {', '.join(base.new)} of its own."
+            f"lines {listed(bare)} must name an adapter: the base has no "
+            f"{', '.join(base.new)} of its own."
         )
 
     def choose(lines: Sequence[int], rows: int) -> PyTree:
         chosen = [names[line] for line in lines]
         return bank.variables(chosen + chosen[:1] * (rows - len(chosen)))
 
-    return base._replace(module=bank.module, extra={}), choose
+    return records, base._replace(module=bank.module, extra={}), choose

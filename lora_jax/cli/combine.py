@@ -14,12 +14,13 @@ from lora_jax.files.adapter import save_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.interop.common_base import common_base
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.names import FROZEN, LAYERS, LORA, PARAMS
+from lora_jax.names import FROZEN, LAYERS, LORA, LORA_B, PARAMS
 from lora_jax.tree.combine import Combined, combine_adapters
 from lora_jax.tree.combine_trained import combine_trained
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, unflatten
+from lora_jax.tree.targets import child
 from lora_jax.tree.token_rows import token_rows_of
 
 
@@ -41,6 +42,16 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"--head must be one of the adapters, {', '.join(args.adapters)}; got "
             f"{args.head}."
         )
+    unused = {
+        "--density": args.density is not None and args.method in ("cat", "svd"),
+        "--seed": args.seed is not None and not args.method.startswith("dare"),
+    }
+    if any(unused.values()):
+        shown = " and ".join(name for name, is_unused in unused.items() if is_unused)
+        raise UserError(
+            f"--method {args.method} has no {shown}: --density is of ties, dare and "
+            "dare_ties, --seed of dare and dare_ties."
+        )
     loaded = [load(args.model, adapter) for adapter in args.adapters]
     if len({LAYERS in one.params for one in loaded}) > 1:  # some are scanned
         loaded = [load(args.model, each, scan_layers=False) for each in args.adapters]
@@ -56,8 +67,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         weights,
         method=args.method,
         rank=args.rank,
-        density=args.density,
-        seed=args.seed,
+        density=0.5 if args.density is None else args.density,
+        seed=args.seed or 0,
         params=base.params,
     )
     if head is not None:  # what it trains in full stays
@@ -71,9 +82,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     combined = combined._replace(config=config)
     extra = dict(extra or {})
     path = args.model or extra.get("model", str(loaded[0].path))
-    shown = dict(zip(map(str, args.adapters), weights, strict=True))
-    extra |= {"model": path, "combined": shown}
-    source = ", ".join(f"{weight:g} x {name}" for name, weight in shown.items())
+    # Pairs: an adapter may be there twice.
+    added = [[str(name), w] for name, w in zip(args.adapters, weights, strict=True)]
+    extra |= {"model": path, "combined": added}
+    source = ", ".join(f"{weight:g} x {name}" for name, weight in added)
     out.heading("Combined")
     out.facts([("adapters", source), ("method", args.method)])
     return save(target, lead, combined, extra, out)
@@ -142,30 +154,42 @@ def save(
       out: where to print.
 
     Returns:
-      The folder, the ranks, and what the rank cuts off the layers' updates.
+      The folder, the ranks, and what the rank cuts off the layers' updates: the norm
+      of the rest over the update's, and the energy kept, 1 minus its square.
     """
-    config, errors = combined.config, combined.errors
+    config, leaves = combined.config, flatten(combined.lora)
+    # An update of zero is kept whole at any rank, and says nothing about this one.
+    changed = {
+        p: e for p, e in combined.errors.items() if leaves[child(p, LORA_B)].any()
+    }
+    errors = changed or combined.errors
     rows = token_rows_of(base.variables) if config.tokens else {}
     variables = partition(join(base.params, combined.lora, rows), config)
     mark = fingerprint(variables.pop(FROZEN))
     written = save_adapter(folder, variables, config, mark, extra=extra)
     worst = max(errors, key=lambda path: errors[path])
     mean = sum(errors.values()) / len(errors)
-    ranks = sorted({config.rank_for(path) for path in errors})
+    energies = [1 - error**2 for error in errors.values()]
+    energy, least = sum(energies) / len(energies), min(energies)
+    ranks = sorted({config.rank_for(path) for path in combined.errors})
     cut = f"{mean:.2%} of a layer's update on average, {errors[worst]:.2%} at most"
     out.facts(
         [
-            ("layers", str(len(errors))),
+            ("layers", f"{len(combined.errors)}, {len(changed)} of them changed"),
             ("rank", ", ".join(map(str, ranks))),
             ("cut off", f"{cut} ({worst})" if errors[worst] > 0 else "nothing"),
+            ("energy kept", f"{energy:.2%} on average, {least:.2%} at least"),
             ("folder", f"{folder} ({written:,} bytes)"),
         ]
     )
     return {
         "out": str(folder),
-        "layers": len(errors),
+        "layers": len(combined.errors),
+        "changed": len(changed),
         "ranks": ranks,
         "mean_error": mean,
         "largest_error": errors[worst],
         "largest_error_layer": worst,
+        "mean_energy_kept": energy,
+        "least_energy_kept": least,
     }

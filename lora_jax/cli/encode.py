@@ -3,23 +3,19 @@
 import argparse
 from typing import Any
 
-from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
+from lora_jax.cli.adapters import load_lines
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load
 from lora_jax.finetune.encode import encode, record_fault
 from lora_jax.finetune.formatting import size
 from lora_jax.names import CLASSIFIER
-from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Encodes a file; returns the number of lines and the embedding size."""
     target = new_file(args.out, args.data)
-    adapters = parse_adapters(args.adapter)
-    check = with_adapter(record_fault, adapters)
-    records = read_jsonl(args.data, fields={}, check=check)
-    loaded, choose = load_lines(args.model, adapters, records, load)
+    records, loaded, choose = load_lines(args, record_fault, load)
     lines, cut = encode(
         loaded,
         records,

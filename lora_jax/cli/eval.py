@@ -36,13 +36,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     facts += [(name, metric_text(name, v)) for name, v in found.metrics.items()]
     out.facts(facts + ([("devices", found.devices)] if found.devices else []))
     if found.adapters:
-        rows = [(name, *own.values()) for name, own in found.adapters.items()]
-        names = [*next(iter(found.adapters.values()))]
-        shown = [
-            (name, *(metric_text(k, v) for k, v in zip(names, own, strict=True)))
-            for name, *own in rows
+        metrics = next(iter(found.adapters.values()))
+        rows = [
+            (name, *(metric_text(k, v) for k, v in own.items()))
+            for name, own in found.adapters.items()
         ]
-        out.table(("adapter", *names), shown)
+        out.table(("adapter", *metrics), rows)
     return {
         **({"adapters": found.adapters} if found.adapters else {}),
         **found.metrics,

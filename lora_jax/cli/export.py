@@ -46,10 +46,12 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     names = adapter_folders(Path(args.adapter) / RUN_ADAPTERS)
     if names:
         with atomic.new_folder(target) as home:
-            for name in names:
+            bases = [
                 _export(args, Path(args.adapter) / RUN_ADAPTERS / name, home / name)
+                for name in names
+            ]
     else:
-        _export(args, args.adapter, target)
+        bases = [_export(args, args.adapter, target)]
     folders = [target / name for name in names] or [target]
     total = sum(model_bytes(folder) for folder in folders)
     files = sorted({f.name for each in folders for f in each.glob("*.safetensors")})
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     if args.portable:
         more = "" if names else " (repeat NAME=DIR for more adapters of this base)"
         out.say(f"To serve {'them' if names else 'it'}{more}:")
-        out.say(vllm_command(*folders))
+        out.say(vllm_command(*folders, base=bases[0]))
     elif args.format == "peft":
         out.say("For vLLM, export with --portable, which prints how to serve it.")
     return {
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     }
 
 
-def _export(args: argparse.Namespace, adapter: str | Path, target: Path) -> None:
-    """Exports one adapter to a folder."""
+def _export(args: argparse.Namespace, adapter: str | Path, target: Path) -> str | None:
+    """Exports one adapter to a folder; returns where its base is, if that is known."""
     folder = find_adapter(adapter)
     external = read_external(folder)
     model = args.model
@@ -94,26 +96,35 @@ def _export(args: argparse.Namespace, adapter: str | Path, target: Path) -> None
         if model is not None:
             load_model(model, folder)  # an adapter that doesn't fit it is an error
         rewrite_peft(target, external, portable=args.portable, base_model=args.model)
-    else:
-        base = model or find_base(folder if external is None else external)
-        variables, config, source, extra = _read(folder, base, external)
-        export_adapter(
-            target,
-            variables,
-            config,
-            source,
-            format=args.format,
-            portable=args.portable,
-            pooling=extra.get("pooling"),
-            skip_head=args.skip_head,
-            base_model=base_name(args.model, extra.get("model")),
-        )
+        return model
+    base = model or find_base(folder if external is None else external)
+    variables, config, source, extra = _read(folder, base, external)
+    export_adapter(
+        target,
+        variables,
+        config,
+        source,
+        format=args.format,
+        portable=args.portable,
+        pooling=extra.get("pooling"),
+        skip_head=args.skip_head,
+        base_model=base_name(args.model, extra.get("model")),
+    )
+    return base
 
 
-def vllm_command(*folders: Path) -> str:
-    """Returns the command with which vLLM serves portable adapters on their base."""
+def vllm_command(*folders: Path, base: str | None = None) -> str:
+    """Returns the command with which vLLM serves portable adapters on their base.
+
+    Args:
+      *folders: the adapters.
+      base: where their base is, if known: a folder is served from there, unless the
+        adapters have its hub id.
+    """
     configs = [read_json(folder / CONFIG) for folder in folders]
-    base, rank = configs[0]["base_model_name_or_path"], max(c["r"] for c in configs)
+    named, rank = configs[0]["base_model_name_or_path"], max(c["r"] for c in configs)
+    is_local = "/" not in (named or "") and base is not None and Path(base).is_dir()
+    base = base if is_local else named
     largest = next((r for r in VLLM_RANKS if r >= rank), rank)
     options = ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules"]
     names = [f"{folder.name}={folder}" for folder in folders]

@@ -1,6 +1,7 @@
 """`lora-jax extract`: the LoRA adapter closest to a full fine-tuning."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_folder
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.interop.pretrained import load_model
 from lora_jax.models.target_names import translate_names
 from lora_jax.nn.find_targets import find_targets
@@ -31,10 +33,10 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """
     target = new_folder(args.out)
     base, tuned = load_model(args.model), load_model(args.tuned)
-    if base.config != tuned.config:
+    if faults := _differences(base.config, tuned.config):
         raise UserError(
             f"{args.tuned} must be a fine-tuned {args.model}; their configs differ: "
-            f"{tuned.config} and {base.config}."
+            f"{'; '.join(faults)}."
         )
     chosen = args.targets or ALL_LINEAR
     config = LoRAConfig(rank=args.rank, targets=chosen)
@@ -52,9 +54,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     out.facts([("base", args.model), ("tuned", args.tuned)])
     result = save(target, base, combined, {"model": args.model}, out)
     if left:
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        out.say(
-            f"Changed, and not in the adapter: {', '.join(left[:SHOWN])}{more}.",
-            style="yellow",
-        )
+        shown = listed(left, SHOWN)
+        out.say(f"Changed, and not in the adapter: {shown}.", style="yellow")
     return {**result, "left": left}
+
+
+def _differences(base: Any, tuned: Any) -> list[str]:
+    """Lists what a model's config says otherwise than its base's."""
+    if type(base) is not type(tuned):
+        return [f"{type(tuned).__name__}, not {type(base).__name__}"]
+    fields = [field.name for field in dataclasses.fields(base)]
+    values = [(name, getattr(tuned, name), getattr(base, name)) for name in fields]
+    return [f"{name} = {new}, not {old}" for name, new, old in values if new != old]

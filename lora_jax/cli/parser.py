@@ -71,7 +71,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands["init"].add_argument(
         "file", nargs="?", default="config.yaml", help="default: config.yaml"
     )
-    _add_train(commands["train"])
+    train = commands["train"]
+    _add_again(train, "resume from the run's last checkpoint", "the run folder")
+    _add_processes(train)
     _add_sweep(commands["sweep"])
     _add_plan(commands["plan"])
     _add_eval(commands["eval"])
@@ -108,13 +110,6 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_train(command: argparse.ArgumentParser) -> None:
-    group = command.add_mutually_exclusive_group()
-    _flag(group, "--resume", "resume from the run's last checkpoint")
-    _flag(group, "--overwrite", "delete the run folder and start over")
-    _add_processes(command)
-
-
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="YAML file of all runs; output.dir is for all")
     command.add_argument(
@@ -132,9 +127,13 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         metavar="M",
         help="runs side by side (default: what is fastest here)",
     )
+    _add_again(command, "continue the sweep in the folder", "the folder")
+
+
+def _add_again(command: argparse.ArgumentParser, resume: str, folder: str) -> None:
     group = command.add_mutually_exclusive_group()
-    _flag(group, "--resume", "continue the sweep in the folder")
-    _flag(group, "--overwrite", "delete the folder and start over")
+    _flag(group, "--resume", resume)
+    _flag(group, "--overwrite", f"delete {folder} and start over")
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
@@ -218,15 +217,13 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 
 
 def _add_encode(command: argparse.ArgumentParser) -> None:
-    _add_model(command, adapter_required=False, several=True)
-    command.add_argument(
-        "--data",
-        metavar="FILE",
-        required=True,
-        help="JSONL with {text}, {input_ids}, or for image models {image} (a path "
-        "relative to the file) or {pixel_values}; the embedding is what a folder of "
+    _add_lines(
+        command,
+        "{text}, {input_ids}, or for image models {image} (a path relative to the "
+        "file) or {pixel_values}; the embedding is what a folder of "
         "sentence-transformers says (modules.json), else the mean over unmasked "
         "tokens, for images over all tokens, including the class token",
+        batch_size=32,
     )
     command.add_argument(
         "--prompt",
@@ -234,7 +231,6 @@ def _add_encode(command: argparse.ArgumentParser) -> None:
         help="put the prompt of this name before each text, of those in the folder's "
         "config_sentence_transformers.json",
     )
-    command.add_argument("--batch-size", type=_count, default=32, metavar="N")
     command.add_argument(
         "--max-length", type=_count, metavar="N", help="maximum tokens per text"
     )
@@ -289,16 +285,23 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 
 def _add_score(command: argparse.ArgumentParser) -> None:
+    _add_lines(
+        command,
+        "text or input_ids; or training data (messages, or prompt and completion), "
+        "scored on the tokens that training counts; an encoder–decoder needs prompt "
+        "and completion",
+        batch_size=8,
+    )
+
+
+def _add_lines(
+    command: argparse.ArgumentParser, fields: str, *, batch_size: int
+) -> None:
     _add_model(command, adapter_required=False, several=True)
     command.add_argument(
-        "--data",
-        metavar="FILE",
-        required=True,
-        help="JSONL with text or input_ids; or training data (messages, or prompt and "
-        "completion), scored on the tokens that training counts; an encoder–decoder "
-        "needs prompt and completion",
+        "--data", metavar="FILE", required=True, help=f"JSONL with {fields}"
     )
-    command.add_argument("--batch-size", type=_count, default=8, metavar="N")
+    command.add_argument("--batch-size", type=_count, default=batch_size, metavar="N")
 
 
 def _add_combine(command: argparse.ArgumentParser) -> None:
@@ -319,11 +322,10 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--density",
         type=float,
-        default=0.5,
         metavar="P",
         help="fraction of each update that TIES and DARE keep (default: 0.5)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of DARE")
+    command.add_argument("--seed", type=int, metavar="S", help="of DARE (default: 0)")
     command.add_argument(
         "--head",
         metavar="DIR",

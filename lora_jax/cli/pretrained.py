@@ -31,7 +31,7 @@ def load(model: str | None, adapter: str | None, **options: Any) -> LoadedModel:
         if settings.get("format") == FORMAT:
             options["scan_layers"] = None
     loaded = load_model(model, adapter, **options)
-    if loaded.family.is_tower and loaded.unused:
+    if loaded.family.is_multimodal and loaded.unused:
         print(f"({loaded.unused_text()})", file=sys.stderr)
     return loaded
 

@@ -3,23 +3,19 @@
 import argparse
 from typing import Any
 
-from lora_jax.cli.adapters import load_lines, parse_adapters, with_adapter
+from lora_jax.cli.adapters import load_lines
 from lora_jax.cli.console import Console
 from lora_jax.cli.outputs import new_file, write_lines
 from lora_jax.cli.pretrained import load_decoder
 from lora_jax.finetune.formatting import perplexity, size
 from lora_jax.finetune.score import Scored, score, score_fault
-from lora_jax.train.data import read_jsonl
 
 
 def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     """Scores a file; returns the counts and the mean log-probability."""
     target = new_file(args.out, args.data)
-    adapters = parse_adapters(args.adapter)
-    check = with_adapter(score_fault, adapters)
-    records = read_jsonl(args.data, fields={}, check=check)
-    loaded, choose = load_lines(
-        args.model, adapters, records, load_decoder, scan_layers=True
+    records, loaded, choose = load_lines(
+        args, score_fault, load_decoder, scan_layers=True
     )
     scores = score(
         loaded,

@@ -8,7 +8,7 @@ from lora_jax.cli import huge_pages
 from lora_jax.cli.console import Console
 from lora_jax.cli.train import shortest
 from lora_jax.finetune.errors import Interrupted, UserError
-from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.formatting import count_of, metric_text
 from lora_jax.finetune.sweep import Sweep, sweep
 from lora_jax.finetune.sweep_folder import BEST
 
@@ -58,7 +58,8 @@ def _print_result(out: Console, done: Sweep) -> None:
         )
         step = validation.get("step", line["status"])
         rows.append((*line["values"].values(), *shown, step, line["name"][:3]))
-    out.heading(f"{len(rows)} runs, the best first")
+    order = ", the best first" * (len(rows) > 1)
+    out.heading(f"{count_of(rows)}{order}")
     columns = [key.partition(".")[2] for key in settings]
     out.table((*columns, f"validation {done.metric}", "test", "step", "run"), rows)
     undrawn = 'not drawn: `pip install "lora_jax[experiments]"` has matplotlib'

@@ -121,7 +121,7 @@ def _write(
         ) from error
     with new_folder(directory) as new:
         write_tensors(new / TENSORS, arrays, metadata={"format": FORMAT})
-        whole = {**meta, "sha256": _sha256(new / TENSORS)}
+        whole = {**meta, "sha256": sha256(new / TENSORS)}
         whole[CHECKSUM] = _digest(parse_json(json.dumps(whole)))
         write_text(new / CONFIG, json.dumps(whole, indent=2) + "\n")
 
@@ -151,7 +151,7 @@ def load_adapter(
     """
     directory = Path(directory)
     meta = read_adapter_config(directory)
-    if _sha256(directory / TENSORS) != meta["sha256"]:
+    if sha256(directory / TENSORS) != meta["sha256"]:
         raise ValueError(
             f"{directory / TENSORS} must be the file that {CONFIG} was written with; "
             "its SHA-256 differs. It was damaged or changed: copy the folder again."
@@ -285,6 +285,7 @@ def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
     ]
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Returns a file's SHA-256."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from lora_jax.array_types import PyTree
 from lora_jax.parallel.mesh import put_array
+from lora_jax.train.padding import is_key
 from lora_jax.tree.paths import key_path, leaves_by_path
 
 ALIGNMENT = 64  # bytes
@@ -28,7 +29,7 @@ def host_leaves(tree: PyTree, *, copy: bool = True) -> dict[str, np.ndarray]:
     convert = np.array if copy else np.asarray
 
     def fetch(leaf: Any) -> np.ndarray:
-        leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
         is_spread = isinstance(leaf, jax.Array) and not (
             leaf.is_fully_addressable or leaf.is_fully_replicated
         )
@@ -69,7 +70,7 @@ def count_not_finite(array: np.ndarray) -> int:
 
 
 def _place_one(value: np.ndarray, like: jax.Array) -> jax.Array:
-    if _is_key(like):
+    if is_key(like):
         data = _place_one(value, jax.random.key_data(like))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
     if not like.committed:
@@ -77,7 +78,3 @@ def _place_one(value: np.ndarray, like: jax.Array) -> jax.Array:
     if like.sharding.is_fully_addressable:
         return jax.device_put(value, like.sharding, may_alias=False)
     return put_array(value, like.sharding)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)

@@ -22,8 +22,8 @@ from lora_jax.files.gguf_names import (
 
 ROPE_FACTORS = "rope_freqs.weight"
 KINDS = ("full_attention", "sliding_attention")  # by whether there is a window
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4}  # the last has no window
 GEMMA_LOCAL_ROPE = 10_000.0
-GEMMA_WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 # Layer counts of the two models whose attention scale is not that of the head size.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -36,8 +36,13 @@ _FIELDS = {  # Hugging Face's name: (GGUF's, type)
     "max_position_embeddings": ("context_length", int),
     "rms_norm_eps": ("attention.layer_norm_rms_epsilon", float),
 }
+
 # Keys of one architecture alone: Hugging Face's name, and GGUF's of a number.
 _NUMBERS = {
+    "gemma2": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
     "granite": {
         "attention_multiplier": "attention.scale",
         "embedding_multiplier": "embedding_scale",
@@ -49,7 +54,6 @@ _NUMBERS = {
         "logit_scale": "logit_scale",
     },
 }
-COHERE2_WINDOW_PATTERN = 4  # in llama.cpp's code: every fourth layer has no window
 
 
 def hugging_face_config(
@@ -199,38 +203,26 @@ class _Fields:
 
 def _gemma(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns Gemma's additional keys, with llama.cpp's constants."""
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"] or 1
-    large = layers == GEMMA_27B[name]
+    heads, head_dim = config["num_attention_heads"] or 1, config["head_dim"]
+    large = config["num_hidden_layers"] == GEMMA_27B[name]
     extra: dict[str, Any] = {
         "hidden_activation": config["hidden_act"],
-        "sliding_window": fields.get("attention.sliding_window", int),
-        "query_pre_attn_scalar": (
-            config["hidden_size"] // heads if large else config["head_dim"]
-        ),
+        "query_pre_attn_scalar": config["hidden_size"] // heads if large else head_dim,
     }
-    if name == "gemma2":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            extra[key] = fields.get(key, float)
-    else:
+    if name == "gemma3":
         extra["rope_theta"] = fields.get("rope.freq_base", float, 1_000_000.0)
         extra["rope_local_base_freq"] = GEMMA_LOCAL_ROPE
-    pattern = GEMMA_WINDOW_PATTERN[name]
-    extra["layer_types"] = [
-        KINDS[(i + 1) % pattern != 0] for i in range(min(layers, 10_000))
-    ]
     return extra
 
 
 def _own_keys(fields: _Fields, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of OLMo, Granite, GLM-4 and Cohere 2 that others don't have."""
+    """Returns the keys that other architectures don't have."""
     keys = _NUMBERS.get(name, {})
     extra: dict[str, Any] = {k: fields.get(own, float) for k, own in keys.items()}
     layers = min(config["num_hidden_layers"], 10_000)
-    if name == "cohere2":
+    if period := WINDOW_PERIODS.get(name):
         extra["sliding_window"] = fields.get("attention.sliding_window", int)
-        extra["layer_types"] = [
-            KINDS[(i + 1) % COHERE2_WINDOW_PATTERN != 0] for i in range(layers)
-        ]
+        extra["layer_types"] = [KINDS[(i + 1) % period != 0] for i in range(layers)]
     if name == "glm4" and f"{name}.rope.dimension_sections" in fields.metadata:
         fields.faults.append(
             "rope.dimension_sections must be absent: M-RoPE is not read"

@@ -152,7 +152,11 @@ class _Cursor:
         return count
 
     def text(self, what: str) -> str:
-        return self.take(self.count(1, f"characters of {what}"), what).decode("utf-8")
+        if self.at + 8 > self.data.size:
+            raise ValueError(f"{what[:80]} is cut off at byte {self.at}")
+        (size,) = struct.unpack_from("<Q", self.view, self.at)  # fast, for vocabularies
+        self.at += 8
+        return self.take(size, what).decode("utf-8")
 
     def value(self, kind: int, what: str) -> Any:
         if kind == STRING:
@@ -164,18 +168,10 @@ class _Cursor:
     def _array(self, kind: int, what: str) -> Any:
         if kind == STRING:
             count = self.count(8, f"strings of {what}")
-            return [self._fast_text(what) for _ in range(count)]
+            return [self.text(what) for _ in range(count)]
         dtype = np.dtype(_scalar(kind, what))
         count = self.count(dtype.itemsize, f"numbers of {what}")
         return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
-
-    def _fast_text(self, what: str) -> str:
-        """Like `text`, but faster, for large vocabularies."""
-        if self.at + 8 > self.data.size:
-            raise ValueError(f"{what[:80]} is cut off at byte {self.at}")
-        (size,) = struct.unpack_from("<Q", self.view, self.at)
-        self.at += 8
-        return self.take(size, what).decode("utf-8")
 
     def tensor(self, name: str, block_sizes: dict[int, tuple[int, int]]):
         dims = self.number("<u4", name)

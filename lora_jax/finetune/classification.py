@@ -18,17 +18,13 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    encode_texts,
-    eval_buckets,
-    loading,
-    max_tokens,
-    train_buckets,
+    load,
 )
-from lora_jax.finetune.mixed_data import names_adapters, read_adapters
+from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.interop.pretrained import load_model
+from lora_jax.finetune.texts import encode_texts, max_tokens
+from lora_jax.models.source import Source
 from lora_jax.names import CLASSIFIER, OWNER, PARAMS
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
@@ -52,6 +48,7 @@ class Classification(Job):
     weight: ClassVar[str] = "examples"
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     best_mode: ClassVar[str] = "max"
+    default_length: ClassVar[int] = MAX_LENGTH
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the cross-entropy loss, label-smoothed in training."""
@@ -59,27 +56,22 @@ class Classification(Job):
         smoothing = self.settings.train.label_smoothing if is_training else 0.0
         return classification_loss(module, label_smoothing=smoothing)
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train = self.settings.train
-        split = self.splits["train"]
-        buckets = train_buckets(split, self.loaded)
-        return Batches(split.examples, train.batch_size, buckets, seed=train.seed)
+    @property
+    def eval_rows(self) -> int:
+        """See `Job.eval_rows`; without a backward pass there is room for more."""
+        return self.devices.rows(EVAL_ROWS)
 
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        buckets = eval_buckets(split, buckets, self.loaded)
-        rows = self.devices.rows(EVAL_ROWS)
-        return Batches(split.examples, rows, buckets, shuffle=False)
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        return Batches(split.examples, rows, buckets, **order)
 
     def tokenize(self, rows: Rows, source: str) -> Split:
         """Tokenises rows and encodes labels; ``source`` names them in errors."""
         labels = encode_labels([r["label"] for r in rows], self.labels, source=source)
-        encoded = encode_texts(
-            self.loaded,
-            [row["text"] for row in rows],
-            max_length=self.settings.data.max_length or MAX_LENGTH,
-        )
+        texts = [row["text"] for row in rows]
+        encoded = encode_texts(self.loaded, texts, max_length=self.max_length)
         examples = [
             {"input_ids": ids, "label": int(label)}
             for ids, label in zip(encoded.ids, labels, strict=True)
@@ -163,6 +155,7 @@ class Classification(Job):
 def open_classification(
     settings: RunSettings,
     devices: Devices,
+    source: Source,
     *,
     splits: Sequence[str],
     extra: Mapping[str, Any],
@@ -176,25 +169,17 @@ def open_classification(
     key, _ = jax.random.split(jax.random.key(settings.train.seed))
     with fail_together():
         known = extra.get("labels")
-        rows = read_rows(settings.data, splits if known else SPLITS)
+        wanted = splits if known else SPLITS
+        files = data_files(settings.data, wanted)
+        rows = {name: read_jsonl(file) for name, file in files.items()}
         labels = known or class_names(rows)
-        adapters = extra.get("adapters", ())
-        if names_adapters(settings.data):
-            found = read_adapters(
-                {name: data_files(settings.data)[name] for name in rows},
-                adapters or None,
-            )
-            adapters = found.names
-            for name, lines in found.lines.items():
-                _number(rows[name], lines)
-        rows = hold_out(rows, settings.data, adapters, lambda row: row[OWNER])
-        loaded = load_model(
-            settings.model.path,
-            num_labels=len(labels),
-            pooling=settings.model.pooling,
-            key=key,
-            **loading(settings, devices),
-        )
+        found = line_adapters(settings.data, wanted, extra.get("adapters", ()))
+        for name in rows.keys() & found.lines.keys():
+            _number(rows[name], found.lines[name])
+        rows = hold_out(rows, settings.data, found.names, lambda row: row[OWNER])
+        pooling = settings.model.pooling
+        options = {"num_labels": len(labels), "pooling": pooling, "key": key}
+        loaded = load(settings, devices, source, **options)
     lora = settings.lora
     if not lora.train:
         lora = dataclasses.replace(lora, train=(CLASSIFIER,))
@@ -204,7 +189,7 @@ def open_classification(
             f"lora.train must include the head, {CLASSIFIER!r}: without training, a "
             f"new head is random; got {list(lora.train)}."
         )
-    job = Classification(labels=labels, splits={}, adapters=tuple(adapters), **attached)
+    job = Classification(labels=labels, splits={}, adapters=found.names, **attached)
     wanted = [name for name in rows if name in splits]
     job.splits = {name: job.tokenize(rows[name], name) for name in wanted}
     return job
@@ -214,11 +199,6 @@ def _number(rows: Rows, adapters: Sequence[int]) -> None:
     """Replaces the name of each line's adapter by its number."""
     for row, number in zip(rows, adapters, strict=True):
         row[OWNER] = number
-
-
-def read_rows(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
-    """Reads ``{"train": [{"text", "label"}, ...], ...}`` of the splits with a file."""
-    return {name: read_jsonl(file) for name, file in data_files(data, splits).items()}
 
 
 def class_names(splits: Mapping[str, Rows]) -> list[str | int]:

@@ -4,7 +4,7 @@ It is chosen by the training file: lines with an ``anchor`` and a ``positive``.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,25 +22,20 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    encode_texts,
-    loading,
+    load,
 )
 from lora_jax.finetune.mixed_data import names_adapters
-from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.interop.pretrained import load_model
+from lora_jax.finetune.texts import encode_texts, prompt_of, with_prompt
 from lora_jax.models.dual import DualConfig
 from lora_jax.models.encoder_config import ImageEncoderConfig
-from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.sentence_config import MODULES, SentenceConfig
-from lora_jax.models.source import open_source
-from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.sentence_config import MODULES
+from lora_jax.models.source import Source
 from lora_jax.names import OWNER
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.parallel.mesh import mesh_of
 from lora_jax.parallel.processes import fail_together
-from lora_jax.train.buckets import Schedule, length_buckets
+from lora_jax.train.buckets import Schedule
 from lora_jax.train.embedding import embed_roles, embedding_loss, pair_loss
 from lora_jax.train.step import LossFn
 from lora_jax.train.text_pairs import (
@@ -118,37 +113,29 @@ class Embeddings(Job):
         hits = share_nearest(**together)
         return {"loss": loss / weight, "accuracy": hits, "weight": weight}
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train, split = self.settings.train, self.splits["train"]
-        buckets = self._buckets(split)
-        return TextPairBatches(
-            split.examples, train.batch_size, buckets, seed=train.seed
-        )
+    @property
+    def eval_rows(self) -> int:
+        """See `Job.eval_rows`; a pair alone would have no negatives."""
+        return self.devices.rows(max(2, min(EVAL_ROWS, self.settings.train.batch_size)))
 
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        own = self._buckets(split)
-        if buckets:
-            own = [*buckets, *(own[-1:] if own[-1] > buckets[-1] else ())]
-        rows = self.devices.rows(max(2, min(EVAL_ROWS, self.settings.train.batch_size)))
-        return TextPairBatches(split.examples, rows, own, shuffle=False)
+    def lengths(self, split: Split) -> list[int]:
+        """See `Job.lengths`; a pair's texts are padded to one length."""
+        return [max(map(len, example["texts"])) for example in split.examples]
 
-    def _buckets(self, split: Split) -> list[int]:
-        lengths = [max(map(len, example["texts"])) for example in split.examples]
-        return length_buckets(lengths, longest=self.loaded.config.max_positions)
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        return TextPairBatches(split.examples, rows, buckets, **order)
 
     def tokenize(self, rows: Rows) -> Split:
         """Tokenises texts, with the prompts of the settings before them."""
-        data, sentence = self.settings.data, self.loaded.sentence
+        data = self.settings.data
         examples: list[dict[str, Any]] = [{"texts": []} for _ in rows]
         cut = 0
         for place in range(len(rows[0])):
             name = data.document_prompt if place else data.query_prompt
-            before = _prompt(sentence, name, self.loaded)
-            texts = [before + row[place] for row in rows]
-            if sentence is not None and sentence.is_lower_case:
-                texts = [text.lower() for text in texts]
+            texts = with_prompt(self.loaded, [row[place] for row in rows], name)
             found = encode_texts(self.loaded, texts, max_length=self.max_length)
             cut += found.truncated
             for example, ids in zip(examples, found.ids, strict=True):
@@ -158,20 +145,6 @@ class Embeddings(Job):
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
         return self.tokenize(read_text_pairs(path))
-
-    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the frozen base."""
-        step, variables = self.eval_step(self.loaded.module), self.loaded.variables
-        measured = {name: s for name, s in splits.items() if name != "train"}
-        found = {
-            name: self.measure(step, variables, stream)["accuracy"]
-            for name, _, stream in self.streams(measured, "base", out)
-        }
-        return {
-            "validation_accuracy": found.get("validation"),
-            "test_accuracy": found.get("test"),
-            "what": "frozen base",
-        }
 
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
@@ -184,8 +157,7 @@ class Embeddings(Job):
             tokens += f"; {cut:,} texts truncated to {self.max_length}"
         prompts = {"query": data.query_prompt, "document": data.document_prompt}
         shown = [
-            f"{kind} {_prompt(self.loaded.sentence, name, self.loaded)!r}"
-            for kind, name in prompts.items()
+            f"{kind} {prompt_of(self.loaded, name)!r}" for kind, name in prompts.items()
         ]
         way = "as modules.json says" if self.loaded.sentence else "mean of the tokens"
         return [
@@ -236,24 +208,12 @@ def share_nearest(
 
 
 def open_embeddings(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings, devices: Devices, source: Source, *, splits: Sequence[str]
 ) -> Embeddings:
     """Builds the job; see `open_job`."""
-    source = open_source(settings.model.path)
     _check(settings, source.config)
     with fail_together():
-        options: dict[str, Any] = {}
-        if source.family.kind != "encoder":
-            options["remat"] = settings.model.first_remat(jax.default_backend())
-        if source.family.kind == "decoder":
-            scan, lora = settings.model.scan, settings.lora
-            if scan is None:
-                lora = translate_names(lora, source.family, source.config)
-                scan = can_scan(lora, source.config)
-            options["scan_layers"] = scan
-        loaded = load_model(
-            settings.model.path, **options, **loading(settings, devices)
-        )
+        loaded = load(settings, devices, source)
         if source.family.kind == "decoder" and loaded.sentence is None:
             raise UserError(
                 f"{loaded.path} must have a {MODULES}, which says how a decoder makes "
@@ -308,16 +268,3 @@ def _check(settings: RunSettings, config: Any) -> None:
         faults.append(f"pairs of texts can't name their {OWNER}")
     if faults:
         raise UserError("embeddings are trained on pairs: " + "; ".join(faults) + ".")
-
-
-def _prompt(
-    sentence: SentenceConfig | None, name: str | None, loaded: LoadedModel
-) -> str:
-    if sentence is None:
-        if name is not None:
-            raise UserError(f"{loaded.path} has no prompts; got {name!r}.")
-        return ""
-    try:
-        return sentence.prompt(name)
-    except ValueError as error:
-        raise UserError(str(error)) from error

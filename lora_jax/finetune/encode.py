@@ -7,7 +7,6 @@ import jax
 
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.images import image_batches, image_fault, is_image
-from lora_jax.finetune.job import encode_texts
 from lora_jax.finetune.lines import (
     Batch,
     Choose,
@@ -18,12 +17,12 @@ from lora_jax.finetune.lines import (
     text_fault,
 )
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.models.dual import DualConfig
+from lora_jax.finetune.texts import encode_texts, with_prompt
+from lora_jax.models.dual import DualConfig, TextTowerConfig
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from lora_jax.models.loaded import LoadedModel
-from lora_jax.models.sentence_config import MODULES, SentenceConfig
-from lora_jax.models.tower import TextTowerConfig
+from lora_jax.models.sentence_config import MODULES
 from lora_jax.names import CLASSIFIER
 
 
@@ -97,11 +96,7 @@ def encode(
             f"{type(config).__name__}, and there is no {MODULES} that says how it "
             "makes embeddings. For decoders use `generate` and `score`."
         )
-    if sentence is not None:
-        records = _with_prompt(records, sentence, prompt)
-        max_length = max_length or sentence.max_length
-    elif prompt is not None:
-        raise UserError(f"{loaded.path} has no prompts; got {prompt!r}.")
+    texts = with_prompt(loaded, [r["text"] for r in records if "text" in r], prompt)
     pixels = config if isinstance(config, ImageEncoderConfig) else None
     if isinstance(config, DualConfig) and any(map(is_image, records[:1])):
         pixels = config.vision  # all lines are as the first
@@ -118,7 +113,8 @@ def encode(
     if pixels is not None:
         batches = image_batches(pixels, loaded.path, records, rows, path)
     else:
-        sequences, truncated = _token_ids(loaded, records, max_length)
+        longest = max_length or (sentence and sentence.max_length)
+        sequences, truncated = _token_ids(loaded, records, texts, longest)
         check_ids(sequences, config, path)
         has_texts = isinstance(config, (DualConfig, TextTowerConfig))
         if has_texts and config.is_siglip:  # padded as it was trained
@@ -154,27 +150,13 @@ def encode(
     return Encoded(lines, truncated)
 
 
-def _with_prompt(
-    records: Sequence[Mapping[str, Any]], sentence: SentenceConfig, prompt: str | None
-) -> list[Mapping[str, Any]]:
-    """Puts a prompt before the texts, and all in lower case if the model wants it."""
-    try:
-        before = sentence.prompt(prompt)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-    def text(record: Mapping[str, Any]) -> str:
-        whole = before + record["text"]
-        return whole.lower() if sentence.is_lower_case else whole
-
-    return [r | {"text": text(r)} if "text" in r else r for r in map(dict, records)]
-
-
 def _token_ids(
-    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], max_length: int | None
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    texts: list[str],
+    max_length: int | None,
 ) -> tuple[list[list[int]], int]:
     """Returns the ids of each line, and the number of truncated texts."""
-    texts = [record["text"] for record in records if "text" in record]
     if not texts:
         return [record["input_ids"] for record in records], 0
     encoded = encode_texts(loaded, texts, max_length=max_length)

@@ -1,6 +1,6 @@
 """Metrics of a run's adapter, or of its base, on the run's data or another file."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from lora_jax.files.adapter import load_adapter
 from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import perplexity
-from lora_jax.finetune.job import Job, data_files
+from lora_jax.finetune.job import data_files
 from lora_jax.finetune.mixed_evaluation import EACH
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, ADAPTERS, RunFolder
-from lora_jax.finetune.sections import DataSettings
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.finetune.start import adopt
 from lora_jax.finetune.tasks import open_job
 from lora_jax.interop.adapter_folder import adapter_folders
-from lora_jax.names import FROZEN, SAVED, TRAINABLE
+from lora_jax.names import FROZEN, TRAINABLE
 
 
 class Evaluation(NamedTuple):
@@ -84,21 +83,21 @@ def evaluate_run(
             "with --data, or another split, e.g. --split validation."
         )
 
-    each = None
+    apart = None
     if is_base:
         found = job.baseline({**job.splits, "test": wanted}, out)
         model, metrics = found["what"], {job.metric: found[f"test_{job.metric}"]}
     else:
         if several:
-            variables = _together(folder, job)
+            each = [job.load_adapter(folder / ADAPTERS / n).variables for n in several]
+            trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
+            variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
+            variables = {FROZEN: job.variables[FROZEN], **variables}
             model = f"{len(several)} adapters, each on its own examples,"
         else:
             if job.lora.init == "eva":
                 adopt(job, adapter.config)
-            expected = {name: job.variables.get(name, {}) for name in SAVED}
-            adapter = load_adapter(
-                folder / ADAPTER, expected=expected, fingerprint=job.fingerprint
-            )
+            adapter = job.load_adapter(home)
             variables = {FROZEN: job.variables[FROZEN], **adapter.variables}
             variables = job.devices.place(variables, job.targets)
             model = f"adapter of step {adapter.extra['step']}"
@@ -107,29 +106,10 @@ def evaluate_run(
             stream = job.devices.one_epoch(batches, tick)
             measured = job.measure(step, variables, stream)
         metrics = {name: measured[name] for name in job.metrics}
-        each = measured.get(EACH)
+        apart = measured.get(EACH)
     if job.metric == "loss":
         metrics["perplexity"] = perplexity(metrics["loss"])
-    source = data or _source_of(settings.data, split)
+    files = data_files(settings.data)
+    source = data or files.get(split) or f"{settings.data.train}, {split}"
     count, note = len(wanted.examples), job.devices.note
-    return Evaluation(metrics, count, source, model, note, each)
-
-
-def _together(folder: RunFolder, job: Job) -> dict[str, Any]:
-    """Loads all adapters of a run, stacked."""
-    expected = {name: job.variables.get(name, {}) for name in SAVED}
-    each = [
-        load_adapter(
-            folder / ADAPTERS / name, expected=expected, fingerprint=job.fingerprint
-        ).variables
-        for name in job.adapters
-    ]
-    trained = [{k: one[k] for k in TRAINABLE if k in one} for one in each]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
-    return {FROZEN: job.variables[FROZEN], **stacked}
-
-
-def _source_of(data: DataSettings, split: str) -> str:
-    """Describes where the examples of a split come from."""
-    files = data_files(data)
-    return files.get(split) or f"{data.train}, {split}"
+    return Evaluation(metrics, count, source, model, note, apart)

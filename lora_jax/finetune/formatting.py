@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence, Sized
 from typing import Any
 
 
@@ -30,11 +31,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)
 
 
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Lists the first names, and how many more there are: ``a, b and 3 more``."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def metric_text(name: str, value: float | None) -> str:
     """Formats the value of a metric; a dash for None."""
     if value is None:
         return "-"
     return format(value, {"accuracy": ".1%", "perplexity": ".3f"}.get(name, ".4f"))
+
+
+def count_of(runs: Sized) -> str:
+    """Says how many runs there are: ``1 run``, ``2 runs``."""
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
 
 
 def size(count: float) -> str:

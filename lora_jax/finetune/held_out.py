@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.finetune.sections import DataSettings
 
 
@@ -41,8 +42,7 @@ def hold_out(
     small = [i for i, (part, count) in enumerate(sizes) if count >= len(part)]
     if small:
         first = len(parts[small[0]])
-        whose = f" of {', '.join(adapters[i] for i in small[:20])}" if adapters else ""
-        whose += f" and {len(small) - 20} more" if len(small) > 20 else ""
+        whose = f" of {listed([adapters[i] for i in small])}" if adapters else ""
         raise UserError(
             f"data.train has {first} examples{whose}, and data.holdout = "
             f"{data.holdout} leaves none for training; set data.validation to a file."

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -13,15 +14,20 @@ import optax
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
+from lora_jax.files.adapter import Adapter, load_adapter
 from lora_jax.finetune.devices import Devices
-from lora_jax.finetune.errors import UserError
 from lora_jax.finetune.formatting import metric_text
 from lora_jax.finetune.mixed_evaluation import measure_each
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sections import DataSettings, TrainSettings
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import max_tokens
+from lora_jax.interop.pretrained import load_model
 from lora_jax.models.load import with_new_head
 from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.source import Source
+from lora_jax.models.stacking import can_scan
+from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import localize
 from lora_jax.names import FROZEN
 from lora_jax.nn.adapt import Adapted, adapt
@@ -86,6 +92,7 @@ class Job(abc.ABC):
     weight: ClassVar[str]  # the unit the loss is averaged over
     metrics: ClassVar[tuple[str, ...]]  # validation metrics; the last selects the best
     best_mode: ClassVar[str]  # "max" or "min"
+    default_length: ClassVar[int]  # data.max_length, unless it is given
     has_formula: ClassVar[bool] = True  # of its FLOPs, where a decoder's has one
 
     @abc.abstractmethod
@@ -122,11 +129,35 @@ class Job(abc.ABC):
             return measure_each(step, variables, batches, self.adapters, self.metrics)
         return evaluate(step, variables, batches)
 
-    @abc.abstractmethod
-    def batches(self) -> Schedule:
-        """Returns the shuffled batches of the training split."""
+    @property
+    def max_length(self) -> int:
+        """Maximum tokens per example; of an encoder–decoder, of each of its sides."""
+        return max_tokens(self.settings.data, self.loaded, self.default_length)[0]
+
+    def lengths(self, split: Split) -> list[int]:
+        """Returns the tokens of each example that buckets are chosen for."""
+        return [len(example["input_ids"]) for example in split.examples]
+
+    def buckets(self, split: Split, known: Sequence[int] = ()) -> list[int] | None:
+        """Returns lengths to pad a split to: ``known`` and one more if needed."""
+        lengths = self.lengths(split)
+        own = length_buckets(lengths, longest=self.loaded.config.max_positions)
+        if not known:
+            return own
+        return [*known, own[-1]] if max(lengths) > known[-1] else [*known]
 
     @abc.abstractmethod
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """Returns batches of ``rows`` examples; ``order`` is a seed or no shuffling."""
+
+    def batches(self) -> Schedule:
+        """Returns the shuffled batches of the training split."""
+        train, split = self.settings.train, self.splits["train"]
+        buckets = self.buckets(split)
+        return self.schedule(split, train.batch_size, buckets, seed=train.seed)
+
     def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
         """Returns batches of a split in order; epoch 0 contains each example once.
 
@@ -135,12 +166,13 @@ class Job(abc.ABC):
           buckets: lengths to pad to, e.g. those of training, so that splits share
             compilations; one more is added if an example is longer.
         """
+        own = self.buckets(split, buckets)
+        return self.schedule(split, self.eval_rows, own, shuffle=False)
 
     @abc.abstractmethod
     def tokenize_file(self, path: str) -> Split:
         """Reads and tokenises a file of examples."""
 
-    @abc.abstractmethod
     def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
         """Evaluates the frozen base on ``validation`` and, if present, ``test``.
 
@@ -148,6 +180,15 @@ class Job(abc.ABC):
           ``validation_<metric>``, ``test_<metric>`` (None without a test split) of the
           metric that selects the best step, and any further facts.
         """
+        one = dataclasses.replace(self, adapters=())  # there is only one base
+        step, variables = one.eval_step(self.loaded.module), self.loaded.variables
+        measured = {name: s for name, s in splits.items() if name != "train"}
+        found = {
+            name: one.measure(step, variables, stream)[self.metric]
+            for name, _, stream in self.streams(measured, "base", out)
+        }
+        results = {f"{k}_{self.metric}": found.get(k) for k in SPLITS[1:]}
+        return {**results, "what": "frozen base"}
 
     @abc.abstractmethod
     def data_facts(self, batches: Schedule) -> Facts:
@@ -161,6 +202,11 @@ class Job(abc.ABC):
     def fingerprint(self) -> str:
         """The frozen base's fingerprint; if sharded, all processes must call this."""
         return fingerprint(self.variables[FROZEN])
+
+    def load_adapter(self, folder: Path) -> Adapter:
+        """Loads an adapter; raises unless it is one of this base and these layers."""
+        mark = self.fingerprint
+        return load_adapter(folder, expected=self.variables, fingerprint=mark)
 
     def with_settings(self, settings: RunSettings) -> "Job":
         """Returns the job that ``settings`` describe, over the base of this one.
@@ -277,66 +323,31 @@ def data_files(data: DataSettings, splits: Sequence[str] = SPLITS) -> dict[str, 
     return {n: file for n, file in files.items() if n in wanted and file is not None}
 
 
-def loading(settings: RunSettings, devices: Devices) -> dict[str, Any]:
-    """Returns `load_model`'s keyword arguments for dtypes and sharding."""
-    kept = settings.model.param_dtype
-    return {
-        "sharding": devices.sharding,
-        "dtype": jnp.dtype(settings.model.dtype),
-        "param_dtype": None if kept is None else jnp.dtype(kept),
-    }
+def load(
+    settings: RunSettings, devices: Devices, source: Source, **options: Any
+) -> LoadedModel:
+    """Loads a run's base in the dtypes of its settings, sharded over its devices.
 
-
-def max_tokens(
-    data: DataSettings, loaded: LoadedModel, default: int
-) -> tuple[int, str, Facts]:
-    """Returns the maximum tokens per example, a description of it, and remarks.
-
-    It is ``data.max_length`` or ``default``, but at most the model's context length.
+    Args:
+      settings: settings of the run.
+      devices: its devices.
+      source: the model on disk.
+      **options: further ones of `load_model`.
     """
-    longest = loaded.config.max_positions
-    asked = default if data.max_length is None else data.max_length
-    if asked <= longest:
-        return asked, f"data.max_length = {asked}", []
-    name = f"{longest} tokens, the model's context"
-    if data.max_length is None:
-        return longest, name, []
-    note = f"{name}; data.max_length = {asked} is more"
-    return longest, name, [("max length", note)]
-
-
-def encode_texts(
-    loaded: LoadedModel, texts: list[str], *, max_length: int | None
-) -> Any:
-    """Returns token ids of texts, truncated to the model's and settings' limits."""
-    if loaded.tokenizer is None:
-        raise UserError(
-            f"{loaded.path} must contain a tokenizer.json to read text; it has none."
-        )
-    longest = loaded.config.max_positions
-    return loaded.tokenizer.encode(
-        texts, max_length=min(max_length or longest, longest)
+    model, kept = settings.model, settings.model.param_dtype
+    if source.family.kind != "encoder":
+        options["remat"] = model.first_remat(jax.default_backend())
+    if source.family.kind == "decoder":
+        lora = translate_names(settings.lora, source.family, source.config)
+        scan = can_scan(lora, source.config) if model.scan is None else model.scan
+        options["scan_layers"] = scan
+    return load_model(
+        model.path,
+        sharding=devices.sharding,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=None if kept is None else jnp.dtype(kept),
+        **options,
     )
-
-
-def train_buckets(split: Split, loaded: LoadedModel) -> list[int]:
-    """Returns lengths to pad a split to, within the model's context length."""
-    return length_buckets(_lengths(split), longest=loaded.config.max_positions)
-
-
-def eval_buckets(
-    split: Split, buckets: Sequence[int], loaded: LoadedModel
-) -> list[int]:
-    """Returns lengths to pad an evaluation to: ``buckets`` and one more if needed."""
-    own = train_buckets(split, loaded)
-    if not buckets:
-        return own
-    is_longer = max(_lengths(split)) > buckets[-1]
-    return [*buckets, *own[-1:]] if is_longer else list(buckets)
-
-
-def _lengths(split: Split) -> list[int]:
-    return [len(example["input_ids"]) for example in split.examples]
 
 
 def optimizer(train: TrainSettings, total_steps: int) -> optax.GradientTransformation:

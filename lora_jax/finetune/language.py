@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import jax
 import numpy as np
 
 from lora_jax.array_types import PyTree
@@ -21,30 +20,22 @@ from lora_jax.finetune.job import (
     Split,
     attach,
     data_files,
-    eval_buckets,
-    loading,
-    max_tokens,
-    train_buckets,
+    load,
 )
-from lora_jax.finetune.mixed_data import names_adapters, read_adapters
-from lora_jax.finetune.reporter import Reporter
+from lora_jax.finetune.mixed_data import line_adapters, read_adapters
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.finetune.texts import max_tokens
 from lora_jax.finetune.turns import endless_turns
-from lora_jax.interop.pretrained import load_model
 from lora_jax.models.added_tokens import ADDED
 from lora_jax.models.generate import generate
-from lora_jax.models.load import LoadedModel
-from lora_jax.models.source import open_source
-from lora_jax.models.stacking import can_scan
-from lora_jax.models.target_names import translate_names
+from lora_jax.models.source import Source
 from lora_jax.names import OWNER
 from lora_jax.parallel.processes import fail_together
 from lora_jax.parallel.sequence import check_length
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import chunk_tokens, make_lm_loss
 from lora_jax.train.data import TextBatches
-from lora_jax.train.loop import evaluate
-from lora_jax.train.step import LossFn, make_eval_step
+from lora_jax.train.step import LossFn
 from lora_jax.train.text import MESSAGES, TextData, read_text_examples
 
 MAX_LENGTH = 1024
@@ -66,13 +57,7 @@ class Language(Job):
     weight: ClassVar[str] = "targets"
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     best_mode: ClassVar[str] = "min"
-    default_length: ClassVar[int] = MAX_LENGTH  # data.max_length, unless it is given
-
-    @property
-    def max_length(self) -> int:
-        """Maximum tokens per example; of an encoder–decoder, of each of its sides."""
-        data, default = self.settings.data, self.default_length
-        return max_tokens(data, self.loaded, default)[0]
+    default_length: ClassVar[int] = MAX_LENGTH
 
     def loss(self, module: Any, *, is_training: bool, copies: int = 1) -> LossFn:
         """Returns the next-token cross-entropy; in training, experts' balance too."""
@@ -91,59 +76,67 @@ class Language(Job):
             return None  # as many as `make_lm_loss` finds best
         return max(1, chunk_tokens(self.loaded.config.vocab_size) // copies)
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train = self.settings.train
-        split = self.splits["train"]
+    def buckets(self, split: Split, known: Sequence[int] = ()) -> list[int] | None:
+        """See `Job.buckets`; None for packed rows, which have one length."""
+        if self.settings.data.packing:
+            return None
+        unit = self.devices.token_unit  # the mesh may split the rows
+        sizes = super().buckets(split, known) or ()
+        return sorted({-(-size // unit) * unit for size in sizes})
+
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
         packed = self.max_length if self.settings.data.packing else None
         if packed:
             check_length(packed, self.devices.sizes)
-        return TextBatches(
-            split.examples,
-            train.batch_size,
-            None if packed else self._split(train_buckets(split, self.loaded)),
-            packed_length=packed,
-            seed=train.seed,
-        )
-
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`; packed like the training split."""
-        packed = self.max_length if self.settings.data.packing else None
-        return TextBatches(
-            split.examples,
-            self.eval_rows,
-            None if packed else self._split(eval_buckets(split, buckets, self.loaded)),
-            packed_length=packed,
-            shuffle=False,
-        )
-
-    def _split(self, buckets: Sequence[int]) -> list[int]:
-        """Returns the lengths to pad to, such that the mesh can split the rows."""
-        unit = self.devices.token_unit
-        return sorted({-(-size // unit) * unit for size in buckets})
+        examples = split.examples
+        return TextBatches(examples, rows, buckets, packed_length=packed, **order)
 
     def tokenize_file(self, path: str) -> Split:
         """See `Job.tokenize_file`."""
-        data = _read(path, self.settings, self.loaded, bool(self.adapters))
+        owners = None
         if self.adapters:
-            found = read_adapters({path: path}, self.adapters)
-            _number(data, found.lines[path])
+            owners = read_adapters({path: path}, self.adapters).lines[path]
+        data = self.read(path, owners)
         return Split(list(data.examples), data.truncated, data.dropped)
 
-    def baseline(self, splits: Mapping[str, Split], out: Reporter) -> dict[str, Any]:
-        """Measures the loss of the frozen base."""
-        step = make_eval_step(self.loss(self.loaded.module, is_training=False))
-        variables = {"params": self.loaded.params}
-        measured = {name: s for name, s in splits.items() if name != "train"}
-        found = {
-            name: evaluate(step, variables, stream)["loss"]
-            for name, _, stream in self.streams(measured, "base", out)
-        }
-        return {
-            "validation_loss": found.get("validation"),
-            "test_loss": found.get("test"),
-            "what": "frozen base",
-        }
+    def read(self, path: str, owners: Sequence[int] | None = None) -> TextData:
+        """Reads a file; ``owners`` are the numbers of its lines' adapters, if any."""
+        data = read_text_examples(
+            path,
+            self.loaded.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.loaded.config.vocab_size,
+            ignored=() if owners is None else (OWNER,),
+        )
+        if owners is not None:
+            for line, example in zip(data.lines, data.examples, strict=True):
+                example[OWNER] = np.array(owners[line])
+        return data
+
+    def read_splits(
+        self, splits: Sequence[str], owners: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Reads the examples, and holds out those of the same line together.
+
+        Args:
+          splits: the names of the wanted ones.
+          owners: the numbers of the lines' adapters, if any, by split.
+        """
+        files = data_files(self.settings.data, splits)
+        with fail_together():
+            data = {name: self.read(f, owners.get(name)) for name, f in files.items()}
+        self.is_chat = any(found.kind == MESSAGES for found in data.values())
+        self.ends = data["train"].ends if "train" in data else {}
+        rows = {name: _by_line(found) for name, found in data.items()}
+        settings, owner_of = self.settings.data, lambda row: row[0][OWNER]
+        for name, lines in hold_out(rows, settings, self.adapters, owner_of).items():
+            if name in splits:
+                found = data.get(name)  # None of a part that is held out
+                cut = (found.truncated, found.dropped) if found else (0,)
+                self.splits[name] = Split([e for line in lines for e in line], *cut)
 
     def describe(self, metrics: Metrics) -> str:
         """Formats the loss and its perplexity."""
@@ -230,6 +223,7 @@ class Language(Job):
 def open_language(
     settings: RunSettings,
     devices: Devices,
+    source: Source,
     *,
     splits: Sequence[str],
     adapters: Sequence[str] = (),
@@ -237,68 +231,19 @@ def open_language(
     """Builds the job; see `open_job`. ``adapters`` are a trained run's."""
     check_no_classes(settings)
     with fail_together():
-        scan = settings.model.scan
-        if scan is None:
-            source = open_source(settings.model.path)
-            config = source.config
-            lora = translate_names(settings.lora, source.family, config)
-            scan = can_scan(lora, config)
-        loaded = load_model(
-            settings.model.path,
-            scan_layers=scan,
-            add_tokens=settings.model.add_tokens,
-            remat=settings.model.first_remat(jax.default_backend()),
-            **loading(settings, devices),
-        )
+        new = settings.model.add_tokens
+        loaded = load(settings, devices, source, add_tokens=new)
         if not getattr(loaded.config, "predicts", True):
             raise UserError(
                 f"{loaded.path} must predict tokens; it makes embeddings only (it has "
                 "no head, or tokens see later ones). Train it on pairs of texts, lines "
                 "with an 'anchor' and a 'positive'."
             )
-        files = data_files(settings.data, splits)
-        is_mixed = names_adapters(settings.data)
-        data = {n: _read(file, settings, loaded, is_mixed) for n, file in files.items()}
-        if is_mixed:
-            if not adapters:
-                files = {"train": settings.data.train, **files}
-            found = read_adapters(files, adapters or None)
-            adapters = found.names
-            for name, read in data.items():
-                _number(read, found.lines[name])
-    job = Language(
-        splits={},
-        is_chat=any(found.kind == MESSAGES for found in data.values()),
-        ends=data["train"].ends if "train" in data else {},
-        adapters=tuple(adapters),
-        **attach(settings, devices, loaded, settings.lora),
-    )
-    rows = {name: _by_line(found) for name, found in data.items()}
-    cuts = {name: (found.truncated, found.dropped) for name, found in data.items()}
-    fill_splits(job, rows, cuts, splits)
+        owners = line_adapters(settings.data, splits, adapters)
+    attached = attach(settings, devices, loaded, settings.lora)
+    job = Language(splits={}, adapters=owners.names, **attached)
+    job.read_splits(splits, owners.lines)
     return job
-
-
-def fill_splits(
-    job: Language,
-    rows: dict[str, list[list[dict[str, Any]]]],
-    cuts: Mapping[str, tuple[int, ...]],
-    splits: Sequence[str],
-) -> None:
-    """Gives a job its splits.
-
-    Args:
-      job: without them.
-      rows: the examples of each line, by file.
-      cuts: how many of a file were truncated, and dropped.
-      splits: the names of the wanted ones.
-    """
-    data, adapters = job.settings.data, job.adapters
-    found = hold_out(rows, data, adapters, lambda row: row[0][OWNER])
-    for name in found:
-        if name in splits:
-            examples = [example for row in found[name] for example in row]
-            job.splits[name] = Split(examples, *cuts.get(name, (0,)))
 
 
 def check_no_classes(settings: RunSettings) -> None:
@@ -316,21 +261,3 @@ def _by_line(data: TextData) -> list[list[dict[str, Any]]]:
     for line, example in zip(data.lines, data.examples, strict=True):
         rows.setdefault(line, []).append(dict(example))
     return [*rows.values()]
-
-
-def _number(data: TextData, adapters: Sequence[int]) -> None:
-    """Adds the number of its adapter to each example."""
-    for line, example in zip(data.lines, data.examples, strict=True):
-        example[OWNER] = np.array(adapters[line])
-
-
-def _read(
-    path: str, settings: RunSettings, loaded: LoadedModel, is_mixed: bool
-) -> TextData:
-    return read_text_examples(
-        path,
-        loaded.tokenizer,
-        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
-        vocab_size=loaded.config.vocab_size,
-        ignored=(OWNER,) if is_mixed else (),
-    )

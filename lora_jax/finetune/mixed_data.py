@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
+from lora_jax.finetune.job import data_files
 from lora_jax.finetune.sections import DataSettings
 from lora_jax.names import OWNER
 from lora_jax.train.examples import MAX_FAULTS, MAX_LINE, nearest, read_jsonl
@@ -34,6 +36,27 @@ def names_adapters(data: DataSettings) -> bool:
     """Returns whether a line of a run's files has the field `OWNER`."""
     paths = (Path(p) for p in (data.train, data.validation, data.test) if p)
     return any(_has_field(path) for path in paths if path.is_file())
+
+
+def line_adapters(
+    data: DataSettings, splits: Sequence[str], known: Sequence[str] = ()
+) -> LineAdapters:
+    """Reads which adapter each line of a run's files is for; see `read_adapters`.
+
+    Args:
+      data: the settings.
+      splits: the splits that are read.
+      known: the adapters, if they are known.
+
+    Returns:
+      The adapters and their lines; without lines if none of them names its adapter.
+    """
+    if not names_adapters(data):
+        return LineAdapters(tuple(known), {})
+    files = data_files(data, splits)
+    if known:
+        return read_adapters(files, known)
+    return read_adapters({"train": data.train, **files})
 
 
 def read_adapters(
@@ -83,7 +106,7 @@ def read_adapters(
         if missing := sorted(set(names) - set(found[split])):
             raise UserError(
                 f"every adapter needs examples in data.{split}, to choose its best "
-                f"step; {files[split]} has none for {_some(missing)}."
+                f"step; {files[split]} has none for {listed(missing)}."
             )
     index = {name: number for number, name in enumerate(names)}
     lines = {split: [index[name] for name in own] for split, own in found.items()}
@@ -95,18 +118,11 @@ def _check_distinct(names: Sequence[str]) -> None:
     for name in names:
         folded.setdefault(name.casefold(), []).append(name)
     if same := [own for own in folded.values() if len(own) > 1]:
-        shown = _some([" and ".join(own) for own in same])
+        shown = listed([" and ".join(own) for own in same])
         raise UserError(
             f"names of adapters must differ in more than case, as they name folders; "
             f"got {shown}."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Lists the first names."""
-    more = len(names) - MAX_FAULTS
-    end = f" and {more} more" if more > 0 else ""
-    return ", ".join(names[:MAX_FAULTS]) + end
 
 
 def _has_field(path: Path) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.files.adapter import load_adapter, read_adapter_config
+from lora_jax.files.adapter import read_adapter_config
+from lora_jax.finetune.formatting import listed
 from lora_jax.finetune.mixed_evaluation import EACH, weighted_means
 from lora_jax.finetune.run_folder import ADAPTERS
 from lora_jax.finetune.session import Session
@@ -65,11 +66,9 @@ class MixedSession(Session):
         return bool(self.improved)
 
     def _save_adapter(self, state: TrainState) -> None:
-        trained = jax.device_get(state.trainable)
+        each, step = self._each(state), int(state.step)
         for name in self.improved:
-            number = self.job.adapters.index(name)
-            one = jax.tree.map(lambda leaf, i=number: leaf[i], trained)
-            self._keep(self.place(name), one, int(state.step), adapter=name)
+            self._keep(self.place(name), each[name], step, adapter=name)
 
     def _finish(
         self, state: TrainState, baseline: dict[str, Any] | None
@@ -99,10 +98,9 @@ class MixedSession(Session):
         }
         warning = None
         if missing := [name for name in each if name not in self.bests]:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
             warning = (
                 f"{len(missing)} of {len(each)} adapters diverged, and were not kept: "
-                f"{', '.join(missing[:SHOWN])}{more}. Lower train.learning_rate."
+                f"{listed(missing, SHOWN)}. Lower train.learning_rate."
             )
         return self._conclude(
             state, baseline, best, test=test, warning=warning, adapters=each
@@ -110,24 +108,22 @@ class MixedSession(Session):
 
     def _kept(self, state: TrainState) -> dict[str, Any]:
         """Returns the trained collections of all adapters, at their best."""
-        # Copies: what is fetched from a device can't be written to.
-        leaves, structure = jax.tree.flatten(state.trainable)
-        leaves = [np.array(leaf) for leaf in leaves]
-        like = jax.tree.unflatten(structure, [leaf[0] for leaf in leaves])
-        for number, name in enumerate(self.job.adapters):
-            if name in self.bests:
-                found = load_adapter(
-                    self.place(name), expected=like, fingerprint=self.job.fingerprint
-                )
-                one = jax.tree.leaves(found.variables)
-                for leaf, value in zip(leaves, one, strict=True):
-                    leaf[number] = value
-        found = jax.tree.unflatten(structure, leaves)
+        each = self._each(state)
+        for name in self.bests:
+            each[name] = self.job.load_adapter(self.place(name)).variables
         return jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, like.sharding),
-            found,
+            lambda like, *own: jax.device_put(np.stack(own), like.sharding),
             state.trainable,
+            *each.values(),
         )
+
+    def _each(self, state: TrainState) -> dict[str, Any]:
+        """Returns each adapter's trained collections as they are."""
+        trained = jax.device_get(state.trainable)
+        return {
+            name: jax.tree.map(lambda leaf, i=number: leaf[i], trained)
+            for number, name in enumerate(self.job.adapters)
+        }
 
     def _examples(self) -> dict[str, list[int]]:
         """Counts each adapter's examples in every split."""

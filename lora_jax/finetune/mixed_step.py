@@ -1,4 +1,4 @@
-"""The step of a run whose examples name their adapter; see `lora_jax.train.mixed`."""
+"""The optimizers and state of a run whose examples name their adapter."""
 
 from typing import Any
 
@@ -7,17 +7,13 @@ import numpy as np
 
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune.errors import UserError
+from lora_jax.finetune.formatting import listed
 from lora_jax.names import EMBED, HEAD, PARAMS
-from lora_jax.nn.adapt import Adapted
-from lora_jax.nn.rows import RowAdapted
 from lora_jax.parallel.mesh import mesh_of
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.members import Hyper
-from lora_jax.train.mixed import make_mixed_step, mixed_places, mixed_state
+from lora_jax.train.mixed import mixed_places, mixed_state
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import TrainStep
-
-SHOWN = 20
 
 
 def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
@@ -45,8 +41,11 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
             "say whose continuations it wants."
         )
     if job.lora.fixes_leaves:
+        own = job.lora
+        is_set = {"vera": own.vera, "lora_fa": own.lora_fa}
+        named = next((k for k in is_set if is_set[k]), f"init = {own.init!r}")
         raise UserError(
-            f"lora.init = {job.lora.init!r} is for a run with one adapter, whose start "
+            f"lora.{named} is for a run with one adapter, whose start "
             f"the run folder keeps; the examples name {len(job.adapters)}."
         )
     if train.router_aux_loss_coef:
@@ -64,12 +63,10 @@ def mixed_hypers(job: jobs.Job, batches: Schedule, total: int) -> Hyper:
     for number in range(total):
         steps[batches.adapters_at(number)] += 1
     if unused := [name for name, n in zip(job.adapters, steps, strict=True) if not n]:
-        more = len(unused) - SHOWN
         raise UserError(
             f"{len(unused)} of {len(job.adapters)} adapters have no example in the "
-            f"{total} steps of the run: {', '.join(unused[:SHOWN])}"
-            + (f" and {more} more" if more > 0 else "")
-            + ". Raise train.max_steps or train.batch_size."
+            f"{total} steps of the run: {listed(unused)}. Raise train.max_steps or "
+            "train.batch_size."
         )
     one = Hyper.of([], **jobs.optimizer_options(train, total))
     every: Any = jax.tree.map(lambda x: np.full(len(steps), x), one)
@@ -105,18 +102,3 @@ def mixed_shapes(job: jobs.Job, hypers: Hyper) -> TrainState:
 
     frozen = {k: tree for k, tree in job.variables.items() if k not in trainable}
     return jax.tree.map(placed, state, places).replace(frozen=frozen)
-
-
-def mixed_step(job: jobs.Job, adapted: Adapted, hypers: Hyper) -> TrainStep:
-    """Makes the step.
-
-    Args:
-      job: the job.
-      adapted: its model, with the remat policy to use.
-      hypers: from `mixed_hypers`.
-
-    Returns:
-      The step, for states of `mixed_state`.
-    """
-    loss_fn = job.loss(RowAdapted(adapted), is_training=True)
-    return make_mixed_step(loss_fn, hypers, job.settings.train.accumulate)

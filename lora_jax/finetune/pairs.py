@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
-
 from lora_jax.files.messages import Message
 from lora_jax.files.tokenizer import Tokenizer
 from lora_jax.finetune.devices import Devices
@@ -14,27 +12,22 @@ from lora_jax.finetune.job import (
     Facts,
     Split,
     attach,
-    data_files,
-    eval_buckets,
-    loading,
-    max_tokens,
-    train_buckets,
+    load,
 )
-from lora_jax.finetune.language import Language, check_no_classes, fill_splits
+from lora_jax.finetune.language import Language, check_no_classes
 from lora_jax.finetune.settings import RunSettings
-from lora_jax.interop.pretrained import load_model
-from lora_jax.models.loaded import LoadedModel
+from lora_jax.models.source import Source
 from lora_jax.parallel.processes import fail_together
 from lora_jax.train.buckets import Schedule
 from lora_jax.train.causal_lm import make_lm_loss
 from lora_jax.train.pairs import (
     INPUTS,
     PairBatches,
-    PairData,
     encode_source,
     read_pairs,
 )
 from lora_jax.train.step import LossFn
+from lora_jax.train.text import TextData
 
 MAX_LENGTH = 512
 
@@ -55,30 +48,24 @@ class Pairs(Language):
             chunk=self.chunk(copies),
         )
 
-    def batches(self) -> Schedule:
-        """See `Job.batches`."""
-        train, split = self.settings.train, self.splits["train"]
-        return PairBatches(
-            split.examples,
-            train.batch_size,
-            train_buckets(split, self.loaded),
-            start_id=self.loaded.config.start_id,
-            seed=train.seed,
-        )
+    def schedule(
+        self, split: Split, rows: int, buckets: list[int] | None, **order: Any
+    ) -> Schedule:
+        """See `Job.schedule`."""
+        start = self.loaded.config.start_id
+        return PairBatches(split.examples, rows, buckets, start_id=start, **order)
 
-    def evaluation(self, split: Split, buckets: Sequence[int] = ()) -> Schedule:
-        """See `Job.evaluation`."""
-        return PairBatches(
-            split.examples,
-            self.eval_rows,
-            eval_buckets(split, buckets, self.loaded),
-            start_id=self.loaded.config.start_id,
-            shuffle=False,
+    def read(self, path: str, owners: Sequence[int] | None = None) -> TextData:
+        """See `Language.read`; each line is an example."""
+        del owners
+        data = read_pairs(
+            path,
+            self.loaded.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.loaded.config.vocab_size,
         )
-
-    def tokenize_file(self, path: str) -> Split:
-        """See `Job.tokenize_file`."""
-        return Split(*_read(path, self.settings, self.loaded))
+        lines = [*range(len(data.examples))]
+        return TextData(data.examples, lines, data.truncated, 0, 0, "pairs", {})
 
     def data_facts(self, batches: Schedule) -> Facts:
         """See `Job.data_facts`."""
@@ -113,7 +100,7 @@ class Pairs(Language):
 
 
 def open_pairs(
-    settings: RunSettings, devices: Devices, *, splits: Sequence[str]
+    settings: RunSettings, devices: Devices, source: Source, *, splits: Sequence[str]
 ) -> Pairs:
     """Builds the job; see `open_job`."""
     check_no_classes(settings)
@@ -123,32 +110,13 @@ def open_pairs(
             "source of its own. Prompts are padded to few lengths instead."
         )
     with fail_together():
-        loaded = load_model(
-            settings.model.path,
-            remat=settings.model.first_remat(jax.default_backend()),
-            **loading(settings, devices),
-        )
+        loaded = load(settings, devices, source)
         if not loaded.config.predicts:
             raise UserError(
                 f"{loaded.path} must have a decoder to be trained; it is the encoder "
                 "of one alone. Train its embeddings on pairs of texts, lines with an "
                 "'anchor' and a 'positive'."
             )
-        data = {
-            name: _read(file, settings, loaded)
-            for name, file in data_files(settings.data, splits).items()
-        }
     job = Pairs(splits={}, **attach(settings, devices, loaded, settings.lora))
-    rows = {name: [[e] for e in found.examples] for name, found in data.items()}
-    cuts = {name: (found.truncated,) for name, found in data.items()}
-    fill_splits(job, rows, cuts, splits)
+    job.read_splits(splits, {})
     return job
-
-
-def _read(path: str, settings: RunSettings, loaded: LoadedModel) -> PairData:
-    return read_pairs(
-        path,
-        loaded.tokenizer,
-        max_length=max_tokens(settings.data, loaded, MAX_LENGTH)[0],
-        vocab_size=loaded.config.vocab_size,
-    )

@@ -1,25 +1,27 @@
-"""Pricing the training steps of a run's settings before running any."""
+"""Pricing and compiling the training steps of a run's settings before running any."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_jax.files.fetch import find_model
 from lora_jax.files.gguf import SUFFIX, GGUFReader
 from lora_jax.files.tokenizer import load_tokenizer
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune import pairs
+from lora_jax.finetune.checks import check_experts, check_sequence
 from lora_jax.finetune.devices import mesh_rules
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.formatting import size
 from lora_jax.finetune.language import MAX_LENGTH
-from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes, mixed_step
-from lora_jax.finetune.sequence import check_sequence
+from lora_jax.finetune.mixed_step import mixed_hypers, mixed_shapes
+from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.settings import RunSettings
 from lora_jax.models.added_tokens import grow_tokenizer, train_added
 from lora_jax.models.decoder import REMATS
@@ -30,16 +32,41 @@ from lora_jax.models.stacking import can_scan
 from lora_jax.models.target_names import translate_names
 from lora_jax.models.tokens import name_tokens
 from lora_jax.names import EXPERT, PARAMS, SEQUENCE
-from lora_jax.nn.adapt import Adapted, adapt
-from lora_jax.parallel.mesh import batch_sharding, make_mesh
+from lora_jax.nn.adapt import adapt
+from lora_jax.nn.rows import RowAdapted
+from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import make_sharding
 from lora_jax.parallel.sequence import check_length
-from lora_jax.plan.fit import Price, device_memory, fitting_remat, largest_batch
+from lora_jax.plan.fit import (
+    Price,
+    device_memory,
+    first_fitting,
+    largest_batch,
+    remats_from,
+)
 from lora_jax.plan.flops import StepFlops, pair_step_flops, step_flops
 from lora_jax.plan.slices import check_topology, open_slice
-from lora_jax.plan.step import StepPlan, price_step, price_training
+from lora_jax.plan.step import StepPlan, batch_shapes, price_step, price_training
 from lora_jax.plan.topology import DecoderSteps, PairSteps, TextPairSteps
 from lora_jax.train.buckets import Schedule
+from lora_jax.train.members import Hyper
+from lora_jax.train.mixed import make_mixed_step, mixed_state
+from lora_jax.train.state import TrainState
+from lora_jax.train.step import TrainStep, make_train_step
+
+
+class Compiled(NamedTuple):
+    """A run's compiled step.
+
+    Attributes:
+      step: the step, compiled for every shape of the run.
+      state: the initial state.
+      plan: the plan of the longest shape.
+    """
+
+    step: TrainStep
+    state: TrainState
+    plan: StepPlan
 
 
 class JobSteps:
@@ -65,6 +92,25 @@ class JobSteps:
         self.remat = first if has_remat else None
         self.limit = device_memory(jax.local_devices()[0])
 
+    @functools.cached_property
+    def hypers(self) -> Hyper:
+        """The optimizers' numbers of a job with several adapters."""
+        return mixed_hypers(self.job, self.batches, self.total)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of a job with one adapter."""
+        return jobs.optimizer(self.job.settings.train, self.total)
+
+    def make(self, adapted: Any) -> TrainStep:
+        """Makes the step of the job's model, with the remat policy to use."""
+        job, accumulate = self.job, self.job.settings.train.accumulate
+        if job.adapters:
+            loss_fn = job.loss(RowAdapted(adapted), is_training=True)
+            return make_mixed_step(loss_fn, self.hypers, accumulate)
+        loss_fn = job.loss(adapted, is_training=True)
+        return make_train_step(loss_fn, self.optimizer, accumulate)
+
     def price(
         self, rows: int, remat: str | None, *, trains_all: bool = False
     ) -> StepPlan:
@@ -79,13 +125,16 @@ class JobSteps:
         job, loaded, train = self.job, self.job.loaded, self.job.settings.train
         module = loaded.module if remat is None else loaded.module.clone(remat=remat)
         variables = {PARAMS: loaded.params}
-        if job.adapters and not trains_all:
-            return self._price_mixed(rows, remat, adapt(module, job.lora))
         if trains_all:
             train = dataclasses.replace(train, lora_b_ratio=1.0)  # there is no B
         else:
             module = adapt(module, job.lora, *loaded.inputs)
             variables = job.variables
+        options: dict[str, Any] = {"limit": self.limit, "remat": remat}
+        if job.adapters and not trains_all:
+            batch = batch_shapes(self.longest, rows, job.devices.mesh)
+            state = mixed_shapes(job, self.hypers)
+            return price_step(self.make(module), state, batch, **options)
         return price_training(
             job.loss(module, is_training=True),
             jobs.optimizer(train, self.total),
@@ -93,28 +142,15 @@ class JobSteps:
             self.longest,
             rows,
             accumulate=train.accumulate,
-            limit=self.limit,
-            remat=remat,
             even_if_too_large=trains_all,
+            **options,
         )
 
-    def _price_mixed(self, rows: int, remat: str | None, adapted: Adapted) -> StepPlan:
-        hypers = mixed_hypers(self.job, self.batches, self.total)
-        mesh = self.job.devices.mesh
-        where = None if mesh is None else batch_sharding(mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                (rows, *leaf.shape[1:]), leaf.dtype, sharding=where
-            )
-            for name, leaf in self.longest.items()
-        }
-        return price_step(
-            mixed_step(self.job, adapted, hypers),
-            mixed_shapes(self.job, hypers),
-            batch,
-            limit=self.limit,
-            remat=remat,
-        )
+    @property
+    def policies(self) -> Sequence[str | None]:
+        """The remat policies to choose from, the fastest first."""
+        is_free = self.job.settings.model.remat == "auto"
+        return remats_from(self.remat) if is_free else [self.remat]
 
     def choose(self, price: Price) -> StepPlan:
         """Returns the plan of the first remat policy that fits, using ``price``.
@@ -124,13 +160,60 @@ class JobSteps:
             any policy if that is "auto"; suggests what would.
         """
         rows, _ = self.longest["input_ids"].shape
-        if self.job.settings.model.remat == "auto":
-            plan = fitting_remat(price, rows, self.remat)[-1]
-        else:
-            plan = price(rows, self.remat)
+        _, tried = first_fitting(lambda remat: price(rows, remat), self.policies)
+        *_, plan = tried.values()
         if not plan.fits:
             raise too_large(plan, "this machine", self.suggestion(plan))
         return plan
+
+    def compile(self, out: Reporter) -> Compiled:
+        """Compiles the step for every shape of the run, the longest first.
+
+        It is compiled from shapes, and rejected before it fills the memory. A decoder's
+        ``remat`` is set to the policy that fits.
+
+        Args:
+          out: where to show progress.
+
+        Raises:
+          UserError: if the step doesn't fit the device; suggests what does.
+        """
+        job, key = self.job, jax.random.key(self.job.settings.train.seed)
+        if job.adapters:
+            state = mixed_shapes(job, self.hypers)
+        else:
+            state = TrainState.create(job.variables, self.optimizer, key)
+        longest, *others = self._shapes()
+        made: list[TrainStep] = []
+
+        def price(rows: int, remat: str | None) -> StepPlan:
+            del rows  # given by the shape
+            if remat is not None:
+                job.set_remat(remat)
+            made.append(self.make(job.adapted))
+            return price_step(made[-1], state, longest, limit=self.limit, remat=remat)
+
+        with out.progress("compile", 1 + len(others)) as tick:
+            plan = self.choose(price)
+            tick(1, f"{plan.tokens} tokens")
+            for number, shape in enumerate(others, start=2):
+                tick(number, f"{price_step(made[-1], state, shape).tokens} tokens")
+        if job.adapters:
+            state = mixed_state(job.variables, self.hypers, key)
+        return Compiled(made[-1], state, plan)
+
+    def _shapes(self) -> list[dict[str, Any]]:
+        """Returns the batch shapes of the run, longest first."""
+        batches, found = self.batches, dict[int, int]()
+        for number in range(min(self.total, batches.steps_per_epoch)):
+            found.setdefault(batches.length_at(number), number)
+            if len(found) == len(batches.buckets):
+                break
+        rows, mesh = batches.batch_size, self.job.devices.mesh
+        return [
+            batch_shapes(batches.shapes_at(found[length]), rows, mesh)
+            for length in sorted(found, reverse=True)
+        ]
 
     def suggestion(self, plan: StepPlan, price: Price | None = None) -> str:
         """Suggests what would fit instead of a step, using ``price`` or `price`."""

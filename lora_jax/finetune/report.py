@@ -67,7 +67,9 @@ def print_loaded(out: Reporter, job: Job, batches: Schedule) -> None:
     out.heading("Loaded")
     out.facts([*loaded_facts(job), *job.data_facts(batches), *adapter_facts(job)])
     out.heading(f"Adapted layers ({layer_count(job.targets)})")
-    print_targets(out, job.targets, job.adapted.token_rows(job.loaded.params))
+    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
+    tokens = token_table(job.adapted.token_rows(job.loaded.params))
+    out.table(columns, [*target_rows(job.targets), *tokens])
     for note in job.frozen_notes:
         out.say(f"  {note}", style="yellow")
 
@@ -235,14 +237,6 @@ def token_table(tokens: Sequence[TokenRows]) -> list[tuple[Any, ...]]:
         )
         for each in tokens
     ]
-
-
-def print_targets(
-    out: Reporter, targets: Sequence[Target], tokens: Sequence[TokenRows] = ()
-) -> None:
-    """Prints the table of targets, and of layers with trained rows of tokens."""
-    columns = ("layer", "count", "kind", "kernel", "rank", "alpha", "trained")
-    out.table(columns, [*target_rows(targets), *token_table(tokens)])
 
 
 def counts(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_jax.files import adapter, atomic
 from lora_jax.files.lock import Lock, LockedError
@@ -49,58 +49,33 @@ FREE = MESH | {
 }
 
 
-class RunFolder:
-    """A run folder, visible to all processes of a run and written by the first.
+def fixed_differences(old: RunSettings, new: RunSettings) -> list[str]:
+    """Returns the `differences` that keep a run from being resumed."""
+    return [d for d in differences(old, new) if d.split(":")[0] not in FREE]
+
+
+class OutputFolder:
+    """A folder that one process at a time writes.
 
     Attributes:
       path: the folder.
-      is_writer: whether this process writes; otherwise writing has no effect.
+      content: what it is the folder of, for messages.
     """
 
-    def __init__(self, path: str | Path, *, is_writer: bool = True):
-        self.path, self.is_writer = Path(path), is_writer
+    content: ClassVar[str]
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._lock: Lock | None = None
 
     def __truediv__(self, name: str) -> Path:
         """Returns the path of a file in the folder."""
         return self.path / name
 
-    def check(self, settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
-        """Checks that the folder can be used, before anything is computed.
-
-        Args:
-          settings: settings of the run to be started or resumed.
-          resume: whether to resume an existing run.
-          overwrite: whether an existing run may be deleted.
-
-        Raises:
-          UserError: if the folder is in use and neither was requested; if it contains
-            a different run or other files; or if it can't be written.
-        """
-        self.check_place()
-        # Ignores the leftovers of a process killed before it started a run.
+    def names(self) -> list[str]:
+        """Returns what is in the folder, but for what a killed process left."""
         names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-        found = sorted(n for n in names if n != LOCK and not atomic.is_leftover(n))
-        if resume:
-            self._check_resume(settings)
-        elif found and CONFIG not in found:
-            raise UserError(
-                f"{self.path} is not a run folder (it has no {CONFIG}, but "
-                f"{found[0]!r}), so it was not changed. Choose another output.dir."
-            )
-        elif found and not overwrite:
-            raise UserError(
-                f"{self.path} already contains a run ({self.state()}). Use --resume "
-                "(in Python: resume=True) to resume it, --overwrite (overwrite=True) "
-                "to delete it, or choose another output.dir."
-            )
-        elif others := sorted(set(found) - OWN_NAMES):
-            raise UserError(
-                f"{self.path} contains other files than a run's ({', '.join(others)}), "
-                "so it was not overwritten. Move them away first."
-            )
-        if found:
-            self.lock()
+        return sorted(n for n in names if n != LOCK and not atomic.is_leftover(n))
 
     def check_place(self) -> None:
         """Raises a `UserError` if the folder is a file, or can't be written."""
@@ -125,8 +100,8 @@ class RunFolder:
             self._lock = Lock(self / LOCK)
         except LockedError as error:
             raise UserError(
-                f"a run in {self.path} is in progress: {error}. Wait until it has "
-                "ended, or choose another output.dir."
+                f"a {self.content} in {self.path} is in progress: {error}. Wait until "
+                "it has ended, or choose another output.dir."
             ) from error
 
     def release(self) -> None:
@@ -134,6 +109,55 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+class RunFolder(OutputFolder):
+    """A run folder, visible to all processes of a run and written by the first.
+
+    Attributes:
+      is_writer: whether this process writes; otherwise writing has no effect.
+    """
+
+    content: ClassVar[str] = "run"
+
+    def __init__(self, path: str | Path, *, is_writer: bool = True):
+        super().__init__(path)
+        self.is_writer = is_writer
+
+    def check(self, settings: RunSettings, *, resume: bool, overwrite: bool) -> None:
+        """Checks that the folder can be used, before anything is computed.
+
+        Args:
+          settings: settings of the run to be started or resumed.
+          resume: whether to resume an existing run.
+          overwrite: whether an existing run may be deleted.
+
+        Raises:
+          UserError: if the folder is in use and neither was requested; if it contains
+            a different run or other files; or if it can't be written.
+        """
+        self.check_place()
+        found = self.names()
+        if resume:
+            self._check_resume(settings)
+        elif found and CONFIG not in found:
+            raise UserError(
+                f"{self.path} is not a run folder (it has no {CONFIG}, but "
+                f"{found[0]!r}), so it was not changed. Choose another output.dir."
+            )
+        elif found and not overwrite:
+            raise UserError(
+                f"{self.path} already contains a run ({self.state()}). Use --resume "
+                "(in Python: resume=True) to resume it, --overwrite (overwrite=True) "
+                "to delete it, or choose another output.dir."
+            )
+        elif others := sorted(set(found) - OWN_NAMES):
+            raise UserError(
+                f"{self.path} contains other files than a run's ({', '.join(others)}), "
+                "so it was not overwritten. Move them away first."
+            )
+        if found:
+            self.lock()
 
     def _check_resume(self, settings: RunSettings) -> None:
         if not self.is_started():
@@ -146,9 +170,7 @@ class RunFolder:
 
     def check_settings(self, settings: RunSettings, advice: str) -> None:
         """Raises a `UserError` with ``advice`` if settings that matter differ."""
-        old = load_settings(self / CONFIG)
-        changed = [d for d in differences(old, settings) if d.split(":")[0] not in FREE]
-        if changed:
+        if changed := fixed_differences(load_settings(self / CONFIG), settings):
             lines = "\n  ".join(changed)
             raise UserError(
                 f"the run in {self.path} was started with other settings:\n  {lines}"

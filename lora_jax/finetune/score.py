@@ -82,8 +82,7 @@ def score(
     """
     if loaded.tokenizer is None and any("text" in record for record in records):
         raise UserError(f"{loaded.path} has no tokenizer; {path} must contain ids.")
-    encode = _encode_pairs if loaded.family.has_source else _encode
-    encoded = encode(loaded, records, path)
+    encoded = _encode(loaded, records, path)
     apply, config = loaded.module.apply, loaded.config
     chunk = chunk_tokens(config.vocab_size)
 
@@ -163,41 +162,28 @@ def _is_trained(record: Mapping[str, Any]) -> bool:
 
 def _encode(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], path: str
-) -> list[tuple[int, Encoded]]:
+) -> list[tuple[int, Encoded | Pair]]:
     """Returns the tokens of lines, each with the index of its line."""
     tokenizer, size = loaded.tokenizer, loaded.config.vocab_size
-    encoded, faults = [], []
-    for line, record in enumerate(records):
+
+    def tokens(record: Mapping[str, Any]) -> Sequence[Encoded | Pair]:
+        if loaded.family.has_source:
+            return [encode_pair(record, tokenizer, vocab_size=size)]
         if _is_trained(record):
-            try:
-                found = encode_record(record, tokenizer, vocab_size=size)
-            except (ValueError, TypeError) as error:
-                faults.append(f"{path}: example {line + 1}: {error}")
-                continue
-        else:
-            ids = record.get("input_ids")
-            if ids is None:
-                assert tokenizer is not None  # checked before
-                ids = tokenizer.encode_text(record["text"]).ids
-            found = [Encoded(ids, [1] * len(ids))]
-        encoded += [(line, each) for each in found]
-    check_faults("lines that can't be scored", faults)
-    check_ids([each.ids for _, each in encoded], loaded.config, path)
-    return encoded
+            return encode_record(record, tokenizer, vocab_size=size)
+        ids = record.get("input_ids")
+        if ids is None:
+            assert tokenizer is not None  # checked before
+            ids = tokenizer.encode_text(record["text"]).ids
+        return [Encoded(ids, [1] * len(ids))]
 
-
-def _encode_pairs(
-    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], path: str
-) -> list[tuple[int, Pair]]:
-    """As `_encode`, for an encoder–decoder."""
-    tokenizer, size = loaded.tokenizer, loaded.config.vocab_size
     encoded, faults = [], []
     for line, record in enumerate(records):
         try:
-            pair = encode_pair(record, tokenizer, vocab_size=size)
+            encoded += [(line, each) for each in tokens(record)]
         except (ValueError, TypeError) as error:
             faults.append(f"{path}: example {line + 1}: {error}")
-        else:
-            encoded.append((line, pair))
     check_faults("lines that can't be scored", faults)
+    ids = [each.ids for _, each in encoded if isinstance(each, Encoded)]
+    check_ids(ids, loaded.config, path)
     return encoded

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files.adapter import Adapter, load_adapter, save_adapter
+from lora_jax.files.adapter import save_adapter
 from lora_jax.files.checkpoint import Checkpoints
 from lora_jax.finetune import job as jobs
 from lora_jax.finetune import report, verdict
-from lora_jax.finetune.compile import compile_step
 from lora_jax.finetune.curves import draw_curves
 from lora_jax.finetune.devices import check_batch
 from lora_jax.finetune.errors import DivergedError
 from lora_jax.finetune.formatting import duration, metric_text
 from lora_jax.finetune.interrupt import Clock, Relay, interruptible
+from lora_jax.finetune.pricing import JobSteps
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.run_folder import ADAPTER, CHECKPOINTS, CURVES, FREE, RunFolder
 from lora_jax.finetune.settings import RunSettings
@@ -81,7 +81,7 @@ class Session:
         check_same("the base and the data", data)
         report.print_loaded(self.out, self.job, self.batches)
         with self.timed("compile"):
-            found = compile_step(self.job, self.batches, self.out)
+            found = JobSteps(self.job, self.batches).compile(self.out)
         self.step, self.state, self.plan = found
         steps = f"{self.total} of {self.settings.train.batch_size} {self.job.unit}"
         steps += f"; validation every {self.eval_every}"
@@ -315,10 +315,6 @@ class Session:
         if loaded.added and loaded.tokenizer and self.folder.is_writer:
             write_tokenizer(place, loaded.tokenizer, loaded.path)
 
-    def _load_adapter(self, state: TrainState) -> Adapter:
-        place, mark = self.folder / ADAPTER, self.job.fingerprint
-        return load_adapter(place, expected=state.variables, fingerprint=mark)
-
     def _evaluate(self, name: str, variables: Any) -> dict[str, Any]:
         batches: Schedule = self.evaluations[name]
         with self.timed("evaluate"):
@@ -332,13 +328,13 @@ class Session:
         job, best, last = self.job, self.best, self.last
         if best is None or last is None or 2 * int(state.skipped) > int(state.step):
             raise self._diverged(state)
-        adapter = self._load_adapter(state)
+        adapter = job.load_adapter(self.folder / ADAPTER)
         if adapter.extra["step"] != best["step"]:
             # Killed between saving an adapter and its checkpoint, and the repeated
             # steps had another result, e.g. on another mesh.
             assert self.checkpoints is not None  # open while training
             self._save_adapter(self.checkpoints.restore(state, step=best["step"]))
-            adapter = self._load_adapter(state)
+            adapter = job.load_adapter(self.folder / ADAPTER)
         variables = {**state.frozen, **adapter.variables}
         variables = job.devices.place(variables, job.targets)
         test = self._evaluate("test", variables) if "test" in job.splits else None

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lora_jax.config import LoRAConfig
 from lora_jax.files.adapter import CONFIG, load_adapter, save_adapter
-from lora_jax.finetune.job import Job
+from lora_jax.finetune.job import Job, attach
 from lora_jax.finetune.run_folder import START
 from lora_jax.nn.adapt import adapt
 from lora_jax.nn.data_start import lora_ga_init
@@ -41,9 +39,7 @@ def with_start(job: Job, folder: Path) -> Job:
     if (kept / CONFIG).is_file() and _is_kept(job):
         if job.lora.init == "eva":
             adopt(job, load_adapter(kept, fingerprint=job.fingerprint).config)
-        found = load_adapter(
-            kept, expected=job.variables, fingerprint=job.fingerprint
-        ).variables
+        found = job.load_adapter(kept).variables
     elif job.lora.init == "lora_ga":
         loss = job.loss(job.adapted, is_training=False)
         found = lora_ga_init(job.adapted, job.variables, loss, _first(job))
@@ -63,12 +59,8 @@ def with_start(job: Job, folder: Path) -> Job:
 
 def adopt(job: Job, lora: LoRAConfig) -> None:
     """Gives a job new adapters of another config, such as one with EVA's ranks."""
-    loaded = job.loaded
-    job.lora, job.adapted = lora, adapt(loaded.module, lora, *loaded.inputs)
-    job.targets = job.adapted.targets(loaded.params)
-    key = jax.random.key(job.settings.train.seed)
-    variables = job.adapted.attach(loaded.params, key)
-    job.variables = job.devices.place(variables, job.targets)
+    for name, value in attach(job.settings, job.devices, job.loaded, lora).items():
+        setattr(job, name, value)
 
 
 def _first(job: Job) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
-from lora_jax.finetune.formatting import metric_text
+from lora_jax.finetune.formatting import count_of, metric_text
 from lora_jax.finetune.interrupt import interruptible
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.names import MEMBER
@@ -41,7 +41,7 @@ class Sweep(NamedTuple):
 
 def sweep(
     config: "str | os.PathLike[str] | Mapping[str, Any] | RunSettings",
-    grid: Mapping[str, Sequence[Any]] | Sequence[str],
+    grid: Mapping[str, Iterable[Any]] | Sequence[str],
     *,
     zipped: bool = False,
     together: int | None = None,
@@ -82,7 +82,7 @@ def sweep(
     from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_grid import expand, groups
     from lora_jax.finetune.sweep_group import Group
-    from lora_jax.finetune.sweep_job import opened
+    from lora_jax.finetune.sweep_job import check_adapters, check_sources, opened
 
     out = reporter or Reporter()
     if resume and overwrite:
@@ -102,7 +102,9 @@ def sweep(
     folder = SweepFolder(points[0].settings.output.dir, points)
     with contextlib.ExitStack() as stack:
         folder.check(resume=resume, overwrite=overwrite)
-        out.heading(f"A sweep of {len(points)} runs")
+        open_points = [point for point in points if point.name not in folder.lines]
+        check_sources(open_points)
+        out.heading(f"A sweep of {count_of(points)}")
         if differing:
             shown = ", ".join(differing)
             out.say(
@@ -112,15 +114,17 @@ def sweep(
         stack.callback(folder.release)
         job = None
         for number, group in enumerate(sorted_):
-            left = [point for point in group if not folder.ended(point)]
+            left = [point for point in group if point.name not in folder.lines]
             if not left:
                 continue
-            job = opened(group[0].settings, job)
+            is_first, job = job is None, opened(group[0].settings, job)
+            if is_first:
+                check_adapters(open_points, job)
             runs = Group(group, out, mesh, stop, job)
             count = runs.choose(folder.together.get(str(number), together))
             folder.open(number, count, overwrite=overwrite)
             why = f" ({runs.choice})" * bool(runs.choice)
-            out.say(f"  {len(left)} runs, {count} side by side{why}")
+            out.say(f"  {count_of(left)}, {count} side by side{why}")
 
             def on_end(
                 member: "Member",

@@ -5,47 +5,49 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_jax.files import atomic
-from lora_jax.files.lock import Lock, LockedError
-from lora_jax.finetune.curves import draw_curves
+from lora_jax.files.json_file import read_json
+from lora_jax.finetune.curves import draw_curves, draw_sweep
 from lora_jax.finetune.errors import DivergedError, UserError
 from lora_jax.finetune.formatting import to_json
 from lora_jax.finetune.report import title
 from lora_jax.finetune.run_folder import (
     CHECKPOINTS,
     CURVES,
-    FREE,
     LOCK,
     SUMMARY,
+    OutputFolder,
     RunFolder,
+    fixed_differences,
 )
 from lora_jax.finetune.sections import OutputSettings
-from lora_jax.finetune.settings import CONFIG, differences, load_settings
+from lora_jax.finetune.settings import CONFIG, load_settings
 from lora_jax.finetune.sweep_grid import Point
-from lora_jax.finetune.sweep_plot import PLOT, draw_sweep
 
 RECORD = "sweep.json"  # the runs, and how those ended that have
+KEYS = ("runs", "together", "ended")  # of the record
 BEST = "best"
+PLOT = "sweep.png"
 OPTIONS = "--resume (in Python: resume=True)"
 
 
-class SweepFolder:
+class SweepFolder(OutputFolder):
     """The folder of a sweep: `RECORD`, a run folder for each run, ``best/``, the plot.
 
     Attributes:
-      path: the folder.
       lines: how each run ended that has, by name.
       together: how many runs of each group train side by side.
     """
 
+    content: ClassVar[str] = "sweep"
+
     def __init__(self, path: str, points: Sequence[Point]) -> None:
-        self.path = Path(path).parent  # of the runs' folders
+        super().__init__(Path(path).parent)  # of the runs' folders
         self.points = points
         self.lines: dict[str, dict[str, Any]] = {}
         self.together: dict[str, int] = {}
-        self._lock: Lock | None = None
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Checks that the folder can be used, before anything is computed.
@@ -57,11 +59,8 @@ class SweepFolder:
         Raises:
           UserError: if it can't.
         """
-        RunFolder(self.path).check_place()
-        found = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-        found = [
-            name for name in found if name != LOCK and not atomic.is_leftover(name)
-        ]
+        self.check_place()
+        found = self.names()
         if RECORD not in found:
             if resume:
                 raise UserError(f"nothing to resume: there is no sweep in {self.path}.")
@@ -77,8 +76,13 @@ class SweepFolder:
                 "--overwrite (overwrite=True) to delete it, or choose another "
                 "output.dir."
             )
-        self._take()
-        record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        self.lock()
+        record = read_json(self / RECORD)
+        if not all(isinstance(record.get(key), dict) for key in KEYS):
+            raise UserError(
+                f"{self / RECORD} must have {', '.join(KEYS)}: it is not a "
+                "sweep's, or was changed."
+            )
         if resume:
             self._check_same(record["runs"])
             self.lines, self.together = record["ended"], record["together"]
@@ -95,21 +99,14 @@ class SweepFolder:
         changed = [f"{name}: not in this grid" for name in runs if name not in here]
         changed += [f"{name}: new" for name in here if name not in runs]
         for name in sorted(runs.keys() & here.keys()):
-            found = differences(load_settings(runs[name]), here[name])
-            changed += [f"{name}: {d}" for d in found if d.split(":")[0] not in FREE]
+            found = fixed_differences(load_settings(runs[name]), here[name])
+            changed += [f"{name}: {d}" for d in found]
         if changed:
             raise UserError(
                 f"the sweep in {self.path} was started with another grid or config:\n  "
                 + "\n  ".join(changed[:12])
                 + "\nResume it as it was started, or choose another output.dir."
             )
-
-    def _take(self) -> None:
-        if self._lock is None:
-            try:
-                self._lock = Lock(self.path / LOCK)
-            except LockedError as error:
-                raise UserError(f"a sweep is under way: {error}.") from error
 
     def open(self, number: int, together: int, *, overwrite: bool) -> None:
         """Makes the folder if this is the first group; notes how a group is trained.
@@ -126,7 +123,7 @@ class SweepFolder:
                 elif entry.name not in (LOCK, RECORD):
                     entry.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self.lock()
         self.together[str(number)] = together
         self._write()
 
@@ -136,17 +133,7 @@ class SweepFolder:
             "together": self.together,
             "ended": self.lines,
         }
-        atomic.write_text(self.path / RECORD, to_json(record, indent=1) + "\n")
-
-    def release(self) -> None:
-        """Lets others have the folder again."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def ended(self, point: Point) -> bool:
-        """Says whether a run has ended."""
-        return point.name in self.lines
+        atomic.write_text(self / RECORD, to_json(record, indent=1) + "\n")
 
     def add(
         self,
@@ -187,10 +174,13 @@ class SweepFolder:
           What a `Sweep` holds.
         """
         points = self.points
-        lines = [self.lines[point.name] for point in points]
+        lines = [  # the folder may have been moved since
+            {**self.lines[point.name], "folder": point.settings.output.dir}
+            for point in points
+        ]
         metric = lines[0]["metric"]
         settings = [point.settings for point in points]
-        is_drawn = draw_sweep(settings, lines, self.path / PLOT, metric)
+        is_drawn = draw_sweep(settings, lines, self / PLOT, metric)
         sign = 1 if metric == "loss" else -1
 
         def place(line: dict[str, Any]) -> tuple[bool, float]:
@@ -201,17 +191,17 @@ class SweepFolder:
         if lines[0]["status"] == "done":
             best = Path(lines[0]["folder"])
             kept = [p for p in best.iterdir() if p.name not in (CHECKPOINTS, LOCK)]
-            shutil.rmtree(self.path / BEST, ignore_errors=True)
-            with atomic.new_folder(self.path / BEST) as new:
+            shutil.rmtree(self / BEST, ignore_errors=True)
+            with atomic.new_folder(self / BEST) as new:
                 for path in kept:
                     copy = shutil.copytree if path.is_dir() else shutil.copy2
                     copy(path, new / path.name)
-                output = OutputSettings(str(self.path / BEST))
+                output = OutputSettings(str(self / BEST))
                 own = load_settings(best)
                 own = dataclasses.replace(own, output=output)
                 atomic.write_text(new / CONFIG, own.to_yaml())
                 _draw_run(best, new / CURVES)
-        return self.path, lines, metric, self.path / PLOT if is_drawn else None
+        return self.path, lines, metric, self / PLOT if is_drawn else None
 
 
 def _draw_run(folder: Path, image: Path) -> None:

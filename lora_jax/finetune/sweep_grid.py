@@ -1,21 +1,19 @@
 """The runs that a grid of settings describes, and which of them can share a step."""
 
 import dataclasses
-import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.settings import SECTIONS, Config, RunSettings, load_settings
+from lora_jax.finetune.settings import Config, RunSettings, load_settings
+from lora_jax.finetune.sweep_axes import MOST_RUNS, Grid, read_axes
 from lora_jax.tree.targets import Target
 
-Grid = Mapping[str, Sequence[Any]] | Sequence[str]
-
-SHORT = {"seed": "train.seed"}
 # What may differ between the members of one step.
 OWN = {
     *(f"lora.{name}" for name in ("rank", "alpha", "rank_pattern", "alpha_pattern")),
@@ -26,13 +24,14 @@ OWN = {
     *(f"train.{name}" for name in ("save_every", "patience", "samples", "baseline")),
 }
 # What all runs of a sweep must have alike, and why.
+ALIKE = "runs are compared by their metrics on the same examples"
 FIXED = {
     "output.dir": "it is the sweep's own folder",
     **dict.fromkeys(
-        ("data.validation", "data.test", "data.holdout", "data.seed"),
-        "runs are compared by their metrics on the same examples",
+        ("data.validation", "data.test", "data.holdout", "data.seed"), ALIKE
     ),
 }
+MOST_SHOWN = 10
 MESH = "the runs of a sweep share the devices; set mesh.member for all of them"
 
 
@@ -69,8 +68,10 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
       ValueError: naming every fault of the grid and of its runs' settings.
       UserError: if a setting is swept that the runs must have alike.
     """
-    axes, faults = _axes(grid, zipped)
+    axes, faults = read_axes(grid, zipped=zipped)
     lengths = {key: len(values) for key, values in axes.items() if len(values) > 1}
+    if not zipped and (total := math.prod(lengths.values())) > MOST_RUNS:
+        faults.append(f"it must have at most {MOST_RUNS:,} runs; got {total:,}")
     if zipped and len(set(lengths.values())) > 1:
         shown = ", ".join(f"{key} has {n}" for key, n in lengths.items())
         faults.append(f"zipped settings must have as many values each; {shown}")
@@ -108,9 +109,23 @@ def expand(config: Config, grid: Grid, *, zipped: bool = False) -> list[Point]:
         )
     for key in lengths:
         why = MESH if key.startswith("mesh.") else FIXED.get(key)
+        if key == "data.train" and points[0].settings.data.validation is None:
+            why = f"{ALIKE}: set data.validation, as each would hold out its own"
         if why:
             raise UserError(f"{key} can't be swept: {why}.")
+    _check_distinct(points)
     return points
+
+
+def _check_distinct(points: Sequence[Point]) -> None:
+    """Raises a `ValueError` if runs are the same, maybe with values spelled apart."""
+    named: dict[str, list[str]] = {}
+    for point in points:
+        tree = {**point.settings.to_dict(), "output": None}
+        named.setdefault(json.dumps(tree, sort_keys=True), []).append(point.name)
+    if same := [" and ".join(names) for names in named.values() if len(names) > 1]:
+        shown = ", ".join(same[:MOST_SHOWN]) + ", ..." * (len(same) > MOST_SHOWN)
+        raise ValueError(f"the grid: runs must differ in a setting; got {shown}.")
 
 
 def groups(points: Sequence[Point]) -> tuple[list[list[Point]], list[str]]:
@@ -162,54 +177,6 @@ def shared_config(lora: Any, tables: Sequence[Sequence[Target]]) -> Any:
         rslora=False,
         init="olora" if lora.starts_from_base else "uniform",  # fits every rank
     )
-
-
-def _axes(grid: Grid, zipped: bool) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the values of each setting as texts, and what is wrong with the grid."""
-    if isinstance(grid, Mapping):
-        items = [(key, [_text(v) for v in values]) for key, values in grid.items()]
-    else:
-        items = [_parse(word) for word in grid]
-    axes: dict[str, list[str]] = {}
-    faults = []
-    known = [
-        f"{section}.{field.name}"
-        for section, cls in SECTIONS.items()
-        for field in dataclasses.fields(cls)
-    ]
-    for key, values in items:
-        key = SHORT.get(key, key)
-        if key not in known:
-            ends = {name.partition(".")[2]: name for name in reversed(known)}
-            near = difflib.get_close_matches(key, known, n=1) or [
-                ends[end] for end in difflib.get_close_matches(key, ends, n=1)
-            ]
-            hint = f"Did you mean {near[0]!r}?" if near else "It is section.key."
-            faults.append(f"{key}: unknown setting. {hint}")
-        elif key in axes:
-            faults.append(f"{key}: given twice")
-        elif not values:
-            faults.append(f"{key}: no values, so there is no run")
-        elif len(set(values)) < len(values) and not zipped:
-            faults.append(f"{key}: the same value twice; got {', '.join(values)}")
-        axes.setdefault(key, values)
-    if not axes:
-        faults.append("no setting is given, like train.learning_rate=1e-4,3e-4")
-    return axes, faults
-
-
-def _parse(word: str) -> tuple[str, list[str]]:
-    """Splits ``key=v1,v2`` and ``key=0..2``."""
-    key, _, text = word.partition("=")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        return key, [str(n) for n in range(int(ends[1]), int(ends[2]) + 1)]
-    # Commas inside brackets and quotes don't separate values.
-    pieces = re.findall(r"""(?:\[[^]]*]|\{[^}]*}|"[^"]*"|'[^']*'|[^,])+""", text)
-    return key, [piece.strip() for piece in pieces]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _name(number: int, values: Mapping[str, str]) -> str:

@@ -25,7 +25,6 @@ from lora_jax.finetune.reporter import Reporter
 from lora_jax.finetune.sweep_grid import Point, shared_config
 from lora_jax.finetune.sweep_member import InSlot, Member
 from lora_jax.finetune.tasks import open_job
-from lora_jax.models.decoder import REMATS
 from lora_jax.names import FIXED
 from lora_jax.nn.adapt import Adapted, adapt
 from lora_jax.plan.fit import largest_batch
@@ -106,10 +105,9 @@ class Group:
         self._made: dict[tuple[int, str | None], Members] = {}
         self._plans: dict[tuple[int, str | None], StepPlan] = {}
 
-    def hyper_of(
-        self, job: jobs.Job, targets: Sequence[Target], options: dict[str, Any]
-    ) -> Hyper:
-        """Returns what is a run's own in the shared step."""
+    def hyper_of(self, job: jobs.Job, targets: Sequence[Target], total: int) -> Hyper:
+        """Returns what is a run's own in the shared step; it takes ``total`` steps."""
+        options = jobs.optimizer_options(job.settings.train, total)
         rate = job.settings.lora.dropout_rate if self.drops_apart else None
         hyper = Hyper.of(targets, **options, dropout_rate=rate)
         return hyper._replace(fixed=job.variables.get(FIXED))
@@ -128,8 +126,7 @@ class Group:
         if remat is not None and remat != getattr(job.loaded.module, "remat", None):
             job.set_remat(remat)
             self._adapt()
-        options = jobs.optimizer_options(train, self.steps.total)
-        hyper = self.hyper_of(job, self.targets, options)
+        hyper = self.hyper_of(job, self.targets, self.steps.total)
         own = shared_adapter(job.variables, hyper, self.targets)
         hyper = hyper._replace(fixed=own.get(FIXED))
         state = TrainState.create(
@@ -235,12 +232,8 @@ class Group:
 
     def _largest(self, count: int, *, exactly: bool) -> tuple[int, str | None]:
         """Finds the largest number of runs up to ``count`` that fits, and the remat."""
-        first, model = self.steps.remat, self.job.settings.model
-        policies = [first]
-        if first is not None and model.remat == "auto":
-            policies = [*REMATS][[*REMATS].index(first) :]
         parts = 1 if self.mesh is None else self.mesh.size
-        for remat in policies:
+        for remat in self.steps.policies:
             number = count
             while number >= parts:
                 self.plan = self.price(number, remat)

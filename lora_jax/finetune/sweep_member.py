@@ -45,11 +45,10 @@ class Member(Session):
         job = group.job.with_settings(self.settings)
         self.take(with_start(job, self.folder.path))
         train = self.settings.train
-        options = jobs.optimizer_options(train, self.total)
         key = jax.random.key(train.seed)
         tx = jobs.optimizer(train, self.total)
         self.state = self.like = TrainState.create(self.job.variables, tx, key)
-        self.hyper = group.hyper_of(self.job, self.job.targets, options)
+        self.hyper = group.hyper_of(self.job, self.job.targets, self.total)
         self.plan = group.plan
         if not is_started:
             self.folder.create(self.settings, overwrite=False)

@@ -8,22 +8,23 @@ Lines with an anchor and a positive text are the task `Embeddings`, of any model
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
+from lora_jax.finetune.checks import (
+    check_experts,
+    check_mixed,
+    check_no_pairs,
+    check_sequence,
+)
 from lora_jax.finetune.classification import open_classification
 from lora_jax.finetune.devices import Devices, open_devices
 from lora_jax.finetune.embeddings import open_embeddings
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.job import SPLITS, Job
 from lora_jax.finetune.language import open_language
 from lora_jax.finetune.mixed_data import names_adapters
 from lora_jax.finetune.pairs import open_pairs
-from lora_jax.finetune.sections import TrainSettings
-from lora_jax.finetune.sequence import check_sequence
 from lora_jax.finetune.settings import RunSettings
+from lora_jax.models.dual import ImageTowerConfig, TextTowerConfig
 from lora_jax.models.source import open_source
-from lora_jax.models.tower import ImageTowerConfig, TextTowerConfig
 from lora_jax.names import OWNER
 from lora_jax.train.text_pairs import has_text_pairs
 
@@ -54,7 +55,7 @@ def open_job(
       ValueError: if data or model can't be read, or the adapters don't match the model.
     """
     if names_adapters(settings.data):
-        _check_mixed(settings)
+        check_mixed(settings)
     if devices is None:
         devices = open_devices(settings, is_strict=is_strict)
     source = open_source(settings.model.path)
@@ -65,8 +66,8 @@ def open_job(
         )
     check_experts(source.config, settings, axis=settings.mesh.expert)
     if has_text_pairs(settings.data.train):
-        return open_embeddings(settings, devices, splits=splits)
-    _check_no_pairs(settings)
+        return open_embeddings(settings, devices, source, splits=splits)
+    check_no_pairs(settings)
     check_sequence(source.family.kind, source.config, settings.mesh.sequence)
     if isinstance(source.config, (TextTowerConfig, ImageTowerConfig)):
         raise UserError(
@@ -75,42 +76,15 @@ def open_job(
             "the others in Python, on `lora_jax.embedding_loss`."
         )
     if source.family.kind == "encoder":
-        return open_classification(settings, devices, splits=splits, extra=extra or {})
+        return open_classification(
+            settings, devices, source, splits=splits, extra=extra or {}
+        )
     if source.family.has_source:
         if names_adapters(settings.data):
             raise UserError(
                 f"examples of an encoder-decoder can't name their {OWNER}; train one "
                 "run for each."
             )
-        return open_pairs(settings, devices, splits=splits)
+        return open_pairs(settings, devices, source, splits=splits)
     adapters = (extra or {}).get("adapters", ())
-    return open_language(settings, devices, splits=splits, adapters=adapters)
-
-
-def _check_no_pairs(settings: RunSettings) -> None:
-    """Raises a `UserError` for a setting of embeddings."""
-    data, default = settings.data, TrainSettings.temperature
-    if (
-        settings.train.temperature != default
-        or data.query_prompt
-        or data.document_prompt
-    ):
-        raise UserError(
-            "train.temperature, data.query_prompt and data.document_prompt are for "
-            "pairs of texts: the first line of data.train must have an 'anchor' and a "
-            "'positive'. Remove them, or change the data."
-        )
-
-
-def _check_mixed(settings: RunSettings) -> None:
-    """Raises a `UserError` for what a run whose examples name their adapter can't use.
-
-    Its adapters' rows may be anywhere in a batch, so a process must see all of them.
-    """
-    mesh, count = settings.mesh, jax.process_count()
-    if (mesh.expert, mesh.sequence, count) != (1, 1, 1):
-        raise UserError(
-            f"a run whose examples name their {OWNER} takes one process, and "
-            f"mesh.expert and mesh.sequence must be 1; got {count}, {mesh.expert} and "
-            f"{mesh.sequence}."
-        )
+    return open_language(settings, devices, source, splits=splits, adapters=adapters)

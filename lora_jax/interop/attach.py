@@ -1,9 +1,8 @@
 """Attaches adapters made by other tools to a model.
 
-PEFT and loralib multiply from the left, ``ΔW = s B A`` for a ``[out, in]`` weight;
-Flax's kernels are ``[in, out]``, so ``lora_a = Aᵀ`` and ``lora_b = Bᵀ`` (also for
-GPT-2's Conv1D, whose weights are ``[in, out]``). RoPE needs no permutation: every model
-here rotates halves, as Hugging Face's do, and GGUF tensors are reordered when read.
+RoPE needs no permutation: every model here rotates halves, as Hugging Face's do, and
+GGUF tensors are reordered when read. GPT-2's Conv1D, whose weights are ``[in, out]``,
+needs none either.
 
 Every module the file has factors for is adapted; the file's config must agree.
 """
@@ -13,9 +12,6 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.config import LoRAConfig
 from lora_jax.interop.experts import join_experts
@@ -32,22 +28,26 @@ from lora_jax.interop.full_tensors import (
     resized,
 )
 from lora_jax.interop.fused import fuse_factors, split_factors
+from lora_jax.interop.layout import (
+    Index,
+    Stack,
+    ranks_and_alphas,
+    shape_faults,
+    to_leaves,
+)
 from lora_jax.interop.naming import FUSIONS, Names
 from lora_jax.interop.peft import config_faults
 from lora_jax.interop.tied import place_tied
 from lora_jax.models.family import OTHER_MODALITIES
 from lora_jax.models.loaded import LoadedModel
 from lora_jax.models.stacking import LayerSlice, layer_slices
-from lora_jax.names import BIAS, LORA_A, LORA_B, MAGNITUDE, TOKEN_ROWS
+from lora_jax.names import BIAS, TOKEN_ROWS
 from lora_jax.nn.adapt import adapt
 from lora_jax.nn.trace import Example, trace_model
-from lora_jax.ops.dora import column_norm
 from lora_jax.tree.partition import join, partition
 from lora_jax.tree.paths import flatten, nearest, unflatten
-from lora_jax.tree.targets import Site, child
+from lora_jax.tree.targets import child
 from lora_jax.tree.token_rows import full_of
-
-Layers = Mapping[int | None, ExternalFactors]  # of one site; None if not stacked
 
 
 def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel:
@@ -102,18 +102,18 @@ def attach_adapter(loaded: LoadedModel, adapter: ExternalAdapter) -> LoadedModel
     faults += wrong
     faults += place_biases(placed, leaves, flat, values)
     for path, factors in placed.items():
-        kind = sites[kernels[path].path].kind
-        faults += _shape_faults(path, factors, kernels[path].shape, kind)
+        site = sites[kernels[path].path]
+        faults += shape_faults(path, site, factors, resized)
     if faults:
         raise report(adapter.origin, faults)
-    layers: dict[str, dict[int | None, ExternalFactors]] = {}
+    layers: dict[str, dict[Index, ExternalFactors]] = {}
     for path, factors in placed.items():
-        layers.setdefault(kernels[path].path, {})[kernels[path].index] = factors
-    lora = {
-        child(path, name): jnp.asarray(leaf)
-        for path, of_site in layers.items()
-        for name, leaf in _leaves(sites[path], of_site, flat).items()
-    }
+        part = kernels[path]
+        index = () if part.index is None else (part.index,)
+        layers.setdefault(part.path, {})[index] = factors
+    lora = {}
+    for path, stack in layers.items():
+        lora |= to_leaves(sites[path], stack, flat)
     lora |= {child(path, TOKEN_ROWS): rows for path, (_, rows) in tokens.items()}
     config = _config(layers, adapter, values)
     ids = {path: ids for path, (ids, _) in tokens.items()}
@@ -181,13 +181,7 @@ def _for_text(adapter: ExternalAdapter, names: Names) -> ExternalAdapter:
         part: {n: v for n, v in getattr(adapter, part).items() if not _is_other(n)}
         for part in ("modules", "full", "base")
     }
-    left = [
-        n
-        for part in ("modules", "full")
-        for n in getattr(adapter, part)
-        if n not in kept[part]
-    ]
-    if left:
+    if left := [n for n in (*adapter.modules, *adapter.full) if _is_other(n)]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         warnings.warn(
             f"{adapter.origin}: its adapters for images or sound ({left[0]}{more}) are "
@@ -241,79 +235,14 @@ def _part_sizes(config: Any, count: int) -> tuple[int, ...]:
     return config.num_heads * config.head_dim, kv, kv
 
 
-def _shape_faults(
-    path: str,
-    factors: ExternalFactors,
-    kernel_shape: tuple[int, ...],
-    kind: str,
-) -> list[str]:
-    *window, inputs, outputs = kernel_shape
-    faults, is_embedding = [], kind == "embed"
-    if factors.is_embedding not in (None, is_embedding):
-        kinds = ("a linear layer", "an embedding")
-        own, other = kinds[is_embedding], kinds[not is_embedding]
-        faults.append(f"unexpected: {path} is {own}; its factors are for {other}")
-    a_shape, b_shape = (factors.rank, inputs, *window), (outputs, factors.rank)
-    if kind == "experts":
-        a_shape, b_shape = (*window, factors.rank, inputs), (*window, *b_shape)
-    wanted = [("A", factors.a, a_shape), ("B", factors.b, b_shape)]
-    if factors.magnitude is not None:
-        wanted.append(("magnitude", factors.magnitude, (outputs,)))
-    faults += [
-        f"shape: {what} of {path} must be {list(shape)}; got {list(array.shape)}"
-        + resized(path, array.shape, shape)
-        for what, array, shape in wanted
-        if array.shape != shape
-    ]
-    return faults
-
-
-def _lead(layers: Layers) -> ExternalFactors:
-    """Returns the layer that sets the rank and scaling of its stack."""
-    return max(layers.values(), key=lambda factors: factors.rank)
-
-
-def _leaves(site: Site, layers: Layers, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a site's adapter leaves in Flax's layout.
-
-    Layers of a scanned model share a rank and a scaling: smaller ranks are zero-padded,
-    other scalings are folded into B, and a layer without an adapter gets zeros.
-    """
-    lead, is_stack = _lead(layers), None not in layers
-    a, b, m = lead.a, lead.b, lead.magnitude
-    if is_stack:
-        count = site.kernel_shape[0]
-        a, b = (np.zeros((count, *x.shape), np.float32) for x in (a, b))
-        if m is not None:
-            kernel = jnp.asarray(flat[child(site.path, site.weight)])
-            m = np.array(column_norm(kernel, site.contraction))
-        for index, factors in layers.items():
-            ratio = np.float32(factors.scaling / lead.scaling)
-            ranks = slice(factors.rank)
-            before = (slice(None),) * factors.is_experts
-            a[(index, *before, ranks)] = factors.a
-            b[index, ..., ranks] = factors.b * ratio
-            if m is not None:
-                m[index] = factors.magnitude
-    if site.kind == "experts":
-        a = a.swapaxes(-1, -2)
-    else:
-        rank = int(is_stack)  # the axis of A; [r, in, *k] becomes [*k, in, r]
-        a = np.moveaxis(a, (rank, rank + 1), (-1, -2))
-    leaves = {LORA_A: a, LORA_B: b.swapaxes(-1, -2)}
-    return leaves if m is None else {**leaves, MAGNITUDE: m}
-
-
 def _config(
-    layers: Mapping[str, Layers],
+    layers: Mapping[str, Stack],
     adapter: ExternalAdapter,
     values: Mapping[str, Any],
 ) -> LoRAConfig:
     """Returns the config that adapts exactly these sites, with their own numbers."""
-    leads = {path: _lead(factors) for path, factors in layers.items()}
     return LoRAConfig.for_layers(
-        {path: lead.rank for path, lead in leads.items()},
-        {path: lead.alpha for path, lead in leads.items()},
+        *ranks_and_alphas(layers),
         dropout_rate=adapter.dropout_rate,
         rslora=adapter.rslora,
         dora=adapter.dora,

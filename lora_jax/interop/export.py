@@ -30,6 +30,7 @@ from lora_jax.interop.external import ExternalAdapter, ExternalFactors
 from lora_jax.interop.full_tensors import EMBED_LEAF, HEAD_LEAF, update_biases
 from lora_jax.interop.fused import drop_zero_ranks, split_factors
 from lora_jax.interop.identity import base_name
+from lora_jax.interop.layout import to_factors
 from lora_jax.interop.mlx import write_mlx
 from lora_jax.interop.naming import Names
 from lora_jax.interop.peft import write_peft
@@ -48,9 +49,6 @@ from lora_jax.names import (
     HEAD,
     LM_HEAD,
     LORA,
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
     PARAMS,
 )
 from lora_jax.nn.trace import trace_model
@@ -58,7 +56,7 @@ from lora_jax.tree.merge import check_adapters
 from lora_jax.tree.partition import adapter_of, join
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.plain import plain_config, plain_targets, plain_variables
-from lora_jax.tree.targets import Target, child, select_targets
+from lora_jax.tree.targets import Target, select_targets
 from lora_jax.tree.token_rows import full_of, token_rows_of
 
 FORMATS = ("peft", "mlx", "vera")
@@ -191,20 +189,8 @@ def _describe(
     kernels = layer_slices({path: t.kernel_shape for path, t in by_path.items()})
     for path, layer in kernels.items():
         target = by_path[layer.path]
-        leaves = {
-            name: np.asarray(layer.of(lora[child(target.path, name)]), np.float32)
-            for name in target.leaf_shapes
-        }
-        a, b = leaves[LORA_A], leaves[LORA_B].swapaxes(-1, -2)
-        is_stack = target.kind == "experts"
-        factors = ExternalFactors(
-            a=a.swapaxes(-1, -2) if is_stack else np.moveaxis(a, (-1, -2), (0, 1)),
-            b=b,
-            scaling=target.scaling,
-            alpha=target.alpha,
-            magnitude=leaves.get(MAGNITUDE),
-            is_embedding=target.kind == "embed",
-        )
+        index = () if layer.index is None else (layer.index,)
+        factors = to_factors(target, lora, index)
         if parts := names.split_names(path):
             sizes = [len(factors.b) // len(parts)] * len(parts)
             for part, own in zip(parts, split_factors(factors, sizes), strict=True):
@@ -220,8 +206,6 @@ def _describe(
     return ExternalAdapter(
         modules=modules,
         full=_full(variables, config, names, skip_head, adapted=modules),
-        base={},
-        config={},
         rslora=config.rslora,
         dropout_rate=config.dropout_rate,
         bias=config.bias,
@@ -362,7 +346,7 @@ def _write_mlx(
     if HEAD not in names.spelling().modules:
         modules.pop(LM_HEAD, None)  # tied: the embedding's adapter is the head's too
     prefix = base.family.prefix
-    outer = "language_model." if base.family.is_tower else ""
+    outer = "language_model." if base.family.is_multimodal else ""
 
     def own(name: str) -> str:
         inner = name if name == LM_HEAD else "model." + name.removeprefix(prefix)

@@ -83,9 +83,9 @@ class ExternalAdapter(NamedTuple):
     """
 
     modules: dict[str, ExternalFactors]
-    full: dict[str, np.ndarray]
-    base: dict[str, np.ndarray]
-    config: Mapping[str, Any]
+    full: Mapping[str, np.ndarray] = MappingProxyType({})
+    base: Mapping[str, np.ndarray] = MappingProxyType({})
+    config: Mapping[str, Any] = MappingProxyType({})
     rslora: bool = False
     dropout_rate: float = 0.0
     bias: str = "none"
@@ -127,6 +127,7 @@ def write_folder(
     config: Mapping[str, Any],
     *,
     kind: str,
+    prefix: str = "",
 ) -> Path:
     """Writes an adapter folder, atomically replacing an existing one.
 
@@ -136,11 +137,19 @@ def write_folder(
       tensors: its tensors.
       config: content of ``adapter_config.json``.
       kind: the ``format`` in the header of ``file``.
+      prefix: of all names in the file.
+
+    Raises:
+      ValueError: if a tensor is not finite; lists all of them.
+      OSError: if the folder can't be written.
     """
+    if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
+        raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
+    ordered = {prefix + name: tensors[name] for name in sorted(tensors)}
     folder = Path(directory)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with new_folder(folder) as new:
-        write_tensors(new / file, tensors, metadata={"format": kind})
+        write_tensors(new / file, ordered, metadata={"format": kind})
         write_text(new / ADAPTER_CONFIG, text)
     return folder
 

@@ -4,7 +4,6 @@
 doubles its effect, which no shape or name reveals.
 """
 
-import hashlib
 import os
 import re
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files.adapter import TENSORS as OWN_TENSORS
+from lora_jax.files.adapter import sha256
 from lora_jax.interop.mlx import TENSORS as MLX_TENSORS
 from lora_jax.interop.peft import TENSORS as PEFT_TENSORS
 from lora_jax.models.load import OURS
@@ -98,8 +98,5 @@ def check_not_merged(
 
 def _digest(folder: Path) -> str | None:
     """Returns the SHA-256 of the adapter's tensor file, or None without one."""
-    for file in (folder / name for name in FILES):
-        if file.is_file():
-            with file.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-    return None
+    files = (folder / name for name in FILES)
+    return next((sha256(file) for file in files if file.is_file()), None)

@@ -93,8 +93,6 @@ def read_loralib(
     return ExternalAdapter(
         modules=modules,
         full={name: array for name, array in arrays.items() if name not in kept},
-        base={},
-        config={},
         origin=str(path),
     )
 

@@ -89,8 +89,6 @@ def read_mlx(directory: str | os.PathLike[str]) -> ExternalAdapter:
         raise report(str(folder / TENSORS), faults)
     return ExternalAdapter(
         modules=modules,
-        full={},
-        base={},
         config=settings,
         dropout_rate=dropout,
         is_tied_once=True,

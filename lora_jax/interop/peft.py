@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.files.json_file import read_json
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.interop.experts import (
     pack_experts,
@@ -20,6 +21,7 @@ from lora_jax.interop.experts import (
     wrapper_name,
 )
 from lora_jax.interop.external import (
+    ADAPTER_CONFIG,
     ExternalAdapter,
     ExternalFactors,
     most_common,
@@ -32,12 +34,9 @@ from lora_jax.interop.peft_config import (
     PeftConfig,
     match,
     parse_config,
-    read_peft_config,
 )
-from lora_jax.interop.vera import LoRATensors
+from lora_jax.interop.vera import PREFIX, TENSORS, LoRATensors
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _A, _B, _M, _BASE, _BIAS = "a", "b", "m", "base", "base bias"
 _UPDATE_BIAS, _TOKENS, _FULL = "update bias", "tokens", "full"
 _SUFFIXES = {  # the kind of a tensor by the end of its name, after the module's
@@ -65,7 +64,8 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
         config's, or not finite; one error lists all of them.
     """
     folder = Path(directory)
-    config = read_peft_config(folder)
+    file = folder / ADAPTER_CONFIG
+    config = parse_config(read_json(file), str(file))
     if not (folder / TENSORS).is_file():
         found = sorted(path.name for path in folder.iterdir())[:20]
         raise FileNotFoundError(
@@ -84,7 +84,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
     faults += [f"missing: {name}" for name in _missing(roles, config)]
     modules = {}
     adapted = dict.fromkeys(name for name, kind in roles if kind == _A)
-    wrapped = parameter_names(adapted, config.parameters)
+    wrapped = parameter_names(adapted, config.target_parameters)
     for module in adapted:
         a, b, m = (arrays.get((module, kind)) for kind in (_A, _B, _M))
         if a is None or b is None:
@@ -118,7 +118,7 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
             )
     faults += [
         f"missing: factors of {end}, which target_parameters names"
-        for end in config.parameters
+        for end in config.target_parameters
         if not any(f".{n}".endswith(f".{end.removesuffix('.weight')}") for n in modules)
     ]
     tokens, wrong = _tokens(arrays, config)
@@ -140,11 +140,11 @@ def read_peft(directory: str | os.PathLike[str]) -> ExternalAdapter:
             if kind == _BASE
         },
         config=config.settings,
-        rslora=config.rslora,
-        dropout_rate=config.dropout_rate,
+        rslora=config.use_rslora,
+        dropout_rate=float(config.lora_dropout),
         bias=config.bias,
         tokens=tokens,
-        is_tied_once=config.is_tied,
+        is_tied_once=config.ensure_weight_tying,
         unknown=config.unknown,
         origin=str(folder),
     )
@@ -185,7 +185,7 @@ def config_faults(
         f"missing: {name}, whose module is in modules_to_save"
         for name in tensors
         if name not in adapter.full
-        and any(match(rf"(^|.*\.){saved}\.", name) for saved in config.saved)
+        and any(match(rf"(^|.*\.){saved}\.", name) for saved in config.modules_to_save)
     ]
 
 
@@ -239,11 +239,8 @@ def write_peft(
         f"{name.removesuffix('.weight')}.base_layer.weight": array
         for name, array in adapter.base.items()
     }
-    if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
-        raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
-    ordered = {PREFIX + name: tensors[name] for name in sorted(tensors)}
     config = _config(adapter) | dict(settings)
-    return write_folder(directory, TENSORS, ordered, config, kind="pt")
+    return write_folder(directory, TENSORS, tensors, config, kind="pt", prefix=PREFIX)
 
 
 Role = tuple[str, str]  # the module (or tensor), and the kind of tensor
@@ -291,12 +288,12 @@ def _tokens(
     arrays: Mapping[Role, np.ndarray], config: PeftConfig
 ) -> tuple[dict[str, tuple[list[int], np.ndarray]], list[str]]:
     """Returns the rows of trained tokens by module, and problems with them."""
-    tokens, faults, left = {}, [], dict(config.tokens)
+    tokens, faults, left = {}, [], dict(config.trainable_token_indices)
     for module, kind in arrays:
         if kind != _TOKENS:
             continue
         named = next((n for n in left if n and f".{module}".endswith(f".{n}")), "")
-        ids = left.pop(named) if named else config.tokens.get("")
+        ids = left.pop(named) if named else config.trainable_token_indices.get("")
         rows = arrays[module, kind]
         if ids is None or rows.ndim != 2 or len(ids) != len(rows):
             faults.append(
@@ -318,7 +315,7 @@ def _tokens(
 
 def _missing(roles: Mapping[tuple[str, str], str], config: PeftConfig) -> list[str]:
     """Lists the tensors that adapted modules lack."""
-    needed = [_A, _B, *[_M] * config.dora, *[_UPDATE_BIAS] * config.lora_bias]
+    needed = [_A, _B, *[_M] * config.use_dora, *[_UPDATE_BIAS] * config.lora_bias]
     words = {_A: "lora_A", _B: "lora_B", _UPDATE_BIAS: "lora_B.bias"}
     words[_M] = "lora_magnitude_vector"
     modules = dict.fromkeys(name for name, kind in roles if kind in words)
@@ -363,7 +360,7 @@ def _shape_faults(
         )
     if bias is not None and not config.lora_bias:
         faults.append(f"unexpected: lora_B.bias of {name} with lora_bias false")
-    if m is not None and not config.dora:
+    if m is not None and not config.use_dora:
         faults.append(f"unexpected: magnitude of {name} with use_dora false")
     return faults
 

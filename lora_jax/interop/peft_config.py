@@ -6,12 +6,10 @@ unless neutral (an error names it), or unknown (kept and reported).
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
 from lora_jax.config import ALL_LINEAR, LEAST, MAX_RANK, MOST
-from lora_jax.files.json_file import read_json
 from lora_jax.files.optional import load_optional
 from lora_jax.interop.external import ADAPTER_CONFIG
 from lora_jax.interop.vera import KIND as VERA
@@ -47,110 +45,111 @@ WHY = {
 
 
 class PeftConfig(NamedTuple):
-    """A PEFT config, with PEFT's own matching of module names.
+    """A PEFT config: its keys by PEFT's names, and PEFT's own matching of modules.
 
     Attributes:
-      rank: rank of modules that no pattern matches.
-      alpha: alpha of modules that no pattern matches.
-      targets: names or name endings, or one regular expression for the full name.
-      exclude: the same for modules never adapted; wins over ``targets``.
-      layers: indices of the layers to adapt, or None for all.
+      r: rank of modules that no pattern matches.
+      lora_alpha: alpha of modules that no pattern matches.
+      target_modules: names or name endings, or one regular expression for the full
+        name.
+      exclude_modules: the same for modules never adapted; wins over the targets.
+      layers_to_transform: indices of the layers to adapt, or None for all.
       layers_pattern: names that a layer's index follows; empty for any name.
       rank_pattern: ranks by a regular expression for the end of a name.
       alpha_pattern: alphas by the same.
-      parameters: parameters adapted by themselves (of experts), or the ends of names.
-      saved: modules trained in full.
-      rslora: scale by ``alpha / sqrt(rank)``.
-      dora: whether modules have magnitudes.
-      dropout_rate: dropout of the adapters' inputs.
-      bias: biases trained in full.
+      target_parameters: parameters adapted by themselves (of experts), or the ends of
+        names.
+      modules_to_save: modules trained in full.
+      trainable_token_indices: ids of the tokens whose rows are trained, by the end of a
+        module's name; the empty name stands for the input embedding.
+      ensure_weight_tying: whether changes to a tied embedding apply to the head as
+        well.
       lora_bias: whether updates have a bias.
-      tokens: ids of the tokens whose rows are trained, by the end of a module's name;
-        the empty name stands for the input embedding.
-      is_tied: whether changes to a tied embedding apply to the head as well.
+      use_rslora: scale by ``alpha / sqrt(rank)``.
+      use_dora: whether modules have magnitudes.
+      fan_in_fan_out: says how the base stores weights; without effect here.
+      lora_dropout: dropout of the adapters' inputs.
+      bias: biases trained in full.
       is_vera: whether the file holds VeRA's vectors, and the rest is of the LoRA
         adapter with the same update.
       settings: the file's content; of VeRA as that of LoRA.
       unknown: unrecognised keys.
     """
 
-    rank: int
-    alpha: float
-    targets: str | list[str]
-    exclude: str | list[str]
-    layers: list[int] | None
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    layers_to_transform: list[int] | None
     layers_pattern: list[str]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    parameters: list[str]
-    saved: list[str]
-    rslora: bool
-    dora: bool
-    dropout_rate: float
-    bias: str
+    target_parameters: list[str]
+    modules_to_save: list[str]
+    trainable_token_indices: dict[str, list[int]]
+    ensure_weight_tying: bool
     lora_bias: bool
-    tokens: dict[str, list[int]]
-    is_tied: bool
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    lora_dropout: float
+    bias: str
     is_vera: bool
     settings: dict[str, Any]
     unknown: tuple[str, ...]
 
     def rank_for(self, name: str) -> int:
         """Returns the rank of a module; the first pattern that matches wins."""
-        return _first_match(self.rank_pattern, name, self.rank)
+        return _first_match(self.rank_pattern, name, self.r)
 
     def alpha_for(self, name: str) -> float:
         """Returns alpha for a module, looked up independently of the rank."""
-        return float(_first_match(self.alpha_pattern, name, self.alpha))
+        return float(_first_match(self.alpha_pattern, name, self.lora_alpha))
 
     def scaling_for(self, name: str) -> float:
         """Returns ``alpha / rank``, or ``alpha / sqrt(rank)``."""
         rank = self.rank_for(name)
-        return self.alpha_for(name) / (rank**0.5 if self.rslora else rank)
+        return self.alpha_for(name) / (rank**0.5 if self.use_rslora else rank)
 
     def is_target(self, name: str) -> bool | None:
         """Returns whether PEFT adapts the module with this full Hugging Face name.
 
         None for ``"all-linear"``, which depends on the module's type.
         """
-        if any(_is_named(self.parameters, n) for n in (name, f"{name}.weight")):
+        if any(_is_named(self.target_parameters, n) for n in (name, f"{name}.weight")):
             return True
-        if _is_named(self.exclude, name) or any(
-            match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.saved
+        if _is_named(self.exclude_modules, name) or any(
+            match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.modules_to_save
         ):
             return False
-        if self.targets == ALL_LINEAR:
+        if self.target_modules == ALL_LINEAR:
             return None
-        if isinstance(self.targets, str) or name in self.targets:
-            return _is_named(self.targets, name)
-        return _is_named(self.targets, name) and self._has_layer(name)
+        if isinstance(self.target_modules, str) or name in self.target_modules:
+            return _is_named(self.target_modules, name)
+        return _is_named(self.target_modules, name) and self._has_layer(name)
 
     def _has_layer(self, name: str) -> bool:
-        if not self.layers:
+        if not self.layers_to_transform:
             return True
         # The first number after any segment, or after one named by `layers_pattern`.
         named = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
         for start in named or [r".*?\.[^.]*"]:
             if found := match(rf"{start}\.(?P<index>\d+)\.", name):
-                return int(found["index"]) in self.layers
+                return int(found["index"]) in self.layers_to_transform
         return False
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
-    """Reads and checks an adapter folder's config.
+def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
+    """Parses and checks a config's settings.
+
+    Args:
+      settings: the content of ``adapter_config.json``.
+      origin: its name in errors.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it isn't JSON, isn't for LoRA, has values of the wrong type, or
-        uses unsupported options; lists all of them.
+      ValueError: if it isn't for LoRA, has values of the wrong type, or uses
+        unsupported options; lists all of them.
     """
-    return parse_config(
-        read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
-    )
-
-
-def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
-    """Parses a config's settings; see `read_peft_config`."""
     kind = settings.get("peft_type")
     if kind not in ("LORA", VERA):
         raise ValueError(
@@ -179,31 +178,19 @@ def parse_config(settings: Mapping[str, Any], origin: str) -> PeftConfig:
         faults.append("lora_bias must be false with use_dora; got true")
     if faults:
         raise ValueError(f"{origin} has {len(faults)} faults: {'; '.join(faults)}.")
+    known = {*_FIELDS, *NEUTRAL, *NO_EFFECT, "peft_type", "init_lora_weights"}
     targets, tokens = values["target_modules"], values["trainable_token_indices"]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = ALL_LINEAR
-    known = {*_FIELDS, *NEUTRAL, *NO_EFFECT, "peft_type", "init_lora_weights"}
-    layers, pattern = values["layers_to_transform"], values["layers_pattern"]
-    if isinstance(pattern, str):
-        pattern = [pattern] if pattern else []
+        values["target_modules"] = ALL_LINEAR
+    if not isinstance(tokens, dict):
+        values["trainable_token_indices"] = {"": tokens} if tokens else {}
+    if isinstance(values["layers_to_transform"], int):
+        values["layers_to_transform"] = [values["layers_to_transform"]]
+    if isinstance(pattern := values["layers_pattern"], str):
+        values["layers_pattern"] = [pattern] if pattern else []
+    values["modules_to_save"] = list(dict.fromkeys(values["modules_to_save"]))
     return PeftConfig(
-        rank=values["r"],
-        alpha=float(values["lora_alpha"]),
-        targets=targets,
-        exclude=values["exclude_modules"],
-        layers=[layers] if isinstance(layers, int) else layers,
-        layers_pattern=pattern,
-        rank_pattern=values["rank_pattern"],
-        alpha_pattern=values["alpha_pattern"],
-        parameters=values["target_parameters"],
-        saved=list(dict.fromkeys(values["modules_to_save"])),
-        rslora=values["use_rslora"],
-        dora=values["use_dora"],
-        dropout_rate=float(values["lora_dropout"]),
-        bias=values["bias"],
-        lora_bias=values["lora_bias"],
-        tokens=tokens if isinstance(tokens, dict) else {"": tokens} if tokens else {},
-        is_tied=values["ensure_weight_tying"],
+        **values,
         is_vera=kind == VERA,
         settings=dict(settings),
         unknown=tuple(sorted(set(settings) - known)),

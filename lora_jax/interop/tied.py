@@ -6,7 +6,8 @@ head unchanged, and one of ``lm_head`` alone leaves the lookup unchanged. Such a
 adapter is attached to a model with a separate head, initialised from the embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -31,19 +32,21 @@ def needs_own_head(adapter: ExternalAdapter, family: Family) -> bool:
             for end in ends
         ]
 
+    def differ(named: Mapping, are_alike: Callable[[Any, Any], bool]) -> bool:
+        lookup, head = sides(named)
+        if lookup is None or head is None:
+            return lookup is not head
+        return not are_alike(lookup, head)
+
     weights = {
         name.removesuffix(".weight"): array for name, array in adapter.full.items()
     }
-    lookup, head = sides(weights)
-    whole = (lookup is None) != (head is None) or (
-        lookup is not None and not np.array_equal(lookup, head)
-    )
-    lookup, head = sides(adapter.modules)
-    factors = (lookup is None) != (head is None) or (
-        lookup is not None and not are_tied(lookup, head)
-    )
     lookup, head = sides(adapter.tokens)
-    return whole or factors or (head is not None and not are_same_rows(lookup, head))
+    return (
+        differ(weights, np.array_equal)
+        or differ(adapter.modules, are_tied)
+        or (head is not None and not are_same_rows(lookup, head))
+    )
 
 
 def are_same_rows(one: TokenRows | None, other: TokenRows) -> bool:

@@ -20,6 +20,7 @@ from lora_jax.names import LORA_A, LORA_B, VERA_B, VERA_D
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target, child
 
+TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."  # of PEFT
 KIND = "VERA"  # the config's peft_type
 A, B = "base_model.vera_A", "base_model.vera_B"
 D_SUFFIX, B_SUFFIX = ".vera_lambda_d", ".vera_lambda_b"
@@ -210,13 +211,10 @@ def write_vera(
             "biases must not be trained for format 'vera'; got "
             f"bias={adapter.bias!r}. Export with format 'peft'."
         )
-    prefix = "base_model.model."
     tensors = {A: found.a, B: found.b}
-    tensors |= {prefix + name: array for name, array in adapter.full.items()}
+    tensors |= {PREFIX + name: array for name, array in adapter.full.items()}
     for name, (d, b) in found.vectors.items():
-        tensors |= {f"{prefix}{name}{D_SUFFIX}": d, f"{prefix}{name}{B_SUFFIX}": b}
-    if bad := [n for n, t in tensors.items() if not np.isfinite(t).all()]:
-        raise ValueError(f"an adapter must be finite to be saved; {', '.join(bad)}.")
+        tensors |= {f"{PREFIX}{name}{D_SUFFIX}": d, f"{PREFIX}{name}{B_SUFFIX}": b}
     config = {
         "bias": "none",
         "d_initial": 0.1,
@@ -228,6 +226,4 @@ def write_vera(
         "save_projection": True,
         "vera_dropout": adapter.dropout_rate,
     }
-    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    file = "adapter_model.safetensors"
-    return write_folder(directory, file, ordered, config | dict(settings), kind="pt")
+    return write_folder(directory, TENSORS, tensors, config | dict(settings), kind="pt")

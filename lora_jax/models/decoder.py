@@ -62,6 +62,12 @@ REMATS: dict[str, Any] = {
 }
 
 
+def check_remat(remat: str) -> None:
+    """Raises a `ValueError` unless a model's ``remat`` is known."""
+    if remat not in REMATS:
+        raise ValueError(f"remat must be one of {tuple(REMATS)}; got {remat!r}.")
+
+
 class Decoder(nn.Module):
     """A causal language model: token ids to logits.
 
@@ -88,10 +94,7 @@ class Decoder(nn.Module):
     sentence: SentenceConfig | None = None
 
     def __post_init__(self):
-        if self.remat not in REMATS:
-            raise ValueError(
-                f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
-            )
+        check_remat(self.remat)
         if self.scan_layers and self.config.scan_period is None:
             raise ValueError(
                 "scan_layers must be False where some layers have experts and others "
@@ -205,6 +208,7 @@ class Decoder(nn.Module):
                 f"the cache must have a slot for each of the {input_ids.shape[1]} "
                 f"tokens of the prompt; got size = {size}."
             )
+        check_tokens(self.config.max_positions, input_ids)
         if is_long is None:
             is_long = self._exceeds(input_ids.shape[1])
         x, place = self._embed(input_ids, None, None, is_long)
@@ -232,6 +236,7 @@ class Decoder(nn.Module):
         Returns:
           Hidden states ``[b, t, d]`` and the cache with these tokens added.
         """
+        check_tokens(self.config.max_positions, input_ids, positions=positions)
         if is_long is None:
             is_long = self._exceeds(cache.size)
         x, place = self._embed(input_ids, positions, None, is_long)
@@ -332,8 +337,6 @@ class Decoder(nn.Module):
         transformers: by the positions if given, else by the row length.
         """
         cfg, original = self.config, self.config.original_positions
-        others = {"positions": positions, "segment_ids": segment_ids}
-        check_tokens(cfg.max_positions, input_ids, **others)
         longer: Any = is_long
         if longer is None and original is not None and positions is not None:
             longer = jnp.max(positions) >= original

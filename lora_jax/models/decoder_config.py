@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.models.mixer_config import MixerConfig
+from lora_jax.models.mixer_config import MixerConfig, Sizes
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
@@ -103,7 +103,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Sizes):
     """Sizes, constants and variants of a decoder.
 
     Attributes:
@@ -259,18 +259,6 @@ class DecoderConfig:
         if not self.layer_changes:
             return self
         return dataclasses.replace(self, **dict(self.layer_changes[layer]))
-
-    def __post_init__(self):
-        sizes = [f.name for f in dataclasses.fields(self) if f.type is int]
-        faults = [
-            f"{name} must be a positive integer; got {getattr(self, name)!r}"
-            for name in sizes
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1
-        ]
-        if not faults:
-            faults += self._faults()
-        if faults:
-            raise ValueError("DecoderConfig: " + "; ".join(faults) + ".")
 
     def _faults(self) -> list[str]:
         faults = []

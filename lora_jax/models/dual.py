@@ -1,6 +1,6 @@
 """CLIP and SigLIP: an encoder of images and one of texts, with embeddings to compare.
 
-The parameter tree (see `lora_jax.models.encoder` for the two encoders)::
+The parameter tree of both (see `lora_jax.models.encoder` for each)::
 
     vision/..., text/...
     vision_norm/{scale,bias}                          of the class token: CLIP
@@ -9,10 +9,18 @@ The parameter tree (see `lora_jax.models.encoder` for the two encoders)::
     vision_head/{in_proj,output,up,down}/{kernel,bias}
     text_head/{kernel,bias}                           SigLIP
     logit_scale, logit_bias                           the latter SigLIP's
+
+and of an encoder in a folder of its own::
+
+    encoder/...
+    image_norm/{scale,bias}                           of the class token: CLIP's images
+    image_head/...                                    as vision_head: SigLIP's images
+    projection/{kernel,bias}                          only with ``width``
+    classifier/{kernel,bias}                          only with num_labels
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +30,7 @@ from lora_jax.attention.dot_product import attention
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder_parts import Head
 from lora_jax.models.embeddings import Hidden, Pixels, TokenIds
-from lora_jax.models.encoder import Encoder, ImageEncoder
+from lora_jax.models.encoder import Classifier, Encoder, ImageEncoder
 from lora_jax.models.encoder_block import make_norm
 from lora_jax.models.encoder_config import EncoderConfig, ImageEncoderConfig
 
@@ -64,6 +72,36 @@ class DualConfig:
     def vocab_size(self) -> int:
         """Rows of the texts' table."""
         return self.text.vocab_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTowerConfig(EncoderConfig):
+    """A text encoder of CLIP or SigLIP; see `EncoderConfig`.
+
+    Attributes:
+      is_siglip: see `DualConfig`.
+      width: numbers in an embedding; None: the pooled hidden state is one.
+      end_id: see `DualConfig`.
+      fill_id: see `DualConfig.padding_id`.
+    """
+
+    is_siglip: bool = False
+    width: int | None = None
+    end_id: int | None = None
+    fill_id: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig(ImageEncoderConfig):
+    """An image encoder of CLIP or SigLIP; see `ImageEncoderConfig`.
+
+    Attributes:
+      is_siglip: see `DualConfig`.
+      width: numbers in an embedding; None: the pooled hidden state is one.
+    """
+
+    is_siglip: bool = False
+    width: int | None = None
 
 
 class AttentionPool(nn.Module):
@@ -177,11 +215,8 @@ class DualEncoder(nn.Module):
     ) -> Embedded:
         """Returns the embeddings ``[b, e]`` of texts, of length 1; see `__call__`."""
         hidden = self.text(input_ids, attention_mask)
-        if self.config.is_siglip:
-            return _unit(self.text_head(hidden[:, -1]))
-        place = text_end(input_ids, self.config.end_id)
-        pooled = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
-        return _unit(self.text_projection(pooled))
+        last = self.text_head if self.config.is_siglip else self.text_projection
+        return _unit(last(pool_text(self.config, hidden, input_ids)))
 
     def embed_image(
         self, pixel_values: Pixels, *, deterministic: bool = True
@@ -193,9 +228,94 @@ class DualEncoder(nn.Module):
         return _unit(self.visual_projection(self.vision_norm(hidden[:, 0])))
 
 
-def text_end(input_ids: TokenIds, end_id: int | None) -> Array:
-    """Returns the place ``[b]`` of the first token that ends each of CLIP's texts."""
-    return jnp.argmax(input_ids if end_id is None else input_ids == end_id, axis=1)
+class TextTower(Classifier):
+    """A text encoder whose output is an embedding; its attributes are `Classifier`'s.
+
+    Texts are pooled as `DualEncoder` does, whatever ``pooling`` is. Unlike there, an
+    embedding has any length, as in transformers.
+    """
+
+    encoder_type: ClassVar = Encoder
+
+    def setup(self):
+        """Creates encoder, projection and head."""
+        super().setup()
+        if self.config.width is not None:
+            bias = self.config.is_siglip
+            self.projection = nn.Dense(self.config.width, bias, dtype=self.dtype)
+
+    def __call__(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Embedded:
+        """Returns logits ``[b, num_labels]`` float32; embeddings without a head.
+
+        Args:
+          input_ids: token ids ``[b, t]``.
+          attention_mask: ``[b, t]``; see `DualEncoder`.
+          deterministic: False turns on dropout.
+        """
+        found = self.embed(input_ids, attention_mask, deterministic=deterministic)
+        return found if self.num_labels is None else self.classifier(found)
+
+    def embed(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds,
+        *,
+        deterministic: bool = True,
+    ) -> Embedded:
+        """Returns the embeddings ``[b, e]`` of texts, float32; see `__call__`."""
+        hidden = self.encoder(input_ids, attention_mask, deterministic=deterministic)
+        x = pool_text(self.config, hidden, input_ids)
+        x = x if self.config.width is None else self.projection(x)
+        return x.astype(jnp.float32)
+
+
+class ImageTower(Classifier):
+    """An image encoder whose output is an embedding; see `TextTower`."""
+
+    encoder_type: ClassVar = ImageEncoder
+
+    def setup(self):
+        """Creates encoder, pooling, projection and head."""
+        super().setup()
+        cfg = self.config
+        if cfg.is_siglip:
+            self.image_head = AttentionPool(cfg, self.dtype)
+        else:
+            self.image_norm = make_norm(cfg, self.dtype, None)
+        if cfg.width is not None:
+            self.projection = nn.Dense(cfg.width, False, dtype=self.dtype)
+
+    def __call__(self, pixel_values: Pixels, *, deterministic: bool = True) -> Embedded:
+        """Returns logits ``[b, num_labels]`` float32; embeddings without a head."""
+        found = self.embed(pixel_values, deterministic=deterministic)
+        return found if self.num_labels is None else self.classifier(found)
+
+    def embed(self, pixel_values: Pixels, *, deterministic: bool = True) -> Embedded:
+        """Returns the embeddings ``[b, e]`` of normalised images, float32."""
+        hidden = self.encoder(pixel_values, deterministic=deterministic)
+        if self.config.is_siglip:
+            x = self.image_head(hidden)
+        else:
+            x = self.image_norm(hidden[:, 0])
+        x = x if self.config.width is None else self.projection(x)
+        return x.astype(jnp.float32)
+
+
+def pool_text(
+    config: DualConfig | TextTowerConfig, hidden: Hidden, input_ids: TokenIds
+) -> Float[Array, "b d"]:
+    """Returns the hidden state at the last place (SigLIP), or the first end (CLIP)."""
+    if config.is_siglip:
+        return hidden[:, -1]
+    is_end = input_ids if config.end_id is None else input_ids == config.end_id
+    place = jnp.argmax(is_end, axis=1)[:, None, None]
+    return jnp.take_along_axis(hidden, place, axis=1)[:, 0]
 
 
 def _unit(x: Array) -> Array:

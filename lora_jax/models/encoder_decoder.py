@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.models.decoder import REMATS
+from lora_jax.models.decoder import REMATS, check_remat
 from lora_jax.models.decoder_parts import Head
 from lora_jax.models.embeddings import TokenIds, check_tokens
 from lora_jax.models.encoder_decoder_block import Block, Hidden, Pair, Part
@@ -122,10 +122,7 @@ class EncoderDecoder(nn.Module):
     sentence: SentenceConfig | None = None
 
     def __post_init__(self):
-        if self.remat not in REMATS:
-            raise ValueError(
-                f"remat must be one of {tuple(REMATS)}; got {self.remat!r}."
-            )
+        check_remat(self.remat)
         super().__post_init__()
 
     def setup(self):

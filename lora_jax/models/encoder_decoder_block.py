@@ -9,7 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lora_jax.attention.causal import plain_attention
+from lora_jax.attention.causal import plain_attention, write_slots
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_parts import RMSNorm
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
@@ -184,9 +184,9 @@ class Block(Part):
         mask,
     ) -> tuple[Hidden, Pair]:
         """Runs the next tokens ``[b, t, d]``; returns the layer's new cache too."""
-        y, rows = self.attention_norm(x), jnp.arange(len(x))[:, None]
+        y = self.attention_norm(x)
         key, value = (
-            past.at[rows, :, positions].set(new)
+            write_slots(past, new, positions)
             for past, new in zip(own, self.attention.pair(y), strict=True)
         )
         seen = positions[:, None, :, None] >= jnp.arange(key.shape[2])

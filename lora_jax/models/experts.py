@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.models.shared_expert import SharedExpert
 from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
@@ -32,6 +31,13 @@ class Router(nn.Dense):
     """The scores of all experts for each token.
 
     Like the head, ``"all-linear"`` leaves it out; a target may name it.
+    """
+
+
+class Opening(nn.Dense):
+    """The score that weighs the shared expert.
+
+    Like the router, ``"all-linear"`` leaves it out; a target may name it.
     """
 
 
@@ -66,6 +72,7 @@ class ExpertDense(nn.Module):
 
 
 register_layer(Router, "...i,io->...o", kind=ROUTER)
+register_layer(Opening, "...i,io->...o", kind=ROUTER)
 register_layer(ExpertDense, "mi,eio->mo")
 
 
@@ -90,6 +97,33 @@ class Experts(nn.Module):
             x = gate(ACTIVATIONS[self.activation], *jnp.split(both, 2, axis=-1))
         y = ExpertDense(self.features, *options, name="down")(x, sizes)
         return checkpoint_name(y, LINEAR)
+
+
+class SharedExpert(nn.Module):
+    """Computes ``sigmoid(x W_opening) * (act(x W_gate) * x W_up) W_down``.
+
+    Attributes:
+      size: width inside it.
+      activation: Hugging Face's name of its activation.
+      dtype: dtype of the computation.
+    """
+
+    size: int
+    activation: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """Returns ``[b, t, d]`` for ``[b, t, d]``."""
+
+        def dense(name: str, x: Array, width: int) -> Array:
+            layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return checkpoint_name(layer(x), LINEAR)
+
+        opening = Opening(1, use_bias=False, dtype=self.dtype, name="opening")
+        both = (dense(name, x, self.size) for name in ("gate", "up"))
+        inner = gate(ACTIVATIONS[self.activation], *both)
+        return nn.sigmoid(opening(x)) * dense("down", inner, x.shape[-1])
 
 
 class Mixture(nn.Module):

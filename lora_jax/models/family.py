@@ -5,22 +5,19 @@ tensor each leaf of the module's tree comes from) and add a line to `FAMILIES`.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.names import BIAS, EXPERTS, HEAD, KERNEL
 
 Shape = tuple[int, ...]
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
-_MISSING = object()
-MAX_LAYERS = 1000  # bounds, as a config.json may ask for anything
-LEAST, MOST = 1e-20, 1e20  # of non-zero numbers other than sizes
-MAX_SIZE = 2**24  # of an axis, a vocabulary or a context
 # Bare names of a multimodal model's parts other than the language model.
 OTHER_MODALITIES = (
     r"(vision|audio)_tower\.",
@@ -43,8 +40,8 @@ class Family:
         ``{i}`` for the layer number.
       prefix: of names in files saved from a model with a head, and in adapters.
       prefixes: other prefixes that names in files and adapters may have.
-      is_tower: whether it is the language model of a multimodal folder, whose other
-        tensors are ignored.
+      is_multimodal: whether it is the language model of a multimodal folder, whose
+        other tensors are ignored.
       has_source: whether an encoder reads a source text and a decoder writes another.
       copies: other names of tensors that a file may have, instead or beside them.
       unused: patterns for the start of names that a file may hold and the module
@@ -73,7 +70,7 @@ class Family:
     modules: Mapping[str, str]
     prefix: str
     prefixes: tuple[str, ...] = ()
-    is_tower: bool = False
+    is_multimodal: bool = False
     has_source: bool = False
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
@@ -119,7 +116,7 @@ class Family:
     @property
     def file_prefixes(self) -> tuple[str, ...]:
         """Prefixes that names in a model's files may have, the longest first."""
-        known = (self.prefix, *(self.prefixes if self.is_tower else ()))
+        known = (self.prefix, *(self.prefixes if self.is_multimodal else ()))
         return tuple(sorted(known, key=len, reverse=True))
 
     def is_unused(self, name: str) -> bool:
@@ -215,35 +212,25 @@ class Family:
 
         Arrays that are not kernels stay as they are.
         """
-        if not self._is_transposed(path):
-            return array
         return array.transpose(self._axes(path, array.ndim))
 
     def to_file(self, path: str, array: np.ndarray) -> np.ndarray:
         """Inverts `from_file`."""
-        if not self._is_transposed(path):
-            return array
         return array.transpose(np.argsort(self._axes(path, array.ndim)))
 
     def file_shape(self, path: str, shape: Shape) -> Shape:
         """Returns the shape that a file has for a leaf of ``shape``."""
-        if not self._is_transposed(path):
-            return shape
-        axes = np.argsort(self._axes(path, len(shape)))
-        return tuple(shape[axis] for axis in axes)
+        return tuple(shape[axis] for axis in np.argsort(self._axes(path, len(shape))))
 
-    def _is_transposed(self, path: str) -> bool:
-        if f"/{EXPERTS}/" in path and _template(path) in self.modules:
-            return self.has_outputs_first and path.endswith(f"/{KERNEL}")
-        is_kernel = path.rpartition("/")[2] == KERNEL  # the head is never a Conv1D
-        return is_kernel and (self.is_transposed or path == f"{HEAD}/{KERNEL}")
-
-    @staticmethod
-    def _axes(path: str, ndim: int) -> tuple[int, ...]:
-        """Returns the order of a PyTorch kernel's axes in Flax: spatial, in, out."""
-        if f"/{EXPERTS}/" in path and ndim == 3:
-            return (0, 2, 1)
-        return (*range(2, ndim), 1, 0)
+    def _axes(self, path: str, ndim: int) -> tuple[int, ...]:
+        """Returns the order of a file's axes here: a kernel's spatial ones, in, out."""
+        is_kernel, is_expert = path.rpartition("/")[2] == KERNEL, f"/{EXPERTS}/" in path
+        is_turned = self.is_transposed or path == f"{HEAD}/{KERNEL}"  # never a Conv1D
+        if is_expert and _template(path) in self.modules:
+            is_turned = self.has_outputs_first
+        if not (is_kernel and is_turned):
+            return tuple(range(ndim))
+        return (0, 2, 1) if is_expert and ndim == 3 else (*range(2, ndim), 1, 0)
 
 
 def _template(path: str) -> str:
@@ -252,100 +239,18 @@ def _template(path: str) -> str:
     return re.sub(r"expert_\d+", "expert_{e}", path)
 
 
+def architecture(settings: Mapping[str, Any]) -> str:
+    """Returns the class that a ``config.json`` names; empty if it doesn't."""
+    names = settings.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return first if isinstance(first, str) else ""
+
+
+def token_inputs(count: int) -> tuple[Any, ...]:
+    """Returns the shapes of ``count`` arrays of token ids, for `Family.inputs`."""
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),) * count
+
+
 def config_of(module: Any) -> Any:
     """Returns the config of a family's model, with adapters or without."""
     return getattr(module, "model", module).config
-
-
-def is_extreme(value: Any) -> bool:
-    """Returns whether a value is a number that is NaN, infinite, tiny or huge."""
-    return (
-        isinstance(value, (int, float))
-        and value != 0
-        and not LEAST <= abs(value) <= MOST
-    )
-
-
-class Fields:
-    """Reads a ``config.json``, collecting wrong types and missing keys in ``faults``.
-
-    Args:
-      config: the parsed file.
-      what: kind of model, for the error.
-    """
-
-    def __init__(self, config: Mapping[str, Any], what: str):
-        self.config, self.what = config, what
-        self.faults: list[str] = []
-
-    def integer(self, key: str, default: Any = _MISSING) -> Any:
-        """A bounded integer; the default if the key is absent or null."""
-        return self._bounded(key, default, MAX_SIZE)
-
-    def layers(self, key: str, default: Any = _MISSING) -> int:
-        """A layer count, at most `MAX_LAYERS`."""
-        return self._bounded(key, default, MAX_LAYERS)
-
-    def number(self, key: str, default: Any = _MISSING) -> Any:
-        """A number that float32 can compute with: 0, or neither tiny nor huge."""
-        value = self._get(key, default, (int, float), "a number")
-        if is_extreme(value):
-            is_finite = abs(value) < math.inf  # works for integers of any size
-            wanted = f"0 or {LEAST:g} to {MOST:g}" if is_finite else "finite"
-            self.faults.append(f"{key} must be {wanted}; got {value!r}"[:200])
-            return 1.0
-        return value
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
-        return self._get(key, default, (bool,), "true or false")
-
-    def text(self, key: str, default: Any = _MISSING) -> Any:
-        """A string."""
-        return self._get(key, default, (str,), "a string")
-
-    def sequence(self, key: str, length: int) -> list[Any] | None:
-        """A list of ``length`` entries, or None if the key is absent or null."""
-        value = self._get(key, None, (list,), "a list")
-        if value is not None and len(value) != length:
-            self.faults.append(
-                f"{key} must have {length} entries, one per layer; got {len(value)}"
-            )
-            return None
-        return value
-
-    def mapping(self, key: str) -> dict[str, Any] | None:
-        """A JSON object, or None."""
-        return self._get(key, None, (dict,), "an object")
-
-    def only(self, key: str, value: Any) -> None:
-        """Rejects every value of ``key`` but one, as others make it another model."""
-        got = self.config.get(key)
-        if got is not None and got != value:
-            self.faults.append(f"{key} must be {value!r} here; got {got!r}")
-
-    def check(self) -> None:
-        """Raises one ValueError with every fault, if there are any."""
-        if self.faults:
-            faults = "; ".join(dict.fromkeys(self.faults))
-            raise ValueError(f"config.json doesn't fit a {self.what}: {faults}.")
-
-    def _bounded(self, key: str, default: Any, most: int) -> Any:
-        value = self._get(key, default, (int,), "an integer")
-        if isinstance(value, int) and value > most:
-            self.faults.append(f"{key} must be at most {most}; got {value}")
-            return 1
-        return value
-
-    def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
-        value = self.config.get(key)
-        if value is None:
-            if default is _MISSING:
-                self.faults.append(f"{key} is missing")
-                return 1 if int in types else ""
-            return default
-        is_bool = isinstance(value, bool) and bool not in types
-        if is_bool or not isinstance(value, types):
-            self.faults.append(f"{key} must be {kind}; got {value!r}"[:200])
-            return 1 if default is _MISSING else default
-        return value

@@ -59,7 +59,7 @@ class LoadedModel(NamedTuple):
         Returns:
           One line; empty if all is used.
         """
-        if not self.family.is_tower:
+        if not self.family.is_multimodal:
             return ", ".join(self.unused)
         parts = [n.removeprefix("model.").split(".")[0] for n in self.unused]
         names = ", ".join(dict.fromkeys(parts))

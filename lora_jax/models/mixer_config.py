@@ -5,8 +5,8 @@ import dataclasses
 from lora_jax.attention.gated_delta import CHUNK
 
 
-class _Sizes:
-    """Checks that all integers of a config are positive."""
+class Sizes:
+    """Base of configs: checks that all integers are positive, then `_faults`."""
 
     def __post_init__(self):
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
@@ -26,7 +26,7 @@ class _Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaNetConfig(_Sizes):
+class DeltaNetConfig(Sizes):
     """Sizes of a Gated DeltaNet, as in Qwen3.5.
 
     Attributes:
@@ -79,7 +79,7 @@ class DeltaNetConfig(_Sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShortConvConfig(_Sizes):
+class ShortConvConfig(Sizes):
     """Sizes of a gated short convolution, as in LFM2.
 
     Attributes:

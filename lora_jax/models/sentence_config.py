@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files.json_file import parse_json, read_json, read_text
-from lora_jax.models.family import MAX_SIZE, Fields
+from lora_jax.models.fields import MAX_SIZE, Fields
 from lora_jax.models.pooling import SENTENCE_POOLINGS
 
 MODULES = "modules.json"
@@ -124,10 +124,10 @@ def read_sentence(folder: Path) -> SentenceConfig | None:
         if kind == "Transformer" and number == 0:
             continue
         if kind == "Pooling" and not is_pooled:
-            settings = _settings(folder, path, fields)
-            poolings = _poolings(settings)
+            poolings = _poolings(fields.nested(read_json(folder / path / CONFIG)))
         elif kind == "Dense" and is_pooled:
-            steps.append(_dense(path, _settings(folder, path, fields)))
+            settings = fields.nested(read_json(folder / path / CONFIG))
+            steps.append(_dense(path, settings))
         elif kind == "Normalize" and is_pooled:
             steps.append(NORMALIZE)
         elif kind != "Dropout":  # which does nothing here
@@ -166,13 +166,6 @@ def _modules(folder: Path, fields: Fields) -> list[tuple[str, str]]:
             continue
         found.append((kind.rpartition(".")[2], path))
     return found
-
-
-def _settings(folder: Path, path: str, fields: Fields) -> Fields:
-    """Returns a module's settings, whose faults are collected with the others'."""
-    own = Fields(read_json(folder / path / CONFIG), "module")
-    own.faults = fields.faults
-    return own
 
 
 def _poolings(settings: Fields) -> tuple[str, ...]:
@@ -222,9 +215,7 @@ def _text_options(folder: Path, fields: Fields) -> dict[str, Any]:
 
     def read(name: str) -> Fields:
         is_there = (folder / name).is_file()
-        own = Fields(read_json(folder / name) if is_there else {}, name)
-        own.faults = fields.faults
-        return own
+        return fields.nested(read_json(folder / name) if is_there else {})
 
     inputs, texts = read(INPUTS), read(PROMPTS)
     longest = inputs.integer("max_seq_length", None)

@@ -16,7 +16,7 @@ from lora_jax.files.mxfp4 import Mxfp4Reader
 from lora_jax.files.safetensors import open_tensors
 from lora_jax.files.special_tokens import MODEL_CONFIG
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.family import Family
+from lora_jax.models.family import Family, architecture
 from lora_jax.names import EMBED, EMBEDDING, LM_HEAD
 from lora_jax.tree.paths import nearest
 
@@ -52,16 +52,14 @@ class Source(NamedTuple):
         config = read_config(self.family, self.settings, self.path)
         # Config keys may disagree; like transformers, go by the file.
         has_head, is_pair = TIED_HEAD in self.names, self.family.has_source
-        if is_pair or (self.family.is_tower and not has_head):
+        if is_pair or (self.family.is_multimodal and not has_head):
             return dataclasses.replace(config, is_tied=not has_head)
         return config
 
     @property
     def architecture(self) -> str:
         """The transformers class that ``config.json`` names; empty if it doesn't."""
-        names = self.settings.get("architectures")
-        first = names[0] if isinstance(names, list) and names else ""
-        return first if isinstance(first, str) else ""
+        return architecture(self.settings)
 
     @property
     def is_bare(self) -> bool:

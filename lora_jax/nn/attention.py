@@ -39,9 +39,6 @@ class _Projection(LoRALayer, nn.DenseGeneral):
     Layers with the same input can thus share one product ``x @ [A1 | A2 | ...]``.
     """
 
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
-
     @nn.compact
     def __call__(self, inputs: jax.Array) -> _Projected:
         y, factors = super().__call__(inputs), self._factors(inputs)
@@ -51,7 +48,7 @@ class _Projection(LoRALayer, nn.DenseGeneral):
 
 
 class _FrozenLayerNorm(FrozenLayer, nn.LayerNorm):
-    lora: LoRAConfig = LoRAConfig()
+    pass
 
 
 class LoRAAttention(nn.Module):

@@ -27,6 +27,7 @@ from lora_jax.nn.bank_arrays import (
     is_within,
     neutral,
     placed,
+    with_magnitudes,
 )
 from lora_jax.nn.rows import SLOTS, RowAdapted
 from lora_jax.ops.banked import AUTO, WAYS, Way, best_way
@@ -64,9 +65,8 @@ class AdapterBank:
       names: names of the adapters.
 
     Raises:
-      ValueError: if there is no member, more of them than ``capacity``, some are DoRA
-        and some are not, weights that they train in full differ in shape, or one
-        doesn't fit the base; see `add`.
+      ValueError: if there is no member, more of them than ``capacity``, weights that
+        they train in full differ in shape, or one doesn't fit the base; see `add`.
 
     Example:
       >>> model, x = nn.Dense(2, name="up"), jnp.ones((2, 3))
@@ -89,18 +89,12 @@ class AdapterBank:
         absent: Collection[str] = (),
     ) -> None:
         rows = [row for _, targets, *_ in members.values() for row in targets]
-        kinds = {row.dora for row in rows}
-        if len(kinds) > 1:
-            named = [n for n, one in members.items() if any(r.dora for r in one[1])]
-            raise ValueError(
-                f"adapters of a bank must all be DoRA or none; {named} are. "
-                "`combine_adapters` with method 'svd' makes LoRA of them."
-            )
+        self._dora = any(row.dora for row in rows)
         largest = dict(ranks or {})
         for row in rows:
             largest[row.path] = max(row.rank, largest.get(row.path, 0))
         kept = classes(capacity, largest, len(members))
-        if len(kept) > 1 and True in kinds:
+        if len(kept) > 1 and self._dora:
             raise ValueError(
                 "capacity must be one number for DoRA, whose magnitudes can't be added "
                 f"up over ranks; got {capacity}."
@@ -108,7 +102,7 @@ class AdapterBank:
         adapted, self._targets = None, []
         for own, _ in kept:
             alphas = {path: float(rank) for path, rank in own.items()}  # scaling 1
-            config = LoRAConfig.for_layers(own, alphas, dora=True in kinds)
+            config = LoRAConfig.for_layers(own, alphas, dora=self._dora)
             adapted = adapt(model, config, *example_args, deterministic=True)
             self._targets.append(adapted.targets(params))
         assert adapted is not None  # of the largest ranks
@@ -215,31 +209,27 @@ class AdapterBank:
 
         Raises:
           ValueError: if the bank is full, or the adapter has layers that the bank
-            lacks, larger ranks, or another ``dora``; see `fit_adapter`. Or if it trains
-            weights that no member did, or of other shapes.
+            lacks, or larger ranks, or is DoRA and no member was; see `fit_adapter`. Or
+            if it trains weights that no member did, or of other shapes.
         """
         full = self._trained.checked(name, trained or {})
-        fitting = [
-            number
-            for number, rows in enumerate(self._targets)
-            if is_within(targets, rows)
-        ]
-        number = (fitting or [len(self._targets) - 1])[0]
+        before, last = self._places.get(name), len(self._targets) - 1
+        fitting = [n for n in range(last + 1) if is_within(targets, self._targets[n])]
+        free = {n: self._free(n, before) for n in fitting or [last]}
+        number = next((n for n, slot in free.items() if slot is not None), last)
         try:
+            if self._dora:
+                lora, targets = with_magnitudes(
+                    self.params, lora, targets, self._targets[0], self._none[0]
+                )
             fitted = fit_adapter(lora, targets, self._targets[number])
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
-        before = self._places.get(name)
-        for number in fitting:
-            if (slot := self._free(number, before)) is not None:
-                break
-        else:
+        if (slot := free[number]) is None:
             raise ValueError(
                 f"the bank is full: capacity = {self.capacity}, and it holds "
                 f"{', '.join(self._places)}. Remove one, or make a larger bank."
             )
-        if number != fitting[0]:
-            fitted = fit_adapter(lora, targets, self._targets[number])
         if before is not None and before[0] != number:
             self.remove(name)
         self._lora[number] = placed(self._lora[number], slot, fitted)

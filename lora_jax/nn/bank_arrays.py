@@ -1,5 +1,6 @@
 """The arrays of a bank: A and B by rank class, and the weights trained in full."""
 
+import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 
 from lora_jax.array_types import PyTree
 from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.ops.dora import adapted_norm
+from lora_jax.tree.merge import check_adapters
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
 
@@ -172,6 +175,46 @@ def neutral(params: Mapping[str, Any], targets: Sequence[Target]) -> PyTree:
             m = row.init_magnitude(flat[row.weight_path])
             leaves[child(row.path, MAGNITUDE)] = m
     return unflatten(leaves)
+
+
+def with_magnitudes(
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    targets: Sequence[Target],
+    wide: Sequence[Target],
+    none: PyTree,
+) -> tuple[PyTree, list[Target]]:
+    """Returns an adapter as DoRA of all layers of a bank: the same function.
+
+    ``m = ‖W0 + s A B‖`` makes DoRA of LoRA, and ``m = ‖W0‖`` of no adapter.
+
+    Args:
+      params: the base.
+      lora: the adapter tree, which matches ``targets``.
+      targets: its targets.
+      wide: the bank's.
+      none: the adapter of ``wide`` that changes nothing.
+    """
+    leaves, kernels, neutrals = flatten(lora), flatten(params), flatten(none)
+    check_adapters(leaves, targets)
+    known, rows = {row.path: row for row in wide}, []
+    for row in targets:
+        same = known.pop(row.path, None)
+        if same is not None and same.is_same_layer(row) and not row.dora:
+            factors = (leaves[child(row.path, leaf)] for leaf in (LORA_A, LORA_B))
+            roles: dict[str, Any] = {"contraction": row.contraction}
+            kernel = jnp.asarray(kernels[row.weight_path])
+            a, b = map(jnp.asarray, row.batch_first(*factors))
+            m = adapted_norm(kernel, a, b, scaling=row.scaling, **roles)
+            m = jnp.moveaxis(m, range(len(row.scanned_m)), row.scanned_m)
+            leaves[child(row.path, MAGNITUDE)] = m
+            row = dataclasses.replace(row, dora=True, leaves=same.leaves)
+        rows.append(row)
+    for row in known.values():
+        for name in (LORA_A, LORA_B, MAGNITUDE):
+            leaves[child(row.path, name)] = neutrals[child(row.path, name)]
+        rows.append(row)
+    return unflatten(leaves), rows
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,11 +1,10 @@
-"""Mixins for LoRA layers: W0 in ``frozen``, A and B in ``lora``.
+"""Base classes of LoRA layers: W0 in ``frozen``, A and B in ``lora``.
 
 Methods such as PiSSA also declare variables in ``fixed``; the lifted transforms of a
 model that uses them need it among their ``variable_axes``, like ``frozen`` and
 ``lora``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -62,8 +61,8 @@ def check_no_tokens(lora: LoRAConfig) -> None:
         )
 
 
-class FrozenLayer:
-    """Mixin that keeps a Linen layer's parameters out of training.
+class FrozenLayer(nn.Module):
+    """Keeps a Linen layer's parameters out of training.
 
     Inherit from it before the Linen class, whose parameters are then declared in
     ``frozen``, or in ``params`` if the config trains them in full.
@@ -72,16 +71,14 @@ class FrozenLayer:
       lora: the adapter config of the whole model.
     """
 
-    lora: LoRAConfig
-    scope: Any
-    variable: Callable[..., nn.Variable]
-    make_rng: Callable[[str], jax.Array]
+    lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self) -> None:
         """Raises unless ``lora`` is a config."""
         check_config(self.lora)
-        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
+        super().__post_init__()
 
+    @nn.nowrap
     def param(self, name: str, init_fn, *args, unbox: bool = True, **kwargs) -> Any:
         """Declares a base weight like `flax.linen.Module.param`; frozen unless trained.
 
@@ -97,7 +94,7 @@ class FrozenLayer:
         """
         path = child(self._lora_path(), name)
         if self.lora.is_trained(path, is_adapted=self._is_target()):
-            return super().param(name, init_fn, *args, unbox=unbox, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - the Linen class
+            return super().param(name, init_fn, *args, unbox=unbox, **kwargs)
         self._require(FROZEN, name)
         value = self.variable(
             FROZEN,
@@ -112,29 +109,31 @@ class FrozenLayer:
             raise ValueError(f"{path} must be {wanted}; got {jnp.shape(plain)}.")
         return plain if unbox else value
 
+    @nn.nowrap
     def _require(self, collection: str, name: str) -> None:
         """Raises if a variable is missing and can't be initialised here."""
-        if self.scope.has_variable(collection, name):
-            return
-        if not self.scope.is_mutable_collection(collection):
+        is_there = self.has_variable(collection, name)
+        if not is_there and not self.is_mutable_collection(collection):
             path = child(self._lora_path(), name)
             raise ValueError(
                 f"variables[{collection!r}] must have {path!r}; got none. Put a "
                 f"layer's Linen parameters in {FROZEN!r}, its adapter in {LORA!r}."
             )
 
+    @nn.nowrap
     def _lora_path(self) -> str:
-        return "/".join(self.scope.path)
+        return "/".join(self.path)
 
+    @nn.nowrap
     def _is_target(self) -> bool:
-        rule = rule_of(self)  # pyright: ignore[reportArgumentType] - a module
+        rule = rule_of(self)
         return rule is not None and self.lora.is_target(
             self._lora_path(), is_linear=rule.kind in LINEAR_KINDS
         )
 
 
 class LoRALayer(FrozenLayer):
-    """Mixin that adds LoRA to a Linen layer.
+    """Adds LoRA to a Linen layer.
 
     The Linen class computes the base. The module's path determines whether ``lora``
     adapts it, and with which rank, alpha and scaling.
@@ -144,15 +143,14 @@ class LoRALayer(FrozenLayer):
       deterministic: disables adapter dropout; may be given at the call instead.
     """
 
-    deterministic: bool | None
+    deterministic: bool | None = None
 
+    @nn.nowrap
     def _factors(self, *inputs: Any) -> Factors | None:
         """Declares the adapter variables; returns plain factors, None if no target."""
         path = self._lora_path()
         if not self._is_target():
-            held = next(
-                (c for c in ADAPTER if self.scope.has_variable(c, LORA_A)), None
-            )
+            held = next((c for c in ADAPTER if self.has_variable(c, LORA_A)), None)
             if held is not None:
                 raise ValueError(
                     f"variables[{held!r}] has {child(path, LORA_A)!r}, but the config "
@@ -163,18 +161,17 @@ class LoRALayer(FrozenLayer):
         leaves = self.lora.leaves
         of_fields = (LORA, MAGNITUDE, "dora"), (LORA, VERA_D, "vera")
         for held, name, field in (*of_fields, (FIXED, START_A, "init")):
-            if name not in leaves and self.scope.has_variable(held, name):
+            if name not in leaves and self.has_variable(held, name):
                 raise ValueError(
                     f"variables[{held!r}] has {child(path, name)!r}, but the config "
                     f"has {field}={getattr(self.lora, field)!r}. Use the config the "
                     "adapter was made with."
                 )
-        module: Any = self  # a mixin to the checker, but a module
         fresh: list[Factors] = []
 
         def draw(name: str) -> AnyFloat:
             if not fresh:
-                fresh.append(init_factors(module, inputs, self.lora, path))
+                fresh.append(init_factors(self, inputs, self.lora, path))
             return getattr(fresh[0], name)
 
         for name, held in leaves.items():
@@ -182,21 +179,22 @@ class LoRALayer(FrozenLayer):
         factors = Factors(
             **{n: self.variable(c, n, draw, n).value for n, c in leaves.items()}
         )
-        rule = rule_of(module)
+        rule = rule_of(self)
         assert rule is not None  # it is a target
-        shape = jnp.shape(base_weight(module, rule.weight))
-        roles = rule.contraction(module, *inputs)
+        shape = jnp.shape(base_weight(self, rule.weight))
+        roles = rule.contraction(self, *inputs)
         check_factors_fit(path, factors, shape, roles, self.lora)
         return factors.plain(roles)
 
+    @nn.nowrap
     def _adapted_query(self, query: AnyFloat, factors: Factors | None) -> AnyFloat:
         """Returns the query for a tied head, scaled if DoRA is used."""
         if factors is None:
             return query
-        module: Any = self
         scaling = self.lora.scaling_for(self._lora_path())
-        return adapted_query(module, query, factors, scaling)
+        return adapted_query(self, query, factors, scaling)
 
+    @nn.nowrap
     def _adapted(
         self,
         y: AnyFloat,
@@ -214,9 +212,8 @@ class LoRALayer(FrozenLayer):
             drops = not nn.merge_param(
                 "deterministic", self.deterministic, deterministic
             )
-        module: Any = self
         return apply_adapter(
-            module,
+            self,
             method,
             inputs,
             y,
@@ -225,3 +222,15 @@ class LoRALayer(FrozenLayer):
             path=self._lora_path(),
             deterministic=not drops,
         )
+
+
+class OneInputLayer(LoRALayer):
+    """A LoRA layer that is called with one array."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None
+    ) -> jax.Array:
+        """Applies the layer to ``[*b, ...]``, as its class in `flax.linen` does."""
+        y = super().__call__(inputs)
+        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)

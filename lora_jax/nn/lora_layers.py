@@ -8,12 +8,11 @@ trained.
 import flax.linen as nn
 import jax
 
-from lora_jax.config import LoRAConfig
-from lora_jax.nn.base import LoRALayer
+from lora_jax.nn.base import LoRALayer, OneInputLayer
 from lora_jax.nn.layer_rules import ATTEND
 
 
-class LoRADense(LoRALayer, nn.Dense):
+class LoRADense(OneInputLayer, nn.Dense):
     """`flax.linen.Dense` with LoRA: ``y = x W0 + bias + scaling * (x A) B``.
 
     Attributes:
@@ -26,6 +25,7 @@ class LoRADense(LoRALayer, nn.Dense):
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from lora_jax import LoRAConfig
       >>> layer = LoRADense(8, use_bias=False, lora=LoRAConfig(rank=3))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 10)))
       >>> sum(leaf.size for leaf in jax.tree.leaves(variables["lora"]))
@@ -35,19 +35,8 @@ class LoRADense(LoRALayer, nn.Dense):
       Hu et al., https://arxiv.org/abs/2106.09685, section 4.1.
     """
 
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
 
-    @nn.compact
-    def __call__(
-        self, inputs: jax.Array, deterministic: bool | None = None
-    ) -> jax.Array:
-        """Applies the layer to ``[*b, i]``; see `flax.linen.Dense`."""
-        y = super().__call__(inputs)
-        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
-
-
-class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
+class LoRADenseGeneral(OneInputLayer, nn.DenseGeneral):
     """`flax.linen.DenseGeneral` with LoRA, over any axes.
 
     Attributes:
@@ -57,17 +46,6 @@ class LoRADenseGeneral(LoRALayer, nn.DenseGeneral):
     Variables: ``frozen`` (``kernel`` ``[*batch, *in, *out]``, ``bias``), ``lora``
     (``lora_a`` ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
     """
-
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
-
-    @nn.compact
-    def __call__(
-        self, inputs: jax.Array, deterministic: bool | None = None
-    ) -> jax.Array:
-        """Applies the layer; see `flax.linen.DenseGeneral`."""
-        y = super().__call__(inputs)
-        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
 
 
 class LoRAEinsum(LoRALayer, nn.Einsum):
@@ -80,9 +58,6 @@ class LoRAEinsum(LoRALayer, nn.Einsum):
     Variables: ``frozen`` (``kernel``, ``bias``), ``lora`` (``lora_a``
     ``[*batch, *in, r]``, ``lora_b`` ``[*batch, r, *out]``).
     """
-
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
 
     @nn.compact
     def __call__(
@@ -97,7 +72,7 @@ class LoRAEinsum(LoRALayer, nn.Einsum):
         return self._adapted(y, self._factors(*call), call, deterministic)
 
 
-class LoRAConv(LoRALayer, nn.Conv):
+class LoRAConv(OneInputLayer, nn.Conv):
     """`flax.linen.Conv` with LoRA: a convolution to ``r`` channels, then 1 × 1.
 
     A masked convolution can't be adapted.
@@ -111,17 +86,6 @@ class LoRAConv(LoRALayer, nn.Conv):
     groups if there are several).
     """
 
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
-
-    @nn.compact
-    def __call__(
-        self, inputs: jax.Array, deterministic: bool | None = None
-    ) -> jax.Array:
-        """Applies the convolution to ``[*b, *spatial, i]``; see `flax.linen.Conv`."""
-        y = super().__call__(inputs)
-        return self._adapted(y, self._factors(inputs), (inputs,), deterministic)
-
 
 class LoRAEmbed(LoRALayer, nn.Embed):
     """`flax.linen.Embed` with LoRA, for both lookup and `attend` (a tied head).
@@ -134,9 +98,6 @@ class LoRAEmbed(LoRALayer, nn.Embed):
     Variables: ``frozen`` (``embedding`` ``[v, d]``), ``lora`` (``lora_a`` ``[v, r]``,
     ``lora_b`` ``[r, d]``).
     """
-
-    lora: LoRAConfig = LoRAConfig()
-    deterministic: bool | None = None
 
     def setup(self) -> None:
         """Declares the table, A and B."""

@@ -8,7 +8,7 @@ W0 is not copied, paths don't change, and the given model stays as it is.
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,17 +18,16 @@ from lora_jax.array_types import PRNGKey
 from lora_jax.config import LoRAConfig
 from lora_jax.names import DROPOUT, PARAMS
 from lora_jax.nn.checks import check_kernels
-from lora_jax.nnx.factors import add_lora, fresh_values, site_of
+from lora_jax.nnx.factors import add_lora, site_of
 from lora_jax.nnx.find import (
     Found,
-    as_path,
+    adapted_layers,
     find_layers,
     rebuild,
     select,
     shared_weights,
 )
 from lora_jax.nnx.layers import (
-    LoRALayer,
     check_config,
     layer_rule,
     lora_class,
@@ -38,6 +37,8 @@ from lora_jax.tree.paths import unflatten
 from lora_jax.tree.targets import Target, as_target
 
 OF_TARGET = ("alpha", "scaling", "is_plain")  # what a layer keeps of its `Target`
+Targets = Mapping[str, Target]  # by path
+Values = dict[str, dict[str, Any]]  # leaves of adapters, by path and name
 Trained = nnx.LoRAParam
 """The filter of all that is trained: adapters, and what `LoRAConfig.train` names.
 
@@ -101,89 +102,36 @@ def adapt(
             f"`lora_jax.nnx.{config.init}_init` in its place."
         )
 
-    def values_of(layer: Any, target: Target, key: PRNGKey) -> dict[str, Any]:
-        return fresh_values(layer, target, config, key)
+    def values_of(found: Found, targets: Targets) -> Values:
+        return fresh_values(found, targets, config, rngs)
 
     return adapt_with(values_of, model, config, rngs=rngs, stack_axis=stack_axis)
 
 
 def adapt_with(
-    values_of: Callable[[Any, Target, PRNGKey], dict[str, Any]],
+    values_of: Callable[[Found, Targets], Values],
     model: nnx.Module,
     config: LoRAConfig,
     *,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
     stack_axis: int | None = None,
 ) -> Any:
     """Adds LoRA as `adapt`, with values from elsewhere.
 
     Args:
-      values_of: gives a layer's leaves by name, from the layer, its `Target` and the
-        key of the model.
+      values_of: gives the leaves of all adapters, from what was found in the model and
+        the targets by path.
       model: as for `adapt`, as are the others.
       config: of the adapters.
-      rngs: their streams.
+      rngs: their streams; None disables adapter dropout.
       stack_axis: position of the layer axis of stacked layers.
     """
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(
-            f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
-        )
     found = find_layers(model, config, stack_axis)
     targets = {target.path: target for target in select(found, config)}
-    _check_ranks(targets)
-    paths = [target.weight_path for target in targets.values()]
-    kernels = unflatten({path: found.weights[path][...] for path in paths})
-    check_kernels(kernels, list(targets.values()))
-    key = seed_of(rngs, PARAMS)
-
-    def with_key(layer: Any, target: Target) -> dict[str, Any]:
-        return values_of(layer, target, key)
-
-    return _put(model, config, found, targets, with_key, rngs, stack_axis)
-
-
-def adapt_empty(
-    model: nnx.Module,
-    config: LoRAConfig,
-    *,
-    rngs: nnx.Rngs | None = None,
-    stack_axis: int | None = None,
-) -> Any:
-    """Returns a model like `adapt`, whose adapters are zeros, for values from a file.
-
-    Args:
-      model: any NNX module.
-      config: the adapter config.
-      rngs: the stream of dropout; None disables adapter dropout.
-      stack_axis: as for `adapt`.
-
-    Returns:
-      The adapted model.
-    """
-    found = find_layers(model, config, stack_axis)
-    targets = {target.path: target for target in select(found, config)}
-
-    def values_of(layer: Any, target: Target) -> dict[str, Any]:
-        del layer
-        return {name: jnp.zeros(shape) for name, shape in target.leaf_shapes.items()}
-
-    return _put(model, config, found, targets, values_of, rngs, stack_axis)
-
-
-def _put(
-    model: nnx.Module,
-    config: LoRAConfig,
-    found: Found,
-    targets: dict[str, Target],
-    values_of: Callable[[Any, Target], dict[str, Any]],
-    rngs: nnx.Rngs | None,
-    stack_axis: int | None,
-) -> Any:
-    """Returns the model with adapters, and with Variables of its own to train."""
+    values = values_of(found, targets)
     _warn_of_ties(model, {target.weight_path for target in targets.values()})
     drops = config.dropout_rate and rngs is not None
-    dropout_key = seed_of(rngs, DROPOUT) if drops and rngs is not None else None
+    dropout_key = seed_of(rngs, DROPOUT) if drops else None
     trained = {
         id(weight): TrainedParam(weight.get_value(), **weight.get_metadata())
         for path, weight in found.weights.items()
@@ -192,13 +140,47 @@ def _put(
 
     def change(path: str, module: Any) -> None:
         if path in targets:
-            target = targets[path]
             set_class(module, lora_class(type(module), module))
-            values = values_of(module, target)
-            add_lora(module, target, config, values, dropout_key, stack_axis)
+            add_lora(
+                module, targets[path], config, values[path], dropout_key, stack_axis
+            )
         _widen_trained(module)
 
     return rebuild(model, trained, change)
+
+
+def fresh_values(
+    found: Found, targets: Targets, config: LoRAConfig, rngs: nnx.Rngs
+) -> Values:
+    """Returns new values of the leaves of all adapters; see `key_and_kernels`."""
+    key, kernels = key_and_kernels(found, targets, rngs)
+    return {p: t.init(key, kernels[p], config.start) for p, t in targets.items()}
+
+
+def key_and_kernels(
+    found: Found, targets: Targets, rngs: nnx.Rngs
+) -> tuple[PRNGKey, dict[str, Any]]:
+    """Returns the key of a model's adapters, and the kernels to be adapted by path.
+
+    Raises:
+      TypeError: if ``rngs`` are not `flax.nnx.Rngs`, or a kernel is not floating.
+      ValueError: if a rank exceeds a kernel's smaller side, or a kernel isn't finite.
+    """
+    key = seed_of(rngs, PARAMS)
+    _check_ranks(targets)
+    weights = {t.weight_path: found.weights[t.weight_path] for t in targets.values()}
+    kernels = {path: weight[...] for path, weight in weights.items()}
+    check_kernels(unflatten(kernels), list(targets.values()))
+    return key, {path: kernels[t.weight_path] for path, t in targets.items()}
+
+
+def no_values(found: Found, targets: Targets) -> Values:
+    """Returns zeros for `adapt_with`, to be replaced by values from a file."""
+    del found
+    return {
+        path: {name: jnp.zeros(shape) for name, shape in target.leaf_shapes.items()}
+        for path, target in targets.items()
+    }
 
 
 def find_targets(
@@ -234,16 +216,15 @@ def lora_targets(model: nnx.Module) -> list[Target]:
       ValueError: if there is no adapted layer.
     """
     targets = []
-    for parts, module in nnx.iter_modules(model, graph=True):
-        if isinstance(module, LoRALayer) and module.lora is not None:
-            lora, path = module.lora, as_path(parts)
-            site = site_of(path, module, layer_rule(module), lora.stack_axis)
-            shape = list(module.lora_a.shape)  # pyright: ignore[reportAttributeAccessIssue] - adapted
-            for axis in reversed(site.scanned_a):
-                del shape[axis]
-            target = as_target(site, lora.config)
-            kept = {name: getattr(lora, name) for name in OF_TARGET}
-            targets.append(dataclasses.replace(target, rank=shape[-1], **kept))
+    for path, module in adapted_layers(model).items():
+        lora = module.lora
+        site = site_of(path, module, layer_rule(module), lora.stack_axis)
+        shape = list(module.lora_a.shape)
+        for axis in reversed(site.scanned_a):
+            del shape[axis]
+        target = as_target(site, lora.config)
+        kept = {name: getattr(lora, name) for name in OF_TARGET}
+        targets.append(dataclasses.replace(target, rank=shape[-1], **kept))
     if not targets:
         raise ValueError(
             f"{type(model).__name__} must have adapted layers; got none. "
@@ -252,8 +233,12 @@ def lora_targets(model: nnx.Module) -> list[Target]:
     return targets
 
 
-def seed_of(rngs: nnx.Rngs, name: str) -> PRNGKey:
+def seed_of(rngs: Any, name: str) -> PRNGKey:
     """Returns the key that a stream was seeded with, whatever was drawn from it."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"rngs must be nnx.Rngs; got {type(rngs).__name__}. Pass `nnx.Rngs(seed)`."
+        )
     if name not in rngs and "default" not in rngs:
         raise ValueError(
             f"rngs must have a stream {name!r}, or a default one; it has "
@@ -262,7 +247,7 @@ def seed_of(rngs: nnx.Rngs, name: str) -> PRNGKey:
     return rngs[name].key[...]
 
 
-def _check_ranks(targets: dict[str, Target]) -> None:
+def _check_ranks(targets: Targets) -> None:
     sides = {p: t.contraction.matrix_size(t.kernel_shape) for p, t in targets.items()}
     faults = [
         f"{path or 'the layer'} has rank {targets[path].rank} for {i} inputs and {o} "

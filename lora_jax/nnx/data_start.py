@@ -25,15 +25,19 @@ from lora_jax.nn.eva import (
     sum_moments,
     with_ranks,
 )
-from lora_jax.nnx.adapt import adapt_with
-from lora_jax.nnx.factors import fresh_values
-from lora_jax.nnx.find import find_layers, rebuild, select
+from lora_jax.nnx.adapt import (
+    Targets,
+    Values,
+    adapt_with,
+    fresh_values,
+    key_and_kernels,
+)
+from lora_jax.nnx.find import Found, find_layers, rebuild, select
 from lora_jax.nnx.functional import functional
 from lora_jax.nnx.layers import set_class
 from lora_jax.nnx.rules import rule_of
 from lora_jax.ops.start import GAMMA
 from lora_jax.tree.paths import flatten, unflatten
-from lora_jax.tree.targets import Target
 
 Loss = Callable[[Any, Any], jax.Array]  # loss(model, batch)
 
@@ -77,22 +81,23 @@ def lora_ga_init(
       Wang, Yu and Li, https://arxiv.org/abs/2407.05000, section 3.3.
     """
     check_lora_ga(config)
-    found = find_layers(model, config, stack_axis)
-    targets = select(found, config)
     module, variables = functional(model)
-    frozen = flatten(variables[FROZEN])
-    kernels = {t.weight_path: frozen[t.weight_path] for t in targets}
 
     def loss(kernels, others, batch):
         whole = {**others, FROZEN: unflatten({**flatten(others[FROZEN]), **kernels})}
         return loss_fn(module.bind(whole, deterministic=True), batch)
 
-    total = sum_gradients(loss, kernels, variables, batches)
-
-    def values_of(layer: Any, target: Target, key: Any) -> dict[str, Any]:
-        own = fresh_values(layer, target, config, key)
-        start = start_along(target, total[target.weight_path], gamma)
-        return {name: start.get(name, leaf) for name, leaf in own.items()}
+    def values_of(found: Found, targets: Targets) -> Values:
+        values = fresh_values(found, targets, config, rngs)
+        frozen = flatten(variables[FROZEN])
+        kernels = {t.weight_path: frozen[t.weight_path] for t in targets.values()}
+        total = sum_gradients(loss, kernels, variables, batches)
+        for path, target in targets.items():
+            start = start_along(target, total[target.weight_path], gamma)
+            values[path] |= {
+                name: start[name] for name in start if name in values[path]
+            }
+        return values
 
     return adapt_with(values_of, model, config, rngs=rngs, stack_axis=stack_axis)
 
@@ -166,10 +171,9 @@ def eva_init(
     )
     found = components_of(targets, moments, rho)
 
-    def values_of(layer: Any, target: Target, key: Any) -> dict[str, Any]:
-        del key
-        kernel = getattr(layer, target.weight)[...]
-        return start_at(target, kernel, found[target.path])
+    def values_of(layers: Found, targets: Targets) -> Values:
+        _, kernels = key_and_kernels(layers, targets, rngs)
+        return {p: start_at(t, kernels[p], found[p]) for p, t in targets.items()}
 
     return adapt_with(values_of, model, with_ranks(config, targets, found), rngs=rngs)
 

@@ -1,8 +1,6 @@
 """Other tools' adapters in the layout of an NNX model, and back.
 
-PEFT multiplies from the left, ``ΔW = s B A`` of an ``[out, in]`` weight; here
-``lora_a`` is ``[*in, r]`` and ``lora_b`` ``[r, *out]``, with the axes in the kernel's
-order. Rotary positions must rotate halves, as Hugging Face's.
+Rotary positions must rotate halves, as Hugging Face's.
 """
 
 import dataclasses
@@ -21,14 +19,21 @@ from lora_jax.interop.external import (
     report,
 )
 from lora_jax.interop.fused import drop_zero_ranks, fuse_factors, split_factors
-from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.interop.layout import (
+    Index,
+    experts_of,
+    ranks_and_alphas,
+    shape_faults,
+    to_factors,
+    to_leaves,
+)
+from lora_jax.names import LORA_A, LORA_B
 from lora_jax.nnx.full import Names, from_full, names_of, trained_modules
 from lora_jax.tree.paths import leaves_by_path, nearest, unflatten
 from lora_jax.tree.targets import Site, Target, child
 
 _EXPERTS_NAME = re.compile(rf"([^|]*\.)?experts\.({GATE_UP}|{DOWN})")
 AB = (LORA_A, LORA_B)
-Index = tuple[int, ...]  # of a layer in a stack; empty without one
 
 
 class Spelled(NamedTuple):
@@ -67,23 +72,9 @@ def to_external(
     spelled, faults = _spelled(targets, names)
     for place in spelled:
         target = by_path[place.path]
-        a, b, m = (
-            _unstacked(target, name, leaves.get(child(target.path, name)), place.index)
-            for name in (LORA_A, LORA_B, MAGNITUDE)
-        )
-        experts, r = _experts(target), target.rank
-        factors = ExternalFactors(
-            a=np.moveaxis(a, (-1, -2), (0, 1))
-            if target.kind == "conv"
-            else a.reshape(*experts, -1, r).swapaxes(-1, -2),
-            b=b.reshape(*experts, r, -1).swapaxes(-1, -2),
-            scaling=target.scaling,
-            alpha=target.alpha,
-            magnitude=None if m is None else m.reshape(-1),
-            is_embedding=target.kind == "embed",
-        )
-        if experts and m is not None:
+        if experts_of(target) and target.dora:
             faults.append(f"{target.path} has DoRA of experts, which PEFT lacks")
+        factors = to_factors(target, leaves, place.index)
         if len(place.parts) == 1:
             modules[place.parts[0]] = factors
             continue
@@ -134,7 +125,7 @@ def from_external(
             factors = fuse_factors(parts, [out] * len(parts), rslora=adapter.rslora)
         assert factors is not None
         factors = factors.narrowed(site.contraction.matrix_size(site.kernel_shape)[0])
-        faults += _shape_faults(site, factors)
+        faults += shape_faults(place.path, site, factors)
         layers.setdefault(place.path, {})[place.index] = factors
     known = [name.replace(".", "/") for place in spelled for name in place.parts]
     for name in left:
@@ -151,14 +142,9 @@ def from_external(
         raise report(adapter.origin, faults)
     lora = {}
     for path, stack in layers.items():
-        for name, leaf in _stacked(by_path[path], stack).items():
-            lora[child(path, name)] = leaf
-    leads = {path: _lead(stack) for path, stack in layers.items()}
-    ranks = {path: lead.rank for path, lead in leads.items()}
-    alphas = {path: lead.alpha for path, lead in leads.items()}
+        lora |= to_leaves(by_path[path], stack, weights)
     config = config_of_sites(
-        ranks,
-        alphas,
+        *ranks_and_alphas(layers),
         rslora=adapter.rslora,
         dora=adapter.dora,
         dropout_rate=adapter.dropout_rate,
@@ -265,7 +251,7 @@ def _spelled(
             faults.append(f"names has no pattern for {site.path!r}")
         elif site.contraction.groups > 1:
             faults.append(f"{site.path}, a grouped convolution, has no form in PEFT")
-        elif _experts(site) and not _EXPERTS_NAME.fullmatch("|".join(found)):
+        elif experts_of(site) and not _EXPERTS_NAME.fullmatch("|".join(found)):
             faults.append(
                 f"the name of {site.path}, a layer of experts, must end in "
                 f"experts.{GATE_UP} or experts.{DOWN} for PEFT; got {', '.join(found)}"
@@ -277,84 +263,3 @@ def _spelled(
                 own = tuple(name.format(*index) if stack else name for name in found)
                 spelled.append(Spelled(site.path, index, own))
     return spelled, faults
-
-
-def _experts(site: Site) -> tuple[int, ...]:
-    """Returns the sizes of the batch axes that are not a stack's: experts, or none."""
-    batch = site.contraction.split(site.kernel_shape)[0]
-    return batch[len(site.scanned_a) :]
-
-
-def _axes(site: Site, name: str) -> tuple[int, ...]:
-    kinds = {LORA_A: site.scanned_a, LORA_B: site.scanned_b, MAGNITUDE: site.scanned_m}
-    return kinds[name]
-
-
-def _unstacked(site: Site, name: str, leaf: Any, index: Index) -> Any:
-    """Returns one layer of an adapter's leaf; None if there is none."""
-    if leaf is None:
-        return None
-    axes = _axes(site, name)
-    return np.moveaxis(np.asarray(leaf, np.float32), axes, range(len(axes)))[index]
-
-
-def _lead(stack: Mapping[Index, ExternalFactors]) -> ExternalFactors:
-    """Returns the layer whose rank and scaling a whole stack has."""
-    return max(stack.values(), key=lambda factors: factors.rank)
-
-
-def _stacked(
-    site: Site, stack: Mapping[Index, ExternalFactors]
-) -> dict[str, np.ndarray]:
-    """Returns the leaves of a site, of one layer or of a stack.
-
-    Layers of a stack share a rank and a scaling: smaller ranks are padded with zeros,
-    and another scaling goes into B.
-    """
-    lead = _lead(stack)
-    shapes = site.contraction.factor_shapes(site.kernel_shape, lead.rank)
-    leaves = {n: np.zeros(s, np.float32) for n, s in zip(AB, shapes, strict=True)}
-    if lead.magnitude is not None:
-        roles = site.contraction
-        sizes = [site.kernel_shape[axis] for axis in (*roles.batch, *roles.outputs)]
-        leaves[MAGNITUDE] = np.zeros(sizes, np.float32)
-    for index, factors in stack.items():
-        r, ratio = factors.rank, np.float32(factors.scaling / lead.scaling)
-        a = (
-            np.moveaxis(factors.a, (0, 1), (-1, -2))
-            if site.kind == "conv"
-            else factors.a.swapaxes(-1, -2)
-        )
-        own = leaves[LORA_A][index]
-        own[..., :r] = a.reshape(*own.shape[:-1], r)
-        own = leaves[LORA_B][index]
-        own = np.moveaxis(own, len(_experts(site)), 0)  # the rank first
-        b = np.moveaxis(factors.b * ratio, -1, 0)
-        own[:r] = b.reshape(r, *own.shape[1:])
-        if factors.magnitude is not None:
-            own = leaves[MAGNITUDE][index]
-            own[...] = factors.magnitude.reshape(own.shape)
-    return {
-        name: np.moveaxis(leaf, range(len(_axes(site, name))), _axes(site, name))
-        for name, leaf in leaves.items()
-    }
-
-
-def _shape_faults(site: Site, factors: ExternalFactors) -> list[str]:
-    """Compares factors in PyTorch's orientation with one layer of a site."""
-    _, inputs, outputs = site.contraction.split(site.kernel_shape)
-    i, o = (int(np.prod(sizes)) for sizes in (inputs, outputs))
-    window = tuple(inputs[:-1]) if site.kind == "conv" else ()
-    a = (factors.rank, inputs[-1], *window) if window else (factors.rank, i)
-    a, b = (*_experts(site), *a), (*_experts(site), o, factors.rank)
-    wanted = {"A": (factors.a, a), "B": (factors.b, b)}
-    if factors.magnitude is not None:
-        wanted["magnitude"] = (factors.magnitude, (o,))
-    faults = [
-        f"shape: {what} of {site.path} must be {list(shape)}; got {list(array.shape)}"
-        for what, (array, shape) in wanted.items()
-        if array.shape != shape
-    ]
-    if bool(factors.is_embedding) != (site.kind == "embed"):
-        faults.append(f"unexpected: the kind of {site.path}, {site.kind}")
-    return faults

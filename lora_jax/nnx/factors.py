@@ -1,5 +1,6 @@
 """The adapter of one NNX layer: its shapes, its values, and where they are placed."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -82,28 +83,11 @@ def site_of(path: str, module: Any, rule: Rule, stack_axis: int | None = None) -
     return Site(path, rule.kind, rule.weight, shape, stacked, axes, axes, axes)
 
 
-def fresh_values(
-    layer: Any, target: Target, config: LoRAConfig, key: PRNGKey
-) -> dict[str, AnyFloat]:
-    """Returns new values of the adapter's leaves.
-
-    Args:
-      layer: the layer, for its weight.
-      target: its rank and shapes.
-      config: of the model.
-      key: PRNG key of A; the path is folded in.
-
-    Returns:
-      The arrays by name.
-    """
-    return target.init(key, getattr(layer, target.weight)[...], config.start)
-
-
 def add_lora(
     layer: Any,
     target: Target,
     config: LoRAConfig,
-    values: dict[str, AnyFloat],
+    values: Mapping[str, AnyFloat],
     dropout_key: PRNGKey | None,
     stack_axis: int | None = None,
 ) -> None:
@@ -113,7 +97,7 @@ def add_lora(
       layer: a layer of a LoRA class.
       target: its rank, scaling and shapes.
       config: of the model.
-      values: of `fresh_values`, or loaded.
+      values: of its leaves, by name.
       dropout_key: PRNG key of the masks; the path is folded in. None disables adapter
         dropout.
       stack_axis: see `site_of`.

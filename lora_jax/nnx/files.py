@@ -16,12 +16,11 @@ from lora_jax.files import adapter as folders
 from lora_jax.interop.external import ExternalAdapter
 from lora_jax.interop.peft import read_peft, write_peft
 from lora_jax.names import BIAS, FROZEN, LORA, PARAMS
-from lora_jax.nnx.adapt import adapt_empty, lora_targets
+from lora_jax.nnx.adapt import adapt_with, lora_targets, no_values
 from lora_jax.nnx.external import from_external, from_tree, to_external
-from lora_jax.nnx.find import find_layers, other_sites
+from lora_jax.nnx.find import adapted_layers, find_layers, other_sites
 from lora_jax.nnx.full import Names, to_full
 from lora_jax.nnx.functional import functional, update
-from lora_jax.nnx.layers import LoRALayer
 from lora_jax.tree.fingerprint import fingerprint
 from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.plain import plain_targets, plain_variables
@@ -77,8 +76,8 @@ def load_adapter(
         don't fit the model; one error names all of them.
     """
     config = LoRAConfig.from_dict(folders.read_adapter_config(directory)["lora"])
-    if not has_lora(model):
-        adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    if not adapted_layers(model):
+        adapted = adapt_with(no_values, model, config, rngs=rngs, stack_axis=stack_axis)
     elif config_of(model) == config:
         adapted = model
     else:
@@ -142,8 +141,6 @@ def export_adapter(
     adapter = ExternalAdapter(
         modules,
         full,
-        {},
-        {},
         rslora=config.rslora,
         dropout_rate=0.0 if experts else config.dropout_rate,  # PEFT has none there
         bias=config.bias,
@@ -188,26 +185,16 @@ def load_peft(
     adapter = read_peft(directory)
     found = find_layers(model, LoRAConfig(), stack_axis)
     config, lora, full = from_external(adapter, found.sites, found.weights, names)
-    adapted = adapt_empty(model, config, rngs=rngs, stack_axis=stack_axis)
+    adapted = adapt_with(no_values, model, config, rngs=rngs, stack_axis=stack_axis)
     own = flatten(functional(adapted)[1].get(PARAMS, {}))
     full = {p: x.astype(own[p].dtype) if p in own else x for p, x in full.items()}
     update(adapted, {LORA: lora, PARAMS: unflatten(full)})
     return adapted
 
 
-def has_lora(model: nnx.Module) -> bool:
-    """Returns whether a model has adapters."""
-    return bool(_adapted_layers(model))
-
-
-def _adapted_layers(model: nnx.Module) -> list[Any]:
-    modules = [module for _, module in nnx.iter_modules(model, graph=True)]
-    return [m for m in modules if isinstance(m, LoRALayer) and m.lora is not None]
-
-
 def config_of(model: nnx.Module) -> LoRAConfig:
     """Returns the one config of a model's adapters."""
-    configs = {layer.lora.config for layer in _adapted_layers(model)}
+    configs = {layer.lora.config for layer in adapted_layers(model).values()}
     if len(configs) != 1:
         raise ValueError(
             f"{type(model).__name__} must have adapters of one LoRAConfig; it has "
@@ -242,6 +229,6 @@ def load_factors(
     tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     sites = find_layers(model, LoRAConfig()).sites
     config, lora = from_tree(tree, sites, alpha)
-    adapted = adapt_empty(model, config, rngs=rngs)
+    adapted = adapt_with(no_values, model, config, rngs=rngs)
     update(adapted, {LORA: lora})
     return adapted

@@ -112,15 +112,23 @@ def find_layers(
     return Found(list(sites.values()), unsupported, weights, first)
 
 
+def adapted_layers(model: nnx.Module) -> dict[str, Any]:
+    """Returns the layers of a model that have an adapter, by path."""
+    return {
+        as_path(parts): module
+        for parts, module in nnx.iter_modules(model, graph=True)
+        if isinstance(module, LoRALayer) and module.lora is not None
+    }
+
+
 def other_sites(model: nnx.Module) -> list[Site]:
     """Returns the layers of an adapted model that have no adapter."""
-    sites = []
+    sites, adapted = [], adapted_layers(model)
     for parts, module in nnx.iter_modules(model, graph=True):
-        is_adapted = isinstance(module, LoRALayer) and module.lora is not None
-        known = rule_of(base_class(type(module)), module)
-        if known is not None and not is_adapted:
+        path, known = as_path(parts), rule_of(base_class(type(module)), module)
+        if known is not None and path not in adapted:
             with contextlib.suppress(ValueError):  # stacked, in an unknown way
-                sites.append(site_of(as_path(parts), module, known[1]))
+                sites.append(site_of(path, module, known[1]))
     return sites
 
 

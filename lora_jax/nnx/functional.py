@@ -20,6 +20,7 @@ from lora_jax.nnx.adapt import TrainedParam
 from lora_jax.nnx.factors import FixedParam
 from lora_jax.nnx.find import as_path
 from lora_jax.ops.init import path_key
+from lora_jax.tree.merge import leaf_faults
 from lora_jax.tree.paths import flatten, unflatten
 
 STATE = "state"  # the collection of batch statistics, caches and random streams
@@ -163,13 +164,8 @@ def update(model: nnx.Module, variables: Mapping[str, PyTree]) -> None:
     for parts, leaf in nnx.iter_graph(model, graph=True):
         if _is_variable(leaf) and (collection := collection_of(leaf)) in SAVED:
             own[f"{collection}/{as_path(parts)}"] = leaf
-    faults = [f"{path} is missing" for path in own if path not in given]
-    faults += [f"{path} is not in the model" for path in given if path not in own]
-    faults += [
-        f"{path} must be {own[path].shape}; got {jnp.shape(given[path])}"
-        for path in own
-        if path in given and own[path].shape != jnp.shape(given[path])
-    ]
+    shapes = {path: leaf.shape for path, leaf in own.items()}
+    faults = leaf_faults(given, shapes, "is not in the model")
     if faults:
         raise ValueError(f"the variables don't fit the model: {'; '.join(faults)}.")
     for path, leaf in own.items():

@@ -21,7 +21,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.names import ADAPTER_LEAVES, BIAS, DROPOUT, PARAMS
 from lora_jax.nn.base import check_no_tokens
 from lora_jax.nnx.exactness import checked
-from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, fresh_values, site_of
+from lora_jax.nnx.factors import STREAM, LayerLoRA, add_lora, site_of
 from lora_jax.nnx.rules import HEAD_METHODS, Rule, rule_of
 from lora_jax.ops.embed import dora_query
 from lora_jax.ops.factors import Factors
@@ -325,7 +325,8 @@ def give_lora(layer: Any, config: LoRAConfig, path: str, rngs: nnx.Rngs) -> None
     if not path or config.is_target(path, is_linear=rule.kind in LINEAR_KINDS):
         site = checked(site_of(path, layer, rule), layer, rule, {})
         target = as_target(site, config)
-        values = fresh_values(layer, target, config, rngs[PARAMS]())
+        kernel = getattr(layer, rule.weight)[...]
+        values = target.init(rngs[PARAMS](), kernel, config.start)
         dropout_key = rngs[DROPOUT]() if config.dropout_rate else None
         add_lora(layer, target, config, values, dropout_key)
 

@@ -21,7 +21,6 @@ from lora_jax.names import EMBEDDING, KERNEL
 from lora_jax.nn.layer_rules import (
     ATTEND,
     CALL,
-    LayerRule,
     dense_general_equation,
     einsum_rule,
     registered_rules,
@@ -99,7 +98,7 @@ def register_layer(
             f"module_type must be an NNX module class; got {module_type!r}."
         )
     if (linen := sorted_rows_rule(equation, weight, kind)) is not None:
-        _RULES[module_type] = _from_linen(linen)
+        _RULES[module_type] = Rule(*linen)
         return
     as_function = equation if callable(equation) else lambda module: equation
     _RULES[module_type] = _einsum(kind or "einsum", as_function, weight)
@@ -137,12 +136,6 @@ def _calls_super(cls: type, known: type, name: str) -> bool:
         if function and "super" not in getattr(code, "co_names", ()):
             return False
     return True
-
-
-def _from_linen(
-    linen: LayerRule, shape: Callable[[Any], Shape | None] = lambda module: None
-) -> Rule:
-    return Rule(*linen, shape=shape)
 
 
 def _einsum(
@@ -207,9 +200,7 @@ def _has(*names: str) -> Callable[[Any], bool]:
 
 _LINEN = dict(registered_rules())
 _RULES: dict[type, Rule] = {
-    nnx.Linear: _from_linen(
-        _LINEN[nn.Dense], lambda m: (m.in_features, m.out_features)
-    ),
+    nnx.Linear: Rule(*_LINEN[nn.Dense], lambda m: (m.in_features, m.out_features)),
     nnx.LinearGeneral: _general(
         lambda m: (tuple(m.batch_axis.values()), m.in_features, m.out_features),
         lambda m: (m.axis, tuple(m.batch_axis)),
@@ -217,8 +208,8 @@ _RULES: dict[type, Rule] = {
     nnx.Einsum: _einsum(
         "einsum", lambda m: m.einsum_str, KERNEL, lambda m: tuple(m.kernel_shape)
     )._replace(apply=_LINEN[nn.Einsum].apply),
-    nnx.Embed: _from_linen(_LINEN[nn.Embed], lambda m: (m.num_embeddings, m.features)),
-    nnx.Conv: _from_linen(_LINEN[nn.Conv], lambda m: tuple(m.kernel_shape)),
+    nnx.Embed: Rule(*_LINEN[nn.Embed], lambda m: (m.num_embeddings, m.features)),
+    nnx.Conv: Rule(*_LINEN[nn.Conv], lambda m: tuple(m.kernel_shape)),
 }
 # Layers of other libraries, by their attributes: tunix's Einsum and Embedder, MaxText's
 # DenseGeneral, Bonsai's ShardedLinear and ShardedEmbedding.
@@ -246,7 +237,7 @@ _LIKE: tuple[tuple[Callable[[Any], bool], Rule], ...] = (
     ),
     (
         lambda m: _is_matrix(m, EMBEDDING) and hasattr(m, ATTEND),
-        _from_linen(_LINEN[nn.Embed])._replace(is_guess=True),
+        Rule(*_LINEN[nn.Embed], is_guess=True),
     ),
 )
 

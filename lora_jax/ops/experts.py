@@ -53,7 +53,8 @@ def lora_experts(
       lora_a: ``A`` ``[e, i, r]``.
       lora_b: ``B`` ``[e, r, o]``.
       sizes: rows of each expert ``[e]``; rows beyond their sum get zero. On a mesh
-        ``[s, c, e / c]``, and ``x`` is ``[s, c, m, i]``, see `lora_jax.ops.grouped`.
+        ``[s, c, e / c]``, and ``x`` is ``[s, c, m, i]``; if c is 1, every row must
+        have an expert. See `lora_jax.ops.grouped`.
       scaling: ``alpha / rank``.
       bias: frozen base biases ``[e, o]``, or None.
       magnitude: DoRA's ``m`` ``[e, o]``, or None; see `lora_dense`.

@@ -7,7 +7,9 @@ loop takes a block of one group's rows at a time, in a small part of the time.
 
 On a mesh rows are ``[s, c, m, i]`` and sizes ``[s, c, e / c]``: each of ``s`` shards of
 the batch sorts its own rows, once for each of ``c`` shards of the groups. Every device
-then multiplies the rows that it holds by the matrices that it holds.
+then multiplies the rows that it holds by the matrices that it holds. If ``c`` is 1,
+every row must have a group: nothing then masks the others, which XLA:TPU would do in
+another pass over the result.
 """
 
 import functools
@@ -30,7 +32,7 @@ _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
 _NO_BATCH = ((), ())
 
 Matrices = Float[Array, "e i o"]
-Sizes = Int[Array, "*p e"]
+Sizes = Int[Array, "*p _"]  # of all groups, or of the shards of groups
 
 
 def grouped_dot(
@@ -54,10 +56,12 @@ def grouped_dot(
       ``[m, o]`` (``[m, i]`` if transposed), in the dtype of ``x``.
     """
 
+    is_whole = x.ndim == 4 and sizes.shape[1] == 1
+
     def product(x, matrices, sizes):
         arrays = _varying_alike(x, matrices, sizes)
         options: Any = {"is_transposed": is_transposed, "precision": precision}
-        return grouped_dot_p.bind(*arrays, **options)
+        return grouped_dot_p.bind(*arrays, is_whole=is_whole, **options)
 
     if x.ndim == 2:
         return product(x, matrices, sizes)
@@ -165,7 +169,7 @@ def _varying_alike(*arrays: Array) -> list[Array]:
     ]
 
 
-def _ragged_dot(x, matrices, sizes, *, is_transposed, precision):
+def _ragged_dot(x, matrices, sizes, *, is_transposed, is_whole, precision):
     numbers = jax.lax.RaggedDotDimensionNumbers(
         (((1,), (2 if is_transposed else 1,)), _NO_BATCH), (0,), (0,)
     )
@@ -173,6 +177,8 @@ def _ragged_dot(x, matrices, sizes, *, is_transposed, precision):
     y = jax.lax.ragged_dot_general(
         x, matrices, sizes, numbers, precision, preferred_element_type=x.dtype
     )
+    if is_whole:
+        return y
     is_inside = jnp.arange(len(x)) < jnp.sum(sizes)  # beyond, it may be anything
     return jnp.where(is_inside[:, None], y, 0)
 
@@ -230,7 +236,8 @@ def _place_among(ends: Array, index: Array) -> Array:
     return jnp.minimum(before, len(ends) - 1)
 
 
-def _dot_in_blocks(x, matrices, sizes, *, is_transposed, precision):
+def _dot_in_blocks(x, matrices, sizes, *, is_transposed, is_whole, precision):
+    del is_whole
     outputs = matrices.shape[1 if is_transposed else 2]
     if not x.size:
         return jnp.zeros((len(x), outputs), x.dtype)
@@ -286,8 +293,8 @@ grouped_dot_p, grouped_outer_p = Primitive("grouped_dot"), Primitive("grouped_ou
 
 
 @grouped_dot_p.def_abstract_eval
-def _dot_shape(x, matrices, sizes, *, is_transposed, precision):
-    del sizes, precision
+def _dot_shape(x, matrices, sizes, *, is_transposed, is_whole, precision):
+    del sizes, is_whole, precision
     return x.update(shape=(x.shape[0], matrices.shape[1 if is_transposed else 2]))
 
 
@@ -297,7 +304,8 @@ def _outer_shape(x, y, sizes, *, dtype, precision):
     return x.update(shape=(sizes.shape[0], x.shape[1], y.shape[1]), dtype=dtype)
 
 
-def _transposed_dot(ct, x, matrices, sizes, *, is_transposed, precision):
+def _transposed_dot(ct, x, matrices, sizes, *, is_transposed, is_whole, precision):
+    del is_whole
     options = {"precision": precision}
     if ad.is_undefined_primal(x):
         turned = not is_transposed

@@ -27,43 +27,41 @@ from lora_jax.tree.targets import Target, child
 Rules = Sequence[tuple[str, PartitionSpec]]
 ShardingOf = Callable[[str, Shape], Sharding]
 
-EXPANDING = "query|key|value|qkv|gate|up|gate_up|gated_up"
+# Layers that ``tensor`` splits by outputs, and those after them, by inputs.
+EXPANDING = (
+    "query|key|value|qkv|gate|up|gate_up|gated_up|own_gate|own_projection"
+    "|short_conv/input|distance_query|distance_key|head|pooler|text_head|in_proj"
+    "|projection|visual_projection|text_projection"
+)
+REDUCING = "output|down|gated_down|own_up"
+REPLICATED = (
+    "router/(kernel|bias)",
+    "attention/sinks",
+    f"({REDUCING})/bias",
+    "delta_net/decay_(log|bias)",
+    "(delta_net|short_conv)/conv/(kernel|bias)",
+    "shared/opening/kernel",
+    "token_rows",
+    "(positions|position|token_type|relative_bias|distances)/embedding",
+    "embeddings/(cls|position|patch/kernel|patch/bias)",
+    "probe",
+    "logit_scale|logit_bias",
+    r"(classifier|sentence_head/dense_\d+)/(kernel|bias)",
+    r"[^/]*norm/(scale|bias)",
+    "(attention|mlp|layer|router|expert)_scale",
+)
 RULES: Rules = (
     ("experts/gate_up/kernel", PartitionSpec(EXPERT, FSDP, TENSOR)),
     ("experts/down/kernel", PartitionSpec(EXPERT, TENSOR, FSDP)),
     ("experts/[^/]*/bias", PartitionSpec(EXPERT)),
-    ("router/(kernel|bias)|attention/sinks", PartitionSpec()),
     (f"({EXPANDING})/kernel", PartitionSpec(FSDP, TENSOR)),
     (f"({EXPANDING})/bias", PartitionSpec(TENSOR)),
-    ("(output|down|gated_down)/kernel", PartitionSpec(TENSOR, FSDP)),
-    ("(output|down|gated_down)/bias", PartitionSpec()),
+    (f"({REDUCING})/kernel", PartitionSpec(TENSOR, FSDP)),
     ("delta_net/(beta|decay)/kernel", PartitionSpec(FSDP)),
-    ("delta_net/decay_(log|bias)", PartitionSpec()),
-    ("(delta_net|short_conv)/conv/(kernel|bias)", PartitionSpec()),
-    ("short_conv/input/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("short_conv/input/bias", PartitionSpec(TENSOR)),
-    ("shared/opening/kernel", PartitionSpec()),
-    ("own_(gate|projection)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("own_up/kernel", PartitionSpec(TENSOR, FSDP)),
-    ("token_rows", PartitionSpec()),
     ("(embed|own_embed|word)/embedding", PartitionSpec(TENSOR, FSDP)),
-    ("(positions|position|token_type|relative_bias)/embedding", PartitionSpec()),
-    ("distances/embedding", PartitionSpec()),
     ("conv/conv/kernel", PartitionSpec(None, FSDP, TENSOR)),
     ("conv/conv/bias", PartitionSpec(TENSOR)),
-    ("distance_(query|key)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("distance_(query|key)/bias", PartitionSpec(TENSOR)),
-    ("embeddings/(cls|position|patch/kernel|patch/bias)", PartitionSpec()),
-    ("(visual_|text_)?projection/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(text_head|in_proj)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(text_head|in_proj)/bias", PartitionSpec(TENSOR)),
-    ("probe", PartitionSpec()),
-    ("logit_scale|logit_bias", PartitionSpec()),
-    ("(head|pooler)/kernel", PartitionSpec(FSDP, TENSOR)),
-    ("(head|pooler|projection)/bias", PartitionSpec(TENSOR)),
-    (r"(classifier|sentence_head/dense_\d+)/(kernel|bias)", PartitionSpec()),
-    (r"[^/]*norm/(scale|bias)", PartitionSpec()),
-    ("(attention|mlp|layer|router|expert)_scale", PartitionSpec()),
+    *((pattern, PartitionSpec()) for pattern in REPLICATED),
 )
 
 

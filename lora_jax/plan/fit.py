@@ -6,7 +6,7 @@ if it was wrong are there more.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from lora_jax.models.decoder import REMATS
@@ -57,10 +57,14 @@ def fitting_remat(price: Price, rows: int, remat: str | None) -> list[StepPlan]:
     Returns:
       The plans in the order tried: only the last one can fit.
     """
-    policies = list(REMATS)
-    choices = [None] if remat is None else policies[policies.index(remat) :]
-    _, tried = first_fitting(lambda policy: price(rows, policy), choices)
+    _, tried = first_fitting(lambda policy: price(rows, policy), remats_from(remat))
     return list(tried.values())
+
+
+def remats_from(remat: str | None) -> Sequence[str | None]:
+    """Returns a policy and those that save more memory; of None only itself."""
+    policies = list(REMATS)
+    return [None] if remat is None else policies[policies.index(remat) :]
 
 
 def largest_batch(price: Callable[[int], StepPlan], unit: int) -> StepPlan | None:

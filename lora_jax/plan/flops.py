@@ -4,7 +4,7 @@ XLA's own cost analysis counts a loop body only once, however often it runs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from lora_jax.names import EXPERTS, KERNEL
 from lora_jax.tree.paths import flatten
 from lora_jax.tree.targets import Target
 
-GROUPED = ("grouped_dot", "grouped_outer")  # the primitives of `ops.grouped`
+# The primitives of `ops.grouped`, and what JAX computes them with.
+GROUPED = ("grouped_dot", "grouped_outer", "ragged_dot_general")
 
 
 class StepFlops(NamedTuple):
@@ -67,30 +68,20 @@ def step_flops(
       Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1.
     """
     share = 1.0 if config.experts is None else config.experts.active_share
-    kernels = sum(
-        math.prod(leaf.shape) * (share if f"/{EXPERTS}/" in path else 1)
-        for path, leaf in flatten(params).items()
-        if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
-    )
-    adapters = sum(
-        target.trainable * (share if f"/{EXPERTS}/" in target.path else 1)
-        for target in targets
-    )
-    head = config.hidden_size * config.vocab_size
+    rows = batch * tokens
+
+    def passes(path: str) -> float:
+        return rows * (share if f"/{EXPERTS}/" in path else 1)
+
     layers = [config.of_layer(i) for i in range(config.num_layers)]
     scores = sum(
         _mixing(layer, tokens, window)
         for layer, window in zip(layers, config.layer_windows, strict=True)
     )
-    again = 1 if remat == "block" else 0  # "lora" saves the outputs of matmuls
-    lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
-    full = (6 + 2 * again) * kernels
-    scores *= 3 + again
-    rows = batch * tokens
-    return StepFlops(
-        lora=float(rows * (lora + 4 * head + scores)),
-        full=float(rows * (full + 6 * head + scores)),
-    )
+    head = config.hidden_size * config.vocab_size * rows
+    again = int(remat == "block")  # "lora" saves the outputs of matmuls
+    scores *= rows * (3 + again)
+    return _step(params, targets, passes, head, scores, again)
 
 
 def pair_step_flops(
@@ -122,29 +113,38 @@ def pair_step_flops(
       FLOPs of both.
     """
 
-    def rows(path: str) -> int:
+    def passes(path: str) -> float:
         of_source = "cross_attention/key", "cross_attention/value"
         is_read = path.startswith("encoder/") or any(end in path for end in of_source)
-        return read if is_read else written
+        return batch * (read if is_read else written)
 
-    kernels = sum(
-        math.prod(leaf.shape) * rows(path)
-        for path, leaf in flatten(params).items()
-        if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
-    )
-    adapters = sum(target.trainable * rows(target.path) for target in targets)
-    head = config.hidden_size * config.vocab_size * written
+    head = config.hidden_size * config.vocab_size * written * batch
     pairs = config.num_layers * read * read
     pairs += config.num_decoder_layers * written * (written + read)
     scores = 4 * config.num_heads * config.head_dim * pairs
-    again = 1 if remat == "block" else 0
+    again = int(remat == "block")
+    scores *= batch * (3.5 + again)
+    return _step(params, targets, passes, head, scores, again)
+
+
+def _step(
+    params: Any,
+    targets: Sequence[Target],
+    passes: Callable[[str], float],
+    head: int,
+    scores: float,
+    again: int,
+) -> StepFlops:
+    """Applies `step_flops`' formula; ``passes`` are the rows of a layer's input."""
+    kernels = sum(
+        math.prod(leaf.shape) * passes(path)
+        for path, leaf in flatten(params).items()
+        if path.endswith(f"/{KERNEL}") and not path.startswith("head/")
+    )
+    adapters = sum(target.trainable * passes(target.path) for target in targets)
     lora = (4 + 2 * again) * kernels + (6 + 2 * again) * adapters
     full = (6 + 2 * again) * kernels
-    scores *= 3.5 + again
-    return StepFlops(
-        lora=float(batch * (lora + 4 * head + scores)),
-        full=float(batch * (full + 6 * head + scores)),
-    )
+    return StepFlops(float(lora + 4 * head + scores), float(full + 6 * head + scores))
 
 
 def traced_flops(jaxpr: Jaxpr) -> float:

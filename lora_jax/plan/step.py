@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax.parallel.mesh import batch_sharding
 from lora_jax.plan.flops import traced_flops
@@ -110,16 +110,34 @@ def price_training(
         mesh = everywhere.mesh
         everywhere = NamedSharding(mesh, PartitionSpec())
     state = _state_shapes(variables, tx, where, everywhere)
-    shapes = {
+    step = make_train_step(loss_fn, tx, accumulate)
+    shapes = batch_shapes(batch, rows, mesh, otherwise=everywhere)
+    return price_step(step, state, shapes, **options)
+
+
+def batch_shapes(
+    batch: Mapping[str, Any],
+    rows: int,
+    mesh: Mesh | None,
+    *,
+    otherwise: Sharding | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a batch's shapes with another number of rows, sharded over a mesh.
+
+    Args:
+      batch: arrays or shapes.
+      rows: the number.
+      mesh: the mesh, or None.
+      otherwise: the sharding without a mesh.
+    """
+    return {
         name: jax.ShapeDtypeStruct(
             (rows, *leaf.shape[1:]),
             leaf.dtype,
-            sharding=batch_sharding(mesh, len(leaf.shape)) if mesh else everywhere,
+            sharding=batch_sharding(mesh, len(leaf.shape)) if mesh else otherwise,
         )
         for name, leaf in batch.items()
     }
-    step = make_train_step(loss_fn, tx, accumulate)
-    return price_step(step, state, shapes, **options)
 
 
 def price_step(

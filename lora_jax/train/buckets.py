@@ -220,6 +220,27 @@ class Schedule(abc.ABC):
         """Adds the contents of the rows to a hash."""
 
 
+def pad_ids(
+    texts: Sequence[Any], length: int, count: int, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids and mask ``[count, length]`` int32: texts, then filler.
+
+    Filler attends to one token, so that no mean over tokens is 0/0.
+    """
+    ids = np.full((count, length), pad_id, np.int32)
+    mask = np.zeros((count, length), np.int32)
+    mask[len(texts) :, 0] = 1
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return ids, mask
+
+
+def row_weights(real: int, count: int) -> np.ndarray:
+    """Returns the weights ``[count]`` of a batch's rows: 1, and 0 for filler."""
+    return (np.arange(count) < real).astype(np.float32)
+
+
 def _check_buckets(buckets: Sequence[int], lengths: np.ndarray) -> list[int]:
     buckets = list(buckets)
     if not buckets or buckets[0] < 1 or sorted(set(buckets)) != buckets:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.names import OWNER
-from lora_jax.train.buckets import Batch, Schedule
+from lora_jax.train.buckets import Batch, Schedule, pad_ids, row_weights
 from lora_jax.train.buckets import length_buckets as length_buckets
 from lora_jax.train.examples import encode_labels as encode_labels
 from lora_jax.train.examples import label_vocabulary as label_vocabulary
@@ -87,14 +87,9 @@ class Batches(Schedule):
             digest.update(self.adapters.tobytes())
 
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
-        shape = (count, length)
-        ids, mask = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32)
-        weights = np.zeros(count, np.float32)
-        weights[: len(members)] = 1
-        for row, member in enumerate(members):
-            ids[row, : self.lengths[member]] = self._ids[member]
-            mask[row, : self.lengths[member]] = 1
-        mask[len(members) :, 0] = 1  # filler attends to one token: no 0/0 in a mean
+        texts = [self._ids[member] for member in members]
+        ids, mask = pad_ids(texts, length, count, self.pad_id)
+        weights = row_weights(len(members), count)
         batch = {"input_ids": ids, "attention_mask": mask, "weights": weights}
         if self._labels is not None:
             batch["labels"] = np.zeros(count, self._labels.dtype)
@@ -212,17 +207,22 @@ def _as_arrays(index: int, example: Example) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "loss_mask": mask}
 
 
+def _column(
+    examples: Sequence[Mapping[str, Any]], key: str, what: str
+) -> np.ndarray | None:
+    """Returns one value of each example, or None if none has it."""
+    having = sum(key in example for example in examples)
+    if having not in (0, len(examples)):
+        raise ValueError(
+            f"all examples must have {what}, or none; got {having} of {len(examples)}."
+        )
+    return np.asarray([example[key] for example in examples]) if having else None
+
+
 def _adapter_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Returns the number of each example's adapter, or None if they have none."""
-    named = sum(OWNER in example for example in examples)
-    if named not in (0, len(examples)):
-        raise ValueError(
-            f"all examples must have an adapter, or none; got {named} of "
-            f"{len(examples)}."
-        )
-    if not named:
-        return None
-    return np.array([example[OWNER] for example in examples], np.int32)
+    found = _column(examples, OWNER, "an adapter")
+    return None if found is None else found.astype(np.int32)
 
 
 def _packed(
@@ -245,15 +245,9 @@ def _filled(adapters: np.ndarray, count: int) -> np.ndarray:
 
 
 def _label_array(examples: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    labelled = sum("label" in example for example in examples)
-    if labelled not in (0, len(examples)):
-        raise ValueError(
-            f"all examples must have a label, or none; got {labelled} of "
-            f"{len(examples)}."
-        )
-    if not labelled:
+    labels = _column(examples, "label", "a label")
+    if labels is None:
         return None
-    labels = np.asarray([example["label"] for example in examples])
     if labels.dtype.kind not in "iuf" or labels.ndim != 1:
         raise TypeError(
             "labels of Batches must be class numbers or floats; got "

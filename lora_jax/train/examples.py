@@ -18,7 +18,7 @@ def read_jsonl(
     path: str | os.PathLike[str],
     *,
     fields: Mapping[str, tuple[type, ...]] | None = None,
-    check: Callable[[dict[str, Any]], str] | None = None,
+    check: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Reads a JSONL file, strictly.
 
@@ -27,7 +27,7 @@ def read_jsonl(
       fields: the keys each object must have and the types of their values;
         ``{"text": (str,), "label": (str, int)}`` if None. Strings must not be blank;
         booleans don't count as integers.
-      check: returns what else is wrong with an object, or an empty string.
+      check: returns what else is wrong with an object, or raises it.
 
     Returns:
       The objects, including other keys.
@@ -48,7 +48,10 @@ def read_jsonl(
             continue
         record, fault = _parse(line)
         fault = fault or _record_fault(record, fields)
-        fault = fault or (check(record) if check else "")
+        try:
+            fault = fault or (check and check(record))
+        except (ValueError, TypeError) as error:
+            fault = str(error)
         records.append(record)
         if fault:
             bad += 1
@@ -146,6 +149,40 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def check_keys(
+    record: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    """Raises a `ValueError` unless a line has the needed keys, and no unknown ones."""
+    keys, known = sorted(record), (*needed, *optional)
+    for key in needed:
+        if key not in record:
+            raise ValueError(f"has no {key!r}; its keys are {keys}"[:300])
+    for key in keys:
+        if key not in known:
+            hint = nearest(key, known)
+            raise ValueError(f"has an unknown key, {key[:40]!r}; {hint}")
+
+
+def string_of(
+    record: Mapping[str, Any], key: str, *, may_be_empty: bool = False
+) -> str:
+    """Returns a text of a line, or raises."""
+    value = record[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key!r} must be str; got {value!r}"[:200])
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"{key!r} must not be empty")
+    return value
+
+
+def integers_of(record: Mapping[str, Any], key: str) -> list[int]:
+    """Returns the integers of a line, or raises."""
+    value = record[key]
+    if not isinstance(value, list) or any(type(i) is not int for i in value):
+        raise TypeError(f"{key!r} must be a list of integers; got {value!r}"[:200])
+    return [*value]
 
 
 def _parse(line: bytes) -> tuple[Any, str]:

@@ -77,7 +77,7 @@ def lora_fa_projection(
 
 def _inverse(lora_a: Any, target: Target, delta: float) -> jax.Array:
     """Returns ``(AᵀA + δI)⁻¹ / s²`` ``[*batch, r, r]``."""
-    a = jnp.moveaxis(lora_a, target.scanned_a, range(len(target.scanned_a)))
+    a = target.first(LORA_A, lora_a)
     batch, inputs, _ = target.contraction.split(target.kernel_shape)
     a = a.reshape(*batch, math.prod(inputs), target.rank).astype(jnp.float32)
     gram = jnp.einsum("...ir,...iq->...rq", a, a, precision="highest")
@@ -85,8 +85,7 @@ def _inverse(lora_a: Any, target: Target, delta: float) -> jax.Array:
 
 
 def _projected(gradient: jax.Array, inverse: jax.Array, target: Target) -> jax.Array:
-    places = target.scanned_b, range(len(target.scanned_b))
-    first = jnp.moveaxis(gradient, *places)  # [*batch, r, *out]
+    first = target.first(LORA_B, gradient)  # [*batch, r, *out]
     rows = first.reshape(*inverse.shape[:-1], -1).astype(jnp.float32)
     found = jnp.matmul(inverse, rows, precision="highest").reshape(first.shape)
-    return jnp.moveaxis(found, places[1], places[0]).astype(gradient.dtype)
+    return target.stored(LORA_B, found).astype(gradient.dtype)

@@ -30,10 +30,10 @@ from lora_jax.names import (
     LORA_B,
     START_B,
 )
-from lora_jax.train.optimizer import DECAYS, decay_mask
+from lora_jax.train.optimizer import DECAYS, b_leaves, decay_mask, scheduled
 from lora_jax.train.padding import padded
 from lora_jax.train.step import LossFn, make_train_step
-from lora_jax.tree.paths import flatten, key_path, unflatten
+from lora_jax.tree.paths import flatten, unflatten
 from lora_jax.tree.targets import Target, child
 
 
@@ -78,21 +78,10 @@ class Hyper(NamedTuple):
         lora_b_ratio: float = 1.0,
         dropout_rate: float | None = None,
     ) -> "Hyper":
-        """Returns the numbers for `lora_optimizer`'s arguments.
+        """Returns the numbers of `lora_optimizer`'s arguments, float32 and int32.
 
-        Args:
-          targets: the member's adapted layers.
-          learning_rate: this and the others are those of `lora_optimizer`.
-          total_steps: see there.
-          warmup_steps: see there.
-          schedule: see there.
-          clip_norm: see there.
-          weight_decay: see there.
-          lora_b_ratio: see there.
-          dropout_rate: the member's own, if members differ in it.
-
-        Returns:
-          The numbers, float32 and int32.
+        ``targets`` are the member's adapted layers, and ``dropout_rate`` is its own, if
+        members differ in it.
         """
         return cls(
             learning_rate=np.float32(learning_rate),
@@ -125,20 +114,18 @@ def member_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
     """
 
     def rate(step: Any) -> Any:
-        warmup_steps = hyper.warmup_steps
-        warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
-        decay_steps = jnp.maximum(hyper.total_steps - warmup_steps, 1)
-        x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        decays = jnp.stack(
-            [jnp.asarray(decay(x), x.dtype) for decay in DECAYS.values()]
-        )
-        return hyper.learning_rate * warmup * decays[hyper.schedule]
+        numbers = (hyper.learning_rate, hyper.warmup_steps, hyper.total_steps)
+        return scheduled(step, *numbers, decay)
+
+    def decay(x: Any) -> Any:
+        decays = [jnp.asarray(decay(x), x.dtype) for decay in DECAYS.values()]
+        return jnp.stack(decays)[hyper.schedule]
 
     return optax.chain(
         optax.clip_by_global_norm(hyper.clip_norm),
         optax.scale_by_adam(),
         optax.add_decayed_weights(hyper.weight_decay, decay_mask),
-        optax.masked(optax.scale(hyper.lora_b_ratio), _b_mask),
+        optax.masked(optax.scale(hyper.lora_b_ratio), b_leaves),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -241,13 +228,6 @@ def members_evaluation(step: Callable[[PyTree, PyTree], PyTree]) -> Any:
         return step(_scaled({**frozen, **trainable}, hyper), batch)
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
-
-
-def _b_mask(tree: PyTree) -> PyTree:
-    """Returns `lora_b_mask`, but of trees without B (VeRA) too."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: LORA_B in key_path(path).split("/"), tree
-    )
 
 
 def _keeps(hyper: Hyper, variables: Mapping[str, PyTree]) -> dict[str, Any]:

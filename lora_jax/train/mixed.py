@@ -32,7 +32,15 @@ from lora_jax.parallel.activation_sharding import (
 from lora_jax.parallel.mesh import mesh_of, on_mesh, whole_over_batch
 from lora_jax.train.members import Hyper, member_optimizer
 from lora_jax.train.state import TrainState
-from lora_jax.train.step import Batch, LossFn, TrainStep, check_loss, split_batch
+from lora_jax.train.step import (
+    Batch,
+    LossFn,
+    TrainStep,
+    advanced,
+    check_accumulate,
+    check_loss,
+    sum_gradients,
+)
 from lora_jax.tree.paths import key_path, leaves_by_path
 
 WEIGHTS = "weights"  # of a batch: of a row, or of its tokens
@@ -124,42 +132,14 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
       of the whole batch; ``grad_norm``, the mean of its adapters'; ``is_skipped``,
       whether one of them had a gradient that was not finite and was left as it was.
     """
+    check_accumulate(accumulate)
     count = len(hypers.total_steps)
-
-    def gradients(chosen, frozen, batch, place, key, summed):
-        def loss(chosen):
-            rows = _of_rows(chosen, place, summed)
-            result = loss_fn({**frozen, **rows}, batch, {DROPOUT: key})
-            loss_sum, weight, metrics = check_loss(result)
-            return loss_sum, {"weight": weight, "metrics": metrics}
-
-        (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        if summed is not None:
-            grads = jax.lax.with_sharding_constraint(grads, summed)
-        return grads, {"loss": loss_sum, **sums}
-
-    def accumulated(chosen, frozen, batch, place, key, summed):
-        def body(total, xs):
-            (microbatch, places), index = xs
-            own_key = jax.random.fold_in(key, index)
-            grads, sums = gradients(chosen, frozen, microbatch, places, own_key, summed)
-            return jax.tree.map(jnp.add, total, grads), sums
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen)
-        parts = split_batch((batch, place), accumulate)
-        grads, sums = jax.lax.scan(body, zeros, (parts, jnp.arange(accumulate)))
-        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
     def stepped(hyper, grads, opt_state, trainable):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable)
         tx = member_optimizer(hyper)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
-
-    def update(own, frozen, batch, summed=None, mesh=None):
-        with on_mesh_of(mesh):
-            return updated(own, frozen, batch, summed)
 
     def updated(own, frozen, batch, summed):
         batch = dict(batch)
@@ -172,12 +152,14 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
             lambda leaf: jnp.asarray(leaf).at[slots].get(mode="clip"), (whole, hypers)
         )
         trainable, opt_state = chosen
-        key = jax.random.fold_in(own["rng"], own["step"])
-        if accumulate == 1:
-            key = jax.random.fold_in(key, 0)
-            grads, sums = gradients(trainable, frozen, batch, place, key, summed)
-        else:
-            grads, sums = accumulated(trainable, frozen, batch, place, key, summed)
+
+        def loss(trainable, rows, key):
+            part, places = rows
+            of_rows = _of_rows(trainable, places, summed)
+            return loss_fn({**frozen, **of_rows}, part, {DROPOUT: key})
+
+        rows, key = (batch, place), jax.random.fold_in(own["rng"], own["step"])
+        grads, sums = sum_gradients(loss, trainable, rows, key, accumulate, summed)
         weight = jax.ops.segment_sum(_row_weights(batch), place, len(slots))
         has_rows = weight > 0
         safe = jnp.where(has_rows, weight, 1)
@@ -201,18 +183,9 @@ def make_mixed_step(loss_fn: LossFn, hypers: Hyper, accumulate: int = 1) -> Trai
             "is_skipped": is_skipped,
             **{name: value / total for name, value in sums["metrics"].items()},
         }
-        own = {
-            "step": own["step"] + 1,
-            "trainable": trainable,
-            "opt_state": opt_state,
-            "rng": own["rng"],
-            "skipped": own["skipped"] + is_skipped,
-        }
-        return own, metrics
+        return advanced(own, trainable, opt_state, is_skipped), metrics
 
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
-    return TrainStep(update)
+    return TrainStep(updated)
 
 
 def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]:
@@ -229,13 +202,8 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
 
     @functools.partial(jax.jit, static_argnums=3)
     def evaluate(trainable, frozen, batch, mesh):
-        with on_mesh_of(mesh):
-            return evaluated(trainable, frozen, batch)
-
-    def evaluated(trainable, frozen, batch):
         batch = dict(batch)
         ids = batch.pop(OWNER)
-        rows = jax.tree.map(lambda leaf: _split_rows(leaf[ids]), trainable)
 
         def one(own: PyTree, row: Batch) -> dict[str, jax.Array]:
             alone = jax.tree.map(lambda leaf: leaf[None], row)
@@ -243,7 +211,9 @@ def make_mixed_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, jax.Array]]
             loss_sum, weight, metrics = check_loss(result)
             return {"loss": loss_sum, "weight": weight, **metrics}
 
-        return jax.vmap(one)(rows, batch)
+        with on_mesh_of(mesh):
+            rows = jax.tree.map(lambda leaf: _split_rows(leaf[ids]), trainable)
+            return jax.vmap(one)(rows, batch)
 
     return lambda trainable, frozen, batch: evaluate(
         trainable, frozen, batch, mesh_of(frozen)

@@ -167,14 +167,16 @@ def learning_rate_schedule(
             (schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", schedule),
         ],
     )
-    decay_steps = max(total_steps - warmup_steps, 1)
+    numbers = (learning_rate, warmup_steps, total_steps)
+    return lambda step: scheduled(step, *numbers, DECAYS[schedule])
 
-    def rate(step):
-        warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
-        x = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
-        return learning_rate * warmup * DECAYS[schedule](x)
 
-    return rate
+def scheduled(
+    step: Any, peak: Any, warmup: Any, total: Any, decay: Callable[[Any], Any]
+) -> Any:
+    """Computes `learning_rate_schedule` at a step; all numbers may be traced."""
+    x = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0.0, 1.0)
+    return peak * jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup, 1)) * decay(x)
 
 
 def adapters_only(
@@ -323,9 +325,7 @@ def lora_b_mask(tree: PyTree) -> PyTree:
     Raises:
       ValueError: if there is none.
     """
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: LORA_B in key_path(path).split("/"), tree
-    )
+    mask = b_leaves(tree)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"lora_b_ratio needs leaves named {LORA_B}; got 0 among "
@@ -333,6 +333,13 @@ def lora_b_mask(tree: PyTree) -> PyTree:
             "for VeRA."
         )
     return mask
+
+
+def b_leaves(tree: PyTree) -> PyTree:
+    """Returns the mask of `lora_b_mask`, of trees without B (VeRA) too."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: LORA_B in key_path(path).split("/"), tree
+    )
 
 
 def _is_adapter(path: str) -> bool:

@@ -9,8 +9,9 @@ import numpy as np
 from lora_jax.array_types import PyTree
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is a PRNG key."""
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
 def padded_as(template: PyTree, tree: PyTree) -> PyTree:
@@ -22,7 +23,7 @@ def padded_as(template: PyTree, tree: PyTree) -> PyTree:
 
 def padded(leaf: Any, shape: tuple[int, ...]) -> Any:
     """Returns a leaf with zeros up to a shape, on the host."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return leaf
     wide = np.zeros(shape, leaf.dtype)
     wide[tuple(map(slice, leaf.shape))] = leaf
@@ -31,7 +32,7 @@ def padded(leaf: Any, shape: tuple[int, ...]) -> Any:
 
 def cut(leaf: Any, like: Any) -> Any:
     """Undoes `padded`."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.device_put(leaf, like.sharding)
     return jax.device_put(
         np.asarray(leaf)[tuple(map(slice, like.shape))], like.sharding

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_jax.train.buckets import BUCKET_MULTIPLE, Batch, Schedule
-from lora_jax.train.examples import nearest, read_jsonl
-from lora_jax.train.text import IGNORED, TextEncoder
+from lora_jax.train.buckets import BUCKET_MULTIPLE, Batch, Schedule, pad_ids
+from lora_jax.train.examples import check_keys, integers_of, read_jsonl, string_of
+from lora_jax.train.text import IGNORED, TextEncoder, with_end
 
 FIELDS = (("prompt", "completion"), ("input_ids", "labels"))
-SOURCE_ARRAYS = ("input_ids", "attention_mask")
-TARGET_ARRAYS = ("decoder_input_ids", "labels")
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # of the model
 
 Record = Mapping[str, Any]
@@ -85,12 +83,8 @@ def read_pairs(
         raise ValueError(f"max_length must be at least 2; got {max_length}.")
     pairs: list[Pair] = []
 
-    def check(record: dict[str, Any]) -> str:
-        try:
-            pairs.append(encode_pair(record, tokenizer, vocab_size=vocab_size))
-        except (ValueError, TypeError) as error:
-            return str(error)
-        return ""
+    def check(record: dict[str, Any]) -> None:
+        pairs.append(encode_pair(record, tokenizer, vocab_size=vocab_size))
 
     read_jsonl(path, fields={}, check=check)
     limit = max_length or max(len(ids) for pair in pairs for ids in pair)
@@ -113,26 +107,19 @@ def encode_pair(
       ValueError: if it has other keys, an empty text, or ids out of range.
       TypeError: if a value has the wrong type.
     """
-    keys = sorted(record)
     fields = next((own for own in FIELDS if any(key in record for key in own)), ())
     if not fields:
         kinds = "; or ".join(" and ".join(own) for own in FIELDS)
         raise ValueError(
             f"must hold {kinds}, as the model is an encoder–decoder; its keys are "
-            f"{keys}"[:300]
+            f"{sorted(record)}"[:300]
         )
-    for key in fields:
-        if key not in record:
-            raise ValueError(f"has no {key!r}; its keys are {keys}"[:300])
-    for key in keys:
-        if key not in fields:
-            hint = nearest(key, fields)
-            raise ValueError(f"has an unknown key, {key[:40]!r}; {hint}")
-    source, target = (record[key] for key in fields)
+    check_keys(record, fields)
     if fields == FIELDS[0]:
+        source, target = (string_of(record, key) for key in fields)
         pair = _from_texts(source, target, tokenizer)
     else:
-        pair = Pair(*(_ids(record, key) for key in fields))
+        pair = Pair(*(integers_of(record, key) for key in fields))
         while pair.target and pair.target[-1] == IGNORED:  # Hugging Face's padding
             pair.target.pop()
     for key, ids in zip(fields, pair, strict=True):
@@ -151,30 +138,11 @@ def encode_source(text: str, tokenizer: PairEncoder) -> list[int]:
     return list(tokenizer.encode([text]).ids[0])
 
 
-def _from_texts(source: Any, target: Any, tokenizer: PairEncoder | None) -> Pair:
-    for key, text in zip(FIELDS[0], (source, target), strict=True):
-        if not isinstance(text, str):
-            raise TypeError(f"{key!r} must be str; got {text!r}"[:200])
-        if not text.strip():
-            raise ValueError(f"{key!r} must not be empty")
+def _from_texts(source: str, target: str, tokenizer: PairEncoder | None) -> Pair:
     if tokenizer is None:
         raise ValueError("must be input_ids and labels: the model has no tokenizer")
-    end = tokenizer.special.eos_id
-    if end is None:
-        raise ValueError(
-            "a target must end with the tokenizer's EOS token; it has none"
-        )
-    ids = list(tokenizer.encode_text(target).ids)
-    return Pair(
-        encode_source(source, tokenizer), ids if ids[-1:] == [end] else [*ids, end]
-    )
-
-
-def _ids(record: Record, key: str) -> list[int]:
-    value = record[key]
-    if not isinstance(value, list) or any(type(i) is not int for i in value):
-        raise TypeError(f"{key!r} must be a list of integers; got {value!r}"[:200])
-    return [*value]
+    ids = with_end(list(tokenizer.encode_text(target).ids), tokenizer, "a target")
+    return Pair(encode_source(source, tokenizer), ids)
 
 
 def _shorten(ids: list[int], limit: int) -> list[int]:
@@ -245,23 +213,20 @@ class PairBatches(Schedule):
         self.token_fraction = tokens / (sum(widths) * batch_size)
 
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
-        batch: Batch = {
-            name: np.zeros((count, length), np.int32) for name in SOURCE_ARRAYS
-        } | {
-            name: np.zeros((count, self._widths[length]), np.int32)
-            for name in TARGET_ARRAYS
+        sources = [self._sources[member] for member in members]
+        targets = [self._targets[member] for member in members]
+        ids, mask = pad_ids(sources, length, count)
+        labels, is_target = pad_ids(targets, self._widths[length], count)
+        is_target[len(members) :] = 0
+        shifted = np.full_like(labels, self.start_id)
+        shifted[:, 1:] = labels[:, :-1] * is_target[:, 1:]
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": shifted,
+            "labels": labels,
+            "weights": is_target.astype(np.float32),
         }
-        batch["weights"] = np.zeros(batch["labels"].shape, np.float32)
-        batch["decoder_input_ids"][:, 0] = self.start_id
-        batch["attention_mask"][len(members) :, 0] = 1  # filler attends to one token
-        for row, member in enumerate(members):
-            source, target = self._sources[member], self._targets[member]
-            batch["input_ids"][row, : len(source)] = source
-            batch["attention_mask"][row, : len(source)] = 1
-            batch["decoder_input_ids"][row, 1 : len(target)] = target[:-1]
-            batch["labels"][row, : len(target)] = target
-            batch["weights"][row, : len(target)] = 1
-        return batch
 
     def _add_contents(self, digest: Any) -> None:
         digest.update(self.start_id.to_bytes(8, "little"))

@@ -39,7 +39,11 @@ class TrainStep:
       update: the same jitted, donating ``own``; for a state on one device.
     """
 
-    def __init__(self, update: Callable[..., Any]) -> None:
+    def __init__(self, updated: Callable[..., Any]) -> None:
+        def update(own, frozen, batch, summed=None, mesh=None):
+            with on_mesh_of(mesh):
+                return updated(own, frozen, batch, summed)
+
         self.update: Any = jax.jit(update, donate_argnums=0)
         self.function = update
         self._sharded: dict[tuple[Any, ...], Any] = {}
@@ -132,50 +136,16 @@ def make_train_step(
       >>> int(state.step), float(metrics["loss"])
       (1, 9.0)
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-        raise TypeError(f"accumulate must be an integer; got {accumulate!r}.")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
-
-    def gradients(trainable, frozen, batch, key, summed):
-        def loss(trainable):
-            rngs = {DROPOUT: key}
-            result = loss_fn({**frozen, **trainable}, batch, rngs)
-            loss_sum, weight, metrics = check_loss(result)
-            return loss_sum, {"weight": weight, "metrics": metrics}
-
-        (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        if summed is not None:
-            # Otherwise XLA gathers activations over fsdp to compute a sharded gradient,
-            # which moves more data than an all-reduce of the thin gradient.
-            grads = jax.lax.with_sharding_constraint(grads, summed)
-        return grads, {"loss": loss_sum, **sums}
-
-    def accumulated(trainable, frozen, batch, key, summed):
-        def body(total, xs):
-            microbatch, index = xs
-            step_key = jax.random.fold_in(key, index)
-            grads, sums = gradients(trainable, frozen, microbatch, step_key, summed)
-            return jax.tree.map(jnp.add, total, grads), sums
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
-        microbatches = split_batch(batch, accumulate)
-        grads, sums = jax.lax.scan(body, zeros, (microbatches, jnp.arange(accumulate)))
-        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-
-    def update(own, frozen, batch, summed=None, mesh=None):
-        with on_mesh_of(mesh):
-            return updated(own, frozen, batch, summed)
+    check_accumulate(accumulate)
 
     def updated(own, frozen, batch, summed):
         trainable, opt_state = own["trainable"], own["opt_state"]
+
+        def loss_of(trainable, batch, key):
+            return loss_fn({**frozen, **trainable}, batch, {DROPOUT: key})
+
         key = jax.random.fold_in(own["rng"], own["step"])
-        if accumulate == 1:
-            key = jax.random.fold_in(key, 0)
-            grads, sums = gradients(trainable, frozen, batch, key, summed)
-        else:
-            grads, sums = accumulated(trainable, frozen, batch, key, summed)
+        grads, sums = sum_gradients(loss_of, trainable, batch, key, accumulate, summed)
         weight = sums["weight"]
 
         def mean(x: jax.Array) -> jax.Array:
@@ -194,13 +164,6 @@ def make_train_step(
             (trainable, opt_state),
         )
         is_skipped = 1 - is_finite.astype(jnp.int32)
-        own = {
-            "step": own["step"] + 1,
-            "trainable": trainable,
-            "opt_state": opt_state,
-            "rng": own["rng"],
-            "skipped": own["skipped"] + is_skipped,
-        }
         metrics = {
             "loss": loss,
             "weight": weight,
@@ -208,9 +171,66 @@ def make_train_step(
             "is_skipped": is_skipped,
             **jax.tree.map(mean, sums["metrics"]),
         }
-        return own, metrics
+        return advanced(own, trainable, opt_state, is_skipped), metrics
 
-    return TrainStep(update)
+    return TrainStep(updated)
+
+
+def advanced(own: Any, trainable: Any, opt_state: Any, is_skipped: Any) -> Any:
+    """Returns what a step changes of a state, after a step."""
+    counts = {"step": own["step"] + 1, "skipped": own["skipped"] + is_skipped}
+    return own | counts | {"trainable": trainable, "opt_state": opt_state}
+
+
+def check_accumulate(accumulate: Any) -> None:
+    """Raises unless ``accumulate`` is a number of microbatches."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise TypeError(f"accumulate must be an integer; got {accumulate!r}.")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
+
+
+def sum_gradients(
+    loss_fn: Callable[..., Any],
+    trainable: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+    summed: PyTree | None,
+) -> tuple[PyTree, dict[str, Any]]:
+    """Returns the float32 gradients of a loss summed over microbatches, and the sums.
+
+    ``loss_fn`` is ``(trainable, microbatch, key) -> (loss_sum, weight, metrics)``, its
+    key that of the step with the microbatch's number folded in. ``summed`` are the
+    shardings in which gradients are summed over the batch, or None.
+    """
+
+    def gradients(batch, index):
+        own_key = jax.random.fold_in(key, index)
+
+        def loss(trainable):
+            loss_sum, weight, metrics = check_loss(loss_fn(trainable, batch, own_key))
+            return loss_sum, {"weight": weight, "metrics": metrics}
+
+        (loss_sum, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if summed is not None:
+            # Otherwise XLA gathers activations over fsdp to compute a sharded gradient,
+            # which moves more data than an all-reduce of the thin gradient.
+            grads = jax.lax.with_sharding_constraint(grads, summed)
+        return grads, {"loss": loss_sum, **sums}
+
+    if accumulate == 1:
+        return gradients(batch, 0)
+
+    def body(total, xs):
+        grads, sums = gradients(*xs)
+        return jax.tree.map(jnp.add, total, grads), sums
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+    xs = split_batch(batch, accumulate), jnp.arange(accumulate)
+    grads, sums = jax.lax.scan(body, zeros, xs)
+    return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, Batch], Metrics]:

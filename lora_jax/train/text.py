@@ -14,7 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_jax.train.examples import nearest, read_jsonl
+from lora_jax.train.examples import (
+    check_keys,
+    integers_of,
+    read_jsonl,
+    string_of,
+)
 
 IGNORED = -100  # Hugging Face's label for tokens that don't count
 MESSAGES = "messages"
@@ -137,17 +142,14 @@ def read_text_examples(
     lines: list[int] = []
     ends: Counter[int] = Counter()
 
-    def check(record: dict[str, Any]) -> str:
+    def check(record: dict[str, Any]) -> None:
         record = {key: record[key] for key in record if key not in ignored}
-        try:
-            kind = kind_of(record)
-            if kinds and kind not in kinds:
-                before = next(iter(kinds))
-                raise ValueError(f"is {kind}, but the lines before are {before}")
-            kinds.add(kind)
-            found = encode_record(record, tokenizer, vocab_size=vocab_size)
-        except (ValueError, TypeError) as error:
-            return str(error)
+        kind = kind_of(record)
+        if kinds and kind not in kinds:
+            before = next(iter(kinds))
+            raise ValueError(f"is {kind}, but the lines before are {before}")
+        kinds.add(kind)
+        found = encode_record(record, tokenizer, vocab_size=vocab_size)
         number = lines[-1] + 1 if lines else 0
         for ids, mask, each in found:
             lines.append(number)
@@ -158,7 +160,6 @@ def read_text_examples(
                     "loss_mask": np.asarray(mask, np.uint8),
                 }
             )
-        return ""
 
     read_jsonl(path, fields={}, check=check)
     limit = max(len(e["input_ids"]) for e in examples)
@@ -217,26 +218,19 @@ def kind_of(record: Record) -> str:
             f"must hold one of {', '.join(KINDS)}; its keys are {keys}"[:300]
         )
     kind = found[0]
-    for key in KINDS[kind]:
-        if key not in record:
-            raise ValueError(f"has no {key!r}; its keys are {keys}"[:300])
-    known = (*KINDS[kind], *OPTIONAL.get(kind, ()))
-    for key in keys:
-        if key not in known:
-            hint = nearest(key, known)
-            raise ValueError(f"has an unknown key, {key[:40]!r}; {hint}")
+    check_keys(record, KINDS[kind], OPTIONAL.get(kind, ()))
     return kind
 
 
 def _from_text(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
-    text = _string(record, "text")
+    text = string_of(record, "text")
     tokens = _needed(tokenizer).encode_text(text)
     return _end(tokens.ids, [1] * len(tokens.ids), tokenizer)
 
 
 def _from_completion(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
-    completion = _string(record, "completion")
-    prompt = _string(record, "prompt", may_be_empty=True)
+    completion = string_of(record, "completion")
+    prompt = string_of(record, "prompt", may_be_empty=True)
     tokens = _needed(tokenizer).encode_text(prompt + completion)
     mask = [int(end > len(prompt)) for _, end in tokens.spans]
     return _end(tokens.ids, mask, tokenizer)
@@ -249,11 +243,13 @@ def _from_messages(record: Record, tokenizer: TextEncoder | None) -> list[Encode
 
 
 def _from_ids(record: Record, tokenizer: TextEncoder | None) -> list[Encoded]:
-    ids = _integers(record, "input_ids")
+    ids = integers_of(record, "input_ids")
+    if not ids:
+        raise ValueError("'input_ids' must not be empty")
     if "labels" in record and "loss_mask" in record:
         raise ValueError("must have 'labels' or 'loss_mask'; got both")
     key = "labels" if "labels" in record else "loss_mask"
-    given = _integers(record, key) if key in record else [1] * len(ids)
+    given = integers_of(record, key) if key in record else [1] * len(ids)
     if len(given) != len(ids):
         raise ValueError(
             f"{key!r} must be as long as 'input_ids', {len(ids)}; got {len(given)}"
@@ -282,34 +278,19 @@ _ENCODERS = {
 def _end(
     ids: list[int], mask: list[int], tokenizer: TextEncoder | None
 ) -> list[Encoded]:
-    """Appends EOS, unless the text already ends with it."""
-    eos = _needed(tokenizer).special.eos_id
+    whole = with_end(ids, _needed(tokenizer), "a text")
+    return [Encoded(whole, mask + [1] * (len(whole) - len(ids)))]
+
+
+def with_end(ids: list[int], tokenizer: TextEncoder, what: str) -> list[int]:
+    """Returns a text's tokens with EOS, which it may already end with."""
+    eos = tokenizer.special.eos_id
     if eos is None:
-        raise ValueError("a text must end with the tokenizer's EOS token; it has none")
-    if ids and ids[-1] == eos:
-        return [Encoded(ids, mask)]
-    return [Encoded([*ids, eos], [*mask, 1])]
+        raise ValueError(f"{what} must end with the tokenizer's EOS token; it has none")
+    return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
 def _needed(tokenizer: TextEncoder | None) -> TextEncoder:
     if tokenizer is None:
         raise ValueError("must be input_ids, as the model has no tokenizer")
     return tokenizer
-
-
-def _string(record: Record, key: str, *, may_be_empty: bool = False) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise TypeError(f"{key!r} must be str; got {value!r}"[:200])
-    if not value.strip() and not may_be_empty:
-        raise ValueError(f"{key!r} must not be empty")
-    return value
-
-
-def _integers(record: Record, key: str) -> list[int]:
-    value = record[key]
-    if not isinstance(value, list) or any(type(i) is not int for i in value):
-        raise TypeError(f"{key!r} must be a list of integers; got {value!r}"[:200])
-    if not value:
-        raise ValueError(f"{key!r} must not be empty")
-    return value

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.train.buckets import Batch, Schedule
-from lora_jax.train.examples import MAX_LINE, nearest, read_jsonl
+from lora_jax.train.buckets import Batch, Schedule, pad_ids, row_weights
+from lora_jax.train.examples import MAX_LINE, check_keys, read_jsonl
 
 ANCHORS = ("anchor", "query")
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -60,10 +60,8 @@ def read_text_pairs(path: str | os.PathLike[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
 
     def check(record: Mapping[str, Any]) -> str:
+        check_keys(record, (), FIELDS)
         keys = sorted(record)
-        if unknown := [key for key in keys if key not in FIELDS]:
-            hint = nearest(unknown[0], FIELDS)
-            return f"has an unknown key, {unknown[0][:40]!r}; {hint}"
         given = [key for key in ANCHORS if key in record]
         if len(given) != 1 or POSITIVE not in record:
             return f"must have 'anchor' or 'query', and 'positive'; its keys are {keys}"
@@ -72,10 +70,10 @@ def read_text_pairs(path: str | os.PathLike[str]) -> list[tuple[str, ...]]:
                 return f"{key!r} must be a text that is not empty; got {record[key]!r}"[
                     :200
                 ]
-        names = (given[0], POSITIVE, NEGATIVE) if NEGATIVE in record else None
-        row = tuple(record[key] for key in names or (given[0], POSITIVE))
+        wanted = (given[0], POSITIVE, NEGATIVE)
+        row = tuple(record[key] for key in wanted if key in record)
         if rows and len(row) != len(rows[0]):
-            first = "a" if len(rows[0]) == len(FIELDS) - 1 else "no"
+            first = "a" if len(rows[0]) == len(wanted) else "no"
             return f"must have {first} 'negative', as the lines before"
         rows.append(row)
         return ""
@@ -129,17 +127,11 @@ class TextPairBatches(Schedule):
         super().__init__(lengths, batch_size, buckets, seed=seed, shuffle=shuffle)
 
     def _pad(self, length: int, members: np.ndarray, count: int) -> Batch:
-        batch: Batch = {"weights": np.zeros(count, np.float32)}
-        batch["weights"][: len(members)] = 1
+        batch: Batch = {"weights": row_weights(len(members), count)}
         kinds = list(ARRAYS.values())[: len(self._texts[0])]
-        for place, (name, mask) in enumerate(kinds):
-            batch[name] = np.zeros((count, length), np.int32)
-            batch[mask] = np.zeros((count, length), np.int32)
-            batch[mask][len(members) :, 0] = 1  # filler attends to one token
-            for row, member in enumerate(members):
-                ids = self._texts[member][place]
-                batch[name][row, : len(ids)] = ids
-                batch[mask][row, : len(ids)] = 1
+        for place, names in enumerate(kinds):
+            texts = [self._texts[member][place] for member in members]
+            batch |= zip(names, pad_ids(texts, length, count), strict=True)
         return batch
 
     def _add_contents(self, digest: Any) -> None:

@@ -82,7 +82,7 @@ def fit_adapter(
     for path, row in wanted.items():
         names = child(path, LORA_A), child(path, LORA_B)
         if path in present:
-            a, b = present[path].batch_first(*(adapters[name] for name in names))
+            a, b, _ = present[path].plain(adapters)[:3]
             a, b = _padded(a, b, present[path], row)
             factors = row.as_stored(a, b)
         else:

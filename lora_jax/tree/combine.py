@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_jax.array_types import PyTree
 from lora_jax.config import LoRAConfig
-from lora_jax.names import LORA_A, LORA_B, MAGNITUDE
+from lora_jax.names import LORA_A, LORA_B
 from lora_jax.ops.dora import merge_dora
 from lora_jax.ops.low_rank import LowRank, as_matrices, best_factors, truncate_factors
 from lora_jax.tree.merge import check_adapters
@@ -90,6 +90,8 @@ def combine_adapters(
     trees = [flatten(lora) for lora, _ in adapters]
     tables = [{row.path: row for row in targets} for _, targets in adapters]
     faults = _option_faults(len(adapters), weights, method, rank, density)
+    if seed < 0:
+        faults.append(f"seed must be at least 0; got {seed}")
     layers = {row.path: row for table in tables for row in table.values()}
     for path, row in layers.items():
         same = [table[path] for table in tables if path in table]
@@ -207,7 +209,7 @@ Member = tuple[float, Target, Mapping[str, Any]]  # weight, layer, leaves by pat
 
 def _factors(row: Target, tree: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns A ``[*batch, i, r]`` and ``scaling * B`` ``[*batch, r, o]``, float64."""
-    a, b = row.batch_first(*(tree[child(row.path, n)] for n in (LORA_A, LORA_B)))
+    a, b, _ = row.plain(tree)[:3]
     batch, inputs, outputs = row.contraction.split(row.kernel_shape)
     a = np.asarray(a, np.float64).reshape(*batch, math.prod(inputs), row.rank)
     b = np.asarray(b, np.float64).reshape(*batch, row.rank, math.prod(outputs))
@@ -245,10 +247,8 @@ def _delta(row: Target, tree: Mapping[str, Any], base: Mapping[str, Any]) -> np.
         a, b = _factors(row, tree)
         return a @ b
     kernel = jnp.asarray(base[row.weight_path], jnp.float32)
-    a, b = row.batch_first(*(tree[child(row.path, n)] for n in (LORA_A, LORA_B)))
-    m = row.magnitude_first(tree[child(row.path, MAGNITUDE)])
     options: dict[str, Any] = {"scaling": row.scaling, "contraction": row.contraction}
-    merged = merge_dora(kernel, a, b, m, **options)
+    merged = merge_dora(kernel, *map(jnp.asarray, row.plain(tree)[:3]), **options)
     return as_matrices(merged, row.contraction) - as_matrices(kernel, row.contraction)
 
 

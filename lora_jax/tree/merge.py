@@ -3,12 +3,13 @@
 Unmerging restores W0 from the base, bit for bit; nothing is subtracted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.ops.contraction import Shape
 from lora_jax.ops.dora import dora_scale, merge_dora, over_kernel
 from lora_jax.ops.merge import add_delta, delta_kernel, is_finite
 from lora_jax.tree.paths import flatten, unflatten
@@ -135,22 +136,32 @@ def check_adapters(adapters: Mapping[str, Any], targets: Sequence[Target]) -> No
         for target in targets
         for leaf, shape in target.leaf_shapes.items()
     }
-    wanted = set(shapes)
-    faults = [f"{path} is missing" for path in sorted(wanted - set(adapters))]
-    faults += [f"{path} has no target" for path in sorted(set(adapters) - wanted)]
-    there = sorted(wanted & set(adapters))
-    faults += [
-        f"{path} must be {shapes[path]}; got {jnp.shape(adapters[path])}"
-        for path in there
-        if jnp.shape(adapters[path]) != shapes[path]
-    ]
-    faults += [
-        f"{path} contains NaN or infinity"
-        for path in there
-        if not is_finite(adapters[path])
-    ]
+    faults = leaf_faults(adapters, shapes, "has no target")
+    faults += not_finite(adapters, shapes)
     if faults:
         raise ValueError(f"the adapter does not fit the model: {'; '.join(faults)}.")
+
+
+def leaf_faults(
+    given: Mapping[str, Any], shapes: Mapping[str, Shape], extra: str
+) -> list[str]:
+    """Lists the leaves that are missing, of the wrong shape, or ``extra``, by path."""
+    there = sorted(given.keys() & shapes.keys())
+    return [
+        *(f"{path} is missing" for path in sorted(shapes.keys() - given.keys())),
+        *(f"{path} {extra}" for path in sorted(given.keys() - shapes.keys())),
+        *(
+            f"{path} must be {shapes[path]}; got {jnp.shape(given[path])}"
+            for path in there
+            if jnp.shape(given[path]) != shapes[path]
+        ),
+    ]
+
+
+def not_finite(given: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Lists those of the leaves that have NaN or infinity."""
+    there = sorted(given.keys() & paths)
+    return [f"{p} contains NaN or infinity" for p in there if not is_finite(given[p])]
 
 
 def _plain(adapters: Mapping[str, Any], target: Target) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.array_types import AnyFloat, PRNGKey
 from lora_jax.config import LoRAConfig
@@ -58,6 +59,25 @@ class Site:
     def weight_path(self) -> str:
         """Path of ``W0``."""
         return child(self.path, self.weight)
+
+    @property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Positions of the scanned axes in the tree's leaves, by name."""
+        return {
+            **dict.fromkeys((LORA_A, START_A), self.scanned_a),
+            **dict.fromkeys((LORA_B, START_B, VERA_D, VERA_B), self.scanned_b),
+            MAGNITUDE: self.scanned_m,
+        }
+
+    def stored(self, name: str, leaf: Any) -> Any:
+        """Returns a leaf of the ops with scanned axes at their places in the tree."""
+        places = self.places[name]
+        return _moved(leaf, range(len(places)), places)
+
+    def first(self, name: str, leaf: Any) -> Any:
+        """Returns a leaf of the tree with the scanned axes first, as the ops expect."""
+        places = self.places[name]
+        return _moved(leaf, places, range(len(places)))
 
     def is_same_layer(self, other: "Site") -> bool:
         """Returns whether path, kernel shape and layout equal those of ``other``."""
@@ -177,11 +197,8 @@ class Target(Site):
             found = found._replace(
                 magnitude=column_norm(jnp.asarray(kernel), self.contraction)
             )
-        places, leaves = self._places, found._asdict()
-        return {
-            name: jnp.moveaxis(leaves[name], range(len(places[name])), places[name])
-            for name, _ in self.leaves
-        }
+        leaves = found._asdict()
+        return {name: self.stored(name, leaves[name]) for name, _ in self.leaves}
 
     def plain(self, leaves: Mapping[str, AnyFloat]) -> Factors:
         """Returns the LoRA or DoRA adapter that the tree's leaves amount to.
@@ -194,42 +211,23 @@ class Target(Site):
           `Factors.plain`.
         """
         found = {
-            name: _first(leaves[child(self.path, name)], self._places[name])
+            name: self.first(name, leaves[child(self.path, name)])
             for name, _ in self.leaves
         }
         return Factors(**found).plain(self.contraction)
 
-    @property
-    def _places(self) -> dict[str, tuple[int, ...]]:
-        """Positions of the scanned axes in the tree's leaves, by name."""
-        return {
-            **dict.fromkeys((LORA_A, START_A), self.scanned_a),
-            **dict.fromkeys((LORA_B, START_B, VERA_D, VERA_B), self.scanned_b),
-            MAGNITUDE: self.scanned_m,
-        }
-
     def init_magnitude(self, kernel: AnyFloat) -> AnyFloat:
         """Returns DoRA's m, the column norms of ``W0``, in the tree's layout."""
         m = column_norm(jnp.asarray(kernel), self.contraction)
-        return jnp.moveaxis(m, range(len(self.scanned_m)), self.scanned_m)
-
-    def magnitude_first(self, magnitude: AnyFloat) -> AnyFloat:
-        """Returns the tree's m with the scanned axes first, as the ops expect."""
-        return jnp.moveaxis(magnitude, self.scanned_m, range(len(self.scanned_m)))
+        return self.stored(MAGNITUDE, m)
 
     def as_stored(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns A and B with the scanned axes at their positions in the tree."""
-        return (
-            jnp.moveaxis(a, range(len(self.scanned_a)), self.scanned_a),
-            jnp.moveaxis(b, range(len(self.scanned_b)), self.scanned_b),
-        )
+        return self.stored(LORA_A, a), self.stored(LORA_B, b)
 
     def batch_first(self, a: AnyFloat, b: AnyFloat) -> tuple[AnyFloat, AnyFloat]:
         """Returns the tree's A and B with the scanned axes first, as the ops expect."""
-        return (
-            jnp.moveaxis(a, self.scanned_a, range(len(self.scanned_a))),
-            jnp.moveaxis(b, self.scanned_b, range(len(self.scanned_b))),
-        )
+        return self.first(LORA_A, a), self.first(LORA_B, b)
 
 
 def child(path: str, name: str) -> str:
@@ -257,6 +255,7 @@ def _stacked_at(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ..
     return tuple(stacked)
 
 
-def _first(leaf: Any, axes: tuple[int, ...]) -> Any:
-    """Moves an array's ``axes`` to the front."""
-    return jnp.moveaxis(leaf, axes, range(len(axes))) if axes else leaf
+def _moved(leaf: Any, source: Sequence[int], target: Sequence[int]) -> Any:
+    """Moves axes of an array, NumPy's or JAX's."""
+    move = np.moveaxis if isinstance(leaf, np.ndarray) else jnp.moveaxis
+    return move(leaf, source, target) if source else leaf

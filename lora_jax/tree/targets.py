@@ -69,12 +69,13 @@ def select_targets(
         if _is_named(path, weight, config)
     ]
     faults += _layer_faults(sites, config)
+    chosen = [site for site in sites if _is_chosen(site, config)]
     if config.dora:
         faults += [
             f"dora=True needs the kernel that {site.path!r} multiplies by, but its "
             f"module transforms {site.weight!r} first. Exclude it, or set dora=False."
-            for site in sites
-            if not site.is_plain and _is_chosen(site, config)
+            for site in chosen
+            if not site.is_plain
         ]
     faults += [
         f"{field} can't adapt {site.path!r}, an embedding: {why}. Exclude it, or set "
@@ -86,10 +87,9 @@ def select_targets(
             f"lora_fa={config.lora_fa}",
             f"vera={config.vera}",
         )
-        for site in sites
-        if site.kind == "embed" and _is_chosen(site, config)
+        for site in chosen
+        if site.kind == "embed"
     ]
-    chosen = [t for site in sites if (t := target_at(site, config)) is not None]
     if not chosen and not faults:
         faults.append(
             f"targets={_shown(config.targets)}, exclude={_shown(config.exclude)}, "
@@ -98,7 +98,7 @@ def select_targets(
         )
     if faults:
         raise ValueError(" ".join(faults))
-    return chosen
+    return [as_target(site, config) for site in chosen]
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lora_jax.config import ALL_LINEAR, LoRAConfig, matches
 from lora_jax.names import FROZEN, KERNEL, PARAMS, TOKEN_ROWS
 from lora_jax.ops.contraction import DENSE, Shape
-from lora_jax.ops.merge import is_finite
 from lora_jax.ops.token_rows import write_rows
+from lora_jax.tree.merge import leaf_faults, not_finite
 from lora_jax.tree.partition import join
 from lora_jax.tree.paths import flatten, nearest, unflatten
 from lora_jax.tree.target import Site, child
@@ -134,15 +134,7 @@ def merge_token_rows(
     every = list(every)
     flat, given = flatten(params), flatten(rows)
     wanted = {r.leaf_path: r.shape for r in every}
-    faults = [f"{path} is missing" for path in wanted if path not in given]
-    faults += [f"{path} has no tokens" for path in given if path not in wanted]
-    for path in wanted.keys() & given.keys():
-        if jnp.shape(given[path]) != wanted[path]:
-            faults.append(
-                f"{path} must be {wanted[path]}; got {jnp.shape(given[path])}"
-            )
-        elif not is_finite(given[path]):
-            faults.append(f"{path} contains NaN or infinity")
+    faults = leaf_faults(given, wanted, "has no tokens") + not_finite(given, wanted)
     if faults:
         raise ValueError(f"rows of tokens don't fit: {'; '.join(faults)}.")
     for r in every:

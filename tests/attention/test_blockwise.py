@@ -11,6 +11,7 @@ from lora_jax.attention.blockwise import (
     MaskInputs,
     Options,
     blockwise_attention,
+    dot,
 )
 from lora_jax.attention.causal import bidirectional_attention, causal_attention
 
@@ -51,13 +52,14 @@ def written_out(query, key, value, options, seen):
 
 CAUSAL = Options(scale=0.3, is_causal=True, size=MIN_BLOCK)
 ENCODER = CAUSAL._replace(is_causal=False)
+PACKED = MaskInputs(segment_ids=SEGMENTS)
 CASES = {
     "causal": (CAUSAL, MaskInputs()),
     "softcap": (CAUSAL._replace(softcap=1.5), MaskInputs()),
     "window": (CAUSAL._replace(window=5), MaskInputs()),
     "wide-window": (CAUSAL._replace(window=MIN_BLOCK + 3), MaskInputs()),
     "traced-window": (CAUSAL, MaskInputs(window=jnp.array(5))),
-    "packed": (CAUSAL, MaskInputs(segment_ids=SEGMENTS)),
+    "packed": (CAUSAL, PACKED),
     "all": (ENCODER, MaskInputs()),
     "padded": (ENCODER, MaskInputs(keys=PADDED)),
     "both-sides": (ENCODER._replace(window=5), MaskInputs()),
@@ -94,6 +96,37 @@ def test_values_and_gradients_match_the_full_score_matrix(
         wanted = value_and_gradients(written_out, exact, options, seen)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "has_sinks"),
+    [
+        pytest.param(CAUSAL._replace(softcap=1.5, window=70), PACKED, True, id="sinks"),
+        pytest.param(ENCODER, MaskInputs(keys=PADDED), False, id="padded"),
+    ],
+)
+def test_a_tpus_order_of_axes_changes_no_value(options, seen, has_sinks, monkeypatch):
+    drawn = arrays()
+    sinks = (jnp.arange(4.0) - 1,) if has_sinks else ()
+
+    def results():
+        def attend(query, key, value, *sinks):
+            operands = (query, key, value, options, seen, *sinks)
+            return blockwise_attention(*operands)
+
+        return value_and_gradients(attend, [*drawn[:3], *sinks, drawn[3]])
+
+    wanted = results()
+    turned = []
+    monkeypatch.setattr(blockwise, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(
+        blockwise,
+        "dot",
+        lambda equation, *xs: turned.append(equation) or dot(equation, *xs),
+    )
+    for a, b in zip(results(), wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert "bkth,bksh->bkts" not in turned
 
 
 def test_on_a_cpu_long_rows_process_their_heads_in_chunks():

@@ -184,6 +184,7 @@ def test_heads_are_averaged_or_taken_from_one(headed, tmp_path, capsys):
 
     head, found = combine("mean", a, b, bare, "--weights", 3, 1, 2)
     assert found.config.train == ("classifier",)
+    assert found.extra["combined"] == [[a, 3], [b, 1], [bare, 2]]
     wanted = 0.75 * heads["a"]["kernel"] + 0.25 * heads["b"]["kernel"]
     np.testing.assert_allclose(head["kernel"], wanted, rtol=1e-5, atol=1e-7)
     head, _ = combine("one", a, c, "--head", c, "--method", "svd", "--rank", 2)
@@ -197,6 +198,8 @@ def test_heads_are_averaged_or_taken_from_one(headed, tmp_path, capsys):
             "has no classifier/bias, and weights of it",
         ),
         ([a, "--head", b], "--head must be one of the adapters"),
+        ([a, "--density", "0.2", "--seed", "1"], "cat has no --density and --seed"),
+        ([a, "--method", "ties", "--seed", "0"], "ties has no --seed"),
     ):
         out = str(tmp_path / "bad")
         assert main(["combine", *words, "--out", out]) == 2
@@ -235,6 +238,7 @@ def test_an_adapter_of_another_base_is_refused(place, tmp_path):
     ("adapters", "rows", "said"),
     [
         (["A=1", "2"], [], "need names: --adapter NAME=DIR; got 2."),
+        (["=1", "A="], [], "need names: --adapter NAME=DIR; got =1, A=."),
         (["A=1", "A=2"], [], "names of adapters must differ; got A, A."),
         (["ours", "peft"], ["pfet"], "must be one of ours, peft, or null for the base"),
         (["ours", "peft"], ["pfet"], "Did you mean peft?"),

@@ -45,6 +45,7 @@ def test_a_peft_adapter_becomes_portable_and_mlx(tmp_path, call):
         f"p={tmp_path}/p"
     )
     code, shown, _ = call(*words, "--portable", "--out", tmp_path / "q")
+    assert f"vllm serve {LLAMA} --enable-lora" in shown  # where it is on this machine
     assert f"--lora-modules q={tmp_path}/q" in shown
     code, *_ = call(*words, "--format", "mlx", "--out", tmp_path / "m")
     assert code == 0

@@ -7,8 +7,8 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.files.adapter import load_adapter
+from lora_jax.finetune.checks import check_sequence
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.sequence import check_sequence
 from lora_jax.tree.paths import flatten
 from tests.cli.test_mesh import eight_devices
 from tests.tiny_decoder import make_decoder

@@ -223,6 +223,7 @@ def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
         (["a", "b"] * 2, ["mesh.expert=2"], "mesh.sequence must be 1; got 1, 2"),
         (["a"] * 9 + ["b"] * 9, ["train.max_steps=1", "train.batch_size=1"], "1 of 2"),
         (["a", "b"] * 2, ["lora.train=[embed]"], "can't name a decoder's embed"),
+        (["a", "b"] * 2, ["lora.lora_fa=true"], "^lora.lora_fa is for a run with one"),
     ],
 )
 def test_what_can_not_be_is_told_before_anything_is_written(

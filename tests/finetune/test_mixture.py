@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.main import main
+from lora_jax.finetune.checks import check_experts
 from lora_jax.finetune.errors import UserError
-from lora_jax.finetune.experts import check_experts
 from lora_jax.finetune.settings import load_settings
 from lora_jax.models.source import open_source
 from tests.models.golden import GOLDEN

@@ -212,11 +212,16 @@ def test_methods_share_steps_and_evaluations(tree, tmp_path, monkeypatch):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=atol)
 
 
-def test_groups_share_the_base_and_the_data_that_were_read(tree, monkeypatch):
+@pytest.fixture(scope="module")
+def job(tree):
+    return sweep_job.opened(expand(tree, ["lora.targets=[query]"])[0].settings, None)
+
+
+def test_groups_share_the_base_and_the_data_that_were_read(tree, job, monkeypatch):
     points = expand(tree, ["lora.targets=[query],[down]", "lora.init=uniform,pissa"])
     found, _ = groups(points)
     assert len(found) == 4
-    first = sweep_job.opened(points[0].settings, None)
+    first = job
     monkeypatch.setattr(sweep_job, "open_job", lambda *_, **__: "read anew")
     for point in points[1:]:
         again = sweep_job.opened(point.settings, first)
@@ -228,6 +233,19 @@ def test_groups_share_the_base_and_the_data_that_were_read(tree, monkeypatch):
     longer = expand(tree, ["data.max_length=9"])
     for other in (one_layer, longer):
         assert sweep_job.opened(other[0].settings, first) == "read anew"
+
+
+def test_adapters_that_do_not_fit_are_told_before_the_first_run(tree, job):
+    words = ["lora.init=uniform,pissa,lora_ga", "lora.targets=[query],[nope]"]
+    points = expand(tree, [*words, "lora.rank=12,22"])
+    faults = (
+        r'^targets=\["nope"\] matched 0 of (.|\n)*'
+        r"from 1 to 20, the smaller side (.|\n)*; got 22(.|\n)*"
+        r"from 1 to 20(.|\n)*; got 24"
+    )
+    with pytest.raises(ValueError, match=faults):
+        sweep_job.check_adapters(points, job)
+    sweep_job.check_adapters([points[0], points[1], points[4]], job)
 
 
 def check_same(done, resumed):
@@ -247,6 +265,26 @@ def check_same(done, resumed):
         ({}, "no setting is given"),
         (["lora.rank=1,2", "lora.rank=3"], "lora.rank: given twice"),
         (["lora.rank=1,1"], "lora.rank: the same value twice"),
+        (["lora.rank=8,010"], r"differ in a setting; got 000_rank=8 and 001_rank=010"),
+        (["lora.rank=1,,2"], "lora.rank: a value is missing between commas; got 1,,2"),
+        (["seed=0.."], r"seed: a range is FIRST\.\.LAST, like 0\.\.2; got 0\.\."),
+        (["seed=2..0"], "must have from 1 to 2,000 values; got 2"),
+        (["seed=0..9999999999"], "must have from 1 to 2,000 values; got 0"),
+        (["seed=0..999", "lora.rank=1..20"], "at most 2,000 runs; got 20,000"),
+        (["lora.r=1,2"], "PEFT's r is lora.rank here"),
+        (["train.lr=1,2"], r"Known: (.|\n)*train.learning_rate"),
+        ({"model.path": "llama"}, "model.path: its values must be a list; got 'llama'"),
+        ({"lora.rank": 4}, "lora.rank: its values must be a list; got 4"),
+        (
+            {"data.train": ["a", "b"]},
+            "data.train can't be swept: (.|\n)*data.validation",
+        ),
+        (
+            ["data.train=a,b", "data.validation=c"],
+            r"data files .*/a, .*/b, .*/c must exist",
+        ),
+        (["model.path=nothere,elsewhere"], "nothere must be a model folder"),
+        (["lora.targets=[query],[nope]"], "matched 0 of"),
         (["lora.rank=0,-1", "seed=x"], "lora: (.|\n)*train.seed: must be"),
         (["output.dir=a,b"], "output.dir can't be swept: it is the sweep's own"),
         (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
@@ -257,9 +295,30 @@ def check_same(done, resumed):
 )
 def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):
     own = {**tree, "output": {"dir": str(tmp_path / "none")}}
-    with pytest.raises((ValueError, UserError), match=said):
+    with pytest.raises((ValueError, UserError, FileNotFoundError), match=said):
         sweep(own, grid)
     assert not (tmp_path / "none").exists()
+
+
+def test_ranges_arrays_and_nested_lists_are_values(tree):
+    assert len(expand(tree, ["seed=0..2,7"])) == 4
+    points = expand(tree, {"train.learning_rate": np.array([1e-3, 2e-3], np.float32)})
+    assert points[1].settings.train.learning_rate == pytest.approx(2e-3)
+    words = ["train.samples=[],[[{role: user, content: hi}, {role: user, content: a}]]"]
+    assert len(expand(tree, words)[1].settings.train.samples[0]) == 2
+
+
+def test_a_damaged_record_is_named(tree, tmp_path):
+    file = tmp_path / "sweep.json"
+    own = {**tree, "output": {"dir": str(tmp_path)}}
+    for text, said in (
+        ('{"runs": {', "sweep.json"),
+        ('{"runs": {}}', "must have runs"),
+    ):
+        file.write_text(text)
+        with pytest.raises((ValueError, UserError), match=said):
+            sweep(own, ["seed=0..1"], resume=True)
+    assert file.read_text() == text
 
 
 def test_zipped_values_must_be_as_many(tree):
@@ -283,6 +342,7 @@ def test_a_grid_has_all_combinations_and_its_words_are_yaml(tree):
 
 def test_a_run_is_named_by_the_name_of_a_file_not_by_its_path(tree, tmp_path):
     files = [str(tmp_path / f"{name}.jsonl") for name in ("films", "tweets")]
+    tree = {**tree, "data": {**tree["data"], "validation": files[0]}}
     points = expand(tree, {"data.train": files, "train.learning_rate": [1e-3, 1e-2]})
     assert points[2].name == "002_train=tweets_learning_rate=0.001"
     assert points[2].values["data.train"] == files[1]

@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax import load_model
 from lora_jax.cli.main import main
+from lora_jax.tree.paths import flatten
 from tests.interop.peft_cases import adapter_of, logits_of
 from tests.models.golden import GOLDEN
 
@@ -71,7 +72,32 @@ def test_a_merged_model_gives_its_adapter_back(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["left"] == []
     assert result["largest_error"] < 1e-4
+    assert result["least_energy_kept"] > 1 - 1e-8
     np.testing.assert_allclose(logits(out), logits(RSLORA), rtol=1e-4, atol=6e-5)
+
+    # At rank 1, each layer's energy is that of its largest singular value.
+    args = ["--tuned", tuned, "--rank", "1", "--out", str(tmp_path / "one")]
+    assert main(["extract", "--model", MODEL, *args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    before, after = (
+        flatten(load_model(folder, scan_layers=False).params)
+        for folder in (MODEL, tuned)
+    )
+    kept = []
+    for path, kernel in before.items():
+        change = np.asarray(after[path] - kernel, np.float64)
+        if np.abs(change).max() > 0:
+            values = np.linalg.svd(change.reshape(len(change), -1), compute_uv=False)
+            kept.append(values[0] ** 2 / (values**2).sum())
+    assert result["layers"] > result["changed"] == len(kept)
+    assert result["mean_energy_kept"] == pytest.approx(np.mean(kept), rel=1e-4)
+    assert result["least_energy_kept"] == pytest.approx(min(kept), rel=1e-4)
+
+    file = tmp_path / "tuned" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.5}))
+    assert main(["extract", "--model", MODEL, *args[:-1], str(tmp_path / "two")]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "their configs differ: norm_eps = 0.5, not 0.02." in shown
 
 
 def test_weights_of_one_adapter_in_full_stay_beside_the_sum(tmp_path, capsys):

@@ -66,10 +66,15 @@ def test_each_row_is_its_adapter_alone():
 
 
 def test_dora_rows_too_and_none_is_the_base():
-    several = member(1, dora=True), member(2, dora=True, alpha=5)
+    """Also beside LoRA, and where they adapt other layers."""
+    several = (
+        member(1, dora=True, targets=["down"]),
+        member(2, dora=True, alpha=5, targets=["up"]),
+        member(3, rank=1),
+    )
     bank = of(*several)
-    got = bank.module.apply(bank.variables(["m1", "m0", None, "m1"]), X)
-    for row, index in ((0, 1), (1, 0), (3, 1)):
+    got = bank.module.apply(bank.variables(["m1", "m0", None, "m2"]), X)
+    for row, index in ((0, 1), (1, 0), (3, 2)):
         adapted, variables, _ = several[index]
         wanted = adapted.apply(variables, X[row])
         np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
@@ -387,8 +392,8 @@ def test_misuse_is_told():
         bank.add("more", *member(3)[2])
     with pytest.raises(ValueError, match=r"adapter 'm0': .*rank of at least 3; got 2"):
         bank.add("m0", *member(3, rank=3)[2])
-    with pytest.raises(ValueError, match=r"all be DoRA or none; \['m1'\] are"):
-        of(member(1), member(2, dora=True))
+    with pytest.raises(ValueError, match=r"up must have dora=True; got False"):
+        bank.add("m0", *member(2, dora=True)[2])
     with pytest.raises(ValueError, match="from 1 to capacity = 1 members; got 2"):
         of(member(1), member(2), capacity=1)
     with pytest.raises(ValueError, match=r"by rank, both at least 1.*got \{0: 3\}"):

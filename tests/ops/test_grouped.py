@@ -17,7 +17,7 @@ SIZES = {
     "first": (18, 0, 0),
 }
 ROWS, INPUTS, OUTPUTS = 18, 7, 5
-SPARE = jnp.array((5, 0, 9))
+SPARE, WHOLE = jnp.array((5, 0, 9)), jnp.array((5, 4, 9))
 
 
 def looped(x, matrices, sizes):
@@ -53,14 +53,28 @@ def test_the_outer_product_sums_over_the_rows_of_a_group(arrays, sizes):
     assert_close(grouped.grouped_outer(x, y, jnp.array(sizes), jnp.float32), wanted)
 
 
+@pytest.mark.parametrize("sizes", [SPARE, WHOLE], ids=["spare", "whole"])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_blocks_compute_what_other_devices_compute(arrays, is_transposed):
+def test_blocks_compute_what_other_devices_compute(arrays, is_transposed, sizes):
     """The functions of both platforms, run on this one."""
     x, matrices = arrays
     matrices = matrices.swapaxes(1, 2) if is_transposed else matrices
     options = {"is_transposed": is_transposed, "precision": None}
-    wanted = grouped._ragged_dot(x, matrices, SPARE, **options)
-    assert_close(grouped._dot_in_blocks(x, matrices, SPARE, **options), wanted)
+    options["is_whole"] = sizes is WHOLE
+    wanted = grouped._ragged_dot(x, matrices, sizes, **options)
+    assert_close(grouped._dot_in_blocks(x, matrices, sizes, **options), wanted)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_rows_are_masked_only_if_the_groups_are_in_several_shards(arrays, shards):
+    x, matrices = arrays
+    rows = jnp.broadcast_to(x, (1, shards, *x.shape))
+    args = rows, matrices, WHOLE.reshape(1, shards, -1)
+    assert f"is_whole={shards == 1}" in str(jax.make_jaxpr(grouped.grouped_dot)(*args))
+    for_gpu = (
+        jax.jit(grouped.grouped_dot).trace(*args).lower(lowering_platforms=("cuda",))
+    )
+    assert ("stablehlo.select" in for_gpu.as_text()) == (shards > 1)
 
 
 def test_blocks_sum_what_other_devices_sum(arrays):

@@ -217,9 +217,10 @@ def test_all_faults_are_told_at_once():
     with pytest.raises(
         ValueError,
         match=r"2 adapters and 1 weights; weights must be finite; got \[nan\]; density "
-        r"must be above 0 and at most 1; got 0; adapters \[1\] are DoRA",
+        r"must be above 0 and at most 1; got 0; seed must be at least 0; got -1; "
+        r"adapters \[1\] are DoRA",
     ):
-        combine_adapters(pairs(found), [float("nan")], density=0)
+        combine_adapters(pairs(found), [float("nan")], density=0, seed=-1)
     with pytest.raises(ValueError, match="'svd' needs a rank of at least 1; got None"):
         combine_adapters(pairs(found)[:1], [1.0], method="svd")
     with pytest.raises(ValueError, match=r"method must be one of .*; got 'mean'"):

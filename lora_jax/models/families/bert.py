@@ -3,54 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.family import Family, Fields
-
-Config = Mapping[str, Any]
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 MPNET_BUCKETS, MPNET_PADDING = 32, 1
 
 
-def read_config(config: Config) -> EncoderConfig:
-    """Reads a Hugging Face BERT ``config.json``.
-
-    Raises:
-      ValueError: if a key is missing, out of range, or asks for an unsupported BERT (a
-        decoder, cross-attention, relative positions).
-
-    Example:
-      >>> read_config({"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
-      ...              "num_attention_heads": 2, "intermediate_size": 8}).mlp_size
-      8
-    """
-    fields = Fields(config, "BERT encoder")
-    arguments = _read_sizes(fields)
-    fields.check()
-    return EncoderConfig(**arguments)
-
-
-def read_roberta(config: Config) -> EncoderConfig:
-    """Reads a RoBERTa config: positions count tokens from the padding id on."""
-    fields = Fields(config, "RoBERTa encoder")
-    arguments = _read_sizes(fields)
-    padding = fields.integer("pad_token_id", 1)
-    rows = arguments["max_positions"]
-    if not 0 <= padding < rows - 1:
-        fields.faults.append(
-            f"pad_token_id must be in [0, max_position_embeddings - 1 = {rows - 1}), "
-            f"so that positions are left; got {padding}"
-        )
-    fields.check()
-    arguments["max_positions"] = rows - padding - 1
-    return EncoderConfig(**arguments, padding_id=padding)
-
-
 def _read_sizes(fields: Fields) -> dict[str, Any]:
-    """Reads the keys that BERT and RoBERTa share."""
+    """Reads the keys that most of these families share."""
     fields.only("is_decoder", False)
     fields.only("add_cross_attention", False)
     fields.only("position_embedding_type", "absolute")
@@ -68,48 +30,71 @@ def _read_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def read_electra(config: Config) -> EncoderConfig:
+@config_reader(EncoderConfig, "BERT encoder")
+def read_config(fields: Fields) -> dict[str, Any]:
+    """Reads a Hugging Face BERT ``config.json``.
+
+    Raises:
+      ValueError: if a key is missing, out of range, or asks for an unsupported BERT (a
+        decoder, cross-attention, relative positions).
+
+    Example:
+      >>> read_config({"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
+      ...              "num_attention_heads": 2, "intermediate_size": 8}).mlp_size
+      8
+    """
+    return _read_sizes(fields)
+
+
+@config_reader(EncoderConfig, "RoBERTa encoder")
+def read_roberta(fields: Fields) -> dict[str, Any]:
+    """Reads a RoBERTa config: positions count tokens from the padding id on."""
+    sizes, padding = _read_sizes(fields), fields.integer("pad_token_id", 1)
+    rows = sizes["max_positions"]
+    if not 0 <= padding < rows - 1:
+        fields.faults.append(
+            f"pad_token_id must be in [0, max_position_embeddings - 1 = {rows - 1}), "
+            f"so that positions are left; got {padding}"
+        )
+    return sizes | {"max_positions": rows - padding - 1, "padding_id": padding}
+
+
+@config_reader(EncoderConfig, "ELECTRA encoder")
+def read_electra(fields: Fields) -> dict[str, Any]:
     """Reads an ELECTRA config: embeddings of their own width, GELU in the head."""
-    fields = Fields(config, "ELECTRA encoder")
-    arguments = _read_sizes(fields)
-    width = fields.integer("embedding_size", 128)
-    fields.check()
-    is_projected = width != arguments["hidden_size"]
-    return EncoderConfig(
-        **arguments,
-        embedding_size=width if is_projected else None,
-        pooler_activation="gelu",
-    )
+    sizes, width = _read_sizes(fields), fields.integer("embedding_size", 128)
+    return sizes | {
+        "embedding_size": None if width == sizes["hidden_size"] else width,
+        "pooler_activation": "gelu",
+    }
 
 
-def read_mpnet(config: Config) -> EncoderConfig:
+@config_reader(EncoderConfig, "MPNet encoder")
+def read_mpnet(fields: Fields) -> dict[str, Any]:
     """Reads an MPNet config: biases of distances, no token types, padding's id fixed.
 
     transformers computes with 32 buckets and the padding id 1 whatever the file says.
     """
-    fields = Fields(config, "MPNet encoder")
-    arguments = _read_sizes(fields)
+    sizes = _read_sizes(fields)
     fields.only("relative_attention_num_buckets", MPNET_BUCKETS)
-    rows = arguments["max_positions"]
+    rows = sizes["max_positions"]
     if rows < MPNET_PADDING + 2:
         fields.faults.append(
             f"max_position_embeddings must be at least {MPNET_PADDING + 2}, so that "
             f"positions are left; got {rows}"
         )
-    fields.check()
-    arguments |= {
+    return sizes | {
         "max_positions": rows - MPNET_PADDING - 1,
         "num_token_types": None,
         "padding_id": MPNET_PADDING,
         "num_buckets": MPNET_BUCKETS,
     }
-    return EncoderConfig(**arguments)
 
 
-def read_distilbert(config: Config) -> EncoderConfig:
+@config_reader(EncoderConfig, "DistilBERT encoder")
+def read_distilbert(fields: Fields) -> dict[str, Any]:
     """Reads a DistilBERT config: no token types, and a fixed LayerNorm epsilon."""
-    fields = Fields(config, "DistilBERT encoder")
-    arguments = {
+    return {
         "vocab_size": fields.integer("vocab_size", 30522),
         "hidden_size": fields.integer("dim", 768),
         "num_layers": fields.layers("n_layers", 6),
@@ -117,20 +102,13 @@ def read_distilbert(config: Config) -> EncoderConfig:
         "mlp_size": fields.integer("hidden_dim", 4 * 768),
         "max_positions": fields.integer("max_position_embeddings", 512),
         "activation": fields.text("activation", "gelu"),
+        "num_token_types": None,
+        "pooler_activation": "relu",
     }
-    fields.check()
-    return EncoderConfig(**arguments, num_token_types=None, pooler_activation="relu")
-
-
-def text_inputs(config: Any) -> tuple[Any, ...]:
-    """Returns the shapes of one batch of token ids and its mask."""
-    del config
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return ids, ids
 
 
 def text_family(
-    read: Callable[[Config], EncoderConfig],
+    read: Callable[[Mapping[str, Any]], EncoderConfig],
     modules: Mapping[str, str],
     *,
     prefix: str,
@@ -141,7 +119,7 @@ def text_family(
     return Family(
         read_config=read,
         module=SequenceClassifier,
-        inputs=text_inputs,
+        inputs=lambda _: token_inputs(2),
         modules={
             "encoder/embeddings/word": "embeddings.word_embeddings",
             "encoder/embeddings/position": "embeddings.position_embeddings",

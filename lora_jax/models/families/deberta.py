@@ -1,23 +1,22 @@
 """DeBERTa v2 and v3: attention with scores of distances, v2's with a convolution."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.disentangled import Disentangled
 from lora_jax.models.encoder_config import POOLERS, ConvConfig, EncoderConfig
 from lora_jax.models.families.bert import LAYER, SHARED, text_family
-from lora_jax.models.family import MAX_SIZE, Family, Fields
+from lora_jax.models.fields import MAX_SIZE, Fields, config_reader
 
 TYPES = ("c2p", "p2c")
 
 
-def read_deberta(config: Mapping[str, Any]) -> EncoderConfig:
+@config_reader(EncoderConfig, "DeBERTa encoder")
+def read_deberta(fields: Fields) -> dict[str, Any]:
     """Reads a DeBERTa v2 or v3 config; absent keys have transformers' defaults.
 
     Raises:
       ValueError: if a key is out of range or asks for an unsupported DeBERTa.
     """
-    fields = Fields(config, "DeBERTa encoder")
     width = fields.integer("hidden_size", 1536)
     heads = fields.integer("num_attention_heads", 24)
     for key in ("embedding_size", "pooler_hidden_size"):
@@ -25,7 +24,7 @@ def read_deberta(config: Mapping[str, Any]) -> EncoderConfig:
     fields.only("attention_head_size", width // max(heads, 1))
     longest = fields.integer("max_position_embeddings", 512)
     types = fields.integer("type_vocab_size", 0)
-    arguments = {
+    return {
         "vocab_size": fields.integer("vocab_size", 128100),
         "hidden_size": width,
         "num_layers": fields.layers("num_hidden_layers", 24),
@@ -40,8 +39,6 @@ def read_deberta(config: Mapping[str, Any]) -> EncoderConfig:
         "disentangled": _disentangled(fields, longest),
         "conv": _conv(fields, width),
     }
-    fields.check()
-    return EncoderConfig(**arguments)
 
 
 def _disentangled(fields: Fields, longest: int) -> Disentangled | None:
@@ -101,7 +98,7 @@ def _conv(fields: Fields, width: int) -> ConvConfig | None:
 
 
 ATTENTION = LAYER + "attention.self."
-DEBERTA: Family = text_family(
+DEBERTA = text_family(
     read_deberta,
     SHARED
     | {

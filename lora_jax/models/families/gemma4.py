@@ -5,73 +5,63 @@ for every layer, and their last layers use the keys and values of earlier ones; 
 values that are the keys before their norm.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.decoder_config import DecoderConfig, Rope
+from lora_jax.models.decoder_config import Rope
 from lora_jax.models.families.gemma import MODULES, soft_cap
 from lora_jax.models.families.llama import (
     LAYER,
+    Sizes,
+    attention_biases,
     decoder_family,
-    finish,
-    read_sizes,
+    decoder_reader,
+    every,
     sliding_layers,
+    two_ropes,
 )
 from lora_jax.models.families.mixtures import read_experts, whole_experts
 from lora_jax.models.families.rope import read_rope
-from lora_jax.models.family import Fields
+from lora_jax.models.fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Changes = list[dict[str, Any]]
 
 
-def read_gemma4(config: Mapping[str, Any]) -> DecoderConfig:
+@decoder_reader(
+    "Gemma 4 text",
+    max_position_embeddings=131072,
+    head_dim=256,
+    tie_word_embeddings=True,
+)
+def read_gemma4(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Gemma 4 text config."""
-    fields = Fields(config, "Gemma 4 text decoder")
-    if config.get("use_bidirectional_attention") == "all":
+    if fields.config.get("use_bidirectional_attention") == "all":
         fields.faults.append("use_bidirectional_attention must not be 'all' here")
-    sizes = read_sizes(fields, max_positions_default=131072)
-    layers = sizes["num_layers"]
-    sizes["head_dim"] = fields.integer("head_dim", 256)
     window = fields.integer("sliding_window", 512)
-    windows = sliding_layers(fields, layers, lambda i: (i + 1) % 6 != 0, window)
+    windows = sliding_layers(fields, sizes["num_layers"], every(6), window)
     windows = (*windows[:-1], None)  # as transformers has it
     changes = _changes(fields, sizes, windows)
     width = fields.integer("hidden_size_per_layer_input", 256)
-    bias = fields.flag("attention_bias")
-    experts: dict[str, Any] = {}
+    experts: Sizes = {}
     if fields.flag("enable_moe_block"):
-        experts = read_experts(
-            fields,
-            chosen=None,
-            key="top_k_experts",
-            size="moe_intermediate_size",
-            is_beside_mlp=True,
-        )
-    return finish(
-        fields,
-        sizes
-        | experts
-        | {
-            "activation": fields.text("hidden_activation", "gelu_pytorch_tanh"),
-            "norm_placement": "both",
-            "qk_norm": "head",
-            "has_value_norm": True,
-            "ropes": _ropes(fields, sizes["head_dim"], changes),
-            "layer_ropes": tuple(0 if w is None else 1 for w in windows),
-            "layer_windows": windows,
-            "layer_changes": tuple(tuple(sorted(c.items())) for c in changes),
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "has_layer_scale": True,
-            "per_layer_size": width or None,
-            "per_layer_vocab": fields.integer("vocab_size_per_layer_input", 262144),
-            "attention_scale": 1.0,
-            "final_softcap": soft_cap(fields, "final_logit_softcapping", None),
-            "embed_scale": max(sizes["hidden_size"], 1) ** 0.5,
-            "is_tied": fields.flag("tie_word_embeddings", True),
-        },
-    )
+        options = {"key": "top_k_experts", "is_beside_mlp": True}
+        experts = read_experts(fields, "moe_intermediate_size", **options)
+    return {
+        **attention_biases(fields),
+        **experts,
+        **two_ropes(_ropes(fields, sizes["head_dim"], changes), windows),
+        "activation": fields.text("hidden_activation", "gelu_pytorch_tanh"),
+        "norm_placement": "both",
+        "qk_norm": "head",
+        "has_value_norm": True,
+        "layer_changes": tuple(tuple(sorted(c.items())) for c in changes),
+        "has_layer_scale": True,
+        "per_layer_size": width or None,
+        "per_layer_vocab": fields.integer("vocab_size_per_layer_input", 262144),
+        "attention_scale": 1.0,
+        "final_softcap": soft_cap(fields, "final_logit_softcapping", None),
+        "embed_scale": max(sizes["hidden_size"], 1) ** 0.5,
+    }
 
 
 def _changes(fields: Fields, sizes: dict[str, Any], windows: Any) -> Changes:
@@ -87,12 +77,11 @@ def _changes(fields: Fields, sizes: dict[str, Any], windows: Any) -> Changes:
     for i, window in enumerate(windows):
         change: dict[str, Any] = {}
         if given is not None:
-            own = Fields(given.get(str(i)) or {}, fields.what)
+            own = fields.nested(given.get(str(i)) or {})
             change["head_dim"] = own.integer("head_dim", sizes["head_dim"])
             change["num_kv_heads"] = own.integer(
                 "num_key_value_heads", sizes["num_kv_heads"]
             )
-            fields.faults += own.faults
         elif window is None:
             change["head_dim"] = size
             change["num_kv_heads"] = heads if is_same else sizes["num_kv_heads"]
@@ -132,10 +121,7 @@ def _ropes(fields: Fields, head_dim: int, changes: Changes) -> tuple[Rope, Rope]
         fields.faults.append(f"rope_parameters must have {FULL} and {SLIDING}")
         full = local = {}
     wide = changes[-1].get("head_dim", head_dim) if changes else head_dim
-    return (
-        read_rope(fields, wide, settings=full),
-        read_rope(fields, head_dim, settings=local),
-    )
+    return read_rope(fields, wide, full), read_rope(fields, head_dim, local)
 
 
 GEMMA4 = decoder_family(

@@ -7,23 +7,24 @@ grow with the text. ``layer_types`` says which is which.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.families.llama import (
     LAYER,
     PRE_NORMS,
     SHARED,
-    Config,
+    Sizes,
+    attention_biases,
     decoder_family,
-    finish,
-    plain_rope,
-    read_sizes,
+    decoder_reader,
+    every,
+    full_layers,
+    one_rope,
 )
 from lora_jax.models.families.mixtures import mixture_family, read_experts
-from lora_jax.models.families.rope import read_rope, rotated_dim
-from lora_jax.models.family import Fields
+from lora_jax.models.families.rope import rotated_dim
+from lora_jax.models.fields import Fields
 from lora_jax.models.mixer_config import DeltaNetConfig, MixerConfig, ShortConvConfig
 
-FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+LINEAR, CONV = "linear_attention", "conv"
 
 
 def read_mixers(
@@ -46,13 +47,9 @@ def read_mixers(
       ``{"layer_changes": ...}`` for `DecoderConfig`, or ``{"mixer": ...}`` if all
       layers are alike.
     """
-    kinds = fields.sequence("layer_types", layers)
-    if kinds is None:
-        kinds = [FULL if has_attention(i) else kind for i in range(layers)]
-    if wrong := sorted({str(k) for k in kinds if k not in (FULL, kind)}):
-        fields.faults.append(f"layer_types must be of {(FULL, kind)}; got {wrong}")
+    found = full_layers(fields, layers, kind, has_attention)
     try:
-        mixers = [None if k == FULL else make() for k in kinds]
+        mixers = [None if has_own else make() for has_own in found]
     except ValueError as error:
         fields.faults.append(str(error).rstrip("."))
         return {}
@@ -62,13 +59,16 @@ def read_mixers(
     return {"layer_changes": changes}
 
 
-def _read_qwen(fields: Fields, mlp_size: str) -> dict[str, Any]:
-    sizes = read_sizes(fields, max_positions_default=32768, mlp_size=mlp_size)
-    layers = sizes["num_layers"]
-    sizes["head_dim"] = fields.integer("head_dim", 256)
+QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "head_dim": 256,
+    "num_experts_per_tok": 8,
+}
+
+
+def _qwen(fields: Fields, sizes: Sizes) -> Sizes:
     interval = max(fields.integer("full_attention_interval", 4), 1)
     fields.only("attn_output_gate", True)
-    bias = fields.flag("attention_bias")
 
     def make() -> DeltaNetConfig:
         return DeltaNetConfig(
@@ -79,50 +79,41 @@ def _read_qwen(fields: Fields, mlp_size: str) -> dict[str, Any]:
             conv_size=fields.integer("linear_conv_kernel_dim", 4),
         )
 
-    return (
-        sizes
-        | {
-            "norm_offset": 1.0,
-            "qk_norm": "head",
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "has_output_gate": True,
-            "ropes": (read_rope(fields, rotated_dim(fields, sizes["head_dim"], 0.25)),),
-            "layer_ropes": (0,) * layers,
-        }
-        | read_mixers(fields, layers, lambda i: (i + 1) % interval == 0, LINEAR, make)
-    )
+    return {
+        **attention_biases(fields),
+        **one_rope(fields, sizes, rotated_dim(fields, sizes["head_dim"], 0.25)),
+        **read_mixers(fields, sizes["num_layers"], every(interval), LINEAR, make),
+        "norm_offset": 1.0,
+        "qk_norm": "head",
+        "has_output_gate": True,
+    }
 
 
-def read_qwen3_5(config: Config) -> DecoderConfig:
+@decoder_reader("Qwen3.5 text", **QWEN)
+def read_qwen3_5(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a dense Qwen3.5 text config: one layer in four has attention."""
-    fields = Fields(config, "Qwen3.5 text decoder")
-    return finish(fields, _read_qwen(fields, "intermediate_size"))
+    return _qwen(fields, sizes)
 
 
-def read_qwen3_5_moe(config: Config) -> DecoderConfig:
+@decoder_reader("Qwen3.5-MoE text", mlp_keys=("moe_intermediate_size",), **QWEN)
+def read_qwen3_5_moe(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads the text config of a Qwen3.5 with experts, one of which all tokens meet."""
-    fields = Fields(config, "Qwen3.5-MoE text decoder")
-    experts = read_experts(
-        fields,
-        chosen=8,
-        size="moe_intermediate_size",
-        shared_size=fields.integer("shared_expert_intermediate_size", 512),
-    )
-    return finish(fields, _read_qwen(fields, "moe_intermediate_size") | experts)
+    shared = fields.integer("shared_expert_intermediate_size", 512)
+    experts = read_experts(fields, "moe_intermediate_size", shared_size=shared)
+    return _qwen(fields, sizes) | experts
 
 
-def read_lfm2(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "LFM2",
+    mlp_keys=("block_ff_dim", "intermediate_size"),
+    max_position_embeddings=128000,
+    num_key_value_heads=8,
+    rope_theta=1e6,
+)
+def read_lfm2(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads an LFM2 config: short convolutions, and some layers of attention."""
-    fields = Fields(config, "LFM2 decoder")
-    key = "block_ff_dim" if config.get("block_ff_dim") else "intermediate_size"
-    sizes = read_sizes(fields, max_positions_default=128000, mlp_size=key)
-    layers = sizes["num_layers"]
-    if config.get("num_key_value_heads") is None:
-        sizes["num_kv_heads"] = 8
-    if fields.flag("block_auto_adjust_ff_dim", True):
-        sizes["mlp_size"] = _adjusted(fields, sizes["mlp_size"])
-    own = config.get("full_attn_idxs")
+    layers, size = sizes["num_layers"], sizes["mlp_size"]
+    own = fields.config.get("full_attn_idxs")
     full = own if isinstance(own, list) else range(layers)
 
     def make() -> ShortConvConfig:
@@ -130,28 +121,25 @@ def read_lfm2(config: Config) -> DecoderConfig:
             fields.integer("conv_L_cache", 3), fields.flag("conv_bias")
         )
 
-    tied = "tie_embedding" if "tie_embedding" in config else "tie_word_embeddings"
-    return finish(
-        fields,
-        sizes
-        | plain_rope(fields, sizes, default_theta=1e6)
-        | {
-            "activation": "silu",
-            "norm_eps": fields.number("norm_eps", 1e-5),
-            "qk_norm": "head",
-            "is_tied": fields.flag(tied, True),
-        }
-        | read_mixers(fields, layers, lambda i: i in full, CONV, make),
-    )
+    is_adjusted = fields.flag("block_auto_adjust_ff_dim", True)
+    is_old = "tie_embedding" in fields.config
+    return {
+        **read_mixers(fields, layers, lambda i: i in full, CONV, make),
+        "mlp_size": _adjusted(fields, size) if is_adjusted else size,
+        "activation": "silu",
+        "norm_eps": fields.number("norm_eps", 1e-5),
+        "qk_norm": "head",
+        "is_tied": fields.flag(
+            "tie_embedding" if is_old else "tie_word_embeddings", True
+        ),
+    }
 
 
 def _adjusted(fields: Fields, size: int) -> int:
     """The MLP's width where the file's is that of an MLP without a gate."""
     size = int(2 * size / 3)
     factor = fields.number("block_ffn_dim_multiplier", 1.0)
-    if "block_ffn_dim_multiplier" in fields.config and (
-        fields.config["block_ffn_dim_multiplier"] is None
-    ):
+    if fields.is_null("block_ffn_dim_multiplier"):
         return size
     multiple = max(fields.integer("block_multiple_of", 256), 1)
     return multiple * -(-int(factor * size) // multiple)

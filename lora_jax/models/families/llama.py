@@ -3,35 +3,53 @@
 Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 (a Llama), SmolLM3, Phi-3 and OLMo 2.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.decoder_config import DecoderConfig
+from lora_jax.models.decoder_config import DecoderConfig, Rope
 from lora_jax.models.families.rope import read_rope, rotated_dim
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
-Config = Mapping[str, Any]
+Sizes = dict[str, Any]  # arguments of `DecoderConfig`
 
 
-def read_sizes(
-    fields: Fields,
-    *,
-    max_positions_default: int = 2048,
-    mlp_size: str = "intermediate_size",
-) -> dict[str, Any]:
-    """Reads the `DecoderConfig` arguments that all Llama-like decoders share.
+def decoder_reader(
+    what: str, *, mlp_keys: tuple[str, ...] = ("intermediate_size",), **defaults: Any
+) -> Any:
+    """Makes `Family.read_config` of a function that reads what differs from Llama.
 
     Args:
-      fields: the config.
-      max_positions_default: the context if the file has none.
-      mlp_size: the key of the width inside the MLP.
+      what: the family.
+      mlp_keys: of the width inside the MLP; the first that the file has.
+      **defaults: what absent keys mean.
+
+    Returns:
+      A decorator of a function of `Fields` and the arguments of `DecoderConfig` that
+      all have, which returns further ones. Without ``ropes`` among them, all of every
+      head is rotated.
     """
+
+    def decorate(differences: Callable[[Fields, dict[str, Any]], Any]) -> Any:
+        @config_reader(DecoderConfig, f"{what} decoder", **defaults)
+        @functools.wraps(differences)
+        def read(fields: Fields) -> dict[str, Any]:
+            sizes = _read_sizes(fields, mlp_keys)
+            found = sizes | differences(fields, sizes)
+            return found if "ropes" in found else found | one_rope(fields, found)
+
+        return read
+
+    return decorate
+
+
+def _read_sizes(fields: Fields, mlp_keys: tuple[str, ...]) -> dict[str, Any]:
+    """Reads the `DecoderConfig` arguments that all Llama-like decoders share."""
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
+    own = (key for key in mlp_keys[:-1] if fields.config.get(key))
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
@@ -39,184 +57,161 @@ def read_sizes(
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", hidden // max(heads, 1)),
-        "mlp_size": fields.integer(mlp_size),
-        "max_positions": fields.integer(
-            "max_position_embeddings", max_positions_default
-        ),
+        "mlp_size": fields.integer(next(own, mlp_keys[-1])),
+        "max_positions": fields.integer("max_position_embeddings", 2048),
         "activation": fields.text("hidden_act", "silu"),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "is_tied": fields.flag("tie_word_embeddings"),
     }
 
 
-def finish(fields: Fields, arguments: dict[str, Any]) -> DecoderConfig:
-    """Raises the collected faults, or builds the config."""
-    fields.check()
-    return DecoderConfig(**arguments)
+def attention_biases(fields: Fields) -> dict[str, Any]:
+    """Reads whether all four projections of attention have biases."""
+    bias = fields.flag("attention_bias")
+    return {"has_qkv_bias": bias, "has_output_bias": bias}
+
+
+def full_layers(
+    fields: Fields, layers: int, other: str, is_full: Callable[[int], bool]
+) -> list[bool]:
+    """Returns which layers have full attention, ``other`` being the other kind.
+
+    ``layer_types`` says so, or else ``is_full`` of a layer's number.
+    """
+    kinds, known = fields.sequence("layer_types", layers), ("full_attention", other)
+    if kinds is None:
+        return [is_full(i) for i in range(layers)]
+    if wrong := sorted({str(kind) for kind in kinds if kind not in known}):
+        fields.faults.append(f"layer_types must be of {known}; got {wrong}")
+    return [kind == known[0] for kind in kinds]
 
 
 def sliding_layers(
-    fields: Fields, layers: int, slides: Any, window: int | None
+    fields: Fields,
+    layers: int,
+    is_full: Callable[[int], bool],
+    window: int | None,
 ) -> tuple[int | None, ...]:
-    """Returns each layer's window: by ``layer_types`` if given, else ``slides(i)``."""
-    kinds = fields.sequence("layer_types", layers)
-    if kinds is not None:
-        known = ("full_attention", "sliding_attention")
-        if wrong := sorted({str(kind) for kind in kinds if kind not in known}):
-            fields.faults.append(f"layer_types must be of {known}; got {wrong}")
-        return tuple(window if kind == known[1] else None for kind in kinds)
-    return tuple(window if slides(i) else None for i in range(layers))
+    """Returns each layer's window, None with full attention; see `full_layers`."""
+    found = full_layers(fields, layers, "sliding_attention", is_full)
+    return tuple(None if full else window for full in found)
 
 
-def plain_rope(fields: Fields, sizes: dict[str, Any], **options: Any) -> dict:
-    """Returns one table of full rotation for all layers."""
-    rope = read_rope(fields, sizes["head_dim"], **options)
+def every(period: int) -> Callable[[int], bool]:
+    """Returns whether a layer is the last of a period."""
+    return lambda i: (i + 1) % period == 0
+
+
+def window_or_none(fields: Fields) -> int | None:
+    """Reads the window of families in which ``null`` means none."""
+    is_none = fields.is_null("sliding_window")
+    return None if is_none else fields.integer("sliding_window", None)
+
+
+def window_if_used(fields: Fields) -> int | None:
+    """Reads the window of families that have a flag for it."""
+    is_used = fields.flag("use_sliding_window")
+    return fields.integer("sliding_window", 4096) if is_used else None
+
+
+def one_rope(
+    fields: Fields, sizes: Mapping[str, Any], rotary_dim: int | None = None
+) -> dict[str, Any]:
+    """Reads one table for all layers, of full rotation unless a dimension is given."""
+    rope = read_rope(fields, sizes["head_dim"] if rotary_dim is None else rotary_dim)
     return {"ropes": (rope,), "layer_ropes": (0,) * sizes["num_layers"]}
 
 
-def read_llama(config: Config) -> DecoderConfig:
+def two_ropes(
+    ropes: tuple[Rope, Rope], windows: tuple[int | None, ...]
+) -> dict[str, Any]:
+    """Gives layers without a window the first table, those with one the second."""
+    return {
+        "ropes": ropes,
+        "layer_ropes": tuple(0 if window is None else 1 for window in windows),
+        "layer_windows": windows,
+    }
+
+
+@decoder_reader("Llama")
+def read_llama(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Llama config (SmolLM2's too)."""
-    fields = Fields(config, "Llama decoder")
-    sizes = read_sizes(fields)
-    bias = fields.flag("attention_bias")
-    return finish(
-        fields,
-        sizes
-        | plain_rope(fields, sizes)
-        | {
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "has_mlp_bias": fields.flag("mlp_bias"),
-        },
-    )
+    del sizes
+    return attention_biases(fields) | {"has_mlp_bias": fields.flag("mlp_bias")}
 
 
-def read_mistral(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "Mistral",
+    max_position_embeddings=131072,
+    num_key_value_heads=8,
+    sliding_window=4096,
+)
+def read_mistral(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Mistral config: every layer has the sliding window."""
-    fields = Fields(config, "Mistral decoder")
-    sizes = read_sizes(fields, max_positions_default=131072)
-    window = None
-    if "sliding_window" not in config or config["sliding_window"] is not None:
-        window = fields.integer("sliding_window", 4096)
-    windows = (window,) * sizes["num_layers"]
-    if config.get("num_key_value_heads") is None:
-        sizes["num_kv_heads"] = 8
-    return finish(
-        fields, sizes | plain_rope(fields, sizes) | {"layer_windows": windows}
-    )
+    return {"layer_windows": (window_or_none(fields),) * sizes["num_layers"]}
 
 
-def _qwen_windows(fields: Fields, sizes: dict[str, Any]) -> tuple[int | None, ...]:
-    is_sliding = fields.flag("use_sliding_window")
-    window = fields.integer("sliding_window", 4096) if is_sliding else None
+def _qwen_windows(fields: Fields, sizes: Sizes) -> tuple[int | None, ...]:
+    window = window_if_used(fields)
     first = fields.integer("max_window_layers", 28)
-    return sliding_layers(fields, sizes["num_layers"], lambda i: i >= first, window)
+    return sliding_layers(fields, sizes["num_layers"], lambda i: i < first, window)
 
 
-def read_qwen2(config: Config) -> DecoderConfig:
+@decoder_reader("Qwen2", max_position_embeddings=32768)
+def read_qwen2(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Qwen2 or Qwen2.5 config: biases on query, key and value."""
-    fields = Fields(config, "Qwen2 decoder")
-    sizes = read_sizes(fields, max_positions_default=32768)
-    windows = _qwen_windows(fields, sizes)
-    return finish(
-        fields,
-        sizes
-        | plain_rope(fields, sizes)
-        | {"has_qkv_bias": True, "layer_windows": windows},
-    )
+    return {"has_qkv_bias": True, "layer_windows": _qwen_windows(fields, sizes)}
 
 
-def read_qwen3(config: Config) -> DecoderConfig:
+@decoder_reader("Qwen3", max_position_embeddings=32768, head_dim=128)
+def read_qwen3(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Qwen3 config: queries and keys are normalised per head."""
-    fields = Fields(config, "Qwen3 decoder")
-    sizes = read_sizes(fields, max_positions_default=32768)
-    sizes["head_dim"] = fields.integer("head_dim", 128)
-    bias = fields.flag("attention_bias")
-    return finish(
-        fields,
-        sizes
-        | plain_rope(fields, sizes)
-        | {
-            "qk_norm": "head",
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "layer_windows": _qwen_windows(fields, sizes),
-        },
-    )
+    return attention_biases(fields) | {
+        "qk_norm": "head",
+        "layer_windows": _qwen_windows(fields, sizes),
+    }
 
 
-def read_smollm3(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "SmolLM3", max_position_embeddings=32768, tie_word_embeddings=True, rope_theta=2e6
+)
+def read_smollm3(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a SmolLM3 config: some layers have no rotary positions."""
-    fields = Fields(config, "SmolLM3 decoder")
-    sizes = read_sizes(fields, max_positions_default=32768)
-    sizes["is_tied"] = fields.flag("tie_word_embeddings", True)
     layers = sizes["num_layers"]
     interval = max(fields.integer("no_rope_layer_interval", 4), 1)
     rotates = fields.sequence("no_rope_layers", layers)
     if rotates is None:
-        rotates = [(i + 1) % interval != 0 for i in range(layers)]
-    is_sliding = fields.flag("use_sliding_window")
-    window = fields.integer("sliding_window", 4096) if is_sliding else None
-    windows = sliding_layers(fields, layers, lambda i: not rotates[i], window)
-    bias = fields.flag("attention_bias")
-    return finish(
-        fields,
-        sizes
-        | {
-            "ropes": (read_rope(fields, sizes["head_dim"], default_theta=2e6),),
-            "layer_ropes": tuple(0 if rotated else None for rotated in rotates),
-            "layer_windows": windows,
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "has_mlp_bias": fields.flag("mlp_bias"),
-        },
-    )
+        rotates = [not every(interval)(i) for i in range(layers)]
+    window = window_if_used(fields)
+    return {
+        **attention_biases(fields),
+        **one_rope(fields, sizes),
+        "layer_ropes": tuple(0 if rotated else None for rotated in rotates),
+        "layer_windows": sliding_layers(fields, layers, rotates.__getitem__, window),
+        "has_mlp_bias": fields.flag("mlp_bias"),
+    }
 
 
-def read_phi3(config: Config) -> DecoderConfig:
+@decoder_reader("Phi-3", max_position_embeddings=4096, rms_norm_eps=1e-5)
+def read_phi3(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Phi-3 config: fused projections, partial rotation of each head."""
-    fields = Fields(config, "Phi-3 decoder")
-    sizes = read_sizes(fields, max_positions_default=4096)
-    rope = read_rope(fields, rotated_dim(fields, sizes["head_dim"], 1.0))
-    layers = sizes["num_layers"]
+    rotary_dim = rotated_dim(fields, sizes["head_dim"], 1.0)
     window = fields.integer("sliding_window", None)
-    return finish(
-        fields,
-        sizes
-        | {
-            "norm_eps": fields.number("rms_norm_eps", 1e-5),
-            "ropes": (rope,),
-            "layer_ropes": (0,) * layers,
-            "layer_windows": (window,) * layers,
-            "is_qkv_fused": True,
-            "is_gate_up_fused": True,
-        },
-    )
+    return one_rope(fields, sizes, rotary_dim) | {
+        "layer_windows": (window,) * sizes["num_layers"],
+        "is_qkv_fused": True,
+        "is_gate_up_fused": True,
+    }
 
 
-def read_olmo2(config: Config) -> DecoderConfig:
+@decoder_reader("OLMo 2", rms_norm_eps=1e-5)
+def read_olmo2(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads an OLMo 2 config: post-norms, and normalised queries and keys."""
-    fields = Fields(config, "OLMo 2 decoder")
-    sizes = read_sizes(fields)
-    sizes["norm_eps"] = fields.number("rms_norm_eps", 1e-5)
-    bias = fields.flag("attention_bias")
-    return finish(
-        fields,
-        sizes
-        | plain_rope(fields, sizes)
-        | {
-            "qk_norm": "projection",
-            "norm_placement": "post",
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-        },
-    )
-
-
-def token_inputs(config: Any) -> tuple[Any, ...]:
-    """Returns the shape of one batch of token ids."""
-    del config
-    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+    del sizes
+    return attention_biases(fields) | {
+        "qk_norm": "projection",
+        "norm_placement": "post",
+    }
 
 
 def decoder_family(
@@ -231,7 +226,7 @@ def decoder_family(
     return Family(
         read_config=read_config,
         module=Decoder,
-        inputs=token_inputs,
+        inputs=lambda _: token_inputs(1),
         modules=modules,
         prefix=prefix,
         prefixes=("model.language_model.", "language_model.model."),  # of a tower

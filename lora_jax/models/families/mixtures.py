@@ -7,38 +7,33 @@ gate and up in turns.
 
 from typing import Any
 
-from lora_jax.models.decoder_config import DecoderConfig
 from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.models.families.llama import (
     LAYER,
     PRE_NORMS,
     SHARED,
-    Config,
+    Sizes,
+    attention_biases,
     decoder_family,
-    finish,
-    read_sizes,
+    decoder_reader,
+    every,
     sliding_layers,
+    window_if_used,
 )
-from lora_jax.models.families.rope import read_rope
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family
+from lora_jax.models.fields import Fields
 
 COUNTS = ("num_local_experts", "num_experts")  # keys of the number of experts
 MAX_EXPERTS = 4096  # of a layer; a config.json may ask for anything
 
 
 def read_experts(
-    fields: Fields,
-    *,
-    chosen: int | None,
-    size: str,
-    key: str = "num_experts_per_tok",
-    **options: Any,
+    fields: Fields, size: str, *, key: str = "num_experts_per_tok", **options: Any
 ) -> dict[str, Any]:
     """Reads the sizes of a mixture of experts.
 
     Args:
       fields: the config.
-      chosen: how many a token is sent to, where the file doesn't say; None if it must.
       size: the key of the width inside an expert.
       key: that of how many a token is sent to.
       **options: other arguments of `ExpertConfig`.
@@ -48,8 +43,7 @@ def read_experts(
     """
     count = next((k for k in COUNTS if fields.config.get(k) is not None), COUNTS[0])
     experts = fields.integer(count)
-    picked = fields.integer(key, *(() if chosen is None else (chosen,)))
-    width = fields.integer(size)
+    picked, width = fields.integer(key), fields.integer(size)
     if experts > MAX_EXPERTS:
         fields.faults.append(f"{count} must be at most {MAX_EXPERTS}; got {experts}")
     try:
@@ -59,123 +53,89 @@ def read_experts(
         return {}
 
 
-def read_qwen3_moe(config: Config) -> DecoderConfig:
+@decoder_reader("Qwen3-MoE", max_position_embeddings=32768, num_experts_per_tok=8)
+def read_qwen3_moe(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Qwen3-MoE config: some layers may have a plain MLP."""
-    fields = Fields(config, "Qwen3-MoE decoder")
-    sizes = read_sizes(fields, max_positions_default=32768)
     layers = sizes["num_layers"]
-    window = None
-    if fields.flag("use_sliding_window"):
-        window = fields.integer("sliding_window", 4096)
+    window = window_if_used(fields)
     step = max(fields.integer("decoder_sparse_step", 1), 1)
-    plain = config.get("mlp_only_layers") or []
+    plain = fields.config.get("mlp_only_layers") or []
     if not isinstance(plain, list) or any(type(i) is not int for i in plain):
         fields.faults.append(f"mlp_only_layers must be integers; got {plain!r}"[:200])
         plain = []
-    dense = tuple(i for i in range(layers) if i in plain or (i + 1) % step)
-    bias = fields.flag("attention_bias")
-    return finish(
+    experts = read_experts(
         fields,
-        sizes
-        | {
-            "qk_norm": "head",
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "ropes": (read_rope(fields, sizes["head_dim"]),),
-            "layer_ropes": (0,) * layers,
-            "layer_windows": sliding_layers(fields, layers, lambda _: True, window),
-        }
-        | read_experts(
-            fields,
-            chosen=8,
-            size="moe_intermediate_size",
-            is_normalized=fields.flag("norm_topk_prob"),
-            dense_layers=dense,
-        ),
+        "moe_intermediate_size",
+        is_normalized=fields.flag("norm_topk_prob"),
+        dense_layers=tuple(i for i in range(layers) if i in plain or (i + 1) % step),
     )
+    return {
+        **attention_biases(fields),
+        **experts,
+        "qk_norm": "head",
+        "layer_windows": sliding_layers(fields, layers, lambda _: False, window),
+    }
 
 
-def read_mixtral(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "Mixtral",
+    max_position_embeddings=131072,
+    num_key_value_heads=8,
+    num_experts_per_tok=2,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+)
+def read_mixtral(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a Mixtral config."""
-    fields = Fields(config, "Mixtral decoder")
-    sizes = read_sizes(fields, max_positions_default=131072)
-    layers = sizes["num_layers"]
-    if config.get("num_key_value_heads") is None:
-        sizes["num_kv_heads"] = 8
-    rope = read_rope(fields, sizes["head_dim"], default_theta=1e6)
-    return finish(
-        fields,
-        sizes
-        | {
-            "norm_eps": fields.number("rms_norm_eps", 1e-5),
-            "ropes": (rope,),
-            "layer_ropes": (0,) * layers,
-            "layer_windows": (fields.integer("sliding_window", None),) * layers,
-        }
-        | read_experts(fields, chosen=2, size="intermediate_size"),
-    )
+    window = fields.integer("sliding_window", None)
+    return read_experts(fields, "intermediate_size") | {
+        "layer_windows": (window,) * sizes["num_layers"]
+    }
 
 
-def read_olmoe(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "OLMoE", max_position_embeddings=4096, num_experts_per_tok=8, rms_norm_eps=1e-5
+)
+def read_olmoe(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads an OLMoE config: queries and keys are normalised before they are split."""
-    fields = Fields(config, "OLMoE decoder")
-    sizes = read_sizes(fields, max_positions_default=4096)
-    bias = fields.flag("attention_bias")
-    return finish(
-        fields,
-        sizes
-        | {
-            "norm_eps": fields.number("rms_norm_eps", 1e-5),
-            "qk_norm": "projection",
-            "qkv_clip": fields.number("clip_qkv", None),
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "ropes": (read_rope(fields, sizes["head_dim"]),),
-            "layer_ropes": (0,) * sizes["num_layers"],
-        }
-        | read_experts(
-            fields,
-            chosen=8,
-            size="intermediate_size",
-            is_normalized=fields.flag("norm_topk_prob"),
-        ),
-    )
+    del sizes
+    is_normalized = fields.flag("norm_topk_prob")
+    return {
+        **attention_biases(fields),
+        **read_experts(fields, "intermediate_size", is_normalized=is_normalized),
+        "qk_norm": "projection",
+        "qkv_clip": fields.number("clip_qkv", None),
+    }
 
 
-def read_gpt_oss(config: Config) -> DecoderConfig:
+@decoder_reader(
+    "gpt-oss",
+    max_position_embeddings=131072,
+    head_dim=64,
+    num_experts_per_tok=4,
+    rms_norm_eps=1e-5,
+    rope_theta=150000.0,
+    attention_bias=True,
+)
+def read_gpt_oss(fields: Fields, sizes: Sizes) -> Sizes:
     """Reads a gpt-oss config: attention sinks, biases, a bounded gate."""
-    fields = Fields(config, "gpt-oss decoder")
-    sizes = read_sizes(fields, max_positions_default=131072)
-    sizes["head_dim"] = fields.integer("head_dim", 64)
-    layers = sizes["num_layers"]
     window = fields.integer("sliding_window", 128)
-    bias = fields.flag("attention_bias", True)
-    rope = read_rope(fields, sizes["head_dim"], default_theta=150000.0)
-    return finish(
+    windows = sliding_layers(fields, sizes["num_layers"], every(2), window)
+    experts = read_experts(
         fields,
-        sizes
-        | {
-            "norm_eps": fields.number("rms_norm_eps", 1e-5),
-            "has_qkv_bias": bias,
-            "has_output_bias": bias,
-            "has_sinks": True,
-            "ropes": (rope,),
-            "layer_ropes": (0,) * layers,
-            "layer_windows": sliding_layers(
-                fields, layers, lambda i: i % 2 == 0, window
-            ),
-        }
-        | read_experts(
-            fields,
-            chosen=4,
-            size="intermediate_size",
-            has_router_bias=True,
-            has_bias=True,
-            gate="clamped",
-            gate_alpha=fields.number("swiglu_alpha", 1.702),
-            gate_limit=fields.number("swiglu_limit", 7.0),
-        ),
+        "intermediate_size",
+        has_router_bias=True,
+        has_bias=True,
+        gate="clamped",
+        gate_alpha=fields.number("swiglu_alpha", 1.702),
+        gate_limit=fields.number("swiglu_limit", 7.0),
     )
+    return {
+        **attention_biases(fields),
+        **experts,
+        "has_sinks": True,
+        "layer_windows": windows,
+    }
 
 
 def mixture_family(

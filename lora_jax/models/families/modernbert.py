@@ -1,33 +1,27 @@
 """ModernBERT: pre-norm, rotary positions, windows in most layers, a gated MLP."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.encoder import SequenceClassifier
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.families.bert import text_inputs
-from lora_jax.models.families.llama import sliding_layers
+from lora_jax.models.families.llama import attention_biases, sliding_layers
 from lora_jax.models.families.rope import read_ropes
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
 
-def read_modernbert(config: Mapping[str, Any]) -> EncoderConfig:
+@config_reader(EncoderConfig, "ModernBERT encoder")
+def read_modernbert(fields: Fields) -> dict[str, Any]:
     """Reads a ModernBERT config, in the keys of transformers 4 or 5.
 
-    Args:
-      config: the parsed file; absent keys have transformers' defaults.
-
-    Returns:
-      The module's config.
+    Absent keys have transformers' defaults.
 
     Raises:
       ValueError: if a key is out of range or asks for an unsupported ModernBERT.
     """
-    fields = Fields(config, "ModernBERT encoder")
     width = fields.integer("hidden_size", 768)
     heads = max(fields.integer("num_attention_heads", 12), 1)
     layers = fields.layers("num_hidden_layers", 22)
-    has_bias = fields.flag("attention_bias")
     fields.only("rope_scaling", None)
     full, local = read_ropes(
         fields,
@@ -50,9 +44,9 @@ def read_modernbert(config: Mapping[str, Any]) -> EncoderConfig:
         if value < least:
             fields.faults.append(f"{name} must be at least {least}; got {value}")
     windows = sliding_layers(
-        fields, layers, lambda i: i % max(period, 1) != 0, both_sides // 2 + 1
+        fields, layers, lambda i: i % max(period, 1) == 0, both_sides // 2 + 1
     )
-    arguments = {
+    return {
         "vocab_size": fields.integer("vocab_size", 50368),
         "hidden_size": width,
         "num_layers": layers,
@@ -66,22 +60,17 @@ def read_modernbert(config: Mapping[str, Any]) -> EncoderConfig:
         "pooler_activation": fields.text("classifier_activation", "gelu"),
         "pooler_input": fields.text("classifier_pooling", "cls"),
         "has_pooler_bias": fields.flag("classifier_bias"),
+        **attention_biases(fields),
+        "is_qkv_fused": True,
+        "is_gated": True,
+        "norm_placement": "pre",
+        "has_first_norm": False,
+        "has_positions": False,
+        "num_token_types": None,
+        "has_pooler_norm": True,
+        "layer_ropes": tuple(full if window is None else local for window in windows),
+        "layer_windows": windows,
     }
-    fields.check()
-    return EncoderConfig(
-        **arguments,
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-        is_qkv_fused=True,
-        is_gated=True,
-        norm_placement="pre",
-        has_first_norm=False,
-        has_positions=False,
-        num_token_types=None,
-        has_pooler_norm=True,
-        layer_ropes=tuple(full if window is None else local for window in windows),
-        layer_windows=windows,
-    )
 
 
 LAYER = "layers.{i}."
@@ -89,7 +78,7 @@ LAYER = "layers.{i}."
 MODERNBERT = Family(
     read_config=read_modernbert,
     module=SequenceClassifier,
-    inputs=text_inputs,
+    inputs=lambda _: token_inputs(2),
     modules={
         "encoder/embeddings/word": "embeddings.tok_embeddings",
         "encoder/embeddings/norm": "embeddings.norm",

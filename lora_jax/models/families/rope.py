@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models.decoder_config import KINDS, Rope
-from lora_jax.models.family import LEAST, MOST, Fields, is_extreme
+from lora_jax.models.fields import LEAST, MOST, Fields, is_extreme
 
 POSITIONS = "original_max_position_embeddings"
 _RANGE = f"from {LEAST:g} to {MOST:g}"
@@ -14,8 +14,6 @@ _RANGE = f"from {LEAST:g} to {MOST:g}"
 def read_rope(
     fields: Fields,
     rotary_dim: int,
-    *,
-    default_theta: float = 10000.0,
     settings: Mapping[str, Any] | None = None,
 ) -> Rope:
     """Reads one table of rotary frequencies, collecting faults in ``fields``.
@@ -23,7 +21,6 @@ def read_rope(
     Args:
       fields: the config.
       rotary_dim: dimensions of a head that are rotated.
-      default_theta: used if the file has none.
       settings: the table's own parameters; by default the config's, where
         ``rope_scaling`` (older files) wins over ``rope_parameters``.
     """
@@ -31,7 +28,7 @@ def read_rope(
     if settings is None:
         old = fields.mapping("rope_scaling")
         settings = old or fields.mapping("rope_parameters") or {}
-    theta = config.get("rope_theta") or default_theta
+    theta = config.get("rope_theta") or fields.defaults.get("rope_theta", 10000.0)
     kind = settings.get("rope_type", settings.get("type", "default"))
     table: dict[str, Any] = {
         "theta": settings.get("rope_theta", theta),
@@ -112,8 +109,7 @@ def read_ropes(
     if not isinstance(full, dict) or not isinstance(local, dict):
         scaling = fields.mapping("rope_scaling") or {}
         full, local = {"rope_theta": theta, **scaling}, {"rope_theta": local_theta}
-    tables = [read_rope(fields, rotary_dim, settings=t) for t in (full, local)]
-    return tables[0], tables[1]
+    return read_rope(fields, rotary_dim, full), read_rope(fields, rotary_dim, local)
 
 
 def rotated_dim(fields: Fields, head_dim: int, default: float) -> int:
@@ -127,9 +123,8 @@ def rotated_dim(fields: Fields, head_dim: int, default: float) -> int:
     Returns:
       The number.
     """
-    newer = Fields(fields.mapping("rope_parameters") or {}, fields.what)
+    newer = fields.nested(fields.mapping("rope_parameters") or {})
     default = newer.number("partial_rotary_factor", default)
-    fields.faults += newer.faults
     return int(head_dim * fields.number("partial_rotary_factor", default))
 
 
@@ -137,10 +132,7 @@ def original_positions(fields: Fields, settings: Mapping[str, Any]) -> int:
     """Returns the context length before it was stretched."""
     for config in (fields.config, settings):
         if config.get(POSITIONS):
-            nested = Fields(config, fields.what)
-            found = nested.integer(POSITIONS)
-            fields.faults += nested.faults
-            return found
+            return fields.nested(config).integer(POSITIONS)
     return fields.integer("max_position_embeddings", 1)
 
 

@@ -5,46 +5,20 @@ T5 1.1's and Flan-T5's do; a config's ``tie_word_embeddings`` only says, for T5 
 UMT5, whether the decoder's last hidden states are scaled by ``d ** -0.5``.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from lora_jax.models.encoder_decoder import EncoderDecoder
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family, architecture, token_inputs
+from lora_jax.models.fields import Fields, config_reader
 
-Config = Mapping[str, Any]
-
-
-def read_t5(config: Config) -> EncoderDecoderConfig:
-    """Reads a T5 config (1.0, 1.1, Flan-T5)."""
-    return _read(config, "T5", projection="relu")
+Arguments = dict[str, Any]
 
 
-def read_mt5(config: Config) -> EncoderDecoderConfig:
-    """Reads an mT5 config: hidden states are never scaled."""
-    return _read(config, "mT5", projection="gated-gelu", may_scale=False)
-
-
-def read_umt5(config: Config) -> EncoderDecoderConfig:
-    """Reads a UMT5 config: every layer has its own relative position biases."""
-    return _read(config, "UMT5", projection="gated-gelu", has_layer_biases=True)
-
-
-def _read(
-    config: Config,
-    name: str,
-    *,
-    projection: str,
-    may_scale: bool = True,
-    **arguments: Any,
-) -> EncoderDecoderConfig:
-    fields = Fields(config, f"{name} encoder–decoder")
+def _read(fields: Fields) -> Arguments:
     layers = fields.layers("num_layers")
     width = fields.integer("d_model")
-    kind = fields.text("feed_forward_proj", projection)
+    kind = fields.text("feed_forward_proj")
     gated, _, activation = kind.rpartition("-")
     if gated not in ("", "gated"):
         fields.faults.append(
@@ -52,14 +26,14 @@ def _read(
             f"got {kind!r}"
         )
     is_scaled = fields.flag("tie_word_embeddings", True)  # of old configs
-    is_scaled = fields.flag("scale_decoder_outputs", is_scaled) and may_scale
-    classes = config.get("architectures")
-    is_bare = isinstance(classes, list) and str(classes[:1]).endswith("EncoderModel']")
-    arguments |= {
+    is_scaled = fields.flag("scale_decoder_outputs", is_scaled)
+    is_bare = architecture(fields.config).endswith("EncoderModel")
+    decoders = fields.layers("num_decoder_layers", layers)
+    return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": width,
         "num_layers": layers,
-        "num_decoder_layers": fields.layers("num_decoder_layers", layers),
+        "num_decoder_layers": 0 if is_bare else decoders,
         "num_heads": fields.integer("num_heads"),
         "head_dim": fields.integer("d_kv"),
         "mlp_size": fields.integer("d_ff"),
@@ -73,19 +47,31 @@ def _read(
             "decoder_start_token_id", fields.integer("pad_token_id", 0)
         ),
     }
-    fields.check()
-    if is_bare:
-        arguments["num_decoder_layers"] = 0
-    return EncoderDecoderConfig(**arguments)
 
 
-def pair_inputs(config: EncoderDecoderConfig) -> tuple[Any, ...]:
-    """Returns the shapes of a batch: source ids, their mask, and the target's ids."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return (ids,) * (3 if config.predicts else 2)
+@config_reader(EncoderDecoderConfig, "T5 encoder–decoder", feed_forward_proj="relu")
+def read_t5(fields: Fields) -> Arguments:
+    """Reads a T5 config (1.0, 1.1, Flan-T5)."""
+    return _read(fields)
 
 
-def t5_family(read_config: Callable[[Config], EncoderDecoderConfig]) -> Family:
+@config_reader(
+    EncoderDecoderConfig, "mT5 encoder–decoder", feed_forward_proj="gated-gelu"
+)
+def read_mt5(fields: Fields) -> Arguments:
+    """Reads an mT5 config: hidden states are never scaled."""
+    return _read(fields) | {"logit_scale": 1.0}
+
+
+@config_reader(
+    EncoderDecoderConfig, "UMT5 encoder–decoder", feed_forward_proj="gated-gelu"
+)
+def read_umt5(fields: Fields) -> Arguments:
+    """Reads a UMT5 config: every layer has its own relative position biases."""
+    return _read(fields) | {"has_layer_biases": True}
+
+
+def t5_family(read_config: Any) -> Family:
     """Makes a family of `EncoderDecoder`."""
     modules = {"embed": "shared", "head": "lm_head"}
     for side, last in (("encoder", 1), ("decoder", 2)):
@@ -107,7 +93,7 @@ def t5_family(read_config: Callable[[Config], EncoderDecoderConfig]) -> Family:
     return Family(
         read_config=read_config,
         module=EncoderDecoder,
-        inputs=pair_inputs,
+        inputs=lambda config: token_inputs(3 if config.predicts else 2),
         modules=modules,
         prefix="",
         has_source=True,

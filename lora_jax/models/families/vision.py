@@ -1,6 +1,5 @@
 """ViT and DINOv2: pre-norm encoders of image patches."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,67 +7,58 @@ import jax.numpy as jnp
 
 from lora_jax.models.encoder import ImageClassifier
 from lora_jax.models.encoder_config import ImageEncoderConfig
-from lora_jax.models.family import Family, Fields
+from lora_jax.models.family import Family
+from lora_jax.models.fields import Fields, config_reader
 
-Config = Mapping[str, Any]
 
-
-def read_vit(config: Config) -> ImageEncoderConfig:
+@config_reader(ImageEncoderConfig, "ViT encoder", patch_size=16, layer_norm_eps=1e-12)
+def read_vit(fields: Fields) -> dict[str, Any]:
     """Reads a ViT config; absent keys have transformers' defaults."""
-    fields = Fields(config, "ViT encoder")
-    arguments = _read_sizes(fields, image=224, patch=16, eps=1e-12)
-    arguments["mlp_size"] = fields.integer("intermediate_size", 3072)
-    fields.check()
-    return ImageEncoderConfig(**arguments)
+    return _read_sizes(fields) | {"mlp_size": fields.integer("intermediate_size", 3072)}
 
 
-def read_dinov2(config: Config) -> ImageEncoderConfig:
+@config_reader(ImageEncoderConfig, "DINOv2 encoder", patch_size=14, layer_norm_eps=1e-6)
+def read_dinov2(fields: Fields) -> dict[str, Any]:
     """Reads a DINOv2 config: layer scale, any grid of positions, maybe a gated MLP."""
-    fields = Fields(config, "DINOv2 encoder")
-    arguments = _read_sizes(fields, image=224, patch=14, eps=1e-6)
-    width = int(arguments["hidden_size"] * fields.number("mlp_ratio", 4))
+    sizes = _read_sizes(fields)
+    width = int(sizes["hidden_size"] * fields.number("mlp_ratio", 4))
     is_gated = fields.flag("use_swiglu_ffn")
     if is_gated:
         width = (int(width * 2 / 3) + 7) // 8 * 8
-        arguments["activation"] = "silu"
-    fields.check()
-    return ImageEncoderConfig(
-        **arguments,
-        mlp_size=width,
-        is_gated=is_gated,
-        has_layer_scale=True,
-        is_resizable=True,
-    )
+        sizes["activation"] = "silu"
+    return sizes | {
+        "mlp_size": width,
+        "is_gated": is_gated,
+        "has_layer_scale": True,
+        "is_resizable": True,
+    }
 
 
-def _read_sizes(fields: Fields, *, image: int, patch: int, eps: float) -> dict:
+def _read_sizes(fields: Fields) -> dict[str, Any]:
     """Reads the keys that both families share."""
-    image_height, image_width = read_pair(fields, "image_size", image)
-    patch_height, patch_width = read_pair(fields, "patch_size", patch)
-    return {
+    return read_image(fields) | {
         "hidden_size": fields.integer("hidden_size", 768),
         "num_layers": fields.layers("num_hidden_layers", 12),
         "num_heads": fields.integer("num_attention_heads", 12),
         "activation": fields.text("hidden_act", "gelu"),
-        "norm_eps": fields.number("layer_norm_eps", eps),
+        "norm_eps": fields.number("layer_norm_eps"),
         "has_qkv_bias": fields.flag("qkv_bias", True),
-        "image_height": image_height,
-        "image_width": image_width,
-        "patch_height": patch_height,
-        "patch_width": patch_width,
-        "num_channels": fields.integer("num_channels", 3),
     }
 
 
-def read_pair(fields: Fields, key: str, default: int) -> tuple[int, int]:
-    """Reads a size: one integer for height and width, or a list of the two."""
-    if not isinstance(pair := fields.config.get(key), list):
-        size = fields.integer(key, default)
-        return size, size
-    if len(pair) != 2 or any(type(size) is not int for size in pair):
-        fields.faults.append(f"{key} must be an integer or two; got {pair!r}"[:200])
-        return default, default
-    return pair[0], pair[1]
+def read_image(fields: Fields) -> dict[str, Any]:
+    """Reads the sizes of images and patches; the patches' have no general default."""
+    sizes = {"num_channels": fields.integer("num_channels", 3)}
+    for part, default in (("image", 224), ("patch", 1)):
+        key = f"{part}_size"
+        pair = fields.config.get(key)
+        if not isinstance(pair, list):
+            pair = [fields.integer(key, default)] * 2
+        elif len(pair) != 2 or any(type(size) is not int for size in pair):
+            fields.faults.append(f"{key} must be an integer or two; got {pair!r}"[:200])
+            pair = [1, 1]
+        sizes[f"{part}_height"], sizes[f"{part}_width"] = pair
+    return sizes
 
 
 def image_inputs(config: ImageEncoderConfig) -> tuple[Any, ...]:

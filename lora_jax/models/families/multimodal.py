@@ -15,14 +15,15 @@ from lora_jax.models.families.gemma import GEMMA3
 from lora_jax.models.families.gemma4 import GEMMA4
 from lora_jax.models.families.hybrids import QWEN3_5, QWEN3_5_MOE
 from lora_jax.models.families.llama import MISTRAL, QWEN2, QWEN3
-from lora_jax.models.family import OTHER_MODALITIES, Family, Fields
+from lora_jax.models.family import OTHER_MODALITIES, Family
+from lora_jax.models.fields import Fields
 
 Config = Mapping[str, Any]
 TEXT, KIND, TIED = "text_config", "model_type", "tie_word_embeddings"
 ROPES = ("rope_scaling", "rope_parameters")
 
 
-def tower_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
+def multimodal_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
     """Makes the family of a multimodal model that is read as its language model.
 
     Args:
@@ -52,7 +53,7 @@ def tower_family(texts: Mapping[str, Family], **defaults: Any) -> Family:
         prefix="model.language_model.",
         prefixes=("language_model.model.", "language_model.", "model.", ""),
         unused=(*texts[first].unused, *OTHER_MODALITIES),
-        is_tower=True,
+        is_multimodal=True,
     )
 
 
@@ -89,7 +90,7 @@ def text_settings(config: Config) -> dict[str, Any]:
     return text
 
 
-GEMMA3_TOWER = tower_family(
+GEMMA3_FOLDER = multimodal_family(
     {"gemma3_text": GEMMA3},
     vocab_size=262208,
     hidden_size=2304,
@@ -98,13 +99,13 @@ GEMMA3_TOWER = tower_family(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
-GEMMA4_TOWER = tower_family({"gemma4_text": GEMMA4})
-MISTRAL3_TOWER = tower_family({"mistral": MISTRAL, "ministral3": MINISTRAL3})
-QWEN2_VL_TOWER = tower_family(
+GEMMA4_FOLDER = multimodal_family({"gemma4_text": GEMMA4})
+MISTRAL3_FOLDER = multimodal_family({"mistral": MISTRAL, "ministral3": MINISTRAL3})
+QWEN2_VL_FOLDER = multimodal_family(
     {"qwen2_5_vl_text": QWEN2}, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80
 )
-QWEN3_VL_TOWER = tower_family(
+QWEN3_VL_FOLDER = multimodal_family(
     {"qwen3_vl_text": QWEN3}, rope_theta=5e5, max_position_embeddings=128000
 )
-QWEN3_5_TOWER = tower_family({"qwen3_5_text": QWEN3_5})
-QWEN3_5_MOE_TOWER = tower_family({"qwen3_5_moe_text": QWEN3_5_MOE})
+QWEN3_5_FOLDER = multimodal_family({"qwen3_5_text": QWEN3_5})
+QWEN3_5_MOE_FOLDER = multimodal_family({"qwen3_5_moe_text": QWEN3_5_MOE})
