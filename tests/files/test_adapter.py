@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 def rewrite(folder, change):
     """Writes the folder anew with other tensors, as a faulty tool would."""
-    from lora_jax.files.adapter import _digest, _sha256
+    from lora_jax.files.adapter import _digest, sha256
     from lora_jax.files.safetensors import open_tensors
 
     reader = open_tensors(folder / "adapter.safetensors")
@@ -54,7 +54,7 @@ def rewrite(folder, change):
     change(tensors)
     write_tensors(folder / "adapter.safetensors", tensors)
     meta = json.loads((folder / "adapter_config.json").read_text())
-    meta["sha256"] = _sha256(folder / "adapter.safetensors")
+    meta["sha256"] = sha256(folder / "adapter.safetensors")
     meta["config_sha256"] = _digest(meta)
     (folder / "adapter_config.json").write_text(json.dumps(meta))
 
