@@ -113,6 +113,7 @@ def _decoders(spec: specs.DecoderSpec, quick: bool) -> dict:
         makers |= {
             f"{OURS}, remat none": lambda: ours(config, "none", batch),
             f"{OURS}, remat block": lambda: ours(config, "block", batch),
+            f"{OURS}, DoRA": lambda: ours(config, "lora", batch, dora=True),
             "full fine-tuning": lambda: _full_decoder(config, batch),
             ON_NNX: lambda: ours_on_nnx(config, batch),
             "flax nnx.LoRA": lambda: nnx_lora(config, task),
@@ -315,14 +316,16 @@ def init(model: nn.Module, *inputs: jax.Array) -> Any:
 
 
 def ours(config: DecoderConfig, remat: str, batch: Any, **options: Any) -> Contender:
-    """This library's step on scanned blocks; ``options`` are passed to `measured`."""
+    """This library's step on scanned blocks; ``options`` are those of `lm_step`."""
     model = Decoder(config, dtype=dtype(), scan_layers=True, remat=remat)
     return lm_step(model, _scanned(config, batch), batch, **options)
 
 
-def lm_step(model: Decoder, params: Any, batch: Any, **options: Any) -> Contender:
+def lm_step(
+    model: Decoder, params: Any, batch: Any, *, dora: bool = False, **options: Any
+) -> Contender:
     """This library's step of a decoder; ``options`` are passed to `measured`."""
-    adapted = adapt(model, LoRAConfig(RANK, ALPHA), batch["input_ids"])
+    adapted = adapt(model, LoRAConfig(RANK, ALPHA, dora=dora), batch["input_ids"])
     variables = adapted.attach(params, jax.random.key(1))
     loss_fn = make_lm_loss(adapted, is_tied=False)
     return _trained(loss_fn, variables, batch, **options)
