@@ -151,7 +151,7 @@ def test_missing_rows_are_an_error():
     variables = {name: variables[name] for name in ("frozen", "lora")}
     with pytest.raises(ValueError, match="must have 'words/token_rows' for the 2 tok"):
         adapted.apply(variables, IDS)
-    with pytest.raises(ValueError, match="words/token_rows is missing; head/token_row"):
+    with pytest.raises(ValueError, match="head/token_rows is missing; words/token_row"):
         adapted.merge(variables)
 
 
