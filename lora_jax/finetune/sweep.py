@@ -54,9 +54,11 @@ def sweep(
     Runs train side by side in one compiled step over one frozen base, each with its own
     learning rate and schedule, rank, alpha, dropout, weight decay, seed, order of the
     data, early stopping and best adapter. Each gives what `fine_tune` gives, up to
-    the order of float32 sums (1e-5 relative). Runs that differ in what a step is
-    compiled for, such as the batch size or the targets, train after one another. Only
-    the best run's curves are drawn, in ``best/``.
+    the order of float32 sums: 1e-5 of a leaf's largest value, more only where a run is
+    so unsteady (high rates) that changing the last bits of its base would move it as
+    much. Runs that differ in what a step is compiled for, such as the batch size or the
+    targets, train after one another. Only the best run's curves are drawn, in
+    ``best/``.
 
     Args:
       config: of all runs, as for `fine_tune`; ``output.dir`` is the sweep's folder.

@@ -26,6 +26,7 @@ from tests.tiny_decoder import make_decoder
 GRID = {
     "train.learning_rate": [1e-2, 1e30, 3e-3, 2e-3],
     "lora.rank": [2, 1, 3, 2],
+    "lora.rank_pattern": [{}, {"query": 2}, {"down": 1}, {}],
     "lora.alpha": [3.0, 1.0, 5.0, 7.0],
     "lora.rslora": [False, False, True, False],
     "lora.dropout_rate": [0.1, 0.0, 0.3, 0.1],
@@ -191,6 +192,11 @@ def test_methods_share_steps_and_evaluations(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Members, "evaluate", counting)
     own = {**tree, "output": {"dir": str(tmp_path / "methods")}}
+    # Batches of two lengths, each of which is a program.
+    rows = [{"text": "the sky is blue . " * (1 + i % 3)} for i in range(12)]
+    data = tmp_path / "lengths.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own["data"] = {"train": str(data), "holdout": 0.3, "max_length": 16}
     own["lora"] = {**tree["lora"], "lora_fa": True}
     own["train"] = {**tree["train"], "max_steps": 3, "eval_every": 2, "baseline": False}
     grid = {
@@ -201,6 +207,7 @@ def test_methods_share_steps_and_evaluations(tree, tmp_path, monkeypatch):
     done = sweep(own, grid, zipped=True, together=2)
     record = json.loads((done.path / "sweep.json").read_text())
     assert record["together"] == {"0": 2}  # one group
+    assert evaluated[0].update._cache_size() == 2
     assert len(evaluated) == 4  # after steps 2 and 3, of the first two and of the last
     line = next(x for x in done.runs if x["values"]["lora.init"] == "lora_ga")
     alone = fine_tune(line["folder"], [f"output.dir={tmp_path}/own"])
