@@ -196,7 +196,7 @@ def is_frozen(scope: Scope | None, path: str) -> bool:
     """
     if scope is None or FLAG not in scope.flags:
         return False
-    config, _ = scope.flags[FLAG]
+    config: Any = scope.flags[FLAG][0]
     return not config.is_trained(path, is_adapted=True)
 
 
