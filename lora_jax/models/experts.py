@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
+from lora_jax.models.linear import apply_linear
+from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, ROUTED, ROUTER
 from lora_jax.nn.layer_rules import register_layer
 from lora_jax.ops.experts import expert_product, of_rows
 from lora_jax.parallel.activation_sharding import current_mesh, num_row_shards
@@ -89,14 +89,15 @@ class Experts(nn.Module):
         """Returns ``[*p, m, d]`` for rows ``[*p, m, d]`` sorted by expert."""
         cfg = self.config
         options: Any = (cfg.num_experts, cfg.has_bias, self.dtype)
-        both = ExpertDense(2 * cfg.size, *options, name="gate_up")(x, sizes)
-        both = checkpoint_name(both, LINEAR)
+        both = apply_linear(
+            ExpertDense(2 * cfg.size, *options, name="gate_up"), x, sizes
+        )
         if cfg.gate == "clamped":
             x = _clamped_gate(both, cfg)
         else:
             x = gate(ACTIVATIONS[self.activation], *jnp.split(both, 2, axis=-1))
-        y = ExpertDense(self.features, *options, name="down")(x, sizes)
-        return checkpoint_name(y, LINEAR)
+        down = ExpertDense(self.features, *options, name="down")
+        return apply_linear(down, x, sizes)
 
 
 class SharedExpert(nn.Module):
@@ -118,7 +119,7 @@ class SharedExpert(nn.Module):
 
         def dense(name: str, x: Array, width: int) -> Array:
             layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
-            return checkpoint_name(layer(x), LINEAR)
+            return apply_linear(layer, x)
 
         opening = Opening(1, use_bias=False, dtype=self.dtype, name="opening")
         both = (dense(name, x, self.size) for name in ("gate", "up"))
