@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
+from lora_jax.models.linear import apply_linear
 from lora_jax.names import (
     BIAS,
     EXPERT,
     EXPERTS,
     KERNEL,
     LAYERS,
-    LINEAR,
     PARAMS,
     ROUTED,
     ROUTER,
@@ -153,18 +152,18 @@ class Experts(nn.Module):
         """Returns ``[*p, m, d]`` for rows ``[*p, m, d]`` sorted by expert."""
         cfg = self.config
         options: Any = (cfg.num_experts, cfg.has_bias, self.dtype)
-        gate_up, down = ((), ())
+        of_stack = ((), ())
         if stacks is not None:
             *pair, layer = stacks
-            gate_up, down = (((stack, layer),) for stack in pair)
-        both = ExpertDense(2 * cfg.size, *options, name="gate_up")(x, sizes, *gate_up)
-        both = checkpoint_name(both, LINEAR)
+            of_stack = [((stack, layer),) for stack in pair]
+        gate_up = ExpertDense(2 * cfg.size, *options, name="gate_up")
+        both = apply_linear(gate_up, x, sizes, *of_stack[0])
         if cfg.gate == "clamped":
             x = _clamped_gate(both, cfg)
         else:
             x = gate(ACTIVATIONS[self.activation], *jnp.split(both, 2, axis=-1))
-        y = ExpertDense(self.features, *options, name="down")(x, sizes, *down)
-        return checkpoint_name(y, LINEAR)
+        down = ExpertDense(self.features, *options, name="down")
+        return apply_linear(down, x, sizes, *of_stack[1])
 
 
 class SharedExpert(nn.Module):
@@ -186,7 +185,7 @@ class SharedExpert(nn.Module):
 
         def dense(name: str, x: Array, width: int) -> Array:
             layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
-            return checkpoint_name(layer(x), LINEAR)
+            return apply_linear(layer, x)
 
         opening = Opening(1, use_bias=False, dtype=self.dtype, name="opening")
         both = (dense(name, x, self.size) for name in ("gate", "up"))
