@@ -35,9 +35,11 @@ class SharedInputs:
           x: its input.
           dtype: of the product.
         """
-        *_, name = scope.path
+        if scope.parent is None or target_platform() != "tpu":
+            return None
+        name = scope.path[-1] if scope.path else ""
         group = next((names for names in NEIGHBOURS if name in names), ())
-        if not group or scope.parent is None or target_platform() != "tpu":
+        if not group:
             return None
         key = (*scope.parent.path, *group)
         seen, found = self._found.get(key, (None, {}))
