@@ -28,6 +28,7 @@ class PositionContext(NamedTuple):
       lengths: ``[b]`` tokens of each row of prompts, else None.
       slots: ``[b, t]`` slots in the cache when decoding, else None.
       segment_ids: ``[b, t]`` example of each token in a packed row, or None.
+      stacks: the `Stacks` of scanned layers' experts, or None.
       order: ``[t]`` place in its row of each token where a mesh splits rows, else None.
     """
 
@@ -40,6 +41,7 @@ class PositionContext(NamedTuple):
     given: Any = None
     lengths: Array | None = None
     order: Array | None = None
+    stacks: Any = None
 
 
 class Head(nn.Dense):
