@@ -280,7 +280,7 @@ class AdapterBank:
             none, or rows differ in tokens.
           TypeError: if a name is neither a string nor None.
         """
-        of_rows = [row is None or not isinstance(row, Collection) for row in names]
+        of_rows = [isinstance(n, str) or not isinstance(n, Collection) for n in names]
         pairs = zip(names, of_rows, strict=True)
         rows: Any = [[row] if is_one else row for row, is_one in pairs]
         known = {None: (0, 0), **self._places}
