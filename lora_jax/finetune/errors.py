@@ -1,5 +1,7 @@
 """Errors caused by the user's input or environment rather than by bugs."""
 
+import errno
+
 
 class UserError(Exception):
     """An error the user can fix; the command line shows it without a traceback.
@@ -31,3 +33,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, *, is_orderly: bool):
         super().__init__(message)
         self.is_orderly = is_orderly
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether an error says that a disk has no space left."""
+    return isinstance(error, OSError) and (
+        error.errno == errno.ENOSPC or "disk" in str(error)
+    )

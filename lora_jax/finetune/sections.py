@@ -44,8 +44,7 @@ class ModelSettings:
         the others and are trained.
       scan: whether to compile a decoder's blocks once, as a loop; null for yes if the
         adapters of all blocks are alike. Unrolled blocks take longer to compile but run
-        faster on a GPU, and with experts on a TPU, where a loop copies the matrices of
-        each block's experts.
+        faster on a GPU.
       remat: what a decoder recomputes in the backward pass to save memory: ``"none"``,
         cheap activations (``"lora"``), or each whole ``"block"``; ``"auto"`` is
         ``lora``, or ``block`` if the step doesn't fit otherwise; on a TPU ``none`` if

@@ -148,6 +148,7 @@ class Group:
 
     def price(self, count: int, remat: str | None) -> StepPlan:
         """Compiles the step of so many runs; says what it needs."""
+        self._stop_if_asked()
         if (count, remat) not in self._plans:
             members, limit = self.members(count, remat), self.steps.limit
             shapes = members.shapes(self.steps.longest)
@@ -199,6 +200,7 @@ class Group:
 
         Raises:
           UserError: if not even one fits, or not as many as asked for.
+          KeyboardInterrupt: if Ctrl-C was pressed, after the program at hand.
         """
         total = len(self.points)
         wanted = self._even(min(together or self._most(), total))
@@ -243,8 +245,12 @@ class Group:
                     raise too_large(self.plan, "this machine", suggestion)
                 if self.plan.fits:
                     return number, remat
-                number //= 2
+                number = number // 2 // parts * parts
         raise too_large(self.plan, "this machine", self.steps.suggestion(self.plan))
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise KeyboardInterrupt
 
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
@@ -256,6 +262,7 @@ class Group:
 
     def _seconds(self, count: int, remat: str | None) -> float:
         """Times a step, by the fastest of three; on states that no run has."""
+        self._stop_if_asked()
         members, batch = self.members(count, remat), self.batches.batch_at(0)
         times = []
         for _ in range(4):

@@ -43,6 +43,7 @@ from lora_jax.models.decoder_block import Block, Period
 from lora_jax.models.decoder_config import DecoderConfig, check_split
 from lora_jax.models.decoder_parts import Head, Hidden, PositionContext, make_norm
 from lora_jax.models.embeddings import TokenIds, check_tokens
+from lora_jax.models.experts import find_stacks
 from lora_jax.models.sentence import SentenceHead
 from lora_jax.models.sentence_config import SentenceConfig
 from lora_jax.names import ATTENDED, LINEAR, ROUTED, X_A
@@ -385,6 +386,7 @@ class Decoder(nn.Module):
         """Runs all blocks; returns ``x`` and what each layer keeps, or None."""
         if self.scan_layers:
             numbers = jnp.arange(self._steps())
+            place = place._replace(stacks=find_stacks(self))
             past = () if method == "__call__" else (cache and cache.layers,)
             return getattr(self.layers, method)(x, place, numbers, *past)
         kept = []

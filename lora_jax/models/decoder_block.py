@@ -1,6 +1,7 @@
 """The parts of a decoder: attention, MLP and the block they make."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from lora_jax.models.decoder_parts import (
     unit_rms,
 )
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.models.experts import Mixture
+from lora_jax.models.experts import Mixture, Stacks
 from lora_jax.models.mixer_config import DeltaNetConfig, ShortConvConfig
 from lora_jax.models.recurrent import DeltaNet, ShortConv
 from lora_jax.parallel.activation_sharding import shard_rows
@@ -197,7 +198,8 @@ class Block(DecoderModule):
             return y if scale == 1 else y * scale
 
         mixer = make_mixer(self.config, self.dtype)
-        mlp = make_mlp(self.config, self.dtype, layer)
+        stacks = place.stacks and place.stacks._replace(layer=layer)
+        mlp = make_mlp(self.config, self.dtype, layer, stacks)
         inputs = pre("attention_norm", x)
         y, kept = mixer(inputs, place, layer, past)
         if self.config.is_parallel:
@@ -205,7 +207,7 @@ class Block(DecoderModule):
         x = x + post("attention_post_norm", y)
         y, experts = mlp(pre("mlp_norm", x)), self.config.experts
         if experts is not None and experts.is_beside_mlp:
-            y = self.norm("mlp_own_norm")(y) + self._mixture(experts, x)
+            y = self.norm("mlp_own_norm")(y) + self._mixture(experts, x, stacks)
         x = x + post("mlp_post_norm", y)
         if place.own is not None:
             x = x + self._from_own(x, place.own[:, :, layer])
@@ -215,11 +217,14 @@ class Block(DecoderModule):
             )
         return shard_rows(x), kept
 
-    def _mixture(self, experts: ExpertConfig, x: Hidden) -> Hidden:
+    def _mixture(
+        self, experts: ExpertConfig, x: Hidden, stacks: Stacks | None
+    ) -> Hidden:
         """What experts beside the MLP add; their router reads ``x`` before its norm."""
         cfg = self.config
         mixture = Mixture(experts, cfg.activation, self.dtype, name="mixture")
-        y = mixture(self.norm("mixture_norm")(x), unit_rms(x, cfg.norm_eps))
+        read = unit_rms(x, cfg.norm_eps)
+        y = mixture(self.norm("mixture_norm")(x), read, stacks)
         return self.norm("mixture_post_norm")(y)
 
     def _from_own(self, x: Hidden, own: Array) -> Hidden:
@@ -289,12 +294,15 @@ def make_mixer(config: DecoderConfig, dtype: Any) -> nn.Module:
     return kind(config, dtype, name=name)
 
 
-def make_mlp(config: DecoderConfig, dtype: Any, layer: Layer) -> nn.Module:
+def make_mlp(
+    config: DecoderConfig, dtype: Any, layer: Layer, stacks: Stacks | None
+) -> Callable[[Hidden], Hidden]:
     """Makes the MLP of a layer, or its mixture of experts."""
     experts = config.experts
     if experts is None or experts.is_beside_mlp or layer in experts.dense_layers:
         return Mlp(config, dtype, name="mlp")
-    return Mixture(experts, config.activation, dtype, name="mlp")
+    mixture = Mixture(experts, config.activation, dtype, name="mlp")
+    return functools.partial(mixture, stacks=stacks)
 
 
 def _of_layer(values: tuple, layer: Layer, instead_of_none: int) -> Any:

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.decoder_config import DecoderConfig
-from lora_jax.names import LINEAR
+from lora_jax.models.linear import apply_linear
 from lora_jax.nn.layer_rules import register_layer
 
 Hidden = Float[Array, "b t d"]
@@ -29,6 +28,7 @@ class PositionContext(NamedTuple):
       lengths: ``[b]`` tokens of each row of prompts, else None.
       slots: ``[b, t]`` slots in the cache when decoding, else None.
       segment_ids: ``[b, t]`` example of each token in a packed row, or None.
+      stacks: the `Stacks` of scanned layers' experts, or None.
       order: ``[t]`` place in its row of each token where a mesh splits rows, else None.
     """
 
@@ -41,6 +41,7 @@ class PositionContext(NamedTuple):
     given: Any = None
     lengths: Array | None = None
     order: Array | None = None
+    stacks: Any = None
 
 
 class Head(nn.Dense):
@@ -88,10 +89,10 @@ class DecoderModule(nn.Module):
     def dense(self, name: str, x: Array, width: int, use_bias: bool) -> Array:
         """Applies the linear layer ``name`` to ``[b, t, i]``, giving ``[b, t, width]``.
 
-        The result is named `LINEAR`, so that a remat policy can save it.
+        A remat policy can save the result; see `apply_linear`.
         """
         layer = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, name=name)
-        return checkpoint_name(layer(x), LINEAR)
+        return apply_linear(layer, x)
 
     def norm(self, name: str) -> nn.Module:
         """Returns the norm ``name``."""

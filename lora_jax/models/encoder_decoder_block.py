@@ -13,8 +13,9 @@ from lora_jax.attention.causal import plain_attention, write_slots
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.decoder_parts import RMSNorm
 from lora_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from lora_jax.models.linear import apply_linear
 from lora_jax.models.relative import relative_buckets
-from lora_jax.names import ATTENDED, LINEAR
+from lora_jax.names import ATTENDED
 from lora_jax.parallel.activation_sharding import shard_rows
 
 Hidden = Float[Array, "b t d"]
@@ -56,7 +57,8 @@ class Attention(Part):
 
     def __call__(self, x: Hidden, pair: Pair, **options: Any) -> Hidden:
         """Attends from ``x`` to keys and values; options are `plain_attention`'s."""
-        mixed = plain_attention(self._split(self.query(x)), *pair, scale=1.0, **options)
+        query = self._split(self.query, x)
+        mixed = plain_attention(query, *pair, scale=1.0, **options)
         return self._merged(checkpoint_name(mixed, ATTENDED))
 
     def cached(
@@ -70,7 +72,7 @@ class Attention(Part):
           mask: True where a query sees a key, ``[b, 1, 1 or t, s]``.
           bias: added to the scores ``[b, n, t, s]``, or None.
         """
-        query, (key, value) = self._split(self.query(x)), pair
+        query, (key, value) = self._split(self.query, x), pair
         scores = jnp.einsum(
             "btnh,bnsh->bnts", query, key, preferred_element_type=jnp.float32
         )
@@ -81,11 +83,11 @@ class Attention(Part):
 
     def _merged(self, mixed: Array) -> Hidden:
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return checkpoint_name(self.output(mixed), LINEAR)
+        return apply_linear(self.output, mixed)
 
     def pair(self, x: Hidden) -> Pair:
         """Returns keys and values ``[b, s, n, h]`` of ``x``."""
-        return self._split(self.key(x)), self._split(self.value(x))
+        return self._split(self.key, x), self._split(self.value, x)
 
     def biases(self, distance: Array, *, is_causal: bool) -> Float[Array, "*b n t s"]:
         """Returns the biases of the distances ``[*b, t, s]`` from queries to keys."""
@@ -99,9 +101,9 @@ class Attention(Part):
         rows = self.relative_bias(jnp.asarray(buckets))  # [2 s - 1, n]
         return jnp.moveaxis(rows[distance + reach - 1], -1, -3)
 
-    def _split(self, x: Array) -> Array:
+    def _split(self, layer: nn.Dense, x: Array) -> Array:
         cfg = self.config
-        x = checkpoint_name(x, LINEAR)
+        x = apply_linear(layer, x)
         return x.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
 
@@ -121,11 +123,11 @@ class Mlp(Part):
         """Returns ``[b, t, d]`` for ``[b, t, d]``."""
         act = ACTIVATIONS[self.config.activation]
         if self.config.is_gated:
-            left, right = self.gate(x), self.gated_up(x)
-            x = gate(act, *(checkpoint_name(y, LINEAR) for y in (left, right)))
+            layers = self.gate, self.gated_up
+            x = gate(act, *(apply_linear(layer, x) for layer in layers))
         else:
-            x = jax.checkpoint(act)(checkpoint_name(self.up(x), LINEAR))
-        return checkpoint_name(self.down(x), LINEAR)
+            x = jax.checkpoint(act)(apply_linear(self.up, x))
+        return apply_linear(self.down, x)
 
 
 class Block(Part):

@@ -12,19 +12,69 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.array_types import AnyFloat
 from lora_jax.models.activations import ACTIVATIONS, gate
 from lora_jax.models.expert_config import ExpertConfig
-from lora_jax.names import BIAS, EXPERT, EXPERTS, KERNEL, LINEAR, ROUTED, ROUTER
+from lora_jax.models.linear import apply_linear
+from lora_jax.names import (
+    BIAS,
+    EXPERT,
+    EXPERTS,
+    KERNEL,
+    LAYERS,
+    PARAMS,
+    ROUTED,
+    ROUTER,
+)
 from lora_jax.nn.layer_rules import register_layer
+from lora_jax.nn.watch import is_frozen
 from lora_jax.ops.experts import expert_product, of_rows
-from lora_jax.parallel.activation_sharding import current_mesh, num_row_shards
+from lora_jax.parallel.activation_sharding import (
+    current_mesh,
+    num_row_shards,
+    target_platform,
+)
 from lora_jax.parallel.sequence import fold, sequence_shards, unfold
 
 Hidden = Float[Array, "b t d"]
+PARTS = ("gate_up", "down")
+
+
+class Stacks(NamedTuple):
+    """The matrices of the experts of all layers, and the number of a layer.
+
+    A slice of a scanned layer's would be copied before every product.
+
+    Attributes:
+      gate_up: ``[l, e, d, 2f]``.
+      down: ``[l, e, f, d]``.
+      layer: the layer's number.
+    """
+
+    gate_up: Array
+    down: Array
+    layer: Any = None
+
+
+def find_stacks(model: nn.Module) -> Stacks | None:
+    """Returns a decoder's scanned matrices, None if they are to be sliced.
+
+    That is on a CPU, which copies nothing; on several devices, where each layer's are
+    collected anyway; and in training them, as the gradient of a stack is one too.
+    """
+    layers = model.variables.get(PARAMS, {}).get(LAYERS, {})
+    mesh = current_mesh()
+    devices = jax.device_count() if mesh is None else mesh.size
+    if devices > 1 or target_platform() == "cpu":
+        return None
+    for name in ("mlp", "mixture"):
+        kernels = layers.get(name, {}).get(EXPERTS, {})
+        paths = (f"{LAYERS}/{name}/{EXPERTS}/{part}/{KERNEL}" for part in PARTS)
+        if kernels and all(is_frozen(model.scope, path) for path in paths):
+            return Stacks(*(kernels[part][KERNEL] for part in PARTS))
+    return None
 
 
 class Router(nn.Dense):
@@ -59,12 +109,23 @@ class ExpertDense(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: AnyFloat, sizes: Int[Array, "*p _"]) -> AnyFloat:
-        """Returns ``[*p, m, o]`` for rows ``[*p, m, i]``; see `lora_experts`."""
+    def __call__(
+        self, x: AnyFloat, sizes: Int[Array, "*p _"], stack: Any = None
+    ) -> AnyFloat:
+        """Returns ``[*p, m, o]`` for rows ``[*p, m, i]``; see `lora_experts`.
+
+        Args:
+          x: rows sorted by expert.
+          sizes: rows of each expert.
+          stack: kernels of all layers ``[l, e, i, o]`` and the number of this one, to
+            read from there, or None.
+        """
         init = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.num_experts, x.shape[-1], self.features)
         kernel = self.param(KERNEL, init, shape)
-        y: Any = expert_product(0.0, None, x.astype(self.dtype), kernel, sizes)
+        own, layer = (kernel, None) if stack is None else stack
+        x = x.astype(self.dtype)
+        y: Any = expert_product(0.0, None, x, own, sizes, None, layer)
         if self.use_bias:
             bias = self.param(BIAS, nn.initializers.zeros, shape[::2])
             y = y + of_rows(bias.astype(y.dtype), sizes, x.shape[-2])
@@ -85,18 +146,24 @@ class Experts(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: AnyFloat, sizes: Int[Array, "*p _"]) -> AnyFloat:
+    def __call__(
+        self, x: AnyFloat, sizes: Int[Array, "*p _"], stacks: Stacks | None = None
+    ) -> AnyFloat:
         """Returns ``[*p, m, d]`` for rows ``[*p, m, d]`` sorted by expert."""
         cfg = self.config
         options: Any = (cfg.num_experts, cfg.has_bias, self.dtype)
-        both = ExpertDense(2 * cfg.size, *options, name="gate_up")(x, sizes)
-        both = checkpoint_name(both, LINEAR)
+        of_stack = ((), ())
+        if stacks is not None:
+            *pair, layer = stacks
+            of_stack = [((stack, layer),) for stack in pair]
+        gate_up = ExpertDense(2 * cfg.size, *options, name="gate_up")
+        both = apply_linear(gate_up, x, sizes, *of_stack[0])
         if cfg.gate == "clamped":
             x = _clamped_gate(both, cfg)
         else:
             x = gate(ACTIVATIONS[self.activation], *jnp.split(both, 2, axis=-1))
-        y = ExpertDense(self.features, *options, name="down")(x, sizes)
-        return checkpoint_name(y, LINEAR)
+        down = ExpertDense(self.features, *options, name="down")
+        return apply_linear(down, x, sizes, *of_stack[1])
 
 
 class SharedExpert(nn.Module):
@@ -118,7 +185,7 @@ class SharedExpert(nn.Module):
 
         def dense(name: str, x: Array, width: int) -> Array:
             layer = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
-            return checkpoint_name(layer(x), LINEAR)
+            return apply_linear(layer, x)
 
         opening = Opening(1, use_bias=False, dtype=self.dtype, name="opening")
         both = (dense(name, x, self.size) for name in ("gate", "up"))
@@ -138,12 +205,15 @@ class Mixture(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Hidden, read: Hidden | None = None) -> Hidden:
+    def __call__(
+        self, x: Hidden, read: Hidden | None = None, stacks: Stacks | None = None
+    ) -> Hidden:
         """Returns ``[b, t, d]`` for ``[b, t, d]``.
 
         Args:
           x: what the experts read.
           read: what the router reads, ``x`` if None.
+          stacks: where the experts' matrices are read, their own arrays if None.
         """
         cfg, (b, t, d) = self.config, x.shape
         read, ones = x if read is None else read, nn.initializers.ones
@@ -161,7 +231,8 @@ class Mixture(nn.Module):
         order = sort_rows(chosen.reshape(b * t, -1), cfg.num_experts)
         rows = order.gather(fold(x).reshape(b * t, d))
         experts = Experts(cfg, d, self.activation, self.dtype, name=EXPERTS)
-        y = order.combine(experts(rows, order.sizes), weights.reshape(b * t, -1))
+        y = experts(rows, order.sizes, stacks)
+        y = order.combine(y, weights.reshape(b * t, -1))
         y = unfold(y.reshape(*chosen.shape[:2], d), b)
         if cfg.shared_size is not None:
             options = (cfg.shared_size, self.activation, self.dtype)

@@ -130,6 +130,7 @@ def apply_adapter(
     config: LoRAConfig,
     path: str,
     deterministic: bool,
+    hidden: AnyFloat | None = None,
 ) -> AnyFloat:
     """Applies the adapter at ``path`` to one call of ``module``.
 
@@ -142,6 +143,7 @@ def apply_adapter(
       config: determines scaling and dropout rate.
       path: the layer's path, as matched by the config's patterns.
       deterministic: disables dropout, so that no PRNG key is needed.
+      hidden: ``x A`` of a dense layer if it is computed already.
     """
     rule = rule_of(module)
     assert rule is not None, path
@@ -156,6 +158,8 @@ def apply_adapter(
         options["magnitude"] = factors.magnitude
         if (bias := base_weight(module, BIAS)) is not None:
             options["bias"] = bias
+    if hidden is not None:
+        options["hidden"] = hidden
     kernel = jnp.asarray(base_weight(module, rule.weight))
     return rule.apply(module, method, inputs, y, kernel, *factors[:2], **options)
 

@@ -16,6 +16,7 @@ from lora_jax.nn.apply import (
 )
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
+from lora_jax.nn.shared_inputs import SharedInputs
 from lora_jax.nn.token_rows import apply_token_rows
 from lora_jax.nn.watch import find_contraction, is_flagged
 from lora_jax.ops.factors import Factors
@@ -43,6 +44,8 @@ def make_interceptor(
             f"tokens must be given by layer here, {{'embed': {list(config.tokens)}}}; "
             "got a list."
         )
+
+    shared = SharedInputs()
 
     def intercept(next_fun, args, kwargs, context):
         module, scope = context.module, context.module.scope
@@ -89,6 +92,9 @@ def make_interceptor(
         check_presence(path, factors, config, is_target)
         shape = base_weight(module, rule.weight).shape
         check_factors_fit(path, factors, shape, contraction, config)
+        hidden = None
+        if is_dense and (deterministic or not config.dropout_rate):
+            hidden = shared.hidden(scope, inputs[0], y.dtype)
         y = apply_adapter(
             module,
             method,
@@ -98,6 +104,7 @@ def make_interceptor(
             config=config,
             path=path,
             deterministic=deterministic,
+            hidden=hidden,
         )
         return fence_output(y) if is_dense and not is_rescaled else y
 

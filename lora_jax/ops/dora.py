@@ -91,9 +91,9 @@ def dora_scale(
         )
     frozen = jax.lax.stop_gradient((kernel, lora_a, lora_b))
     norm = adapted_norm(*frozen, scaling=scaling, contraction=contraction)
+    norm = checkpoint_name(norm, LINEAR)  # small, and two reads of W0 to recompute
     # The inner `where` also stops XLA from using `m * rsqrt(n²)`, not 1 for m = n.
-    scale = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
-    return checkpoint_name(scale, LINEAR)  # small, and two reads of W0 to recompute
+    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 
 
 def magnitude_shape(kernel_shape: Shape, contraction: Contraction = DENSE) -> Shape:

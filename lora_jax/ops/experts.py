@@ -42,9 +42,9 @@ def lora_experts(
     """Applies frozen experts plus the low-rank update of each.
 
     Computes ``y[j] = x[j] @ W0[e] + bias[e] + scaling * (dropout(x[j]) @ A[e]) @ B[e]``
-    for rows sorted by their expert ``e``, with `jax.lax.ragged_dot` on GPU and TPU and
-    in blocks of rows on CPU. The gradient of ``kernel`` is formed only if the caller
-    differentiates with respect to it.
+    for rows sorted by their expert ``e``; how is in `lora_jax.ops.grouped_lowerings`.
+    The gradient of ``kernel`` is formed only if the caller differentiates with respect
+    to it.
 
     Args:
       x: rows ``[m, i]``, those of expert 0 first, then those of expert 1, ...; sets
@@ -110,6 +110,7 @@ def expert_product(
     factor: AnyFloat,
     sizes: Array,
     key: DropoutKey | None = None,
+    layer: Any = None,
 ) -> AnyFloat:
     """Computes ``dropout(x)[j] F[e]`` for rows sorted by expert.
 
@@ -123,22 +124,26 @@ def expert_product(
       factor: ``F`` ``[e, i, o]``: W0, A or B; cast to the dtype of ``x``.
       sizes: rows of each expert ``[e]``.
       key: PRNG key for dropout; None if the rate is 0.
+      layer: which layer's, if ``F`` is a stack ``[l, e, i, o]``; see `grouped_dot`.
 
     Returns:
       ``[m, o]``, in the dtype of ``x``.
     """
-    return grouped_dot(dropout(x, rate, key), factor, sizes, precision=precision)
+    x, options = dropout(x, rate, key), {"precision": precision, "layer": layer}
+    return grouped_dot(x, factor, sizes, **options)
 
 
-def _forward(rate, precision, x, factor, sizes, key=None):
-    sizes, key = jax.tree.map(lambda leaf: leaf.value, (sizes, key), is_leaf=_is_primal)
-    y = grouped_dot(
-        dropout(x.value, rate, key), factor.value, sizes, precision=precision
+def _forward(rate, precision, x, factor, sizes, key=None, layer=None):
+    others = jax.tree.map(
+        lambda leaf: leaf.value, (sizes, key, layer), is_leaf=_is_primal
     )
-    # An empty array stands for the factor's dtype.
-    like = jnp.zeros((0,), factor.value.dtype)
+    sizes, key, layer = others
+    options = {"precision": precision, "layer": layer}
+    y = grouped_dot(dropout(x.value, rate, key), factor.value, sizes, **options)
+    # An empty array stands for the factor's dtype and its number of layers.
+    like = jnp.zeros((len(factor.value), 0), factor.value.dtype)
     rows = x.value if factor.perturbed else None
-    return y, (rows, factor.value if x.perturbed else None, like, sizes, key)
+    return y, (rows, factor.value if x.perturbed else None, like, others)
 
 
 def _is_primal(leaf) -> bool:
@@ -146,18 +151,22 @@ def _is_primal(leaf) -> bool:
 
 
 def _backward(rate, precision, residuals, dy):
-    x, factor, like, sizes, key = residuals
+    x, factor, like, (sizes, key, layer) = residuals
+    none = None, None, None
     if isinstance(dy, SymbolicZero):
-        return None, None, None, None
+        return None, None, *none
     dx = d_factor = None
     if factor is not None:
-        dx = grouped_dot(dy, factor, sizes, is_transposed=True, precision=precision)
+        options = {"precision": precision, "layer": layer}
+        dx = grouped_dot(dy, factor, sizes, is_transposed=True, **options)
         dx = dropout(dx, rate, key)
     if x is not None:
-        d_factor = grouped_outer(
-            dropout(x, rate, key), dy, sizes, like.dtype, precision
-        )
-    return dx, d_factor, None, None
+        x = dropout(x, rate, key)
+        d_factor = grouped_outer(x, dy, sizes, like.dtype, precision)
+        if layer is not None:
+            stack = jnp.zeros((len(like), *d_factor.shape), like.dtype)
+            d_factor = stack.at[layer].set(d_factor)
+    return dx, d_factor, *none
 
 
 expert_product.defvjp(_forward, _backward, symbolic_zeros=True)

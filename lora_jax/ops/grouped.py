@@ -1,9 +1,11 @@
 """Matrix products in which every row has the matrix of its group.
 
 The rows ``[m, i]`` are sorted by group, and ``sizes`` ``[e]`` says how many each group
-has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. On GPU and TPU
-that is `jax.lax.ragged_dot`. On a CPU JAX computes every row with every matrix; here a
-loop takes a block of one group's rows at a time, in a small part of the time.
+has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. What each
+platform computes is in `lora_jax.ops.grouped_lowerings`.
+
+The matrices of all layers may be one stack, from which a product reads those of its own
+layer: a slice would be copied first, in a mixture of many experts gigabytes a block.
 
 On a mesh rows are ``[s, c, m, i]`` and sizes ``[s, c, e / c]``: each of ``s`` shards of
 the batch sorts its own rows, once for each of ``c`` shards of the groups. Every device
@@ -14,8 +16,8 @@ another pass over the result.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.names import BATCH_AXES, EXPERT, TOKEN_AXES
+from lora_jax.ops.grouped_lowerings import (
+    dot_in_batches,
+    dot_in_blocks,
+    dot_on_tpu,
+    outer_in_batches,
+    outer_in_blocks,
+    ragged_dot,
+    ragged_outer,
+)
 from lora_jax.ops.product import varying_axes
-
-_MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows that a CPU multiplies at once
-_NO_BATCH = ((), ())
 
 Matrices = Float[Array, "e i o"]
 Sizes = Int[Array, "*p _"]  # of all groups, or of the shards of groups
@@ -37,9 +45,10 @@ Sizes = Int[Array, "*p _"]  # of all groups, or of the shards of groups
 
 def grouped_dot(
     x: Float[Array, "*p m _"],
-    matrices: Float[Array, "e _ _"],
+    matrices: Float[Array, "*l e _ _"],
     sizes: Sizes,
     *,
+    layer: Int[Array, ""] | int | None = None,
     is_transposed: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*p m _"]:
@@ -47,8 +56,11 @@ def grouped_dot(
 
     Args:
       x: rows ``[m, i]``, sorted by group.
-      matrices: ``W`` ``[e, i, o]``, of any floating dtype.
+      matrices: ``W`` ``[e, i, o]``, of any floating dtype; of several layers
+        ``[l, e, i, o]``.
       sizes: rows of each group ``[e]``.
+      layer: the number of the layer whose matrices are meant, if there are several;
+        their groups are then in one shard, and so are the rows.
       is_transposed: multiplies by ``Wᵀ``; ``x`` is then ``[m, o]``.
       precision: as in `jax.lax.dot_general`.
 
@@ -57,14 +69,17 @@ def grouped_dot(
     """
 
     is_whole = x.ndim == 4 and sizes.shape[1] == 1
+    layers = () if layer is None else (jnp.asarray(layer, jnp.int32),)
 
     def product(x, matrices, sizes):
-        arrays = _varying_alike(x, matrices, sizes)
+        arrays = _varying_alike(x, matrices, sizes, *layers)
         options: Any = {"is_transposed": is_transposed, "precision": precision}
         return grouped_dot_p.bind(*arrays, is_whole=is_whole, **options)
 
     if x.ndim == 2:
         return product(x, matrices, sizes)
+    if layers:
+        return product(x[0, 0], matrices, sizes[0, 0])[None, None]
     if (shards := _shards(sizes)) is not None:
         rows, groups = shards
 
@@ -169,123 +184,6 @@ def _varying_alike(*arrays: Array) -> list[Array]:
     ]
 
 
-def _ragged_dot(x, matrices, sizes, *, is_transposed, is_whole, precision):
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        (((1,), (2 if is_transposed else 1,)), _NO_BATCH), (0,), (0,)
-    )
-    matrices = matrices.astype(x.dtype)
-    y = jax.lax.ragged_dot_general(
-        x, matrices, sizes, numbers, precision, preferred_element_type=x.dtype
-    )
-    if is_whole:
-        return y
-    is_inside = jnp.arange(len(x)) < jnp.sum(sizes)  # beyond, it may be anything
-    return jnp.where(is_inside[:, None], y, 0)
-
-
-def _ragged_outer(x, y, sizes, *, dtype, precision):
-    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), _NO_BATCH), (0,), ())
-    y = y.astype(x.dtype)
-    return jax.lax.ragged_dot_general(
-        x, y, sizes, numbers, precision, preferred_element_type=dtype
-    )
-
-
-class _Blocks(NamedTuple):
-    """Blocks of consecutive rows, each of one group.
-
-    Attributes:
-      count: how many of the ``n`` blocks have rows; they come first.
-      group: of each block ``[n]``.
-      start: its first row ``[n]``.
-      stop: the row after its last ``[n]``.
-      place: of each row among the rows of all blocks ``[m]``; -1 beyond the groups.
-    """
-
-    count: Array
-    group: Array
-    start: Array
-    stop: Array
-    place: Array
-
-
-def _cut(sizes: Array, rows: int) -> tuple[_Blocks, int]:
-    """Returns the blocks, and how many rows each may have."""
-    groups = len(sizes)
-    per_group = -(-rows // groups)
-    size = min(max(_MIN_BLOCK, 1 << (per_group - 1).bit_length()), _MAX_BLOCK)
-    number = rows // size + min(groups, rows)  # at most one a group is not full
-    ends = jnp.cumsum(sizes)
-    blocks = -(-sizes // size)
-    last = jnp.cumsum(blocks)
-    index = jnp.arange(number)
-    group = _place_among(last, index)
-    start = (ends - sizes)[group] + (index - (last - blocks)[group]) * size
-    stop = jnp.where(index < last[-1], jnp.minimum(start + size, ends[group]), 0)
-    row = jnp.arange(rows)
-    own = _place_among(ends, row)
-    place = (last - blocks)[own] * size + row - (ends - sizes)[own]
-    place = jnp.where(row < ends[-1], place, -1)
-    start = jnp.where(index < last[-1], start, 0)
-    return _Blocks(last[-1], group, start, stop, place), size
-
-
-def _place_among(ends: Array, index: Array) -> Array:
-    """Returns in which of consecutive ranges each index is; beyond, the last."""
-    before = jnp.sum(index[:, None] >= ends, axis=1)
-    return jnp.minimum(before, len(ends) - 1)
-
-
-def _dot_in_blocks(x, matrices, sizes, *, is_transposed, is_whole, precision):
-    del is_whole
-    outputs = matrices.shape[1 if is_transposed else 2]
-    if not x.size:
-        return jnp.zeros((len(x), outputs), x.dtype)
-    blocks, size = _cut(sizes, len(x))
-    padded = jnp.pad(x, [(0, size), (0, 0)])
-    contracted = ((1,), (1 if is_transposed else 0,))
-
-    def multiply(group, start):
-        own = jax.lax.dynamic_index_in_dim(matrices, group, keepdims=False)
-        rows = jax.lax.dynamic_slice_in_dim(padded, start, size)
-        return jax.lax.dot_general(
-            rows, own.astype(x.dtype), (contracted, _NO_BATCH), precision=precision
-        )
-
-    def body(_, block):
-        group, start, stop = block
-        zero = jnp.zeros((size, outputs), x.dtype)
-        return None, jax.lax.cond(stop > start, multiply, lambda *_: zero, group, start)
-
-    _, found = jax.lax.scan(body, None, blocks[1:4])
-    y = found.reshape(-1, outputs)[jnp.maximum(blocks.place, 0)]
-    return jnp.where(blocks.place[:, None] >= 0, y, 0)
-
-
-def _outer_in_blocks(x, y, sizes, *, dtype, precision):
-    total = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), dtype)
-    if not x.size:
-        return total
-    blocks, size = _cut(sizes, len(x))
-    x, y = (jnp.pad(rows, [(0, size), (0, 0)]) for rows in (x, y.astype(x.dtype)))
-
-    def body(index, total):
-        start, stop = blocks.start[index], blocks.stop[index]
-        left, right = (
-            jax.lax.dynamic_slice_in_dim(rows, start, size) for rows in (x, y)
-        )
-        left = jnp.where((start + jnp.arange(size) < stop)[:, None], left, 0)
-        product = jax.lax.dot_general(
-            left.astype(dtype),
-            right.astype(dtype),
-            (((0,), (0,)), _NO_BATCH),
-            precision=precision,
-        )
-        return total.at[blocks.group[index]].add(product)
-
-    return jax.lax.fori_loop(0, blocks.count, body, total)
-
-
 # --- The two products as primitives: each is the other's derivative, and however a
 # device computes them, a trace (and its FLOPs) shows one equation.
 
@@ -293,9 +191,9 @@ grouped_dot_p, grouped_outer_p = Primitive("grouped_dot"), Primitive("grouped_ou
 
 
 @grouped_dot_p.def_abstract_eval
-def _dot_shape(x, matrices, sizes, *, is_transposed, is_whole, precision):
-    del sizes, is_whole, precision
-    return x.update(shape=(x.shape[0], matrices.shape[1 if is_transposed else 2]))
+def _dot_shape(x, matrices, sizes, layer=None, *, is_transposed, is_whole, precision):
+    del sizes, layer, is_whole, precision
+    return x.update(shape=(x.shape[0], matrices.shape[-2 if is_transposed else -1]))
 
 
 @grouped_outer_p.def_abstract_eval
@@ -304,15 +202,21 @@ def _outer_shape(x, y, sizes, *, dtype, precision):
     return x.update(shape=(sizes.shape[0], x.shape[1], y.shape[1]), dtype=dtype)
 
 
-def _transposed_dot(ct, x, matrices, sizes, *, is_transposed, is_whole, precision):
-    del is_whole
+def _transposed_dot(
+    ct, x, matrices, sizes, *layers, is_transposed, is_whole, precision
+):
     options = {"precision": precision}
+    others = [None] * (1 + len(layers))
     if ad.is_undefined_primal(x):
-        turned = not is_transposed
-        dx = grouped_dot(ct, matrices, sizes, is_transposed=turned, **options)
-        return dx, None, None
+        options |= {"is_transposed": not is_transposed, "is_whole": is_whole}
+        dx = grouped_dot_p.bind(ct, matrices, sizes, *layers, **options)
+        return dx, None, *others
     pair = (ct, x) if is_transposed else (x, ct)
-    return None, grouped_outer(*pair, sizes, matrices.aval.dtype, **options), None
+    shape, dtype = matrices.aval.shape, matrices.aval.dtype
+    d_matrices = grouped_outer(*pair, sizes, dtype, **options)
+    for layer in layers:
+        d_matrices = jnp.zeros(shape, dtype).at[layer].set(d_matrices)
+    return None, d_matrices, *others
 
 
 def _transposed_outer(ct, x, y, sizes, *, dtype, precision):
@@ -324,7 +228,9 @@ def _transposed_outer(ct, x, y, sizes, *, dtype, precision):
     return None, grouped_dot(x, ct, sizes, **options).astype(y.aval.dtype), None
 
 
-def _define(primitive: Primitive, cpu: Callable, default: Callable, transpose: Any):
+def _define(
+    primitive: Primitive, transpose: Any, lowerings: Mapping[str | None, Callable]
+):
     """Registers how a product, linear in its first two arrays, is computed."""
 
     @functools.cache
@@ -332,12 +238,12 @@ def _define(primitive: Primitive, cpu: Callable, default: Callable, transpose: A
         return jax.jit(functools.partial(primitive.bind, **options))
 
     def jvp(primals, tangents, **options):
-        *pair, sizes = primals
+        pair, others = primals[:2], primals[2:]
         changes = []
         for i, tangent in enumerate(tangents[:2]):
             if type(tangent) is not ad.Zero:
                 moved = [tangent if i == j else array for j, array in enumerate(pair)]
-                changes.append(primitive.bind(*moved, sizes, **options))
+                changes.append(primitive.bind(*moved, *others, **options))
         return primitive.bind(*primals, **options), functools.reduce(jnp.add, changes)
 
     def batch(arrays, axes, **options):
@@ -357,10 +263,18 @@ def _define(primitive: Primitive, cpu: Callable, default: Callable, transpose: A
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
-    for function, platform in ((default, None), (cpu, "cpu")):
+    for platform, function in lowerings.items():
         rule = mlir.lower_fun(function, multiple_results=False)
         mlir.register_lowering(primitive, rule, platform=platform)
 
 
-_define(grouped_dot_p, _dot_in_blocks, _ragged_dot, _transposed_dot)
-_define(grouped_outer_p, _outer_in_blocks, _ragged_outer, _transposed_outer)
+_define(
+    grouped_dot_p,
+    _transposed_dot,
+    {None: ragged_dot, "cpu": dot_in_blocks, "gpu": dot_in_batches, "tpu": dot_on_tpu},
+)
+_define(
+    grouped_outer_p,
+    _transposed_outer,
+    {None: ragged_outer, "cpu": outer_in_blocks, "gpu": outer_in_batches},
+)

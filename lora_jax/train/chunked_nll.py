@@ -128,7 +128,7 @@ def _scan_chunks(
 
     def sort(array: Array, by: Array) -> Array:
         by = by.reshape(*by.shape, *[1] * (array.ndim - 2))
-        return jnp.take_along_axis(array, by, axis=1)
+        return jnp.take_along_axis(array, by, axis=1, mode="promise_in_bounds")
 
     def body(carry, xs):
         total, sums = carry

@@ -217,7 +217,7 @@ def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
         (["a", 3], [], ":2: 'adapter' must be str; got 3"),
         (["a", "../b"], [], ":2: 'adapter' names a folder: .*got '../b'"),
         (["a", "A"] * 2, [], "differ in more than case, .*; got A and a"),
-        (["a", "a", "b"], [], "has 1 examples of b, and .*leaves none"),
+        (["a", "a", "b"], [], "has 1 example of b, and .*leaves none"),
         (["a"] * 4, ["data.test=FILE"], "must be one that is trained; got 'acme'"),
         (["acme"] * 4 + ["b"], ["data.validation=FILE"], "has none for b"),
         (["a", "b"] * 2, ["train.samples=[w1]"], "train.samples must be empty for 2"),

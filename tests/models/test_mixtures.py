@@ -10,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.config import LoRAConfig
+from lora_jax.models import experts
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.generate import generate
 from lora_jax.models.load import load_base, param_shapes
 from lora_jax.models.save import save_model
 from lora_jax.nn.adapt import adapt
 from lora_jax.tree.paths import flatten
+from tests.laws import equations
 from tests.models.golden import GOLDEN
 from tests.reference import assert_close
 
@@ -112,16 +114,21 @@ def test_experts_that_stay_frozen_are_said_to(models):
     assert "experts/gate_up, layer_1/mlp/experts/down, 2,100 parameters" in line
 
 
-def adapted_with(models, **changes):
+def adapted_with(models, train=(), **changes):
     loaded = models("qwen3_moe", scan_layers=True)
     module = loaded.module.clone(**changes)
-    adapted = adapt(module, LoRAConfig(rank=3, alpha=5), *loaded.inputs)
+    config = LoRAConfig(rank=3, alpha=5, train=train)
+    adapted = adapt(module, config, *loaded.inputs)
     return adapted, adapted.attach(loaded.params, jax.random.key(0))
 
 
-def test_gradients_of_an_adapted_mixture_do_not_depend_on_what_is_kept(models):
+def test_gradients_of_an_adapted_mixture_do_not_depend_on_what_is_kept(
+    models, monkeypatch
+):
     golden, found = read("qwen3_moe"), {}
     for remat in ("none", "lora", "block"):
+        if remat == "block":  # and there, from where the experts are read
+            monkeypatch.setattr(experts, "target_platform", lambda: "tpu")
         adapted, variables = adapted_with(models, remat=remat)
 
         def loss(lora, adapted=adapted, variables=variables):
@@ -135,6 +142,37 @@ def test_gradients_of_an_adapted_mixture_do_not_depend_on_what_is_kept(models):
         assert leaf.any() == path.endswith("lora_b"), path
         for remat in ("lora", "block"):
             assert_close(flatten(found[remat])[path], leaf)
+
+
+@pytest.mark.parametrize(
+    ("platform", "train", "is_read"),
+    [
+        ("tpu", (), True),
+        ("gpu", (), True),
+        ("cpu", (), False),
+        ("tpu", ("down",), False),
+    ],
+)
+def test_scanned_experts_are_read_in_their_stack_where_slices_are_copied(
+    platform, train, is_read, models, monkeypatch
+):
+    monkeypatch.setattr(experts, "target_platform", lambda: platform)
+    adapted, variables = adapted_with(models, train)
+    frozen = {name: v for name, v in variables.items() if name != "lora"}
+
+    def loss(lora, frozen, ids):
+        return jnp.sum(adapted.apply({**frozen, "lora": lora}, ids))
+
+    ids = read("qwen3_moe")["input_ids"]
+    traced = jax.make_jaxpr(jax.grad(loss))(variables["lora"], frozen, ids)
+    products = [e for e in equations(traced.jaxpr) if e.primitive.name == "grouped_dot"]
+    shapes = {e.invars[1].aval.shape for e in products}
+    kernels = variables["frozen"]["layers"]["mlp"]["experts"]
+    stack = kernels["gate_up"]["kernel"].shape
+    assert (stack in shapes) == is_read
+    assert (stack[1:] in shapes) != is_read
+    made = (var.aval for e in equations(traced.jaxpr) for var in e.outvars)
+    assert not any(getattr(aval, "shape", ())[1:] == stack for aval in made)
 
 
 def test_a_merged_mixture_computes_what_the_adapted_one_does(models):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.ops import grouped
+from lora_jax.ops import grouped, grouped_lowerings
 from tests.laws import normal
 from tests.reference import assert_close
 
@@ -61,8 +61,8 @@ def test_blocks_compute_what_other_devices_compute(arrays, is_transposed, sizes)
     matrices = matrices.swapaxes(1, 2) if is_transposed else matrices
     options = {"is_transposed": is_transposed, "precision": None}
     options["is_whole"] = sizes is WHOLE
-    wanted = grouped._ragged_dot(x, matrices, sizes, **options)
-    assert_close(grouped._dot_in_blocks(x, matrices, sizes, **options), wanted)
+    wanted = grouped_lowerings.ragged_dot(x, matrices, sizes, **options)
+    assert_close(grouped_lowerings.dot_in_blocks(x, matrices, sizes, **options), wanted)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -71,17 +71,84 @@ def test_rows_are_masked_only_if_the_groups_are_in_several_shards(arrays, shards
     rows = jnp.broadcast_to(x, (1, shards, *x.shape))
     args = rows, matrices, WHOLE.reshape(1, shards, -1)
     assert f"is_whole={shards == 1}" in str(jax.make_jaxpr(grouped.grouped_dot)(*args))
-    for_gpu = (
-        jax.jit(grouped.grouped_dot).trace(*args).lower(lowering_platforms=("cuda",))
+    for_tpu = (
+        jax.jit(grouped.grouped_dot).trace(*args).lower(lowering_platforms=("tpu",))
     )
-    assert ("stablehlo.select" in for_gpu.as_text()) == (shards > 1)
+    assert ("stablehlo.select" in for_tpu.as_text()) == (shards > 1)
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2**28], ids=["one by one", "at once"])
+@pytest.mark.parametrize("sizes", [SPARE, WHOLE], ids=["spare", "whole"])
+def test_a_gpu_takes_batches_of_blocks(arrays, sizes, batch_bytes, monkeypatch):
+    monkeypatch.setattr(grouped_lowerings, "_BATCH_BYTES", batch_bytes)
+    (x, matrices), y = arrays, normal((ROWS, OUTPUTS), seed=3)
+    options = {"is_transposed": False, "is_whole": sizes is WHOLE, "precision": None}
+    wanted = grouped_lowerings.ragged_dot(x, matrices, sizes, **options)
+    got = grouped_lowerings.dot_in_batches(x, matrices, sizes, **options)
+    assert_close(got, wanted)
+    options = {"dtype": jnp.dtype("float32"), "precision": None}
+    wanted = grouped_lowerings.ragged_outer(x, y, sizes, **options)
+    assert_close(grouped_lowerings.outer_in_batches(x, y, sizes, **options), wanted)
+
+
+def test_a_gpus_program_multiplies_no_row_by_every_matrix():
+    args = jnp.zeros((512, 64)), jnp.zeros((64, 64, 32)), jnp.zeros(64, int)
+    traced = jax.jit(grouped.grouped_dot).trace(*args)
+    for platform in ("cuda", "cpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "64x512x64xf32" not in text
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_matrices_are_those_of_one_layer_of_a_stack(arrays, is_transposed):
+    x, matrices = arrays
+    stack = jnp.stack([0 * matrices, matrices, matrices[::-1]])
+    turned = stack.swapaxes(2, 3) if is_transposed else stack
+    options = {"is_transposed": is_transposed}
+    for layer, own in enumerate(stack):
+        wanted = grouped.grouped_dot(x, own, SPARE)
+        got = jax.jit(grouped.grouped_dot, static_argnames="is_transposed")(
+            x, turned, SPARE, layer=layer, **options
+        )
+        assert_close(got, wanted)
+        for compute in (grouped_lowerings.dot_in_batches, grouped_lowerings.ragged_dot):
+            plain = {"is_whole": False, "precision": None, **options}
+            assert_close(compute(x, turned, SPARE, layer, **plain), wanted)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_tpus_kernel_reads_the_stack(is_transposed):
+    x = normal((150, 24), seed=1)
+    stack = normal((3, 4, 24, 130), seed=2)
+    sizes = jnp.array((30, 0, 101, 7))
+    wanted = looped(np.float64(x), np.float64(stack[2]), np.asarray(sizes))
+    stack = stack.swapaxes(2, 3) if is_transposed else stack
+    options = {"is_transposed": is_transposed, "is_whole": False, "interpret": True}
+    assert_close(grouped_lowerings.megablox(x, stack, sizes, 2, **options), wanted)
+
+
+def test_the_gradient_of_a_stack_is_that_of_its_layer(arrays):
+    x, matrices = arrays
+    stack = jnp.stack([matrices[::-1], matrices])
+
+    def of_stack(x, stack):
+        return jnp.sum(jnp.sin(grouped.grouped_dot(x, stack, SPARE, layer=1)))
+
+    def alone(x, matrices):
+        return jnp.sum(jnp.sin(grouped.grouped_dot(x, matrices, SPARE)))
+
+    dx, d_stack = jax.jit(jax.grad(of_stack, (0, 1)))(x, stack)
+    wanted = jax.jit(jax.grad(alone, (0, 1)))(x, matrices)
+    assert_close(dx, wanted[0])
+    assert_close(d_stack[1], wanted[1])
+    assert not d_stack[0].any()
 
 
 def test_blocks_sum_what_other_devices_sum(arrays):
     x, y = arrays[0], normal((ROWS, OUTPUTS), seed=3)
     options = {"dtype": jnp.dtype("float32"), "precision": None}
-    wanted = grouped._ragged_outer(x, y, SPARE, **options)
-    assert_close(grouped._outer_in_blocks(x, y, SPARE, **options), wanted)
+    wanted = grouped_lowerings.ragged_outer(x, y, SPARE, **options)
+    assert_close(grouped_lowerings.outer_in_blocks(x, y, SPARE, **options), wanted)
 
 
 @pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, None), (None, 1, None)])

@@ -1,0 +1,81 @@
+"""Neighbouring layers' ``x A`` at once, as on a TPU, against each layer's own."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.config import LoRAConfig
+from lora_jax.nn import shared_inputs
+from lora_jax.nn.adapt import adapt
+from tests.laws import equations, normal
+from tests.reference import assert_close
+
+ROWS, WIDTH = 5, 6
+
+
+class Attention(nn.Module):
+    """Reads ``x`` three times, and in ``output`` another array of the same width."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(WIDTH, name=n)(x) for n in ("query", "key", "value"))
+        return nn.Dense(WIDTH, name="output")(jnp.tanh(q * k) + v)
+
+
+class Model(nn.Module):
+    """Gives one of the layers an input of its own if asked to."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = Attention(name="attention")(x)
+        gate, up = nn.Dense(7, name="gate")(x), nn.Dense(7, name="up")(x + 1)
+        return jnp.sum(jnp.sin(gate * up))
+
+
+def gradients(config, monkeypatch, platform):
+    monkeypatch.setattr(shared_inputs, "target_platform", lambda: platform)
+    model, x = Model(), normal((ROWS, WIDTH), seed=1)
+    params = model.init(jax.random.key(0), x)["params"]
+    adapted = adapt(model, config, x)
+    variables = adapted.attach(params, jax.random.key(1))
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, variables["lora"])
+
+    def loss(lora, x):
+        options = {"rngs": {"dropout": jax.random.key(2)}}
+        return adapted.apply({**variables, "lora": lora}, x, **options)
+
+    function = jax.value_and_grad(loss, (0, 1))
+    made = [e.outvars[0].aval for e in equations(jax.make_jaxpr(function)(lora, x))]
+    shapes = [aval.shape for aval in made if hasattr(aval, "shape")]
+    return lambda: jax.jit(function)(lora, x), shapes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 3, "dora": True}, {"rank": 2, "rank_pattern": {"key": 4}}],
+    ids=["dora", "other rank"],
+)
+def test_the_products_of_neighbours_are_one(options, monkeypatch):
+    config = LoRAConfig(alpha=5, targets="all-linear", **options)
+    wanted, apart = gradients(config, monkeypatch, "cpu")
+    got, shapes = gradients(config, monkeypatch, "tpu")
+    jax.tree.map(assert_close, got(), wanted())
+    total = sum(config.rank_for(f"attention/{n}") for n in ("query", "key", "value"))
+    assert (ROWS, total) in shapes
+    assert (ROWS, total) not in apart
+
+
+@pytest.mark.parametrize(
+    ("platform", "options"),
+    [
+        ("cpu", {}),
+        ("tpu", {"dropout_rate": 0.5}),
+        ("tpu", {"exclude": ["key", "value"]}),
+    ],
+    ids=["on a CPU", "with dropout", "alone"],
+)
+def test_a_layer_computes_its_own_product(platform, options, monkeypatch):
+    config = LoRAConfig(rank=3, alpha=5, targets="all-linear", **options)
+    _, shapes = gradients(config, monkeypatch, platform)
+    assert not {(ROWS, 9), (ROWS, 6, 3)} & set(shapes)
