@@ -5,6 +5,7 @@ GPU, with float32 that is float32. Tests that hold XLA:CPU's bits or its program
 there.
 """
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, max_examples=25
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+# Tracing makes many objects and little garbage: looking for it after every 700 of them,
+# as Python does, takes a twentieth of the suite's time.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)

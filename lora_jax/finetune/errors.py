@@ -1,5 +1,8 @@
 """Errors caused by the user's input or environment rather than by bugs."""
 
+import errno
+from pathlib import Path
+
 
 class UserError(Exception):
     """An error the user can fix; the command line shows it without a traceback.
@@ -31,3 +34,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, *, is_orderly: bool):
         super().__init__(message)
         self.is_orderly = is_orderly
+
+
+def disk_fault(error: BaseException, folder: Path) -> str | None:
+    """Returns what an error says of the disk of a folder; None if it is another."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno == errno.ENOSPC:
+        return f"the disk of {folder} is full ({error}). Free some space."
+    return str(error) if "disk" in str(error) else None

@@ -44,8 +44,9 @@ def hold_out(
         first = len(parts[small[0]])
         whose = f" of {listed([adapters[i] for i in small])}" if adapters else ""
         raise UserError(
-            f"data.train has {first} examples{whose}, and data.holdout = "
-            f"{data.holdout} leaves none for training; set data.validation to a file."
+            f"data.train has {first} example{'s' * (first != 1)}{whose}, and "
+            f"data.holdout = {data.holdout} leaves none for training; set "
+            "data.validation to a file."
         )
     rng, chosen = np.random.default_rng(data.seed), set()
     for part, count in zip(parts, counts, strict=True):

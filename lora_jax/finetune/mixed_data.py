@@ -87,7 +87,7 @@ def read_adapters(
             if not NAME.fullmatch(name):
                 return (
                     f"{OWNER!r} names a folder: up to 100 letters, digits, '_', '-' "
-                    f"and '.', not first; got {name!r}"[:200]
+                    f"and '.', the first not '-' or '.'; got {name!r}"[:220]
                 )
             if wanted is not None and name not in wanted:
                 few = wanted if len(wanted) <= MAX_FAULTS else [*wanted[:5], "..."]

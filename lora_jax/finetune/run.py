@@ -1,13 +1,17 @@
 """`fine_tune`: from a config to an adapter with its metrics."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
+from lora_jax.finetune.errors import (
+    DivergedError,
+    Interrupted,
+    UserError,
+    disk_fault,
+)
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.interop.adapter_folder import RUN_ADAPTERS
 from lora_jax.interop.pretrained import load_model
@@ -146,10 +150,8 @@ def _explained(session: "Session") -> Iterator[None]:
                 f"JAX reported: {str(error).splitlines()[0][:200]}",
                 code=1,
             ) from error
-        if isinstance(error, OSError) and (
-            error.errno == errno.ENOSPC or "disk" in str(error)
-        ):
-            message = f"{error}\n{session.how_to_resume()}"
+        if fault := disk_fault(error, session.folder.path):
+            message = f"{fault}\n{session.how_to_resume()}"
             raise UserError(message, code=1) from error
         is_saved = session.checkpoints and session.checkpoints.latest_step() is not None
         if is_saved and not isinstance(error, DivergedError):

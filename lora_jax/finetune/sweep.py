@@ -2,22 +2,31 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from lora_jax.finetune.errors import DivergedError, Interrupted, UserError
+from lora_jax.finetune.errors import (
+    DivergedError,
+    Interrupted,
+    UserError,
+    disk_fault,
+)
 from lora_jax.finetune.formatting import count_of, metric_text
 from lora_jax.finetune.interrupt import interruptible
 from lora_jax.finetune.reporter import Reporter
-from lora_jax.names import MEMBER
+from lora_jax.names import DATA, MEMBER
+from lora_jax.parallel.mesh import AXES, MORE_AXES
 
 if TYPE_CHECKING:
     from lora_jax.finetune.settings import RunSettings
+    from lora_jax.finetune.sweep_folder import SweepFolder
     from lora_jax.finetune.sweep_member import Member
+
+RESUME = "sweep(config, grid, resume=True)"  # where no command line was given
 
 
 class Sweep(NamedTuple):
@@ -87,6 +96,8 @@ def sweep(
     from lora_jax.finetune.sweep_job import check_adapters, check_sources, opened
 
     out = reporter or Reporter()
+    if out.resume == Reporter.resume:
+        out.resume = RESUME
     if resume and overwrite:
         raise ValueError("resume and overwrite must not both be set; choose one.")
     if together is not None and together < 1:
@@ -114,6 +125,7 @@ def sweep(
             )
         stop = stack.enter_context(interruptible(out))
         stack.callback(folder.release)
+        stack.enter_context(_explained(folder, out))
         job = None
         for number, group in enumerate(sorted_):
             left = [point for point in group if point.name not in folder.lines]
@@ -140,12 +152,24 @@ def sweep(
                 said = "diverged" if error else f"validation {metric} {shown}"
                 out.say(f"  {member.point.name}: {said}")
 
-            try:
-                runs.train(left, count, on_end)
-            except KeyboardInterrupt:
-                said = "interrupted; every run has its checkpoint. Resume with\n  "
-                raise Interrupted(said + out.resume, is_orderly=True) from None
+            runs.train(left, count, on_end)
         return Sweep(*folder.finish())
+
+
+@contextlib.contextmanager
+def _explained(folder: "SweepFolder", out: Reporter) -> Iterator[None]:
+    """Adds to what ends a sweep early how to continue it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = f"interrupted. {folder.how_to_resume(out.resume)}"
+        raise Interrupted(message, is_orderly=True) from None
+    except (OSError, UserError) as error:
+        fault = disk_fault(error, folder.path)
+        if fault is None and getattr(error, "code", None) != 1:
+            raise
+        message = f"{fault or error}\n{folder.how_to_resume(out.resume)}"
+        raise UserError(message, code=1) from error
 
 
 def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
@@ -154,12 +178,14 @@ def _member_mesh(settings: "RunSettings", runs: int) -> Mesh | None:
     wanted = own.member
     if own.member == 1 and own.data == -1:
         wanted = min(len(devices), runs)  # what is left, as for a run's data axis
-    others = (own.fsdp, own.tensor, own.expert, own.sequence)
-    sizes = ", ".join(map(str, (own.data, *others)))
-    if own.data not in (-1, 1) or others != (1, 1, 1, 1):
+    sizes = {key: getattr(own, key) for key in (*AXES, *MORE_AXES)}
+    if own.data == -1:
+        sizes[DATA] = 1
+    if wrong := [f"mesh.{key} = {n}" for key, n in sizes.items() if n != 1]:
+        shown = ", ".join(wrong)
         raise UserError(
-            "mesh.data, fsdp, tensor, expert and sequence must be 1 in a sweep, whose "
-            f"runs are split over mesh.member; got {sizes}."
+            "a sweep splits its runs over the devices, mesh.member of them, and no run "
+            f"over several: all other sizes of the mesh must be 1; got {shown}."
         )
     if wanted > len(devices):
         raise UserError(

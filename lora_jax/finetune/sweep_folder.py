@@ -11,7 +11,7 @@ from lora_jax.files import atomic
 from lora_jax.files.json_file import read_json
 from lora_jax.finetune.curves import draw_curves, draw_sweep
 from lora_jax.finetune.errors import DivergedError, UserError
-from lora_jax.finetune.formatting import to_json
+from lora_jax.finetune.formatting import count_of, to_json
 from lora_jax.finetune.report import title
 from lora_jax.finetune.run_folder import (
     CHECKPOINTS,
@@ -116,7 +116,7 @@ class SweepFolder(OutputFolder):
           together: how many of its runs train side by side.
           overwrite: whether to delete the sweep that is there.
         """
-        if overwrite and not self.together:
+        if overwrite and not self.together and self.path.exists():
             for entry in self.path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
@@ -166,6 +166,16 @@ class SweepFolder(OutputFolder):
         self.lines[point.name] = line
         self._write()
         return line
+
+    def how_to_resume(self, command: str) -> str:
+        """Describes what is saved, and how to go on with ``command``."""
+        if not self.together:
+            return "Nothing was written yet; start it again."
+        ended, total = len(self.lines), count_of(self.points)
+        return (
+            f"{ended} of {total} have ended; the others resume from their last "
+            f"checkpoints. Continue with\n  {command}"
+        )
 
     def finish(self) -> tuple[Path, list[dict[str, Any]], str, Path | None]:
         """Sorts the runs, draws them, and copies the best.

@@ -41,6 +41,7 @@ from lora_jax.train.step import LossFn
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
+MOST_PLANNED = 64  # compiled to see whether they fit: a program grows with its runs
 LEAST_GAIN = 0.95  # of the time one by one, to be worth it
 
 OnEnd = Callable[[Member, dict[str, Any] | None, DivergedError | None], None]
@@ -148,6 +149,7 @@ class Group:
 
     def price(self, count: int, remat: str | None) -> StepPlan:
         """Compiles the step of so many runs; says what it needs."""
+        self._stop_if_asked()
         if (count, remat) not in self._plans:
             members, limit = self.members(count, remat), self.steps.limit
             shapes = members.shapes(self.steps.longest)
@@ -164,7 +166,8 @@ class Group:
           remat: a decoder's remat policy.
 
         Returns:
-          The plan for so many runs, and the largest number that fits the device.
+          The plan for so many runs, and the largest number that fits the device, of
+          no more than `MOST_PLANNED`, or ``together`` if that is more.
         """
         rows, _ = self.steps.longest["input_ids"].shape
         loss_fn, state, hyper = self._shared(remat, together)
@@ -175,6 +178,8 @@ class Group:
         )
         state = TrainState(frozen=state.frozen, **own)
 
+        ceiling = max(MOST_PLANNED, together)
+
         @functools.cache
         def price(count: int) -> StepPlan:
             accumulate = self.job.settings.train.accumulate
@@ -182,7 +187,7 @@ class Group:
             batch, limit = members.shapes(self.steps.longest), self.steps.limit
             return price_step(members, members.state, batch, limit=limit, remat=remat)
 
-        most = largest_batch(lambda wanted: price(wanted // rows), rows)
+        most = largest_batch(lambda wanted: price(min(wanted // rows, ceiling)), rows)
         return price(together), most.batch // rows if most else 0
 
     def choose(self, together: int | None = None) -> int:
@@ -199,6 +204,7 @@ class Group:
 
         Raises:
           UserError: if not even one fits, or not as many as asked for.
+          KeyboardInterrupt: if Ctrl-C was pressed, after the program at hand.
         """
         total = len(self.points)
         wanted = self._even(min(together or self._most(), total))
@@ -243,8 +249,12 @@ class Group:
                     raise too_large(self.plan, "this machine", suggestion)
                 if self.plan.fits:
                     return number, remat
-                number //= 2
+                number = number // 2 // parts * parts
         raise too_large(self.plan, "this machine", self.steps.suggestion(self.plan))
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise KeyboardInterrupt
 
     def _settle(self, count: int, remat: str | None) -> int:
         self.slots = self.members(count, remat)
@@ -256,6 +266,7 @@ class Group:
 
     def _seconds(self, count: int, remat: str | None) -> float:
         """Times a step, by the fastest of three; on states that no run has."""
+        self._stop_if_asked()
         members, batch = self.members(count, remat), self.batches.batch_at(0)
         times = []
         for _ in range(4):

@@ -224,11 +224,17 @@ class AdapterBank:
                 )
             fitted = fit_adapter(lora, targets, self._targets[number])
         except ValueError as error:
-            raise ValueError(f"adapter {name!r}: {error}") from error
-        if (slot := free[number]) is None:
             raise ValueError(
-                f"the bank is full: capacity = {self.capacity}, and it holds "
-                f"{', '.join(self._places)}. Remove one, or make a larger bank."
+                f"adapter {name!r}: {error} The first members of a bank, and its "
+                "capacity by rank, decide what fits: make one with this adapter."
+            ) from error
+        if (slot := free[number]) is None:
+            own = [n for n, place in self._places.items() if place[0] == number]
+            rank = max(row.rank for row in self._targets[number])
+            size = f"{{{rank}: {len(own)}}}" if last else len(own)
+            raise ValueError(
+                f"the bank is full: capacity = {size}, and it holds {', '.join(own)}. "
+                "Remove one, or make a larger bank."
             )
         if before is not None and before[0] != number:
             self.remove(name)
@@ -253,6 +259,8 @@ class AdapterBank:
         Raises:
           ValueError: if there is no such adapter.
         """
+        if name is None:
+            raise ValueError("name must be an adapter's; None is the base alone.")
         self.slots([name])  # raises if it is unknown
         number, slot = self._places.pop(name)
         self._lora[number] = placed(self._lora[number], slot, self._none[number])
@@ -268,25 +276,34 @@ class AdapterBank:
           adapter of another class or None.
 
         Raises:
-          ValueError: listing the names that the bank doesn't have, or if rows differ
-            in tokens.
+          ValueError: listing the names that the bank doesn't have, or if there are
+            none, or rows differ in tokens.
+          TypeError: if a name is neither a string nor None.
         """
-        rows = [[row] if row is None or isinstance(row, str) else row for row in names]
+        of_rows = [isinstance(n, str) or not isinstance(n, Collection) for n in names]
+        pairs = zip(names, of_rows, strict=True)
+        rows: Any = [[row] if is_one else row for row, is_one in pairs]
         known = {None: (0, 0), **self._places}
         every = dict.fromkeys(name for row in rows for name in row)
+        bad = [name for name in every if not (name is None or isinstance(name, str))]
+        if bad or isinstance(names, str):
+            raise TypeError(
+                "names must be a list of strings or None, one for each row; got "
+                f"{bad[:5] or repr(names)}."
+            )
         if unknown := [name for name in every if name not in known]:
             hints = [
                 f"{name!r} (did you mean {nearest(str(name), self.names)!r}?)"
                 for name in unknown
             ]
             raise ValueError(f"the bank has no adapter {', '.join(hints)}.")
-        if len({len(row) for row in rows}) > 1:
+        if len({len(row) for row in rows}) != 1 or not len(rows[0]):
             raise ValueError(
                 "names must be one for each row, or as many in each row as tokens; got "
                 f"rows of {sorted({len(row) for row in rows})}."
             )
         found = np.array([[known[name] for name in row] for row in rows], np.int32)
-        if all(row is None or isinstance(row, str) for row in names):
+        if all(of_rows):
             found = found[:, 0]
         return tuple(
             jnp.asarray(np.where(found[..., 0] == number, found[..., 1], 0))

@@ -143,6 +143,9 @@ def classes(
     capacity: int | Mapping[int, int] | None, largest: Mapping[str, int], count: int
 ) -> list[tuple[dict[str, int], int]]:
     """Returns the rank of every layer, and the number of adapters, of each class."""
+    by_rank = capacity.items() if isinstance(capacity, Mapping) else [(capacity, 1)]
+    if bad := [n for pair in by_rank for n in pair if not isinstance(n, int | None)]:
+        raise TypeError(f"capacity must consist of whole numbers; got {bad}.")
     if not isinstance(capacity, Mapping):
         size = count if capacity is None else capacity
         if not 0 < count <= size:

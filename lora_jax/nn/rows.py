@@ -92,6 +92,12 @@ def _mapped(
     leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
     mapped = [place for place, leaf in enumerate(leaves) if jnp.ndim(leaf)]
     count = len(jax.tree.leaves(own)[0])
+    found = {len(leaves[place]) for place in mapped}
+    if found - {count}:
+        raise ValueError(
+            f"inputs must have {count} rows, one for each row's adapter; got "
+            f"{', '.join(map(str, sorted(found)))}."
+        )
     keys = {name: jax.random.split(key, count) for name, key in rngs.items()}
 
     def of_row(own: PyTree, keys: PyTree, *rows: jax.Array) -> Any:

@@ -60,7 +60,7 @@ def read_jsonl(
         shown = "\n  ".join(faults)
         more = bad - len(faults)
         raise ValueError(
-            f"{path} has {bad} bad lines:\n  {shown}"
+            f"{path} has {bad} bad line{'s' * (bad != 1)}:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
     if not records:

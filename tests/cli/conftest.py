@@ -22,13 +22,20 @@ WORDS = (*SPECIAL, *GOOD, *BAD, *PLAIN)
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Keeps the commands' cache of compiled programs out of the home directory."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update(
-        "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled"))
-    )
+    """Keeps the commands' cache of compiled programs out of the home directory.
+
+    It holds quick programs too: most runs here are compiled like one before.
+    """
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

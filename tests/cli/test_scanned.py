@@ -40,15 +40,15 @@ def adapter(trained, tmp_path_factory):
 
 
 def test_it_loads_as_it_was_trained(trained, adapter):
-    wanted = trained.module.apply(trained.variables, IDS)
+    wanted = jax.jit(trained.module.apply)(trained.variables, IDS)
     found = load_model(LLAMA, adapter)
-    assert (found.module.apply(found.variables, IDS) == wanted).all()
+    assert (jax.jit(found.module.apply)(found.variables, IDS) == wanted).all()
 
 
 def test_it_loads_block_by_block(trained, adapter):
     found = load_model(LLAMA, adapter, scan_layers=False)
-    wanted = trained.module.apply(trained.variables, IDS)
-    got = found.module.apply(found.variables, IDS)
+    wanted = jax.jit(trained.module.apply)(trained.variables, IDS)
+    got = jax.jit(found.module.apply)(found.variables, IDS)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     assert "layer_1" in found.variables[LORA]
 
@@ -73,8 +73,8 @@ def test_it_is_merged_as_plain_layers(trained, adapter, tmp_path, call):
     assert code == 0, said
     merged = load_model(tmp_path / "m")
     np.testing.assert_allclose(
-        merged.module.apply(merged.variables, IDS),
-        trained.module.apply(trained.variables, IDS),
+        jax.jit(merged.module.apply)(merged.variables, IDS),
+        jax.jit(trained.module.apply)(trained.variables, IDS),
         rtol=1e-5,
         atol=1e-5,
     )

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_cached_layers_change_nothing(tiny):
         for i, row in enumerate(ids):
             tokens[i, : len(row)], mask[i, : len(row)] = row, 1
         inputs = jnp.asarray(tokens), jnp.asarray(mask)
-        outputs.append(model.module.apply(model.variables, *inputs))
+        outputs.append(jax.jit(model.module.apply)(model.variables, *inputs))
     np.testing.assert_allclose(*outputs, atol=2e-5)
     assert trunk.cache_trunk(whole, texts, top=1) == (folder, words)
 

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -76,7 +77,7 @@ def test_each_adapter_learns_its_own_lines_and_loads_everywhere(done, tree, caps
     assert found["cern"]["test"] is None or np.isnan(found["cern"]["test"]["loss"])
     for name, word in zip(NAMES, (7, 8, 9), strict=True):
         one = done.load(name)
-        logits = one.module.apply(one.variables, np.int32([[41, 10]]))
+        logits = jax.jit(one.module.apply)(one.variables, np.int32([[41, 10]]))
         assert int(np.argmax(logits[0, -1, 7:10])) == word - 7, name
     assert main(["inspect", found["acme"]["folder"]]) == 0
     with pytest.raises(ValueError, match=r"has 3 adapters; .*/adapters/acme\. They"):
@@ -121,8 +122,8 @@ def test_all_adapters_of_a_run_are_exported_and_served_together(
     one = load_model(tree["model"]["path"], out / name)
     ids = np.int32([[41, 10]])
     own = done.load(name)
-    wanted = own.module.apply(own.variables, ids)
-    got = one.module.apply(one.variables, ids)
+    wanted = jax.jit(own.module.apply)(own.variables, ids)
+    got = jax.jit(one.module.apply)(one.variables, ids)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -216,7 +217,7 @@ def test_an_encoder_trains_a_head_for_each_adapter(config, tmp_path):
         (["a", 3], [], ":2: 'adapter' must be str; got 3"),
         (["a", "../b"], [], ":2: 'adapter' names a folder: .*got '../b'"),
         (["a", "A"] * 2, [], "differ in more than case, .*; got A and a"),
-        (["a", "a", "b"], [], "has 1 examples of b, and .*leaves none"),
+        (["a", "a", "b"], [], "has 1 example of b, and .*leaves none"),
         (["a"] * 4, ["data.test=FILE"], "must be one that is trained; got 'acme'"),
         (["acme"] * 4 + ["b"], ["data.validation=FILE"], "has none for b"),
         (["a", "b"] * 2, ["train.samples=[w1]"], "train.samples must be empty for 2"),

@@ -1,11 +1,13 @@
 """Sweeps: each run equals its own, whatever runs beside it."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,7 +152,7 @@ def test_a_kill_loses_nothing(done, tree, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(TextBatches, "batch_at", interrupting)
-        with pytest.raises(Interrupted, match="every run has its checkpoint"):
+        with pytest.raises(Interrupted, match=r"\d of 4 runs have ended(.|\n)*sweep\("):
             sweep(again, GRID, zipped=True, together=2)
     with pytest.raises(UserError, match="already contains a sweep"):
         sweep(again, GRID, zipped=True)
@@ -297,7 +299,7 @@ def check_same(done, resumed):
         (["data.holdout=0.1,0.2"], "data.holdout can't be swept: runs are compared"),
         (["mesh.member=1,2"], "mesh.member can't be swept"),
         (["mesh.member=64"], "mesh.member must be at most the"),
-        (["mesh.fsdp=2"], "mesh.data, fsdp, tensor, expert and sequence must be 1"),
+        (["mesh.fsdp=2"], "other sizes of the mesh must be 1; got mesh.fsdp = 2"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_written(tree, tmp_path, grid, said):
@@ -396,6 +398,67 @@ def test_as_many_run_side_by_side_as_make_it_faster(tree, monkeypatch):
     assert group.choice.endswith("of 10 12,000 ms, of 5 6,000 ms, of 2 2,500 ms")
     assert group.choose(together=4) == 4  # in three rounds: 4, 4 and 2
     assert group.choose(together=9) == 5  # two even rounds
+
+
+def test_runs_split_over_devices_are_halved_to_as_many_on_each(tree, monkeypatch):
+    group = sweep_group.Group(expand(tree, ["seed=0..11"]), Reporter())
+    tried = []
+
+    def price(number, remat):
+        tried.append(number)
+        return SimpleNamespace(fits=number <= 4)
+
+    monkeypatch.setattr(group, "price", price)
+    monkeypatch.setattr(group, "mesh", SimpleNamespace(size=4))
+    assert group._largest(12, exactly=False)[0] == 4
+    assert tried == [12, 4]
+
+
+def test_a_sweep_stops_before_it_compiles_and_says_what_is_left(
+    tree, tmp_path, monkeypatch
+):
+    points = expand(tree, ["seed=0..3"])
+    group = sweep_group.Group(points, Reporter(), should_stop=lambda: True)
+    for together in (None, 2):
+        with pytest.raises(KeyboardInterrupt):
+            group.choose(together)
+    own = {**tree, "output": {"dir": str(tmp_path / "left")}}
+
+    def raising(error):
+        def raises(*args):
+            raise error
+
+        return raises
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_group.Group, "choose", raising(KeyboardInterrupt()))
+        with pytest.raises(Interrupted, match="Nothing was written yet"):
+            sweep(own, ["seed=0..3"])
+    assert not (tmp_path / "left").exists()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.npz")
+    monkeypatch.setattr(sweep_group.Group, "choose", lambda *args: 2)
+    for error in (full, UserError("the disk has 1 kB free", code=1)):
+        monkeypatch.setattr(sweep_group.Group, "train", raising(error))
+        said = r"(left is full|1 kB)(.|\n)*0 of 4 runs have ended(.|\n)*resume=True"
+        with pytest.raises(UserError, match=said) as caught:
+            sweep(own, ["seed=0..3"], overwrite=True)
+        assert caught.value.code == 1
+
+
+def test_a_plan_compiles_no_more_runs_than_anyone_trains(tree, monkeypatch):
+    group, tried = sweep_group.Group(expand(tree, ["lora.rank=2"]), Reporter()), []
+
+    def price(members, state, batch, **options):
+        count, rows, _ = batch["input_ids"].shape
+        tried.append(count)
+        total = 10**6 + 10**3 * count
+        return SimpleNamespace(batch=count * rows, total=total, limit=10**9, fits=True)
+
+    monkeypatch.setattr(sweep_group, "price_step", price)
+    for together, most, compiled in (4, 64, [1, 2, 64, 4]), (100, 100, [1, 2, 100]):
+        tried.clear()
+        assert group.plan_most(together, None)[1] == most
+        assert tried == compiled
 
 
 def test_runs_whose_batches_differ_in_length_wait_for_each_other(tree):

@@ -82,19 +82,19 @@ def test_batch_statistics_pass_through():
 def test_a_decode_cache_passes_through():
     model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
     x = normal((1, 3, 8))
-    made = model.init(key(0), x)
+    made = jax.jit(model.init)(key(0), x)
     adapted = adapt(model, LoRAConfig(rank=2), x)
     variables = trained(adapted.attach(made["params"], key(1)))
     merged = {"params": adapted.merge(variables)}
     cache = base_cache = made["cache"]
+    read, read_base = (
+        jax.jit(functools.partial(module.apply, mutable=["cache"]))
+        for module in (adapted, model)
+    )
     for t in range(3):
         token = x[:, t : t + 1]
-        got, state = adapted.apply(
-            {**variables, "cache": cache}, token, mutable=["cache"]
-        )
-        wanted, base_state = model.apply(
-            {**merged, "cache": base_cache}, token, mutable=["cache"]
-        )
+        got, state = read({**variables, "cache": cache}, token)
+        wanted, base_state = read_base({**merged, "cache": base_cache}, token)
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
         cache, base_cache = state["cache"], base_state["cache"]
     assert int(cache["cache_index"]) == 3

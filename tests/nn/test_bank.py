@@ -270,7 +270,9 @@ def test_an_adapter_goes_to_the_smallest_rank_class_and_compiles_nothing():
         got = run(bank.variables(["m0", "wide"]))
         wanted = adapted.apply(variables, X[1])
         np.testing.assert_allclose(got[1], wanted, rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match="is full: capacity = 3, and it holds m0"):
+        with pytest.raises(
+            ValueError, match=r"capacity = \{3: 1\}, and it holds wide\."
+        ):
             bank.add("wider", *member(4, rank=2)[2])
         bank.add("wide", *member(4, rank=1)[2])  # and leaves its room to another
         bank.add("wider", *member(4, rank=2)[2])
@@ -408,3 +410,16 @@ def test_misuse_is_told():
         bank.way = "slow"
     with pytest.raises(ValueError, match="way must be 'gather' for DoRA"):
         of(member(1, dora=True)).way = "mask"
+    for names in ("m0", [0, 1], [["m0", 1]]):
+        with pytest.raises(TypeError, match=r"names must be a list .* got (\[|'m0')"):
+            bank.variables(names)
+    for names in ([], [[]], [[], []]):
+        with pytest.raises(ValueError, match="names must be one for each row, or as"):
+            bank.variables(names)
+    with pytest.raises(ValueError, match="None is the base"):
+        bank.remove(None)
+    with pytest.raises(ValueError, match=r"inputs must have 2 rows.* got 4"):
+        bank.module.apply(bank.variables(["m0", None]), X)
+    for capacity in ("3", 1.5, {2: 1.5}, {"2": 1}):
+        with pytest.raises(TypeError, match="capacity must consist of whole numbers"):
+            of(member(1), capacity=capacity)

@@ -47,8 +47,8 @@ def main():
     module, key = Decoder(CONFIG, scan_layers=True), jax.random.key
     ids = np.random.default_rng(0).integers(0, 32, (8, 6), np.int32)
     adapted = adapt(module, LoRAConfig(rank=2, alpha=3), ids)
-    params = module.init(key(1), ids)["params"]
-    variables = adapted.attach(params, key(2))
+    params = jax.jit(module.init)(key(1), ids)["params"]
+    variables = jax.jit(adapted.attach)(params, key(2))
     variables["lora"] = jax.tree.map(lambda a: a + 0.1, variables["lora"])
 
     def loss(lora, variables, ids):
