@@ -34,8 +34,8 @@ def parse_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
             f"several adapters need names: --adapter NAME=DIR; got {', '.join(bad)}."
         )
     names = [name for name, _, _ in pairs]
-    if len(set(names)) < len(names):
-        raise UserError(f"names of adapters must differ; got {', '.join(names)}.")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"names of adapters must differ; got {', '.join(twice)} twice.")
     return {name: folder for name, _, folder in pairs}
 
 

@@ -42,14 +42,15 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"--head must be one of the adapters, {', '.join(args.adapters)}; got "
             f"{args.head}."
         )
+    method = args.method or ("cat" if args.rank is None else "svd")
     unused = {
-        "--density": args.density is not None and args.method in ("cat", "svd"),
-        "--seed": args.seed is not None and not args.method.startswith("dare"),
+        "--density": args.density is not None and method in ("cat", "svd"),
+        "--seed": args.seed is not None and not method.startswith("dare"),
     }
     if any(unused.values()):
         shown = " and ".join(name for name, is_unused in unused.items() if is_unused)
         raise UserError(
-            f"--method {args.method} has no {shown}: --density is of ties, dare and "
+            f"--method {method} has no {shown}: --density is of ties, dare and "
             "dare_ties, --seed of dare and dare_ties."
         )
     loaded = [load(args.model, adapter) for adapter in args.adapters]
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             for one, module in zip(loaded, modules, strict=True)
         ],
         weights,
-        method=args.method,
+        method=method,
         rank=args.rank,
         density=0.5 if args.density is None else args.density,
         seed=args.seed or 0,
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     extra |= {"model": path, "combined": added}
     source = ", ".join(f"{weight:g} x {name}" for name, weight in added)
     out.heading("Combined")
-    out.facts([("adapters", source), ("method", args.method)])
+    out.facts([("adapters", source), ("method", method)])
     return save(target, lead, combined, extra, out)
 
 

@@ -314,9 +314,8 @@ def _add_combine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--method",
         choices=("cat", "svd", "ties", "dare", "dare_ties"),
-        default="cat",
-        help="cat: the exact sum, at the sum of the ranks (default); all others need "
-        "--rank",
+        help="cat: the exact sum, at the sum of the ranks (default); svd: the sum cut "
+        "to --rank (default with --rank); ties and dare need --rank too",
     )
     command.add_argument("--rank", type=_count, metavar="R", help="of the result")
     command.add_argument(

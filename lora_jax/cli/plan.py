@@ -17,7 +17,7 @@ from lora_jax.finetune.formatting import arithmetic, duration, size
 from lora_jax.finetune.pricing import JobSteps, slice_steps, too_large
 from lora_jax.finetune.settings import RunSettings, load_settings
 from lora_jax.finetune.sweep_grid import Point
-from lora_jax.finetune.sweep_group import Group
+from lora_jax.finetune.sweep_group import MOST_PLANNED, Group
 from lora_jax.finetune.tasks import open_job
 from lora_jax.names import FSDP
 from lora_jax.parallel.mesh import AXES, MORE_AXES
@@ -86,9 +86,11 @@ def _plan_local(
         runs = Group([Point("", {}, settings)], out, job=job)
         many, most = runs.plan_most(args.together, plan.remat)
         together = {"runs": args.together, **many.parts, "largest": most}
+        is_tried = most >= max(MOST_PLANNED, args.together)
+        room = f"{most} or more fit" if is_tried else f"at most {most} fit"
         out.say(
-            f"  {args.together} runs side by side need {size(many.total)}; at most "
-            f"{most} fit this machine"
+            f"  {args.together} runs side by side need {size(many.total)}; {room} this "
+            "machine"
         )
     return {
         "targets": [

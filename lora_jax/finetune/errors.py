@@ -1,6 +1,7 @@
 """Errors caused by the user's input or environment rather than by bugs."""
 
 import errno
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -35,8 +36,10 @@ class Interrupted(KeyboardInterrupt):
         self.is_orderly = is_orderly
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Returns whether an error says that a disk has no space left."""
-    return isinstance(error, OSError) and (
-        error.errno == errno.ENOSPC or "disk" in str(error)
-    )
+def disk_fault(error: BaseException, folder: Path) -> str | None:
+    """Returns what an error says of the disk of a folder; None if it is another."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno == errno.ENOSPC:
+        return f"the disk of {folder} is full ({error}). Free some space."
+    return str(error) if "disk" in str(error) else None

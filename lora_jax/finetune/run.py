@@ -10,7 +10,7 @@ from lora_jax.finetune.errors import (
     DivergedError,
     Interrupted,
     UserError,
-    is_disk_full,
+    disk_fault,
 )
 from lora_jax.finetune.reporter import Reporter
 from lora_jax.interop.adapter_folder import RUN_ADAPTERS
@@ -150,8 +150,8 @@ def _explained(session: "Session") -> Iterator[None]:
                 f"JAX reported: {str(error).splitlines()[0][:200]}",
                 code=1,
             ) from error
-        if is_disk_full(error):
-            message = f"{error}\n{session.how_to_resume()}"
+        if fault := disk_fault(error, session.folder.path):
+            message = f"{fault}\n{session.how_to_resume()}"
             raise UserError(message, code=1) from error
         is_saved = session.checkpoints and session.checkpoints.latest_step() is not None
         if is_saved and not isinstance(error, DivergedError):

@@ -13,7 +13,7 @@ from lora_jax.finetune.errors import (
     DivergedError,
     Interrupted,
     UserError,
-    is_disk_full,
+    disk_fault,
 )
 from lora_jax.finetune.formatting import count_of, metric_text
 from lora_jax.finetune.interrupt import interruptible
@@ -165,9 +165,10 @@ def _explained(folder: "SweepFolder", out: Reporter) -> Iterator[None]:
         message = f"interrupted. {folder.how_to_resume(out.resume)}"
         raise Interrupted(message, is_orderly=True) from None
     except (OSError, UserError) as error:
-        if not (is_disk_full(error) or getattr(error, "code", None) == 1):
+        fault = disk_fault(error, folder.path)
+        if fault is None and getattr(error, "code", None) != 1:
             raise
-        message = f"{error}\n{folder.how_to_resume(out.resume)}"
+        message = f"{fault or error}\n{folder.how_to_resume(out.resume)}"
         raise UserError(message, code=1) from error
 
 

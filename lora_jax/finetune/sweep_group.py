@@ -41,6 +41,7 @@ from lora_jax.train.step import LossFn
 from lora_jax.tree.targets import Target
 
 MOST = 16  # runs side by side where nobody says how many
+MOST_PLANNED = 64  # compiled to see whether they fit: a program grows with its runs
 LEAST_GAIN = 0.95  # of the time one by one, to be worth it
 
 OnEnd = Callable[[Member, dict[str, Any] | None, DivergedError | None], None]
@@ -165,7 +166,8 @@ class Group:
           remat: a decoder's remat policy.
 
         Returns:
-          The plan for so many runs, and the largest number that fits the device.
+          The plan for so many runs, and the largest number that fits the device, of
+          no more than `MOST_PLANNED`, or ``together`` if that is more.
         """
         rows, _ = self.steps.longest["input_ids"].shape
         loss_fn, state, hyper = self._shared(remat, together)
@@ -176,6 +178,8 @@ class Group:
         )
         state = TrainState(frozen=state.frozen, **own)
 
+        ceiling = max(MOST_PLANNED, together)
+
         @functools.cache
         def price(count: int) -> StepPlan:
             accumulate = self.job.settings.train.accumulate
@@ -183,7 +187,7 @@ class Group:
             batch, limit = members.shapes(self.steps.longest), self.steps.limit
             return price_step(members, members.state, batch, limit=limit, remat=remat)
 
-        most = largest_batch(lambda wanted: price(wanted // rows), rows)
+        most = largest_batch(lambda wanted: price(min(wanted // rows, ceiling)), rows)
         return price(together), most.batch // rows if most else 0
 
     def choose(self, together: int | None = None) -> int:

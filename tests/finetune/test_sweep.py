@@ -439,10 +439,26 @@ def test_a_sweep_stops_before_it_compiles_and_says_what_is_left(
     monkeypatch.setattr(sweep_group.Group, "choose", lambda *args: 2)
     for error in (full, UserError("the disk has 1 kB free", code=1)):
         monkeypatch.setattr(sweep_group.Group, "train", raising(error))
-        said = r"(No space|1 kB)(.|\n)*0 of 4 runs have ended(.|\n)*resume=True"
+        said = r"(left is full|1 kB)(.|\n)*0 of 4 runs have ended(.|\n)*resume=True"
         with pytest.raises(UserError, match=said) as caught:
             sweep(own, ["seed=0..3"], overwrite=True)
         assert caught.value.code == 1
+
+
+def test_a_plan_compiles_no_more_runs_than_anyone_trains(tree, monkeypatch):
+    group, tried = sweep_group.Group(expand(tree, ["lora.rank=2"]), Reporter()), []
+
+    def price(members, state, batch, **options):
+        count, rows, _ = batch["input_ids"].shape
+        tried.append(count)
+        total = 10**6 + 10**3 * count
+        return SimpleNamespace(batch=count * rows, total=total, limit=10**9, fits=True)
+
+    monkeypatch.setattr(sweep_group, "price_step", price)
+    for together, most, compiled in (4, 64, [1, 2, 64, 4]), (100, 100, [1, 2, 100]):
+        tried.clear()
+        assert group.plan_most(together, None)[1] == most
+        assert tried == compiled
 
 
 def test_runs_whose_batches_differ_in_length_wait_for_each_other(tree):
