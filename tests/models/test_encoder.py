@@ -117,7 +117,7 @@ def test_mean_pool_averages_unmasked_tokens_and_is_zero_for_none():
 def test_the_parameter_tree_is_the_one_of_the_docstring():
     module = SequenceClassifier(TINY, num_labels=3)
     ids = jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(module.init)(jax.random.key(0), ids, ids)["params"]
+    params = module.init(jax.random.key(0), ids, ids)["params"]
     dense = {"kernel": (6, 6), "bias": (6,)}
     norm = {"scale": (6,), "bias": (6,)}
     assert jax.tree.map(jnp.shape, params) == {
@@ -146,7 +146,7 @@ def test_the_parameter_tree_is_the_one_of_the_docstring():
 def test_without_labels_the_call_returns_the_pooled_vector(pooling):
     module = SequenceClassifier(TINY, pooling=pooling)
     ids, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), jnp.int32)
-    pooled, variables = jax.jit(module.init_with_output)(jax.random.key(0), ids, mask)
+    pooled, variables = module.init_with_output(jax.random.key(0), ids, mask)
     assert pooled.shape == (2, 6)
     assert "classifier" not in variables["params"]
     assert ("pooler" in variables["params"]) == (pooling == "pooler")
@@ -155,20 +155,23 @@ def test_without_labels_the_call_returns_the_pooled_vector(pooling):
 def test_dropout_acts_only_when_not_deterministic():
     module = SequenceClassifier(TINY, dropout_rate=0.5)
     ids = jnp.ones((2, 3), jnp.int32)
-    variables = jax.jit(module.init)(jax.random.key(0), ids, ids)
-    plain = jax.jit(module.apply)(variables, ids, ids)
-    dropped = jax.jit(functools.partial(module.apply, deterministic=False))(
-        variables, ids, ids, rngs={"dropout": jax.random.key(1)}
+    variables = module.init(jax.random.key(0), ids, ids)
+    plain = module.apply(variables, ids, ids)
+    dropped = module.apply(
+        variables,
+        ids,
+        ids,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(1)},
     )
-    without = jax.jit(module.clone(dropout_rate=0.0).apply)
-    assert (plain == without(variables, ids, ids)).all()
+    assert (plain == module.clone(dropout_rate=0.0).apply(variables, ids, ids)).all()
     assert not jnp.allclose(plain, dropped)
 
 
 def test_tables_that_are_not_differentiated_have_no_scatter():
     module = SequenceClassifier(TINY, num_labels=2)
     ids = jnp.ones((2, 3), jnp.int32)
-    params = jax.jit(module.init)(jax.random.key(0), ids, ids)["params"]
+    params = module.init(jax.random.key(0), ids, ids)["params"]
 
     def loss(head, encoder):
         variables = {"params": {"encoder": encoder, "classifier": head}}
@@ -186,7 +189,7 @@ def test_tables_that_are_not_differentiated_have_no_scatter():
 def test_inputs_of_a_wrong_kind_are_named():
     module = SequenceClassifier(TINY)
     ids = jnp.ones((2, 3), jnp.int32)
-    variables = jax.jit(module.init)(jax.random.key(0), ids, ids)
+    variables = module.init(jax.random.key(0), ids, ids)
     with pytest.raises(TypeError, match=r"input_ids must be integers.*float32"):
         module.apply(variables, ids.astype(jnp.float32), ids)
     with pytest.raises(ValueError, match=r"\(2, 3\), attention_mask \(2, 2\)"):
