@@ -4,11 +4,19 @@ import time
 
 import pytest
 
+from lora_jax.plan.slices import uncached
 from tests.fuzz import runner
 from tests.fuzz.runner import make_input, run
 from tests.fuzz.targets import TARGETS, Target
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _uncached():
+    """JAX's cache of programs, which other tests switch on, writes files too."""
+    with uncached():
+        yield
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
