@@ -188,7 +188,7 @@ def is_flagged(scope: Scope | None) -> bool:
 
 
 def is_frozen(scope: Scope | None, path: str) -> bool:
-    """Returns whether a scope is of an `adapt`-ed model that freezes a leaf.
+    """Returns whether a model is `adapt`-ed and freezes a leaf.
 
     Args:
       scope: of the model.

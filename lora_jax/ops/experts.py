@@ -42,9 +42,9 @@ def lora_experts(
     """Applies frozen experts plus the low-rank update of each.
 
     Computes ``y[j] = x[j] @ W0[e] + bias[e] + scaling * (dropout(x[j]) @ A[e]) @ B[e]``
-    for rows sorted by their expert ``e``; how is in `lora_jax.ops.grouped_lowerings`.
-    The gradient of ``kernel`` is formed only if the caller differentiates with respect
-    to it.
+    for rows sorted by their expert ``e``; `lora_jax.ops.grouped_lowerings` has each
+    platform's implementation. The gradient of ``kernel`` is formed only if the caller
+    differentiates with respect to it.
 
     Args:
       x: rows ``[m, i]``, those of expert 0 first, then those of expert 1, ...; sets

@@ -1,8 +1,8 @@
 """Matrix products in which every row has the matrix of its group.
 
 The rows ``[m, i]`` are sorted by group, and ``sizes`` ``[e]`` says how many each group
-has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. What each
-platform computes is in `lora_jax.ops.grouped_lowerings`.
+has: ``y[j] = x[j] W[group of j]``. Rows beyond the last group give zero. Each
+platform's implementation is in `lora_jax.ops.grouped_lowerings`.
 
 The matrices of all layers may be one stack, from which a product reads those of its own
 layer: a slice would be copied first, in a mixture of many experts gigabytes a block.
