@@ -1,5 +1,7 @@
 """Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,15 @@ def test_on_a_mesh_a_tpus_kernel_reads_its_own_part_of_the_stack(shards):
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert ("tpu_custom_call" in text) == (shards == (2, 2))
     assert ("ragged_dot" in text) == (shards == (1, 1))
+
+
+def test_matrices_that_have_to_be_cast_are_a_slice_on_a_tpu():
+    x, stack = jnp.zeros((256, 128)), jnp.zeros((3, 4, 128, 256))
+    dot = jax.jit(functools.partial(grouped.grouped_dot, layer=1))
+    for dtype in (x.dtype, jnp.bfloat16):
+        traced = dot.trace(x.astype(dtype), stack, jnp.zeros(4, int))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert ("ragged_dot" in text) == (dtype == jnp.bfloat16)
 
 
 def test_the_gradient_of_a_stack_is_that_of_its_layer(arrays):
