@@ -89,8 +89,9 @@ def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
 
     Returns:
       ``flops`` of the matmuls as traced, ``temp_bytes``, ``argument_bytes``,
-      ``output_bytes`` and ``compile_seconds``; of a TPU ``cycles`` and the ``unknown``
-      kernels outside them (not where libtpu can't print the program), of a GPU
+      ``output_bytes`` and ``compile_seconds``; of a TPU ``bytes_accessed`` (a loop's
+      body counts once), ``cycles`` and the ``unknown`` kernels outside them (none
+      of them where libtpu can't print the program), of a GPU
       ``launches``, ``microseconds`` and the ``unknown`` kernels. Of a step that is too
       large only ``refused_bytes``, what it needs.
     """
@@ -126,8 +127,12 @@ def _scheduled(compiled: Any, platform: str) -> dict[str, Any]:
         return {}
     if platform == "gpu":
         return sum_kernels(text)._asdict()
-    found = sum_cycles(text)
-    return {"cycles": found.total, "unknown": found.unknown}
+    found, cost = sum_cycles(text), compiled.cost_analysis()
+    return {
+        "bytes_accessed": cost["bytes accessed"],
+        "cycles": found.total,
+        "unknown": found.unknown,
+    }
 
 
 def trace(make: Make, task: Task, mesh: Mesh) -> jax.stages.Traced:
