@@ -1,4 +1,4 @@
-"""``x A`` of neighbouring layers that read the same array, computed at once on a TPU.
+"""``x A`` of neighbouring layers that read the same array, at once on accelerators.
 
 What their adapters add to the gradient of ``x`` is then one thin product too, which
 reads and writes the wide gradient once and not for every layer.
@@ -41,7 +41,7 @@ class SharedInputs:
           x: its input.
           dtype: of the product.
         """
-        if scope.parent is None or target_platform() != "tpu":
+        if scope.parent is None or target_platform() == "cpu":
             return None
         group = neighbours(scope)
         if not group:

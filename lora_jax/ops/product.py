@@ -58,8 +58,18 @@ def factor_product(
 
 
 def _product(equation, rate, precision, x, factor, key):
-    x = dropout(x, rate, key)
+    x = dropout(_apart(equation.split(",")[0], x), rate, key)
     return einsum(equation, x, factor.astype(x.dtype), precision=precision)
+
+
+def _apart(labels: str, x: AnyFloat) -> AnyFloat:
+    """Returns the operand of a thin product; on a GPU, one that W0's doesn't share.
+
+    XLA:GPU would join ``x W0`` and ``x A`` to one product with ``[W0 | A]``, for which
+    it copies W0 at every step.
+    """
+    is_shared = RANK not in labels and target_platform() == "gpu"
+    return jax.lax.optimization_barrier(x) if is_shared else x
 
 
 def _forward(product, equation, rate, precision, x, factor, key=None):

@@ -1,4 +1,4 @@
-"""Neighbouring layers' ``x A`` at once, as on a TPU, against each layer's own."""
+"""Neighbouring layers' ``x A`` at once, as on TPUs and GPUs, against each its own."""
 
 import flax.linen as nn
 import jax
@@ -54,14 +54,17 @@ def gradients(config, monkeypatch, platform):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"rank": 3, "dora": True}, {"rank": 2, "rank_pattern": {"key": 4}}],
+    ("platform", "options"),
+    [
+        ("tpu", {"rank": 3, "dora": True}),
+        ("gpu", {"rank": 2, "rank_pattern": {"key": 4}}),
+    ],
     ids=["dora", "other rank"],
 )
-def test_the_products_of_neighbours_are_one(options, monkeypatch):
+def test_the_products_of_neighbours_are_one(platform, options, monkeypatch):
     config = LoRAConfig(alpha=5, targets="all-linear", **options)
     wanted, apart, _ = gradients(config, monkeypatch, "cpu")
-    got, shapes, _ = gradients(config, monkeypatch, "tpu")
+    got, shapes, _ = gradients(config, monkeypatch, platform)
     jax.tree.map(assert_close, got(), wanted())
     total = sum(config.rank_for(f"attention/{n}") for n in ("query", "key", "value"))
     assert (ROWS, total) in shapes
