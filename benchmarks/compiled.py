@@ -275,15 +275,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         is_gpu = any("launches" in found for found in _contenders(row).values())
-        key, title = (
-            ("launches", "kernels launched") if is_gpu else ("cycles", "Mcycles")
-        )
+        key, title = ("microseconds", "ms") if is_gpu else ("cycles", "Mcycles")
         lines += [
             f"{row['shape']}, rank {RANK} on all linears, bfloat16, one chip of "
             f"{row['target']}:\n",
             f"| contender | {title} | lora_jax / it | temporaries | lora_jax / it | "
-            "FLOPs / formula |",
-            "|---|---|---|---|---|---|",
+            f"FLOPs / formula |{' kernels launched |' if is_gpu else ''}",
+            f"|---|---|---|---|---|---|{'---|' if is_gpu else ''}",
         ]
         for name, found in _contenders(row).items():
             cells = [name, _count(found, key), _ratio(row.get(OURS, {}), found, key)]
@@ -296,6 +294,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     _ratio(row.get(OURS, {}), found, "temp_bytes"),
                     f"{share:.3f}" if share else "–",
                 ]
+            cells += [f"{found['launches']:,}"] if "launches" in found else []
             lines.append(f"| {' | '.join(cells)} |")
         if row["missing"]:
             lines.append(f"\nNot compiled: {', '.join(row['missing'])}.")
@@ -312,7 +311,7 @@ def _count(found: dict[str, Any], key: str) -> str:
     if value is None:
         return "–"
     unknown = found.get("unknown", 0)
-    text = str(value) if key == "launches" else f"{value / 1e6:,.3f}"
+    text = f"{value / (1e6 if key == 'cycles' else 1e3):,.3f}"
     return text + (f" + {unknown} kernels" if unknown else "")
 
 

@@ -142,24 +142,31 @@ def _overhead(rows: Rows) -> Any:
 
 
 def _compiled(rows: Rows) -> Any:
-    """Draws the decoder's cycles and temporaries, a line of pictures per target."""
-    rows = [row for row in rows if "cycles" in row.get(contenders.OURS, {})]
-    rows = [row for row in rows if row["shape"] == rows[0]["shape"]]
-    size = (10, 0.9 + 2.6 * len(rows))
+    """Draws the decoder's time and temporaries, a line of pictures per target."""
+    units = {"cycles": (1e6, "cycles, millions"), "microseconds": (1e3, "ms")}
+    shown = [
+        (row, key)
+        for row in rows
+        for key in units
+        if row["shape"] == rows[0]["shape"] and key in row.get(contenders.OURS, {})
+    ]
+    size = (10, 0.9 + 2.6 * len(shown))
     figure, grid = plt.subplots(
-        len(rows), 2, figsize=size, layout="constrained", squeeze=False
+        len(shown), 2, figsize=size, layout="constrained", squeeze=False
     )
     figure.suptitle(
         f"{rows[0]['shape']}: the compiler's estimate, not a measurement", fontsize=10
     )
-    for (left, right), row in zip(grid, rows, strict=True):
-        known = {n: f for n, f in row.items() if isinstance(f, dict) and "cycles" in f}
-        names = sorted(known, key=lambda name: -known[name]["cycles"])
+    for (left, right), (row, key) in zip(grid, shown, strict=True):
+        known = {n: f for n, f in row.items() if isinstance(f, dict) and key in f}
+        names = sorted(known, key=lambda name: -known[name][key])
         colors = [_color(name) for name in names]
-        left.barh(names, [known[n]["cycles"] / 1e6 for n in names], color=colors)
+        divisor, unit = units[key]
+        times = [known[name][key] / divisor for name in names]
+        left.barh(names, times, color=colors)
         right.barh(names, [known[n]["temp_bytes"] / 1e6 for n in names], color=colors)
         right.set_yticklabels([])
-        left.set(title=row["target"], xlabel="cycles, millions")
+        left.set(title=row["target"], xlabel=unit)
         right.set(title=row["target"], xlabel="temporaries, MB")
         for axis in (left, right):
             axis.tick_params(labelsize=9)

@@ -1,4 +1,4 @@
-"""What a compiled program's schedule says: a TPU's cycles, a GPU's kernels.
+"""What a compiled program's schedule says: a TPU's cycles.
 
 A loop's body counts as often as it runs, a conditional as its slowest branch.
 
@@ -26,9 +26,6 @@ _BRANCHES = re.compile(
 )
 _CALL = re.compile(r" (?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-_LAUNCH = re.compile(
-    r" = \S+(?: \S+)* (?:fusion|custom-call|copy|sort|dot|convolution|reduce|scatter)\("
-)
 _CUSTOM = ' custom_call_target="tpu_custom_call"'
 _RAGGED = re.compile(r' kind=kCustom, .*op_name="[^"]*ragged_dot_general"')
 _NAME = re.compile(r'op_name="([^"]*)"')
@@ -81,9 +78,9 @@ def by_operation(text: str, *, by_groups: bool = False) -> dict[str, tuple[int, 
     Returns:
       For each ``op_name`` of the HLO its cycles, and its kernels without an estimate.
     """
-    computations, entry = _computations(text)
+    computations, entry = split_computations(text)
     totals: dict[str, tuple[int, int]] = {}
-    for name, times in _runs(computations, entry).items():
+    for name, times in count_runs(computations, entry).items():
         for line in computations[name]:
             if _is_control(line):
                 continue
@@ -100,23 +97,7 @@ def by_operation(text: str, *, by_groups: bool = False) -> dict[str, tuple[int, 
     return totals
 
 
-def count_launches(text: str) -> int:
-    """Counts the kernels that one run of a program for a GPU launches.
-
-    Args:
-      text: the scheduled HLO, ``compiled.as_text()``.
-
-    Returns:
-      Fusions, library calls and copies of the schedule.
-    """
-    computations, entry = _computations(text)
-    return sum(
-        times * sum(bool(_LAUNCH.search(line)) for line in computations[name])
-        for name, times in _runs(computations, entry).items()
-    )
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of each computation, and the name of the first to run."""
     found: dict[str, list[str]] = {}
     entry = name = ""
@@ -130,7 +111,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _runs(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
+def count_runs(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
     """Returns how often each scheduled computation runs, by its name."""
     runs: dict[str, int] = {}
 
@@ -158,7 +139,7 @@ def _runs(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
 def _alone(computations: Mapping[str, list[str]], name: str) -> int:
     """Returns the cycles of a computation run once."""
     total = 0
-    for each, times in _runs(computations, name).items():
+    for each, times in count_runs(computations, name).items():
         for line in computations[each]:
             if not _is_control(line) and (cycles := _CYCLES.search(line)):
                 total += int(cycles[1]) * times

@@ -17,9 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import contenders, rivals
+from benchmarks.gpu_schedule import COST_MODEL, sum_kernels
 from benchmarks.harness import Contender
 from benchmarks.rivals import Task
-from benchmarks.schedule import count_launches, sum_cycles
+from benchmarks.schedule import sum_cycles
 from lora_jax.parallel.activation_sharding import on_mesh_of
 from lora_jax.plan.flops import traced_flops
 from lora_jax.plan.slices import open_slice, uncached
@@ -88,16 +89,19 @@ def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
 
     Returns:
       ``flops`` of the matmuls as traced, ``temp_bytes``, ``argument_bytes``,
-      ``output_bytes`` and ``compile_seconds``; of a TPU ``cycles`` and the ``unknown``
-      kernels outside them (not where libtpu can't print the program), of a GPU
-      ``launches``. Of a step that is too large only ``refused_bytes``, what it needs.
+      ``output_bytes`` and ``compile_seconds``; of a TPU ``bytes_accessed`` (a loop's
+      body counts once), ``cycles`` and the ``unknown`` kernels outside them (none
+      of them where libtpu can't print the program), of a GPU
+      ``launches``, ``microseconds`` and the ``unknown`` kernels. Of a step that is too
+      large only ``refused_bytes``, what it needs.
     """
     traced = trace(make, task, mesh)
     lowered = traced.lower()
+    platform = mesh.devices.item().platform
     start = time.perf_counter()
     try:
         with uncached():
-            compiled = lowered.compile()
+            compiled = lowered.compile(COST_MODEL if platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if needed := parse_too_large(str(error)):
             return {"refused_bytes": needed}
@@ -106,7 +110,7 @@ def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     return {
         "flops": traced_flops(traced.jaxpr.jaxpr),
-        **_scheduled(compiled, mesh.devices.item().platform),
+        **_scheduled(compiled, platform),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -114,7 +118,7 @@ def price(make: Make, task: Task, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _scheduled(compiled: Any, platform: str) -> dict[str, int]:
+def _scheduled(compiled: Any, platform: str) -> dict[str, Any]:
     if platform not in ("tpu", "gpu"):
         return {}
     try:
@@ -122,9 +126,13 @@ def _scheduled(compiled: Any, platform: str) -> dict[str, int]:
     except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 for v6e: an async instruction
         return {}
     if platform == "gpu":
-        return {"launches": count_launches(text)}
-    found = sum_cycles(text)
-    return {"cycles": found.total, "unknown": found.unknown}
+        return sum_kernels(text)._asdict()
+    found, cost = sum_cycles(text), compiled.cost_analysis()
+    return {
+        "bytes_accessed": cost["bytes accessed"],
+        "cycles": found.total,
+        "unknown": found.unknown,
+    }
 
 
 def trace(make: Make, task: Task, mesh: Mesh) -> jax.stages.Traced:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import compiled, contenders, rivals, specs, targets
-from benchmarks.schedule import Cycles, count_launches, sum_cycles
+from benchmarks.gpu_schedule import BANDWIDTH, PEAK_FLOPS, sum_kernels
+from benchmarks.schedule import Cycles, sum_cycles
 from lora_jax import LoRAConfig, adapt
 from lora_jax.models.expert_config import ExpertConfig
 from lora_jax.models.experts import Mixture
@@ -56,15 +57,28 @@ ENTRY %main (x: f32[]) -> f32[] {
 GPU = """\
 HloModule jit_step, is_scheduled=true
 
+%nested (p: bf16[2000,3000], q: bf16[3000,5000]) -> bf16[2000,5000] {
+  %p = bf16[2000,3000]{1,0} parameter(0)
+  %q = bf16[3000,5000]{1,0} parameter(1)
+  ROOT %dot = bf16[2000,5000]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%gemm (p.1: bf16[2000,3000], q.1: bf16[3000,5000]) -> bf16[2000,5000] {
+  ROOT %f = bf16[2000,5000]{1,0} fusion(%p.1, %q.1), kind=kCustom, calls=%nested
+}
+
 %command_buffer (x: f32[]) -> f32[] {
-  %a = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
-  ROOT %b = (f32[8]{0}, f32[8]{0}) custom-call(%a), custom_call_target="__cublas$gemm"
+  %w = bf16[3000,5000]{1,0} parameter(1)
+  %a = bf16[2000,3000]{1,0} fusion(%w), kind=kLoop, calls=%fused, backend_config={"reification_cost":[{"exec_time_us":5.5,"name":""},{"exec_time_us":7,"name":"sol"}]}
+  ROOT %b = bf16[2000,5000]{1,0} fusion(%a, %w), kind=kCustom, calls=%gemm, backend_config={"reification_cost":[{"exec_time_us":999,"name":""}]}
 }
 
 ENTRY %main (x: f32[]) -> f32[] {
-  %w = s32[] while(%x), condition=%c, body=%command_buffer, backend_config={"known_trip_count":{"n":"3"}}
-  %t = f32[8]{0} get-tuple-element(%w), index=0
-  ROOT %r = f32[8]{0} copy(%t)
+  %l = s32[] while(%x), condition=%c, body=%command_buffer, backend_config={"known_trip_count":{"n":"3"}}
+  %t = bf16[5000,8]{1,0} get-tuple-element(%l), index=0
+  %thin = bf16[2000,8]{1,0} dot(%b, %t), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %n = f32[8]{0} fusion(%t), kind=kCustom, calls=%norm, backend_config={"reification_cost":[{"exec_time_us":999,"name":""},{"exec_time_us":2,"name":"indexing-cost-model"}]}
+  ROOT %r = f32[] copy(%t)
 }
 """  # noqa: E501 - lines as the compiler prints them
 
@@ -80,8 +94,12 @@ def test_a_program_without_estimates_is_refused():
         sum_cycles(GPU)
 
 
-def test_launches_are_the_kernels_of_the_schedule():
-    assert count_launches(GPU) == 3 * 2 + 1
+def test_a_gpus_matmuls_take_their_least_time_and_other_kernels_the_models():
+    found = sum_kernels(GPU)
+    assert (found.launches, found.unknown) == (3 * 2 + 3, 1)
+    wide = 1e6 * 2 * 2000 * 3000 * 5000 / PEAK_FLOPS  # more than its traffic
+    thin = 1e6 * 2 * (2000 * 5000 + 5000 * 8 + 2000 * 8) / BANDWIDTH
+    assert found.microseconds == pytest.approx(3 * (5.5 + wide) + thin + 2, abs=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +192,7 @@ def test_a_step_that_does_not_fit_says_what_it_needs(mesh, monkeypatch):
         def lower(self):
             return self
 
-        def compile(self):
+        def compile(self, _):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm."
             )

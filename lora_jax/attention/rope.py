@@ -89,6 +89,11 @@ def pairs_to_halves(x: Float[Array, "b t n h"], pairs: int) -> Array:
 @jax.custom_vjp
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """``x [b, t, n, h]``, ``cos, sin [b, t, 1, c]``."""
+    return _rotated(x, cos, sin)
+
+
+def _rotated(x: Array, cos: Array, sin: Array) -> Array:
+    """Computes `_rotate`, for its derivatives too, whose own are taken of this."""
     if target_platform() == "tpu":
         return _rotate_by_matmul(x, cos, sin)
     c = cos.shape[-1]
@@ -121,12 +126,12 @@ def _rotate_by_matmul(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotate_forward(x: Array, cos: Array, sin: Array):
-    return _rotate(x, cos, sin), (cos, sin)
+    return _rotated(x, cos, sin), (cos, sin)
 
 
 def _rotate_backward(residuals, dy: Array):
     cos, sin = residuals
-    return _rotate(dy, cos, -sin), None, None  # the inverse rotation
+    return _rotated(dy, cos, -sin), None, None  # the inverse rotation
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)

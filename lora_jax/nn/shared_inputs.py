@@ -1,4 +1,4 @@
-"""``x A`` of neighbouring layers that read the same array, computed at once on a TPU.
+"""``x A`` of neighbouring layers that read the same array, at once on accelerators.
 
 What their adapters add to the gradient of ``x`` is then one thin product too, which
 reads and writes the wide gradient once and not for every layer.
@@ -15,6 +15,12 @@ from lora_jax.ops.shared import shared_hidden
 from lora_jax.ops.target import target_platform
 
 NEIGHBOURS = (("query", "key", "value"), ("gate", "up"))
+
+
+def neighbours(scope: Scope) -> tuple[str, ...]:
+    """Returns the names of the layers, with this one, that may read the same array."""
+    name = scope.path[-1] if scope.path else ""
+    return next((names for names in NEIGHBOURS if name in names), ())
 
 
 class SharedInputs:
@@ -35,12 +41,12 @@ class SharedInputs:
           x: its input.
           dtype: of the product.
         """
-        if scope.parent is None or target_platform() != "tpu":
+        if scope.parent is None or target_platform() == "cpu":
             return None
-        name = scope.path[-1] if scope.path else ""
-        group = next((names for names in NEIGHBOURS if name in names), ())
+        group = neighbours(scope)
         if not group:
             return None
+        name = scope.path[-1]
         key = (*scope.parent.path, *group)
         seen, found = self._found.get(key, (None, {}))
         if seen is not x or name not in found or found[name].dtype != dtype:

@@ -58,6 +58,25 @@ def test_scores_depend_only_on_distance():
     assert abs(near - (rotated(q, 5) * rotated(k, 3)).sum()) > 1e-3
 
 
+def test_second_derivatives_are_those_of_the_rotation():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
+    matrix = jax.jacrev(lambda x: rotated(x[None, None, None], 7).ravel())(x[0, 0, 0])
+
+    def product(rotate, over):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.tanh(rotate(x))))
+        return over(gradient, x)
+
+    def forward(gradient, x):
+        return jax.jvp(gradient, (x,), (x,))[1]
+
+    def reverse(gradient, x):
+        return jax.vjp(gradient, x)[1](x)[0]
+
+    wanted = product(lambda x: x @ matrix.T, forward)
+    for over in (forward, reverse):
+        assert_close(product(lambda x: rotated(x, 7), over), wanted, "float32")
+
+
 def test_more_angles_than_half_a_head_are_an_error():
     with pytest.raises(ValueError, match=r"at most h / 2 = 2 angles .* got 3"):
         rotated(jnp.ones((1, 1, 1, 4)), 1)

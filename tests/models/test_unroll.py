@@ -26,10 +26,14 @@ def unrolled(model):
         ("tpu", "none", 2, 2),
         ("tpu", "none", MAX_UNROLLED + 1, 1),
         ("tpu", "lora", 2, 1),
+        ("gpu", "lora", 2, 2),
+        ("gpu", "block", 2, 1),
         ("cpu", "none", 2, 1),
     ],
 )
-def test_a_tpu_has_no_loop_of_few_layers(monkeypatch, platform, remat, layers, wanted):
+def test_few_layers_are_not_a_loop_where_that_is_faster(
+    monkeypatch, platform, remat, layers, wanted
+):
     monkeypatch.setattr(decoder, "target_platform", lambda: platform)
     config = DecoderConfig(
         vocab_size=8,

@@ -8,8 +8,12 @@ from lora_jax.ops import fence
 from lora_jax.ops.fence import fence_gradient, fence_output
 
 
-def lowered(around, x):
-    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(around(x))))).lower(x)
+def lowered(around, x, derivative=jax.grad):
+    return jax.jit(derivative(lambda x: jnp.sum(jnp.sin(around(x))))).lower(x)
+
+
+def hessian_product(f):
+    return lambda x: jax.jvp(jax.grad(f), (x,), (jnp.ones_like(x),))[1]
 
 
 @pytest.mark.parametrize("around", [fence_gradient, fence_output])
@@ -33,3 +37,5 @@ def test_a_fence_changes_no_value(monkeypatch, around):
     monkeypatch.setattr(fence, "MIN_BYTES", 0)
     assert lowered(around, x).compile()(x).tolist() == wanted.tolist()
     assert around(x).tolist() == x.tolist()
+    product = lowered(around, x, hessian_product).compile()(x)
+    assert jnp.allclose(product, -jnp.sin(x), rtol=1e-6)

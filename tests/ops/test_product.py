@@ -16,7 +16,7 @@ from lora_jax.ops.product import (
     factor_product,
     low_rank_update,
 )
-from tests.laws import normal
+from tests.laws import equations, normal
 from tests.reference import assert_close
 
 
@@ -259,9 +259,12 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
         y, back = jax.vjp(update, *arrays)
         return y, *back(jnp.cos(arrays[0][..., :1, None] * jnp.ones((5, 3))))
 
-    def matmuls(**options):
-        jaxpr = jax.make_jaxpr(lambda *arrays: update(*arrays, **options))(*arrays)
+    def matmuls(function=update, **options):
+        jaxpr = jax.make_jaxpr(lambda *arrays: function(*arrays, **options))(*arrays)
         return str(jaxpr).count("dot_general")
+
+    def gradient(x, **options):
+        return jax.grad(lambda x: update(x, *arrays[1:], **options).sum())(x)
 
     wanted = both(*arrays)
     monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
@@ -269,6 +272,9 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
     monkeypatch.setattr(ops, "MIN_VECTOR_BYTES", 0)
     assert matmuls() == 1
     assert matmuls(is_rescaled=True) == 2
+    assert matmuls(lambda x, a, b: gradient(x)) == 2  # x A and the gradient of h
+    rate = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    assert matmuls(lambda x, a, b: gradient(x, **rate)) == 3
     for got, plain in zip(both(*arrays), wanted, strict=True):
         assert_close(got, plain)
     with monkeypatch.context() as patch:
@@ -276,3 +282,31 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
         assert matmuls() == 2
     monkeypatch.setattr(ops, "MAX_VECTOR_RANK", 1)
     assert matmuls() == 2
+
+
+def test_on_a_gpu_thin_products_share_no_operand_with_the_bases(monkeypatch):
+    x, w, a, b = (
+        normal(shape, seed=i)
+        for i, shape in enumerate([(5, 3), (3, 7), (3, 2), (2, 7)])
+    )
+
+    def loss(x, factors):
+        y = x @ w + low_rank_update("ti,iR->tR", "tR,Ro->to", x, *factors, scaling=1.5)
+        return jnp.sum(jnp.sin(y))
+
+    def gradients(x):
+        return jax.grad(loss, (0, 1))(x, (a, b))
+
+    def results():
+        each = jax.vmap(lambda row: gradients(row[None]))(x)
+        return gradients(x), each, jax.jvp(gradients, (x,), (jnp.ones_like(x),))
+
+    wanted = results()
+    monkeypatch.setattr(ops, "target_platform", lambda: "gpu")
+    jax.tree.map(assert_close, results(), wanted)
+    found = list(equations(jax.make_jaxpr(gradients)(x).jaxpr))
+    bases = [e for e in found if w.shape in [v.aval.shape for v in e.invars]]
+    read = [operand for e in bases for operand in e.invars]
+    barriers = [e for e in found if e.primitive.name == "optimization_barrier"]
+    assert [e.invars[0].aval.shape for e in barriers] == [x.shape, (5, 7)]
+    assert all(e.invars[0] in read for e in barriers)
