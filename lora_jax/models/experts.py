@@ -78,7 +78,7 @@ def find_stacks(model: nn.Module) -> Stacks | None:
         return None
     layers = flatten(model.variables.get(PARAMS, {}).get(LAYERS, {}))
     kernels = {
-        "/".join((*model.path, LAYERS, path)): jax.lax.stop_gradient(leaf)
+        "/".join((*model.path, LAYERS, path)): leaf
         for path, leaf in layers.items()
         if is_match(f"{EXPERTS}/[^/]*/{KERNEL}", path)
     }
