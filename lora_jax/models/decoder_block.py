@@ -198,7 +198,8 @@ class Block(DecoderModule):
             return y if scale == 1 else y * scale
 
         mixer = make_mixer(self.config, self.dtype)
-        stacks = place.stacks and place.stacks._replace(layer=layer)
+        step = layer // (self.config.scan_period or 1)
+        stacks = place.stacks and place.stacks._replace(step=step)
         mlp = make_mlp(self.config, self.dtype, layer, stacks)
         inputs = pre("attention_norm", x)
         y, kept = mixer(inputs, place, layer, past)

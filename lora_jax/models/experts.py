@@ -22,59 +22,67 @@ from lora_jax.names import (
     BIAS,
     EXPERT,
     EXPERTS,
+    FSDP,
     KERNEL,
     LAYERS,
     PARAMS,
     ROUTED,
     ROUTER,
+    TENSOR,
 )
 from lora_jax.nn.layer_rules import register_layer
-from lora_jax.nn.watch import is_frozen
 from lora_jax.ops.experts import expert_product, of_rows
 from lora_jax.parallel.activation_sharding import (
     current_mesh,
     num_row_shards,
     target_platform,
 )
+from lora_jax.parallel.rules import is_match
 from lora_jax.parallel.sequence import fold, sequence_shards, unfold
+from lora_jax.tree.paths import flatten
 
 Hidden = Float[Array, "b t d"]
-PARTS = ("gate_up", "down")
 
 
 class Stacks(NamedTuple):
-    """The matrices of the experts of all layers, and the number of a layer.
+    """The matrices of scanned layers' experts, of all steps of the scan.
 
-    A slice of a scanned layer's would be copied before every product.
+    A slice of one step's would be copied before every product.
 
     Attributes:
-      gate_up: ``[l, e, d, 2f]``.
-      down: ``[l, e, f, d]``.
-      layer: the layer's number.
+      kernels: ``[l, e, i, o]`` each, by path.
+      step: the number of a step.
     """
 
-    gate_up: Array
-    down: Array
-    layer: Any = None
+    kernels: dict[str, Array]
+    step: Any = None
+
+    def of(self, path: tuple[str, ...]) -> tuple[Array, Any] | None:
+        """Returns where a layer's kernel is: its stack and the step; None elsewhere."""
+        stack = self.kernels.get("/".join((*path, KERNEL)))
+        return None if stack is None else (stack, self.step)
 
 
 def find_stacks(model: nn.Module) -> Stacks | None:
     """Returns a decoder's scanned matrices, None if they are to be sliced.
 
-    That is on a CPU, which copies nothing; on several devices, where each layer's are
-    collected anyway; and in training them, as the gradient of a stack is one too.
+    That is on a CPU, which copies nothing, and where ``fsdp`` or ``tensor`` split the
+    matrices: each step's are then collected from all devices, which copies them anyway.
     """
-    layers = model.variables.get(PARAMS, {}).get(LAYERS, {})
     mesh = current_mesh()
-    devices = jax.device_count() if mesh is None else mesh.size
-    if devices > 1 or target_platform() == "cpu":
+    if mesh is None:
+        is_split = jax.device_count() > 1  # perhaps, by a user's own mesh
+    else:
+        is_split = mesh.shape[FSDP] * mesh.shape.get(TENSOR, 1) > 1
+    if is_split or target_platform() == "cpu":
         return None
-    for name in ("mlp", "mixture"):
-        kernels = layers.get(name, {}).get(EXPERTS, {})
-        paths = (f"{LAYERS}/{name}/{EXPERTS}/{part}/{KERNEL}" for part in PARTS)
-        if kernels and all(is_frozen(model.scope, path) for path in paths):
-            return Stacks(*(kernels[part][KERNEL] for part in PARTS))
-    return None
+    layers = flatten(model.variables.get(PARAMS, {}).get(LAYERS, {}))
+    kernels = {
+        "/".join((*model.path, LAYERS, path)): jax.lax.stop_gradient(leaf)
+        for path, leaf in layers.items()
+        if is_match(f"{EXPERTS}/[^/]*/{KERNEL}", path)
+    }
+    return Stacks(kernels) if kernels else None
 
 
 class Router(nn.Dense):
@@ -110,22 +118,21 @@ class ExpertDense(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: AnyFloat, sizes: Int[Array, "*p _"], stack: Any = None
+        self, x: AnyFloat, sizes: Int[Array, "*p _"], stacks: Stacks | None = None
     ) -> AnyFloat:
         """Returns ``[*p, m, o]`` for rows ``[*p, m, i]``; see `lora_experts`.
 
         Args:
           x: rows sorted by expert.
           sizes: rows of each expert.
-          stack: kernels of all layers ``[l, e, i, o]`` and the number of this one, to
-            read from there, or None.
+          stacks: where the kernel is read if it is there, None in its own array.
         """
         init = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.num_experts, x.shape[-1], self.features)
         kernel = self.param(KERNEL, init, shape)
-        own, layer = (kernel, None) if stack is None else stack
+        stack = stacks and stacks.of(self.path)
         x = x.astype(self.dtype)
-        y: Any = expert_product(0.0, None, x, own, sizes, None, layer)
+        y: Any = expert_product(0.0, None, x, kernel, sizes, None, stack)
         if self.use_bias:
             bias = self.param(BIAS, nn.initializers.zeros, shape[::2])
             y = y + of_rows(bias.astype(y.dtype), sizes, x.shape[-2])
@@ -152,18 +159,14 @@ class Experts(nn.Module):
         """Returns ``[*p, m, d]`` for rows ``[*p, m, d]`` sorted by expert."""
         cfg = self.config
         options: Any = (cfg.num_experts, cfg.has_bias, self.dtype)
-        of_stack = ((), ())
-        if stacks is not None:
-            *pair, layer = stacks
-            of_stack = [((stack, layer),) for stack in pair]
         gate_up = ExpertDense(2 * cfg.size, *options, name="gate_up")
-        both = apply_linear(gate_up, x, sizes, *of_stack[0])
+        both = apply_linear(gate_up, x, sizes, stacks)
         if cfg.gate == "clamped":
             x = _clamped_gate(both, cfg)
         else:
             x = gate(ACTIVATIONS[self.activation], *jnp.split(both, 2, axis=-1))
         down = ExpertDense(self.features, *options, name="down")
-        return apply_linear(down, x, sizes, *of_stack[1])
+        return apply_linear(down, x, sizes, stacks)
 
 
 class SharedExpert(nn.Module):

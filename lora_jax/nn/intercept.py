@@ -16,7 +16,7 @@ from lora_jax.nn.apply import (
 )
 from lora_jax.nn.checks import check_factors_fit, check_presence
 from lora_jax.nn.layer_rules import ATTEND
-from lora_jax.nn.shared_inputs import SharedInputs
+from lora_jax.nn.shared_inputs import SharedInputs, neighbours
 from lora_jax.nn.token_rows import apply_token_rows
 from lora_jax.nn.watch import find_contraction, is_flagged
 from lora_jax.ops.factors import Factors
@@ -76,6 +76,8 @@ def make_interceptor(
         is_dense = rule.kind == "dense" and bool(args)
         if is_dense:
             args = (fence_gradient(args[0]), *args[1:])
+            if not neighbours(scope):  # A's gradient joins the base's at once
+                inputs = (args[0], *inputs[1:])
         y = next_fun(*args, **kwargs)
         is_rescaled = scope.has_variable(PARAMS, MAGNITUDE)
         if is_dense and is_rescaled:

@@ -17,6 +17,12 @@ from lora_jax.ops.target import target_platform
 NEIGHBOURS = (("query", "key", "value"), ("gate", "up"))
 
 
+def neighbours(scope: Scope) -> tuple[str, ...]:
+    """Returns the names of the layers, with this one, that may read the same array."""
+    name = scope.path[-1] if scope.path else ""
+    return next((names for names in NEIGHBOURS if name in names), ())
+
+
 class SharedInputs:
     """The products of one run of a model.
 
@@ -37,10 +43,10 @@ class SharedInputs:
         """
         if scope.parent is None or target_platform() == "cpu":
             return None
-        name = scope.path[-1] if scope.path else ""
-        group = next((names for names in NEIGHBOURS if name in names), ())
+        group = neighbours(scope)
         if not group:
             return None
+        name = scope.path[-1]
         key = (*scope.parent.path, *group)
         seen, found = self._found.get(key, (None, {}))
         if seen is not x or name not in found or found[name].dtype != dtype:

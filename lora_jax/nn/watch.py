@@ -187,19 +187,6 @@ def is_flagged(scope: Scope | None) -> bool:
     return scope is not None and FLAG in scope.flags
 
 
-def is_frozen(scope: Scope | None, path: str) -> bool:
-    """Returns whether a model is `adapt`-ed and freezes a leaf.
-
-    Args:
-      scope: of the model.
-      path: of the leaf in the model.
-    """
-    if scope is None or FLAG not in scope.flags:
-        return False
-    config: Any = scope.flags[FLAG][0]
-    return not config.is_trained(path, is_adapted=True)
-
-
 def find_contraction(
     rule: LayerRule, module: nn.Module, method: str, inputs: tuple[Any, ...]
 ) -> Contraction | str:

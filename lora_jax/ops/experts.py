@@ -110,7 +110,7 @@ def expert_product(
     factor: AnyFloat,
     sizes: Array,
     key: DropoutKey | None = None,
-    layer: Any = None,
+    stack: Any = None,
 ) -> AnyFloat:
     """Computes ``dropout(x)[j] F[e]`` for rows sorted by expert.
 
@@ -124,26 +124,27 @@ def expert_product(
       factor: ``F`` ``[e, i, o]``: W0, A or B; cast to the dtype of ``x``.
       sizes: rows of each expert ``[e]``.
       key: PRNG key for dropout; None if the rate is 0.
-      layer: which layer's, if ``F`` is a stack ``[l, e, i, o]``; see `grouped_dot`.
+      stack: where ``F`` is read: several layers' ``[l, e, i, o]``, and the number of
+        its own; or None. The gradient is that of ``factor`` in either case.
 
     Returns:
       ``[m, o]``, in the dtype of ``x``.
     """
+    matrices, layer = (factor, None) if stack is None else stack
     x, options = dropout(x, rate, key), {"precision": precision, "layer": layer}
-    return grouped_dot(x, factor, sizes, **options)
+    return grouped_dot(x, matrices, sizes, **options)
 
 
-def _forward(rate, precision, x, factor, sizes, key=None, layer=None):
-    others = jax.tree.map(
-        lambda leaf: leaf.value, (sizes, key, layer), is_leaf=_is_primal
+def _forward(rate, precision, x, factor, sizes, key=None, stack=None):
+    sizes, key, stack = jax.tree.map(
+        lambda leaf: leaf.value, (sizes, key, stack), is_leaf=_is_primal
     )
-    sizes, key, layer = others
-    options = {"precision": precision, "layer": layer}
-    y = grouped_dot(dropout(x.value, rate, key), factor.value, sizes, **options)
-    # An empty array stands for the factor's dtype and its number of layers.
-    like = jnp.zeros((len(factor.value), 0), factor.value.dtype)
+    pair = (factor.value, None) if stack is None else stack
+    options = {"precision": precision, "layer": pair[1]}
+    y = grouped_dot(dropout(x.value, rate, key), pair[0], sizes, **options)
     rows = x.value if factor.perturbed else None
-    return y, (rows, factor.value if x.perturbed else None, like, others)
+    like = jnp.zeros(0, factor.value.dtype)
+    return y, (rows, pair if x.perturbed else None, like, sizes, key)
 
 
 def _is_primal(leaf) -> bool:
@@ -151,21 +152,20 @@ def _is_primal(leaf) -> bool:
 
 
 def _backward(rate, precision, residuals, dy):
-    x, factor, like, (sizes, key, layer) = residuals
+    x, pair, like, sizes, key = residuals
     none = None, None, None
     if isinstance(dy, SymbolicZero):
         return None, None, *none
     dx = d_factor = None
-    if factor is not None:
+    if pair is not None:
+        matrices, layer = pair
         options = {"precision": precision, "layer": layer}
-        dx = grouped_dot(dy, factor, sizes, is_transposed=True, **options)
+        dx = grouped_dot(dy, matrices, sizes, is_transposed=True, **options)
         dx = dropout(dx, rate, key)
     if x is not None:
-        x = dropout(x, rate, key)
-        d_factor = grouped_outer(x, dy, sizes, like.dtype, precision)
-        if layer is not None:
-            stack = jnp.zeros((len(like), *d_factor.shape), like.dtype)
-            d_factor = stack.at[layer].set(d_factor)
+        d_factor = grouped_outer(
+            dropout(x, rate, key), dy, sizes, like.dtype, precision
+        )
     return dx, d_factor, *none
 
 

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lora_jax.names import BATCH_AXES, EXPERT, TOKEN_AXES
+from lora_jax.names import BATCH_AXES, EXPERT, TENSOR, TOKEN_AXES
 from lora_jax.ops.grouped_lowerings import (
     dot_in_batches,
     dot_in_blocks,
@@ -59,37 +59,38 @@ def grouped_dot(
       matrices: ``W`` ``[e, i, o]``, of any floating dtype; of several layers
         ``[l, e, i, o]``.
       sizes: rows of each group ``[e]``.
-      layer: the number of the layer whose matrices are meant, if there are several;
-        their groups are then in one shard, and so are the rows.
+      layer: the number of the layer whose matrices are meant, if there are several.
       is_transposed: multiplies by ``Wᵀ``; ``x`` is then ``[m, o]``.
       precision: as in `jax.lax.dot_general`.
 
     Returns:
       ``[m, o]`` (``[m, i]`` if transposed), in the dtype of ``x``.
     """
-
     is_whole = x.ndim == 4 and sizes.shape[1] == 1
     layers = () if layer is None else (jnp.asarray(layer, jnp.int32),)
 
-    def product(x, matrices, sizes):
-        arrays = _varying_alike(x, matrices, sizes, *layers)
+    def product(*arrays):
         options: Any = {"is_transposed": is_transposed, "precision": precision}
-        return grouped_dot_p.bind(*arrays, is_whole=is_whole, **options)
+        return grouped_dot_p.bind(
+            *_varying_alike(*arrays), is_whole=is_whole, **options
+        )
 
     if x.ndim == 2:
-        return product(x, matrices, sizes)
-    if layers:
-        return product(x[0, 0], matrices, sizes[0, 0])[None, None]
+        return product(x, matrices, sizes, *layers)
     if (shards := _shards(sizes)) is not None:
         rows, groups = shards
+        whole = [PartitionSpec() for _ in layers]
 
-        def own(x, matrices, sizes):
-            return product(x[0, 0], matrices, sizes[0, 0])[None, None]
+        def own(x, matrices, sizes, *layers):
+            return product(x[0, 0], matrices, sizes[0, 0], *layers)[None, None]
 
-        return _on_shards(own, (rows, groups, rows), rows)(x, matrices, sizes)
-    parts = jnp.split(matrices, sizes.shape[1])
+        inputs = (rows, PartitionSpec(*(None for _ in layers), *groups), rows, *whole)
+        return _on_shards(own, inputs, rows)(x, matrices, sizes, *layers)
+    if layers and jax.sharding.get_abstract_mesh().size > 1:
+        matrices, layers = matrices[layers[0]], ()  # XLA partitions no kernel
+    parts = jnp.split(matrices, sizes.shape[1], axis=-3)
     made = [
-        [product(*each) for each in zip(x[i], parts, sizes[i], strict=True)]
+        [product(*each, *layers) for each in zip(x[i], parts, sizes[i], strict=True)]
         for i in range(len(x))
     ]
     return jnp.stack([jnp.stack(row) for row in made])
@@ -162,12 +163,13 @@ def _token_axes() -> tuple[str, ...]:
 
 
 def _on_shards(function: Callable[..., Array], inputs, output) -> Callable[..., Array]:
-    """Runs a function on each device's rows and groups; other axes are XLA's."""
+    """Runs a function on each device's rows and groups; XLA splits the columns."""
+    mesh = jax.sharding.get_abstract_mesh().shape
     return jax.shard_map(
         function,
         in_specs=inputs,
         out_specs=output,
-        axis_names={*TOKEN_AXES, EXPERT} & set(jax.sharding.get_abstract_mesh().shape),
+        axis_names=set(mesh) - ({TENSOR} if mesh.get(TENSOR, 1) > 1 else set()),
         check_vma=False,
     )
 

@@ -48,11 +48,10 @@ def ragged_outer(x, y, sizes, *, dtype, precision) -> Array:
 def dot_on_tpu(
     x, matrices, sizes, layer=None, *, is_transposed, is_whole, precision
 ) -> Array:
-    """`grouped_dot` by `megablox` if the matrices are in a stack."""
+    """`grouped_dot` by `megablox` if the matrices are read in a stack, as they are."""
     options: Any = {"is_transposed": is_transposed, "is_whole": is_whole}
-    dtypes = {x.dtype.name, matrices.dtype.name}
-    is_known = dtypes <= {"float32", "bfloat16"} and precision is None
-    if layer is None or not is_known or not x.size:
+    is_known = x.dtype == matrices.dtype and x.dtype.name in ("float32", "bfloat16")
+    if layer is None or precision is not None or not is_known or not x.size:
         return ragged_dot(x, matrices, sizes, layer, precision=precision, **options)
     return megablox(x, matrices, sizes, layer, **options)
 

@@ -83,7 +83,7 @@ def _forward(product, equation, rate, precision, x, factor, key=None):
     return y, (rows, weights, likes, key)
 
 
-def _backward(equation, rate, precision, residuals, dy):
+def _backward(product, equation, rate, precision, residuals, dy):
     x, factor, (x_like, factor_like), key = residuals
     if isinstance(dy, SymbolicZero):
         return None, None, None
@@ -91,12 +91,8 @@ def _backward(equation, rate, precision, residuals, dy):
     x_labels, factor_labels = operands.split(",")
     dx = d_factor = None
     if factor is not None:
-        dx = einsum(
-            f"{out},{factor_labels}->{x_labels}",
-            _apart(out, dy),
-            factor.astype(dy.dtype),
-            precision=precision,
-        )
+        transposed = f"{out},{factor_labels}->{x_labels}"
+        dx = product(transposed, 0.0, precision, dy, factor, None)
         dx = _varying_like(dropout(dx, rate, key), x_like)
     if x is not None:
         x, dtype = dropout(x, rate, key), factor_like.dtype
@@ -108,7 +104,10 @@ def _backward(equation, rate, precision, residuals, dy):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _added_product(equation, rate, precision, x, factor, key=None):
-    """`factor_product` of what is added to a base's product and goes no other way."""
+    """`factor_product` next to a base's product of the same x, or added to that.
+
+    Forward, B's product is added to the base's; backward, A's gradient is.
+    """
     return _spread_out(equation, rate, precision, x, factor, key)
 
 
@@ -118,8 +117,9 @@ def _spread_out(equation, rate, precision, x, factor, key):
     XLA then adds the update to the base's product as that is written, in the vector
     unit and behind the matmul. Another matmul has to read and write the wide result
     again: by the compiler's estimate 4.9 million cycles for 4,096 tokens from 4,096 to
-    14,336 features at rank 8 on v5e, 3.8 like this, and 3.7 without the update. A v6e
-    multiplies matrices too fast to hide it: 78 thousand cycles against 67 for a layer.
+    14,336 features at rank 8 on v5e, 3.8 like this, and 3.7 without the update; the
+    same for the gradient of an input that wide. A v6e multiplies matrices too fast to
+    hide it: 78 thousand cycles against 67 for a layer.
     """
     operands, out = equation.split("->")
     x_labels, factor_labels = operands.split(",")
@@ -204,12 +204,12 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if varying is None else varying)
 
 
-factor_product.defvjp(
-    functools.partial(_forward, _product), _backward, symbolic_zeros=True
-)
-_added_product.defvjp(
-    functools.partial(_forward, _spread_out), _backward, symbolic_zeros=True
-)
+for _function, _how in ((factor_product, _product), (_added_product, _spread_out)):
+    _function.defvjp(
+        functools.partial(_forward, _how),
+        functools.partial(_backward, _how),
+        symbolic_zeros=True,
+    )
 
 
 def einsum(equation: str, x: AnyFloat, y: AnyFloat, **options: Any) -> AnyFloat:
@@ -270,7 +270,8 @@ def low_rank_update(
     x = x.astype(x.dtype if dtype is None else dtype)
     h: Any = hidden  # [..., r]
     if h is None:
-        h = factor_product(down, dropout_rate, precision, x, lora_a, key)
+        product = _added_product if key is None else factor_product
+        h = product(down, dropout_rate, precision, x, lora_a, key)
     h = checkpoint_name(scale(h, scaling), X_A)  # cheapest here, at rank width
     product = factor_product if is_rescaled else _added_product
     return product(up, 0.0, precision, h, lora_b)

@@ -8,6 +8,7 @@ import pytest
 from lora_jax.config import LoRAConfig
 from lora_jax.nn import shared_inputs
 from lora_jax.nn.adapt import adapt
+from lora_jax.ops import fence
 from tests.laws import equations, normal
 from tests.reference import assert_close
 
@@ -46,9 +47,10 @@ def gradients(config, monkeypatch, platform):
         return adapted.apply({**variables, "lora": lora}, x, **options)
 
     function = jax.value_and_grad(loss, (0, 1))
-    made = [e.outvars[0].aval for e in equations(jax.make_jaxpr(function)(lora, x))]
-    shapes = [aval.shape for aval in made if hasattr(aval, "shape")]
-    return lambda: jax.jit(function)(lora, x), shapes
+    made = list(equations(jax.make_jaxpr(function)(lora, x)))
+    avals = [e.outvars[0].aval for e in made]
+    shapes = [aval.shape for aval in avals if hasattr(aval, "shape")]
+    return lambda: jax.jit(function)(lora, x), shapes, made
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,8 @@ def gradients(config, monkeypatch, platform):
 )
 def test_the_products_of_neighbours_are_one(platform, options, monkeypatch):
     config = LoRAConfig(alpha=5, targets="all-linear", **options)
-    wanted, apart = gradients(config, monkeypatch, "cpu")
-    got, shapes = gradients(config, monkeypatch, platform)
+    wanted, apart, _ = gradients(config, monkeypatch, "cpu")
+    got, shapes, _ = gradients(config, monkeypatch, platform)
     jax.tree.map(assert_close, got(), wanted())
     total = sum(config.rank_for(f"attention/{n}") for n in ("query", "key", "value"))
     assert (ROWS, total) in shapes
@@ -80,5 +82,20 @@ def test_the_products_of_neighbours_are_one(platform, options, monkeypatch):
 )
 def test_a_layer_computes_its_own_product(platform, options, monkeypatch):
     config = LoRAConfig(rank=3, alpha=5, targets="all-linear", **options)
-    _, shapes = gradients(config, monkeypatch, platform)
+    _, shapes, _ = gradients(config, monkeypatch, platform)
     assert not {(ROWS, 9), (ROWS, 6, 3)} & set(shapes)
+
+
+def test_gradients_of_an_own_input_are_added_before_they_are_finished(monkeypatch):
+    monkeypatch.setattr(fence, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(fence, "MIN_BYTES", 0)
+    config = LoRAConfig(rank=3, alpha=5, targets="all-linear")
+    *_, made = gradients(config, monkeypatch, "tpu")
+    by = {id(var): e.primitive.name for e in made for var in e.outvars}
+    finished = [
+        by.get(id(e.invars[0]))
+        for e in made
+        if e.primitive.name == "optimization_barrier"
+    ]
+    assert finished.count("add_any") == 1  # of `output`
+    assert finished.count("dot_general") == 5

@@ -61,6 +61,20 @@ def test_the_kernels_gradient_is_formed_only_where_it_is_wanted(arrays):
     assert not got[1].any()
 
 
+def test_a_factor_read_in_a_stack_has_the_gradient_of_its_own_array(arrays):
+    x, kernel = arrays[:2]
+
+    def loss(x, kernel, stack=None):
+        return jnp.sum(
+            jnp.sin(expert_product(0.0, None, x, kernel, SIZES, None, stack))
+        )
+
+    stack = (jnp.stack([0 * kernel, kernel]), 1)
+    wanted = jax.value_and_grad(loss, (0, 1))(x, kernel)
+    got = jax.value_and_grad(loss, (0, 1))(x, jnp.full_like(kernel, jnp.nan), stack)
+    jax.tree.map(assert_close, got, wanted)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_arrays_that_do_not_fit_are_an_error(arrays):
     x, kernel, a, b = arrays

@@ -1,9 +1,12 @@
 """Grouped products, on a CPU in blocks, against JAX's own and NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from lora_jax.ops import grouped, grouped_lowerings
 from tests.laws import normal
@@ -127,6 +130,28 @@ def test_a_tpus_kernel_reads_the_stack(is_transposed):
     stack = stack.swapaxes(2, 3) if is_transposed else stack
     options = {"is_transposed": is_transposed, "is_whole": False, "interpret": True}
     assert_close(grouped_lowerings.megablox(x, stack, sizes, 2, **options), wanted)
+
+
+@pytest.mark.parametrize("shards", [(2, 2), (1, 1)], ids=["split", "whole"])
+def test_on_a_mesh_a_tpus_kernel_reads_its_own_part_of_the_stack(shards):
+    """XLA can't partition a kernel: rows that the mesh does not split have a slice."""
+    mesh = AbstractMesh((2, 1, 1, 2), ("data", "fsdp", "tensor", "expert"))
+    x, stack = jnp.zeros((*shards, 256, 128)), jnp.zeros((3, 4, 128, 256))
+    sizes = jnp.zeros((*shards, 4 // shards[1]), int)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(grouped.grouped_dot).trace(x, stack, sizes, layer=1)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in text) == (shards == (2, 2))
+    assert ("ragged_dot" in text) == (shards == (1, 1))
+
+
+def test_matrices_that_have_to_be_cast_are_a_slice_on_a_tpu():
+    x, stack = jnp.zeros((256, 128)), jnp.zeros((3, 4, 128, 256))
+    dot = jax.jit(functools.partial(grouped.grouped_dot, layer=1))
+    for dtype in (x.dtype, jnp.bfloat16):
+        traced = dot.trace(x.astype(dtype), stack, jnp.zeros(4, int))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert ("ragged_dot" in text) == (dtype == jnp.bfloat16)
 
 
 def test_the_gradient_of_a_stack_is_that_of_its_layer(arrays):

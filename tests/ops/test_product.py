@@ -259,9 +259,12 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
         y, back = jax.vjp(update, *arrays)
         return y, *back(jnp.cos(arrays[0][..., :1, None] * jnp.ones((5, 3))))
 
-    def matmuls(**options):
-        jaxpr = jax.make_jaxpr(lambda *arrays: update(*arrays, **options))(*arrays)
+    def matmuls(function=update, **options):
+        jaxpr = jax.make_jaxpr(lambda *arrays: function(*arrays, **options))(*arrays)
         return str(jaxpr).count("dot_general")
+
+    def gradient(x, **options):
+        return jax.grad(lambda x: update(x, *arrays[1:], **options).sum())(x)
 
     wanted = both(*arrays)
     monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
@@ -269,6 +272,9 @@ def test_a_tpu_adds_a_thin_update_without_a_matmul(monkeypatch):
     monkeypatch.setattr(ops, "MIN_VECTOR_BYTES", 0)
     assert matmuls() == 1
     assert matmuls(is_rescaled=True) == 2
+    assert matmuls(lambda x, a, b: gradient(x)) == 2  # x A and the gradient of h
+    rate = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    assert matmuls(lambda x, a, b: gradient(x, **rate)) == 3
     for got, plain in zip(both(*arrays), wanted, strict=True):
         assert_close(got, plain)
     with monkeypatch.context() as patch:
