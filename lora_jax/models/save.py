@@ -11,6 +11,7 @@ A bare encoder that was given a head is saved as the class with that head.
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def save_model(
 
     Returns:
       The folder.
+
+    Warns:
+      UserWarning: if transformers would feed the head another pooling than in training.
 
     Raises:
       ValueError: if, compared with the source, parameters are missing, unexpected,
@@ -128,6 +132,13 @@ def save_model(
         raise ValueError(
             f"params must fit the model of {source}; {len(faults)} tensors don't, and "
             "nothing was written.\n  " + "\n  ".join(faults)
+        )
+    if CLASSIFIER in params and family.head and pooling != family.head_pooling:
+        warnings.warn(
+            f"the head was trained on {pooling!r} pooling, and transformers feeds it "
+            f"{family.head_pooling!r}: there its logits are wrong, without an error. "
+            "`load_model` and lora-jax read the pooling from config.json.",
+            stacklevel=2,
         )
     for name, original in names.items():
         is_copy = name == TIED_HEAD or name in family.copies

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -163,12 +164,20 @@ def key_and_kernels(
     """Returns the key of a model's adapters, and the kernels to be adapted by path.
 
     Raises:
-      TypeError: if ``rngs`` are not `flax.nnx.Rngs`, or a kernel is not floating.
+      TypeError: if ``rngs`` are not `flax.nnx.Rngs`, or a kernel is abstract or not
+        floating.
       ValueError: if a rank exceeds a kernel's smaller side, or a kernel isn't finite.
     """
     key = seed_of(rngs, PARAMS)
     _check_ranks(targets)
     weights = {t.weight_path: found.weights[t.weight_path] for t in targets.values()}
+    for path, weight in weights.items():
+        if isinstance(weight.get_value(), jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"model must hold arrays; {path} is abstract. `find_targets` takes an "
+                "abstract model; for the shapes of A and B, call `adapt` within "
+                "`flax.nnx.eval_shape`."
+            )
     kernels = {path: weight[...] for path, weight in weights.items()}
     check_kernels(unflatten(kernels), list(targets.values()))
     return key, {path: kernels[t.weight_path] for path, t in targets.items()}

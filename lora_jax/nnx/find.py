@@ -24,6 +24,10 @@ from lora_jax.tree.targets import (
 )
 from lora_jax.tree.uncovered import describe_uncovered
 
+_WRAPPED = (
+    "wrap the adapted module instead, "
+    "`nnx.bridge.ToNNX(lora_jax.adapt(module, config, x), rngs=rngs)`"
+)
 # Modules that rewrite the weights of the layer they call.
 _REWRITING = (nnx.WeightNorm, nnx.SpectralNorm)
 
@@ -99,15 +103,23 @@ def find_layers(
         except ValueError as error:
             why[path] = str(error)
     unsupported = {}
+    wrapped = {
+        child(path, ""): type(module.to_nnx__module).__name__
+        for path, module in modules.items()
+        if isinstance(module, nnx.bridge.ToNNX)
+    }
     first = _first_paths(model, modules)
     for path, weight in weights.items():
         owner, _, name = path.rpartition("/")
         owner, shape = first.get(owner, owner), getattr(weight, "shape", ())
         if owner in sites or name in (BIAS, SCALE) or len(shape) < 2:
             continue
-        kind = type(modules.get(owner, model)).__name__
+        kind, reason = type(modules.get(owner, model)).__name__, why.get(owner, "")
+        for start, inner in wrapped.items():
+            if path.startswith(start):
+                kind, reason = f"the Linen module {inner}", _WRAPPED
         unsupported[path] = UnsupportedWeight(
-            kind, owner in linear, why.get(owner, ""), tuple(shape)
+            kind, owner in linear, reason, tuple(shape)
         )
     return Found(list(sites.values()), unsupported, weights, first)
 

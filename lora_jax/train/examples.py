@@ -1,5 +1,6 @@
 """Reads examples from JSONL files strictly: lists every bad line before training."""
 
+import codecs
 import difflib
 import json
 import os
@@ -12,6 +13,14 @@ import numpy as np
 MAX_FAULTS = 20
 MAX_LINE = 1 << 24  # bytes
 MAX_CLASSES = 100_000
+JSONL = (
+    '\nEach line must be one JSON object, in UTF-8, such as {"text": "..."}: convert '
+    "CSV, a JSON array or other formats to that."
+)
+
+
+class KeyTwiceError(ValueError):
+    """A JSON object has a key twice."""
 
 
 def read_jsonl(
@@ -23,7 +32,8 @@ def read_jsonl(
     """Reads a JSONL file, strictly.
 
     Args:
-      path: a UTF-8 file with one JSON object per line; blank lines are skipped.
+      path: a UTF-8 file with one JSON object per line; blank lines, and a byte order
+        mark at its start, are skipped.
       fields: the keys each object must have and the types of their values;
         ``{"text": (str,), "label": (str, int)}`` if None. Strings must not be blank;
         booleans don't count as integers.
@@ -43,7 +53,8 @@ def read_jsonl(
         raise FileNotFoundError(f"data file {path} must exist; {found}.")
     fields = {"text": (str,), "label": (str, int)} if fields is None else fields
     records, faults, bad = [], [], 0
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         record, fault = _parse(line)
@@ -62,6 +73,7 @@ def read_jsonl(
         raise ValueError(
             f"{path} has {bad} bad line{'s' * (bad != 1)}:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else "")
+            + ("" if any(isinstance(record, dict) for record in records) else JSONL)
         )
     if not records:
         raise ValueError(f"{path} must hold at least 1 example; it has 0 lines.")
@@ -190,7 +202,7 @@ def _parse(line: bytes) -> tuple[Any, str]:
     if len(line) > MAX_LINE:
         return None, f"has {len(line):,} bytes; at most {MAX_LINE:,} are allowed"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
         if rb"\u" in line:  # the only way to write a lone surrogate
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -200,9 +212,21 @@ def _parse(line: bytes) -> tuple[Any, str]:
         return None, f"not Unicode: it contains a lone surrogate, {half}"
     except json.JSONDecodeError as error:
         return None, f"not JSON: {error.msg} at {error.colno}"
+    except KeyTwiceError as error:
+        return {}, str(error)
     except (ValueError, RecursionError) as error:  # endless digits, endless [[[
         return None, f"not JSON: {error}"
     return record, ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, or raises if it has a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in found if keys.count(key) > 1)
+        raise KeyTwiceError(f"has the key {key[:40]!r} twice")
+    return found
 
 
 def _record_fault(record: Any, fields: Mapping[str, tuple[type, ...]]) -> str:

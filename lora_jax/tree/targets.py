@@ -94,11 +94,24 @@ def select_targets(
         faults.append(
             f"targets={_shown(config.targets)}, exclude={_shown(config.exclude)}, "
             f"train={_shown(config.train)}, layers={config.layers} leave 0 of "
-            f"{len(sites)} kernels to adapt."
+            f"{len(sites)} kernels to adapt.{_left_out(unsupported, config)}"
         )
     if faults:
         raise ValueError(" ".join(faults))
     return [as_target(site, config) for site in chosen]
+
+
+def _left_out(unsupported: Mapping[str, UnsupportedWeight], config: LoRAConfig) -> str:
+    """Says which weights can't be adapted, one of each kind of layer."""
+    first: dict[str, str] = {}
+    rest = 0
+    for path, weight in unsupported.items():
+        if _is_left(path, config):
+            why = f": {weight.why.rstrip('.')}" if weight.why else ""
+            rest += weight.kind in first
+            first.setdefault(weight.kind, f"{path} ({weight.kind}{why})")
+    more = f", and {rest} more like these" if rest else ""
+    return f" It can't adapt {', '.join(first.values())}{more}." if first else ""
 
 
 def target_at(site: Site, config: LoRAConfig) -> Target | None:
@@ -112,10 +125,15 @@ def _is_chosen(site: Site, config: LoRAConfig) -> bool:
 
 def _is_named(path: str, weight: UnsupportedWeight, config: LoRAConfig) -> bool:
     """Returns whether the config targets a weight, by its path or its layer's."""
-    paths = (path, _owner(path))
-    if any(matches(out, p) for out in (config.exclude, config.train) for p in paths):
-        return False
-    return any(config.is_target(p, is_linear=weight.is_linear) for p in paths)
+    return _is_left(path, config) and any(
+        config.is_target(p, is_linear=weight.is_linear) for p in (path, _owner(path))
+    )
+
+
+def _is_left(path: str, config: LoRAConfig) -> bool:
+    """Returns whether a weight is neither excluded nor trained, nor its layer."""
+    outs = (config.exclude, config.train)
+    return not any(matches(out, p) for out in outs for p in (path, _owner(path)))
 
 
 def _layer_faults(sites: Sequence[Site], config: LoRAConfig) -> list[str]:

@@ -157,12 +157,14 @@ def test_encode_without_an_adapter_has_no_logits(model_dir, lines_file, tmp_path
     assert all(set(line) == {"embedding"} for line in read_lines(target))
 
 
+@pytest.mark.filterwarnings("default:the head was trained on")
 def test_a_merged_folder_encodes_as_the_adapter_does(
     run_dir, lines_file, tmp_path, call
 ):
     merged = tmp_path / "merged"
-    code, out, _ = call("merge", "--adapter", run_dir, "--out", merged, "--json")
+    code, out, shown = call("merge", "--adapter", run_dir, "--out", merged, "--json")
     assert code == 0
+    assert "'mean' pooling, and transformers feeds it 'pooler'" in shown
     assert json.loads(out)["merge_error"] < 1e-4
     assert json.loads(out)["has_head"]
     results = []

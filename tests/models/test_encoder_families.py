@@ -113,7 +113,8 @@ def test_a_head_on_the_mean_comes_back_and_replaces_the_files(name, tmp_path):
     width = loaded.config.hidden_size
     assert loaded.params["classifier"]["kernel"].shape == (width, 4)
     assert "pooler" not in loaded.params
-    save_model(tmp_path / "out", loaded.params, GOLDEN / name, pooling="mean")
+    with pytest.warns(UserWarning, match="'mean' pooling"):
+        save_model(tmp_path / "out", loaded.params, GOLDEN / name, pooling="mean")
     again = load_base(tmp_path / "out")
     family = again.family
     assert not any(family.is_head(family.bare_name(old)) for old in again.unused)

@@ -39,7 +39,8 @@ def test_a_head_that_transformers_would_compute_otherwise_stays_beside_the_base(
     base = make_base("bert", "trained", tmp_path / "base")
     key = jax.random.key(0)
     model = load_model(base, num_labels=3, pooling="mean", key=key)
-    save_model(tmp_path / "out", model.params, base, pooling="mean")
+    with pytest.warns(UserWarning, match="'mean' pooling.*feeds it 'pooler'"):
+        save_model(tmp_path / "out", model.params, base, pooling="mean")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["BertModel"]
     names = load_file(tmp_path / "out" / "model.safetensors")

@@ -426,6 +426,23 @@ def test_a_model_is_adapted_while_it_is_made_and_planned_while_it_is_abstract():
     assert_close(made.layer_1.lora_a[...], wanted.layer_1.lora_a[...])
     targets = lnnx.find_targets(nnx.eval_shape(Mlp), LoRAConfig(rank=2, alpha=6))
     assert targets == lnnx.lora_targets(made)
+    with pytest.raises(TypeError, match=r"layer_0/kernel is abstract.*`find_targets`"):
+        adapt(nnx.eval_shape(Mlp))
+    shapes = nnx.eval_shape(lambda model: adapt(model), nnx.eval_shape(Mlp))
+    assert shapes.layer_1.lora_a.shape == wanted.layer_1.lora_a.shape
+
+
+def test_a_linen_module_in_an_nnx_model_is_adapted_before_it_is_wrapped():
+    x = jnp.ones((2, 6))
+
+    def wrapped(module):
+        return nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)), x)
+
+    with pytest.raises(ValueError, match=r"can't adapt .*the Linen module LinenMlp"):
+        adapt(wrapped(LinenMlp()))
+    config = LoRAConfig(rank=2)
+    model = wrapped(lora_jax.adapt(LinenMlp(), config, x))  # as the error says
+    assert model.layer_0["lora_a"].shape == (6, 2)
 
 
 def test_an_array_of_two_modules_has_two_adapters_but_no_merged_value():

@@ -43,8 +43,10 @@ def test_every_bad_line_is_named_with_its_number_and_reason(tmp_path):
         b'{"text": "\xff", "label": 1}',
         "[" * 100_000,
         '{"label": ' + "9" * 5000 + "}",
+        '{"text": "x", "label": 1, "text": "y"}',
+        '{"text": "x", "label": 1, "more": [{"a": 1, "a": 2}]}',
     )
-    with pytest.raises(ValueError, match="has 10 bad lines") as error:
+    with pytest.raises(ValueError, match="has 12 bad lines") as error:
         read_jsonl(path)
     lines = str(error.value).splitlines()[1:]
     for line, (number, reason) in zip(
@@ -60,6 +62,8 @@ def test_every_bad_line_is_named_with_its_number_and_reason(tmp_path):
             (9, "not UTF-8 at byte 10"),
             (10, "not JSON: maximum recursion depth"),
             (11, "not JSON: Exceeds the limit"),
+            (12, "has the key 'text' twice"),
+            (13, "has the key 'a' twice"),
         ],
         strict=True,
     ):
@@ -71,6 +75,22 @@ def test_at_most_20_bad_lines_are_shown(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)has 33 bad lines.*and 13 more") as error:
         read_jsonl(path)
     assert str(error.value).count("not JSON") == 20
+
+
+@pytest.mark.parametrize(
+    "text", ["text,label\nx,1\n", '[{"text": "x", "label": 1}]', "[\n1"]
+)
+def test_a_file_of_another_format_is_told_what_a_line_is(tmp_path, text):
+    with pytest.raises(ValueError, match=r"must be one JSON object.* CSV"):
+        read_jsonl(write(tmp_path, text))
+    with pytest.raises(ValueError, match="bad line") as error:
+        read_jsonl(write(tmp_path, '{"text": "x", "label": 1}', text))
+    assert "CSV" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = write(tmp_path, b'\xef\xbb\xbf{"text": "a", "label": 1}')
+    assert read_jsonl(path) == [{"text": "a", "label": 1}]
 
 
 def test_no_file_and_no_data_are_errors(tmp_path):

@@ -74,6 +74,17 @@ def test_a_named_layer_that_cannot_be_adapted_is_an_error():
     assert "can't be adapted" in text
 
 
+def test_a_model_of_other_layers_alone_is_told_which():
+    unknown = {
+        f"cell_{i}/{name}/kernel": UnsupportedWeight("DenseParams", False, "")
+        for i in range(2)
+        for name in "if"
+    }
+    text = message(LoRAConfig(targets="all-linear"), [], unsupported=unknown)
+    assert "0 of 0 kernels" in text
+    assert "can't adapt cell_0/i/kernel (DenseParams), and 3 more like these." in text
+
+
 def test_layers_cannot_select_within_a_stack():
     assert "stacked in one array" in message(LoRAConfig(layers=[1]), [STACKED])
 
