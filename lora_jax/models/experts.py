@@ -66,8 +66,9 @@ class Stacks(NamedTuple):
 def find_stacks(model: nn.Module) -> Stacks | None:
     """Returns a decoder's scanned matrices, None if they are to be sliced.
 
-    That is on a CPU, which copies nothing, and where ``fsdp`` or ``tensor`` split the
-    matrices: each step's are then collected from all devices, which copies them anyway.
+    That is on a CPU, which copies nothing; where ``fsdp`` splits the matrices, as each
+    step's are then collected from all devices, which copies them anyway; and where
+    ``tensor`` does, as XLA splits those products and can't split a TPU's kernel.
     """
     mesh = current_mesh()
     if mesh is None:
