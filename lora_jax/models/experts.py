@@ -66,8 +66,9 @@ class Stacks(NamedTuple):
 def find_stacks(model: nn.Module) -> Stacks | None:
     """Returns a decoder's scanned matrices, None if they are to be sliced.
 
-    That is on a CPU, which copies nothing, and where ``fsdp`` or ``tensor`` split the
-    matrices: each step's are then collected from all devices, which copies them anyway.
+    That is on a CPU, which copies nothing; where ``fsdp`` splits the matrices, as each
+    step's are then collected from all devices, which copies them anyway; and where
+    ``tensor`` does, as XLA splits those products and can't split a TPU's kernel.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -78,7 +79,7 @@ def find_stacks(model: nn.Module) -> Stacks | None:
         return None
     layers = flatten(model.variables.get(PARAMS, {}).get(LAYERS, {}))
     kernels = {
-        "/".join((*model.path, LAYERS, path)): jax.lax.stop_gradient(leaf)
+        "/".join((*model.path, LAYERS, path)): leaf
         for path, leaf in layers.items()
         if is_match(f"{EXPERTS}/[^/]*/{KERNEL}", path)
     }

@@ -125,7 +125,8 @@ def expert_product(
       sizes: rows of each expert ``[e]``.
       key: PRNG key for dropout; None if the rate is 0.
       stack: where ``F`` is read: several layers' ``[l, e, i, o]``, and the number of
-        its own; or None. The gradient is that of ``factor`` in either case.
+        its own; or None. The whole gradient goes to ``factor``, a slice of the stack,
+        as the gradient of a stack would be another one.
 
     Returns:
       ``[m, o]``, in the dtype of ``x``.

@@ -9,9 +9,9 @@ layer: a slice would be copied first, in a mixture of many experts gigabytes a b
 
 On a mesh rows are ``[s, c, m, i]`` and sizes ``[s, c, e / c]``: each of ``s`` shards of
 the batch sorts its own rows, once for each of ``c`` shards of the groups. Every device
-then multiplies the rows that it holds by the matrices that it holds. If ``c`` is 1,
-every row must have a group: nothing then masks the others, which XLA:TPU would do in
-another pass over the result.
+then multiplies the rows that it holds by the matrices that it holds, which are a stack
+if all are. If ``c`` is 1, every row must have a group: nothing then masks the others,
+which XLA:TPU would do in another pass over the result.
 """
 
 import functools
