@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lora_jax.config_errors import ALL_LINEAR as ALL_LINEAR
 from lora_jax.config_errors import LEAST as LEAST
 from lora_jax.config_errors import MAX_RANK as MAX_RANK
 from lora_jax.config_errors import MOST as MOST
@@ -26,8 +27,6 @@ from lora_jax.names import (
     VERA_B,
     VERA_D,
 )
-
-ALL_LINEAR = "all-linear"
 
 Patterns = str | Sequence[str]
 PatternValues = Mapping[str, Any] | Sequence[tuple[str, Any]]

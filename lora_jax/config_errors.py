@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+ALL_LINEAR = "all-linear"
 INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "eva")
 _PISSA = re.compile("pissa_niter_[0-9]{1,3}")
 MAX_RANK = 1 << 20
@@ -136,7 +137,7 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
     for name in ("targets", "exclude", "train"):
         value = getattr(config, name)
         if isinstance(value, str):
-            if value != "all-linear" or name != "targets":
+            if value != ALL_LINEAR or name != "targets":
                 values.extend(_regex_error(name, value))
             if value == "":
                 values.append(f"{name} must not be the empty string")
@@ -145,6 +146,13 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
         elif any(p == "" for p in value):
             values.append(
                 f"{name} must not contain the empty string; got {list(value)}"
+            )
+        if ALL_LINEAR in ((value,) if name != "targets" else ()) or (
+            isinstance(value, tuple) and ALL_LINEAR in value
+        ):
+            values.append(
+                f"{name} must name layers; got {_short(value)}. {ALL_LINEAR!r} stands "
+                f"alone, as targets={ALL_LINEAR!r}"
             )
     if config.targets == ():
         values.append("targets must name at least one layer; got an empty list")

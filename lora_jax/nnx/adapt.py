@@ -83,8 +83,11 @@ def adapt(
       TypeError: if ``model`` is not an NNX module, or another argument has the wrong
         type.
       ValueError: if the config names layers that don't exist or can't be adapted, a
-        rank exceeds a kernel's smaller side, a kernel isn't finite, or the model
-        already has adapters.
+        kernel isn't finite or too small for the rank of an ``init`` made of it, or the
+        model already has adapters.
+
+    Warns:
+      UserWarning: if a rank exceeds a kernel's smaller side, but for VeRA.
 
     Example:
       >>> model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
@@ -166,10 +169,9 @@ def key_and_kernels(
     Raises:
       TypeError: if ``rngs`` are not `flax.nnx.Rngs`, or a kernel is abstract or not
         floating.
-      ValueError: if a rank exceeds a kernel's smaller side, or a kernel isn't finite.
+      ValueError: if a kernel isn't finite, or too small for its rank's ``init``.
     """
     key = seed_of(rngs, PARAMS)
-    _check_ranks(targets)
     weights = {t.weight_path: found.weights[t.weight_path] for t in targets.values()}
     for path, weight in weights.items():
         if isinstance(weight.get_value(), jax.ShapeDtypeStruct):
@@ -254,21 +256,6 @@ def seed_of(rngs: Any, name: str) -> PRNGKey:
             f"{sorted(map(str, rngs))}. Pass `nnx.Rngs(seed)`."
         )
     return rngs[name].key[...]
-
-
-def _check_ranks(targets: Targets) -> None:
-    sides = {p: t.contraction.matrix_size(t.kernel_shape) for p, t in targets.items()}
-    faults = [
-        f"{path or 'the layer'} has rank {targets[path].rank} for {i} inputs and {o} "
-        "outputs"
-        for path, (i, o) in sides.items()
-        if targets[path].rank > min(i, o)
-    ]
-    if faults:
-        raise ValueError(
-            "a rank must not exceed the smaller side of its kernel; "
-            f"{'; '.join(faults)}. Lower `rank`, or that of a layer by `rank_pattern`."
-        )
 
 
 def _warn_of_ties(model: nnx.Module, adapted: set[str]) -> None:

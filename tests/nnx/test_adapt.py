@@ -403,10 +403,8 @@ def test_clear_errors():
         adapt(nnx.LoRALinear(6, 5, lora_rank=2, rngs=rngs))
     with pytest.raises(ValueError, match=r"\"layr_1\"\] matched 0 of 2.*mean: layer_1"):
         adapt(model, targets=["layr_1"])
-    with pytest.raises(
-        ValueError, match=r"layer_0 has rank 6 for 6 inputs and 5 outputs; layer_1 has"
-    ):
-        adapt(model, rank=6)
+    with pytest.raises(ValueError, match="rank must be from 1 to 5, the smaller"):
+        adapt(model, rank=6, init="pissa")
     with pytest.raises(ValueError, match=r"must have adapted layers; got none"):
         lnnx.merge(model)
     bad = Mlp()
@@ -430,6 +428,13 @@ def test_a_model_is_adapted_while_it_is_made_and_planned_while_it_is_abstract():
         adapt(nnx.eval_shape(Mlp))
     shapes = nnx.eval_shape(lambda model: adapt(model), nnx.eval_shape(Mlp))
     assert shapes.layer_1.lora_a.shape == wanted.layer_1.lora_a.shape
+
+
+def test_a_rank_above_the_smaller_side_warns_but_of_vera():
+    with pytest.warns(UserWarning, match="rank 6 exceeds the smaller side"):
+        adapt(Mlp(), rank=6)
+    model = train_a_little(adapt(Mlp(), rank=9, vera=True))
+    assert_close(lnnx.merge(model, X)(X), model(X))
 
 
 def test_a_linen_module_in_an_nnx_model_is_adapted_before_it_is_wrapped():
