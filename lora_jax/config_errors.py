@@ -147,9 +147,9 @@ def find_errors(config: Any) -> tuple[list[str], list[str]]:
             values.append(
                 f"{name} must not contain the empty string; got {list(value)}"
             )
-        if ALL_LINEAR in ((value,) if name != "targets" else ()) or (
-            isinstance(value, tuple) and ALL_LINEAR in value
-        ):
+        is_alone = name == "targets" and value == ALL_LINEAR
+        listed = value if isinstance(value, tuple) else (value,)
+        if ALL_LINEAR in listed and not is_alone:
             values.append(
                 f"{name} must name layers; got {_short(value)}. {ALL_LINEAR!r} stands "
                 f"alone, as targets={ALL_LINEAR!r}"
