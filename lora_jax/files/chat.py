@@ -30,12 +30,12 @@ from lora_jax.files.messages import (
     PROBE,
     WEIGHT,
     Message,
-    check_calls,
     check_messages,
     check_parts,
     check_tools,
     continue_prompt,
     counted_turns,
+    read_calls,
     text_of,
 )
 from lora_jax.files.optional import load_optional
@@ -268,7 +268,8 @@ class ChatTemplate:
                 f"{self.name} can't render these {len(messages)} messages: "
                 f"{answer['error']}{hint * parts}"
             )
-        check_calls(messages, answer["text"])
+        if (read := read_calls(messages, answer["text"])) != [*messages]:
+            return self._render(read, tools, prompt, beginnings)
         check_parts(messages, answer["text"])
         return answer
 

@@ -65,27 +65,45 @@ def check_tools(tools: Any, words: Collection[str]) -> None:
         )
 
 
-def check_calls(messages: Sequence[Message], text: str) -> None:
-    """Raises a `ValueError` if a call's arguments were rendered as a quoted string.
+def read_calls(messages: Sequence[Message], text: str) -> list[Message]:
+    """Returns messages whose calls have objects where strings were put in quotes.
 
-    OpenAI's files contain them as JSON strings; most templates expect the object.
+    OpenAI's files contain a call's arguments as JSON strings; most templates expect the
+    object.
 
     Args:
       messages: valid according to `check_messages`.
       text: the rendered messages.
+
+    Raises:
+      ValueError: if such a string is not a JSON object.
     """
+    read = []
     for i, message in enumerate(messages):
         calls = message.get(CALLS)
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
-            given = function.get("arguments") if isinstance(function, Mapping) else None
-            quoted = json.dumps(given, ensure_ascii=False)
-            if isinstance(given, str) and quoted != f'"{given}"' and quoted in text:
-                raise ValueError(
-                    f"message {i} must have an object as arguments of its {CALLS}; got "
-                    f"the string {given[:40]!r}, which the chat template puts in "
-                    "quotes."
-                )
+        if isinstance(calls, list):
+            message = {**message, CALLS: [_read_call(each, i, text) for each in calls]}
+        read.append(message)
+    return read
+
+
+def _read_call(call: Any, turn: int, text: str) -> Any:
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    given = function.get("arguments") if isinstance(function, Mapping) else None
+    quoted = json.dumps(given, ensure_ascii=False)
+    if not isinstance(given, str) or quoted == f'"{given}"' or quoted not in text:
+        return call
+    try:
+        arguments = json.loads(given)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"message {turn} must have an object, or one in JSON, as arguments of its "
+            f"{CALLS}; got {given[:40]!r}."
+        )
+    read = {**function, "arguments": arguments}
+    return {**call, "function": read} if "function" in call else read
 
 
 def text_of(message: Message) -> str:

@@ -130,18 +130,30 @@ def test_tools_and_calls_are_written_and_calls_count(tmp_path):
         ChatTemplate(TOOLED, {}).render(messages[:1], tools="weather")
 
 
-def test_arguments_of_calls_are_not_quoted_twice():
-    call = {"function": {"name": "rain", "arguments": '{"city": "é"}'}}
-    messages = [*chat("q"), {"role": "assistant", "tool_calls": [call]}]
+@pytest.mark.parametrize("nested", [True, False], ids=["in a function", "flat"])
+def test_arguments_of_calls_in_json_are_read_where_they_would_be_quoted(nested):
+    def turns(arguments):
+        function = {"name": "rain", "arguments": arguments}
+        call = {"type": "function", "function": function} if nested else function
+        return [
+            *chat("q"),
+            {"role": "assistant", "tool_calls": [call]},
+            *chat("r", "s"),
+        ]
+
     template = ChatTemplate(TOOLED, {})
-    with pytest.raises(ValueError, match=r"message 1 .* an object .*city.* in quotes"):
-        template.render(messages)
-    as_text = TOOLED.replace(
-        "m.tool_calls | tojson", "m.tool_calls[0].function.arguments"
-    )
-    assert '{"city": "é"}<|im_end|>' in ChatTemplate(as_text, {}).render(messages)
-    call["function"]["arguments"] = {"city": "é"}
-    assert '{"city": "é"}}' in template.render(messages)
+    wanted = template.render(turns({"city": "é"}))
+    assert '{"city": "é"}}' in wanted
+    assert template.render(turns('{"city": "é"}')) == wanted
+    marked = template.mark_assistant(turns('{"city": "é"}'))
+    assert marked == template.mark_assistant(turns({"city": "é"}))
+    for given in ('{"city": "é"', '["é"]'):
+        with pytest.raises(ValueError, match=r"message 1 must have an object, .*é"):
+            template.render(turns(given))
+    path = "function.arguments" if nested else "arguments"
+    as_text = TOOLED.replace("m.tool_calls | tojson", f"m.tool_calls[0].{path}")
+    own = ChatTemplate(as_text, {}).render(turns('{"city":"é"}'))
+    assert '{"city":"é"}<|im_end|>' in own  # a template that takes strings
 
 
 @pytest.mark.parametrize(
