@@ -25,15 +25,17 @@ A is sharded like its kernel's input axes, B like its output axes, the optimizer
 like both. A weight axis that is not divisible is an error, or is replicated with
 ``uneven: replicate``; ``rules: {"mlp/up/kernel": [fsdp, null]}`` overrides the built-in
 rules. ``train.batch_size`` must be divisible by data x fsdp x ``train.accumulate``.
+Adapter dropout draws the same masks on every mesh, but for those of experts and with
+``sequence``.
 
 **Long rows.** ``sequence`` is context parallelism: with 4 devices each has a quarter of
 a row's tokens, activations and logits, and attention (`lora_jax.attention.ring`) is
 exact, also for packed rows, windows and grouped heads. A row's length (with packing
 ``data.max_length``) must be divisible by 2 x sequence. Causal decoders only: layers
 that carry a state from token to token (Gated DeltaNet, short convolutions), encoders
-and encoder-decoders are refused. Adapter dropout draws another mask than on one device.
-The ring consists of JAX's own loops and collectives: no fused kernel takes part yet, so
-use it for rows that don't fit otherwise. It has run on forced host devices only.
+and encoder-decoders are refused. The ring consists of JAX's own loops and collectives:
+no fused kernel takes part yet, so use it for rows that don't fit otherwise. It has run
+on forced host devices only.
 
 **Several processes** run the same command, on one host or many:
 

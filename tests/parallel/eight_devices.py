@@ -52,7 +52,7 @@ CONFIG = DecoderConfig(
 )
 MODULE = Decoder(CONFIG, scan_layers=True)
 TIED = Decoder(dataclasses.replace(CONFIG, is_tied=True))
-LORA = LoRAConfig(rank=3, alpha=7, targets="all-linear")
+LORA = LoRAConfig(rank=3, alpha=7, targets="all-linear", dropout_rate=0.3)
 ROWS, TIME = 16, 12
 COMPILED: list[str] = []  # names of programs compiled since it was last cleared
 
