@@ -31,12 +31,12 @@ _COSTS = re.compile(r'"reification_cost":(\[\{[^\]]*\])')
 
 
 class Kernels(NamedTuple):
-    """One run of a program.
+    """The kernels of one run of a program.
 
     Attributes:
       launches: fusions, library calls and copies of the schedule.
-      microseconds: what they take, by the estimate.
-      unknown: those that have no estimate.
+      microseconds: their estimated time.
+      unknown: kernels without an estimate.
     """
 
     launches: int

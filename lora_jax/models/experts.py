@@ -45,13 +45,13 @@ Hidden = Float[Array, "b t d"]
 
 
 class Stacks(NamedTuple):
-    """The matrices of scanned layers' experts, of all steps of the scan.
+    """The experts' matrices of scanned layers, stacked over the steps of the scan.
 
-    A slice of one step's would be copied before every product.
+    A slice for one step would be copied before every product.
 
     Attributes:
       kernels: ``[l, e, i, o]`` each, by path.
-      step: the number of a step.
+      step: the current step of the scan.
     """
 
     kernels: dict[str, Array]

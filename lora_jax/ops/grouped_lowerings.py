@@ -48,7 +48,7 @@ def ragged_outer(x, y, sizes, *, dtype, precision) -> Array:
 def dot_on_tpu(
     x, matrices, sizes, layer=None, *, is_transposed, is_whole, precision
 ) -> Array:
-    """`grouped_dot` by `megablox` if the matrices are read in a stack, as they are."""
+    """`grouped_dot`, by `megablox` if a stack is read that needs no cast."""
     options: Any = {"is_transposed": is_transposed, "is_whole": is_whole}
     is_known = x.dtype == matrices.dtype and x.dtype.name in ("float32", "bfloat16")
     if layer is None or precision is not None or not is_known or not x.size:

@@ -25,7 +25,7 @@ A is sharded like its kernel's input axes, B like its output axes, the optimizer
 like both. A weight axis that is not divisible is an error, or is replicated with
 ``uneven: replicate``; ``rules: {"mlp/up/kernel": [fsdp, null]}`` overrides the built-in
 rules. ``train.batch_size`` must be divisible by data x fsdp x ``train.accumulate``.
-Adapter dropout draws the same masks on every mesh, but for those of experts and with
+Adapter dropout draws the same masks on every mesh, except for experts and with
 ``sequence``.
 
 **Long rows.** ``sequence`` is context parallelism: with 4 devices each has a quarter of
